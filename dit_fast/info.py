@@ -1,0 +1,77 @@
+"""What `dit-fast info` prints: versions, devices, optional packages, and the backend of each op with the reason."""
+
+import importlib
+import importlib.util
+import os
+import platform
+from importlib import metadata
+
+from dit_fast import __version__, backend
+
+# import name -> (what it is for, how to get it)
+OPTIONAL = {
+    "triton": ("fused GPU kernels", "comes with the CUDA build of torch"),
+    "flash_attn": ("attention=flash", "pip install flash-attn --no-build-isolation (needs nvcc)"),
+    "deepspeed": ("several processes, ZeRO", "pip install 'dit_fast[train]'"),
+    "webdataset": ("streaming shards over http(s)", "pip install 'dit_fast[train]'"),
+    "tensorboard": ("TensorBoard logs", "pip install 'dit_fast[train]'"),
+    "matplotlib": ("figures and reports", "pip install 'dit_fast[train]'"),
+    "diffusers": ("AutoencoderKL", "pip install 'dit_fast[diffusers]'"),
+    "efficientnet_lite_pytorch": ("alignment targets without a download", "pip install 'dit_fast[repa]'"),
+}
+
+
+def describe() -> str:
+    """A page of text; never raises because something optional is missing or broken."""
+    import torch
+
+    import dit_fast.ops  # noqa: F401  registers every op
+
+    lines = [
+        f"dit_fast {__version__}   python {platform.python_version()}   torch {torch.__version__}",
+        f"cpu      {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+    ]
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    if device_type == "cuda":
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            memory = properties.total_memory / 2**30
+            lines.append(f"cuda:{index}   {properties.name}, {memory:.0f} GiB, sm_{properties.major}{properties.minor}")
+    else:
+        lines.append(f"cuda     none: {_why_no_cuda()}")
+    lines.append("\noptional packages")
+    lines += [f"  {name:26}{_package(name)}" for name in OPTIONAL]
+    lines.append(f"  {'apex':26}{apex_state()}")
+    lines.append(f"\nops on {device_type} (first usable implementation runs)")
+    for op in backend.ops():
+        answers = "; ".join(f"{name}: {why}" for name, why in backend.explain(op, device_type))
+        lines.append(f"  {op:26}{answers}")
+    return "\n".join(lines)
+
+
+def _why_no_cuda() -> str:
+    import torch
+
+    if torch.version.cuda is None:
+        return "this build of torch has no CUDA"
+    return "torch has CUDA, but no device is visible (nvidia-smi, CUDA_VISIBLE_DEVICES)"
+
+
+def _package(name: str) -> str:
+    purpose, remedy = OPTIONAL[name]
+    if importlib.util.find_spec(name) is None:
+        return f"absent ({purpose}): {remedy}"
+    try:
+        version = metadata.version(metadata.packages_distributions()[name][0])
+    except (KeyError, metadata.PackageNotFoundError):
+        version = "present, version unknown"
+    return f"{version} ({purpose})"
+
+
+def apex_state() -> str:
+    """NVIDIA apex is known by its compiled module: the distribution called `apex` on PyPI is another project."""
+    if importlib.util.find_spec("amp_C") is not None and importlib.util.find_spec("apex.optimizers") is not None:
+        return "NVIDIA apex present (optimizer.name=apex_fused_adam)"
+    if importlib.util.find_spec("apex") is not None:
+        return "a package called apex is installed, but it is not NVIDIA's (or lacks its CUDA extensions)"
+    return "absent (optimizer.name=apex_fused_adam): build NVIDIA/apex from source; PyPI's apex is another project"

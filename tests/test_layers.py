@@ -1,0 +1,114 @@
+"""The import directions of docs/architecture.md, read off the syntax trees of every file."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {
+    "dit_fast": ROOT / "dit_fast",
+    "dit_fast.kernels": ROOT / "kernels",
+    "dit_fast.train": ROOT / "train",
+    "dit_fast.benchmarks": ROOT / "benchmarks",
+}
+LOW = {"data", "config", "backend", "philox", "errors"}  # anyone may use them; they use only each other
+FLOORS = [
+    {"kernels"},
+    {"ops"},
+    {"nn"},
+    {"models"},
+    {"methods", "diffusion", "evaluation", "analysis", "checkpoint", "patch"},
+    {"train", "benchmarks", "report", "recipes"},
+    {"cli", "info"},
+]
+FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+# Within one floor. A finished run is read back through the registry of method configurations that recipes hold.
+ALLOWED = {
+    ("checkpoint", "recipes"),
+    ("train", "recipes"),
+    ("report", "recipes"),
+    ("benchmarks", "train"),
+    ("cli", "info"),
+}
+HOME_OF = {"deepspeed": {"train/zero.py", "train/reshard.py"}, "webdataset": {"dit_fast/data/stream.py"}}
+
+
+def _files():
+    for package, folder in FOLDERS.items():
+        for path in sorted(folder.rglob("*.py")):
+            yield package, path, path.relative_to(folder).with_suffix("").parts
+
+
+def _imports(path):
+    """(module, line) of every import statement, at any depth of the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                raise AssertionError(f"{path}:{node.lineno}: relative import; write the full name")
+            yield node.module, node.lineno
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def _room(module):
+    parts = module.split(".")
+    return parts[1] if parts[0] == "dit_fast" and len(parts) > 1 else None
+
+
+def test_imports_point_one_way_only():
+    wrong = []
+    for package, path, parts in _files():
+        own = _room(f"{package}.{'.'.join(parts)}")
+        if own in (None, "__init__", "__version__"):
+            continue
+        assert own in FLOOR or own in LOW, f"{path}: room '{own}' has no floor; name it in tests/test_layers.py"
+        for module, line in _imports(path):
+            other = _room(module)
+            if other in (None, own) or other not in FLOOR.keys() | LOW or (own, other) in ALLOWED:
+                continue
+            allowed = other in LOW or (own not in LOW and FLOOR[other] < FLOOR[own])
+            if not allowed:
+                wrong.append(f"{path.relative_to(ROOT)}:{line}: {own} imports {other}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("library", sorted(HOME_OF))
+def test_heavy_libraries_have_one_home(library):
+    users = {
+        str(path.relative_to(ROOT))
+        for _, path, _ in _files()
+        for module, _ in _imports(path)
+        if module and module.split(".")[0] == library
+    }
+    assert users <= HOME_OF[library]
+
+
+def test_importing_the_package_is_light():
+    code = (
+        "import sys, dit_fast, dit_fast.ops, dit_fast.models, dit_fast.methods, dit_fast.diffusion\n"
+        "heavy = {'triton', 'deepspeed', 'webdataset', 'matplotlib', 'diffusers'} & set(sys.modules)\n"
+        "bare = {'kernels', 'train', 'benchmarks'} & set(sys.modules)\n"
+        "print(sorted(heavy), sorted(bare))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert result.stdout.strip() == "[] []"
+
+
+def test_no_file_in_train_bears_the_name_of_a_library():
+    # `deepspeed train/__main__.py` puts train/ first on sys.path
+    names = {path.stem for path in (ROOT / "train").glob("*.py")} - {"__init__", "__main__"}
+    assert not names & sys.stdlib_module_names
+    assert not names & {"deepspeed", "torch", "numpy", "webdataset", "datasets", "wandb", "tensorboard", "types"}
+
+
+def test_files_stay_readable():
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for _, path, _ in _files()
+        if (lines := len(path.read_text().splitlines())) > 400
+    }
+    assert not long
