@@ -1,0 +1,105 @@
+"""Properties that define the similarity measures, and one value worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from dit_fast.analysis.similarity import cka_matrix, effective_rank, linear_cka, token_cosine_matrix
+from dit_fast.errors import UserError
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def rotation(size, seed=1):
+    return torch.linalg.qr(draw(size, size, seed=seed)).Q
+
+
+def test_equal_representations_have_cka_one():
+    x = draw(40, 7)
+    assert linear_cka(x, x).item() == pytest.approx(1.0, abs=1e-12)
+
+
+def test_cka_ignores_rotation_scale_and_shift():
+    x, y = draw(40, 7), draw(40, 11, seed=2)
+    reference = linear_cka(x, y).item()
+    moved = 3.5 * y @ rotation(11) + draw(11, seed=3)
+    assert 0.01 < reference < 0.9
+    assert linear_cka(x, moved).item() == pytest.approx(reference, abs=1e-12)
+    assert linear_cka(y, x).item() == pytest.approx(reference, abs=1e-12)
+
+
+def test_cka_notices_an_uneven_stretch():
+    x, y = draw(40, 4), draw(40, 4, seed=2)
+    stretched = y * torch.tensor([100.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    assert abs(linear_cka(x, stretched).item() - linear_cka(x, y).item()) > 1e-3
+
+
+def test_cka_of_columns_that_do_not_correlate_is_zero():
+    x = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]])
+    y = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]])
+    assert linear_cka(x, y).item() == 0.0
+
+
+def test_cka_against_kernel_form():
+    # methods.md 2.9: HSIC(K, L) = Tr(KHLH) / (n - 1)^2
+    x, y = draw(9, 3), draw(9, 5, seed=4)
+    centre = torch.eye(9, dtype=torch.float64) - 1 / 9
+
+    def hsic(k, other):
+        return torch.trace(k @ centre @ other @ centre) / 64
+
+    k, other = x @ x.T, y @ y.T
+    expected = hsic(k, other) / (hsic(k, k) * hsic(other, other)).sqrt()
+    assert linear_cka(x, y).item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_constant_feature_gives_zero_not_nan():
+    assert linear_cka(torch.ones(5, 3), draw(5, 3)).item() == 0.0
+
+
+@pytest.mark.parametrize("shapes", [((5, 2), (4, 2)), ((1, 2), (1, 2)), ((5, 2, 2), (5, 2))])
+def test_cka_refuses_shapes_without_common_samples(shapes):
+    with pytest.raises(UserError, match="linear_cka"):
+        linear_cka(*(draw(*shape) for shape in shapes))
+
+
+def test_matrix_is_symmetric_pools_tokens_and_takes_strided_input():
+    wide = draw(12, 6, 10)
+    features = [wide[..., ::2], draw(12, 3, 5, seed=5).float(), wide[..., ::2] @ rotation(5)]
+    matrix = cka_matrix(features)
+    assert matrix.shape == (3, 3)
+    torch.testing.assert_close(matrix, matrix.T, rtol=0, atol=0)
+    torch.testing.assert_close(matrix.diagonal(), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-12)
+    expected = linear_cka(features[0].mean(1), features[1].double().mean(1))
+    assert matrix[0, 1].item() == pytest.approx(expected.item(), abs=1e-12)
+    assert matrix[0, 2].item() == pytest.approx(1.0, abs=1e-12)
+
+
+def test_token_cosine_of_known_angles():
+    along, across = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
+    along[..., 0] = 2.0
+    across[..., 1] = 5.0
+    half = across.clone()
+    half[..., 0] = 5.0
+    matrix = token_cosine_matrix([along, across, half, -along])
+    expected = torch.tensor([1.0, 0.0, math.sqrt(0.5), -1.0], dtype=torch.float64)
+    torch.testing.assert_close(matrix[0], expected, rtol=0, atol=1e-12)
+
+
+def test_effective_rank_counts_directions():
+    rows = torch.cat([torch.eye(4), -torch.eye(4)])
+    assert effective_rank(rows).item() == pytest.approx(4.0, abs=1e-9)
+    assert effective_rank(draw(30, 1) @ draw(1, 6, seed=1)).item() == pytest.approx(1.0, abs=1e-6)
+    assert effective_rank(torch.ones(2, 3, 4)).item() == 0.0
+
+
+def test_features_of_different_sample_counts_are_refused():
+    with pytest.raises(UserError, match="feature 1"):
+        cka_matrix([draw(4, 2, 3), draw(5, 2, 3)])
+    with pytest.raises(UserError, match="feature 1"):
+        token_cosine_matrix([draw(4, 2, 3), draw(4, 2, 2)])
+    with pytest.raises(UserError, match="at least one"):
+        cka_matrix([])
