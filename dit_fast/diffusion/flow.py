@@ -1,0 +1,39 @@
+"""Flow matching with velocity prediction (SiT, REPA): the mean squared error of the velocity, per sample."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dit_fast.diffusion.paths import Path, as_path
+from dit_fast.diffusion.times import TimeSampler, uniform
+
+
+def flow_loss(
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    t: Tensor | None = None,
+    noise: Tensor | None = None,
+    path: Path | str = "linear",
+    generator: torch.Generator | None = None,
+    times: TimeSampler | None = None,
+) -> Tensor:
+    """Mean over C, H, W of (model(x_t, t, y) - v)^2 as float32 [N] (float64 for float64 inputs).
+
+    x: latents [N, C, H, W]; y: labels [N]. t [N] and noise (shape of x) are drawn where not given, t first: from
+    `times` (uniform by default) and the standard normal, with `generator` or torch's own.
+    """
+    device = x.device if generator is None else generator.device
+    if t is None:
+        t = (times or uniform()).sample(len(x), generator, x.device)
+    if noise is None:
+        noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+    noised, target = as_path(path).interpolate(x, noise, t)
+    return velocity_error(model(noised, t, y), target)
+
+
+def velocity_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over all but the first dimension, [N], in at least float32."""
+    wide = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
+    return (prediction.to(wide) - target.to(wide)).square().flatten(1).mean(1)

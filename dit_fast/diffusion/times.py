@@ -1,0 +1,64 @@
+"""Distributions of the training time t in (0, 1): one formula for draws from a generator and for keyed draws."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dit_fast import philox
+from dit_fast.diffusion.paths import Path, as_path
+from dit_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class TimeSampler:
+    """t = transform(z) with z standard uniform or standard normal."""
+
+    source: Literal["uniform", "normal"]
+    transform: Callable[[Tensor], Tensor]
+
+    def sample(
+        self, count: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """float32 [count] on `device`, drawn on the generator's device (torch's own generator if None)."""
+        draw = torch.rand if self.source == "uniform" else torch.randn
+        origin = device if generator is None else generator.device
+        return self.transform(draw(count, generator=generator, device=origin).to(device))
+
+    def keyed(self, seed: int, positions: Tensor, stream: int = philox.Stream.TIME) -> Tensor:
+        """float32 [N], a function of (seed, position, stream) alone; positions int64 [N]."""
+        draw = philox.uniform if self.source == "uniform" else philox.normal
+        return self.transform(draw(seed, positions, stream, ()))
+
+
+def uniform() -> TimeSampler:
+    """t uniform in [0, 1)."""
+    return TimeSampler("uniform", lambda u: u)
+
+
+def logit_normal(mean: float = 0.0, std: float = 1.0) -> TimeSampler:
+    """t = sigmoid(mean + std z), z standard normal (Esser et al., arXiv 2403.03206, Sec. 3.1)."""
+    if not (math.isfinite(mean) and 0 < std < math.inf):
+        raise UserError(f"logit_normal needs a finite mean and a positive std, not mean={mean}, std={std}")
+    return TimeSampler("normal", lambda z: torch.sigmoid(mean + std * z))
+
+
+def lognormal(path: Path | str = "linear") -> TimeSampler:
+    """The published "lognormal": s = exp(z), then t = s / (1 + s) (linear path) or (2/pi) atan(s) (cosine path)."""
+    if as_path(path).name == "linear":
+        return logit_normal(0.0, 1.0)
+    return TimeSampler("normal", lambda z: 2 / math.pi * torch.atan(torch.exp(z)))
+
+
+def time_sampler(name: str, path: Path | str = "linear", mean: float = 0.0, std: float = 1.0) -> TimeSampler:
+    """The sampler of a configuration: "uniform", "lognormal" (depends on the path) or "logit_normal" (mean, std)."""
+    if name == "uniform":
+        return uniform()
+    if name == "lognormal":
+        return lognormal(path)
+    if name == "logit_normal":
+        return logit_normal(mean, std)
+    raise UserError(f"unknown time sampler '{name}'; valid: uniform, lognormal, logit_normal")

@@ -1,0 +1,215 @@
+"""Diversity loss of DiverseDiT (arXiv 2603.04239, Sec. 3.2) as a function of statistics.
+
+The three terms need no features, only sums per block and channel and one K x K matrix of summed token cosines. A
+choice of pairs is a weight matrix on top, so all pairs cost as much as ten. This file is the reference: plain torch,
+float32 inside (float64 stays float64), no host synchronisation and no Python branch on a tensor.
+
+A NaN or infinity in any feature makes the total NaN; the caller decides what a step with such a loss does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dit_fast.backend import choose, register
+from dit_fast.errors import UserError
+
+EPS = 1e-8
+PAPER_COEFFICIENT = 0.33
+
+register("diversity_loss")
+
+
+@dataclass(frozen=True)
+class DiversityStats:
+    """Sums over the M = N * T tokens of K blocks of width D; float32, or float64 for float64 features.
+
+    sums, abs_sums, square_sums [K, D]: of x, |x| and x^2 per channel. pair_sums [K, K]: cosines of the same token in
+    two blocks. count, 0-d: M.
+    """
+
+    sums: Tensor
+    abs_sums: Tensor
+    square_sums: Tensor
+    pair_sums: Tensor
+    count: Tensor
+
+
+@dataclass(frozen=True)
+class DiversityLoss:
+    """0-d tensors, each differentiable, and the pairs (i, j) that entered the first two terms."""
+
+    total: Tensor
+    orthogonality: Tensor
+    mutual_information: Tensor
+    dispersion: Tensor
+    pairs: tuple[tuple[int, int], ...]
+
+
+def diversity_stats(features: Sequence[Tensor] | Tensor, backend: str = "auto") -> DiversityStats:
+    """Statistics of K block features [N, T, D] (a sequence, or stacked [K, N, T, D]), all of one shape.
+
+    Token norms below 1e-8 count as 1e-8. Raises UserError for other shapes and for an unknown backend.
+    """
+    x = _stack(features)
+    choose("diversity_loss", backend, x.device.type)
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1, 2)
+        directions = (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS)).flatten(1)
+        return DiversityStats(
+            sums=x.sum(1),
+            abs_sums=x.abs().sum(1),
+            square_sums=x.square().sum(1),
+            pair_sums=directions @ directions.T,
+            count=x.new_full((), x.shape[1]),
+        )
+
+
+def diversity_loss(
+    features: Sequence[Tensor] | Tensor,
+    pairs: Literal["all"] | Sequence[tuple[int, int]] = "all",
+    variant: Literal["release", "paper"] = "release",
+    scope: Literal["rank", "global"] = "rank",
+    backend: str = "auto",
+) -> DiversityLoss:
+    """Mean cosine of block means, mean token cosine, and minus the spread of channel usage.
+
+    features: K tensors [N, T, D], as a sequence or stacked. pairs: "all", or block indices (i, j) into `features`.
+    variant "release" (published code): |mean token cosine| per pair, spread over all blocks clamp(4 Var, 0, 1), total =
+    sum / 3.
+    variant "paper" (Eq. 10-15): signed mean cosine, spread over the blocks that occur in the pairs, Var without factor
+    or clamp (the absolute value inside the usage is kept: without it the division by the maximum is ill-posed), total =
+    0.33 * sum.
+    scope "global": statistics of all ranks of the default process group. Gradients are then those of the whole batch
+    once the ranks' gradients are averaged. Without an initialised process group it equals "rank".
+
+    Fewer than two blocks give zeros. Raises UserError for wrong shapes, for an unknown variant, scope or backend, and
+    for pairs that are empty, out of range, or join a block with itself.
+    """
+    if variant not in ("release", "paper"):
+        raise UserError(f"unknown diversity variant '{variant}'; valid: release, paper")
+    if scope not in ("rank", "global"):
+        raise UserError(f"unknown diversity scope '{scope}'; valid: rank, global")
+    chosen = _resolve_pairs(pairs, len(features))
+    if len(features) < 2:
+        like = features[0] if len(features) else torch.zeros(())
+        zero = torch.zeros((), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        return DiversityLoss(zero, zero, zero, zero, chosen)
+    stats = diversity_stats(features, backend)
+    return _combine(_reduce_over_ranks(stats) if scope == "global" else stats, chosen, variant)
+
+
+def diversity_tap(x: Tensor) -> tuple[Tensor, DiversityStats]:
+    """Identity on one block's features [N, T, D] that hands out their statistics (K = 1).
+
+    Whatever gradient the statistics receive is added to x's own in one pass of the backward. `pair_sums` [1, 1] carries
+    no gradient: a token's cosine with itself is constant.
+    """
+    same, sums, abs_sums, square_sums, pair_sums = _Tap.apply(x)
+    stats = DiversityStats(sums, abs_sums, square_sums, pair_sums, sums.new_full((), x.shape[0] * x.shape[1]))
+    return same, stats
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x)
+        stats = diversity_stats(x.detach()[None])
+        ctx.mark_non_differentiable(stats.pair_sums)
+        return x.view_as(x), stats.sums, stats.abs_sums, stats.square_sums, stats.pair_sums
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, sums: Tensor, abs_sums: Tensor, square_sums: Tensor, _: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        wide = x.to(sums.dtype)
+        return (grad.to(sums.dtype) + sums + abs_sums * wide.sign() + 2 * square_sums * wide).to(x.dtype)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce whose backward all-reduces too: every rank's loss depends on every rank's statistics."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+def _reduce_over_ranks(stats: DiversityStats) -> DiversityStats:
+    if not (dist.is_available() and dist.is_initialized()):
+        return stats
+    parts = [stats.sums, stats.abs_sums, stats.square_sums, stats.pair_sums, stats.count]
+    flat = _SumOverRanks.apply(torch.cat([part.reshape(-1) for part in parts]))
+    pieces = flat.split([part.numel() for part in parts])
+    return DiversityStats(*(piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)))
+
+
+def _combine(stats: DiversityStats, pairs: tuple[tuple[int, int], ...], variant: str) -> DiversityLoss:
+    weights, members = _pair_weights(pairs, stats.sums)
+    means = stats.sums / stats.count
+    directions = means / torch.linalg.vector_norm(means, dim=-1, keepdim=True).clamp_min(EPS)
+    with torch.autocast(means.device.type, enabled=False):
+        orthogonality = (weights * (directions @ directions.T)).sum()
+    cosines = stats.pair_sums / stats.count
+    # sqrt(max(x, eps^2)) is max(sqrt(x), eps) with a finite gradient at a channel that is zero everywhere.
+    usage = stats.abs_sums / stats.count / stats.square_sums.clamp_min(EPS**2).sqrt()
+    if variant == "release":
+        mutual_information = (weights * cosines.abs()).sum()
+        spread = _spread(usage.sum(0) / (len(usage) + EPS))
+        dispersion = -(spread / 0.25).clamp(0, 1)
+        total = (orthogonality + mutual_information + dispersion) / 3
+    else:
+        mutual_information = (weights * cosines).sum()
+        dispersion = -_spread((members[:, None] * usage).sum(0) / (members.sum() + EPS))
+        total = PAPER_COEFFICIENT * (orthogonality + mutual_information + dispersion)
+    return DiversityLoss(total, orthogonality, mutual_information, dispersion, pairs)
+
+
+def _spread(usage: Tensor) -> Tensor:
+    return (usage / (usage.amax() + EPS)).var(correction=0)
+
+
+def _pair_weights(pairs: tuple[tuple[int, int], ...], like: Tensor) -> tuple[Tensor, Tensor]:
+    """[K, K] weights 1/|P| per listed pair, and [K] ones for blocks that occur; sent without waiting for the device."""
+    count = len(like)
+    table = [[0.0] * count for _ in range(count + 1)]
+    for i, j in pairs:
+        table[i][j] += 1 / len(pairs)
+        table[count][i] = table[count][j] = 1.0
+    both = torch.tensor(table, dtype=like.dtype).to(like.device, non_blocking=True)
+    return both[:-1], both[-1]
+
+
+def _resolve_pairs(pairs: Literal["all"] | Sequence[tuple[int, int]], count: int) -> tuple[tuple[int, int], ...]:
+    if isinstance(pairs, str):
+        if pairs != "all":
+            raise UserError(f"pairs='{pairs}' is not a list of (i, j); valid name here: all (others: select_pairs)")
+        return tuple((i, j) for i in range(count) for j in range(i + 1, count))
+    chosen = tuple((int(i), int(j)) for i, j in pairs)
+    if not chosen:
+        raise UserError('pairs is empty; give at least one (i, j) or "all"')
+    for i, j in chosen:
+        if i == j or not (0 <= i < count and 0 <= j < count):
+            raise UserError(f"pair ({i}, {j}) is not two different blocks of 0..{count - 1}")
+    return chosen
+
+
+def _stack(features: Sequence[Tensor] | Tensor) -> Tensor:
+    if not len(features):
+        raise UserError("features is empty; give K block features [N, T, D]")
+    shapes = {tuple(feature.shape) for feature in features}
+    if len(shapes) > 1 or features[0].dim() != 3 or not features[0].numel():
+        listed = ", ".join(str(list(shape)) for shape in sorted(shapes))
+        raise UserError(f"features must be non-empty [N, T, D] of one shape, not {listed}")
+    return features if isinstance(features, Tensor) else torch.stack(tuple(features))
