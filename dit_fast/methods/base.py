@@ -1,0 +1,140 @@
+"""What a training method is: the block outputs it reads, the modules it adds, and its named loss terms.
+
+The trainer knows no method by name. It asks the composition of the configured ones which blocks to hand out and which
+shard fields to read, lets them add modules, and adds `weight * value` of their terms to the flow loss.
+`docs/methods.md` shows how to write one.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from dit_fast.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of the loss: `weight * value`, both 0-d, plus further 0-d tensors to be logged under full names.
+
+    A weight that is a tensor may carry a gradient of its own.
+    """
+
+    value: Tensor
+    weight: Tensor | float = 1.0
+    logs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the choice of block outputs may depend on: sizes, never weights."""
+
+    depth: int
+    hidden_size: int
+    num_tokens: int
+    input_size: int
+    in_channels: int
+
+    @classmethod
+    def of(cls, model: Any) -> "ModelFacts":
+        """Facts of a model that has attributes of these names (SiT)."""
+        return cls(model.depth, model.hidden_size, model.num_tokens, model.input_size, model.in_channels)
+
+
+@dataclass
+class StepContext:
+    """One micro-batch after the model's forward.
+
+    model: the bare model, with whatever methods attached. latents, noise, noised (x_t), target (v), prediction:
+    [N, C, H, W]. t [N]; labels int64 [N], after label dropout. features: block index from 0 -> output [N, T, D], at
+    least the blocks that this method asked for. batch: further shard fields by name, and "position" int64 [N], each
+    sample's position in the run (the key of all its random numbers). step counts optimizer steps; seed is the run's.
+    """
+
+    model: nn.Module
+    latents: Tensor
+    noise: Tensor
+    t: Tensor
+    labels: Tensor
+    noised: Tensor
+    target: Tensor
+    prediction: Tensor
+    features: Mapping[int, Tensor]
+    batch: Mapping[str, Tensor]
+    step: int
+    seed: int
+
+
+class Method(ABC):
+    """A training method. Subclasses set `name` and `Config` (a frozen dataclass with defaults and the same `name`)."""
+
+    name: ClassVar[str]
+    Config: ClassVar[type]
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    def batch_fields(self) -> tuple[str, ...]:
+        """Shard members it reads beside latents and labels."""
+        return ()
+
+    def taps(self, facts: ModelFacts) -> frozenset[int]:
+        """Blocks, from 0, whose outputs `terms` reads. Raises ConfigError where the configuration does not fit."""
+        return frozenset()
+
+    def attach(self, model: nn.Module, dataset_info: Any) -> None:  # noqa: B027 (most methods add nothing)
+        """Adds its modules with `model.add_extra(name, module)`; called once, before the optimizer is built."""
+
+    @abstractmethod
+    def terms(self, context: StepContext) -> dict[str, Term]:
+        """Loss terms by full name, "<method>/<term>". No host synchronisation, no Python branch on a tensor."""
+
+
+class Methods(Sequence[Method]):
+    """Several methods as one: unions of what they need, terms side by side. An empty one is plain flow matching."""
+
+    def __init__(self, methods: Sequence[Method]):
+        names = [method.name for method in methods]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"method '{name}' is listed twice; keep one")
+        self._methods = tuple(methods)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._methods[index]
+
+    def __len__(self) -> int:
+        return len(self._methods)
+
+    def __iter__(self) -> Iterator[Method]:
+        return iter(self._methods)
+
+    def batch_fields(self) -> tuple[str, ...]:
+        """Each field once, in the order of the methods."""
+        return tuple(dict.fromkeys(name for method in self for name in method.batch_fields()))
+
+    def taps(self, facts: ModelFacts) -> tuple[int, ...]:
+        """Ascending block indices. Raises ConfigError for one that the model does not have, naming the method."""
+        for method in self:
+            for block in method.taps(facts):
+                if not 0 <= block < facts.depth:
+                    raise ConfigError(
+                        f"method '{method.name}' reads block {block}; this model has 0..{facts.depth - 1}"
+                    )
+        return tuple(sorted({block for method in self for block in method.taps(facts)}))
+
+    def attach(self, model: nn.Module, dataset_info: Any) -> None:
+        for method in self:
+            method.attach(model, dataset_info)
+
+    def terms(self, context: StepContext) -> dict[str, Term]:
+        """All terms by full name. Raises ConfigError for a name outside its method's prefix."""
+        collected: dict[str, Term] = {}
+        for method in self:
+            for name, term in method.terms(context).items():
+                if not name.startswith(f"{method.name}/"):
+                    raise ConfigError(f"method '{method.name}' names a term '{name}'; use '{method.name}/{name}'")
+                collected[name] = term
+        return collected

@@ -1,0 +1,151 @@
+"""DiverseDiT (arXiv 2603.04239): blocks are pushed to differ, with a weight that follows the loss itself.
+
+Paper and published code disagree on the pairs, the variant of the terms and whether the weight is differentiated; each
+is an option. Defaults: the published pairs and terms, and the weight as a weight (detached), as the paper means it.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dit_fast import philox
+from dit_fast.errors import ConfigError, UserError
+from dit_fast.methods.base import Method, ModelFacts, StepContext, Term
+from dit_fast.ops import diversity_loss
+
+POLICIES = ("release", "anchor", "random_layers", "all")
+WEIGHTS = ("paper", "continuous", "constant")
+LAYER_STREAM = philox.Stream.METHOD
+
+
+def adaptive_weight(
+    loss: Tensor,
+    low: float = 0.1,
+    high: float = 0.5,
+    form: Literal["paper", "continuous"] = "paper",
+    detach: bool = True,
+) -> Tensor:
+    """Weight of the diversity loss, 0-d, as a function of the loss itself (0-d).
+
+    "paper" (Sec. 3.2, and the code): 1 above `high`, (loss - low) / high above `low`, else 0; it jumps at `high`.
+    "continuous": clip((loss - low) / (high - low), 0, 1). detach=False lets gradients flow through the weight, as in
+    the published trainer. Raises UserError for an unknown form or unless 0 <= low < high.
+    """
+    if form not in ("paper", "continuous"):
+        raise UserError(f"unknown form '{form}' of the adaptive weight; valid: paper, continuous")
+    if not 0 <= low < high:
+        raise UserError(f"the adaptive weight needs 0 <= low < high, not low={low}, high={high}")
+    loss = loss.detach() if detach else loss
+    if form == "continuous":
+        return ((loss - low) / (high - low)).clamp(0, 1)
+    ramp = torch.where(loss > low, (loss - low) / high, torch.zeros_like(loss))
+    return torch.where(loss > high, torch.ones_like(loss), ramp)
+
+
+def select_pairs(
+    policy: str, num_blocks: int, encoder_depth: int | None = None, k: int = 10, seed: int = 0, step: int = 0
+) -> list[tuple[int, int]]:
+    """Pairs (i, j), i < j, of blocks counted from 0. encoder_depth: aligned block counted from 1; None: no projection.
+
+    "release": the published loop. With m = min(k, all pairs) it takes the first m of i = m - e - 1, ..., m + e - 1 and
+    j = i + 1, ..., L - 1; without projection i starts at 0. "anchor": the aligned block (block 0 without projection)
+    and k others, following ones first. "random_layers": all pairs among k blocks drawn anew for each (seed, step).
+    Raises ConfigError for an unknown policy, and where "release" would count from the last block backwards (the
+    published code then pairs wrong blocks) or finds no pair.
+    """
+    blocks = range(num_blocks)
+    everything = [(i, j) for i in blocks for j in blocks if i < j]
+    if policy == "all":
+        return everything
+    if policy not in POLICIES:
+        raise ConfigError(f"unknown pair policy '{policy}'; valid: {', '.join(POLICIES)}")
+    if encoder_depth is not None and not 1 <= encoder_depth <= num_blocks:
+        raise ConfigError(f"encoder_depth={encoder_depth} is not one of the blocks 1..{num_blocks}")
+    if k < 1 + (policy == "random_layers"):
+        raise ConfigError(f"k={k} gives no pair with policy '{policy}'; raise it")
+    if policy == "random_layers":
+        words = philox.uint32_numpy(seed, np.array([step]), LAYER_STREAM, num_blocks)[0]
+        kept = set(np.argsort(words, kind="stable")[:k].tolist())
+        return [(i, j) for i, j in everything if i in kept and j in kept]
+    if policy == "anchor":
+        anchor = 0 if encoder_depth is None else encoder_depth - 1
+        others = [*range(anchor + 1, num_blocks), *range(anchor - 1, -1, -1)][:k]
+        return sorted((min(anchor, other), max(anchor, other)) for other in others)
+    limit = min(k, len(everything))
+    outer = blocks if encoder_depth is None else range(limit - encoder_depth - 1, limit + encoder_depth)
+    if outer.start < 0:
+        raise ConfigError(
+            f"pairs 'release' with encoder_depth={encoder_depth} starts at block {outer.start}; "
+            f"use encoder_depth <= {limit - 1} or another policy"
+        )
+    pairs = [(i, j) for i in outer for j in range(i + 1, num_blocks)][:limit]
+    if not pairs:
+        raise ConfigError(
+            f"pairs 'release' finds none for {num_blocks} blocks and encoder_depth={encoder_depth}; use 'all'"
+        )
+    return pairs
+
+
+class DiverseDiT(Method):
+    """The diversity loss with its adaptive weight. The long skips are the model's (`skip_wiring`)."""
+
+    name = "diversedit"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """encoder_depth: block aligned by REPA, counted from 1; it only steers the pairs. k: see `select_pairs`."""
+
+        name: ClassVar[str] = "diversedit"
+        pairs: Literal["release", "anchor", "random_layers", "all"] = "release"
+        k: int = 10
+        encoder_depth: int | None = None
+        variant: Literal["release", "paper"] = "release"
+        weight: Literal["paper", "continuous", "constant"] = "paper"
+        weight_constant: float = 1e-3  # weight="constant"; the value of the authors' later branch
+        detach_weight: bool = True
+        low: float = 0.1
+        high: float = 0.5
+        scope: Literal["rank", "global"] = "rank"
+
+        def __post_init__(self) -> None:
+            if self.weight not in WEIGHTS:
+                raise ConfigError(f"unknown weight '{self.weight}' of diversedit; valid: {', '.join(WEIGHTS)}")
+
+    def taps(self, facts: ModelFacts) -> frozenset[int]:
+        """All blocks, or only those in the pairs where nothing else is read (variant "paper", pairs that stay)."""
+        pairs = self._pairs(facts.depth, 0, 0)
+        if self.config.variant == "paper" and self.config.pairs != "random_layers":
+            return frozenset(block for pair in pairs for block in pair)
+        return frozenset(range(facts.depth))
+
+    def terms(self, context: StepContext) -> dict[str, Term]:
+        facts = ModelFacts.of(context.model)
+        pairs = self._pairs(facts.depth, context.seed, context.step)
+        read = {block for pair in pairs for block in pair} if self.config.variant == "paper" else range(facts.depth)
+        place = {block: number for number, block in enumerate(sorted(read))}
+        loss = diversity_loss(
+            [context.features[block] for block in place],
+            [(place[i], place[j]) for i, j in pairs],
+            self.config.variant,
+            self.config.scope,
+        )
+        weight = self._weight(loss.total)
+        logs = {
+            "diversedit/orthogonality": loss.orthogonality,
+            "diversedit/mutual_information": loss.mutual_information,
+            "diversedit/dispersion": loss.dispersion,
+            "diversedit/weight": weight,
+        }
+        return {"diversedit/total": Term(loss.total, weight, {name: value.detach() for name, value in logs.items()})}
+
+    def _pairs(self, depth: int, seed: int, step: int) -> list[tuple[int, int]]:
+        return select_pairs(self.config.pairs, depth, self.config.encoder_depth, self.config.k, seed, step)
+
+    def _weight(self, loss: Tensor) -> Tensor:
+        config = self.config
+        if config.weight == "constant":
+            return torch.full_like(loss, config.weight_constant)
+        return adaptive_weight(loss, config.low, config.high, config.weight, config.detach_weight)
