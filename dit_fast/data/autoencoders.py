@@ -1,0 +1,114 @@
+"""Autoencoders behind one interface, chosen by a spec: `pca:FILE`, `diffusers:DIR`, `taef2:DIR`."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from dit_fast.errors import ConfigError, DataError
+
+FORMS = "pca:FILE.safetensors (patch PCA), diffusers:DIR (AutoencoderKL or AutoencoderTiny saved there), taef2:DIR (FLUX.2's tiny one)"
+
+
+class Autoencoder(Protocol):
+    """Images to latents and back. Model-space latents are (mean + std * noise) * scale + shift.
+
+    factor: pixels per latent along a side. scale, shift: one number or one per channel. identity: kind and hash of the
+    weights; equal identities give equal latents.
+    """
+
+    identity: str
+    scale: float | Sequence[float]
+    shift: float | Sequence[float]
+    factor: int
+    channels: int
+
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """images float [N, 3, S, S] in [-1, 1] -> mean, std [N, channels, S/factor, S/factor], unscaled."""
+        ...
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Unscaled latents [N, channels, h, w] -> images [N, 3, h * factor, w * factor] in [-1, 1]."""
+        ...
+
+    def to(self, device: torch.device | str) -> "Autoencoder":
+        """Moves the weights; returns itself."""
+        ...
+
+
+def load_autoencoder(spec: str) -> Autoencoder:
+    """The autoencoder a spec names. Raises ConfigError for an unknown form, DataError for missing or damaged files."""
+    kind, separator, path = spec.partition(":")
+    if not separator or kind not in ("pca", "diffusers", "taef2") or not path:
+        raise ConfigError(f"unknown autoencoder '{spec}'; valid forms: {FORMS}")
+    if kind == "pca":
+        from dit_fast.data.patch_pca import PatchPCA
+
+        return PatchPCA.load(path)
+    if kind == "taef2":
+        from dit_fast.data.taef2 import TinyFlux2
+
+        return TinyFlux2.load(path)
+    return DiffusersAutoencoder(path)
+
+
+def weights_identity(kind: str, files: Sequence[Path]) -> str:
+    """`kind:` and 16 hex digits of the sha256 over the files."""
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return f"{kind}:{digest.hexdigest()[:16]}"
+
+
+class DiffusersAutoencoder:
+    """`AutoencoderKL` or `AutoencoderTiny` of diffusers from a local folder; nothing is downloaded.
+
+    Model-space latents of diffusers are (z - shift_factor) * scaling_factor, so here shift = -shift_factor *
+    scaling_factor. Raises DataError when diffusers or the folder is missing.
+    """
+
+    def __init__(self, folder: str):
+        path = Path(folder)
+        config = path / "config.json"
+        if not config.is_file():
+            raise DataError(f"{config}: missing; give the folder that save_pretrained wrote (often called vae)")
+        try:
+            import diffusers
+        except ImportError:
+            raise DataError("autoencoder diffusers:DIR needs diffusers; run `pip install 'dit_fast[diffusers]'`") from None
+        name = diffusers.ConfigMixin._dict_from_json_file(str(config)).get("_class_name")
+        kinds = {"AutoencoderKL": diffusers.AutoencoderKL, "AutoencoderTiny": diffusers.AutoencoderTiny}
+        weights = sorted(path.glob("*.safetensors"))
+        if name not in kinds or not weights:
+            raise DataError(f"{path}: holds '{name}' with {len(weights)} safetensors files; need AutoencoderKL or AutoencoderTiny")
+        try:
+            self._model = kinds[name].from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise DataError(f"{path}: cannot be loaded ({str(error).splitlines()[0]})") from None
+        self._model.requires_grad_(False).eval()
+        settings = self._model.config
+        self.scale = float(settings.scaling_factor)
+        self.shift = -float(getattr(settings, "shift_factor", None) or 0.0) * self.scale
+        self.channels = int(settings.latent_channels)
+        self.factor = 2 ** (len(settings.block_out_channels) - 1)
+        self.identity = weights_identity(f"diffusers-{name}", weights)
+        self._stochastic = name == "AutoencoderKL"
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        encoded = self._model.encode(images)
+        if self._stochastic:
+            return encoded.latent_dist.mean, encoded.latent_dist.std
+        return encoded.latents, torch.zeros_like(encoded.latents)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self._model.decode(latents).sample
+
+    def to(self, device: torch.device | str) -> "DiffusersAutoencoder":
+        self._model.to(device)
+        return self

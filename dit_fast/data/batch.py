@@ -1,0 +1,77 @@
+"""From the bytes of a sample's members to the tensors of a micro-batch; shared by both readers."""
+
+import io
+import zlib
+
+import numpy as np
+import torch
+
+from dit_fast.data.dataset import LatentDataset
+from dit_fast.data.shards import FIELD_MEMBERS, NpyParser
+from dit_fast.errors import DataError
+
+
+class BatchBuilder:
+    """Collects samples into preallocated arrays. fields: extra ones, of "image" and "features"."""
+
+    def __init__(self, dataset: LatentDataset, fields: tuple[str, ...], check_crc: bool = True):
+        dataset.require(fields)
+        self.dataset, self.check_crc = dataset, check_crc
+        self.names = ("moments", *fields)
+        self.members = tuple(FIELD_MEMBERS[name] for name in self.names)
+        self._parse = NpyParser()
+
+    def place(self, shard: int, row: int, column: str) -> tuple[int, int, int]:
+        """(offset, length, crc32) of a member of a sample, from the shard's index."""
+        index = self.dataset.indexes[shard]
+        position = index.members.index(column)
+        return int(index.offset[row, position]), int(index.length[row, position]), int(index.crc[row, position])
+
+    def describe(self, shard: int, row: int, member: str) -> str:
+        """`ROOT/shard-000003.tar: 000001234.moments.npy`, for messages."""
+        key = self.dataset.indexes[shard].first_key + row
+        return f"{self.dataset.root}/{self.dataset.info.shards[shard].name}: {key:09d}.{member}"
+
+    def check(self, data: bytes, shard: int, row: int, member: str) -> None:
+        """Raises DataError when the bytes are not those the index was made from."""
+        _, length, crc = self.place(shard, row, member)
+        name = self.describe(shard, row, member)
+        if len(data) != length:
+            raise DataError(f"{name} has {len(data)} bytes where the index says {length}; restore or rebuild the shard")
+        if self.check_crc and zlib.crc32(data) != crc:
+            raise DataError(f"{name} is corrupt (crc32 differs from the index); restore or rebuild the shard")
+
+    def build(self, positions: np.ndarray, samples: list[tuple[int, int, tuple[bytes, ...]]]) -> dict[str, torch.Tensor]:
+        """The micro-batch of the contract. positions: int64 [n]; samples: (shard, row, bytes per member) in that order."""
+        n, info = len(samples), self.dataset.info
+        batch: dict[str, torch.Tensor] = {
+            "moments": torch.empty((n, 2, info.channels, info.size, info.size), dtype=torch.float32),
+            "label": torch.from_numpy(
+                np.array([self.dataset.indexes[shard].label[row] for shard, row, _ in samples], np.int64)
+            ),
+            "position": torch.from_numpy(np.array(positions, np.int64)),
+        }
+        if "image" in self.names:
+            batch["image"] = torch.empty((n, 3, info.image_size or 0, info.image_size or 0), dtype=torch.uint8)
+        if "features" in self.names:
+            batch["features"] = torch.empty((n, *(info.feature_shape or (0, 0))), dtype=torch.float32)
+        for i, (shard, row, payload) in enumerate(samples):
+            for name, member, data in zip(self.names, self.members, payload, strict=True):
+                where = self.describe(shard, row, member)
+                array = decode_png(data, where) if member == "png" else self._parse(data, where)
+                target = batch[name][i].numpy()
+                if array.shape != target.shape:
+                    raise DataError(f"{where} has shape {array.shape}, expected {target.shape}; rebuild the shard")
+                target[...] = array
+        return batch
+
+
+def decode_png(data: bytes, where: str) -> np.ndarray:
+    """uint8 [3, H, W] of a PNG. Raises DataError naming `where`."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{where} is not a readable PNG ({error}); rebuild the shard") from None

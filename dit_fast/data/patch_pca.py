@@ -1,0 +1,104 @@
+"""Closed-form autoencoder: principal components of image patches. No weights to download, deterministic (std = 0).
+
+Each patch of 3 * p * p values is projected on the leading eigenvectors of the patch covariance. Channels are scaled by
+1 / sqrt(their standard deviation), not to unit variance: the leading ones carry most of the picture and stay larger.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dit_fast.data.autoencoders import weights_identity
+from dit_fast.errors import DataError
+
+FORMAT = "dit_fast patch pca 1"
+
+
+class PatchPCA:
+    """patch: pixels per latent along a side. mean [3 p p], basis [channels, 3 p p] (orthonormal rows), std [channels]."""
+
+    shift: float | Sequence[float] = 0.0
+
+    def __init__(self, patch: int, mean: torch.Tensor, basis: torch.Tensor, std: torch.Tensor, identity: str = "pca:unsaved"):
+        self.factor, self.channels, self.identity = patch, basis.shape[0], identity
+        self._mean, self._basis, self._std = mean, basis, std
+        self.scale: Sequence[float] = tuple(std.clamp(min=1e-6).rsqrt().tolist())
+
+    @classmethod
+    def fit(cls, images: np.ndarray, patch: int = 4, channels: int = 12) -> "PatchPCA":
+        """images: uint8 [N, S, S, 3]. Raises DataError when S is no multiple of patch or channels exceed 3 * patch^2."""
+        n, height, width, _ = images.shape
+        dim = 3 * patch * patch
+        if height % patch or width % patch:
+            raise DataError(f"image size {height}x{width} is not a multiple of the patch size {patch}; change size or patch")
+        if not 1 <= channels <= dim:
+            raise DataError(f"channels={channels} is outside 1..{dim} (3 * patch^2); change channels or patch")
+        total, moment, count = np.zeros(dim), np.zeros((dim, dim)), 0
+        for first in range(0, n, 512):
+            rows = _patches(_to_float(images[first : first + 512]), patch).reshape(-1, dim).double().numpy()
+            total, moment, count = total + rows.sum(0), moment + rows.T @ rows, count + len(rows)
+        mean = total / count
+        values, vectors = np.linalg.eigh(moment / count - np.outer(mean, mean))
+        basis = vectors[:, ::-1][:, :channels].T
+        # an eigenvector's sign is arbitrary: make its largest entry positive
+        basis = basis * np.sign(basis[np.arange(channels), np.abs(basis).argmax(1)])[:, None]
+        std = np.sqrt(np.maximum(values[::-1][:channels], 0))
+        return cls(patch, *(torch.from_numpy(np.ascontiguousarray(item)).float() for item in (mean, basis, std)))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PatchPCA":
+        """Reads what `save` wrote. Raises DataError naming a missing or foreign file."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                meta = file.metadata() or {}
+                if meta.get("format") != FORMAT:
+                    raise DataError(f"{path}: not a patch PCA autoencoder; make one with `dit-fast shards build --autoencoder pca`")
+                tensors = [file.get_tensor(name) for name in ("mean", "basis", "std")]
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{path}: cannot be read as a patch PCA autoencoder ({error})") from None
+        return cls(int(meta["patch"]), *tensors, identity=weights_identity("pca", [Path(path)]))
+
+    def save(self, path: str | Path) -> None:
+        """Writes safetensors; from then on `identity` is the hash of that file."""
+        from safetensors.torch import save
+
+        from dit_fast.data.shards import write_atomic
+
+        tensors = {"mean": self._mean, "basis": self._basis, "std": self._std}
+        write_atomic(Path(path), save(tensors, {"format": FORMAT, "patch": str(self.factor)}))
+        self.identity = weights_identity("pca", [Path(path)])
+
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """images [N, 3, S, S] in [-1, 1] -> coefficients [N, channels, S/p, S/p] and zeros."""
+        size = images.shape[-1] // self.factor
+        coefficients = (_patches(images, self.factor) - self._mean) @ self._basis.T
+        latents = coefficients.transpose(1, 2).reshape(len(images), self.channels, size, size)
+        return latents, torch.zeros_like(latents)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Coefficients [N, channels, h, w] -> images [N, 3, h p, w p]."""
+        n, _, height, width = latents.shape
+        p = self.factor
+        rows = latents.to(self._basis.dtype).flatten(2).transpose(1, 2) @ self._basis + self._mean
+        grid = rows.reshape(n, height, width, 3, p, p).permute(0, 3, 1, 4, 2, 5)
+        return grid.reshape(n, 3, height * p, width * p)
+
+    def to(self, device: torch.device | str) -> "PatchPCA":
+        self._mean, self._basis, self._std = (item.to(device) for item in (self._mean, self._basis, self._std))
+        return self
+
+
+def _to_float(images: np.ndarray) -> torch.Tensor:
+    """uint8 [N, S, S, 3] -> float32 [N, 3, S, S] in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float() / 127.5 - 1
+
+
+def _patches(images: torch.Tensor, p: int) -> torch.Tensor:
+    """[N, 3, S, S] -> [N, (S/p)^2, 3 p p], patches row by row, channel slowest."""
+    n, _, height, width = images.shape
+    grid = images.reshape(n, 3, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+    return grid.reshape(n, (height // p) * (width // p), 3 * p * p)
