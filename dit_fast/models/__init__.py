@@ -1,0 +1,4 @@
+"""Models: the transformer, its sizes by name."""
+
+from dit_fast.models.registry import build_model as build_model
+from dit_fast.models.sit import SiT as SiT

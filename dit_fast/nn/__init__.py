@@ -1,0 +1,1 @@
+"""Thin modules that call ops and know their own FLOPs."""

@@ -1,0 +1,11 @@
+"""Ops: each a reference in plain torch (the definition of truth) behind one function that picks the implementation."""
+
+from dit_fast.ops.adaln import gate_residual as gate_residual
+from dit_fast.ops.adaln import gate_residual_modulate as gate_residual_modulate
+from dit_fast.ops.adaln import layer_norm_modulate as layer_norm_modulate
+from dit_fast.ops.diversity import DiversityLoss as DiversityLoss
+from dit_fast.ops.diversity import DiversityStats as DiversityStats
+from dit_fast.ops.diversity import diversity_loss as diversity_loss
+from dit_fast.ops.diversity import diversity_stats as diversity_stats
+from dit_fast.ops.diversity import diversity_tap as diversity_tap
+from dit_fast.ops.long_skip import long_skip as long_skip

@@ -1,0 +1,97 @@
+"""Multi-head self-attention under timm's parameter names, and who computes it."""
+
+import importlib
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit_fast.errors import ConfigError
+from dit_fast.nn.linear import linear_flops, xavier_linear
+
+logger = logging.getLogger("dit_fast")
+
+AttentionKind = Literal["auto", "sdpa", "flash", "math"]
+
+
+@cache
+def flash_attention() -> tuple[Callable[..., Tensor] | None, str]:
+    """flash-attn's function, or None and the reason why there is none."""
+    try:
+        return importlib.import_module("flash_attn").flash_attn_func, ""
+    except ModuleNotFoundError:
+        return None, "the package flash-attn is not installed"
+    except (ImportError, OSError, AttributeError) as error:
+        reason = f"flash-attn does not load: {str(error).splitlines()[0]}"
+        logger.warning("%s; attention runs through torch's SDPA", reason)
+        return None, reason
+
+
+class Attention(nn.Module):
+    """Self-attention over tokens [N, T, D] with fused query-key-value projection.
+
+    kind: "auto" (flash-attn where it is installed and the tensors allow it, else "sdpa"), "sdpa" (torch's
+    `scaled_dot_product_attention`), "flash" (flash-attn or an error), "math" (plain matrix products and softmax: the
+    one that supports forward-mode differentiation).
+    qk_norm: affine LayerNorm (eps 1e-5) on queries and keys, per head.
+    Raises ConfigError for an unknown kind, a width that the heads do not divide, or flash-attn asked for but absent.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False, kind: AttentionKind = "auto"):
+        super().__init__()
+        if num_heads < 1 or hidden_size % num_heads:
+            raise ConfigError(f"num_heads {num_heads} must divide hidden_size {hidden_size}")
+        if kind not in get_args(AttentionKind):
+            raise ConfigError(f"attention must be one of {', '.join(get_args(AttentionKind))}, not '{kind}'")
+        flash, reason = flash_attention() if kind in ("auto", "flash") else (None, "")
+        if kind == "flash" and flash is None:
+            raise ConfigError(f'attention "flash" cannot run: {reason}; use attention="auto"')
+        self.num_heads = num_heads
+        self.kind = kind
+        self._flash = flash
+        head_width = hidden_size // num_heads
+        self.qkv = xavier_linear(hidden_size, 3 * hidden_size)
+        if qk_norm:
+            self.q_norm: nn.Module = nn.LayerNorm(head_width, eps=1e-5)
+            self.k_norm: nn.Module = nn.LayerNorm(head_width, eps=1e-5)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+        self.proj = xavier_linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        query, key, value = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).unbind(2)
+        # Autocast leaves the norms in fp32; the three must agree again before the product.
+        query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
+        if self._use_flash(value):
+            mixed = self._flash(query, key, value)  # type: ignore[misc]
+        else:
+            query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+            attend = _plain_attention if self.kind == "math" else F.scaled_dot_product_attention
+            mixed = attend(query, key, value).transpose(1, 2)
+        return self.proj(mixed.reshape(batch, tokens, width))
+
+    def _use_flash(self, value: Tensor) -> bool:
+        if self._flash is None:
+            return False
+        possible = value.is_cuda and value.dtype in (torch.float16, torch.bfloat16) and value.shape[-1] <= 256
+        if self.kind == "flash" and not possible:
+            raise ConfigError(
+                f'attention "flash" needs cuda tensors in fp16 or bf16 with heads up to 256 wide, not {value.dtype} on '
+                f'{value.device.type} with {value.shape[-1]}; use attention="auto"'
+            )
+        return possible
+
+    def flops(self, num_tokens: int) -> int:
+        """Forward FLOPs of one sample, multiply-add = 2."""
+        products = 4 * num_tokens**2 * self.proj.in_features
+        return linear_flops(self.qkv, num_tokens) + linear_flops(self.proj, num_tokens) + products
+
+
+def _plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    return scores.softmax(dim=-1).to(value.dtype) @ value

@@ -1,0 +1,51 @@
+"""The transformer block with adaLN-Zero conditioning (DiT, arXiv 2212.09748, Sec. 3.2)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit_fast.nn.attention import Attention, AttentionKind
+from dit_fast.nn.linear import linear_flops, xavier_linear, zero_linear
+from dit_fast.ops import gate_residual, gate_residual_modulate, layer_norm_modulate
+
+MLP_RATIO = 4
+
+
+class Mlp(nn.Module):
+    """Linear, tanh-approximated GELU, Linear over tokens [N, T, D]."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.fc1 = xavier_linear(hidden_size, MLP_RATIO * hidden_size)
+        self.fc2 = xavier_linear(MLP_RATIO * hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+    def flops(self, num_tokens: int) -> int:
+        """Forward FLOPs of one sample, multiply-add = 2."""
+        return linear_flops(self.fc1, num_tokens) + linear_flops(self.fc2, num_tokens)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a modulated LayerNorm and a gate; the identity when newly made.
+
+    x: tokens [N, T, D]; c: conditioning [N, D]. The six parts of the modulation are, in order, shift, scale and gate of
+    the attention branch and shift, scale and gate of the MLP branch.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False, attention: AttentionKind = "auto"):
+        super().__init__()
+        self.attn = Attention(hidden_size, num_heads, qk_norm, attention)
+        self.mlp = Mlp(hidden_size)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), zero_linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
+        attended = self.attn(layer_norm_modulate(x, shift_a, scale_a))
+        x, modulated = gate_residual_modulate(x, attended, gate_a, shift_m, scale_m)
+        return gate_residual(x, self.mlp(modulated), gate_m)
+
+    def flops(self, num_tokens: int) -> int:
+        """Forward FLOPs of one sample, multiply-add = 2."""
+        modulation = linear_flops(self.adaLN_modulation[1], rows=1)
+        return self.attn.flops(num_tokens) + self.mlp.flops(num_tokens) + modulation

@@ -1,0 +1,97 @@
+"""What the tokens and the conditioning vector start from: patches, positions, time, class label."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dit_fast.errors import ConfigError
+from dit_fast.nn.linear import linear_flops
+
+TIME_FREQUENCIES = 256
+
+
+def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:
+    """Fixed 2-D sine-cosine positions, float32 [1, grid_size**2, hidden_size], tokens row-major.
+
+    The first half of the channels encodes the column, the second half the row; each half is sin, then cos, of
+    `p * 10000 ** (-k / (D / 4))`, k = 0 .. D/4 - 1. Computed in float64 (DiT, arXiv 2212.09748; ViT's scheme).
+    Raises ConfigError if hidden_size is not a multiple of 4.
+    """
+    if hidden_size % 4:
+        raise ConfigError(f"hidden_size {hidden_size} must be a multiple of 4 (2-D sine-cosine positions)")
+    quarter = hidden_size // 4
+    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)
+    columns = line[None, :, :].expand(grid_size, -1, -1)
+    rows = line[:, None, :].expand(-1, grid_size, -1)
+    return torch.cat([columns, rows], dim=2).reshape(1, grid_size**2, hidden_size).float()
+
+
+class PatchEmbed(nn.Module):
+    """Latents [N, C, H, W] to tokens [N, (H/p)(W/p), D], row-major, by a convolution whose stride is its kernel."""
+
+    def __init__(self, in_channels: int, patch_size: int, hidden_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        nn.init.xavier_uniform_(self.proj.weight.view(hidden_size, -1))
+        nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+    def flops(self, num_tokens: int) -> int:
+        """Forward FLOPs of one sample, multiply-add = 2."""
+        return 2 * num_tokens * self.proj.in_channels * self.proj.kernel_size[0] ** 2 * self.proj.out_channels
+
+
+class TimestepEmbedder(nn.Module):
+    """Time t [N], fed as it is, to a vector [N, D]: 256 cosines and sines, then Linear, SiLU, Linear."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(TIME_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+        for index in (0, 2):
+            nn.init.normal_(self.mlp[index].weight, std=0.02)
+            nn.init.zeros_(self.mlp[index].bias)
+
+    @staticmethod
+    def frequencies(t: Tensor) -> Tensor:
+        """[N] to [N, 256]: `cos(t f_k)`, then `sin(t f_k)`, f_k = 10000 ** (-k / 128) rounded to fp32.
+
+        Returns at least fp32 (fp64 for fp64 t), whatever the model's dtype: half precision cannot hold the phases.
+        """
+        half = TIME_FREQUENCIES // 2
+        steps = torch.arange(half, dtype=torch.float32, device=t.device)
+        wide = torch.promote_types(t.dtype, torch.float32)
+        angles = t.to(wide)[:, None] * torch.exp(-math.log(10000.0) * steps / half).to(wide)
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(self.frequencies(t).to(self.mlp[0].weight.dtype))
+
+    def flops(self) -> int:
+        """Forward FLOPs of one sample, multiply-add = 2."""
+        return sum(linear_flops(self.mlp[index], rows=1) for index in (0, 2))
+
+
+class LabelEmbedder(nn.Module):
+    """Class label [N] to a vector [N, D]; the last row of the table is the null label of classifier-free guidance."""
+
+    def __init__(self, num_classes: int, hidden_size: int, dropout: float):
+        super().__init__()
+        self.null_label = num_classes
+        self.dropout = dropout
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+        nn.init.normal_(self.embedding_table.weight, std=0.02)
+
+    def forward(self, labels: Tensor, drop: Tensor | None = None) -> Tensor:
+        """drop: bool [N], rows that become the null label; None draws them (train mode) or keeps all (eval mode)."""
+        if drop is None and self.training and self.dropout > 0:
+            drop = torch.rand(labels.shape[0], device=labels.device) < self.dropout
+        if drop is not None:
+            labels = torch.where(drop, self.null_label, labels)
+        return self.embedding_table(labels)

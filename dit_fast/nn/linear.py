@@ -1,0 +1,24 @@
+"""Linear layers with the initial values of the DiT family (arXiv 2212.09748), and what they cost."""
+
+from torch import nn
+
+
+def xavier_linear(in_features: int, out_features: int) -> nn.Linear:
+    """Xavier-uniform weight, zero bias."""
+    layer = nn.Linear(in_features, out_features)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def linear_flops(layer: nn.Linear, rows: int) -> int:
+    """Forward FLOPs for `rows` input vectors, multiply-add = 2. Counts by widths: engines may hold no weight here."""
+    return 2 * rows * layer.in_features * layer.out_features
+
+
+def zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    """Zero weight and bias: what it feeds starts as if it were absent."""
+    layer = nn.Linear(in_features, out_features)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
