@@ -44,6 +44,29 @@ class Stream(IntEnum):
     METHOD = 65536  # first one free for methods
 
 
+def philox4x32(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds on counter words held in int64 tensors of one shape; four random words of that shape."""
+    for key_a, key_b in _keys(seed):
+        # The 64-bit product wraps into the sign bit; shift and mask still give its upper and lower 32 bits.
+        product_a, product_b = c0 * _MULTIPLIER_A, c2 * _MULTIPLIER_B
+        c0 = (product_b >> 32).bitwise_and_(_MASK).bitwise_xor_(c1).bitwise_xor_(key_a)
+        c2 = (product_a >> 32).bitwise_and_(_MASK).bitwise_xor_(c3).bitwise_xor_(key_b)
+        c1, c3 = product_b.bitwise_and_(_MASK), product_a.bitwise_and_(_MASK)
+    return c0, c1, c2, c3
+
+
+def philox4x32_numpy(seed: int, *counter: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """numpy twin of `philox4x32`, in uint64."""
+    c0, c1, c2, c3 = counter
+    mask, half = np.uint64(_MASK), np.uint64(32)
+    for key_a, key_b in _keys(seed):
+        product_a, product_b = c0 * np.uint64(_MULTIPLIER_A), c2 * np.uint64(_MULTIPLIER_B)
+        c0 = (product_b >> half) ^ c1 ^ np.uint64(key_a)
+        c2 = (product_a >> half) ^ c3 ^ np.uint64(key_b)
+        c1, c3 = product_b & mask, product_a & mask
+    return c0, c1, c2, c3
+
+
 def uint32(seed: int, positions: Tensor, stream: int, count: int) -> Tensor:
     """Random words as int64 [N, count] in [0, 2^32), on the device of `positions` (int64 [N], >= 0).
 
@@ -57,13 +80,7 @@ def uint32(seed: int, positions: Tensor, stream: int, count: int) -> Tensor:
     c1 = torch.full_like(c0, int(stream), memory_format=torch.contiguous_format)
     c2 = (positions & _MASK)[:, None].expand(size, blocks)
     c3 = ((positions >> 32) & _MASK)[:, None].expand(size, blocks)
-    for key_a, key_b in _keys(seed):
-        # The 64-bit product wraps into the sign bit; shift and mask still give its upper and lower 32 bits.
-        product_a, product_b = c0 * _MULTIPLIER_A, c2 * _MULTIPLIER_B
-        c0 = (product_b >> 32).bitwise_and_(_MASK).bitwise_xor_(c1).bitwise_xor_(key_a)
-        c2 = (product_a >> 32).bitwise_and_(_MASK).bitwise_xor_(c3).bitwise_xor_(key_b)
-        c1, c3 = product_b.bitwise_and_(_MASK), product_a.bitwise_and_(_MASK)
-    return torch.stack((c0, c1, c2, c3), dim=-1).flatten(1)[:, :count]
+    return torch.stack(philox4x32(seed, c0, c1, c2, c3), dim=-1).flatten(1)[:, :count]
 
 
 def uniform(
@@ -93,17 +110,12 @@ def uint32_numpy(seed: int, positions: np.ndarray, stream: int, count: int) -> n
     if positions.ndim != 1 or not np.issubdtype(positions.dtype, np.integer):
         raise UserError(f"positions must be integers [N], not {positions.dtype} {list(positions.shape)}")
     word = positions.astype(np.uint64)
-    size, blocks, mask, half = len(word), -(-count // 4), np.uint64(_MASK), np.uint64(32)
+    size, blocks = len(word), -(-count // 4)
     c0 = np.broadcast_to(np.arange(blocks, dtype=np.uint64), (size, blocks))
     c1 = np.full((size, blocks), int(stream), dtype=np.uint64)
-    c2 = np.broadcast_to((word & mask)[:, None], (size, blocks))
-    c3 = np.broadcast_to((word >> half)[:, None], (size, blocks))
-    for key_a, key_b in _keys(seed):
-        product_a, product_b = c0 * np.uint64(_MULTIPLIER_A), c2 * np.uint64(_MULTIPLIER_B)
-        c0 = (product_b >> half) ^ c1 ^ np.uint64(key_a)
-        c2 = (product_a >> half) ^ c3 ^ np.uint64(key_b)
-        c1, c3 = product_b & mask, product_a & mask
-    return np.stack((c0, c1, c2, c3), axis=-1).reshape(size, -1)[:, :count].astype(np.int64)
+    c2 = np.broadcast_to((word & np.uint64(_MASK))[:, None], (size, blocks))
+    c3 = np.broadcast_to((word >> np.uint64(32))[:, None], (size, blocks))
+    return np.stack(philox4x32_numpy(seed, c0, c1, c2, c3), axis=-1).reshape(size, -1)[:, :count].astype(np.int64)
 
 
 def uniform_numpy(seed: int, positions: np.ndarray, stream: int, shape: tuple[int, ...]) -> np.ndarray:
