@@ -3,7 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Iterable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -184,9 +184,9 @@ class SiT(nn.Module):
         """Forward FLOPs of one sample, multiply-add = 2; without modules added by methods."""
         tokens = self.num_tokens
         total = self.x_embedder.flops(tokens) + self.t_embedder.flops() + self.final_layer.flops(tokens)
-        total += sum(block.flops(tokens) for block in self.blocks)
+        total += sum(cast(Block, block).flops(tokens) for block in self.blocks)
         if self.skip_wiring != "off":
-            total += sum(skip.flops(tokens) for skip in self.skip_linears)
+            total += sum(cast(SkipLinear, skip).flops(tokens) for skip in self.skip_linears)
         return total
 
 

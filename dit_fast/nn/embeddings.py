@@ -1,6 +1,7 @@
 """What the tokens and the conditioning vector start from: patches, positions, time, class label."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -51,12 +52,11 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(TIME_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
-        for index in (0, 2):
-            nn.init.normal_(self.mlp[index].weight, std=0.02)
-            nn.init.zeros_(self.mlp[index].bias)
+        first, second = nn.Linear(TIME_FREQUENCIES, hidden_size), nn.Linear(hidden_size, hidden_size)
+        for layer in (first, second):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        self.mlp = nn.Sequential(first, nn.SiLU(), second)
 
     @staticmethod
     def frequencies(t: Tensor) -> Tensor:
@@ -71,11 +71,11 @@ class TimestepEmbedder(nn.Module):
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(self.frequencies(t).to(self.mlp[0].weight.dtype))
+        return self.mlp(self.frequencies(t).to(cast(nn.Linear, self.mlp[0]).weight.dtype))
 
     def flops(self) -> int:
         """Forward FLOPs of one sample, multiply-add = 2."""
-        return sum(linear_flops(self.mlp[index], rows=1) for index in (0, 2))
+        return linear_flops(self.mlp[0], rows=1) + linear_flops(self.mlp[2], rows=1)
 
 
 class LabelEmbedder(nn.Module):

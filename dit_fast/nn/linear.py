@@ -1,5 +1,7 @@
 """Linear layers with the initial values of the DiT family (arXiv 2212.09748), and what they cost."""
 
+from typing import cast
+
 from torch import nn
 
 
@@ -11,9 +13,10 @@ def xavier_linear(in_features: int, out_features: int) -> nn.Linear:
     return layer
 
 
-def linear_flops(layer: nn.Linear, rows: int) -> int:
+def linear_flops(layer: nn.Module, rows: int) -> int:
     """Forward FLOPs for `rows` input vectors, multiply-add = 2. Counts by widths: engines may hold no weight here."""
-    return 2 * rows * layer.in_features * layer.out_features
+    linear = cast(nn.Linear, layer)
+    return 2 * rows * linear.in_features * linear.out_features
 
 
 def zero_linear(in_features: int, out_features: int) -> nn.Linear:

@@ -1,0 +1,165 @@
+"""What the names and shapes of a published state_dict say about its model, and the order of its parameters."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from dit_fast.errors import CheckpointError
+
+BASE = ("pos_embed", "x_embedder", "t_embedder", "y_embedder", "blocks", "final_layer")
+# Registration order of each published class: the order of `model.parameters()`, by which its optimizer counts.
+GROUPS = {
+    "sit": BASE,
+    "repa": (*BASE[:-1], "projectors", BASE[-1]),
+    "diversedit": (BASE[0], "skip_linears", "skip_norms", *BASE[1:-1], "projectors", BASE[-1]),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of a model. projectors: (hidden width, output width) of each alignment head."""
+
+    input_size: int
+    patch_size: int
+    in_channels: int
+    head_channels: int
+    hidden_size: int
+    depth: int
+    num_heads: int
+    num_classes: int
+    qk_norm: bool
+    projectors: tuple[tuple[int, int], ...]
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `SiT`."""
+        return {key: value for key, value in vars(self).items() if key not in ("head_channels", "projectors")}
+
+
+def read_layout(state: Mapping[str, Tensor], num_heads: int | None) -> Layout:
+    """Sizes from shapes. Raises CheckpointError naming the key that is missing or does not fit."""
+    _, tokens, width = _shape(state, "pos_embed", 3)
+    _, channels, patch, _ = _shape(state, "x_embedder.proj.weight", 4)
+    rows, _ = _shape(state, "final_layer.linear.weight", 2)
+    labels, _ = _shape(state, "y_embedder.embedding_table.weight", 2)
+    grid = math.isqrt(tokens)
+    if grid**2 != tokens:
+        raise CheckpointError(f"'pos_embed' has {tokens} tokens, which is not a square: not a model of this family")
+    if rows % patch**2:
+        raise CheckpointError(f"'final_layer.linear.weight' has {rows} rows, not a multiple of {patch}x{patch} patches")
+    blocks = _indices(state, r"blocks\.(\d+)\.")
+    if not blocks:
+        raise CheckpointError("missing key 'blocks.0.attn.qkv.weight': the state_dict has no blocks")
+    heads = _indices(state, r"projectors\.(\d+)\.0\.weight")
+    return Layout(
+        input_size=grid * patch,
+        patch_size=patch,
+        in_channels=channels,
+        head_channels=rows // patch**2,
+        hidden_size=width,
+        depth=max(blocks) + 1,
+        num_heads=_num_heads(state, width, num_heads),
+        num_classes=labels - 1,
+        qk_norm="blocks.0.attn.q_norm.weight" in state,
+        projectors=tuple(
+            (_shape(state, f"projectors.{k}.0.weight", 2)[0], _shape(state, f"projectors.{k}.4.weight", 2)[0])
+            for k in range(len(heads))
+        ),
+    )
+
+
+def rename_legacy(state: dict[str, Tensor], encoder_depth: int | None) -> dict[str, Tensor]:
+    """Old REPA files: `decoder_blocks.{j}` is block j + encoder_depth, which must then be given (CheckpointError)."""
+    if not any(name.startswith("decoder_blocks.") for name in state):
+        return state
+    if encoder_depth is None:
+        earlier = len(_indices(state, r"blocks\.(\d+)\."))
+        raise CheckpointError(
+            "'decoder_blocks.*' keys: an old REPA file splits its blocks at the aligned one; pass encoder_depth "
+            f"(it has {earlier} earlier blocks)"
+        )
+    result: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if match := re.match(r"decoder_blocks\.(\d+)\.(.*)", name):
+            name = f"blocks.{int(match[1]) + encoder_depth}.{match[2]}"
+        if name in result or (match and name in state):
+            raise CheckpointError(
+                f"encoder_depth={encoder_depth}: two blocks would be named '{name}'; give the right depth"
+            )
+        result[name] = tensor
+    return result
+
+
+def official_parameter_order(model: nn.Module, family: str) -> list[str]:
+    """Names of `model.parameters()` in the published class of the family: the indices of its optimizer state.
+
+    Raises CheckpointError naming a parameter that the family has no place for, or long skips that it lacks.
+    """
+    groups = GROUPS[family]
+    names = list(model.state_dict())
+    for name in names:
+        if name.split(".")[0] not in groups:
+            raise CheckpointError(
+                f"'{name}' has no place in a checkpoint of family '{family}'; remove the module first"
+            )
+    if family == "diversedit" and not any(name.startswith("skip_linears.") for name in names):
+        raise CheckpointError(
+            "missing 'skip_linears.0.linear.weight': family 'diversedit' needs a model with long skips"
+        )
+    return [name for group in groups for name in names if name.split(".")[0] == group]
+
+
+def optimizer_state_by_name(opt_state: Mapping[str, Any], model: nn.Module, family: str) -> dict[str, dict[str, Any]]:
+    """The `opt` entry of a published training checkpoint, by parameter name: {name: {step, exp_avg, exp_avg_sq}}.
+
+    Published optimizers number all parameters, the frozen `pos_embed` included; what never had a gradient has no entry.
+    Raises CheckpointError if the count or a shape does not fit the model.
+    """
+    order = official_parameter_order(model, family)
+    listed = [index for group in opt_state["param_groups"] for index in group["params"]]
+    if sorted(listed) != list(range(len(order))):
+        raise CheckpointError(
+            f"optimizer state numbers {len(listed)} parameters; this '{family}' model has {len(order)}"
+        )
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    result: dict[str, dict[str, Any]] = {}
+    for index, entry in sorted(opt_state["state"].items()):
+        name = order[index]
+        for key, value in entry.items():
+            if isinstance(value, Tensor) and value.dim() > 0 and value.shape != shapes[name]:
+                raise CheckpointError(
+                    f"optimizer state {index} '{key}' has shape {tuple(value.shape)}, but '{name}' has "
+                    f"{tuple(shapes[name])}; was it written by another family?"
+                )
+        result[name] = dict(entry)
+    return result
+
+
+def _shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
+    if name not in state:
+        raise CheckpointError(f"missing key '{name}'")
+    shape = tuple(state[name].shape)
+    if len(shape) != dimensions or 0 in shape:
+        raise CheckpointError(f"'{name}' has shape {shape}, expected {dimensions} dimensions, none of them 0")
+    return shape
+
+
+def _indices(state: Mapping[str, Tensor], pattern: str) -> set[int]:
+    return {int(match[1]) for name in state if (match := re.match(pattern, name))}
+
+
+def _num_heads(state: Mapping[str, Tensor], width: int, given: int | None) -> int:
+    norm = state.get("blocks.0.attn.q_norm.weight")
+    if norm is not None:
+        heads = width // norm.shape[0]
+        if given not in (None, heads):
+            raise CheckpointError(
+                f"num_heads={given}, but 'blocks.0.attn.q_norm.weight' says {heads}; pass that or nothing"
+            )
+        return heads
+    if given is None and width != 1152 and width % 64:
+        raise CheckpointError(f"width {width} is not a multiple of the usual head width 64; pass num_heads")
+    return given or (16 if width == 1152 else width // 64)

@@ -1,0 +1,184 @@
+"""Checkpoints of the published REPA, SiT and DiverseDiT codes, in and out, bit for bit.
+
+Names and shapes are those of the published modules (REPA, arXiv 2410.06940; SiT, 2401.08740; DiverseDiT, 2603.04239).
+What a state_dict does not say (number of heads, wiring of the long skips) must be given or is refused.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dit_fast.checkpoint.layout import Layout, official_parameter_order, read_layout, rename_legacy
+from dit_fast.checkpoint.official_time import reversed_state
+from dit_fast.checkpoint.published import read_state
+from dit_fast.errors import CheckpointError, ConfigError
+from dit_fast.models.reversed_sit import ReversedSiT
+from dit_fast.models.sit import SiT
+from dit_fast.nn.projector import projector
+
+FAMILIES = ("repa", "sit", "diversedit")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's weights came from: what its export needs to give back the same file."""
+
+    family: str
+    dtypes: Mapping[str, torch.dtype]
+    ordered: bool  # False: the file format kept no order
+
+
+def load_official(
+    source: str | Path | Mapping[str, Any],
+    family: str,
+    num_heads: int | None = None,
+    skip_wiring: str | None = None,
+    encoder_depth: int | None = None,
+    weights: str = "ema",
+) -> SiT:
+    """A model, in eval mode, with published weights.
+
+    source: a state_dict, a training checkpoint {model, ema, opt, args, steps}, or the path of a `.pt` or `.safetensors`
+    file. family: "repa", "sit" or "diversedit". "sit" models take our t and return our v. Alignment heads come as
+    `model.projectors`. Sizes are read off the shapes; num_heads defaults to head width 64 (72 at width 1152), and is
+    read off the query norm where there is one.
+    skip_wiring: "input" or "output", for "diversedit": both have the same keys and shapes, so it must be told.
+    encoder_depth: needed only for old REPA files that name their later blocks `decoder_blocks`.
+    weights: "ema" or "model", of a training checkpoint.
+    Weights are kept in fp32, or fp64 if the source has any; `export_official` returns the source's dtypes.
+    Raises CheckpointError naming the key (missing, extra, wrong shape) or the argument that is needed; ConfigError for
+    a family that is not supported.
+    """
+    _check_family(family)
+    state, header, ordered = read_state(source, weights)
+    state = rename_legacy(state, encoder_depth)
+    wiring = _wiring(family, skip_wiring, header.get("skip_wiring"))
+    if num_heads is None and "num_heads" in header:
+        num_heads = int(header["num_heads"])
+    layout = read_layout(state, num_heads)
+    with torch.device("meta"):
+        model = _empty_model(layout, family, wiring)
+    _compare(model, state, family)
+    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in state.values()) else torch.float32
+    model.load_state_dict({name: tensor.detach().to(dtype, copy=True) for name, tensor in state.items()}, assign=True)
+    cast(Any, model).official_source = Source(family, {name: tensor.dtype for name, tensor in state.items()}, ordered)
+    return model.eval()
+
+
+def export_official(model: nn.Module, family: str | None = None) -> dict[str, Tensor]:
+    """The state_dict that the published code of a family loads: CPU copies, in its key order.
+
+    family defaults to where the weights came from, else to "diversedit" with long skips and "repa" without. A model
+    that `load_official` made gives back the source's bits, key order and dtypes. A model of ours exported as "sit"
+    gets the reversed time and sign folded into its weights (exact up to rounding) and an 8-channel style head whose
+    second half is zero.
+    Raises CheckpointError if the family cannot hold the model, naming the key.
+    """
+    sit = cast(SiT, model)
+    source: Source | None = getattr(model, "official_source", None)
+    if family is None:
+        family = source.family if source else _natural_family(sit)
+    _check_family(family)
+    names = official_parameter_order(model, family)
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    if family == "sit" and not isinstance(model, ReversedSiT):
+        state = reversed_state(state, sit.patch_size)
+    elif family != "sit" and isinstance(model, ReversedSiT):
+        raise CheckpointError(f"final_layer.linear.weight: an official SiT head cannot be exported as '{family}'")
+    if source and source.ordered and source.family == family and set(source.dtypes) == set(names):
+        names = list(source.dtypes)
+    dtypes: Mapping[str, torch.dtype] = source.dtypes if source else {}
+    return {name: state[name].to(dtypes.get(name, state[name].dtype), copy=True) for name in names}
+
+
+def save_official(model: nn.Module, path: str | Path, family: str | None = None) -> None:
+    """Writes `export_official(model, family)` as `.pt` (bare state_dict) or `.safetensors`, replacing the file at once.
+
+    A `.safetensors` file also says num_heads and skip_wiring in its header, and `load_official` reads them there.
+    """
+    path = Path(path)
+    state = export_official(model, family)
+    partial = path.with_name(path.name + ".partial")
+    if path.suffix == ".safetensors":
+        sit = cast(SiT, model)
+        header = {"format": "pt", "num_heads": str(sit.num_heads), "skip_wiring": sit.skip_wiring}
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, metadata=header)
+    elif path.suffix == ".pt":
+        torch.save(state, partial)
+    else:
+        raise ConfigError(f"{path}: the name must end in .pt or .safetensors")
+    os.replace(partial, path)
+
+
+def _check_family(family: str) -> None:
+    if family not in FAMILIES:
+        raise ConfigError(f"checkpoint family '{family}' is not supported; supported at present: {', '.join(FAMILIES)}")
+
+
+def _natural_family(model: SiT) -> str:
+    if isinstance(model, ReversedSiT):
+        return "sit"
+    return "repa" if model.skip_wiring == "off" else "diversedit"
+
+
+def _wiring(family: str, given: str | None, recorded: str | None) -> str:
+    if family != "diversedit":
+        if given not in (None, "off"):
+            raise CheckpointError(
+                f"skip_wiring='{given}': family '{family}' has no long skips; use family='diversedit'"
+            )
+        return "off"
+    if given and recorded and given != recorded:
+        raise CheckpointError(f"skip_wiring='{given}', but the file's header says '{recorded}'; pass that or nothing")
+    wiring = given or recorded
+    if wiring not in ("input", "output"):
+        raise CheckpointError(
+            "a DiverseDiT state_dict does not say how its long skips are wired (both wirings have the same keys and "
+            "shapes, and the wrong one gives broken samples); pass skip_wiring='input' (paper, Eq. 8) or 'output' "
+            "(released code)"
+        )
+    return wiring
+
+
+def _empty_model(layout: Layout, family: str, wiring: str) -> SiT:
+    arguments: dict[str, Any] = {**layout.arguments(), "skip_wiring": wiring}
+    if family == "sit":
+        if layout.head_channels not in (layout.in_channels, 2 * layout.in_channels):
+            raise CheckpointError(
+                f"final_layer.linear.weight: {layout.head_channels} output channels; an official SiT on "
+                f"{layout.in_channels}-channel latents has {layout.in_channels} or {2 * layout.in_channels}"
+            )
+        return ReversedSiT(head_channels=layout.head_channels, **arguments)
+    if layout.head_channels != layout.in_channels:
+        raise CheckpointError(
+            f"final_layer.linear.weight: {layout.head_channels} output channels, but family '{family}' has as many as "
+            f"the latents ({layout.in_channels}); an official SiT file needs family='sit'"
+        )
+    model = SiT(**arguments)
+    if layout.projectors:
+        heads = [projector(layout.hidden_size, width, features) for width, features in layout.projectors]
+        model.add_extra("projectors", nn.ModuleList(heads))
+    return model
+
+
+def _compare(model: nn.Module, state: Mapping[str, Tensor], family: str) -> None:
+    expected = model.state_dict()
+    for name in expected:
+        if name not in state:
+            raise CheckpointError(f"missing key '{name}': not a complete checkpoint of family '{family}'")
+    for name, tensor in state.items():
+        if name not in expected:
+            hint = " (long skips: use family='diversedit')" if name.startswith("skip_") else ""
+            raise CheckpointError(f"extra key '{name}': family '{family}' has no such entry here{hint}")
+        if tensor.shape != expected[name].shape:
+            raise CheckpointError(
+                f"'{name}' has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)} from the other keys"
+            )
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"'{name}' is {tensor.dtype}, expected floating point")
