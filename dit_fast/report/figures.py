@@ -1,9 +1,9 @@
-"""The figures of a report, each as a matplotlib Figure: loss, diversity and its weight, block similarity, throughput."""
+"""The figures of a report as matplotlib Figures: loss, diversity and its weight, block similarity, throughput."""
 
 import io
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,10 +14,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RUN_COLOURS = ("#2a6fdb", "#8a8f98")  # the run, the baseline
-TERM_COLOURS = {"total": "#2a6fdb", "orthogonality": "#d1495b", "mutual_information": "#2f9e73", "dispersion": "#b7791f"}
+TERM_COLOURS = {
+    "total": "#2a6fdb",
+    "orthogonality": "#d1495b",
+    "mutual_information": "#2f9e73",
+    "dispersion": "#b7791f",
+}
 WEIGHT_COLOUR = "#7b4fb5"
 INK, GRID = "#3b4048", "#e4e6ea"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "font.family": "sans-serif",
     "text.color": INK,

