@@ -1,0 +1,125 @@
+"""Paths, training times and the flow objective."""
+
+import math
+
+import pytest
+import torch
+from golden import assert_close
+
+from dit_fast.diffusion import Path, flow_loss, logit_normal, lognormal, time_sampler, uniform, velocity_error
+from dit_fast.errors import UserError
+
+
+def random(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_velocity_is_the_derivative_of_the_path(name):
+    path, x, noise = Path(name), random(3, 4, 5, 5), random(3, 4, 5, 5, seed=1)
+    t = torch.tensor([0.0, 0.37, 1.0], dtype=torch.float64)
+    step = 1e-6
+    after, before = path.interpolate(x, noise, t + step)[0], path.interpolate(x, noise, t - step)[0]
+    x_t, v = path.interpolate(x, noise, t)
+    assert_close(v, (after - before) / (2 * step), 1e-9)
+    assert_close(x_t[0], x[0], 1e-15)
+    assert_close(x_t[2], noise[2], 1e-15)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_coefficients_of_floats_and_tensors_agree(name):
+    for t in (0.0, 0.3, 1.0):
+        tensors = Path(name).coefficients(torch.tensor([t], dtype=torch.float64))
+        assert [float(value) for value in tensors] == pytest.approx(Path(name).coefficients(t), abs=1e-15)
+
+
+def test_known_values_of_the_cosine_path():
+    alpha, sigma, d_alpha, d_sigma = Path("cosine").coefficients(0.5)
+    half = math.sqrt(0.5)
+    assert (alpha, sigma, d_alpha, d_sigma) == pytest.approx((half, half, -math.pi / 2 * half, math.pi / 2 * half))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Path("gvp"), "path 'gvp'.*linear, cosine"),
+        (lambda: Path("linear").interpolate(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2)), r"\[2, 3\]"),
+        (lambda: Path("linear").interpolate(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3)), r"\[3\]"),
+        (lambda: logit_normal(0.0, 0.0), "std=0.0"),
+        (lambda: time_sampler("beta"), "'beta'.*uniform, lognormal, logit_normal"),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises(UserError, match=message):
+        call()
+
+
+def test_time_formulas():
+    z = torch.tensor([-1.3, 0.0, 0.8])
+    s = z.exp()
+    assert_close(lognormal("linear").transform(z), s / (1 + s), 1e-6)
+    assert_close(lognormal("cosine").transform(z), 2 / math.pi * torch.atan(s), 1e-6)
+    assert_close(logit_normal(-0.4, 1.5).transform(z), 1 / (1 + torch.exp(0.4 - 1.5 * z)), 1e-6)
+    assert torch.equal(uniform().transform(z), z)
+
+
+@pytest.mark.parametrize("name", ["uniform", "lognormal", "logit_normal"])
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_generator_and_keyed_draws_share_a_distribution(name, path):
+    times = time_sampler(name, path, mean=-0.4, std=0.8)
+    drawn = times.sample(20_000, torch.Generator().manual_seed(3))
+    keyed = times.keyed(3, torch.arange(20_000))
+    for t in (drawn, keyed):
+        assert t.dtype == torch.float32
+        assert t.min() >= 0
+        assert t.max() < 1
+    quantiles = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9])
+    torch.testing.assert_close(drawn.quantile(quantiles), keyed.quantile(quantiles), atol=0.015, rtol=0)
+
+
+def test_draws_repeat_by_generator_and_by_position():
+    times = lognormal("cosine")
+    first = times.sample(5, torch.Generator().manual_seed(1))
+    assert torch.equal(first, times.sample(5, torch.Generator().manual_seed(1)))
+    whole = times.keyed(7, torch.arange(10))
+    assert torch.equal(times.keyed(7, torch.tensor([8, 2])), whole[[8, 2]])
+    assert not torch.equal(times.keyed(8, torch.arange(10)), whole)
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_loss_is_the_mean_squared_error_per_sample(path):
+    x, noise, t, y = (
+        random(3, 2, 4, 4),
+        random(3, 2, 4, 4, seed=1),
+        torch.tensor([0.1, 0.5, 0.9]).double(),
+        torch.arange(3),
+    )
+    seen = {}
+
+    def model(x_t, times, labels):
+        seen.update(x_t=x_t, t=times, y=labels)
+        return 0.3 * x_t
+
+    loss = flow_loss(model, x, y, t, noise, path)
+    x_t, v = Path(path).interpolate(x, noise, t)
+    assert torch.equal(seen["x_t"], x_t)
+    assert torch.equal(seen["t"], t)
+    assert torch.equal(seen["y"], y)
+    assert_close(loss, ((0.3 * x_t - v) ** 2).mean((1, 2, 3)), 1e-12)
+
+
+def test_loss_draws_time_and_noise_from_the_generator():
+    x, y = random(4, 2, 3, 3, dtype=torch.float32), torch.zeros(4, dtype=torch.int64)
+    losses = [
+        flow_loss(lambda x_t, t, y: x_t * 0, x, y, generator=torch.Generator().manual_seed(s), times=lognormal())
+        for s in (1, 1, 2)
+    ]
+    assert torch.equal(losses[0], losses[1])
+    assert not torch.equal(losses[0], losses[2])
+
+
+def test_error_of_half_precision_predictions_is_fp32():
+    prediction, target = random(2, 3, dtype=torch.float32).bfloat16(), random(2, 3, seed=1, dtype=torch.float32)
+    error = velocity_error(prediction, target)
+    assert error.dtype == torch.float32
+    assert_close(error, (prediction.float() - target).square().mean(1), 1e-7)

@@ -1,0 +1,211 @@
+"""Samplers: closed forms on Gaussian data, guidance, randomness, and independence of the split into batches."""
+
+import pytest
+import torch
+from golden import assert_close
+from torch import nn
+
+from dit_fast.diffusion import SAMPLERS, initial_noise, sample
+from dit_fast.diffusion.guidance import Guidance, Velocity
+from dit_fast.diffusion.paths import Path
+from dit_fast.errors import UserError
+
+
+class Exact(nn.Module):
+    """Exact velocity of data drawn from N(0.5, 0.5^2)."""
+
+    def __init__(self, path="linear"):
+        super().__init__()
+        self.path = Path(path)
+
+    def forward(self, x, t, y):
+        alpha, sigma, d_alpha, d_sigma = self.path.coefficients(t[:, None])
+        centred = (x - alpha * 0.5) / ((alpha * 0.5) ** 2 + sigma**2)
+        return d_alpha * (0.5 + alpha * 0.25 * centred) + d_sigma * sigma * centred
+
+
+class Small(nn.Module):
+    """A model with parameters, a null label and a record of its calls."""
+
+    def __init__(self, null_label=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.null_label, self.calls = null_label, []
+        self.mix, self.table = nn.Linear(18, 18), nn.Embedding(null_label + 1, 18)
+
+    def forward(self, x, t, y):
+        self.calls.append((len(x), t[0].item(), x.dtype, self.training))
+        return (torch.tanh(self.mix(x.flatten(1))) * (1 + t[:, None]) + self.table(y)).view_as(x)
+
+
+def labels(count):
+    return torch.arange(count) % 3
+
+
+@pytest.mark.parametrize(
+    ("sampler", "num_steps", "slope"),
+    [
+        ("euler", 10, 0.4307826049),
+        ("euler", 50, 0.4853967383),
+        ("euler", 250, 0.4970452435),
+        ("heun", 10, 0.4908129576),
+        ("heun", 50, 0.4996809050),
+        ("heun", 250, 0.4999876467),
+    ],
+)
+def test_ode_on_gaussian_data(sampler, num_steps, slope):
+    noise = torch.tensor([[-1.5], [0.0], [2.0]], dtype=torch.float64)
+    assert_close(sample(Exact(), noise, labels(3), sampler, num_steps), 0.5 + slope * noise, 1e-9)
+
+
+@pytest.mark.parametrize(("num_steps", "std"), [(50, 0.4920546895), (250, 0.4943431060)])
+def test_sde_on_gaussian_data(num_steps, std):
+    """The exact velocity is affine, so one unit impulse per source of noise gives the exact standard deviation."""
+    impulses = torch.eye(num_steps + 1, dtype=torch.float64)[:, :num_steps]  # the last row: no noise at all
+    draw = lambda step: impulses[:, step + 1 : step + 2]  # noqa: E731
+    velocity = Velocity(Exact(), Guidance())
+    rows = SAMPLERS["sde"](
+        velocity, impulses[:, :1], labels(num_steps + 1), num_steps, Path("linear"), draw, lambda: None
+    )
+    mean, responses = rows[-1], rows[:-1] - rows[-1]
+    assert mean.item() == pytest.approx(0.5, abs=1e-12)
+    assert responses.norm().item() == pytest.approx(std, abs=1e-10)
+
+
+def test_sde_on_the_cosine_path_reaches_the_data():
+    """The score must use the path's coefficients: with the linear ones the result is far off."""
+    noise = initial_noise(1, torch.arange(4000), (1,))
+    draws = [
+        sample(Exact("cosine"), noise, labels(4000), "sde", 100, path=p, generator=torch.Generator().manual_seed(0))
+        for p in ("cosine", "linear")
+    ]
+    assert draws[0].mean().item() == pytest.approx(0.5, abs=0.03)
+    assert draws[0].std().item() == pytest.approx(0.5, abs=0.03)
+    assert abs(draws[1].std().item() - 0.5) > 0.05
+
+
+@pytest.mark.parametrize(("sampler", "evaluations"), [("euler", 250), ("heun", 499), ("sde", 250)])
+def test_number_of_evaluations(sampler, evaluations):
+    model = Small()
+    sample(model, torch.zeros(1, 2, 3, 3), labels(1), sampler, 250, generator=torch.Generator())
+    assert len(model.calls) == evaluations
+
+
+def test_guidance_interval_is_closed_and_costs_nothing_outside():
+    model = Small()
+    sample(model, torch.ones(2, 2, 3, 3), labels(2), "euler", 10, 2.0, guidance_low=0.2, guidance_high=1.0)
+    assert [rows for rows, *_ in model.calls] == [4] * 9 + [2]
+    model.calls.clear()
+    sample(model, torch.ones(2, 2, 3, 3), labels(2), "euler", 10, 2.0, guidance_high=0.7)
+    assert [rows for rows, *_ in model.calls] == [2, 2, 2] + [4] * 7
+    for scale in (1.0, 0.5):
+        model.calls.clear()
+        sample(model, torch.ones(2, 2, 3, 3), labels(2), "euler", 10, scale)
+        assert [rows for rows, *_ in model.calls] == [2] * 10
+
+
+def test_heun_keeps_the_decision_of_the_first_evaluation():
+    model = Small()
+    sample(model, torch.ones(2, 2, 3, 3), labels(2), "heun", 4, 2.0, guidance_low=0.5, guidance_high=0.75)
+    assert [(rows, t) for rows, t, *_ in model.calls] == [
+        (2, 1.0), (2, 0.75), (4, 0.75), (4, 0.5), (4, 0.5), (4, 0.25), (2, 0.25),
+    ]  # fmt: skip
+
+
+def test_guided_velocity_extrapolates_from_the_null_label():
+    model, x, y = Small(), torch.randn(2, 2, 3, 3), labels(2)
+    t = torch.full((2,), 0.5)
+    with torch.no_grad():
+        conditional, null = model(x, t, y).double(), model(x, t, torch.full((2,), 3)).double()
+        guided = Velocity(model, Guidance(1.8))(x.double(), 0.5, y, True)
+    assert_close(guided, null + 1.8 * (conditional - null), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_state_is_float64_and_the_model_sees_its_own_dtype(dtype):
+    model = Small().to(dtype)
+    assert sample(model, torch.ones(1, 2, 3, 3), labels(1), num_steps=2).dtype == torch.float64
+    assert {call[2] for call in model.calls} == {dtype}
+
+
+def test_training_mode_is_suspended_and_put_back():
+    model = Small().train()
+    model.mix.eval()
+    sample(model, torch.ones(1, 2, 3, 3), labels(1), num_steps=1)
+    assert not model.calls[0][3]
+    assert (model.training, model.mix.training, model.table.training) == (True, False, True)
+
+
+def test_generator_gives_one_normal_of_the_state_per_noisy_step():
+    model, noise = Small(), torch.randn(3, 2, 3, 3)
+    ours = sample(model, noise, labels(3), "sde", 5, generator=torch.Generator().manual_seed(4))
+    torch.manual_seed(4)
+    draws = [torch.randn(3, 2, 3, 3, dtype=torch.float64) for _ in range(4)]
+    with torch.no_grad():
+        theirs = SAMPLERS["sde"](
+            Velocity(model, Guidance()), noise.double(), labels(3), 5, Path("linear"), draws.__getitem__, lambda: None
+        )
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+@pytest.mark.parametrize("chunk", [4, 7])
+def test_image_k_does_not_depend_on_the_split(sampler, chunk):
+    """methods.md §7.5, item 22: the same bytes for any order and any share of the indices, at equal chunk size."""
+    model, count = Small(), 11
+    y = labels(count)
+
+    def run(index, **options):
+        noise = initial_noise(5, index, (2, 3, 3))
+        return sample(model, noise, y[index], sampler, 4, 1.5, seed=5, index=index, **{"chunk": chunk, **options})
+
+    whole = run(torch.arange(count))
+    for index in (torch.tensor([6]), torch.arange(3, 9), torch.arange(count)[1::2], torch.randperm(count)):
+        assert torch.equal(run(index), whole[index])
+    torch.testing.assert_close(run(torch.arange(count), chunk=64), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_seed_and_index_decide_the_noise():
+    index = torch.tensor([0, 9, 2**40])
+    first = initial_noise(3, index, (2, 4, 4))
+    assert first.dtype == torch.float64
+    assert torch.equal(first[1:2], initial_noise(3, index[1:2], (2, 4, 4)))
+    assert not torch.equal(first, initial_noise(4, index, (2, 4, 4)))
+    noise = torch.zeros(2, 2, 3, 3)
+    drawn = [sample(Small(), noise, labels(2) * 0, "sde", 4, seed=s, index=torch.arange(2)) for s in (1, 1, 2)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0][0], drawn[0][1])
+
+
+def test_progress_counts_every_step_of_every_chunk():
+    seen = []
+    noise, index = torch.zeros(6, 2, 3, 3), torch.arange(6)
+    sample(
+        Small(), noise, labels(6), num_steps=3, seed=0, index=index, chunk=4, callback=lambda *step: seen.append(step)
+    )
+    assert seen == [(i, 6) for i in range(1, 7)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sampler": "dopri5"}, "'dopri5'.*euler, heun, sde"),
+        ({"sampler": "sde"}, "generator="),
+        ({"seed": 1, "index": torch.arange(2), "generator": torch.Generator()}, "not both"),
+        ({"seed": 1}, "belong together"),
+        ({"index": torch.arange(2)}, "belong together"),
+        ({"seed": 1, "index": torch.tensor([3, 3])}, "different"),
+        ({"seed": 1, "index": torch.tensor([-1, 3])}, ">= 0"),
+        ({"seed": 1, "index": torch.arange(3)}, r"\[2\]"),
+        ({"num_steps": 0}, "num_steps=0"),
+        ({"y": torch.zeros(3, dtype=torch.int64)}, r"\[3\]"),
+        ({"path": "vp"}, "path 'vp'"),
+        ({"cfg_scale": 2.0, "model": Exact()}, "null_label"),
+        ({"cfg_scale": 2.0, "guidance_low": 0.8, "guidance_high": 0.2}, "swap"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    arguments = {"model": Small(), "noise": torch.zeros(2, 2, 3, 3), "y": labels(2), **change}
+    with pytest.raises(UserError, match=message):
+        sample(**arguments)
