@@ -71,14 +71,14 @@ class PatchPCA:
                 mean, basis, std = (file.get_tensor(name) for name in ("mean", "basis", "std"))
         except (OSError, SafetensorError) as error:
             raise DataError(f"{path}: cannot be read as a patch PCA autoencoder ({error})") from None
-        return cls(int(meta["patch"]), mean, basis, std, identity=weights_identity("pca", [Path(path)]))
+        return cls(round((mean.numel() / 3) ** 0.5), mean, basis, std, identity=weights_identity("pca", [Path(path)]))
 
     def file_bytes(self) -> bytes:
         """The safetensors file as bytes; equal fits give equal bytes."""
         from safetensors.torch import save
 
         tensors = {"mean": self._mean, "basis": self._basis, "std": self._std}
-        return save(tensors, {"format": FORMAT, "patch": str(self.factor)})
+        return save(tensors, {"format": FORMAT})  # one entry only: safetensors writes several in random order
 
     def save(self, path: str | Path) -> None:
         """Writes safetensors; from then on `identity` is the hash of that file."""

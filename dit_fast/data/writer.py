@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -160,7 +161,7 @@ def _run(tasks: Sequence[_Task], processes: int) -> Iterator[int]:
     workers = min(processes, len(tasks))
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(stop,)) as pool:
         waiting = iter(tasks)
-        running = {pool.submit(_work, task) for task, _ in zip(waiting, range(2 * workers), strict=False)}
+        running = {pool.submit(_work, task) for task in islice(waiting, 2 * workers)}
         try:
             while running:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -169,7 +170,7 @@ def _run(tasks: Sequence[_Task], processes: int) -> Iterator[int]:
                     if isinstance(outcome, Exception):
                         raise outcome
                     yield outcome
-                running |= {pool.submit(_work, task) for task, _ in zip(waiting, range(len(done)), strict=False)}
+                running |= {pool.submit(_work, task) for task in islice(waiting, len(done))}
         except BrokenProcessPool:
             raise DataError(
                 "a worker process died (out of memory?); run the same command again, with fewer processes"
