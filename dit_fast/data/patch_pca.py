@@ -4,6 +4,7 @@ Each patch of 3 * p * p values is projected on the leading eigenvectors of the p
 1 / sqrt(their standard deviation), not to unit variance: the leading ones carry most of the picture and stay larger.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -59,18 +60,21 @@ class PatchPCA:
     @classmethod
     def load(cls, path: str | Path) -> "PatchPCA":
         """Reads what `save` wrote. Raises DataError naming a missing or foreign file."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
+        from safetensors.torch import load
 
         try:
-            with safe_open(str(path), framework="pt") as file:
-                meta = file.metadata() or {}
-                if meta.get("format") != FORMAT:
-                    raise DataError(
-                        f"{path}: not a patch PCA autoencoder; make one with `dit-fast shards build --autoencoder pca`"
-                    )
-                mean, basis, std = (file.get_tensor(name) for name in ("mean", "basis", "std"))
+            data = Path(path).read_bytes()  # not mapped: the tensors must outlive the file
+            tensors = load(data)
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         except (OSError, SafetensorError) as error:
             raise DataError(f"{path}: cannot be read as a patch PCA autoencoder ({error})") from None
+        meta = header.get("__metadata__", {})
+        if meta.get("format") != FORMAT:
+            raise DataError(
+                f"{path}: not a patch PCA autoencoder; make one with `dit-fast shards build --autoencoder pca`"
+            )
+        mean, basis, std = (tensors[name] for name in ("mean", "basis", "std"))
         return cls(round((mean.numel() / 3) ** 0.5), mean, basis, std, identity=weights_identity("pca", [Path(path)]))
 
     def file_bytes(self) -> bytes:

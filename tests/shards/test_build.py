@@ -79,7 +79,7 @@ def test_no_space_left_keeps_finished_shards(array_file, built, tmp_path, monkey
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_really_full_disk(array_file, built, tmp_path, processes):
     small = tmp_path / "small"
     small.mkdir()
@@ -95,7 +95,7 @@ def test_a_really_full_disk(array_file, built, tmp_path, processes):
         build(array_file, small / "out", processes=processes)
         assert contents(small / "out") == contents(built)
     finally:
-        subprocess.run(["umount", str(small)], check=True)
+        subprocess.run(["umount", "--lazy", str(small)], check=True)
 
 
 SLOW_BUILD = """
@@ -113,7 +113,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_killed_build_continues_with_identical_bytes(array_file, built, tmp_path, processes):
     out, script = tmp_path / "out", tmp_path / "slow.py"
     here = str(Path(__file__).parent)
@@ -186,7 +186,7 @@ def test_folder_with_a_bad_image_names_it_and_continues_once_it_is_gone(tmp_path
     with pytest.raises(DataError, match=rf"{path.name}: not a readable image"):
         build(tmp_path / "in", tmp_path / "out", **options)
     path.write_bytes(good)
-    dataset = build(tmp_path / "in", tmp_path / "out", processes=2, **options)
+    dataset = build(tmp_path / "in", tmp_path / "out", **options)
     assert len(dataset) == 20
     assert dataset.info.class_names == ("class0", "class1", "class2")
     verify_dataset(tmp_path / "out")
@@ -291,8 +291,6 @@ def test_importing_the_published_tree(tmp_path):
     assert (dataset.info.scale, dataset.info.num_classes, dataset.info.shard_sizes) == (0.18215, 5, (4, 4, 1))
     with pytest.raises(DataError, match="does not say where its autoencoder lies"):
         dataset.load_autoencoder()
-    import_vae_sd(tmp_path / "vae-sd", tmp_path / "two", processes=2, **options)
-    assert contents(tmp_path / "two") == contents(tmp_path / "out")
 
 
 def test_bad_trees_are_refused(tmp_path):
