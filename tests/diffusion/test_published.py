@@ -1,18 +1,13 @@
 """Samplers and losses against the official code: golden files, and the deterministic fill of methods.md §7.2."""
 
-import zlib
-
-import numpy as np
 import pytest
 import torch
+from deterministic_fill import fill, tiny_model
 from golden import assert_close, golden, golden_names
-from torch import nn
 
 from dit_fast.checkpoint import load_official
 from dit_fast.diffusion import flow_loss, sample
 from dit_fast.methods.repa import repa_loss
-from dit_fast.models import SiT
-from dit_fast.nn.projector import projector
 
 
 @pytest.mark.parametrize("name", golden_names("samplers_"))
@@ -43,27 +38,6 @@ def test_published_denoising_loss(name):
     ).eval()
     x, t, y, noise = (data.tensor(f"in/{key}") for key in ("x", "t", "y", "noise"))
     assert_close(flow_loss(model, x, y, t, noise, meta["path_type"]), data.tensor("out/denoising"), 1e-5)
-
-
-def filled(key: str, shape, scale: float) -> torch.Tensor:
-    """methods.md §7.2: a deterministic fill by name."""
-    index = np.arange(int(np.prod(shape)), dtype=np.uint64)
-    word = (np.uint64(2654435761) * index + np.uint64(zlib.crc32(key.encode()))) % np.uint64(2**32)
-    return torch.from_numpy(scale * (word / 2.0**32 - 0.5)).reshape(shape)
-
-
-def tiny(skip_wiring: str) -> SiT:
-    model = SiT(
-        input_size=8, patch_size=2, in_channels=4, hidden_size=64, depth=4, num_heads=4, num_classes=1000,
-        skip_wiring=skip_wiring,
-    )  # fmt: skip
-    model.add_extra("projectors", nn.ModuleList([projector(64, 32, 16)]))
-    model = model.double().eval()
-    for name, tensor in model.state_dict().items():
-        if name != "pos_embed":
-            offset = 1.0 if name.startswith("skip_norms.") and name.endswith("weight") else 0.0
-            tensor.copy_(filled(name, tensor.shape, 0.2) + offset)
-    return model
 
 
 SHAPE = (2, 4, 8, 8)
@@ -97,7 +71,7 @@ ROWS = {
 
 @pytest.mark.parametrize("wiring", list(ROWS))
 def test_loss_rows_of_the_deterministic_fill(wiring):
-    model, x, noise = tiny(wiring), filled("golden.x", SHAPE, 4), filled("golden.eps", SHAPE, 4)
+    model, x, noise = tiny_model(wiring), fill("golden.x", SHAPE, 4), fill("golden.eps", SHAPE, 4)
     t, y = torch.tensor([0.3, 0.85], dtype=torch.float64), torch.tensor([7, 1000])
     for path in ("linear", "cosine"):
         assert flow_loss(model, x, y, t, noise, path).tolist() == pytest.approx(ROWS[wiring][path], rel=1e-6)
@@ -106,12 +80,12 @@ def test_loss_rows_of_the_deterministic_fill(wiring):
 @pytest.mark.parametrize("call", ["euler", "euler_cfg", "heun_cfg", "sde_cfg"])
 @pytest.mark.parametrize("wiring", list(ROWS))
 def test_sampler_rows_of_the_deterministic_fill(wiring, call, monkeypatch):
-    draws = (filled(f"golden.noise.{k}", SHAPE, 12**0.5) for k in range(9))
+    draws = (fill(f"golden.noise.{k}", SHAPE, 12**0.5) for k in range(9))
     monkeypatch.setattr(torch, "randn", lambda *_, **__: next(draws))
     sampler, _, guided = call.partition("_")
     options = {"cfg_scale": 1.8, "guidance_high": 0.7} if guided else {}
     ours = sample(
-        tiny(wiring), filled("golden.eps", SHAPE, 4), torch.tensor([7, 3]), sampler, 10,
+        tiny_model(wiring), fill("golden.eps", SHAPE, 4), torch.tensor([7, 3]), sampler, 10,
         generator=torch.Generator(), **options,
     )  # fmt: skip
     total, norm = ROWS[wiring][call]
@@ -122,7 +96,7 @@ def test_sampler_rows_of_the_deterministic_fill(wiring, call, monkeypatch):
 
 @pytest.mark.parametrize("wiring", list(ROWS))
 def test_projector_row_of_the_deterministic_fill(wiring):
-    model, x = tiny(wiring), filled("golden.x", SHAPE, 4)
+    model, x = tiny_model(wiring), fill("golden.x", SHAPE, 4)
     _, features = model(x, torch.tensor([0.3, 0.85], dtype=torch.float64), torch.tensor([7, 1000]), taps=(1,))
     z = model.projectors[0](features[1])
     values = (z[1, 9, 3].item(), z.sum().item(), z.norm().item())
@@ -130,5 +104,5 @@ def test_projector_row_of_the_deterministic_fill(wiring):
 
 
 def test_alignment_of_the_deterministic_fill():
-    p, q = filled("golden.p", (2, 4, 8), 4), filled("golden.q", (2, 4, 8), 4)
+    p, q = fill("golden.p", (2, 4, 8), 4), fill("golden.q", (2, 4, 8), 4)
     assert repa_loss(p, q).item() == pytest.approx(-0.6498071017, abs=1e-10)
