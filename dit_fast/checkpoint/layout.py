@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,10 +42,12 @@ class Layout:
 
 def read_layout(state: Mapping[str, Tensor], num_heads: int | None) -> Layout:
     """Sizes from shapes. Raises CheckpointError naming the key that is missing or does not fit."""
-    _, tokens, width = _shape(state, "pos_embed", 3)
-    _, channels, patch, _ = _shape(state, "x_embedder.proj.weight", 4)
-    rows, _ = _shape(state, "final_layer.linear.weight", 2)
-    labels, _ = _shape(state, "y_embedder.embedding_table.weight", 2)
+    _, tokens, of_positions = _shape(state, "pos_embed", 3)
+    of_patches, channels, patch, _ = _shape(state, "x_embedder.proj.weight", 4)
+    rows, of_head = _shape(state, "final_layer.linear.weight", 2)
+    labels, of_labels = _shape(state, "y_embedder.embedding_table.weight", 2)
+    # By majority, so that a single wrong shape is found to be the wrong one.
+    width = Counter([of_positions, of_patches, of_head, of_labels]).most_common(1)[0][0]
     grid = math.isqrt(tokens)
     if grid**2 != tokens:
         raise CheckpointError(f"'pos_embed' has {tokens} tokens, which is not a square: not a model of this family")

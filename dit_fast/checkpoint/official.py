@@ -62,8 +62,11 @@ def load_official(
     if num_heads is None and "num_heads" in header:
         num_heads = int(header["num_heads"])
     layout = read_layout(state, num_heads)
-    with torch.device("meta"):
-        model = _empty_model(layout, family, wiring)
+    try:
+        with torch.device("meta"):
+            model = _empty_model(layout, family, wiring)
+    except ConfigError as error:
+        raise CheckpointError(f"the checkpoint's shapes and num_heads make no model: {error}") from error
     _compare(model, state, family)
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in state.values()) else torch.float32
     model.load_state_dict({name: tensor.detach().to(dtype, copy=True) for name, tensor in state.items()}, assign=True)

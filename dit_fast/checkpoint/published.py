@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dit_fast.errors import CheckpointError, ConfigError
 
-WRAPPERS = re.compile(r"^(?:module\.)+|(?<![^.])_orig_mod\.")
+WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # DDP, torch.compile
 
 
 def read_published(path: str | Path) -> dict[str, Any]:

@@ -19,7 +19,9 @@ def check_address(root: str) -> str:
     """The root without a trailing slash. Raises DataError for `pipe:`, `exec:` and every other scheme."""
     scheme, separator, _ = root.partition(":")
     if separator and len(scheme) > 1 and "/" not in scheme and not is_remote(root) and not Path(root).exists():
-        raise DataError(f"'{root}': only folders and http(s) addresses are read, '{scheme}:' would run or open another program")
+        raise DataError(
+            f"'{root}': only folders and http(s) addresses are read, '{scheme}:' would run or open another program"
+        )
     return root.rstrip("/") or "/"
 
 
@@ -27,7 +29,9 @@ def check_file_name(name: str, where: str) -> str:
     """`name` if it is a plain file name. Raises DataError for paths, `..`, schemes and hidden files."""
     plain = name.replace("-", "").replace("_", "").replace(".", "")
     if not (plain.isascii() and plain.isalnum()) or name.startswith("."):
-        raise DataError(f"{where}: '{name}' is not a plain file name (letters, digits, '-', '_', '.'); rebuild the data set")
+        raise DataError(
+            f"{where}: '{name}' is not a plain file name (letters, digits, '-', '_', '.'); rebuild the data set"
+        )
     return name
 
 

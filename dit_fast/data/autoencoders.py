@@ -3,13 +3,13 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 
 from dit_fast.errors import ConfigError, DataError
 
-FORMS = "pca:FILE.safetensors (patch PCA), diffusers:DIR (AutoencoderKL or AutoencoderTiny saved there), taef2:DIR (FLUX.2's tiny one)"
+FORMS = "pca:FILE (patch PCA), diffusers:DIR (AutoencoderKL or AutoencoderTiny), taef2:DIR (FLUX.2's tiny autoencoder)"
 
 
 class Autoencoder(Protocol):
@@ -20,10 +20,14 @@ class Autoencoder(Protocol):
     """
 
     identity: str
-    scale: float | Sequence[float]
-    shift: float | Sequence[float]
     factor: int
     channels: int
+
+    @property
+    def scale(self) -> float | Sequence[float]: ...
+
+    @property
+    def shift(self) -> float | Sequence[float]: ...
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """images float [N, 3, S, S] in [-1, 1] -> mean, std [N, channels, S/factor, S/factor], unscaled."""
@@ -33,7 +37,7 @@ class Autoencoder(Protocol):
         """Unscaled latents [N, channels, h, w] -> images [N, 3, h * factor, w * factor] in [-1, 1]."""
         ...
 
-    def to(self, device: torch.device | str) -> "Autoencoder":
+    def to(self, device: torch.device | str) -> Self:
         """Moves the weights; returns itself."""
         ...
 
@@ -79,12 +83,16 @@ class DiffusersAutoencoder:
         try:
             import diffusers
         except ImportError:
-            raise DataError("autoencoder diffusers:DIR needs diffusers; run `pip install 'dit_fast[diffusers]'`") from None
+            raise DataError(
+                "autoencoder diffusers:DIR needs diffusers; run `pip install 'dit_fast[diffusers]'`"
+            ) from None
         name = diffusers.ConfigMixin._dict_from_json_file(str(config)).get("_class_name")
         kinds = {"AutoencoderKL": diffusers.AutoencoderKL, "AutoencoderTiny": diffusers.AutoencoderTiny}
         weights = sorted(path.glob("*.safetensors"))
         if name not in kinds or not weights:
-            raise DataError(f"{path}: holds '{name}' with {len(weights)} safetensors files; need AutoencoderKL or AutoencoderTiny")
+            raise DataError(
+                f"{path}: holds '{name}' with {len(weights)} safetensors files; need AutoencoderKL or AutoencoderTiny"
+            )
         try:
             self._model = kinds[name].from_pretrained(folder, local_files_only=True, use_safetensors=True)
         except (OSError, ValueError, RuntimeError) as error:
@@ -109,6 +117,6 @@ class DiffusersAutoencoder:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return self._model.decode(latents).sample
 
-    def to(self, device: torch.device | str) -> "DiffusersAutoencoder":
+    def to(self, device: torch.device | str) -> Self:
         self._model.to(device)
         return self

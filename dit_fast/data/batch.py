@@ -41,8 +41,12 @@ class BatchBuilder:
         if self.check_crc and zlib.crc32(data) != crc:
             raise DataError(f"{name} is corrupt (crc32 differs from the index); restore or rebuild the shard")
 
-    def build(self, positions: np.ndarray, samples: list[tuple[int, int, tuple[bytes, ...]]]) -> dict[str, torch.Tensor]:
-        """The micro-batch of the contract. positions: int64 [n]; samples: (shard, row, bytes per member) in that order."""
+    def build(
+        self, positions: np.ndarray, samples: list[tuple[int, int, tuple[bytes, ...]]]
+    ) -> dict[str, torch.Tensor]:
+        """The micro-batch of the contract. positions: int64 [n]; samples: (shard, row, bytes per member) in that
+        order.
+        """
         n, info = len(samples), self.dataset.info
         batch: dict[str, torch.Tensor] = {
             "moments": torch.empty((n, 2, info.channels, info.size, info.size), dtype=torch.float32),

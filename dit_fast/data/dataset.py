@@ -113,8 +113,10 @@ class LatentDataset:
 
 
 def fingerprint(description: Mapping[str, Any]) -> str:
-    """sha256 over the canonical JSON of everything but the fingerprint itself."""
+    """sha256 over the canonical JSON of everything but itself and the place of the autoencoder, which may move."""
     content = {key: value for key, value in description.items() if key != "fingerprint"}
+    if isinstance(content.get("autoencoder"), dict):
+        content["autoencoder"] = {key: value for key, value in content["autoencoder"].items() if key != "spec"}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -143,7 +145,9 @@ def _parse(data: bytes, where: str, root: str) -> DatasetInfo:
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{where}: not a data set of dit_fast; make one with `dit-fast shards build`") from None
     if raw.get("version") != VERSION:
-        raise DataError(f"{where}: format version {raw.get('version')}, this dit_fast reads {VERSION}; update dit_fast or rebuild")
+        raise DataError(
+            f"{where}: format version {raw.get('version')}, this dit_fast reads {VERSION}; update dit_fast or rebuild"
+        )
     if raw.get("fingerprint") != fingerprint(raw):
         raise DataError(f"{where}: content does not match its fingerprint (edited or damaged); restore or rebuild it")
     try:
@@ -179,7 +183,9 @@ def _parse(data: bytes, where: str, root: str) -> DatasetInfo:
     for shard in info.shards:
         check_file_name(shard.name, where)
     if sum(info.shard_sizes) != info.num_samples or min(info.shard_sizes, default=0) < 1:
-        raise DataError(f"{where}: shards hold {sum(info.shard_sizes)} samples, num_samples is {info.num_samples}; rebuild it")
+        raise DataError(
+            f"{where}: shards hold {sum(info.shard_sizes)} samples, num_samples is {info.num_samples}; rebuild it"
+        )
     return info
 
 
@@ -225,14 +231,16 @@ def _open_index(root: str, shard: ShardInfo, info: DatasetInfo, first_key: int) 
         )
     wanted = {MOMENTS_MEMBER, FIELD_MEMBERS["label"], *(FIELD_MEMBERS[name] for name in info.fields)}
     if set(index.members) != wanted:
-        raise DataError(f"{idx}: members {sorted(index.members)} differ from dataset.json's {sorted(wanted)}; {reindex}")
+        raise DataError(
+            f"{idx}: members {sorted(index.members)} differ from dataset.json's {sorted(wanted)}; {reindex}"
+        )
     if int((index.offset + index.length).max()) > index.tar_bytes:
         raise DataError(f"{idx}: points behind the end of {shard.name}; {reindex}")
     bad = np.flatnonzero((index.label < 0) | (index.label >= info.num_classes))
     if len(bad):
         raise DataError(
-            f"{tar}: sample {first_key + int(bad[0]):09d} has label {int(index.label[bad[0]])}, outside 0..{info.num_classes - 1} "
-            f"({len(bad)} such samples); correct the labels and rebuild the shard"
+            f"{tar}: sample {first_key + int(bad[0]):09d} has label {int(index.label[bad[0]])}, outside "
+            f"0..{info.num_classes - 1} ({len(bad)} such samples); correct the labels and rebuild the shard"
         )
     _check_shapes(tar, index, info)
     return index

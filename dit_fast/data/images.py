@@ -67,9 +67,8 @@ class FolderSource:
         path = self.root / self.files[index]
         try:
             with Image.open(path) as image:
-                if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                    image = _on_white(image)
-                return center_crop(image, size)
+                transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+                return center_crop(_on_white(image) if transparent else image, size)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"{path}: not a readable image ({error}); replace or remove it") from None
 
@@ -86,7 +85,9 @@ class ArraySource:
             with np.load(path, allow_pickle=False) as archive:
                 missing = [name for name in ("images", "labels") if name not in archive]
                 if missing:
-                    raise DataError(f"{path}: has no array '{missing[0]}'; expected images [N, H, W(, 3)] and labels [N]")
+                    raise DataError(
+                        f"{path}: has no array '{missing[0]}'; expected images [N, H, W(, 3)] and labels [N]"
+                    )
                 self._images: np.ndarray | None = archive["images"]
                 labels = archive["labels"]
                 names = archive["class_names"].tolist() if "class_names" in archive else None
@@ -96,13 +97,17 @@ class ArraySource:
             raise DataError(f"{path}: not a readable npz without pickles ({error})") from None
         images = self._images
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
-            raise DataError(f"{path}: images are {images.dtype} {images.shape}, expected uint8 [N, H, W] or [N, H, W, 3]")
+            raise DataError(
+                f"{path}: images are {images.dtype} {images.shape}, expected uint8 [N, H, W] or [N, H, W, 3]"
+            )
         if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or not len(labels):
             raise DataError(f"{path}: labels are {labels.dtype} {labels.shape}, expected integers [{len(images)}]")
         self.labels = labels.astype(np.int64)
         count = len(names) if names else int(labels.max()) + 1
         if int(labels.min()) < 0 or int(labels.max()) >= count:
-            raise DataError(f"{path}: labels lie in {labels.min()}..{labels.max()}, outside 0..{count - 1}; correct them")
+            raise DataError(
+                f"{path}: labels lie in {labels.min()}..{labels.max()}, outside 0..{count - 1}; correct them"
+            )
         self.class_names = tuple(str(name) for name in names) if names else tuple(str(i) for i in range(count))
         digest = hashlib.sha256(repr((images.shape, self.class_names)).encode())
         digest.update(np.ascontiguousarray(images).data)

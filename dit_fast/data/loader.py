@@ -57,7 +57,7 @@ class _Indexed(Dataset):
 
 
 class _Streamed(IterableDataset):
-    """Every worker takes each num_workers-th micro-batch; the DataLoader asks them in turn, which restores the order."""
+    """Worker w of n takes micro-batches w, w + n, ...; the DataLoader asks the workers in turn: the order is kept."""
 
     def __init__(self, reader: StreamReader, positions: _Positions):
         self.reader, self.positions = reader, positions
@@ -92,13 +92,13 @@ def build_loader(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Endless iterator over this rank's micro-batches, from position `start` (samples seen) on.
 
-    Global batch t holds positions start + [t B, (t+1) B); rank r takes [r::world_size] of them, cut into micro-batches of
-    `micro_batch`. Each micro-batch: moments float32 [n, 2, C, h, w] (mean, std), label int64 [n], position int64 [n], and
-    for `fields`: image uint8 [n, 3, S, S], features float32 [n, T, Z]. reader "auto": "indexed" for local folders,
-    "stream" for addresses; both give the same batches. Memory is pinned when CUDA is there. Closing the iterator ends
-    its workers.
+    Global batch t holds positions start + [t B, (t+1) B); rank r takes [r::world_size] of them, cut into
+    micro-batches of `micro_batch`. Each micro-batch: moments float32 [n, 2, C, h, w] (mean, std), label int64 [n],
+    position int64 [n], and for `fields`: image uint8 [n, 3, S, S], features float32 [n, T, Z]. reader "auto":
+    "indexed" for local folders, "stream" for addresses; both give the same batches. Memory is pinned when CUDA is
+    there. Closing the iterator ends its workers.
 
-    Raises ConfigError when the sizes do not divide, DataError for fields the data set lacks and, later, for damaged data.
+    Raises ConfigError when the sizes do not divide, DataError for absent fields and, later, for damaged data.
     """
     if micro_batch < 1 or world_size < 1 or global_batch % (micro_batch * world_size):
         raise ConfigError(
@@ -110,7 +110,9 @@ def build_loader(
     if reader not in ("auto", "indexed", "stream"):
         raise ConfigError(f"unknown reader '{reader}'; valid: auto, indexed, stream")
     if plan.num_samples != len(dataset):
-        raise DataError(f"{dataset.root}: has {len(dataset)} samples, the plan was made for {plan.num_samples}; make a new Plan")
+        raise DataError(
+            f"{dataset.root}: has {len(dataset)} samples, the plan was made for {plan.num_samples}; make a new Plan"
+        )
     positions = _Positions(global_batch, micro_batch, rank, world_size, start)
     options: dict[str, Any] = {
         "batch_size": None,

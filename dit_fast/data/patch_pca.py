@@ -4,72 +4,89 @@ Each patch of 3 * p * p values is projected on the leading eigenvectors of the p
 1 / sqrt(their standard deviation), not to unit variance: the leading ones carry most of the picture and stay larger.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
 
 from dit_fast.data.autoencoders import weights_identity
+from dit_fast.data.shards import write_atomic
 from dit_fast.errors import DataError
 
 FORMAT = "dit_fast patch pca 1"
 
 
 class PatchPCA:
-    """patch: pixels per latent along a side. mean [3 p p], basis [channels, 3 p p] (orthonormal rows), std [channels]."""
+    """patch: pixels per latent along a side. mean [3 p p], basis [channels, 3 p p] (orthonormal rows), std
+    [channels].
+    """
 
     shift: float | Sequence[float] = 0.0
 
-    def __init__(self, patch: int, mean: torch.Tensor, basis: torch.Tensor, std: torch.Tensor, identity: str = "pca:unsaved"):
+    def __init__(
+        self, patch: int, mean: torch.Tensor, basis: torch.Tensor, std: torch.Tensor, identity: str = "pca:unsaved"
+    ):
         self.factor, self.channels, self.identity = patch, basis.shape[0], identity
         self._mean, self._basis, self._std = mean, basis, std
         self.scale: Sequence[float] = tuple(std.clamp(min=1e-6).rsqrt().tolist())
 
     @classmethod
     def fit(cls, images: np.ndarray, patch: int = 4, channels: int = 12) -> "PatchPCA":
-        """images: uint8 [N, S, S, 3]. Raises DataError when S is no multiple of patch or channels exceed 3 * patch^2."""
+        """images: uint8 [N, S, S, 3]. Raises DataError unless patch divides S and channels are at most 3 * patch^2."""
         n, height, width, _ = images.shape
         dim = 3 * patch * patch
         if height % patch or width % patch:
-            raise DataError(f"image size {height}x{width} is not a multiple of the patch size {patch}; change size or patch")
+            raise DataError(
+                f"image size {height}x{width} is not a multiple of the patch size {patch}; change size or patch"
+            )
         if not 1 <= channels <= dim:
             raise DataError(f"channels={channels} is outside 1..{dim} (3 * patch^2); change channels or patch")
-        total, moment, count = np.zeros(dim), np.zeros((dim, dim)), 0
+        total, moment = torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64)
+        count = n * (height // patch) * (width // patch)
         for first in range(0, n, 512):
-            rows = _patches(_to_float(images[first : first + 512]), patch).reshape(-1, dim).double().numpy()
-            total, moment, count = total + rows.sum(0), moment + rows.T @ rows, count + len(rows)
+            rows = _patches(to_float(images[first : first + 512]), patch).reshape(-1, dim).double()
+            total, moment = total + rows.sum(0), moment + rows.T @ rows
         mean = total / count
-        values, vectors = np.linalg.eigh(moment / count - np.outer(mean, mean))
-        basis = vectors[:, ::-1][:, :channels].T
+        values, vectors = torch.linalg.eigh(moment / count - torch.outer(mean, mean))
+        basis = vectors.flip(1)[:, :channels].T.contiguous()
         # an eigenvector's sign is arbitrary: make its largest entry positive
-        basis = basis * np.sign(basis[np.arange(channels), np.abs(basis).argmax(1)])[:, None]
-        std = np.sqrt(np.maximum(values[::-1][:channels], 0))
-        return cls(patch, *(torch.from_numpy(np.ascontiguousarray(item)).float() for item in (mean, basis, std)))
+        basis = basis * basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()
+        std = values.flip(0)[:channels].clamp(min=0).sqrt()
+        return cls(patch, mean.float(), basis.float(), std.float())
 
     @classmethod
     def load(cls, path: str | Path) -> "PatchPCA":
         """Reads what `save` wrote. Raises DataError naming a missing or foreign file."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
+        from safetensors.torch import load
 
         try:
-            with safe_open(str(path), framework="pt") as file:
-                meta = file.metadata() or {}
-                if meta.get("format") != FORMAT:
-                    raise DataError(f"{path}: not a patch PCA autoencoder; make one with `dit-fast shards build --autoencoder pca`")
-                tensors = [file.get_tensor(name) for name in ("mean", "basis", "std")]
+            data = Path(path).read_bytes()  # not mapped: the tensors must outlive the file
+            tensors = load(data)
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         except (OSError, SafetensorError) as error:
             raise DataError(f"{path}: cannot be read as a patch PCA autoencoder ({error})") from None
-        return cls(int(meta["patch"]), *tensors, identity=weights_identity("pca", [Path(path)]))
+        meta = header.get("__metadata__", {})
+        if meta.get("format") != FORMAT:
+            raise DataError(
+                f"{path}: not a patch PCA autoencoder; make one with `dit-fast shards build --autoencoder pca`"
+            )
+        mean, basis, std = (tensors[name] for name in ("mean", "basis", "std"))
+        return cls(round((mean.numel() / 3) ** 0.5), mean, basis, std, identity=weights_identity("pca", [Path(path)]))
+
+    def file_bytes(self) -> bytes:
+        """The safetensors file as bytes; equal fits give equal bytes."""
+        from safetensors.torch import save
+
+        tensors = {"mean": self._mean, "basis": self._basis, "std": self._std}
+        return save(tensors, {"format": FORMAT})  # one entry only: safetensors writes several in random order
 
     def save(self, path: str | Path) -> None:
         """Writes safetensors; from then on `identity` is the hash of that file."""
-        from safetensors.torch import save
-
-        from dit_fast.data.shards import write_atomic
-
-        tensors = {"mean": self._mean, "basis": self._basis, "std": self._std}
-        write_atomic(Path(path), save(tensors, {"format": FORMAT, "patch": str(self.factor)}))
+        write_atomic(Path(path), self.file_bytes())
         self.identity = weights_identity("pca", [Path(path)])
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,12 +104,12 @@ class PatchPCA:
         grid = rows.reshape(n, height, width, 3, p, p).permute(0, 3, 1, 4, 2, 5)
         return grid.reshape(n, 3, height * p, width * p)
 
-    def to(self, device: torch.device | str) -> "PatchPCA":
+    def to(self, device: torch.device | str) -> Self:
         self._mean, self._basis, self._std = (item.to(device) for item in (self._mean, self._basis, self._std))
         return self
 
 
-def _to_float(images: np.ndarray) -> torch.Tensor:
+def to_float(images: np.ndarray) -> torch.Tensor:
     """uint8 [N, S, S, 3] -> float32 [N, 3, S, S] in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float() / 127.5 - 1
 

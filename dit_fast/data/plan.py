@@ -1,8 +1,8 @@
 """Which sample stands at which position of the training run: a pure function of (seed, epoch).
 
-Epoch e orders the shards by Philox keys, joins them to groups of `group` shards, and orders the samples inside each group
-by Philox keys. Positions run on from epoch to epoch without gaps, so a run's data state is one integer, and a change of
-world size changes nothing.
+Epoch e orders the shards by Philox keys, joins them to groups of `group` shards, and orders the samples inside each
+group by Philox keys. Positions run on from epoch to epoch without gaps, so a run's data state is one integer, and a
+change of world size changes nothing.
 """
 
 from collections.abc import Sequence
@@ -29,9 +29,9 @@ class Group:
 class Plan:
     """Order of samples over all epochs.
 
-    shard_sizes: samples per shard. seed: of the run. group: shards shuffled together; 0, "all" or at least the number of
-    shards gives an exact shuffle of each whole epoch, which then does not depend on how samples are cut into shards.
-    Raises ConfigError for an empty data set or a negative group.
+    shard_sizes: samples per shard. seed: of the run. group: shards shuffled together; 0, "all" or at least the number
+    of shards gives an exact shuffle of each whole epoch, which then does not depend on how samples are cut into
+    shards. Raises ConfigError for an empty data set or a negative group.
     """
 
     def __init__(self, shard_sizes: Sequence[int], seed: int, group: int | Literal["all"] = 64):
@@ -57,13 +57,17 @@ class Plan:
         return found
 
     def order(self, epoch: int) -> np.ndarray:
-        """int64 [num_samples]: sample at each position of the epoch, a permutation. The last two epochs asked for stay cached."""
+        """int64 [num_samples]: sample at each position of the epoch, a permutation. The last two epochs asked for
+        stay cached.
+        """
         if epoch not in self._orders:
             keys = self._keys(Stream.SAMPLE_ORDER, epoch, self.num_samples)
             parts = []
             for group in self.groups(epoch):
                 # ascending sample numbers first: ties and the result do not depend on the order of shards in a group
-                samples = np.concatenate([np.arange(self._starts[s], self._starts[s + 1]) for s in np.sort(group.shards)])
+                samples = np.concatenate(
+                    [np.arange(self._starts[s], self._starts[s + 1]) for s in np.sort(group.shards)]
+                )
                 parts.append(samples[np.argsort(keys[samples], kind="stable")])
             while len(self._orders) >= CACHED_EPOCHS:
                 del self._orders[min(self._orders)]
@@ -71,7 +75,9 @@ class Plan:
         return self._orders[epoch]
 
     def indices(self, start: int, stop: int) -> np.ndarray:
-        """int64 [stop - start]: the sample at each global position in [start, stop), over as many epochs as that takes."""
+        """int64 [stop - start]: the sample at each global position in [start, stop), over as many epochs as that
+        takes.
+        """
         if not 0 <= start <= stop:
             raise ConfigError(f"positions [{start}, {stop}) are not a range of samples seen")
         parts, position = [np.zeros(0, np.int64)], start

@@ -53,7 +53,9 @@ class IndexedReader:
             self._handles, self._owner = {}, os.getpid()
         if shard not in self._handles:
             dataset = self._builder.dataset
-            self._handles[shard] = os.open(f"{dataset.root}/{dataset.info.shards[shard].name}", os.O_RDONLY | os.O_CLOEXEC)
+            self._handles[shard] = os.open(
+                f"{dataset.root}/{dataset.info.shards[shard].name}", os.O_RDONLY | os.O_CLOEXEC
+            )
         return self._handles[shard]
 
     def __getstate__(self) -> dict[str, object]:

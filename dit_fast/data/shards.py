@@ -6,6 +6,7 @@ Modification time, owner and mode are fixed, so equal samples give equal bytes.
 """
 
 import errno
+import hashlib
 import io
 import os
 import tarfile
@@ -52,7 +53,9 @@ class NpyParser:
         shape, dtype = self._headers[head]
         count = int(np.prod(shape))
         if len(data) != start + count * dtype.itemsize:
-            raise DataError(f"{name}: {len(data)} bytes do not fit an array of shape {shape} {dtype}; rebuild the shard")
+            raise DataError(
+                f"{name}: {len(data)} bytes do not fit an array of shape {shape} {dtype}; rebuild the shard"
+            )
         return np.frombuffer(data, dtype, count=count, offset=start).reshape(shape)
 
     @staticmethod
@@ -63,7 +66,9 @@ class NpyParser:
                 raise ValueError("npy version is not 1.0")
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
         except (ValueError, OSError) as error:
-            raise DataError(f"{name}: not a readable npy array ({str(error).splitlines()[0]}); rebuild the shard") from None
+            raise DataError(
+                f"{name}: not a readable npy array ({str(error).splitlines()[0]}); rebuild the shard"
+            ) from None
         if fortran or dtype.hasobject:
             raise DataError(f"{name}: Fortran order or Python objects are not accepted; rebuild the shard")
         return shape, dtype
@@ -84,6 +89,12 @@ class ShardWriter:
         self._crc: list[list[int]] = []
         self._label: list[int] = []
         self._position = 0
+        self._digest = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        """Hex sha256 of the bytes written so far."""
+        return self._digest.hexdigest()
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -132,16 +143,17 @@ class ShardWriter:
         return index
 
     def abort(self) -> None:
-        """Closes and removes the unfinished tar."""
+        """Removes the unfinished tar; what does not fit on a full disk any more is dropped."""
+        self._partial.unlink(missing_ok=True)
         try:
             self._file.close()
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-        self._partial.unlink(missing_ok=True)
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
+        self._digest.update(data)
         self._position += len(data)
 
 
@@ -190,7 +202,9 @@ def scan_tar(path: Path) -> ShardIndex:
             for member in tar:
                 key, _, suffix = member.name.partition(".")
                 if not member.isreg() or not (key.isascii() and key.isdecimal()) or not suffix:
-                    raise DataError(f"{path}: member '{member.name}' is not of the form 000001234.name; rebuild the shard")
+                    raise DataError(
+                        f"{path}: member '{member.name}' is not of the form 000001234.name; rebuild the shard"
+                    )
                 if not rows:
                     first_key = int(key)
                 if int(key) == first_key + len(rows):
@@ -215,12 +229,16 @@ def scan_tar(path: Path) -> ShardIndex:
         raw.seek(end)
         tail = raw.read(2 * tarfile.BLOCKSIZE)
     if len(tail) < 2 * tarfile.BLOCKSIZE or any(tail):
-        raise DataError(f"{path}: tar is damaged or cut after {len(rows)} samples; rebuild it with `dit-fast shards build`")
+        raise DataError(
+            f"{path}: tar is damaged or cut after {len(rows)} samples; rebuild it with `dit-fast shards build`"
+        )
     members = tuple(rows[0]) if rows else ()
     for number, row in enumerate(rows):
         if set(row) != set(members) or LABEL_MEMBER not in row:
             raise DataError(f"{path}: sample {key_of(first_key + number)} has members {sorted(row)}; rebuild the shard")
-    table = np.array([[row[member] for member in members] for row in rows], np.uint64).reshape(len(rows), len(members), 3)
+    table = np.array([[row[member] for member in members] for row in rows], np.uint64).reshape(
+        len(rows), len(members), 3
+    )
     return ShardIndex(
         first_key=first_key,
         tar_bytes=path.stat().st_size,

@@ -1,9 +1,9 @@
 """Streaming reader: tars from start to end through webdataset, for http(s) addresses and local folders.
 
-It yields exactly what the indexed reader yields. One group of shards is read at a time; the samples this rank needs from
-it are kept in memory until their turn. Each rank (and each worker) reads all shards of a group, so the traffic is ranks
-times workers times the data set per epoch; prefer one worker. What webdataset passes over in silence (missing or extra
-samples, flipped bytes) is found by comparing with the index. No member is decoded by webdataset.
+It yields exactly what the indexed reader yields. One group of shards is read at a time; the samples this rank needs
+from it are kept in memory until their turn. Each rank (and each worker) reads all shards of a group, so the traffic
+is ranks times workers times the data set per epoch; prefer one worker. What webdataset passes over in silence
+(missing or extra samples, flipped bytes) is found by comparing with the index. No member is decoded by webdataset.
 """
 
 from collections.abc import Iterator

@@ -6,6 +6,7 @@ first add a GroupNorm branch of 1x1 convolutions. Weights: taef2_encoder.pth and
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +93,7 @@ class TinyFlux2:
         """latents [N, 32, h, w] -> images [N, 3, 8 h, 8 w], about [-1, 1]."""
         return self._decoder(latents.float()) * 2 - 1
 
-    def to(self, device: torch.device | str) -> "TinyFlux2":
+    def to(self, device: torch.device | str) -> Self:
         self._encoder.to(device)
         self._decoder.to(device)
         return self

@@ -18,6 +18,7 @@ from dit_fast.ops import diversity_loss
 
 POLICIES = ("release", "anchor", "random_layers", "all")
 WEIGHTS = ("paper", "continuous", "constant")
+RELEASE_PAIRS = 10  # fixed in the published loop, which also starts from it
 LAYER_STREAM = philox.Stream.METHOD
 
 
@@ -50,7 +51,7 @@ def select_pairs(
 ) -> list[tuple[int, int]]:
     """Pairs (i, j), i < j, of blocks counted from 0. encoder_depth: aligned block counted from 1; None: no projection.
 
-    "release": the published loop. With m = min(k, all pairs) it takes the first m of i = m - e - 1, ..., m + e - 1 and
+    "release": the published loop. With m = min(10, all pairs) it takes the first m of i = m - e - 1, ..., m + e - 1 and
     j = i + 1, ..., L - 1; without projection i starts at 0. "anchor": the aligned block (block 0 without projection)
     and k others, following ones first. "random_layers": all pairs among k blocks drawn anew for each (seed, step).
     Raises ConfigError for an unknown policy, and where "release" would count from the last block backwards (the
@@ -74,7 +75,7 @@ def select_pairs(
         anchor = 0 if encoder_depth is None else encoder_depth - 1
         others = [*range(anchor + 1, num_blocks), *range(anchor - 1, -1, -1)][:k]
         return sorted((min(anchor, other), max(anchor, other)) for other in others)
-    limit = min(k, len(everything))
+    limit = min(RELEASE_PAIRS, len(everything))
     outer = blocks if encoder_depth is None else range(limit - encoder_depth - 1, limit + encoder_depth)
     if outer.start < 0:
         raise ConfigError(
@@ -96,7 +97,7 @@ class DiverseDiT(Method):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """encoder_depth: block aligned by REPA, counted from 1; it only steers the pairs. k: see `select_pairs`."""
+        """encoder_depth: block aligned by REPA, counted from 1; it only steers the pairs. k: anchor, random_layers."""
 
         name: ClassVar[str] = "diversedit"
         pairs: Literal["release", "anchor", "random_layers", "all"] = "release"

@@ -144,9 +144,9 @@ class SiT(nn.Module):
     def _unpatchify(self, patches: Tensor) -> Tensor:
         """[N, T, p * p * C], channel fastest, to [N, C, H, W]."""
         size, patch = self.input_size, self.patch_size
-        grid = size // patch
-        image = patches.reshape(patches.shape[0], grid, grid, patch, patch, -1)
-        return image.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, size, size)
+        grid, channels = size // patch, patches.shape[-1] // patch**2
+        image = patches.reshape(-1, grid, grid, patch, patch, channels)
+        return image.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, size, size)
 
     def _check(self, x: Tensor, t: Tensor, y: Tensor, wanted: list[int], drop: Tensor | None) -> None:
         expected = (self.in_channels, self.input_size, self.input_size)

@@ -64,7 +64,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
-        query, key, value = self.qkv(x).view(batch, tokens, 3, self.num_heads, -1).unbind(2)
+        query, key, value = self.qkv(x).view(batch, tokens, 3, self.num_heads, width // self.num_heads).unbind(2)
         # Autocast leaves the norms in fp32; the three must agree again before the product.
         query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
         if self._use_flash(value):

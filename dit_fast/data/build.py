@@ -1,0 +1,173 @@
+"""From labelled images to latent shards: crop, encode, write."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from dit_fast.data.autoencoders import Autoencoder, load_autoencoder
+from dit_fast.data.dataset import LatentDataset
+from dit_fast.data.encoders import FeatureEncoder, load_encoder
+from dit_fast.data.images import ImageSource, open_source
+from dit_fast.data.patch_pca import PatchPCA, to_float
+from dit_fast.data.shards import FIELD_MEMBERS, npy_bytes
+from dit_fast.data.writer import Sample, one_thread, write_dataset
+from dit_fast.errors import ConfigError, DataError
+from dit_fast.philox import Stream, uint32_numpy
+
+AUTOENCODER_FILE = "autoencoder.safetensors"
+FIT_IMAGES, FIT_BYTES = 10_000, 1 << 28  # patch PCA is fitted on as many images as both allow
+ORDER_SEED = 0
+
+
+class _ImageProducer:
+    """Samples from images. Networks are loaded when first used, once per process and device."""
+
+    def __init__(
+        self, source: ImageSource, autoencoder: str, size: int, dtype: str, store_images: bool,
+        encoder: str | None, token_grid: int, batch_size: int, device: str,
+    ):  # fmt: skip
+        self.source, self.autoencoder, self.size, self.dtype = source, autoencoder, size, dtype
+        self.store_images, self.encoder, self.token_grid = store_images, encoder, token_grid
+        self.batch_size, self.device = batch_size, device
+        extra = [name for name, there in (("image", store_images), ("features", encoder)) if there]
+        self.members = tuple(FIELD_MEMBERS[name] for name in ("moments", "label", *extra))
+        self._loaded: dict[str, tuple[Autoencoder, FeatureEncoder | None]] = {}
+
+    def samples(self, numbers: np.ndarray, shard: int) -> Iterator[Sample]:
+        device = f"cuda:{shard % torch.cuda.device_count()}" if self.device == "cuda" else "cpu"
+        if device not in self._loaded:
+            encoder = load_encoder(self.encoder) if self.encoder else None
+            self._loaded[device] = (load_autoencoder(self.autoencoder).to(device), encoder)
+        autoencoder, encoder = self._loaded[device]
+        for first in range(0, len(numbers), self.batch_size):
+            chunk = numbers[first : first + self.batch_size].tolist()
+            images = np.stack([self.source.read(number, self.size) for number in chunk])
+            pixels = to_float(images)
+            mean, std = autoencoder.encode(pixels.to(device))
+            moments = torch.stack([mean, std], 1).float().cpu().numpy()
+            features = encoder(pixels, self.token_grid).half().numpy() if encoder else None
+            for i, number in enumerate(chunk):
+                payload = {}
+                if self.store_images:
+                    payload[FIELD_MEMBERS["image"]] = png_bytes(images[i])
+                if features is not None:
+                    payload[FIELD_MEMBERS["features"]] = npy_bytes(features[i])
+                yield payload, int(self.source.labels[number]), moments[i]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loaded": {}}
+
+
+def png_bytes(image: np.ndarray) -> bytes:
+    """PNG file of a uint8 [S, S, 3] image."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", optimize=False)
+    return buffer.getvalue()
+
+
+def build_shards(
+    source: str | Path | ImageSource,
+    out: str | Path,
+    *,
+    autoencoder: str,
+    size: int,
+    samples_per_shard: int = 2048,
+    processes: int = 1,
+    dtype: Literal["float16", "float32"] = "float16",
+    store_images: bool = False,
+    encoder: str | None = None,
+    token_grid: int | None = None,
+    patch: int = 4,
+    channels: int = 12,
+    batch_size: int = 32,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    shuffle: bool = True,
+    progress: bool = True,
+) -> LatentDataset:
+    """Builds the shards of an image folder or array data set in `out`; run again, it continues or finds itself done.
+
+    autoencoder: a spec of `load_autoencoder`, or "pca" to fit a `PatchPCA(patch, channels)` on the source. size:
+    pixels of the centre crop. store_images: keep the crop as PNG. encoder: a spec of `load_encoder`, stored as
+    float16 [token_grid^2, width]; token_grid defaults to half the latent size (patch 2). shuffle: write samples in a
+    fixed random order, so that every shard holds all classes. The bytes do not depend on `processes`.
+
+    Raises DataError or ConfigError, one line; shards already finished are kept.
+    """
+    if dtype not in ("float16", "float32") or device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"dtype '{dtype}', device '{device}': valid are float16, float32 and auto, cpu, cuda")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size} must be at least 1")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    images = open_source(source) if isinstance(source, str | Path) else source
+    order = np.arange(len(images.labels), dtype=np.int64)
+    if shuffle:
+        order = np.argsort(uint32_numpy(ORDER_SEED, order, Stream.SAMPLE_ORDER, 1)[:, 0], kind="stable")
+    folder = Path(out)
+    spec, stored_spec = _place_autoencoder(autoencoder, folder, images, order, size, patch, channels)
+    model = load_autoencoder(spec)
+    if size % model.factor:
+        raise DataError(
+            f"size {size} is not a multiple of {model.factor}, the pixels per latent of {autoencoder}; change --size"
+        )
+    latent = size // model.factor
+    grid = token_grid or latent // 2
+    network = load_encoder(encoder) if encoder else None
+    if network is not None and grid < 1:
+        raise ConfigError(f"token_grid={grid} must be at least 1; give --token-grid")
+    settings = {
+        "source": images.digest, "images": len(order), "size": size, "autoencoder": model.identity, "dtype": dtype,
+        "store_images": store_images, "encoder": network.identity if network else None,
+        "token_grid": grid if network else None, "samples_per_shard": samples_per_shard, "batch_size": batch_size,
+        "shuffle": shuffle, "device": device,
+    }  # fmt: skip
+    producer = _ImageProducer(images, spec, size, dtype, store_images, encoder, grid, batch_size, device)
+    info = {
+        "num_classes": len(images.class_names),
+        "class_names": list(images.class_names),
+        "members": list(producer.members),
+        "dtype": dtype,
+        "latent_shape": [model.channels, latent, latent],
+        "scale": _plain(model.scale),
+        "shift": _plain(model.shift),
+        "autoencoder": {"identity": model.identity, "spec": stored_spec},
+        "image_size": size if store_images else None,
+        "features": {"encoder": network.identity, "shape": [grid * grid, network.width]} if network else None,
+    }
+    return write_dataset(folder, producer, order, info, settings, samples_per_shard, processes, progress)
+
+
+def _place_autoencoder(
+    spec: str, out: Path, images: ImageSource, order: np.ndarray, size: int, patch: int, channels: int
+) -> tuple[str, str]:
+    """(spec to load, spec to store). Patch PCA is small and lies beside the shards; others stay where they are."""
+    if spec != "pca" and not spec.startswith("pca:"):
+        kind, separator, path = spec.partition(":")
+        return spec, f"{kind}:{Path(path).resolve()}" if separator else spec
+    target = out / AUTOENCODER_FILE
+    if spec == "pca":
+        count = min(len(order), FIT_IMAGES, max(1, FIT_BYTES // (3 * size * size)))
+        with one_thread():
+            fitted = PatchPCA.fit(
+                np.stack([images.read(int(number), size) for number in order[:count]]), patch, channels
+            )
+    else:
+        fitted = PatchPCA.load(spec.partition(":")[2])
+    if target.is_file() and fitted.file_bytes() != target.read_bytes():
+        raise DataError(
+            f"{target}: another autoencoder lies there (patch, channels or images differ); "
+            "use another folder or delete it"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    fitted.save(target)
+    return f"pca:{target.resolve()}", f"pca:./{AUTOENCODER_FILE}"
+
+
+def _plain(value: Any) -> Any:
+    return [float(item) for item in value] if isinstance(value, list | tuple) else float(value)

@@ -1,0 +1,125 @@
+"""`dit-fast shards build | index | verify | import-vae-sd | info`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dit_fast.errors import DataError
+
+
+def add_commands(subparsers: Any) -> None:
+    """Adds `shards` and its commands to the command line; each sets `run`, a function of the parsed options."""
+    shards = subparsers.add_parser("shards", help="build, check and describe latent shards")
+    commands = shards.add_subparsers(dest="shards_command", required=True, metavar="COMMAND")
+    build = _command(
+        commands, "build", _build, "encode an image folder or an .npz into latent shards; run again to continue"
+    )
+    build.add_argument("source", help="folder with one folder of images per class, or .npz with images and labels")
+    build.add_argument("out", help="folder for the shards")
+    forms = "pca (fitted on the source), pca:FILE, diffusers:DIR or taef2:DIR"
+    build.add_argument("--autoencoder", required=True, help=forms)
+    build.add_argument("--size", type=int, required=True, help="pixels of the square centre crop")
+    _add_common(build)
+    build.add_argument("--store-images", action="store_true", help="also keep the cropped images as PNG")
+    build.add_argument(
+        "--encoder", help="also store features of this encoder: efficientnet-lite0 or efficientnet-lite0:32"
+    )
+    build.add_argument("--token-grid", type=int, help="feature tokens a side (default: half the latent size)")
+    build.add_argument("--patch", type=int, default=4, help="pca: pixels per latent a side")
+    build.add_argument("--channels", type=int, default=12, help="pca: latent channels")
+    build.add_argument("--batch-size", type=int, default=32, help="images encoded together")
+    build.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the autoencoder runs")
+    build.add_argument("--no-shuffle", dest="shuffle", action="store_false", help="keep the source's order")
+    tree = _command(commands, "import-vae-sd", _import, "import the vae-sd npy tree of the published REPA-family code")
+    tree.add_argument("source", help="the vae-sd folder, with its own dataset.json")
+    tree.add_argument("out", help="folder for the shards")
+    _add_common(tree)
+    tree.add_argument("--num-classes", type=int, help="number of classes (default: largest label + 1)")
+    tree.add_argument("--scale", type=float, default=0.18215, help="model-space latents are z * scale + shift")
+    tree.add_argument("--shift", type=float, default=0.0, help="see --scale")
+    tree.add_argument("--autoencoder", default="", help="where its decoder lies, e.g. diffusers:DIR")
+    for name, run, text in (
+        ("index", _index, "rebuild the .idx files from the tars"),
+        ("verify", _verify, "check every byte against dataset.json"),
+        ("info", _info, "describe a data set"),
+    ):
+        _command(commands, name, run, text).add_argument(
+            "path", help="folder (info: or http(s) address) of the data set"
+        )
+
+
+def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--samples-per-shard", type=int, default=2048, help="samples in each tar")
+    parser.add_argument("--processes", type=int, default=1, help="worker processes; the result does not depend on it")
+    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the stored moments")
+    parser.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
+
+
+def _arguments(options: argparse.Namespace) -> dict[str, Any]:
+    skip = {"command", "shards_command", "run", "source", "out"}
+    return {key: value for key, value in vars(options).items() if key not in skip}
+
+
+def _build(options: argparse.Namespace) -> int:
+    from dit_fast.data.build import build_shards
+
+    print(describe(build_shards(options.source, options.out, **_arguments(options))))
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    from dit_fast.data.vae_sd import import_vae_sd
+
+    print(describe(import_vae_sd(options.source, options.out, **_arguments(options))))
+    return 0
+
+
+def _index(options: argparse.Namespace) -> int:
+    from dit_fast.data.shards import rebuild_index
+
+    tars = sorted(Path(options.path).glob("*.tar"))
+    if not tars:
+        raise DataError(f"{options.path}: no .tar files there; give the folder of the data set")
+    for tar in tars:
+        print(f"{tar}: {len(rebuild_index(tar))} samples")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from dit_fast.data.verify import verify_dataset
+
+    dataset = verify_dataset(options.path, lambda name: print(f"{name}: ok", flush=True))
+    print(f"{options.path}: {len(dataset)} samples, all bytes as dataset.json says")
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    from dit_fast.data.dataset import open_dataset
+
+    print(describe(open_dataset(options.path)))
+    return 0
+
+
+def describe(dataset: Any) -> str:
+    """A few lines about an opened data set."""
+    info = dataset.info
+    size = sum(shard.bytes for shard in info.shards) / 2**20
+    lines = [
+        f"{dataset.root}: {info.num_samples} samples, {info.num_classes} classes",
+        f"shards       {len(info.shards)} ({size:.1f} MiB)",
+        f"latents      [{info.channels}, {info.size}, {info.size}] {info.dtype}, mean and std",
+        f"autoencoder  {info.autoencoder or 'place unknown'} ({info.autoencoder_identity})",
+        f"extra fields {', '.join(info.fields) or 'none'}",
+        f"fingerprint  {info.fingerprint}",
+    ]
+    if info.encoder:
+        lines.insert(5, f"encoder      {info.encoder}, features {list(info.feature_shape)}")
+    return "\n".join(lines)

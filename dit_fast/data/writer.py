@@ -1,0 +1,274 @@
+"""Writes a data set shard by shard, in several processes, so that a killed or failed run is continued.
+
+A shard is one unit of work: its bytes depend on the samples alone, never on the number of processes. Finished shards
+are recorded under `.build`; `dataset.json` comes last, and `.build` goes.
+"""
+
+import errno
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from dit_fast.config import diff
+from dit_fast.data.dataset import FILE_NAME, LatentDataset, ShardInfo, description_bytes, make_description, open_dataset
+from dit_fast.data.index import index_path
+from dit_fast.data.shards import MOMENTS_MEMBER, ShardWriter, key_of, npy_bytes, write_atomic
+from dit_fast.errors import DataError
+
+STATE_FOLDER = ".build"
+Sample = tuple[dict[str, bytes], int, np.ndarray]  # members but the label's and moments'; label; moments [2, C, h, w]
+
+
+class Producer(Protocol):
+    """Makes samples. It is sent to the worker processes, so it holds specs and loads networks when first used."""
+
+    members: tuple[str, ...]
+    dtype: str
+
+    def samples(self, numbers: np.ndarray, shard: int) -> Iterator[Sample]:
+        """The samples with these source numbers, in order."""
+        ...
+
+
+def write_dataset(
+    out: Path,
+    producer: Producer,
+    order: np.ndarray,
+    info: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    samples_per_shard: int,
+    processes: int,
+    progress: bool,
+) -> LatentDataset:
+    """Writes the samples `order` (source numbers, int64 [N]) to shards in `out`; continues what is there.
+
+    info: the part of `dataset.json` known beforehand. settings: everything that decides the bytes; a run with other
+    settings in the same folder is refused with the difference. Raises DataError, one line, with finished shards kept.
+    """
+    if samples_per_shard < 1 or processes < 1:
+        raise DataError(f"samples_per_shard={samples_per_shard}, processes={processes}: both must be at least 1")
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / FILE_NAME).is_file():
+        _refuse_other(out, json.loads((out / FILE_NAME).read_bytes()).get("settings", {}), settings)
+        return open_dataset(out)
+    with _locked(out), _one_line_errors(out):
+        state = out / STATE_FOLDER
+        if (state / "settings.json").is_file():
+            _refuse_other(out, json.loads((state / "settings.json").read_bytes()), settings)
+        else:
+            write_atomic(state / "settings.json", json.dumps(settings, indent=1).encode())
+        for partial in [*out.glob("*.partial"), *state.glob("*.partial")]:
+            partial.unlink()
+        count = -(-len(order) // samples_per_shard)
+        tasks = [
+            _Task(producer, order[first : first + samples_per_shard], first, number, out)
+            for number, first in enumerate(range(0, len(order), samples_per_shard))
+        ]
+        todo = [task for task in tasks if not task.finished()]
+        with _bar(len(order), len(order) - sum(len(task.numbers) for task in todo), progress) as advance:
+            for samples in _run(todo, processes):
+                advance(samples)
+        results = [json.loads((state / f"{shard_name(number)}.json").read_bytes()) for number in range(count)]
+        shards = [ShardInfo(**result["shard"]) for result in results]
+        content = {**info, "statistics": _statistics(results), "settings": dict(settings)}
+        write_atomic(out / FILE_NAME, description_bytes(make_description(content, shards)))
+    shutil.rmtree(out / STATE_FOLDER)
+    return open_dataset(out)
+
+
+def shard_name(number: int) -> str:
+    """`shard-000012.tar`."""
+    return f"shard-{number:06d}.tar"
+
+
+class _Task:
+    """One shard: which samples, and where it goes."""
+
+    def __init__(self, producer: Producer, numbers: np.ndarray, first_key: int, shard: int, out: Path):
+        self.producer, self.numbers, self.first_key, self.shard = producer, numbers, first_key, shard
+        self.path = out / shard_name(shard)
+        self.record = out / STATE_FOLDER / f"{shard_name(shard)}.json"
+
+    def finished(self) -> bool:
+        if not (self.record.is_file() and self.path.is_file() and index_path(self.path).is_file()):
+            return False
+        return self.path.stat().st_size == json.loads(self.record.read_bytes())["shard"]["bytes"]
+
+    def write(self, stopped: Callable[[], bool]) -> bool:
+        """Writes the shard; False when told to stop before the end."""
+        try:
+            return self._write(stopped)
+        except OSError as error:
+            error.filename = error.filename or str(self.path)
+            raise
+
+    def _write(self, stopped: Callable[[], bool]) -> bool:
+        sums, count = np.zeros((2, 0)), 0
+        with ShardWriter(self.path, self.producer.members, self.first_key) as writer:
+            for payload, label, moments in self.producer.samples(self.numbers, self.shard):
+                if stopped():
+                    writer.abort()
+                    return False
+                writer.add({**payload, MOMENTS_MEMBER: self._moments(moments, count)}, label)
+                mean, std = moments.astype(np.float64).reshape(2, moments.shape[1], -1)
+                sample = np.stack([mean.sum(1), (mean**2 + std**2).sum(1)])
+                sums, count = (sample if not count else sums + sample), count + 1
+            index = writer.close()
+        result = {
+            "shard": {"name": self.path.name, "samples": count, "bytes": index.tar_bytes, "sha256": writer.sha256},
+            "sums": sums.tolist(),
+            "values": count * mean.shape[1],
+        }
+        write_atomic(self.record, json.dumps(result).encode())
+        return True
+
+    def _moments(self, moments: np.ndarray, row: int) -> bytes:
+        with np.errstate(over="ignore"):
+            stored = moments.astype(self.producer.dtype)
+        if not np.isfinite(stored).all():
+            key, source = key_of(self.first_key + row), int(self.numbers[row])
+            raise DataError(
+                f"{self.path}: sample {key} (image {source} of the source) has latents that are not finite in "
+                f"{self.producer.dtype}; use --dtype float32 or another autoencoder"
+            )
+        return npy_bytes(stored)
+
+
+def _run(tasks: Sequence[_Task], processes: int) -> Iterator[int]:
+    """Runs the tasks; yields the number of samples of each finished one. Raises the first error."""
+    if processes == 1 or len(tasks) < 2:
+        with one_thread():
+            for task in tasks:
+                task.write(lambda: False)
+                yield len(task.numbers)
+        return
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    workers = min(processes, len(tasks))
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(stop,)) as pool:
+        waiting = iter(tasks)
+        running = {pool.submit(_work, task) for task in islice(waiting, 2 * workers)}
+        try:
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    outcome = future.result()
+                    if isinstance(outcome, Exception):
+                        raise outcome
+                    yield outcome
+                running |= {pool.submit(_work, task) for task in islice(waiting, len(done))}
+        except BrokenProcessPool:
+            raise DataError(
+                "a worker process died (out of memory?); run the same command again, with fewer processes"
+            ) from None
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+_stop: Any = None
+
+
+def _start_worker(stop: Any) -> None:
+    global _stop
+    _stop = stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+
+
+def _leave_with(parent: Any) -> None:
+    """Ends this worker when its parent is gone, even when that was killed."""
+    parent.join()
+    os._exit(1)
+
+
+def _work(task: _Task) -> int | Exception:
+    try:
+        return len(task.numbers) if task.write(_stop.is_set) else 0
+    except (DataError, OSError) as error:
+        return error
+
+
+def _statistics(results: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Mean and std per channel of the sampled latents: E[mean], sqrt(E[mean^2 + std^2] - E[mean]^2)."""
+    total = np.zeros_like(np.array(results[0]["sums"]))
+    values = sum(result["values"] for result in results)
+    for result in results:
+        total = total + np.array(result["sums"])
+    mean, square = total / values
+    return {"mean": mean.tolist(), "std": np.sqrt(np.maximum(square - mean**2, 0)).tolist()}
+
+
+def _refuse_other(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    changes = diff(old, json.loads(json.dumps(new)))
+    if changes:
+        raise DataError(
+            f"{out}: was begun with other settings ({'; '.join(changes)}); use those, another folder, or delete it"
+        )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread, as in the workers, so that sums are taken in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    (out / STATE_FOLDER).mkdir(exist_ok=True)
+    with open(out / STATE_FOLDER / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{out}: another process is building here; wait for it or choose another folder") from None
+        yield
+
+
+@contextmanager
+def _one_line_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        kept = len(list((out / STATE_FOLDER).glob("shard-*.json")))
+        place = error.filename or out
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = f"no space left ({shutil.disk_usage(out).free / 2**20:.0f} MiB free)"
+            raise DataError(
+                f"{place}: {reason}; free some and run the same command again, {kept} finished shards are kept"
+            ) from None
+        raise DataError(f"{place}: {error.strerror or error}; {kept} finished shards are kept") from None
+
+
+@contextmanager
+def _bar(total: int, done: int, show: bool) -> Iterator[Callable[[int], object]]:
+    if not show:
+        yield lambda samples: None
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise DataError("the progress bar needs tqdm; run `pip install tqdm` or give --no-progress") from None
+    with tqdm(total=total, initial=done, unit="img", desc="shards", smoothing=0) as bar:
+        yield bar.update

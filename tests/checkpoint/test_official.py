@@ -1,0 +1,309 @@
+import argparse
+import copy
+
+import pytest
+import torch
+from deterministic_fill import tiny_state
+from golden import assert_close, golden, golden_names
+
+from dit_fast.checkpoint import export_official, load_official, read_published, save_official
+from dit_fast.errors import CheckpointError, ConfigError
+from dit_fast.models import SiT
+from dit_fast.models.reversed_sit import ReversedSiT
+
+SIZES = {"input_size": 8, "in_channels": 4, "hidden_size": 32, "depth": 4, "num_heads": 4, "num_classes": 10}
+INPUTS = (torch.randn(3, 4, 8, 8), torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 4, 10]))
+
+
+def _random_state(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {key: torch.randn(value.shape, generator=generator) * 0.2 for key, value in model.state_dict().items()}
+
+
+def _sit_state():
+    """An official SiT state_dict: eight output channels for four latent ones."""
+    return _random_state(ReversedSiT(head_channels=8, **SIZES))
+
+
+def _same(left, right):
+    assert list(left) == list(right)
+    for key in left:
+        assert left[key].dtype == right[key].dtype, key
+        assert torch.equal(left[key], right[key]), key
+
+
+@pytest.mark.parametrize("name", golden_names("sit_", "repa_", "diversedit_"))
+def test_import_then_export_returns_the_same_bits_order_and_dtypes(name):
+    reference = golden(name)
+    state = reference.group("state/")
+    wiring = reference.meta["skip_wiring"] if name.startswith("diversedit_") else None
+    model = load_official(
+        state, "diversedit" if wiring else "repa", num_heads=reference.meta["num_heads"], skip_wiring=wiring
+    )
+    _same(export_official(model), state)
+    assert model.qk_norm is reference.meta["qk_norm"]
+    assert model.depth == reference.meta["depth"]
+    assert not model.training
+
+
+def test_import_copies_and_leaves_the_source_alone():
+    state = tiny_state("off")
+    before = copy.deepcopy(state)
+    model = load_official(state, "repa", num_heads=4)
+    for parameter in model.parameters():
+        parameter.data.add_(1)
+    _same(state, before)
+
+
+@pytest.mark.parametrize("family", ["sit", "repa", "diversedit"])
+def test_mixed_dtypes_and_shuffled_order_survive(family):
+    if family == "sit":
+        state, arguments = _sit_state(), {"num_heads": 4}
+    else:
+        wiring = "off" if family == "repa" else "output"
+        state = {key: value.float() for key, value in tiny_state(wiring).items()}
+        arguments = {"num_heads": 4, "skip_wiring": None if family == "repa" else wiring}
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    shuffled = {key: state[key].to(dtypes[i % 3]) for i, key in enumerate(sorted(state, key=lambda key: key[::-1]))}
+    model = load_official(shuffled, family, **arguments)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    _same(export_official(model), shuffled)
+    double = {**shuffled, "final_layer.linear.bias": shuffled["final_layer.linear.bias"].double() + 1e-12}
+    _same(export_official(load_official(double, family, **arguments)), double)
+
+
+def test_sit_takes_our_time_and_returns_our_velocity():
+    state = _sit_state()
+    model = load_official(state, "sit", num_heads=4)
+    plain = SiT(**SIZES).eval()
+    weight, bias = state["final_layer.linear.weight"], state["final_layer.linear.bias"]
+    # Rows are (patch row, patch column, channel): of each pixel's eight channels the first four are the velocity.
+    rows = [pixel * 8 + channel for pixel in range(4) for channel in range(4)]
+    head = {"final_layer.linear.weight": weight[rows], "final_layer.linear.bias": bias[rows]}
+    plain.load_state_dict({**state, **head})
+    x, t, y = INPUTS
+    v, features = model(x, t, y, taps=(1,))
+    assert v.shape == x.shape
+    assert_close(v, -plain(x, 1 - t, y), 1e-6)
+    assert_close(features[1], plain(x, 1 - t, y, taps=(1,))[1][1], 1e-6)
+    assert torch.equal(model(x, t, y), v)
+    _same(export_official(model), state)
+
+
+def test_training_an_official_sit_leaves_the_unused_head_alone():
+    state = _sit_state()
+    model = load_official(state, "sit", num_heads=4).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    model(*INPUTS).square().mean().backward()
+    optimizer.step()
+    head = export_official(model)["final_layer.linear.weight"].view(4, 8, 32)
+    before = state["final_layer.linear.weight"].view(4, 8, 32)
+    assert torch.equal(head[:, 4:], before[:, 4:])
+    assert not torch.equal(head[:, :4], before[:, :4])
+
+
+def test_official_sit_without_learned_sigma():
+    state = _random_state(SiT(**SIZES))
+    model = load_official(state, "sit", num_heads=4)
+    assert model.head_channels == 4
+    _same(export_official(model), state)
+
+
+def test_a_model_made_here_exports_to_the_official_sit_convention():
+    model = SiT(**SIZES)
+    model.load_state_dict(_random_state(model))
+    state = export_official(model.eval(), "sit")
+    assert state["final_layer.linear.weight"].shape == (32, 32)
+    assert state["final_layer.linear.weight"].view(4, 8, 32)[:, 4:].abs().max() == 0
+    assert_close(load_official(state, "sit", num_heads=4)(*INPUTS), model(*INPUTS), 1e-5)
+    assert list(export_official(model)) == list(model.state_dict())
+
+
+def test_models_made_here_export_in_official_order():
+    model = SiT(**SIZES, skip_wiring="output")
+    names = list(export_official(model))
+    groups = list(dict.fromkeys(name.split(".")[0] for name in names))
+    expected = ["pos_embed", "skip_linears", "skip_norms", "x_embedder", "t_embedder", "y_embedder", "blocks"]
+    assert groups == [*expected, "final_layer"]
+    with pytest.raises(CheckpointError, match=r"skip_linears\.0"):
+        export_official(model, "repa")
+    with pytest.raises(CheckpointError, match=r"skip_linears\.0"):
+        export_official(SiT(**SIZES), "diversedit")
+    with pytest.raises(CheckpointError, match=r"final_layer\.linear\.weight"):
+        export_official(ReversedSiT(head_channels=8, **SIZES), "repa")
+
+
+def test_modules_of_other_methods_have_no_place_in_a_family():
+    model = load_official(tiny_state("off"), "repa", num_heads=4)
+    model.add_extra("teacher_head", torch.nn.Linear(2, 2))
+    with pytest.raises(CheckpointError, match=r"teacher_head\.weight"):
+        export_official(model)
+    with pytest.raises(CheckpointError, match=r"projectors\.0"):
+        export_official(load_official(tiny_state("off"), "repa", num_heads=4), "sit")
+
+
+def test_diversedit_without_wiring_is_refused_with_the_reason():
+    with pytest.raises(CheckpointError, match=r"same keys and shapes.*skip_wiring='input'") as caught:
+        load_official(tiny_state("input"), "diversedit", num_heads=4)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="wired"):
+        load_official(tiny_state("input"), "diversedit", num_heads=4, skip_wiring="off")
+    with pytest.raises(CheckpointError, match="diversedit"):
+        load_official(tiny_state("off"), "repa", num_heads=4, skip_wiring="input")
+
+
+@pytest.mark.parametrize("family", ["dit", "reg", "sra", "mean_flow", "self_transcendence", "repa_e", "rape"])
+def test_other_families_say_what_is_supported(family):
+    with pytest.raises(ConfigError, match="repa, sit, diversedit"):
+        load_official(tiny_state("off"), family, num_heads=4)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "pos_embed",
+        "x_embedder.proj.weight",
+        "y_embedder.embedding_table.weight",
+        "blocks.2.attn.qkv.bias",
+        "skip_linears.0.linear.weight",
+        "skip_linears.1.linear.bias",
+        "skip_norms.1.weight",
+        "projectors.0.2.weight",
+        "projectors.0.4.weight",
+        "final_layer.linear.weight",
+        "final_layer.linear.bias",
+    ],
+)
+def test_missing_and_misshapen_keys_are_named(key):
+    state = tiny_state("input")
+    arguments = {"family": "diversedit", "num_heads": 4, "skip_wiring": "input"}
+    with pytest.raises(CheckpointError, match=f"'{key}'"):
+        load_official({name: value for name, value in state.items() if name != key}, **arguments)
+    with pytest.raises(CheckpointError, match=f"'?{key}'?.* (shape|rows|channels|tokens)"):
+        load_official({**state, key: state[key][..., :-1]}, **arguments)
+
+
+@pytest.mark.parametrize(
+    "key", ["skip_linears.2.linear.weight", "factorization_head.weight", "blocks.0.attn.qkv.scale"]
+)
+def test_extra_keys_are_named(key):
+    with pytest.raises(CheckpointError, match=f"extra key '{key}'"):
+        load_official({**tiny_state("output"), key: torch.zeros(3)}, "diversedit", num_heads=4, skip_wiring="output")
+    with pytest.raises(CheckpointError, match=r"extra key 'skip_linears\.0.*diversedit"):
+        load_official(tiny_state("output"), "repa", num_heads=4)
+
+
+def test_heads_are_inferred_where_the_width_allows():
+    state = tiny_state("off")
+    assert load_official(state, "repa").num_heads == 1
+    with pytest.raises(CheckpointError, match="pass num_heads"):
+        load_official(_random_state(SiT(**SIZES)), "repa")
+    normed = _random_state(SiT(**SIZES, qk_norm=True))
+    assert load_official(normed, "repa").num_heads == 4
+    with pytest.raises(CheckpointError, match="num_heads 5"):
+        load_official(state, "repa", num_heads=5)
+    with pytest.raises(CheckpointError, match="q_norm"):
+        load_official(normed, "repa", num_heads=2)
+
+
+def test_wrong_family_for_the_head_is_explained():
+    with pytest.raises(CheckpointError, match="family='sit'"):
+        load_official(_sit_state(), "repa", num_heads=4)
+
+
+def test_legacy_and_wrapped_names():
+    state = {key: value.float() for key, value in tiny_state("off").items()}
+    legacy = {}
+    for key, value in state.items():
+        block = int(key.split(".")[1]) if key.startswith("blocks.") else -1
+        legacy[key if block < 2 else key.replace(f"blocks.{block}.", f"decoder_blocks.{block - 2}.")] = value
+    _same(export_official(load_official(legacy, "repa", num_heads=4, encoder_depth=2)), state)
+    with pytest.raises(CheckpointError, match=r"decoder_blocks.*encoder_depth"):
+        load_official(legacy, "repa", num_heads=4)
+    with pytest.raises(CheckpointError, match="encoder_depth=1"):
+        load_official(legacy, "repa", num_heads=4, encoder_depth=1)
+    with pytest.raises(CheckpointError, match=r"missing key 'blocks\.2"):
+        load_official(legacy, "repa", num_heads=4, encoder_depth=3)
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
+        wrapped = {prefix + key: value for key, value in state.items()}
+        _same(export_official(load_official(wrapped, "repa", num_heads=4)), state)
+    inner = {key.replace("blocks.1.", "blocks.1._orig_mod."): value for key, value in state.items()}
+    _same(export_official(load_official(inner, "repa", num_heads=4)), state)
+    with pytest.raises(CheckpointError, match="wrapper"):
+        load_official({**state, "module.pos_embed": state["pos_embed"]}, "repa", num_heads=4)
+
+
+def _training_checkpoint():
+    ema = {key: value.float() for key, value in tiny_state("off").items()}
+    model = {key: value + 1 for key, value in ema.items()}
+    args = argparse.Namespace(exp_name="linear-dinov2-b", encoder_depth=8, cfg_prob=0.1, resume_step=0, data_dir=None)
+    return {"model": model, "ema": ema, "opt": {"state": {}, "param_groups": []}, "args": args, "steps": 50_000}
+
+
+def test_training_checkpoints_give_ema_or_model(tmp_path):
+    content = _training_checkpoint()
+    path = tmp_path / "0050000.pt"
+    torch.save(content, path)
+    _same(export_official(load_official(path, "repa", num_heads=4)), content["ema"])
+    _same(export_official(load_official(str(path), "repa", num_heads=4, weights="model")), content["model"])
+    assert read_published(path)["args"].encoder_depth == 8
+    with pytest.raises(CheckpointError, match="weights='model'"):
+        load_official({"model": content["model"]}, "repa", num_heads=4)
+    with pytest.raises(ConfigError, match="weights"):
+        load_official(path, "repa", num_heads=4, weights="latest")
+
+
+class _Payload:
+    pass
+
+
+def test_files_that_are_not_checkpoints_are_refused_in_one_line(tmp_path):
+    torch.save({"model": _Payload()}, tmp_path / "pickle.pt")
+    torch.save(_training_checkpoint(), tmp_path / "whole.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:5000])
+    (tmp_path / "text.pt").write_text("<html>not found</html>")
+    (tmp_path / "text.safetensors").write_text("<html>not found</html>")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"steps": 3}, tmp_path / "empty.pt")
+    for name in ("pickle.pt", "cut.pt", "text.pt", "text.safetensors", "list.pt", "empty.pt", "absent.pt"):
+        with pytest.raises(CheckpointError, match=name) as caught:
+            load_official(tmp_path / name, "repa", num_heads=4)
+        assert "\n" not in str(caught.value), name
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_saved_files_load_back_and_safetensors_remember_the_wiring(tmp_path, suffix):
+    state = {key: value.float() for key, value in tiny_state("output").items()}
+    model = load_official(state, "diversedit", num_heads=4, skip_wiring="output")
+    path = tmp_path / f"weights{suffix}"
+    save_official(model, path)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    if suffix == ".pt":
+        again = load_official(path, "diversedit", num_heads=4, skip_wiring="output")
+    else:
+        again = load_official(path, "diversedit")
+        assert (again.skip_wiring, again.num_heads) == ("output", 4)
+        with pytest.raises(CheckpointError, match="header says 'output'"):
+            load_official(path, "diversedit", skip_wiring="input")
+    exported = export_official(again)
+    assert set(exported) == set(state)
+    assert all(torch.equal(exported[key], state[key]) for key in state)
+    assert suffix != ".pt" or list(exported) == list(state)
+    with pytest.raises(ConfigError, match=r"\.safetensors"):
+        save_official(model, tmp_path / "weights.bin")
+
+
+def test_full_sizes_have_the_published_keys():
+    from dit_fast.models import build_model
+    from dit_fast.nn.projector import projector
+
+    for name, keys, total in (
+        ("SiT-B/2", 162, 144_945_936),
+        ("SiT-L/2", 306, 491_182_864),
+        ("SiT-XL/2", 354, 720_482_064),
+    ):
+        with torch.device("meta"):
+            model = build_model(name, skip_wiring="input")
+            model.add_extra("projectors", torch.nn.ModuleList([projector(model.hidden_size, 2048, 768)]))
+        assert len(model.state_dict()) == keys
+        assert sum(value.numel() for value in model.state_dict().values()) == total

@@ -1,0 +1,108 @@
+"""Samplers and losses against the official code: golden files, and the deterministic fill of methods.md §7.2."""
+
+import pytest
+import torch
+from deterministic_fill import fill, tiny_model
+from golden import assert_close, golden, golden_names
+
+from dit_fast.checkpoint import load_official
+from dit_fast.diffusion import flow_loss, sample
+from dit_fast.methods.repa import repa_loss
+
+
+@pytest.mark.parametrize("name", golden_names("samplers_"))
+def test_published_samples(name):
+    data = golden(name)
+    meta, noise, y = data.meta, data.tensor("in/noise"), data.tensor("in/y")
+    model = load_official(data.group("state/"), family="repa", num_heads=meta["num_heads"])
+    for call, options in meta["calls"].items():
+        options = dict(options)
+        heun = options.pop("heun", False)
+        sampler = "sde" if call.startswith("sde") else "heun" if heun else "euler"
+        path = options.pop("path_type", meta.get("path_type", "linear"))
+        generator = torch.Generator().manual_seed(meta["noise_seed"])
+        ours = sample(model, noise, y, sampler, path=path, generator=generator, **options)
+        assert_close(ours, data.tensor(f"out64/{call}"), 1e-6)
+
+
+@pytest.mark.parametrize("name", golden_names("sit_", "repa_", "diversedit_"))
+def test_published_denoising_loss(name):
+    data = golden(name)
+    meta = data.meta
+    diverse = name.startswith("diversedit_")
+    model = load_official(
+        data.group("state/"),
+        family="diversedit" if diverse else "repa",
+        num_heads=meta["num_heads"],
+        skip_wiring=meta["skip_wiring"] if diverse else None,
+    ).eval()
+    x, t, y, noise = (data.tensor(f"in/{key}") for key in ("x", "t", "y", "noise"))
+    assert_close(flow_loss(model, x, y, t, noise, meta["path_type"]), data.tensor("out/denoising"), 1e-5)
+
+
+SHAPE = (2, 4, 8, 8)
+ROWS = {
+    "off": {
+        "linear": (3.9892033942, 4.0429902065),
+        "cosine": (4.6276221623, 4.0953393204),
+        "euler": (15.3108062671, 27.0602538537),
+        "euler_cfg": (15.5349486633, 27.0965643048),
+        "heun_cfg": (15.6927066342, 27.0991831489),
+        "sde_cfg": (15.7616724858, 21.7630093553),
+    },
+    "input": {
+        "linear": (3.9556015719, 4.0293475956),
+        "cosine": (4.5771527605, 4.0649200223),
+        "euler": (-0.7156233444, 26.9775632881),
+        "euler_cfg": (-0.0065139134, 26.9566571081),
+        "heun_cfg": (0.0306470162, 26.9557724318),
+        "sde_cfg": (-1.2378569214, 21.5856964966),
+    },
+    "output": {
+        "linear": (3.9534467543, 4.0247780200),
+        "cosine": (4.5747810046, 4.0599737111),
+        "euler": (-0.7876656911, 26.9606902149),
+        "euler_cfg": (-0.3069680610, 26.9518497840),
+        "heun_cfg": (-0.2786732411, 26.9502032904),
+        "sde_cfg": (-1.6530453201, 21.5685219899),
+    },
+}
+
+
+@pytest.mark.parametrize("wiring", list(ROWS))
+def test_loss_rows_of_the_deterministic_fill(wiring):
+    model, x, noise = tiny_model(wiring), fill("golden.x", SHAPE, 4), fill("golden.eps", SHAPE, 4)
+    t, y = torch.tensor([0.3, 0.85], dtype=torch.float64), torch.tensor([7, 1000])
+    for path in ("linear", "cosine"):
+        assert flow_loss(model, x, y, t, noise, path).tolist() == pytest.approx(ROWS[wiring][path], rel=1e-6)
+
+
+@pytest.mark.parametrize("call", ["euler", "euler_cfg", "heun_cfg", "sde_cfg"])
+@pytest.mark.parametrize("wiring", list(ROWS))
+def test_sampler_rows_of_the_deterministic_fill(wiring, call, monkeypatch):
+    draws = (fill(f"golden.noise.{k}", SHAPE, 12**0.5) for k in range(9))
+    monkeypatch.setattr(torch, "randn", lambda *_, **__: next(draws))
+    sampler, _, guided = call.partition("_")
+    options = {"cfg_scale": 1.8, "guidance_high": 0.7} if guided else {}
+    ours = sample(
+        tiny_model(wiring), fill("golden.eps", SHAPE, 4), torch.tensor([7, 3]), sampler, 10,
+        generator=torch.Generator(), **options,
+    )  # fmt: skip
+    total, norm = ROWS[wiring][call]
+    # The rows' common error is that of the fp32 time frequencies, relative to the whole sample.
+    assert ours.sum().item() == pytest.approx(total, abs=1e-6 * norm)
+    assert ours.norm().item() == pytest.approx(norm, rel=1e-6)
+
+
+@pytest.mark.parametrize("wiring", list(ROWS))
+def test_projector_row_of_the_deterministic_fill(wiring):
+    model, x = tiny_model(wiring), fill("golden.x", SHAPE, 4)
+    _, features = model(x, torch.tensor([0.3, 0.85], dtype=torch.float64), torch.tensor([7, 1000]), taps=(1,))
+    z = model.projectors[0](features[1])
+    values = (z[1, 9, 3].item(), z.sum().item(), z.norm().item())
+    assert values == pytest.approx((0.0274816529, 1.8170121949, 1.5823490419), rel=1e-6)
+
+
+def test_alignment_of_the_deterministic_fill():
+    p, q = fill("golden.p", (2, 4, 8), 4), fill("golden.q", (2, 4, 8), 4)
+    assert repa_loss(p, q).item() == pytest.approx(-0.6498071017, abs=1e-10)

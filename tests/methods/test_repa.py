@@ -1,0 +1,95 @@
+"""REPA: the loss, the projector it adds, and its complaints."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from golden import assert_close
+
+from dit_fast.errors import ConfigError
+from dit_fast.methods import ModelFacts, StepContext, build_methods
+from dit_fast.methods.repa import REPA, repa_loss
+from dit_fast.models import SiT
+
+
+def small(**changes):
+    return SiT(**{"input_size": 8, "hidden_size": 32, "depth": 4, "num_heads": 2, "num_classes": 5, **changes})
+
+
+def shards(feature_shape=(16, 12)):
+    return SimpleNamespace(feature_shape=feature_shape)
+
+
+def test_loss_is_minus_the_mean_cosine():
+    generator = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(3, 5, 7, generator=generator) for _ in range(2))
+    assert_close(repa_loss(p, q), -torch.nn.functional.cosine_similarity(p, q, dim=-1).mean(), 1e-6)
+    assert_close(repa_loss(3 * p, 0.1 * p), torch.tensor(-1.0), 1e-6)
+
+
+def test_loss_upcasts_and_gives_the_target_no_gradient():
+    p, q = torch.randn(2, 3, 4).bfloat16().requires_grad_(), torch.randn(2, 3, 4).requires_grad_()
+    loss = repa_loss(p, q)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert p.grad.dtype == torch.bfloat16
+    assert q.grad is None
+    assert torch.isfinite(repa_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)))
+
+
+def test_loss_refuses_shapes_that_differ():
+    with pytest.raises(ConfigError, match=r"\[2, 3, 4\] and \[2, 3, 5\]"):
+        repa_loss(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5))
+
+
+def test_projector_has_the_official_names_and_place():
+    model, method = small(), REPA(REPA.Config(encoder_depth=2, projector_width=24))
+    method.attach(model, shards())
+    names = [name for name, _ in model.named_parameters() if name.startswith("projectors.")]
+    assert names == [f"projectors.0.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")]
+    assert [tuple(model.get_parameter(name).shape) for name in names] == [
+        (24, 32),
+        (24,),
+        (24, 24),
+        (24,),
+        (12, 24),
+        (12,),
+    ]
+    order = list(dict(model.named_children()))
+    assert order.index("blocks") < order.index("projectors") < order.index("final_layer")
+
+
+def test_term_aligns_the_block_counted_from_one():
+    model, (method,) = small(), build_methods([REPA.Config(encoder_depth=3, projector_width=24, weight=0.7)])
+    method.attach(model, shards())
+    assert method.taps(ModelFacts.of(model)) == {2}
+    assert method.batch_fields() == ("features",)
+    feature, target = torch.randn(2, 16, 32), torch.randn(2, 16, 12)
+    rest = dict.fromkeys(["latents", "noise", "t", "labels", "noised", "target", "prediction"])
+    context = StepContext(model=model, **rest, features={2: feature}, batch={"features": target}, step=0, seed=0)
+    term = method.terms(context)["repa/alignment"]
+    assert_close(term.value, repa_loss(model.projectors[0](feature), target), 1e-6)
+    assert term.weight == 0.7
+
+
+@pytest.mark.parametrize("depth", [0, 5])
+def test_depth_outside_the_model_is_named(depth):
+    with pytest.raises(ConfigError, match=rf"repa.encoder_depth={depth}.*1\.\.4"):
+        REPA(REPA.Config(encoder_depth=depth)).taps(ModelFacts.of(small()))
+
+
+def test_token_grids_that_differ_are_named():
+    with pytest.raises(ConfigError, match=r"49 feature tokens.*16 tokens"):
+        REPA(REPA.Config()).attach(small(), shards((49, 12)))
+
+
+def test_target_grid_is_the_models_token_grid():
+    """methods.md §7.5, item 19: 256 tokens at 256 px, 1024 at 512 px."""
+    for size, tokens in ((32, 256), (64, 1024)):
+        with torch.device("meta"):
+            REPA(REPA.Config()).attach(small(input_size=size), shards((tokens, 768)))
+
+
+def test_shards_without_features_are_named():
+    with pytest.raises(ConfigError, match="shards hold none"):
+        REPA(REPA.Config()).attach(small(), shards(None))

@@ -1,0 +1,41 @@
+"""Small data sets and helpers for the tests of shards."""
+
+import json
+
+import numpy as np
+
+from dit_fast.data.build import build_shards
+from dit_fast.data.dataset import description_bytes
+
+CLASSES = ("ant", "bee", "cat")
+COUNT, SIZE, PER_SHARD = 43, 16, 8
+
+
+def make_images(count=COUNT, size=SIZE, seed=0):
+    """Smooth coloured pictures, uint8 [count, size, size, 3], and labels."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:size, 0:size] / size
+    phase, tint = rng.uniform(0, 6, (count, 1, 1)), rng.uniform(0.2, 1, (count, 1, 1, 3))
+    wave = (np.sin(6 * x + phase) * np.cos(5 * y))[..., None]
+    images = (127.5 + 120 * wave * tint + rng.normal(0, 3, (count, size, size, 3))).clip(0, 255).astype(np.uint8)
+    return images, rng.integers(0, len(CLASSES), count)
+
+
+def build(source, out, **options):
+    settings = {"autoencoder": "pca", "size": SIZE, "samples_per_shard": PER_SHARD, "store_images": True}
+    return build_shards(source, out, **{**settings, "progress": False, "device": "cpu", **options})
+
+
+def contents(folder):
+    """Relative name -> bytes of every file below a folder."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+def rewrite(folder, change):
+    """Applies `change` to dataset.json's content and fills in the fingerprint again."""
+    path = folder / "dataset.json"
+    content = json.loads(path.read_bytes())
+    change(content)
+    path.write_bytes(description_bytes(content))

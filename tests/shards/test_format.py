@@ -1,0 +1,227 @@
+"""The files: deterministic, rebuildable, readable by others, and every damage found."""
+
+import hashlib
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from shard_sets import COUNT, build, contents, make_images, rewrite
+
+from dit_fast.data import Plan, build_loader, open_dataset, rebuild_index, verify_dataset
+from dit_fast.data.index import index_from_bytes, index_to_bytes
+from dit_fast.data.reader import IndexedReader
+from dit_fast.data.shards import NpyParser, ShardWriter, npy_bytes
+from dit_fast.errors import DataError
+
+
+def read_all(folder):
+    """Every sample through the indexed reader, then every shard through the streaming one."""
+    dataset = open_dataset(folder)
+    IndexedReader(dataset, ("image",)).read(np.arange(len(dataset)), np.arange(len(dataset)))
+    plan = Plan(dataset.info.shard_sizes, 0, 2)
+    options = {"global_batch": 8, "micro_batch": 8, "rank": 0, "world_size": 1, "start": 0, "fields": ("image",)}
+    stream = build_loader(dataset, plan, reader="stream", **options)
+    for _ in range(-(-len(dataset) // 8)):
+        next(stream)
+
+
+def test_tar_is_plain_and_deterministic(array_file, built, tmp_path):
+    build(array_file, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(built)
+    with tarfile.open(built / "shard-000001.tar") as tar:
+        members = tar.getmembers()
+    assert [member.name for member in members[:4]] == [
+        "000000008.moments.npy", "000000008.cls", "000000008.png", "000000009.moments.npy",
+    ]  # fmt: skip
+    assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in members} == {(0, 0, 0, "root", "root", 0o644)}
+
+
+def test_dataset_json_tells_everything(built):
+    info = open_dataset(built).info
+    assert (info.num_samples, info.num_classes, info.class_names) == (COUNT, 3, ("ant", "bee", "cat"))
+    assert (info.channels, info.size, info.image_size, info.fields) == (12, 4, 16, ("image",))
+    assert info.shard_sizes == (8, 8, 8, 8, 8, 3)
+    assert info.autoencoder == f"pca:{built.resolve()}/autoencoder.safetensors"
+    for shard in info.shards:
+        data = (built / shard.name).read_bytes()
+        assert (shard.bytes, shard.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+
+
+def test_samples_hold_what_was_encoded(array_file, built):
+    dataset = open_dataset(built)
+    images, labels = make_images()
+    batch = IndexedReader(dataset, ("image",)).read(np.arange(COUNT), np.arange(COUNT))
+    order = [
+        int(np.flatnonzero((images.transpose(0, 3, 1, 2) == image.numpy()).all((1, 2, 3)))[0])
+        for image in batch["image"]
+    ]
+    assert sorted(order) == list(range(COUNT))
+    assert order != sorted(order)  # shuffled when written
+    assert batch["label"].tolist() == labels[order].tolist()
+    mean, std = dataset.load_autoencoder().encode(batch["image"].float() / 127.5 - 1)
+    np.testing.assert_allclose(batch["moments"][:, 0].numpy(), mean.numpy(), rtol=2e-3, atol=2e-3)
+    assert not std.any()
+    assert not batch["moments"][:, 1].any()
+    assert dataset.labels.tolist() == labels[order].tolist()
+
+
+def test_statistics_are_those_of_the_latents(built):
+    dataset = open_dataset(built)
+    latents = IndexedReader(dataset).read(np.arange(COUNT), np.arange(COUNT))["moments"][:, 0]
+    statistics = dataset.info.statistics
+    np.testing.assert_allclose(statistics["mean"], latents.mean((0, 2, 3)), atol=2e-3)
+    np.testing.assert_allclose(statistics["std"], latents.std((0, 2, 3), correction=0), rtol=2e-3, atol=1e-3)
+
+
+def test_index_round_trip_and_rebuild(copied):
+    for tar in sorted(copied.glob("*.tar")):
+        idx = tar.with_suffix(".idx")
+        before = idx.read_bytes()
+        assert index_to_bytes(index_from_bytes(before, "x")) == before
+        idx.unlink()
+        rebuild_index(tar)
+        assert idx.read_bytes() == before
+    verify_dataset(copied)
+
+
+def test_any_webdataset_user_can_stream_it(built):
+    wds = pytest.importorskip("webdataset")
+    urls = str(built / "shard-{000000..000005}.tar")
+    samples = list(wds.WebDataset(urls, shardshuffle=False).decode(wds.handle_extension("moments.npy", np_load)))
+    reader = IndexedReader(open_dataset(built)).read(np.arange(COUNT), np.arange(COUNT))
+    assert [sample["__key__"] for sample in samples] == [f"{i:09d}" for i in range(COUNT)]
+    assert [int(sample["cls"]) for sample in samples] == reader["label"].tolist()
+    assert np.array_equal(np.stack([sample["moments.npy"] for sample in samples]), reader["moments"].half().numpy())
+
+
+def np_load(data):
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_flip_and_cut_is_found(copied, seed):
+    rng = np.random.default_rng(seed)
+    files = [path for path in sorted(copied.iterdir()) if path.suffix in (".tar", ".idx", ".json")]
+    path = files[rng.integers(len(files))] if seed % 4 == 0 else copied / f"shard-{rng.integers(6):06d}.tar"
+    data = bytearray(path.read_bytes())
+    if seed % 3 == 0:
+        del data[rng.integers(len(data)) :]
+    else:
+        data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
+    path.write_bytes(data)
+    with pytest.raises(DataError) as caught:
+        verify_dataset(copied)
+    assert path.name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_reading_finds_every_flip_of_a_payload(copied, seed):
+    rng = np.random.default_rng(seed)
+    dataset = open_dataset(copied)
+    shard = int(rng.integers(6))
+    index = dataset.indexes[shard]
+    row = int(rng.integers(len(index)))
+    column = index.members.index(("moments.npy", "png")[seed % 2])
+    where = int(index.offset[row, column]) + int(rng.integers(index.length[row, column]))
+    path = copied / f"shard-{shard:06d}.tar"
+    data = bytearray(path.read_bytes())
+    data[where] ^= 1 << int(rng.integers(8))
+    path.write_bytes(data)
+    with pytest.raises(
+        DataError, match=rf"{path.name}: sample {shard * 8 + row:09d}|{path.name}: {shard * 8 + row:09d}"
+    ):
+        read_all(copied)
+
+
+def test_reading_unchecked_gives_the_damaged_values(copied):
+    dataset = open_dataset(copied)
+    index = dataset.indexes[0]
+    path = copied / "shard-000000.tar"
+    data = bytearray(path.read_bytes())
+    data[int(index.offset[1, 0] + index.length[1, 0]) - 1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"shard-000000.tar: 000000001.moments.npy is corrupt"):
+        IndexedReader(dataset).read(np.arange(3), np.arange(3))
+    IndexedReader(dataset, check_crc=False).read(np.arange(3), np.arange(3))
+
+
+def test_bad_data_sets_are_refused_at_once(copied):
+    def refused(message):
+        with pytest.raises(DataError, match=message) as caught:
+            open_dataset(copied)
+        assert "\n" not in str(caught.value)
+
+    original = (copied / "dataset.json").read_bytes()
+    rewrite(copied, lambda content: content.update(num_classes=2))
+    refused(r"shard-\d+.tar: sample \d+ has label 2, outside 0..1")
+    (copied / "dataset.json").write_bytes(original)
+    rewrite(copied, lambda content: content.update(latent_shape=[12, 8, 8]))
+    refused(r"has moments.npy \(2, 12, 4, 4\) float16 where dataset.json says \(2, 12, 8, 8\)")
+    (copied / "dataset.json").write_bytes(original)
+    rewrite(copied, lambda content: content.update(latent_shape=[48, 2, 2]))  # the same number of bytes
+    refused(r"has moments.npy \(2, 12, 4, 4\)")
+    (copied / "dataset.json").write_bytes(original)
+    rewrite(copied, lambda content: content["shards"][1].update(name="../shard-000001.tar"))
+    refused("not a plain file name")
+    (copied / "dataset.json").write_bytes(original)
+    rewrite(copied, lambda content: content.update(version=7))
+    refused("format version 7")
+    (copied / "dataset.json").write_bytes(original.replace(b'"bee"', b'"bug"'))
+    refused("does not match its fingerprint")
+    (copied / "dataset.json").write_bytes(original)
+    (copied / "shard-000002.idx").write_bytes((copied / "shard-000001.idx").read_bytes())
+    refused("shard-000002.idx: describes samples 8..16.*dit-fast shards index")
+    (copied / "shard-000002.idx").unlink()
+    refused("shard-000002.idx: index is missing; rebuild it with `dit-fast shards index")
+    (copied / "shard-000002.tar").unlink()
+    refused("shard-000002.tar: shard is missing; restore it or rebuild")
+    (copied / "dataset.json").unlink()
+    refused("dataset.json: missing; finish the data set with `dit-fast shards build")
+
+
+def test_the_place_of_the_autoencoder_may_be_edited(copied):
+    path = copied / "dataset.json"
+    content = json.loads(path.read_bytes())
+    content["autoencoder"]["spec"] = "pca:/elsewhere/a.safetensors"
+    path.write_text(json.dumps(content))
+    assert open_dataset(copied).info.autoencoder == "pca:/elsewhere/a.safetensors"
+
+
+def test_another_autoencoder_in_its_place_is_refused(copied):
+    from dit_fast.data import PatchPCA
+
+    PatchPCA.fit(make_images(seed=3)[0]).save(copied / "autoencoder.safetensors")
+    with pytest.raises(DataError, match="but the latents of"):
+        open_dataset(copied).load_autoencoder()
+
+
+@pytest.mark.parametrize("address", ["pipe:cat x", "exec:ls", "s3://bucket/x", "ftp://host/x"])
+def test_addresses_that_start_programs_are_refused(address):
+    with pytest.raises(DataError, match="only folders and http"):
+        open_dataset(address)
+
+
+def test_no_pickles_in_npy():
+    parse = NpyParser()
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match=r"x: .*objects are not accepted"):
+        parse(buffer.getvalue(), "x")
+    with pytest.raises(DataError, match="do not fit"):
+        parse(npy_bytes(np.zeros((2, 3)))[:-1], "x")
+    with pytest.raises(DataError, match="not a readable npy"):
+        parse(b"nonsense", "x")
+    array = np.arange(6, dtype=np.float16).reshape(2, 3)
+    assert np.array_equal(parse(npy_bytes(array), "x"), array)
+
+
+def test_writer_leaves_nothing_behind_on_errors(tmp_path):
+    with (
+        pytest.raises(DataError, match="members"),
+        ShardWriter(tmp_path / "s.tar", ("moments.npy", "cls"), 0) as writer,
+    ):
+        writer.add({"png": b""}, 0)
+    assert not list(tmp_path.iterdir())

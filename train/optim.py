@@ -1,0 +1,213 @@
+"""AdamW whose exponential moving average of the weights is one of its states, and other AdamWs that hold it likewise.
+
+Held as a state, the EMA is sharded, moved and checkpointed with the moments in every ZeRO stage, and costs no
+communication. It is kept in float32: in bfloat16 a decay of 0.9999 would vanish.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_fast.config import OptimizerConfig
+from dit_fast.errors import ConfigError
+
+STATES = ("exp_avg", "exp_avg_sq", "ema")
+
+
+def learning_rate(config: OptimizerConfig, step: int) -> float:
+    """Rate of step `step` (from 0): linear up to `lr` over `warmup_steps` steps, then constant."""
+    if step >= config.warmup_steps:
+        return config.lr
+    return config.lr * (step + 1) / config.warmup_steps
+
+
+class AdamWEMA(torch.optim.Optimizer):
+    """AdamW with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101) and an EMA of the updated weights.
+
+    ema <- decay * ema + (1 - decay) * weight after every update; before the first one it equals the weights. States per
+    parameter: "step" (0-d float32 on the CPU, so reading it never waits for a device), "exp_avg", "exp_avg_sq", "ema".
+    They come into being with the first step or with `init_states`. Parameters without a gradient are left alone.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        ema_decay: float = 0.9999,
+    ):
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "ema_decay": ema_decay}
+        super().__init__(params, defaults)
+
+    def init_states(self, params: Iterable[Tensor] | None = None) -> None:
+        """Creates the missing states of `params` (default: of every parameter), so that values can be put into them."""
+        for parameter in _parameters(self) if params is None else params:
+            if not self.state[parameter]:
+                self.state[parameter].update(_fresh_states(parameter))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """One update, in place, by a few multi-tensor operations."""
+        if closure is not None:
+            raise ConfigError("AdamWEMA takes no closure")
+        for group in self.param_groups:
+            by_step: dict[float, list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.init_states([parameter])
+                    self.state[parameter]["step"] += 1
+                    by_step.setdefault(self.state[parameter]["step"].item(), []).append(parameter)
+            for count, parameters in by_step.items():
+                self._update(group, count, parameters)
+
+    def _update(self, group: dict[str, Any], count: float, parameters: list[Tensor]) -> None:
+        beta1, beta2 = group["betas"]
+        gradients = [parameter.grad for parameter in parameters]
+        first, second, ema = ([self.state[p][name] for p in parameters] for name in STATES)
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_lerp_(first, gradients, 1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
+        denominator = torch._foreach_sqrt(second)
+        torch._foreach_div_(denominator, (1 - beta2**count) ** 0.5)
+        torch._foreach_add_(denominator, group["eps"])
+        torch._foreach_addcdiv_(parameters, first, denominator, -group["lr"] / (1 - beta1**count))
+        torch._foreach_lerp_(ema, parameters, 1 - group["ema_decay"])
+
+
+def with_ema(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """A subclass of an AdamW that takes `ema_decay` and holds "ema" among its states; the update is the base's."""
+
+    class WithEMA(base):  # type: ignore[misc, valid-type]
+        def __init__(self, params: Iterable[Any], *, ema_decay: float, **options: Any):
+            super().__init__(params, **options)
+            self.defaults["ema_decay"] = ema_decay
+            for group in self.param_groups:
+                group["ema_decay"] = ema_decay
+
+        def init_states(self, params: Iterable[Tensor] | None = None) -> None:
+            for parameter in _parameters(self) if params is None else params:
+                if not self.state[parameter]:
+                    states = _fresh_states(parameter)
+                    if self.defaults.get("fused") or self.defaults.get("capturable"):
+                        states["step"] = states["step"].to(parameter.device)
+                    self.state[parameter].update(states)
+
+        @torch.no_grad()
+        def step(self, closure: Callable[[], Any] | None = None) -> None:
+            updated = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+            self.init_states(updated)
+            super().step()
+            for group in self.param_groups:
+                moved = [p for p in group["params"] if p.grad is not None]
+                if moved:
+                    torch._foreach_lerp_([self.state[p]["ema"] for p in moved], moved, 1 - group["ema_decay"])
+
+    WithEMA.__name__ = WithEMA.__qualname__ = f"{base.__name__}EMA"
+    return WithEMA
+
+
+def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter], device_type: str) -> Any:
+    """The optimizer a configuration names, over the trainable ones of `parameters`.
+
+    Raises ConfigError where the named one cannot run here, with the reason.
+    """
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    options: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+        "ema_decay": config.ema_decay,
+    }
+    if config.name == "adamw":
+        return AdamWEMA(trainable, **options)
+    if config.name == "torch_adamw":
+        return with_ema(torch.optim.AdamW)(trainable, **options)
+    if config.name == "torch_fused_adamw":
+        return with_ema(torch.optim.AdamW)(trainable, fused=True, **options)
+    if device_type != "cuda":
+        raise ConfigError(f"optimizer.name={config.name} runs on CUDA devices only; use optimizer.name=adamw here")
+    base = _apex_fused_adam() if config.name == "apex_fused_adam" else _deepspeed_fused_adam()
+    try:
+        return with_step_per_group(with_ema(base))(trainable, adam_w_mode=True, **options)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise ConfigError(f"optimizer.name={config.name} cannot run: {reason[0]}; use optimizer.name=adamw") from error
+
+
+def with_step_per_group(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """For optimizers that count steps in plain integers of their own: keeps those in line with the state "step"."""
+
+    class StepPerGroup(base):  # type: ignore[misc, valid-type]
+        def step(self, closure: Callable[[], Any] | None = None) -> None:
+            counted = []
+            for group in self.param_groups:
+                moved = [p for p in group["params"] if p.grad is not None]
+                if moved:
+                    self.init_states(moved)
+                    group["step"] = max(int(self.state[p]["step"]) for p in moved)
+                    self._set_step(moved, group["step"])
+                    counted.append((moved, torch.tensor(group["step"] + 1.0)))
+            super().step()
+            for moved, count in counted:
+                self._set_step(moved, count)
+
+        def _set_step(self, parameters: list[Tensor], count: Any) -> None:
+            for parameter in parameters:
+                self.state[parameter]["step"] = count.clone() if isinstance(count, Tensor) else count
+
+    StepPerGroup.__name__ = StepPerGroup.__qualname__ = base.__name__
+    return StepPerGroup
+
+
+def applied_steps(optimizer: torch.optim.Optimizer) -> int:
+    """Updates applied so far (0 before the first); waits for the device where a fused optimizer counts on it."""
+    return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
+
+
+def set_applied_steps(optimizer: torch.optim.Optimizer, count: int) -> None:
+    """Puts the number of applied updates into every parameter's state."""
+    for state in optimizer.state.values():
+        state["step"].fill_(count)
+
+
+def _fresh_states(parameter: Tensor) -> dict[str, Tensor]:
+    weight = parameter.detach()
+    return {
+        "step": torch.tensor(0.0),
+        "exp_avg": torch.zeros_like(weight),
+        "exp_avg_sq": torch.zeros_like(weight),
+        "ema": weight.clone(),
+    }
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _apex_fused_adam() -> type[torch.optim.Optimizer]:
+    try:
+        import amp_C  # noqa: F401  the compiled part; PyPI's unrelated `apex` has none
+        from apex.optimizers import FusedAdam
+    except ImportError as error:
+        raise ConfigError(
+            f"optimizer.name=apex_fused_adam needs NVIDIA apex with its CUDA extensions ({error}); build it from "
+            "source: the package called 'apex' on PyPI is another project"
+        ) from None
+    return FusedAdam
+
+
+def _deepspeed_fused_adam() -> type[torch.optim.Optimizer]:
+    try:
+        from dit_fast.train.zero import deepspeed_fused_adam
+    except ImportError as error:
+        raise ConfigError(
+            f"optimizer.name=deepspeed_fused_adam needs DeepSpeed ({error}); pip install 'dit_fast[train]'"
+        ) from None
+    return deepspeed_fused_adam()

@@ -1,0 +1,77 @@
+"""The processes of a run as one small object: rank, size, device, and the few things ranks say to each other."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dit_fast.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """One process of `size`. device is this process's; all methods are collective, except in a world of one."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def reduce(self, tensor: Tensor, operation: Literal["sum", "mean", "max"]) -> Tensor:
+        """Reduces over ranks, in place, and returns the tensor; on this process's device."""
+        if self.size > 1:
+            kind = dist.ReduceOp.MAX if operation == "max" else dist.ReduceOp.SUM
+            dist.all_reduce(tensor, op=kind)
+            if operation == "mean":
+                tensor /= self.size
+        return tensor
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def agree(self, decide: Callable[[], T]) -> T:
+        """On every rank, what rank 0's `decide` returned (JSON types); a UserError raised there is raised everywhere."""
+        if self.size == 1:
+            return decide()
+        answer: dict[str, Any] = {}
+        if self.rank == 0:
+            try:
+                answer = {"value": decide()}
+            except UserError as error:
+                answer = {"error": str(error)}
+        answer = json.loads(self._broadcast(json.dumps(answer).encode()))
+        if "error" in answer:
+            raise UserError(answer["error"])
+        return answer["value"]
+
+    def _broadcast(self, data: bytes) -> bytes:
+        length = torch.tensor([len(data)], device=self.device)
+        dist.broadcast(length, 0)
+        content = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
+        if self.rank == 0:
+            content.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        dist.broadcast(content, 0)
+        return content.cpu().numpy().tobytes()
+
+    def close(self) -> None:
+        """Waits for all ranks and leaves the process group, so that no rank is torn down while another still talks."""
+        if self.size > 1 or dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def launched() -> bool:
+    """Whether a launcher (deepspeed, torchrun, srun with the variables set) started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def single() -> World:
+    """The world of one process: the first CUDA device, or the CPU."""
+    return World(0, 1, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))

@@ -1,0 +1,192 @@
+"""The DeepSpeed engine, ZeRO stages 0 to 3. With `reshard.py` the only home of deepspeed and of its private names.
+
+Weights are float32 in every stage and bf16 is autocast inside the objective: DeepSpeed's own bf16 mode takes a wrong
+first step in stage 0, and gradients would be reduced in half precision. Checkpoints are ours, so nothing here loads
+or writes a pickle. Tested with deepspeed 0.19; the contract is tests/train/test_zero.py.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dit_fast.config import TrainConfig
+from dit_fast.errors import ConfigError
+from dit_fast.train.engine import Accumulator, Batch, Source, StepResult, clip_or_drop, own_parameters
+from dit_fast.train.optim import applied_steps, build_optimizer, set_applied_steps
+from dit_fast.train.world import World
+
+NEVER = 2**31 - 1  # steps between DeepSpeed's own progress lines
+TIMEOUT = timedelta(minutes=30)  # of a collective: rank 0 draws previews and checks checkpoints while the others wait
+
+# torch 2.13 renamed collectives that DeepSpeed 0.19 calls by their old names, at every step
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise every process warns that it looked for a GPU
+
+try:
+    import deepspeed
+except ImportError as failure:
+    raise ConfigError(
+        f"several processes need DeepSpeed, which does not import ({failure}); pip install 'dit_fast[train]'"
+    ) from None
+
+
+class Fragment(NamedTuple):
+    """Where this rank's part of a parameter lies: flat[start : start + length] = whole.flatten()[offset : ...]."""
+
+    flat: Tensor
+    start: int
+    offset: int
+    length: int
+
+
+def start_world() -> World:
+    """Joins the process group a launcher described in the environment: NCCL with CUDA, gloo without."""
+    rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        if local >= torch.cuda.device_count():
+            raise ConfigError(
+                f"rank {rank} wants cuda:{local}, but this machine has {torch.cuda.device_count()} devices; "
+                "start fewer processes"
+            )
+        torch.cuda.set_device(local)
+    # The shared-memory collective is compiled at this point on CPUs; a training run shall not need a compiler.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=TIMEOUT, verbose=False)
+    return World(rank, size, torch.device("cuda", local) if cuda else torch.device("cpu"))
+
+
+def deepspeed_config(config: TrainConfig, world_size: int, micro_batch: int, num_parameters: int) -> dict[str, Any]:
+    """DeepSpeed's JSON, generated; buckets are never larger than the model."""
+    engine = config.engine
+    return {
+        "train_batch_size": engine.global_batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": engine.global_batch // (micro_batch * world_size),
+        # stage 0 would apply a gradient that is not finite, so there clipping and the test are ours
+        "gradient_clipping": config.optimizer.grad_clip if engine.zero_stage else 0.0,
+        "communication_data_type": engine.communication_dtype,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": NEVER,
+        "zero_optimization": {
+            "stage": engine.zero_stage,
+            "overlap_comm": engine.overlap_comm,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": min(engine.reduce_bucket_size, num_parameters),
+            "allgather_bucket_size": min(engine.allgather_bucket_size, num_parameters),
+        },
+    }
+
+
+class ZeroEngine:
+    """DeepSpeed ranks. The objective's weights must be in place before; optimizer states are restored after."""
+
+    def __init__(self, objective: nn.Module, config: TrainConfig, world: World, micro_batch: int):
+        self.world, self.config, self.stage = world, config, config.engine.zero_stage
+        self._named = own_parameters(objective)
+        self._shapes = {name: parameter.shape for name, parameter in self._named}
+        size = sum(parameter.numel() for _, parameter in self._named)
+        optimizer = build_optimizer(config.optimizer, (p for _, p in self._named), world.device.type)
+        logger = logging.getLogger("DeepSpeed")
+        logger.setLevel(logging.ERROR)  # "untested optimizer" and the like; ours is tested
+        self._engine, *_ = deepspeed.initialize(
+            model=objective,
+            optimizer=optimizer,
+            config=deepspeed_config(config, world.size, micro_batch, size),
+            dist_init_required=False,
+        )
+        logger.setLevel(logging.WARNING)
+        self.objective, self._optimizer = objective, optimizer
+        self._optimizer.init_states(self._flats())
+
+    def train_step(self, micro_batches: Sequence[Batch], step: int, lr: float) -> StepResult:
+        logs = Accumulator(len(micro_batches))
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        for number, batch in enumerate(micro_batches):
+            loss, values = self._engine(batch, step)
+            self._engine.backward(loss)
+            logs.add(values)
+            if number < len(micro_batches) - 1:
+                self._engine.step()
+        if self.stage:
+            self._engine.step()
+            applied = self._engine.was_step_applied()
+            norm = self._engine.get_global_grad_norm()
+        else:
+            norm, applied = clip_or_drop([p for _, p in self._named], self.config.optimizer.grad_clip)
+            self._engine.step()
+        return StepResult(logs.sums, float("inf") if norm is None else norm, applied)
+
+    def trainable(self) -> list[tuple[str, torch.Size]]:
+        return list(self._shapes.items())
+
+    def full_state(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._named:
+            if self.stage == 0:
+                yield name, parameter.detach() if kind == "model" else self._optimizer.state[parameter][kind]
+                continue
+            whole = torch.zeros(self._shapes[name].numel(), dtype=torch.float32, device=self.world.device)
+            fragment = self._fragment(parameter)
+            if fragment is not None:
+                values = fragment.flat if kind == "model" else self._optimizer.state[fragment.flat][kind]
+                part = values.detach()[fragment.start : fragment.start + fragment.length]
+                whole[fragment.offset : fragment.offset + fragment.length].copy_(part)
+            # every element comes from one rank; adding bit patterns to zeros keeps even the sign of zero
+            self.world.reduce(whole.view(torch.int32), "sum")
+            yield name, whole.view(self._shapes[name])
+
+    def load_full_state(self, kind: str, source: Source) -> None:
+        for name, parameter in self._named:
+            if self.stage == 0:
+                self._optimizer.state[parameter][kind].copy_(source(name))
+                continue
+            fragment = self._fragment(parameter)
+            if fragment is not None:
+                part = source(name).flatten()[fragment.offset : fragment.offset + fragment.length]
+                target = self._optimizer.state[fragment.flat][kind]
+                target[fragment.start : fragment.start + fragment.length].copy_(part)
+
+    def applied_steps(self) -> int:
+        return applied_steps(self._optimizer)
+
+    def set_applied_steps(self, count: int) -> None:
+        set_applied_steps(self._optimizer, count)
+
+    def _flats(self) -> list[Tensor]:
+        """The tensors the optimizer updates: whole parameters in stage 0, this rank's flat float32 partitions above."""
+        if self.stage == 0:
+            return [parameter for _, parameter in self._named]
+        if self.stage == 3:
+            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        return list(self._engine.optimizer.single_partition_of_fp32_groups)
+
+    def _fragment(self, parameter: Any) -> Fragment | None:
+        zero = self._engine.optimizer
+        if self.stage == 3:
+            group, start, length = zero.grad_position[zero.get_param_id(parameter)]
+            offset = length * self.world.rank
+            length = min(length, parameter.ds_numel - offset)  # the last part may be padded
+            return Fragment(zero.fp32_partitioned_groups_flat[group], start, offset, length) if length > 0 else None
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+        inside, outside = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return Fragment(flat, inside.start, outside.start, outside.numel)
+
+
+def deepspeed_fused_adam() -> type[torch.optim.Optimizer]:
+    """DeepSpeed's FusedAdam class. Its CUDA operation is built when it is made, unless DeepSpeed came prebuilt."""
+    from deepspeed.ops.adam import FusedAdam
+
+    return FusedAdam
