@@ -1,0 +1,170 @@
+"""Taps: the gradient of the diversity loss becomes part of each block's own backward.
+
+A tap is the identity on a block's output. In the backward it receives the gradient from the layers above and writes
+that plus the loss's gradient in one pass, so that the loss costs no gradient tensors of its own and no additions.
+
+    forward   block 0 -> tap 0 -> block 1 -> tap 1 -> ...          each tap also hands out a token, a 0-d tensor
+              statistics = f(tokens), computed in one pass over all the features
+    backward  the statistics' gradients first (autograd runs a node after all its consumers), then block by block
+
+Put taps outside of activation checkpoints: a recomputed block must not register its output twice.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dit_fast.errors import UserError
+from dit_fast.ops import diversity_op
+from dit_fast.ops.diversity import (
+    DiversityLoss,
+    DiversityStats,
+    check_features,
+    check_options,
+    diversity_stats,
+    loss_from_stats,
+    stats_from_sums,
+)
+from dit_fast.ops.diversity_op import backward_op, forward_op
+
+
+class Shared:
+    """What the taps of one forward pass have in common. `features` are detached and live until they are summed."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.features: list[Tensor] = []
+        self.tangents: dict[int, Tensor] = {}
+        self.waiting = 0
+        self.gradients: tuple[Any, ...] = ()
+
+
+class Tap(torch.autograd.Function):
+    """(shared, x [N, T, D]) -> x, token."""
+
+    @staticmethod
+    def forward(shared: Shared, x: Tensor) -> tuple[Tensor, Tensor]:
+        shared.features.append(x.detach())
+        return x.view_as(x), x.new_zeros(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.shared = inputs[0]
+        ctx.index = len(ctx.shared.features) - 1
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, token: Tensor | None) -> tuple[None, Tensor | None]:
+        if token is None:
+            return None, upstream
+        shared = ctx.shared
+        features, *gradients = shared.gradients
+        above = [] if upstream is None else [upstream.flatten(0, 1)]
+        (grad,) = backward_op([x.flatten(0, 1) for x in features], *gradients, above, [ctx.index], shared.backend)
+        shared.waiting -= 1
+        if not shared.waiting:
+            shared.gradients = ()
+        return None, grad.view(features[ctx.index].shape)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, tangent: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.shared.tangents[ctx.index] = tangent
+        return tangent.view_as(tangent), tangent.new_zeros(())
+
+
+class Collect(torch.autograd.Function):
+    """(shared, *tokens) -> statistics [3, K, D], pair_sums [K, K], inverse_norms [K, M] of the tapped features."""
+
+    @staticmethod
+    def forward(shared: Shared, *tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return forward_op([x.flatten(0, 1) for x in shared.features], shared.backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.shared = inputs[0]
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(output[2], *ctx.shared.features)
+        ctx.save_for_forward(output[2], *ctx.shared.features)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_statistics: Tensor, grad_pair_sums: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        inverse_norms, *features = ctx.saved_tensors
+        ctx.shared.gradients = (features, inverse_norms, grad_statistics, grad_pair_sums)
+        needed = ctx.needs_input_grad[1:]
+        ctx.shared.waiting = sum(needed)
+        return None, *(x.new_zeros(()) if tapped else None for x, tapped in zip(features, needed, strict=True))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tokens: Tensor) -> tuple[Tensor, Tensor, None]:
+        inverse_norms, *features = ctx.saved_tensors
+        tangents = [ctx.shared.tangents.get(index) for index in range(len(features))]
+        rows = [None if tangent is None else tangent.flatten(0, 1) for tangent in tangents]
+        return *diversity_op.tangent([x.flatten(0, 1) for x in features], inverse_norms, rows), None
+
+
+class DiversityTaps:
+    """Collects block outputs during one forward pass; make a new one for each.
+
+        taps = DiversityTaps()
+        for block in blocks:
+            x = taps.tap(block(x))          # use what it returns, nowhere the tensor given to it
+        loss = taps.loss("all").total       # same values and gradients as diversity_loss of the outputs
+
+    backend: as for `diversity_loss`. Blocks count from 0 in the order in which they were tapped. Under torch.compile
+    the outputs are only remembered: a compiled graph adds the gradients itself.
+    """
+
+    def __init__(self, backend: str = "auto"):
+        self._shared = Shared(backend)
+        self._outputs: list[Tensor] = []
+        self._tokens: list[Tensor] = []
+        self._stats: DiversityStats | None = None
+
+    def tap(self, x: Tensor) -> Tensor:
+        """Registers a block's output [N, T, D] and returns it. Raises UserError once the statistics were taken."""
+        if self._stats is not None:
+            raise UserError("these taps were already summed; make new DiversityTaps for each forward pass")
+        if torch.compiler.is_compiling():
+            self._outputs.append(x)
+            return x
+        same, token = Tap.apply(self._shared, x)
+        self._tokens.append(token)
+        return same
+
+    def stats(self) -> DiversityStats:
+        """Statistics of all outputs tapped so far, in one pass, computed once. Raises UserError if shapes differ."""
+        shared = self._shared
+        if self._stats is None and self._outputs:
+            self._stats = diversity_stats(self._outputs, shared.backend)
+            self._outputs = []
+        elif self._stats is None:
+            check_features(shared.features)
+            count = shared.features[0][..., 0].numel()
+            sums, pair_sums, _ = Collect.apply(shared, *self._tokens)
+            self._stats = stats_from_sums(sums, pair_sums, count)
+            self._tokens, shared.features = [], []
+        return self._stats
+
+    def loss(
+        self,
+        pairs: Literal["all"] | Sequence[tuple[int, int]] = "all",
+        variant: Literal["release", "paper"] = "release",
+        scope: Literal["rank", "global"] = "rank",
+    ) -> DiversityLoss:
+        """`diversity_loss` of the tapped outputs; same arguments, values, gradients and errors."""
+        stats = self.stats()
+        return loss_from_stats(stats, check_options(pairs, len(stats.sums), variant, scope), variant, scope)
+
+
+def diversity_tap(x: Tensor, backend: str = "auto") -> tuple[Tensor, DiversityStats]:
+    """Identity on one block's features [N, T, D] that hands out their statistics (K = 1).
+
+    Whatever gradient the statistics receive is added to x's own in one pass of the backward. `pair_sums` [1, 1] carries
+    no gradient: a token's cosine with itself is constant. For statistics between blocks: `DiversityTaps`.
+    """
+    taps = DiversityTaps(backend)
+    return taps.tap(x), taps.stats()
