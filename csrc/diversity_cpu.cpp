@@ -43,7 +43,7 @@ struct Shape {
 struct Group {
   std::vector<int64_t> members;    // block index of each row
   std::vector<int64_t> positions;  // its place in `out` and `upstream`
-  std::vector<int64_t> sources;    // blocks with a weight other than zero for at least one member
+  std::vector<int64_t> sources;    // blocks with a weight other than zero for a member; K is the mixture
   std::vector<float> weights;      // [source, kMix]
 };
 
@@ -61,12 +61,12 @@ struct Scratch {
   std::vector<float> converted, inverse, zeros, mixed, coefficients;
 
   Scratch(const Shape& shape, int64_t tile)
-      : rows(tile * shape.blocks),
-        converted(tile * shape.blocks * shape.padded),
+      : rows(tile * (shape.blocks + 1)),
+        converted(tile * (shape.blocks + 1) * shape.padded),
         inverse(tile * shape.blocks),
         zeros(shape.padded),
         mixed(tile * kMix * shape.padded),
-        coefficients(shape.blocks * kMix) {}
+        coefficients((shape.blocks + 1) * kMix) {}
 };
 
 namespace portable {
@@ -106,12 +106,14 @@ Level resolve(int64_t level) {
 constexpr int64_t kTokensPerTile = portable::kTile;
 
 void forward_chunk(Level level, const Shape& shape, const Block* blocks, int64_t begin, int64_t end, float* norms,
-                   Scratch& scratch, float* statistics, float* pairs) {
+                   const Block* mixture, Scratch& scratch, float* statistics, float* pairs) {
 #if defined(__x86_64__)
-  if (level == kAvx512) return avx512::forward_chunk(shape, blocks, begin, end, norms, scratch, statistics, pairs);
-  if (level == kAvx2) return avx2::forward_chunk(shape, blocks, begin, end, norms, scratch, statistics, pairs);
+  if (level == kAvx512)
+    return avx512::forward_chunk(shape, blocks, begin, end, norms, mixture, scratch, statistics, pairs);
+  if (level == kAvx2)
+    return avx2::forward_chunk(shape, blocks, begin, end, norms, mixture, scratch, statistics, pairs);
 #endif
-  portable::forward_chunk(shape, blocks, begin, end, norms, scratch, statistics, pairs);
+  portable::forward_chunk(shape, blocks, begin, end, norms, mixture, scratch, statistics, pairs);
 }
 
 void backward_chunk(Level level, const Shape& shape, const Block* blocks, const Gradient& gradient, int64_t begin,
@@ -153,14 +155,23 @@ Shape read_shape(const std::vector<Tensor>& features) {
   return {static_cast<int64_t>(features.size()), features[0].size(0), width, (width + kLanes - 1) / kLanes * kLanes};
 }
 
-// Fills statistics [3, K, D] (sums of x, |x|, x^2), pair_sums [K, K] and inverse_norms [K, M].
+// The mixture as a block, or nothing if it is empty.
+std::vector<Block> read_mixture(const Tensor& mixture, const Shape& shape) {
+  if (mixture.numel() == 0) return {};
+  read_floats(mixture, shape.tokens * shape.width, "mixture");
+  return read_blocks({mixture}, shape, "mixture");
+}
+
+// Fills statistics [3, K, D] (sums of x, |x|, x^2), pair_sums [K, K], inverse_norms [K, M] and, unless it is empty,
+// mixture [M, D], the sum of all blocks' directions.
 void diversity_forward(std::vector<Tensor> features, Tensor statistics, Tensor pair_sums, Tensor inverse_norms,
-                       int64_t level) {
+                       Tensor mixture, int64_t level) {
   const Shape shape = read_shape(features);
   const std::vector<Block> blocks = read_blocks(features, shape, "features");
   float* out = read_floats(statistics, 3 * shape.blocks * shape.width, "statistics");
   float* out_pairs = read_floats(pair_sums, shape.blocks * shape.blocks, "pair_sums");
   float* norms = read_floats(inverse_norms, shape.blocks * shape.tokens, "inverse_norms");
+  const std::vector<Block> mixed = read_mixture(mixture, shape);
   const Level isa = resolve(level);
 
   const int64_t chunks = (shape.tokens + kChunk - 1) / kChunk;
@@ -176,7 +187,7 @@ void diversity_forward(std::vector<Tensor> features, Tensor statistics, Tensor p
       for (int64_t chunk = range * per_range; chunk < std::min(chunks, (range + 1) * per_range); ++chunk) {
         std::fill(sums.begin(), sums.end(), 0.0f);
         forward_chunk(isa, shape, blocks.data(), chunk * kChunk, std::min(shape.tokens, (chunk + 1) * kChunk), norms,
-                      scratch, sums.data(), sums.data() + columns);
+                      mixed.empty() ? nullptr : mixed.data(), scratch, sums.data(), sums.data() + columns);
         for (int64_t i = 0; i < total; ++i) partial[i] += sums[i];
       }
     }
@@ -192,43 +203,63 @@ void diversity_forward(std::vector<Tensor> features, Tensor statistics, Tensor p
           static_cast<float>(partials[columns + std::min(k, l) * shape.blocks + std::max(k, l)]);
 }
 
-// Groups of kMix wanted blocks; sources with no weight are left out, so a short pair list costs little arithmetic.
-void plan(Gradient& gradient, const std::vector<int64_t>& wanted, const float* pairs, int64_t count) {
-  std::vector<bool> needed(count, false);
+// The most frequent weight of block k with the others: what the mixture of all directions can stand for.
+float common_weight(const std::vector<float>& weights, int64_t k) {
+  float best = 0.0f;
+  int64_t most = 0;
+  for (size_t l = 0; l < weights.size(); ++l) {
+    if (static_cast<int64_t>(l) == k) continue;
+    const int64_t times = std::count(weights.begin(), weights.end(), weights[l]);
+    if (times > most) best = weights[l], most = times;
+  }
+  return best;
+}
+
+// The weight of every block's direction, and of the mixture (the last entry), in V_k.
+std::vector<float> source_weights(const float* pairs, int64_t k, int64_t count, bool mixture) {
+  std::vector<float> weights(count + 1, 0.0f);
+  // A token's cosine with itself is constant: the diagonal carries no gradient.
+  for (int64_t l = 0; l < count; ++l) weights[l] = k == l ? 0.0f : pairs[k * count + l] + pairs[l * count + k];
+  if (!mixture) return weights;
+  const float common = common_weight({weights.begin(), weights.end() - 1}, k);
+  for (int64_t l = 0; l < count; ++l) weights[l] -= common;
+  weights[count] = common;
+  return weights;
+}
+
+// Groups of kMix wanted blocks; sources with no weight are left out, so a short pair list costs little.
+void plan(Gradient& gradient, const std::vector<int64_t>& wanted, const float* pairs, int64_t count, bool mixture) {
+  std::vector<bool> needed(count + 1, false);
   for (size_t first = 0; first < wanted.size(); first += kMix) {
     Group group;
+    std::vector<std::vector<float>> weights;
     for (size_t i = first; i < std::min(wanted.size(), first + kMix); ++i) {
       group.members.push_back(wanted[i]);
       group.positions.push_back(static_cast<int64_t>(i));
+      weights.push_back(source_weights(pairs, wanted[i], count, mixture));
       needed[wanted[i]] = true;
     }
-    for (int64_t l = 0; l < count; ++l) {
-      float weights[kMix] = {};
-      bool any = false;
-      for (size_t i = 0; i < group.members.size(); ++i) {
-        const int64_t k = group.members[i];
-        // A token's cosine with itself is constant: the diagonal carries no gradient.
-        weights[i] = k == l ? 0.0f : pairs[k * count + l] + pairs[l * count + k];
-        any = any || weights[i] != 0.0f;
-      }
-      if (!any) continue;
+    for (int64_t l = 0; l <= count; ++l) {
+      if (std::all_of(weights.begin(), weights.end(), [l](const auto& row) { return row[l] == 0.0f; })) continue;
       group.sources.push_back(l);
-      group.weights.insert(group.weights.end(), weights, weights + kMix);
+      for (size_t i = 0; i < kMix; ++i) group.weights.push_back(i < weights.size() ? weights[i][l] : 0.0f);
       needed[l] = true;
     }
     gradient.groups.push_back(std::move(group));
   }
-  for (int64_t k = 0; k < count; ++k)
+  for (int64_t k = 0; k <= count; ++k)
     if (needed[k]) gradient.needed.push_back(k);
 }
 
 // Fills out[i] [M, D] with the gradient of block wanted[i], plus upstream[i] where upstream is not empty.
-// grad_statistics is [3, K, D], grad_pair_sums [K, K].
-void diversity_backward(std::vector<Tensor> features, Tensor inverse_norms, Tensor grad_statistics,
+// grad_statistics is [3, K, D], grad_pair_sums [K, K]; mixture as filled by diversity_forward, or empty.
+void diversity_backward(std::vector<Tensor> features, Tensor inverse_norms, Tensor mixture, Tensor grad_statistics,
                         Tensor grad_pair_sums, std::vector<Tensor> upstream, std::vector<int64_t> wanted,
                         std::vector<Tensor> out, int64_t level) {
   const Shape shape = read_shape(features);
-  const std::vector<Block> blocks = read_blocks(features, shape, "features");
+  std::vector<Block> blocks = read_blocks(features, shape, "features");
+  const std::vector<Block> mixed = read_mixture(mixture, shape);
+  blocks.insert(blocks.end(), mixed.begin(), mixed.end());
   const std::vector<Block> above = read_blocks(upstream, shape, "upstream");
   const std::vector<Block> results = read_blocks(out, shape, "out");
   STD_TORCH_CHECK(results.size() == wanted.size(), "out must have one tensor per wanted block");
@@ -245,7 +276,7 @@ void diversity_backward(std::vector<Tensor> features, Tensor inverse_norms, Tens
   }
   Gradient gradient{padded.data(),  read_floats(inverse_norms, shape.blocks * shape.tokens, "inverse_norms"),
                     results.data(), above.empty() ? nullptr : above.data(), {}, {}};
-  plan(gradient, wanted, pairs, shape.blocks);
+  plan(gradient, wanted, pairs, shape.blocks, !mixed.empty());
 
   const int64_t chunks = (shape.tokens + kChunk - 1) / kChunk;
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
@@ -265,10 +296,10 @@ std::string build_info() {
 STABLE_TORCH_LIBRARY(dit_fast_native, m) {
   m.def(
       "diversity_forward(Tensor[] features, Tensor(a!) statistics, Tensor(b!) pair_sums, Tensor(c!) inverse_norms, "
-      "int level) -> ()");
+      "Tensor(d!) mixture, int level) -> ()");
   m.def(
-      "diversity_backward(Tensor[] features, Tensor inverse_norms, Tensor grad_statistics, Tensor grad_pair_sums, "
-      "Tensor[] upstream, int[] wanted, Tensor(a!)[] out, int level) -> ()");
+      "diversity_backward(Tensor[] features, Tensor inverse_norms, Tensor mixture, Tensor grad_statistics, "
+      "Tensor grad_pair_sums, Tensor[] upstream, int[] wanted, Tensor(a!)[] out, int level) -> ()");
   m.def("isa_level() -> int");
   m.def("build_info() -> str");
 }

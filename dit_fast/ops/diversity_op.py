@@ -9,11 +9,19 @@ and the gradient of any function of them is one pass too. With G = d/d pair_sums
     dx_k = upstream + d/d sums + d/d abs_sums * sign(x) + 2 d/d square_sums * x + (V_k - (V_k . u_k) u_k) / |x_k|.
 
 The diagonal of pair_sums is constant and carries no gradient. A norm below 1e-8 counts as 1e-8, a constant: then
-nothing is subtracted from V. The fused implementations sum over fixed chunks of 256 tokens and add the chunks in order,
-so that the numbers depend neither on the number of threads nor on the size of the device.
+nothing is subtracted from V.
+
+A tap wants the gradient of one block at a time, and V_k reads every block. On request the forward therefore also keeps
+the mixture X = sum over l of u_l, [M, D]: with c the most frequent weight of block k,
+
+    V_k = c X + sum over l of (H_kl - c) u_l,        H = G + G^T,
+
+where all residual weights but k's own vanish for all pairs whose mean cosines have one sign.
+
+The fused implementations sum over fixed chunks of 256 tokens and add the chunks in order, so that the numbers depend
+neither on the number of threads nor on the size of the device.
 """
 
-import importlib.util
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_fast import _C
+from dit_fast import _C, kernels
 from dit_fast.backend import Implementation, choose, register
 from dit_fast.ops import _library
 
@@ -40,26 +48,9 @@ def supports(features: Sequence[Tensor], backend: str) -> list[str]:
             reasons.append(f"block {index} is {feature.dtype}, not float32, bfloat16 or float16")
         if feature.device != features[0].device:
             reasons.append(f"block {index} lies on {feature.device}, block 0 on {features[0].device}")
-    if backend == "triton" and features[0].device.type == "cpu" and not _interpreted():
+    if backend == "triton" and features[0].device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         reasons.append("on CPU tensors Triton only runs interpreted (TRITON_INTERPRET=1)")
     return reasons
-
-
-def triton_unavailable() -> str | None:
-    """Why the Triton kernels cannot run on this machine; None if they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; it comes with the CUDA build of torch"
-    if _interpreted():
-        return None
-    if not torch.cuda.is_available():
-        return "no CUDA device is visible"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return "the kernels need compute capability 8.0 or newer"
-    return None
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _wide(features: Sequence[Tensor]) -> torch.dtype:
@@ -69,7 +60,7 @@ def _wide(features: Sequence[Tensor]) -> torch.dtype:
 register(
     "diversity_loss",
     Implementation("cpp", ("cpu",), _C.unavailable),
-    Implementation("triton", ("cuda", "cpu"), triton_unavailable),
+    Implementation("triton", ("cuda", "cpu"), kernels.unavailable),
 )
 
 
@@ -78,7 +69,7 @@ def _choose(features: Sequence[Tensor], backend: str) -> str:
     return choose("diversity_loss", backend, device_type, lambda name: supports(features, name))
 
 
-def _torch_forward(features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _torch_forward(features: list[Tensor], mix: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = _wide(features)
     with torch.autocast(features[0].device.type, enabled=False):
         statistics, directions, inverse_norms = [], [], []
@@ -86,14 +77,17 @@ def _torch_forward(features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
             x = feature.to(wide)
             statistics.append(torch.stack([x.sum(0), x.abs().sum(0), x.square().sum(0)]))
             inverse_norms.append(torch.linalg.vector_norm(x, dim=1).clamp_min(EPS).reciprocal())
-            directions.append((x * inverse_norms[-1][:, None]).flatten())
+            directions.append(x * inverse_norms[-1][:, None])
         stacked = torch.stack(directions)
-        return torch.stack(statistics, 1), stacked @ stacked.T, torch.stack(inverse_norms)
+        pair_sums = stacked.flatten(1) @ stacked.flatten(1).T
+        mixture = stacked.sum(0) if mix else stacked.new_empty(0, stacked.shape[2])
+        return torch.stack(statistics, 1), pair_sums, torch.stack(inverse_norms), mixture
 
 
 def _torch_backward(
     features: list[Tensor],
     inverse_norms: Tensor,
+    mixture: Tensor,
     grad_statistics: Tensor,
     grad_pair_sums: Tensor,
     upstream: list[Tensor],
@@ -114,8 +108,8 @@ def _torch_backward(
     return result
 
 
-def _cpp_forward(features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = _empty_outputs(features)
+def _cpp_forward(features: list[Tensor], mix: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = _empty_outputs(features, mix)
     torch.ops.dit_fast_native.diversity_forward(features, *outputs, _BEST_LEVEL)
     return outputs
 
@@ -123,29 +117,31 @@ def _cpp_forward(features: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 def _cpp_backward(
     features: list[Tensor],
     inverse_norms: Tensor,
+    mixture: Tensor,
     grad_statistics: Tensor,
     grad_pair_sums: Tensor,
     upstream: list[Tensor],
     wanted: list[int],
 ) -> list[Tensor]:
     out = _empty_gradients(features, wanted)
-    grads = (grad_statistics.contiguous(), grad_pair_sums.contiguous())
-    torch.ops.dit_fast_native.diversity_backward(features, inverse_norms, *grads, upstream, wanted, out, _BEST_LEVEL)
+    tensors = (inverse_norms, mixture, grad_statistics.contiguous(), grad_pair_sums.contiguous())
+    torch.ops.dit_fast_native.diversity_backward(features, *tensors, upstream, wanted, out, _BEST_LEVEL)
     return out
 
 
-def _forward(features: list[Tensor], backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(features: list[Tensor], mix: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     features, backend = [_rows(x) for x in features], _choose(features, backend)
     if backend == "triton":
         from dit_fast.kernels import diversity
 
-        return diversity.forward(features)
-    return _cpp_forward(features) if backend == "cpp" else _torch_forward(features)
+        return diversity.forward(features, mix)
+    return _cpp_forward(features, mix) if backend == "cpp" else _torch_forward(features, mix)
 
 
 def _backward(
     features: list[Tensor],
     inverse_norms: Tensor,
+    mixture: Tensor,
     grad_statistics: Tensor,
     grad_pair_sums: Tensor,
     upstream: list[Tensor],
@@ -153,7 +149,7 @@ def _backward(
     backend: str,
 ) -> list[Tensor]:
     features, upstream = [_rows(x) for x in features], [_rows(x) for x in upstream]
-    grads, backend = (inverse_norms, grad_statistics, grad_pair_sums), _choose(features, backend)
+    grads, backend = (inverse_norms, mixture, grad_statistics, grad_pair_sums), _choose(features, backend)
     if backend == "triton":
         from dit_fast.kernels import diversity
 
@@ -166,10 +162,10 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _empty_outputs(features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_outputs(features: Sequence[Tensor], mix: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count, (tokens, width) = len(features), features[0].shape
     new = lambda *shape: features[0].new_empty(shape, dtype=_wide(features))  # noqa: E731
-    return new(3, count, width), new(count, count), new(count, tokens)
+    return new(3, count, width), new(count, count), new(count, tokens), new(tokens if mix else 0, width)
 
 
 def _empty_gradients(features: Sequence[Tensor], wanted: Sequence[int]) -> list[Tensor]:
@@ -177,17 +173,15 @@ def _empty_gradients(features: Sequence[Tensor], wanted: Sequence[int]) -> list[
 
 
 forward_op = _library.define(
-    "diversity_forward(Tensor[] features, str backend) -> (Tensor, Tensor, Tensor)",
+    "diversity_forward(Tensor[] features, bool mix, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
-    lambda features, backend: _empty_outputs(features),
+    lambda features, mix, backend: _empty_outputs(features, mix),
 )
 backward_op = _library.define(
-    "diversity_backward(Tensor[] features, Tensor inverse_norms, Tensor grad_statistics, Tensor grad_pair_sums, "
-    "Tensor[] upstream, int[] wanted, str backend) -> Tensor[]",
+    "diversity_backward(Tensor[] features, Tensor inverse_norms, Tensor mixture, Tensor grad_statistics, "
+    "Tensor grad_pair_sums, Tensor[] upstream, int[] wanted, str backend) -> Tensor[]",
     _backward,
-    lambda features, inverse_norms, grad_statistics, grad_pair_sums, upstream, wanted, backend: _empty_gradients(
-        features, wanted
-    ),
+    lambda features, norms, mixture, statistics, pairs, upstream, wanted, backend: _empty_gradients(features, wanted),
 )
 
 
@@ -196,7 +190,7 @@ class Statistics(torch.autograd.Function):
 
     @staticmethod
     def forward(backend: str, *features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return forward_op(list(features), backend)
+        return forward_op(list(features), False, backend)[:3]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -210,7 +204,9 @@ class Statistics(torch.autograd.Function):
     def backward(ctx: Any, grad_statistics: Tensor, grad_pair_sums: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         inverse_norms, *features = ctx.saved_tensors
         wanted = [k for k, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
-        grads = backward_op(features, inverse_norms, grad_statistics, grad_pair_sums, [], wanted, ctx.backend)
+        no_mixture = inverse_norms.new_empty(0, features[0].shape[1])
+        incoming = (inverse_norms, no_mixture, grad_statistics, grad_pair_sums)
+        grads = backward_op(features, *incoming, [], wanted, ctx.backend)
         result: list[Tensor | None] = [None] * (1 + len(features))
         for k, grad in zip(wanted, grads, strict=True):
             result[1 + k] = grad

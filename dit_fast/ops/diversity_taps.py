@@ -10,6 +10,7 @@ that plus the loss's gradient in one pass, so that the loss costs no gradient te
 Put taps outside of activation checkpoints: a recomputed block must not register its output twice.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -29,12 +30,15 @@ from dit_fast.ops.diversity import (
 )
 from dit_fast.ops.diversity_op import backward_op, forward_op
 
+FEW = 3  # blocks that a tap reads one by one; for more, the mixture of all directions is kept
+
 
 class Shared:
     """What the taps of one forward pass have in common. `features` are detached and live until they are summed."""
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
+        self.mix = False
         self.features: list[Tensor] = []
         self.tangents: dict[int, Tensor] = {}
         self.waiting = 0
@@ -76,34 +80,34 @@ class Tap(torch.autograd.Function):
 
 
 class Collect(torch.autograd.Function):
-    """(shared, *tokens) -> statistics [3, K, D], pair_sums [K, K], inverse_norms [K, M] of the tapped features."""
+    """(shared, *tokens) -> statistics [3, K, D], pair_sums [K, K], inverse_norms, mixture of the tapped features."""
 
     @staticmethod
-    def forward(shared: Shared, *tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return forward_op([x.flatten(0, 1) for x in shared.features], shared.backend)
+    def forward(shared: Shared, *tokens: Tensor) -> tuple[Tensor, ...]:
+        return forward_op([x.flatten(0, 1) for x in shared.features], shared.mix, shared.backend)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.shared = inputs[0]
-        ctx.mark_non_differentiable(output[2])
-        ctx.save_for_backward(output[2], *ctx.shared.features)
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(*output[2:], *ctx.shared.features)
         ctx.save_for_forward(output[2], *ctx.shared.features)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_statistics: Tensor, grad_pair_sums: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        inverse_norms, *features = ctx.saved_tensors
-        ctx.shared.gradients = (features, inverse_norms, grad_statistics, grad_pair_sums)
+    def backward(ctx: Any, grad_statistics: Tensor, grad_pair_sums: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        inverse_norms, mixture, *features = ctx.saved_tensors
+        ctx.shared.gradients = (features, inverse_norms, mixture, grad_statistics, grad_pair_sums)
         needed = ctx.needs_input_grad[1:]
         ctx.shared.waiting = sum(needed)
         return None, *(x.new_zeros(()) if tapped else None for x, tapped in zip(features, needed, strict=True))
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tokens: Tensor) -> tuple[Tensor, Tensor, None]:
+    def jvp(ctx: Any, _: None, *tokens: Tensor) -> tuple[Tensor, Tensor, None, None]:
         inverse_norms, *features = ctx.saved_tensors
         tangents = [ctx.shared.tangents.get(index) for index in range(len(features))]
         rows = [None if tangent is None else tangent.flatten(0, 1) for tangent in tangents]
-        return *diversity_op.tangent([x.flatten(0, 1) for x in features], inverse_norms, rows), None
+        return *diversity_op.tangent([x.flatten(0, 1) for x in features], inverse_norms, rows), None, None
 
 
 class DiversityTaps:
@@ -123,11 +127,13 @@ class DiversityTaps:
         self._outputs: list[Tensor] = []
         self._tokens: list[Tensor] = []
         self._stats: DiversityStats | None = None
+        self._count = 0
 
     def tap(self, x: Tensor) -> Tensor:
         """Registers a block's output [N, T, D] and returns it. Raises UserError once the statistics were taken."""
         if self._stats is not None:
             raise UserError("these taps were already summed; make new DiversityTaps for each forward pass")
+        self._count += 1
         if torch.compiler.is_compiling():
             self._outputs.append(x)
             return x
@@ -137,6 +143,10 @@ class DiversityTaps:
 
     def stats(self) -> DiversityStats:
         """Statistics of all outputs tapped so far, in one pass, computed once. Raises UserError if shapes differ."""
+        return self._sum(len(self._tokens) - 1)
+
+    def _sum(self, most_joined: int) -> DiversityStats:
+        """most_joined: the largest number of blocks that one block's gradient will depend on."""
         shared = self._shared
         if self._stats is None and self._outputs:
             self._stats = diversity_stats(self._outputs, shared.backend)
@@ -144,7 +154,8 @@ class DiversityTaps:
         elif self._stats is None:
             check_features(shared.features)
             count = shared.features[0][..., 0].numel()
-            sums, pair_sums, _ = Collect.apply(shared, *self._tokens)
+            shared.mix = most_joined > FEW and any(token.requires_grad for token in self._tokens)
+            sums, pair_sums, *_ = Collect.apply(shared, *self._tokens)
             self._stats = stats_from_sums(sums, pair_sums, count)
             self._tokens, shared.features = [], []
         return self._stats
@@ -156,8 +167,9 @@ class DiversityTaps:
         scope: Literal["rank", "global"] = "rank",
     ) -> DiversityLoss:
         """`diversity_loss` of the tapped outputs; same arguments, values, gradients and errors."""
-        stats = self.stats()
-        return loss_from_stats(stats, check_options(pairs, len(stats.sums), variant, scope), variant, scope)
+        chosen = check_options(pairs, self._count, variant, scope)
+        joined = Counter(block for pair in chosen for block in pair)
+        return loss_from_stats(self._sum(max(joined.values(), default=0)), chosen, variant, scope)
 
 
 def diversity_tap(x: Tensor, backend: str = "auto") -> tuple[Tensor, DiversityStats]:
