@@ -152,11 +152,14 @@ def _throughput(stories: Sequence[RunStory], png: bytes) -> Section:
     rows += [["precision", engine["precision"]], ["ZeRO stage", str(engine["zero_stage"])]]
     for story in stories:
         mfu = story.median("mfu")
-        used = f", {mfu:.1%} of the device's peak" if np.isfinite(mfu) else ""
+        used = f", MFU {mfu:.1%}" if np.isfinite(mfu) else ""
         rows.append([story.name, f"median {story.median('samples_per_s'):,.0f} samples/s{used}"])
     return Section(
         "Throughput",
-        ["All processes together, forward, backward and update. The machine is the one that wrote this report."],
+        [
+            "All processes together, forward, backward and update. MFU compares with the matrix products this machine "
+            "was seen to reach when the run began. The machine named below is the one that wrote this report."
+        ],
         [Picture(png, "Samples per second against step")],
         table=rows,
     )
