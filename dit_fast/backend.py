@@ -16,14 +16,17 @@ logger = logging.getLogger("dit_fast")
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an op. `unavailable()` returns the reason why it cannot run on this machine, or None."""
+    """One way to run an op. `unavailable()` returns the reason why it cannot run on this machine, or None.
+
+    device_types: the types of device it is made for; empty = any.
+    """
 
     name: str
     device_types: tuple[str, ...]
     unavailable: Callable[[], str | None]
 
 
-_TORCH = Implementation("torch", ("cpu", "cuda"), lambda: None)
+_TORCH = Implementation("torch", (), lambda: None)
 _REGISTRY: dict[str, list[Implementation]] = {}
 _LOGGED: set[tuple[str, str]] = set()
 
@@ -78,7 +81,7 @@ def explain(op: str, device_type: str) -> list[tuple[str, str]]:
 
 
 def _reason(implementation: Implementation, device_type: str, refuses: Callable[[str], Sequence[str]]) -> str | None:
-    if device_type not in implementation.device_types:
+    if implementation.device_types and device_type not in implementation.device_types:
         return f"made for {' and '.join(implementation.device_types)} tensors, not {device_type}"
     reason = implementation.unavailable()
     if reason is None and implementation is not _TORCH:

@@ -179,7 +179,10 @@ def download(address: str, sha256: str | None, cache: Path) -> Path:
     if name.endswith(".npz"):
         archive.replace(target)
     else:
-        _unpack(archive, zipped=name.endswith(".zip"), target=target)
+        try:
+            _unpack(archive, zipped=name.endswith(".zip"), target=target)
+        except (zipfile.BadZipFile, tarfile.TarError, OSError) as error:
+            raise DataError(f"DATA={address}: cannot be unpacked: {error}") from None
         archive.unlink()
     return target
 

@@ -1,4 +1,4 @@
-"""Who runs the step: `Engine` is what the loop knows, `SingleEngine` one process, `zero.ZeroEngine` DeepSpeed's ranks."""
+"""Who runs the step. The loop knows `Engine`; `SingleEngine` is one process, `zero.ZeroEngine` DeepSpeed's ranks."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class Engine(Protocol):
         """
 
     def load_full_state(self, kind: str, source: Source) -> None:
-        """Puts `source(name)` into that state of every trained parameter ("model" is loaded before the engine is made)."""
+        """Puts `source(name)` into the moments or EMA of every trained parameter; weights are loaded earlier."""
 
     def applied_steps(self) -> int: ...
 

@@ -24,8 +24,8 @@ class TrainingObjective(nn.Module):
 
     model: SiT or alike, on any device; it is the only thing here that has parameters. scale, shift: of the data set,
     one number or one per channel. seed: of the run. precision "bf16": the forward runs under autocast, weights and
-    losses stay float32. label_dropout: probability of the null label. Block outputs are taken only where a method asked for
-    them. Raises ConfigError where a method does not fit the model.
+    losses stay float32. label_dropout: probability of the null label. Block outputs are taken only where a method
+    asked for them. Raises ConfigError where a method does not fit the model.
     """
 
     scale: Tensor

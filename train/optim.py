@@ -66,7 +66,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], count: float, parameters: list[Tensor]) -> None:
         beta1, beta2 = group["betas"]
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         first, second, ema = ([self.state[p][name] for p in parameters] for name in STATES)
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
@@ -80,7 +80,7 @@ class AdamWEMA(torch.optim.Optimizer):
         torch._foreach_lerp_(ema, parameters, 1 - group["ema_decay"])
 
 
-def with_ema(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+def with_ema(base: type[torch.optim.Optimizer]) -> type[Any]:
     """A subclass of an AdamW that takes `ema_decay` and holds "ema" among its states; the update is the base's."""
 
     class WithEMA(base):  # type: ignore[misc, valid-type]
@@ -141,7 +141,7 @@ def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter],
         raise ConfigError(f"optimizer.name={config.name} cannot run: {reason[0]}; use optimizer.name=adamw") from error
 
 
-def with_step_per_group(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+def with_step_per_group(base: type[torch.optim.Optimizer]) -> type[Any]:
     """For optimizers that count steps in plain integers of their own: keeps those in line with the state "step"."""
 
     class StepPerGroup(base):  # type: ignore[misc, valid-type]

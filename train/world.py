@@ -37,16 +37,18 @@ class World:
             dist.barrier()
 
     def agree(self, decide: Callable[[], T]) -> T:
-        """On every rank, what rank 0's `decide` returned (JSON types); a UserError raised there is raised everywhere."""
-        if self.size == 1:
-            return decide()
+        """What rank 0's `decide` returned (JSON types), on every rank.
+
+        A UserError or OSError raised there is raised as a UserError on every rank, so that none waits for ever.
+        """
         answer: dict[str, Any] = {}
         if self.rank == 0:
             try:
                 answer = {"value": decide()}
-            except UserError as error:
+            except (UserError, OSError) as error:
                 answer = {"error": str(error)}
-        answer = json.loads(self._broadcast(json.dumps(answer).encode()))
+        if self.size > 1:
+            answer = json.loads(self._broadcast(json.dumps(answer).encode()))
         if "error" in answer:
             raise UserError(answer["error"])
         return answer["value"]

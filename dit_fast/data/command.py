@@ -6,6 +6,8 @@ from typing import Any
 
 from dit_fast.errors import DataError
 
+ABSENT = argparse.SUPPRESS  # the function's own default holds, and none is shown
+
 
 def add_commands(subparsers: Any) -> None:
     """Adds `shards` and its commands to the command line; each sets `run`, a function of the parsed options."""
@@ -17,27 +19,33 @@ def add_commands(subparsers: Any) -> None:
     build.add_argument("source", help="folder with one folder of images per class, or .npz with images and labels")
     build.add_argument("out", help="folder for the shards")
     forms = "pca (fitted on the source), pca:FILE, diffusers:DIR or taef2:DIR"
-    build.add_argument("--autoencoder", required=True, help=forms)
-    build.add_argument("--size", type=int, required=True, help="pixels of the square centre crop")
+    build.add_argument("--autoencoder", required=True, default=ABSENT, help=forms)
+    build.add_argument("--size", type=int, required=True, default=ABSENT, help="pixels of the square centre crop")
     _add_common(build)
     build.add_argument("--store-images", action="store_true", help="also keep the cropped images as PNG")
     build.add_argument(
-        "--encoder", help="also store features of this encoder: efficientnet-lite0 or efficientnet-lite0:32"
+        "--encoder",
+        default=ABSENT,
+        help="also store features of this encoder: efficientnet-lite0 or efficientnet-lite0:32",
     )
-    build.add_argument("--token-grid", type=int, help="feature tokens a side (default: half the latent size)")
+    build.add_argument(
+        "--token-grid", type=int, default=ABSENT, help="feature tokens a side (default: half the latent size)"
+    )
     build.add_argument("--patch", type=int, default=4, help="pca: pixels per latent a side")
     build.add_argument("--channels", type=int, default=12, help="pca: latent channels")
     build.add_argument("--batch-size", type=int, default=32, help="images encoded together")
     build.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the autoencoder runs")
-    build.add_argument("--no-shuffle", dest="shuffle", action="store_false", help="keep the source's order")
+    build.add_argument(
+        "--no-shuffle", dest="shuffle", action="store_false", default=ABSENT, help="keep the source's order"
+    )
     tree = _command(commands, "import-vae-sd", _import, "import the vae-sd npy tree of the published REPA-family code")
     tree.add_argument("source", help="the vae-sd folder, with its own dataset.json")
     tree.add_argument("out", help="folder for the shards")
     _add_common(tree)
-    tree.add_argument("--num-classes", type=int, help="number of classes (default: largest label + 1)")
+    tree.add_argument("--num-classes", type=int, default=ABSENT, help="number of classes (default: largest label + 1)")
     tree.add_argument("--scale", type=float, default=0.18215, help="model-space latents are z * scale + shift")
     tree.add_argument("--shift", type=float, default=0.0, help="see --scale")
-    tree.add_argument("--autoencoder", default="", help="where its decoder lies, e.g. diffusers:DIR")
+    tree.add_argument("--autoencoder", default=ABSENT, help="where its decoder lies, e.g. diffusers:DIR")
     for name, run, text in (
         ("index", _index, "rebuild the .idx files from the tars"),
         ("verify", _verify, "check every byte against dataset.json"),
@@ -60,7 +68,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples-per-shard", type=int, default=2048, help="samples in each tar")
     parser.add_argument("--processes", type=int, default=1, help="worker processes; the result does not depend on it")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the stored moments")
-    parser.add_argument("--no-progress", dest="progress", action="store_false", help="no progress bar")
+    parser.add_argument("--no-progress", dest="progress", action="store_false", default=ABSENT, help="no progress bar")
 
 
 def _arguments(options: argparse.Namespace) -> dict[str, Any]:

@@ -86,6 +86,24 @@ def test_index_round_trip_and_rebuild(copied):
     verify_dataset(copied)
 
 
+@pytest.mark.parametrize("damage", ["header", "between members", "end mark", "inside"])
+def test_no_index_is_made_of_a_damaged_tar(copied, damage):
+    path = copied / "shard-000001.tar"
+    index = open_dataset(copied).indexes[1]
+    data = bytearray(path.read_bytes())
+    header = int(index.offset[3, 0]) - 512
+    if damage == "header":
+        data[header + 150] ^= 1
+    else:
+        del data[{"between members": header, "end mark": len(data) - 600, "inside": header + 700}[damage] :]
+    path.write_bytes(data)
+    before = path.with_suffix(".idx").read_bytes()
+    with pytest.raises(DataError, match=r"shard-000001.tar: .*(damaged|cut short)") as caught:
+        rebuild_index(path)
+    assert "\n" not in str(caught.value)
+    assert path.with_suffix(".idx").read_bytes() == before
+
+
 def test_any_webdataset_user_can_stream_it(built):
     wds = pytest.importorskip("webdataset")
     urls = str(built / "shard-{000000..000005}.tar")

@@ -34,6 +34,12 @@ def test_adm_crop_matches_published_numbers(width, height, total, first, other):
     assert np.abs(crop[17, 200].astype(int) - other).max() <= 1
 
 
+@pytest.mark.parametrize(("width", "height", "left", "top"), [(64, 67, 0, 1), (67, 64, 1, 0), (64, 64, 0, 0)])
+def test_crop_takes_the_middle_and_rounds_down(width, height, left, top):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    assert np.array_equal(center_crop(Image.fromarray(pixels), 64), pixels[top : top + 64, left : left + 64])
+
+
 def test_folder_source_sorts_classes_and_names_bad_files(tmp_path):
     for name, value in (("b/2.png", 20), ("b/1.jpg", 10), ("a/x/9.png", 90)):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

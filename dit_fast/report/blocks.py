@@ -1,0 +1,84 @@
+"""What the blocks of a trained model make of real images: their similarity and how many directions they use."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dit_fast.analysis.similarity import cka_matrix, effective_rank, token_cosine_matrix
+from dit_fast.checkpoint.run import load_run
+from dit_fast.data import LatentDataset, open_dataset
+from dit_fast.data.reader import IndexedReader
+from dit_fast.diffusion import Path as FlowPath
+from dit_fast.diffusion.samplers import LAST_STOCHASTIC_TIME, initial_noise
+from dit_fast.report.grids import to_uint8
+
+
+@dataclass(frozen=True)
+class BlockStudy:
+    """cka, cosine: float64 [K, K]; rank: float64 [K], effective rank of each block's tokens (K blocks).
+
+    parameters: numbers the model holds, without modules that only training needs.
+    """
+
+    cka: np.ndarray
+    cosine: np.ndarray
+    rank: np.ndarray
+    parameters: int
+
+
+def study_blocks(run: str | Path, count: int = 256, t: float = LAST_STOCHASTIC_TIME, seed: int = 0) -> BlockStudy:
+    """Compares all blocks of a run's averaged weights on `count` real images with their labels.
+
+    t: noise level of the inputs; the default is the last one at which the published sampler calls the model, where the
+    paper compares blocks. Features are token-pooled for the CKA.
+    """
+    loaded = load_run(run, weights="ema")
+    dataset = open_dataset(loaded.config.data.path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = loaded.model.to(device).eval()
+    chosen = np.arange(min(count, len(dataset)), dtype=np.int64)
+    batch = _read(dataset, chosen)
+    latents = scaled_means(batch["moments"], dataset)
+    noise = initial_noise(seed, torch.from_numpy(chosen), tuple(latents.shape[1:])).float()
+    times = torch.full((len(chosen),), t)
+    noised, _ = FlowPath(loaded.config.flow.path).interpolate(latents, noise, times)
+    with torch.no_grad():
+        _, taps = model(noised.to(device), times.to(device), batch["label"].to(device), taps=range(model.depth))
+    features = [taps[index].float().cpu() for index in range(model.depth)]
+    ranks = torch.stack([effective_rank(feature) for feature in features])
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return BlockStudy(cka_matrix(features).numpy(), token_cosine_matrix(features).numpy(), ranks.numpy(), parameters)
+
+
+def real_images(dataset: LatentDataset, classes: tuple[int, ...], per_class: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first images of each class: uint8 [N, H, W, 3] and labels int64 [N].
+
+    Images kept in the shards are shown as they are; otherwise the latents are decoded, so that samples are compared
+    with what the autoencoder can show at all.
+    """
+    labels = dataset.labels
+    chosen = np.concatenate([np.flatnonzero(labels == label)[:per_class] for label in classes])
+    if "image" in dataset.info.fields:
+        pictures = _read(dataset, chosen, ("image",))["image"].permute(0, 2, 3, 1).numpy()
+    else:
+        means = _read(dataset, chosen)["moments"][:, 0]
+        pictures = to_uint8(dataset.load_autoencoder().decode(means).float().numpy())
+    return pictures, labels[chosen]
+
+
+def scaled_means(moments: torch.Tensor, dataset: LatentDataset) -> torch.Tensor:
+    """Model-space latents [N, C, h, w] from moments [N, 2, C, h, w], without posterior noise."""
+    scale, shift = (
+        torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1) for value in (dataset.info.scale, dataset.info.shift)
+    )
+    return moments[:, 0] * scale + shift
+
+
+def _read(dataset: LatentDataset, samples: np.ndarray, fields: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+    reader = IndexedReader(dataset, fields)
+    try:
+        return reader.read(np.arange(len(samples)), samples)
+    finally:
+        reader.close()

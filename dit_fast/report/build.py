@@ -1,0 +1,70 @@
+"""From run folders to `report.html` and its pictures."""
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dit_fast.data import LatentDataset, open_dataset
+from dit_fast.report import figures
+from dit_fast.report.blocks import real_images
+from dit_fast.report.grids import class_grid
+from dit_fast.report.html import render
+from dit_fast.report.page import compose
+from dit_fast.report.story import RunStory, read_story
+
+REAL_PER_CLASS = 5
+
+
+def write_report(run: Path, baseline: Path | None, out: Path, notes: Sequence[str] = ()) -> Path:
+    """Writes `out/report.html` and its pictures beside it as PNG; returns the page's path.
+
+    baseline: a second run on the same data, shown beside the first. notes: remarks shown at the top.
+    Raises DataError naming what is missing in a run folder.
+    """
+    stories = [read_story(run)]
+    if baseline is not None:
+        stories.append(read_story(baseline, stories[0].samples))
+        if stories[0].name == stories[1].name:
+            stories = [replace(story, name=f"{story.name} ({story.folder.name})") for story in stories]
+    dataset = open_dataset(stories[0].config["data"]["path"])
+    pictures = draw(stories, dataset)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, png in pictures.items():
+        _write(out / f"{name}.png", png)
+    _write(out / "report.html", render(compose(stories, dataset.info, pictures, notes)).encode())
+    return out / "report.html"
+
+
+def draw(stories: Sequence[RunStory], dataset: LatentDataset) -> dict[str, bytes]:
+    """Name -> PNG of every picture of a report; `diversity` only where the first run had that method."""
+    main = stories[0]
+    runs = {story.name: story.metrics for story in stories}
+    drawn = {
+        "loss": figures.loss_figure(runs),
+        "similarity": figures.similarity_figure({story.name: story.blocks.cka for story in stories}),
+        "throughput": figures.throughput_figure(runs),
+    }
+    settings = main.config["methods"].get("diversedit")
+    if settings is not None and main.metrics.has("diversedit/weight"):
+        adaptive = settings["weight"] != "constant"
+        limits = (settings["low"], settings["high"]) if adaptive else (None, None)
+        drawn["diversity"] = figures.diversity_figure(main.metrics, *limits)
+    return {"samples": _sample_grid(stories, dataset), **{name: figures.to_png(item) for name, item in drawn.items()}}
+
+
+def _sample_grid(stories: Sequence[RunStory], dataset: LatentDataset) -> bytes:
+    classes = tuple(dict.fromkeys(stories[0].samples.labels.tolist()))
+    columns = {"real": real_images(dataset, classes, REAL_PER_CLASS)}
+    for story in stories:
+        columns[f"samples of {story.name}"] = (story.samples.images, story.samples.labels)
+    buffer = io.BytesIO()
+    class_grid(columns, classes, dataset.info.class_names).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)

@@ -1,0 +1,26 @@
+"""What this machine is, in words."""
+
+import os
+import platform
+from pathlib import Path
+
+
+def machine_facts() -> list[tuple[str, str]]:
+    """(name, value) pairs: processor, cores this process may use, GPUs, versions of Python and torch."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    facts = [("processor", _processor()), ("cores", str(cores))]
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        facts += [("GPUs", f"{len(names)} x {names[0]}")]
+    return [*facts, ("Python", platform.python_version()), ("torch", torch.__version__)]
+
+
+def _processor() -> str:
+    listing = Path("/proc/cpuinfo")
+    if listing.is_file():
+        for line in listing.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

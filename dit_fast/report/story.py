@@ -1,0 +1,64 @@
+"""All that a report says about one run: what it logged, what it draws, what its blocks do."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_fast.report.blocks import BlockStudy, study_blocks
+from dit_fast.report.metrics import Metrics, read_config, read_metrics
+from dit_fast.report.sampling import FILE_NAME, SampleOptions, Samples, sample_run
+
+METHOD_NAMES = {"diversedit": "DiverseDiT", "repa": "REPA"}
+TAIL = 0.1  # share of the run over which final values are averaged
+
+
+@dataclass(frozen=True)
+class RunStory:
+    """One run. `name` is what captions call it."""
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+    metrics: Metrics
+    samples: Samples
+    blocks: BlockStudy
+
+    @property
+    def steps(self) -> int:
+        return int(self.metrics.rows[-1]["step"])
+
+    def final(self, column: str) -> float:
+        """Mean of a logged value over the last tenth of the run; nan when it was not logged."""
+        steps, values = self.metrics.column(column)
+        late = values[steps > self.steps * (1 - TAIL)]
+        return float(late.mean()) if len(late) else float("nan")
+
+    def median(self, column: str) -> float:
+        """Median of a logged value over the run; nan when it was not logged."""
+        values = self.metrics.column(column)[1]
+        return float(np.median(values)) if len(values) else float("nan")
+
+
+def read_story(folder: Path, like: Samples | None = None) -> RunStory:
+    """Reads a run folder, draws samples unless RUN/samples.npz holds those of the newest step, and studies its blocks.
+
+    like: samples of another run; new ones are drawn of the same classes.
+    """
+    config, metrics = read_config(folder), read_metrics(folder)
+    path = folder / FILE_NAME
+    if path.is_file() and (samples := Samples.load(path)).step >= metrics.rows[-1]["step"]:
+        drawn = samples
+    else:
+        classes = tuple(dict.fromkeys(like.labels.tolist())) if like else ()
+        drawn = sample_run(folder, SampleOptions(classes=classes))
+    return RunStory(run_name(config), folder, config, metrics, drawn, study_blocks(folder))
+
+
+def run_name(config: Mapping[str, Any]) -> str:
+    """Its methods, or which plain model it is."""
+    methods = [METHOD_NAMES.get(method, method) for method in config["methods"]]
+    plain = "plain SiT" if config["model"]["skip_wiring"] == "off" else "SiT with long skips"
+    return " + ".join(methods) or plain

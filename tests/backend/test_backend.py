@@ -1,0 +1,60 @@
+"""The switch between implementations: preference order, reasons, and errors that name them."""
+
+import logging
+
+import pytest
+
+from dit_fast import backend, info
+from dit_fast.backend import Implementation, choose, explain, register
+from dit_fast.errors import ConfigError
+
+
+@pytest.fixture
+def op(monkeypatch):
+    monkeypatch.setattr(backend, "_REGISTRY", {})
+    monkeypatch.setattr(backend, "_LOGGED", set())
+    register(
+        "toy",
+        Implementation("gpu", ("cuda",), lambda: None),
+        Implementation("native", ("cpu",), lambda: "no compiler was found"),
+    )
+    return "toy"
+
+
+def test_auto_takes_the_best_that_can_run(op):
+    assert choose(op, "auto", "cuda") == "gpu"
+    assert choose(op, "auto", "cpu") == "torch"
+    assert choose(op, "torch", "meta") == "torch"
+
+
+def test_a_fallback_is_logged_once_with_its_reason(op, caplog):
+    with caplog.at_level(logging.INFO, logger="dit_fast"):
+        choose(op, "auto", "cpu")
+        choose(op, "auto", "cpu")
+    assert [record.getMessage() for record in caplog.records] == ["toy: native is not used: no compiler was found"]
+
+
+def test_asking_for_what_cannot_run_raises_with_the_reason(op):
+    with pytest.raises(ConfigError, match="no compiler was found"):
+        choose(op, "native", "cpu")
+    with pytest.raises(ConfigError, match="made for cuda tensors, not cpu"):
+        choose(op, "gpu", "cpu")
+    with pytest.raises(ConfigError, match="valid: auto, gpu, native, torch"):
+        choose(op, "cuda", "cpu")
+
+
+def test_explain_names_one_used_and_the_reasons_of_the_others(op):
+    answers = dict(explain(op, "cpu"))
+    assert answers == {
+        "gpu": "made for cuda tensors, not cpu",
+        "native": "no compiler was found",
+        "torch": "used",
+    }
+
+
+def test_info_names_every_op_and_every_optional_package():
+    text = info.describe()
+    for name in (*backend.ops(), *info.OPTIONAL, "apex", "torch"):
+        assert name in text
+    assert "long_skip" in text
+    assert "diversity_loss" in text

@@ -1,0 +1,84 @@
+"""Figures say what was logged: their lines, shaded spans and colours are checked, not pixels alone."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dit_fast.report import figures
+from dit_fast.report.metrics import Metrics
+
+
+def logged(count=40, diverse=True):
+    rows = []
+    for number in range(count):
+        step, total = 10 * (number + 1), 0.6 * 0.93**number
+        row = {"step": step, "flow": 0.5 + 2 * 0.9**number, "samples_per_s": 100.0 + number % 3}
+        if diverse:
+            row |= {f"diversedit/{term}": total for term in ("total", "orthogonality", "mutual_information")}
+            row |= {"diversedit/dispersion": -0.01, "diversedit/weight": max(total - 0.1, 0.0)}
+        rows.append(row)
+    return Metrics(tuple(rows))
+
+
+def is_picture(figure):
+    with Image.open(io.BytesIO(figures.to_png(figure))) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    return min(pixels.shape[:2]) > 200 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+
+
+def test_loss_of_both_runs_is_drawn_raw_and_smoothed():
+    runs = {"one": logged(), "two": logged(25)}
+    figure = figures.loss_figure(runs)
+    lines = figure.axes[0].lines
+    assert [len(line.get_xdata()) for line in lines] == [40, 40, 25, 25]
+    np.testing.assert_array_equal(lines[0].get_ydata(), runs["one"].column("flow")[1])
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["one", "two"]
+    assert is_picture(figure)
+
+
+def test_loss_figure_survives_a_run_of_one_row():
+    assert is_picture(figures.loss_figure({"short": logged(1)}))
+
+
+def test_diversity_figure_shades_where_the_weight_acts():
+    metrics = logged()
+    steps, weight = metrics.column("diversedit/weight")
+    (span,) = figures.acting_spans(steps, weight)
+    assert span == (10.0, float(steps[weight > 0][-1]))
+    figure = figures.diversity_figure(metrics, 0.1, 0.5)
+    for axes in figure.axes:
+        (shade,) = axes.patches
+        assert (shade.get_x(), shade.get_x() + shade.get_width()) == pytest.approx(span)
+    assert is_picture(figure)
+
+
+@pytest.mark.parametrize(
+    ("weight", "expected"),
+    [
+        ([0, 0, 0], []),
+        ([1, 1, 1], [(1.0, 3.0)]),
+        ([1, 0, 1], [(1.0, 1.0), (3.0, 3.0)]),
+        ([0, 0.2, 0.1], [(2.0, 3.0)]),
+    ],
+)
+def test_acting_spans(weight, expected):
+    assert figures.acting_spans(np.arange(1, 4), np.array(weight, float)) == expected
+
+
+@pytest.mark.parametrize("count", [1, 6, 28])
+def test_similarity_shows_every_matrix_on_one_scale(count):
+    matrices = {"one": np.eye(count), "two": np.full((count, count), 0.5)}
+    figure = figures.similarity_figure(matrices)
+    images = [axes.images[0] for axes in figure.axes if axes.images and axes.get_title(loc="left")]
+    assert [image.get_clim() for image in images] == [(0, 1), (0, 1)]
+    np.testing.assert_array_equal(images[1].get_array(), matrices["two"])
+    assert is_picture(figure)
+
+
+def test_throughput_names_the_median_and_skips_runs_without_it():
+    figure = figures.throughput_figure({"one": logged(), "none": Metrics(({"step": 1},))})
+    (text,) = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert text == "one: median 101"
+    assert is_picture(figure)

@@ -1,0 +1,221 @@
+"""What a run tells about itself: progress bar, metrics.jsonl, TensorBoard, and the resolved configuration.
+
+Means over ranks and over the steps of an interval are reduced on the device and, with CUDA, read one interval late,
+so that logging never waits. An interval also ends at every checkpoint: a run that was killed and resumed logs the same
+rows as one that was not.
+"""
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_fast.config import TrainConfig, to_dict
+from dit_fast.train import disk
+from dit_fast.train.engine import StepResult
+from dit_fast.train.guard import Guard
+from dit_fast.train.throughput import Clock, matmul_ceiling
+from dit_fast.train.world import World
+
+logger = logging.getLogger("dit_fast")
+
+METRICS, CONFIG = "metrics.jsonl", "config.json"
+
+
+class Journal:
+    """Collects step results on all ranks; writes on rank 0. start: step resumed from (0: a new run)."""
+
+    def __init__(self, config: TrainConfig, world: World, guard: Guard, start: int, epoch: int, flops: int):
+        self.run, self.config, self.world, self.guard = Path(config.run.dir), config, world, guard
+        self._epoch, self._flops = epoch, 3 * flops  # samples per epoch; forward + backward FLOPs of a sample
+        self._sums: dict[str, Tensor] = {}
+        self._applied, self._skipped, self._last = 0, 0, start
+        self._pending: list[tuple[dict[str, Any], list[str], Tensor | None]] = []
+        self._writer: Any = None
+        self._bar: Any = None
+        self._file: AppendedLines | None = None
+        self._ceiling = 0.0
+        self.started = time.time()
+        world.agree(lambda: self._open(start))
+        self.clock = Clock()
+
+    def _open(self, start: int) -> None:
+        config = self.config
+        self._ceiling = matmul_ceiling(self.world.device, config.engine.precision) * self.world.size
+        disk.replace(self.run / CONFIG, json.dumps(to_dict(config), indent=1).encode())
+        truncate_metrics(self.run / METRICS, start)
+        self._file = AppendedLines(self.run / METRICS)
+        self._bar = _progress_bar(config.run.steps, start)
+        self._writer = _tensorboard(self.run, start) if config.run.tensorboard else None
+
+    def step(self, result: StepResult) -> None:
+        """Adds one step; skipped ones (no finite gradient) are counted, their values are not averaged."""
+        if self._bar is not None:
+            self._bar.update(1)
+        if not result.applied:
+            self._skipped += 1
+            return
+        self._applied += 1
+        for name, value in {**result.logs, "grad_norm": result.grad_norm}.items():
+            value = torch.as_tensor(value, dtype=torch.float32, device=self.world.device)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def close_interval(self, step: int, lr: float) -> None:
+        """Ends the interval at `step` (steps done); collective. Raises Diverged for a value that is not finite."""
+        steps, batch = step - self._last, self.config.engine.global_batch
+        if not steps:
+            return
+        rate = self.clock.rate(steps * batch)
+        row: dict[str, Any] = {"step": step, "samples": step * batch, "epoch": round(step * batch / self._epoch, 4)}
+        values = None
+        if self._applied:
+            values = torch.stack(list(self._sums.values())) / self._applied
+            self.world.reduce(values, "mean")
+            values = values.to("cpu", non_blocking=True)
+        row |= {"lr": lr, "skipped": self._skipped, "samples_per_s": round(rate, 2)}
+        if self._ceiling:
+            row["mfu"] = round(self._flops * rate / self._ceiling, 5)
+        row["seconds"] = round(time.time() - self.started, 2)
+        self._pending.append((row, list(self._sums), values))
+        self._sums, self._applied, self._skipped, self._last = {}, 0, 0, step
+        self.drain(keep=1 if self.world.device.type == "cuda" else 0)
+
+    def drain(self, keep: int = 0) -> None:
+        """Writes the closed intervals but the newest `keep`, whose values may still be on their way from the device."""
+        if keep == 0 and self._pending and self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+        while len(self._pending) > keep:
+            row, names, values = self._pending.pop(0)
+            logged = dict(zip(names, values.tolist(), strict=True)) if values is not None else {}
+            self._write({**row, **logged})
+            self.guard.values(row["step"], logged)
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        if self._file is None:
+            return
+        safe = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        self._file.add(json.dumps(safe))
+        if self._bar is not None:
+            self._bar.show(row)
+        if self._writer is not None:
+            try:
+                for name, value in row.items():
+                    if name not in ("step", "samples", "epoch", "seconds"):
+                        self._writer.add_scalar(name, value, row["step"])
+            except OSError as error:
+                logger.warning("TensorBoard is switched off: %s; %s goes on", error, METRICS)
+                self._writer = None
+
+    def close(self) -> None:
+        """Writes what is pending and closes all files."""
+        self.drain()
+        for part in (self._file, self._bar, self._writer):
+            if part is not None:
+                part.close()
+
+
+class AppendedLines:
+    """A text file that grows by whole lines. Lines a full disk refuses are kept and written with the next ones."""
+
+    def __init__(self, path: Path):
+        self._path, self._file = path, path.open("ab", buffering=0)
+        self._size, self._waiting = self._file.tell(), b""
+
+    def add(self, line: str) -> None:
+        self._waiting += line.encode() + b"\n"
+        try:
+            if self._file.write(self._waiting) == len(self._waiting):
+                self._size, self._waiting = self._size + len(self._waiting), b""
+                return
+            reason = "no space left on the disk"
+        except OSError as error:
+            reason = str(error)
+        self._file.truncate(self._size)  # never leave a part of a line
+        logger.warning("%s: %s; rows are kept until there is space", self._path, reason)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drops rows after `step` and a last line cut short by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    text = "".join(kept)
+    if text != path.read_text():
+        disk.replace(path, text.encode())
+
+
+class _Lines:
+    """Progress for log files: one line per interval."""
+
+    def __init__(self, total: int, start: int):
+        self._total, self._first, self._since = total, start, time.perf_counter()
+
+    def update(self, count: int) -> None: ...
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        per_step = (time.perf_counter() - self._since) / max(row["step"] - self._first, 1)
+        left = int(per_step * (self._total - row["step"]))
+        eta = f"{left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
+        print(f"step {row['step']}/{self._total}  {_summary(row)}  eta {eta}", file=sys.stderr, flush=True)
+
+    def close(self) -> None: ...
+
+
+class _Bar:
+    """Progress for terminals."""
+
+    def __init__(self, tqdm: Any, total: int, start: int):
+        self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.1)
+
+    def update(self, count: int) -> None:
+        self._bar.update(count)
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        self._bar.set_postfix_str(_summary(row), refresh=False)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _progress_bar(total: int, start: int) -> Any:
+    if sys.stderr.isatty():
+        try:
+            from tqdm import tqdm
+
+            return _Bar(tqdm, total, start)
+        except ImportError:
+            logger.info("tqdm is not installed, so progress is printed line by line; pip install tqdm for a bar")
+    return _Lines(total, start)
+
+
+def _summary(row: Mapping[str, Any]) -> str:
+    parts = [f"{name} {row[key]:.4f}" for name, key in (("loss", "loss"), ("grad", "grad_norm")) if key in row]
+    parts.append(f"{row['samples_per_s']:.0f} samples/s")
+    parts += [f"mfu {row['mfu']:.1%}"] if "mfu" in row else []
+    parts += [f"skipped {row['skipped']}"] if row["skipped"] else []
+    return "  ".join(parts)
+
+
+def _tensorboard(run: Path, start: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logger.warning("TensorBoard is not installed (pip install tensorboard); metrics go to %s only", run / METRICS)
+        return None
+    return SummaryWriter(run / "tensorboard", purge_step=start + 1 if start else None)

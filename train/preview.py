@@ -1,0 +1,102 @@
+"""Sample grids while training: the averaged weights, gathered from all ranks, draw the same images every time."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dit_fast.checkpoint.run import model_from_config
+from dit_fast.config import TrainConfig
+from dit_fast.data import Autoencoder, LatentDataset
+from dit_fast.diffusion import initial_noise, sample
+from dit_fast.train.engine import Engine
+from dit_fast.train.world import World
+
+logger = logging.getLogger("dit_fast")
+
+SMALLEST = 64  # pixels; smaller images are enlarged by a whole factor
+
+
+class Preview:
+    """RUN/samples/step_N.png: image k has class k mod num_classes and starts from noise that depends on k alone.
+
+    Construction loads the data set's autoencoder on rank 0; DataError, on all ranks, where that cannot be done.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: LatentDataset, world: World):
+        self.config, self.info, self.world = config, dataset.info, world
+        self._autoencoder: Autoencoder | None = None
+        world.agree(lambda: self._load(dataset))
+
+    def _load(self, dataset: LatentDataset) -> None:
+        self._autoencoder = dataset.load_autoencoder()
+
+    def draw(self, engine: Engine, frozen: Mapping[str, Tensor], step: int) -> None:
+        """Collective: all ranks gather, rank 0 samples and writes."""
+        weights: dict[str, Tensor] = dict(frozen)
+        for name, tensor in engine.full_state("ema"):
+            if self.world.rank == 0:
+                weights[name] = tensor.cpu().clone()
+        if self.world.rank == 0:
+            path = Path(self.config.run.dir) / "samples" / f"step_{step:08d}.png"
+            images = self._images(weights)
+            try:
+                path.parent.mkdir(exist_ok=True)
+                write_grid(images, path)
+            except OSError as error:
+                logger.warning("%s not written: %s; training goes on", path, error)
+
+    def _images(self, weights: Mapping[str, Tensor]) -> np.ndarray:
+        config, device = self.config, self.world.device
+        # the new model's initial weights are thrown away; building it must not move the random numbers of the run
+        with torch.random.fork_rng(devices=[]):
+            model = model_from_config(config.model)
+        model.load_state_dict({name: weights[name] for name in model.state_dict()})
+        model.to(device).eval()
+        index = torch.arange(config.preview.count, device=device)
+        noise = initial_noise(config.run.seed, index, (model.in_channels, model.input_size, model.input_size))
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
+            latents = sample(
+                model,
+                noise,
+                index % self.info.num_classes,
+                sampler=config.preview.sampler,
+                num_steps=config.preview.num_steps,
+                cfg_scale=config.preview.cfg_scale,
+                seed=config.run.seed,
+                index=index,
+                path=config.flow.path,
+                chunk=config.preview.count,
+            )
+        scale, shift = (
+            torch.tensor(value, dtype=torch.float64, device=device).reshape(-1, 1, 1)
+            for value in (self.info.scale, self.info.shift)
+        )
+        assert self._autoencoder is not None
+        images = self._autoencoder.to(device).decode(((latents - shift) / scale).float())
+        return to_uint8(images.float().cpu().numpy())
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """[N, 3, H, W] in [-1, 1] -> uint8 [N, H, W, 3]."""
+    return ((images.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def write_grid(images: np.ndarray, path: Path) -> None:
+    """uint8 [N, H, W, 3] as one PNG, row by row, about as wide as high; written whole or not at all."""
+    from PIL import Image
+
+    count, height, width = images.shape[:3]
+    columns = int(np.ceil(count**0.5))
+    rows = -(-count // columns)
+    sheet = np.full((rows, columns, height, width, 3), 255, np.uint8)
+    sheet.reshape(rows * columns, height, width, 3)[:count] = images
+    picture = Image.fromarray(sheet.swapaxes(1, 2).reshape(rows * height, columns * width, 3))
+    factor = max(SMALLEST // max(height, width), 1)
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    partial = path.with_name(f".{path.stem}.partial.png")
+    picture.save(partial)
+    partial.replace(path)
