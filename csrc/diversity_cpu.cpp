@@ -43,7 +43,7 @@ struct Shape {
 struct Group {
   std::vector<int64_t> members;    // block index of each row
   std::vector<int64_t> positions;  // its place in `out` and `upstream`
-  std::vector<int64_t> sources;    // blocks with a weight other than zero for a member; K is the mixture
+  std::vector<int64_t> sources;    // blocks with a weight other than zero for at least one member
   std::vector<float> weights;      // [source, kMix]
 };
 
@@ -61,12 +61,12 @@ struct Scratch {
   std::vector<float> converted, inverse, zeros, mixed, coefficients;
 
   Scratch(const Shape& shape, int64_t tile)
-      : rows(tile * (shape.blocks + 1)),
-        converted(tile * (shape.blocks + 1) * shape.padded),
+      : rows(tile * shape.blocks),
+        converted(tile * shape.blocks * shape.padded),
         inverse(tile * shape.blocks),
         zeros(shape.padded),
         mixed(tile * kMix * shape.padded),
-        coefficients((shape.blocks + 1) * kMix) {}
+        coefficients(shape.blocks * kMix) {}
 };
 
 namespace portable {
@@ -203,63 +203,40 @@ void diversity_forward(std::vector<Tensor> features, Tensor statistics, Tensor p
           static_cast<float>(partials[columns + std::min(k, l) * shape.blocks + std::max(k, l)]);
 }
 
-// The most frequent weight of block k with the others: what the mixture of all directions can stand for.
-float common_weight(const std::vector<float>& weights, int64_t k) {
-  float best = 0.0f;
-  int64_t most = 0;
-  for (size_t l = 0; l < weights.size(); ++l) {
-    if (static_cast<int64_t>(l) == k) continue;
-    const int64_t times = std::count(weights.begin(), weights.end(), weights[l]);
-    if (times > most) best = weights[l], most = times;
-  }
-  return best;
-}
-
-// The weight of every block's direction, and of the mixture (the last entry), in V_k.
-std::vector<float> source_weights(const float* pairs, int64_t k, int64_t count, bool mixture) {
-  std::vector<float> weights(count + 1, 0.0f);
-  // A token's cosine with itself is constant: the diagonal carries no gradient.
-  for (int64_t l = 0; l < count; ++l) weights[l] = k == l ? 0.0f : pairs[k * count + l] + pairs[l * count + k];
-  if (!mixture) return weights;
-  const float common = common_weight({weights.begin(), weights.end() - 1}, k);
-  for (int64_t l = 0; l < count; ++l) weights[l] -= common;
-  weights[count] = common;
-  return weights;
-}
-
 // Groups of kMix wanted blocks; sources with no weight are left out, so a short pair list costs little.
-void plan(Gradient& gradient, const std::vector<int64_t>& wanted, const float* pairs, int64_t count, bool mixture) {
-  std::vector<bool> needed(count + 1, false);
+void plan(Gradient& gradient, const std::vector<int64_t>& wanted, const float* pairs, int64_t count) {
+  std::vector<bool> needed(count, false);
   for (size_t first = 0; first < wanted.size(); first += kMix) {
     Group group;
-    std::vector<std::vector<float>> weights;
     for (size_t i = first; i < std::min(wanted.size(), first + kMix); ++i) {
       group.members.push_back(wanted[i]);
       group.positions.push_back(static_cast<int64_t>(i));
-      weights.push_back(source_weights(pairs, wanted[i], count, mixture));
       needed[wanted[i]] = true;
     }
-    for (int64_t l = 0; l <= count; ++l) {
-      if (std::all_of(weights.begin(), weights.end(), [l](const auto& row) { return row[l] == 0.0f; })) continue;
+    for (int64_t l = 0; l < count; ++l) {
+      float weights[kMix] = {};
+      for (size_t i = 0; i < group.members.size(); ++i) {
+        const int64_t k = group.members[i];
+        weights[i] = pairs[k * count + l] + pairs[l * count + k];
+      }
+      if (std::all_of(weights, weights + kMix, [](float weight) { return weight == 0.0f; })) continue;
       group.sources.push_back(l);
-      for (size_t i = 0; i < kMix; ++i) group.weights.push_back(i < weights.size() ? weights[i][l] : 0.0f);
+      group.weights.insert(group.weights.end(), weights, weights + kMix);
       needed[l] = true;
     }
     gradient.groups.push_back(std::move(group));
   }
-  for (int64_t k = 0; k <= count; ++k)
+  for (int64_t k = 0; k < count; ++k)
     if (needed[k]) gradient.needed.push_back(k);
 }
 
 // Fills out[i] [M, D] with the gradient of block wanted[i], plus upstream[i] where upstream is not empty.
-// grad_statistics is [3, K, D], grad_pair_sums [K, K]; mixture as filled by diversity_forward, or empty.
-void diversity_backward(std::vector<Tensor> features, Tensor inverse_norms, Tensor mixture, Tensor grad_statistics,
+// grad_statistics is [3, K, D], grad_pair_sums [K, K].
+void diversity_backward(std::vector<Tensor> features, Tensor inverse_norms, Tensor grad_statistics,
                         Tensor grad_pair_sums, std::vector<Tensor> upstream, std::vector<int64_t> wanted,
                         std::vector<Tensor> out, int64_t level) {
   const Shape shape = read_shape(features);
-  std::vector<Block> blocks = read_blocks(features, shape, "features");
-  const std::vector<Block> mixed = read_mixture(mixture, shape);
-  blocks.insert(blocks.end(), mixed.begin(), mixed.end());
+  const std::vector<Block> blocks = read_blocks(features, shape, "features");
   const std::vector<Block> above = read_blocks(upstream, shape, "upstream");
   const std::vector<Block> results = read_blocks(out, shape, "out");
   STD_TORCH_CHECK(results.size() == wanted.size(), "out must have one tensor per wanted block");
@@ -276,7 +253,7 @@ void diversity_backward(std::vector<Tensor> features, Tensor inverse_norms, Tens
   }
   Gradient gradient{padded.data(),  read_floats(inverse_norms, shape.blocks * shape.tokens, "inverse_norms"),
                     results.data(), above.empty() ? nullptr : above.data(), {}, {}};
-  plan(gradient, wanted, pairs, shape.blocks, !mixed.empty());
+  plan(gradient, wanted, pairs, shape.blocks);
 
   const int64_t chunks = (shape.tokens + kChunk - 1) / kChunk;
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
@@ -298,8 +275,8 @@ STABLE_TORCH_LIBRARY(dit_fast_native, m) {
       "diversity_forward(Tensor[] features, Tensor(a!) statistics, Tensor(b!) pair_sums, Tensor(c!) inverse_norms, "
       "Tensor(d!) mixture, int level) -> ()");
   m.def(
-      "diversity_backward(Tensor[] features, Tensor inverse_norms, Tensor mixture, Tensor grad_statistics, "
-      "Tensor grad_pair_sums, Tensor[] upstream, int[] wanted, Tensor(a!)[] out, int level) -> ()");
+      "diversity_backward(Tensor[] features, Tensor inverse_norms, Tensor grad_statistics, Tensor grad_pair_sums, "
+      "Tensor[] upstream, int[] wanted, Tensor(a!)[] out, int level) -> ()");
   m.def("isa_level() -> int");
   m.def("build_info() -> str");
 }

@@ -1,8 +1,9 @@
 """How an op becomes known to torch: `diversity_op.py` is the example to copy.
 
 An op is a schema, a Python function that picks the implementation when it is called (so that a compiled graph is tied
-to none), and a fake implementation that gives shapes without data. Gradients do not live here: a thin autograd.Function calls a forward op
-and a backward op, which costs half of what `torch.library.custom_op` does and compiles with fullgraph=True.
+to none), and a fake implementation that gives shapes without data. Gradients do not live here: a thin
+autograd.Function calls a forward op and a backward op, which costs half of what `torch.library.custom_op` does and
+compiles with fullgraph=True.
 """
 
 from collections.abc import Callable

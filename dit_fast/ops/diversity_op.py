@@ -8,15 +8,9 @@ and the gradient of any function of them is one pass too. With G = d/d pair_sums
 
     dx_k = upstream + d/d sums + d/d abs_sums * sign(x) + 2 d/d square_sums * x + (V_k - (V_k . u_k) u_k) / |x_k|.
 
-The diagonal of pair_sums is constant and carries no gradient. A norm below 1e-8 counts as 1e-8, a constant: then
-nothing is subtracted from V.
+A norm below 1e-8 counts as 1e-8, a constant: then nothing is subtracted from V.
 
-A tap wants the gradient of one block at a time, and V_k reads every block. On request the forward therefore also keeps
-the mixture X = sum over l of u_l, [M, D]: with c the most frequent weight of block k,
-
-    V_k = c X + sum over l of (H_kl - c) u_l,        H = G + G^T,
-
-where all residual weights but k's own vanish for all pairs whose mean cosines have one sign.
+On request the forward also keeps the mixture, the sum of u_k over blocks, [M, D] (see diversity_taps.py).
 
 The fused implementations sum over fixed chunks of 256 tokens and add the chunks in order, so that the numbers depend
 neither on the number of threads nor on the size of the device.
@@ -48,8 +42,12 @@ def supports(features: Sequence[Tensor], backend: str) -> list[str]:
             reasons.append(f"block {index} is {feature.dtype}, not float32, bfloat16 or float16")
         if feature.device != features[0].device:
             reasons.append(f"block {index} lies on {feature.device}, block 0 on {features[0].device}")
-    if backend == "triton" and features[0].device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        reasons.append("on CPU tensors Triton only runs interpreted (TRITON_INTERPRET=1)")
+    if backend == "triton":
+        from dit_fast.kernels import diversity
+
+        if features[0].device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            reasons.append("on CPU tensors Triton only runs interpreted (TRITON_INTERPRET=1)")
+        reasons += diversity.supports(features)
     return reasons
 
 
@@ -80,14 +78,21 @@ def _torch_forward(features: list[Tensor], mix: bool) -> tuple[Tensor, Tensor, T
             directions.append(x * inverse_norms[-1][:, None])
         stacked = torch.stack(directions)
         pair_sums = stacked.flatten(1) @ stacked.flatten(1).T
-        mixture = stacked.sum(0) if mix else stacked.new_empty(0, stacked.shape[2])
-        return torch.stack(statistics, 1), pair_sums, torch.stack(inverse_norms), mixture
+        norms = torch.stack(inverse_norms)
+        return torch.stack(statistics, 1), pair_sums, norms, _mixture(features, norms, mix)
+
+
+def _mixture(features: Sequence[Tensor], inverse_norms: Tensor, mix: bool) -> Tensor:
+    tokens, width = features[0].shape
+    mixture = inverse_norms.new_zeros(tokens if mix else 0, width)
+    for feature, inverse in zip(features if mix else (), inverse_norms, strict=False):
+        mixture.addcmul_(feature.to(mixture.dtype), inverse[:, None])
+    return mixture
 
 
 def _torch_backward(
     features: list[Tensor],
     inverse_norms: Tensor,
-    mixture: Tensor,
     grad_statistics: Tensor,
     grad_pair_sums: Tensor,
     upstream: list[Tensor],
@@ -95,7 +100,7 @@ def _torch_backward(
 ) -> list[Tensor]:
     wide = inverse_norms.dtype
     grad_sums, grad_abs_sums, grad_square_sums = grad_statistics
-    weights = (grad_pair_sums + grad_pair_sums.T).fill_diagonal_(0)
+    weights = grad_pair_sums + grad_pair_sums.T
     directions = [x.to(wide) * norm[:, None] for x, norm in zip(features, inverse_norms, strict=True)]
     result = []
     for place, k in enumerate(wanted):
@@ -117,15 +122,14 @@ def _cpp_forward(features: list[Tensor], mix: bool) -> tuple[Tensor, Tensor, Ten
 def _cpp_backward(
     features: list[Tensor],
     inverse_norms: Tensor,
-    mixture: Tensor,
     grad_statistics: Tensor,
     grad_pair_sums: Tensor,
     upstream: list[Tensor],
     wanted: list[int],
 ) -> list[Tensor]:
     out = _empty_gradients(features, wanted)
-    tensors = (inverse_norms, mixture, grad_statistics.contiguous(), grad_pair_sums.contiguous())
-    torch.ops.dit_fast_native.diversity_backward(features, *tensors, upstream, wanted, out, _BEST_LEVEL)
+    grads = (grad_statistics.contiguous(), grad_pair_sums.contiguous())
+    torch.ops.dit_fast_native.diversity_backward(features, inverse_norms, *grads, upstream, wanted, out, _BEST_LEVEL)
     return out
 
 
@@ -134,14 +138,14 @@ def _forward(features: list[Tensor], mix: bool, backend: str) -> tuple[Tensor, T
     if backend == "triton":
         from dit_fast.kernels import diversity
 
-        return diversity.forward(features, mix)
+        statistics, pair_sums, inverse_norms = diversity.forward(features)
+        return statistics, pair_sums, inverse_norms, _mixture(features, inverse_norms, mix)
     return _cpp_forward(features, mix) if backend == "cpp" else _torch_forward(features, mix)
 
 
 def _backward(
     features: list[Tensor],
     inverse_norms: Tensor,
-    mixture: Tensor,
     grad_statistics: Tensor,
     grad_pair_sums: Tensor,
     upstream: list[Tensor],
@@ -149,7 +153,7 @@ def _backward(
     backend: str,
 ) -> list[Tensor]:
     features, upstream = [_rows(x) for x in features], [_rows(x) for x in upstream]
-    grads, backend = (inverse_norms, mixture, grad_statistics, grad_pair_sums), _choose(features, backend)
+    grads, backend = (inverse_norms, grad_statistics, grad_pair_sums), _choose(features, backend)
     if backend == "triton":
         from dit_fast.kernels import diversity
 
@@ -178,10 +182,10 @@ forward_op = _library.define(
     lambda features, mix, backend: _empty_outputs(features, mix),
 )
 backward_op = _library.define(
-    "diversity_backward(Tensor[] features, Tensor inverse_norms, Tensor mixture, Tensor grad_statistics, "
-    "Tensor grad_pair_sums, Tensor[] upstream, int[] wanted, str backend) -> Tensor[]",
+    "diversity_backward(Tensor[] features, Tensor inverse_norms, Tensor grad_statistics, Tensor grad_pair_sums, "
+    "Tensor[] upstream, int[] wanted, str backend) -> Tensor[]",
     _backward,
-    lambda features, norms, mixture, statistics, pairs, upstream, wanted, backend: _empty_gradients(features, wanted),
+    lambda features, norms, statistics, pairs, upstream, wanted, backend: _empty_gradients(features, wanted),
 )
 
 
@@ -204,9 +208,7 @@ class Statistics(torch.autograd.Function):
     def backward(ctx: Any, grad_statistics: Tensor, grad_pair_sums: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         inverse_norms, *features = ctx.saved_tensors
         wanted = [k for k, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
-        no_mixture = inverse_norms.new_empty(0, features[0].shape[1])
-        incoming = (inverse_norms, no_mixture, grad_statistics, grad_pair_sums)
-        grads = backward_op(features, *incoming, [], wanted, ctx.backend)
+        grads = backward_op(features, inverse_norms, grad_statistics, grad_pair_sums, [], wanted, ctx.backend)
         result: list[Tensor | None] = [None] * (1 + len(features))
         for k, grad in zip(wanted, grads, strict=True):
             result[1 + k] = grad
@@ -237,8 +239,7 @@ def tangent(
         turns.append(((dx - along * direction) * inverse[:, None]).flatten())
     with torch.autocast(features[0].device.type, enabled=False):
         half = torch.stack(turns) @ torch.stack(directions).T
-    off_diagonal = 1 - torch.eye(len(features), dtype=half.dtype, device=half.device)
-    return torch.stack(columns, 1), (half + half.T) * off_diagonal
+    return torch.stack(columns, 1), half + half.T
 
 
 def statistics(backend: str, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

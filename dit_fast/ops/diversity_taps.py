@@ -7,6 +7,15 @@ that plus the loss's gradient in one pass, so that the loss costs no gradient te
               statistics = f(tokens), computed in one pass over all the features
     backward  the statistics' gradients first (autograd runs a node after all its consumers), then block by block
 
+With H the symmetric weights of the pairs' gradient, a tap needs V_k = sum over l of H_kl u_l: one row per partner, and
+for all pairs K rows in each of K taps. So where a block has many partners, the forward also keeps the mixture X = sum
+of all u_l, [M, D] in float32, and with c_k the most frequent weight of block k
+
+    V_k = c_k X + sum over l of (H_kl - c_k) u_l.
+
+With all pairs and mean cosines of one sign only k's own residual weight is not zero: a tap reads its block, the
+mixture and the gradient from above, however many blocks there are. A cosine of the other sign costs one row more.
+
 Put taps outside of activation checkpoints: a recomputed block must not register its output twice.
 """
 
@@ -41,7 +50,8 @@ class Shared:
         self.features: list[Tensor] = []
         self.tangents: dict[int, Tensor] = {}
         self.waiting = 0
-        self.gradients: tuple[Any, ...] = ()
+        # Rows of all sources, their inverse norms, gradients of the statistics, and of the pair sums as block k sees them.
+        self.gradients: tuple[list[Tensor], Tensor, Tensor, Sequence[Tensor]] | tuple[()] = ()
 
 
 class Tap(torch.autograd.Function):
@@ -54,7 +64,7 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.shared = inputs[0]
+        ctx.shared, ctx.shape = inputs[0], inputs[1].shape
         ctx.index = len(ctx.shared.features) - 1
         ctx.set_materialize_grads(False)
 
@@ -64,13 +74,14 @@ class Tap(torch.autograd.Function):
         if token is None:
             return None, upstream
         shared = ctx.shared
-        features, *gradients = shared.gradients
+        rows, inverse_norms, grad_statistics, grad_pair_sums = shared.gradients
         above = [] if upstream is None else [upstream.flatten(0, 1)]
-        (grad,) = backward_op([x.flatten(0, 1) for x in features], *gradients, above, [ctx.index], shared.backend)
+        incoming = (inverse_norms, grad_statistics, grad_pair_sums[ctx.index])
+        (grad,) = backward_op(rows, *incoming, above, [ctx.index], shared.backend)
         shared.waiting -= 1
         if not shared.waiting:
             shared.gradients = ()
-        return None, grad.view(features[ctx.index].shape)
+        return None, grad.view(ctx.shape)
 
     @staticmethod
     def jvp(ctx: Any, _: None, tangent: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +107,11 @@ class Collect(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_statistics: Tensor, grad_pair_sums: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         inverse_norms, mixture, *features = ctx.saved_tensors
-        ctx.shared.gradients = (features, inverse_norms, mixture, grad_statistics, grad_pair_sums)
+        rows = [x.flatten(0, 1) for x in features]
+        if len(mixture):
+            ctx.shared.gradients = _through_mixture(rows, inverse_norms, mixture, grad_statistics, grad_pair_sums)
+        else:
+            ctx.shared.gradients = (rows, inverse_norms, grad_statistics, [grad_pair_sums] * len(rows))
         needed = ctx.needs_input_grad[1:]
         ctx.shared.waiting = sum(needed)
         return None, *(x.new_zeros(()) if tapped else None for x, tapped in zip(features, needed, strict=True))
@@ -107,6 +122,24 @@ class Collect(torch.autograd.Function):
         tangents = [ctx.shared.tangents.get(index) for index in range(len(features))]
         rows = [None if tangent is None else tangent.flatten(0, 1) for tangent in tangents]
         return *diversity_op.tangent([x.flatten(0, 1) for x in features], inverse_norms, rows), None, None
+
+
+def _through_mixture(
+    rows: list[Tensor], inverse_norms: Tensor, mixture: Tensor, grad_statistics: Tensor, grad_pair_sums: Tensor
+) -> tuple[list[Tensor], Tensor, Tensor, Sequence[Tensor]]:
+    """The mixture as one more source, of norm one, and for each block its weights towards all sources."""
+    count, index = len(rows), torch.arange(len(rows), device=mixture.device)
+    weights = grad_pair_sums + grad_pair_sums.T
+    partners = weights.flatten()[1:].view(count - 1, count + 1)[:, :-1].reshape(count, count - 1)
+    common = partners.mode(dim=1).values
+    # Of block k's matrix only row k matters; the op adds the transpose, hence half of what stands on the diagonal.
+    per_block = weights.new_zeros(count, count + 1, count + 1)
+    per_block[index, index, :-1] = weights - common[:, None]
+    per_block[index, index, index] = common / -2
+    per_block[index, index, -1] = common
+    norms = torch.cat([inverse_norms, inverse_norms.new_ones(1, inverse_norms.shape[1])])
+    statistics = torch.cat([grad_statistics, grad_statistics.new_zeros(3, 1, grad_statistics.shape[2])], 1)
+    return [*rows, mixture], norms, statistics, per_block.unbind(0)
 
 
 class DiversityTaps:
