@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -43,9 +44,7 @@ def main() -> int:
         print(f"quickstart: error: {error}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
-        print(
-            f"quickstart: this stage failed (exit status {error.returncode}): {shlex.join(error.cmd)}", file=sys.stderr
-        )
+        print(f"quickstart: this stage failed (exit status {error.returncode}): {_shown(error.cmd)}", file=sys.stderr)
         return error.returncode
     except KeyboardInterrupt:
         print("\nquickstart: stopped; the same command continues here", file=sys.stderr)
@@ -123,8 +122,16 @@ def train_command(machine: Machine, shards: Path, run: Path, steps: int | None, 
     """The `deepspeed` command of one training run; started again it resumes."""
     changes = [f"data.path={shards}", f"run.dir={run}", *overrides]
     changes += [f"run.steps={steps}"] if steps else []
-    launcher = [_program("deepspeed"), "--num_gpus", str(machine.processes), "--module", "dit_fast.train"]
+    launcher = [_program("deepspeed"), "--num_gpus", str(machine.processes), "--master_port", str(_free_port())]
+    launcher += ["--module", "dit_fast.train"]
     return [*launcher, "quickstart", *changes]
+
+
+def _free_port() -> int:
+    """A port nobody listens on, so that two runs on one machine do not meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _claim(out: Path, data: str) -> None:
@@ -148,10 +155,17 @@ def _stage(number: int, title: str) -> None:
 
 
 def _call(command: list[str], threads: int) -> None:
-    """Runs a command in the foreground; `threads` = 0 leaves the number of threads to torch."""
-    print(f"$ {shlex.join([Path(command[0]).name, *command[1:]])}", flush=True)
-    limit = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-    subprocess.run(command, check=True, env={**os.environ, **limit})
+    """Runs a command in the foreground; `threads` = 0 leaves the number of threads to torch.
+
+    Idle threads sleep instead of spinning: on cores that others use too, spinning made sampling several times slower.
+    """
+    print(f"$ {_shown(command)}", flush=True)
+    settings = {"OMP_WAIT_POLICY": "PASSIVE", **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    subprocess.run(command, check=True, env={**os.environ, **settings})
+
+
+def _shown(command: list[str]) -> str:
+    return shlex.join([Path(command[0]).name, *command[1:]])
 
 
 def _program(name: str) -> str:

@@ -61,6 +61,7 @@ def prepare(choice: str | None, cache: Path, sha256: str | None = None) -> Sourc
     Raises DataError that names the fix.
     """
     cache.mkdir(parents=True, exist_ok=True)
+    cache = cache.resolve()  # commands run in other folders
     if choice is None:
         try:
             return Source(fashion_mnist(cache), "fashion-mnist")
@@ -211,7 +212,14 @@ def _apt_download(package: str, folder: Path) -> Path:
     for program in ("apt-get", "dpkg-deb"):
         if shutil.which(program) is None:
             raise DataError(f"{program} is not on this machine; use DATA=twemoji or DATA=path/to/folder")
-    _run(["apt-get", "-qq", "download", package], folder)
+    try:
+        _run(["apt-get", "-qq", "download", package], folder)
+    except DataError:  # no package lists yet, as in a fresh container: fetch them into a folder of our own
+        lists = folder / "apt"
+        (lists / "partial").mkdir(parents=True)
+        options = ["-o", f"Dir::State::lists={lists}", "-o", f"Dir::Cache={folder / 'apt-cache'}"]
+        _run(["apt-get", "-qq", *options, "update"], folder)
+        _run(["apt-get", "-qq", *options, "download", package], folder)
     return next(folder.glob("*.deb"))
 
 
@@ -219,7 +227,7 @@ def _run(command: list[str], folder: Path) -> None:
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise DataError(f"'{' '.join(command)}' failed: {reason}; try 'apt-get update' first, or DATA=twemoji")
+        raise DataError(f"'{' '.join(command)}' failed: {reason}; use DATA=twemoji")
 
 
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:

@@ -61,7 +61,7 @@ def free_port():
 
 
 class Ranks:
-    """`python -m dit_fast.train ARGUMENTS` as two processes with a launcher's variables set (no launcher: seconds less).
+    """`python -m dit_fast.train ARGUMENTS` as two processes with a launcher's variables set, but no launcher.
 
     A context: whatever still lives at its end is killed.
     """

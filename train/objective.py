@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dit_fast import philox
 from dit_fast.config import FlowConfig
 from dit_fast.diffusion import Path, time_sampler, velocity_error
-from dit_fast.methods import Methods, ModelFacts, StepContext
+from dit_fast.methods import Methods, ModelFacts, StepContext, StepInputs
 from dit_fast.philox import Stream
 
 Affine = float | Sequence[float]
@@ -57,41 +57,53 @@ class TrainingObjective(nn.Module):
 
         step counts optimizer steps from 0. The loss is float32; so is everything it is computed from after the model.
         """
-        latents, noise, t, drop = self._draw(batch)
-        noised, target = self.path.interpolate(latents, noise, t)
-        null: Any = self.model.null_label
-        labels = batch["label"]
-        with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            output = self.model(noised, t, labels, taps=self.taps, drop=drop)
-            prediction, features = output if self.taps else (output, {})
-            context = StepContext(
-                model=self.model,
-                latents=latents,
-                noise=noise,
-                t=t,
-                labels=torch.where(drop, null, labels),
-                noised=noised,
-                target=target,
-                prediction=prediction,
-                features=features,
-                batch=batch,
-                step=step,
-                seed=self.seed,
-            )
+        inputs = self._draw(batch, step)
+        owner = self.methods.owner
+        with torch.autocast(inputs.latents.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            context, losses = owner.forward(inputs, self.taps) if owner else self._flow_matching(inputs)
             terms = self.methods.terms(context)
-        flow = velocity_error(prediction, target).mean()
-        loss, logs = flow, {"flow": flow.detach()}
+        loss = losses.mean()
+        logs = {owner.name if owner else "flow": loss.detach()}
         for name, term in terms.items():
             loss = loss + term.weight * term.value
             logs[name] = term.value.detach()
             logs.update({key: value.detach() for key, value in term.logs.items()})
         return loss, {"loss": loss.detach(), **logs}
 
-    def _draw(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _flow_matching(self, inputs: StepInputs) -> tuple[StepContext, Tensor]:
+        noised, target = self.path.interpolate(inputs.latents, inputs.noise, inputs.t)
+        output = self.model(noised, inputs.t, inputs.labels, taps=self.taps, drop=inputs.drop)
+        prediction, features = output if self.taps else (output, {})
+        null: Any = self.model.null_label
+        context = StepContext(
+            model=self.model,
+            latents=inputs.latents,
+            noise=inputs.noise,
+            t=inputs.t,
+            labels=torch.where(inputs.drop, null, inputs.labels),
+            noised=noised,
+            target=target,
+            prediction=prediction,
+            features=features,
+            batch=inputs.batch,
+            step=inputs.step,
+            seed=inputs.seed,
+        )
+        return context, velocity_error(prediction, target)
+
+    def _draw(self, batch: Mapping[str, Tensor], step: int) -> StepInputs:
         position = batch["position"]
         mean, std = batch["moments"].unbind(1)
         shape = tuple(mean.shape[1:])
         sampled = mean + std * philox.normal(self.seed, position, Stream.POSTERIOR, shape)
-        noise = philox.normal(self.seed, position, Stream.NOISE, shape)
-        drop = philox.uniform(self.seed, position, Stream.LABEL_DROP, ()) < self.label_dropout
-        return sampled * self.scale + self.shift, noise, self.times.keyed(self.seed, position), drop
+        return StepInputs(
+            model=self.model,
+            latents=sampled * self.scale + self.shift,
+            noise=philox.normal(self.seed, position, Stream.NOISE, shape),
+            t=self.times.keyed(self.seed, position),
+            labels=batch["label"],
+            drop=philox.uniform(self.seed, position, Stream.LABEL_DROP, ()) < self.label_dropout,
+            batch=batch,
+            step=step,
+            seed=self.seed,
+        )

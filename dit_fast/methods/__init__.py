@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from dit_fast.errors import ConfigError
-from dit_fast.methods.base import Method, Methods, ModelFacts, StepContext, Term
+from dit_fast.methods.base import Method, Methods, ModelFacts, StepContext, StepInputs, Term
 from dit_fast.methods.diversedit import DiverseDiT
 from dit_fast.methods.repa import REPA
 
@@ -25,4 +25,4 @@ def _class(name: str) -> type[Method]:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Method", "Methods", "ModelFacts", "StepContext", "Term", "build_methods"]
+__all__ = ["METHODS", "Method", "Methods", "ModelFacts", "StepContext", "StepInputs", "Term", "build_methods"]

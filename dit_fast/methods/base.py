@@ -43,6 +43,26 @@ class ModelFacts:
         return cls(model.depth, model.hidden_size, model.num_tokens, model.input_size, model.in_channels)
 
 
+@dataclass(frozen=True)
+class StepInputs:
+    """One micro-batch before the model's forward, for a method that has a forward of its own.
+
+    model: the bare model, with whatever methods attached. latents, noise [N, C, H, W]; t [N], drawn from the configured
+    distribution; labels int64 [N]; drop bool [N], rows whose label becomes the null label. batch, step, seed: as in
+    `StepContext`.
+    """
+
+    model: nn.Module
+    latents: Tensor
+    noise: Tensor
+    t: Tensor
+    labels: Tensor
+    drop: Tensor
+    batch: Mapping[str, Tensor]
+    step: int
+    seed: int
+
+
 @dataclass
 class StepContext:
     """One micro-batch after the model's forward.
@@ -72,6 +92,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type]
+    own_forward: ClassVar[bool] = False  # True: `forward` takes the place of flow matching
 
     def __init__(self, config: Any):
         self.config = config
@@ -87,6 +108,13 @@ class Method(ABC):
     def attach(self, model: nn.Module, dataset_info: Any) -> None:  # noqa: B027 (most methods add nothing)
         """Adds its modules with `model.add_extra(name, module)`; called once, before the optimizer is built."""
 
+    def forward(self, inputs: StepInputs, taps: tuple[int, ...]) -> tuple[StepContext, Tensor]:
+        """Runs the model its own way (`own_forward`): the context that all methods' terms read, and losses [N].
+
+        The losses' mean is logged under the method's name. The trainer calls this under autocast; losses are float32.
+        """
+        raise ConfigError(f"method '{self.name}' says own_forward, but defines no forward")
+
     @abstractmethod
     def terms(self, context: StepContext) -> dict[str, Term]:
         """Loss terms by full name, "<method>/<term>". No host synchronisation, no Python branch on a tensor."""
@@ -100,6 +128,10 @@ class Methods(Sequence[Method]):
         for name in names:
             if names.count(name) > 1:
                 raise ConfigError(f"method '{name}' is listed twice; keep one")
+        owners = [method for method in methods if method.own_forward]
+        if len(owners) > 1:
+            raise ConfigError(f"methods '{owners[0].name}' and '{owners[1].name}' both replace flow matching; keep one")
+        self.owner = owners[0] if owners else None
         self._methods = tuple(methods)
 
     def __getitem__(self, index: Any) -> Any:

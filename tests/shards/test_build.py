@@ -215,6 +215,8 @@ def test_real_vae_to_shards(array_file, tmp_path):
     mean, std = dataset.load_autoencoder().encode(batch["image"].float() / 127.5 - 1)
     assert torch.allclose(batch["moments"], torch.stack([mean, std], 1), rtol=2e-3, atol=2e-3)
     assert (batch["moments"][:, 1] > 0).all()
+    total = (mean.var((0, 2, 3), correction=0) + std.square().mean((0, 2, 3))).sqrt()  # of sampled latents
+    np.testing.assert_allclose(dataset.info.statistics["std"], total, rtol=1e-3)
 
 
 def test_latents_that_overflow_name_the_fix(array_file, tmp_path, monkeypatch):

@@ -1,0 +1,179 @@
+"""Samples and the report of two tiny runs made by the real trainer on real shards."""
+
+import io
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dit_fast.cli import main
+from dit_fast.data import build_shards, open_dataset
+from dit_fast.errors import UserError
+from dit_fast.recipes import load
+from dit_fast.report import story
+from dit_fast.report.blocks import real_images, scaled_means, study_blocks
+from dit_fast.report.sampling import SampleOptions, Samples, sample_run, unscale
+from dit_fast.report.story import read_story, run_name
+from dit_fast.train.loop import train
+from dit_fast.train.world import single
+
+STEPS = 4
+FAST = {"num_steps": 2, "cfg_scale": 1.0, "chunk": 4}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with shards of 3 classes, `diverse` (DiverseDiT) and `plain` (SiT), both trained for a few steps."""
+    folder = tmp_path_factory.mktemp("report")
+    rng = np.random.default_rng(0)
+    labels = np.arange(36) % 3
+    images = (rng.integers(0, 60, (36, 32, 32, 3)) + 60 * labels[:, None, None, None]).astype(np.uint8)
+    np.savez(folder / "toy.npz", images=images, labels=labels, class_names=np.array(["dark", "grey", "light"]))
+    build_shards(folder / "toy.npz", folder / "shards", autoencoder="pca", size=32, progress=False)
+    common = [
+        f"data.path={folder / 'shards'}", f"run.steps={STEPS}", "run.log_every=2", "run.checkpoint_every=2",
+        "engine.global_batch=12", "preview.every=0", "run.tensorboard=false",
+    ]  # fmt: skip
+    for name, changes in (("diverse", []), ("plain", ["methods=none", "model.skip_wiring=off"])):
+        train(load("quickstart", [*common, *changes, f"run.dir={folder / name}"]), single())
+        sample_run(folder / name, SampleOptions(per_class=2, **FAST)).save(folder / name / "samples.npz")
+    return folder
+
+
+def test_an_image_depends_on_seed_and_number_only(place):
+    few = sample_run(place / "diverse", SampleOptions(per_class=1, **FAST))
+    more = sample_run(place / "diverse", SampleOptions(per_class=4, **FAST))
+    other = sample_run(place / "diverse", SampleOptions(per_class=1, seed=1, **FAST))
+    assert (few.images.shape, few.images.dtype, few.step) == ((3, 32, 32, 3), np.uint8, STEPS)
+    assert more.labels.tolist() == [0, 1, 2] * 4
+    np.testing.assert_array_equal(few.images, more.images[:3])
+    assert (few.images != other.images).mean() > 0.5
+    assert (more.images[0] != more.images[3]).mean() > 0.5
+
+
+def test_averaged_and_raw_weights_differ(place):
+    drawn = [
+        sample_run(place / "diverse", SampleOptions(per_class=1, weights=name, **FAST)) for name in ("ema", "model")
+    ]
+    assert (drawn[0].images != drawn[1].images).any()
+
+
+def test_progress_counts_to_its_total(place):
+    calls = []
+    sample_run(place / "plain", SampleOptions(classes=(2,), per_class=5, **FAST), lambda *call: calls.append(call))
+    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]  # two steps for each chunk of four
+
+
+def test_a_class_outside_the_data_set_is_refused(place):
+    with pytest.raises(UserError, match=r"class 3 is not in this data set; labels are 0\.\.2"):
+        sample_run(place / "diverse", SampleOptions(classes=(0, 3)))
+
+
+def test_sample_command_writes_a_grid_or_an_archive(place, tmp_path, capsys):
+    fixed = ["sample", str(place / "diverse"), "--classes", "2,0", "--per-class", "2", "--num-steps", "2"]
+    assert main([*fixed, "--out", str(tmp_path / "a.png")]) == 0
+    assert main([*fixed, "--out", str(tmp_path / "a.npz")]) == 0
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.width > 128
+    samples = Samples.load(tmp_path / "a.npz")
+    assert samples.labels.tolist() == [2, 0, 2, 0]
+    assert samples.text == "heun, 2 steps, guidance 2.5, seed 0"
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "a.png"), str(tmp_path / "a.npz")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--out", "a.jpg"], "must end in .png or .npz"),
+        (["--classes", "1,x"], "whole numbers"),
+        (["--sampler", "ddim"], "unknown sampler 'ddim'"),
+    ],
+)
+def test_wrong_options_are_one_line(place, capsys, changes, message):
+    assert main(["sample", str(place / "diverse"), *changes]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_real_images_come_back_through_the_autoencoder(place):
+    dataset = open_dataset(place / "shards")
+    pictures, labels = real_images(dataset, (2, 0), 3)
+    assert labels.tolist() == [2, 2, 2, 0, 0, 0]
+    means = [pictures[labels == label].mean() for label in (0, 2)]
+    assert means == pytest.approx([29.5, 149.5], abs=4)  # uniform in 0..59, plus 60 for each class
+
+
+def test_scaling_and_its_inverse():
+    import torch
+
+    class Fake:
+        class info:
+            scale, shift = (2.0, 0.5), 0.25
+
+    moments = torch.randn(3, 2, 2, 4, 4)
+    torch.testing.assert_close(unscale(scaled_means(moments, Fake), Fake.info), moments[:, 0])
+
+
+def test_block_study_has_one_row_per_block(place):
+    study = study_blocks(place / "diverse", count=8)
+    assert study.cka.shape == study.cosine.shape == (6, 6)
+    np.testing.assert_allclose(study.cka.diagonal(), 1, atol=1e-9)
+    assert ((study.rank > 1) & (study.rank < 160)).all()
+    assert study.parameters > study_blocks(place / "plain", count=8).parameters > 1_000_000
+
+
+def test_report_stands_alone_and_shows_both_runs(place, tmp_path):
+    arguments = ["report", str(place / "diverse"), "--baseline", str(place / "plain"), "--out", str(tmp_path)]
+    assert main([*arguments, "--note", "a <b> & c"]) == 0
+    page = (tmp_path / "report.html").read_text()
+    names = {"samples", "loss", "diversity", "similarity", "throughput"}
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", *(f"{name}.png" for name in names)}
+    assert page.count("data:image/png;base64,") == len(names)
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "a &lt;b&gt; &amp; c" in page
+    assert "plain SiT" in page
+    for heading in ("What you see", "Samples beside real images", "Learning curve", "How alike the blocks are"):
+        assert f"<h2>{heading}</h2>" in page
+    with Image.open(tmp_path / "samples.png") as image:
+        one_group = image.width
+    assert one_group > 5 * 64 + 2 * 2 * 64
+
+
+def test_report_of_a_plain_run_has_no_diversity_section(place, tmp_path):
+    assert main(["report", str(place / "plain"), "--out", str(tmp_path)]) == 0
+    assert not (tmp_path / "diversity.png").exists()
+    assert "Diversity between blocks" not in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("step", "text"), [(STEPS, "kept"), (STEPS - 1, "new")])
+def test_samples_of_an_older_step_are_drawn_anew(place, tmp_path, monkeypatch, step, text):
+    run = shutil.copytree(place / "diverse", tmp_path / "run")
+    images, labels = np.zeros((2, 32, 32, 3), np.uint8), np.array([2, 0])
+    Samples(images, labels, step, "kept").save(run / "samples.npz")
+    drawn = Samples(images, labels, STEPS, "new")
+    asked = []
+    monkeypatch.setattr(story, "sample_run", lambda folder, options: asked.append(options) or drawn)
+    assert read_story(run, like=drawn).samples.text == text
+    assert [options.classes for options in asked] == ([(2, 0)] if text == "new" else [])
+
+
+def test_names_of_runs():
+    def config(methods, wiring="input"):
+        return {"methods": dict.fromkeys(methods), "model": {"skip_wiring": wiring}}
+
+    assert run_name(config(["diversedit", "repa"])) == "DiverseDiT + REPA"
+    assert run_name(config([])) == "SiT with long skips"
+    assert run_name(config([], "off")) == "plain SiT"
+
+
+def test_damaged_samples_are_named(tmp_path):
+    (tmp_path / "samples.npz").write_bytes(io.BytesIO(b"no archive").getvalue())
+    with pytest.raises(UserError, match=r"samples\.npz"):
+        Samples.load(tmp_path / "samples.npz")

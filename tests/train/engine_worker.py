@@ -1,0 +1,116 @@
+"""Runs a list of scenarios on one engine each and writes what came out; started as one process or as two ranks.
+
+python engine_worker.py OUT.json WORK_FOLDER SCENARIO.json
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from dit_fast.checkpoint.step import open_checkpoint
+from dit_fast.config import EngineConfig, FlowConfig, OptimizerConfig, RunConfig, TrainConfig
+from dit_fast.methods import METHODS, build_methods
+from dit_fast.models import build_model
+from dit_fast.train.checkpoints import Checkpoints
+from dit_fast.train.engine import SingleEngine
+from dit_fast.train.objective import TrainingObjective
+from dit_fast.train.world import launched, single
+
+BATCH = 8
+
+
+def config_of(scenario):
+    return TrainConfig(
+        methods=tuple(METHODS[name].Config(**options) for name, options in scenario.get("methods", {}).items()),
+        optimizer=OptimizerConfig(lr=1e-3, ema_decay=0.9, grad_clip=scenario.get("clip", 1.0), weight_decay=0.01),
+        engine=EngineConfig(
+            zero_stage=scenario.get("stage", 0),
+            precision=scenario.get("precision", "fp32"),
+            global_batch=BATCH,
+            micro_batch=scenario.get("micro", 0),
+        ),
+        run=RunConfig(seed=3),
+    )
+
+
+def micro_batches(step, world, micro, poisoned):
+    """What the loader would give this rank: global batch `step` of fixed random moments."""
+    generator = torch.Generator().manual_seed(step)
+    moments = torch.randn(BATCH, 2, 12, 4, 4, generator=generator)
+    moments[:, 1].abs_().mul_(0.1)
+    if step in poisoned:
+        moments[1] = float("nan")  # the second rank's first sample
+    batch = {
+        "moments": moments,
+        "label": torch.randint(0, 3, (BATCH,), generator=generator),
+        "position": torch.arange(BATCH) + BATCH * step,
+    }
+    mine = {name: value[world.rank :: world.size] for name, value in batch.items()}
+    return [
+        {name: value[i : i + micro].contiguous() for name, value in mine.items()}
+        for i in range(0, len(mine["label"]), micro)
+    ]
+
+
+def run(scenario, world, folder):
+    config = config_of(scenario)
+    micro = config.engine.micro_batch or BATCH // world.size
+    torch.manual_seed(0)
+    model = build_model("SiT-Nano/2", input_size=4, in_channels=12, num_classes=3, skip_wiring="input")
+    for parameter in model.parameters():  # zero-initialised gates would leave most gradients at zero
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.03)
+    objective = TrainingObjective(
+        model, build_methods(config.methods), FlowConfig(), seed=3, label_dropout=0.1, precision=config.engine.precision
+    )
+    checkpoint = open_checkpoint(folder / scenario["load"]) if "load" in scenario else None
+    first = 0
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint.state_dict("model"))
+        first = checkpoint.step
+    frozen = {"pos_embed": model.pos_embed.detach().clone()}
+    if launched():
+        from dit_fast.train.zero import ZeroEngine
+
+        engine = ZeroEngine(objective, config, world, micro)
+    else:
+        engine = SingleEngine(objective, config, world)
+    if checkpoint is not None:
+        for kind in ("ema", "exp_avg", "exp_avg_sq"):
+            engine.load_full_state(kind, checkpoint.source(kind))
+        engine.set_applied_steps(checkpoint.state["optimizer_step"])
+    result = {"losses": [], "norms": [], "applied": []}
+    for step in range(first, scenario["steps"]):
+        batches = micro_batches(step, world, micro, scenario.get("poisoned", ()))
+        outcome = engine.train_step(batches, step, 1e-3)
+        result["losses"].append(world.reduce(outcome.logs["loss"].clone(), "mean").item())
+        result["norms"].append(float(outcome.grad_norm))
+        result["applied"].append(outcome.applied)
+    result["optimizer_step"] = engine.applied_steps()
+    result["finite"] = all(tensor.isfinite().all().item() for _, tensor in engine.full_state("model"))
+    saved = Checkpoints(folder / scenario["name"], world).save(
+        engine, frozen, {"step": scenario["steps"], "optimizer_step": engine.applied_steps()}
+    )
+    assert saved
+    return result
+
+
+def main():
+    out, folder, scenarios = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text())
+    torch.set_num_threads(1)
+    if launched():
+        from dit_fast.train.zero import start_world
+
+        world = start_world()
+    else:
+        world = single()
+    results = {scenario["name"]: run(scenario, world, folder) for scenario in scenarios}
+    if world.rank == 0:
+        out.write_text(json.dumps(results))
+    world.close()
+
+
+if __name__ == "__main__":
+    main()
