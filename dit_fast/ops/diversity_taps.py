@@ -50,7 +50,7 @@ class Shared:
         self.features: list[Tensor] = []
         self.tangents: dict[int, Tensor] = {}
         self.waiting = 0
-        # Rows of all sources, their inverse norms, gradients of the statistics, and of the pair sums as block k sees them.
+        # Rows of all sources, their inverse norms, gradient of the statistics, and of the pair sums for each block.
         self.gradients: tuple[list[Tensor], Tensor, Tensor, Sequence[Tensor]] | tuple[()] = ()
 
 
@@ -100,6 +100,7 @@ class Collect(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.shared = inputs[0]
         ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)  # else autograd would fill zeros of the mixture's size
         ctx.save_for_backward(*output[2:], *ctx.shared.features)
         ctx.save_for_forward(output[2], *ctx.shared.features)
 
