@@ -106,8 +106,15 @@ class Collect(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_statistics: Tensor, grad_pair_sums: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_statistics: Tensor | None, grad_pair_sums: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
         inverse_norms, mixture, *features = ctx.saved_tensors
+        count, width = len(features), features[0].shape[-1]
+        if grad_statistics is None:
+            grad_statistics = inverse_norms.new_zeros(3, count, width)
+        if grad_pair_sums is None:
+            grad_pair_sums = inverse_norms.new_zeros(count, count)
         rows = [x.flatten(0, 1) for x in features]
         if len(mixture):
             ctx.shared.gradients = _through_mixture(rows, inverse_norms, mixture, grad_statistics, grad_pair_sums)
