@@ -22,7 +22,7 @@ from dit_fast.train import disk
 from dit_fast.train.engine import StepResult
 from dit_fast.train.guard import Guard
 from dit_fast.train.throughput import Clock, matmul_ceiling
-from dit_fast.train.world import World
+from dit_fast.train.world import Late, World
 
 logger = logging.getLogger("dit_fast")
 
@@ -37,7 +37,7 @@ class Journal:
         self._epoch, self._flops = epoch, 3 * flops  # samples per epoch; forward + backward FLOPs of a sample
         self._sums: dict[str, Tensor] = {}
         self._applied, self._skipped, self._last = 0, 0, start
-        self._pending: list[tuple[dict[str, Any], list[str], Tensor | None]] = []
+        self._pending: list[tuple[dict[str, Any], list[str], Late | None]] = []
         self._writer: Any = None
         self._bar: Any = None
         self._file: AppendedLines | None = None
@@ -76,9 +76,8 @@ class Journal:
         row: dict[str, Any] = {"step": step, "samples": step * batch, "epoch": round(step * batch / self._epoch, 4)}
         values = None
         if self._applied:
-            values = torch.stack(list(self._sums.values())) / self._applied
-            self.world.reduce(values, "mean")
-            values = values.to("cpu", non_blocking=True)
+            means = torch.stack(list(self._sums.values())) / self._applied
+            values = Late(self.world.reduce(means, "mean"))
         row |= {"lr": lr, "skipped": self._skipped, "samples_per_s": round(rate, 2)}
         if self._ceiling:
             row["mfu"] = round(self._flops * rate / self._ceiling, 5)
@@ -89,11 +88,9 @@ class Journal:
 
     def drain(self, keep: int = 0) -> None:
         """Writes the closed intervals but the newest `keep`, whose values may still be on their way from the device."""
-        if keep == 0 and self._pending and self.world.device.type == "cuda":
-            torch.cuda.synchronize(self.world.device)
         while len(self._pending) > keep:
             row, names, values = self._pending.pop(0)
-            logged = dict(zip(names, values.tolist(), strict=True)) if values is not None else {}
+            logged = dict(zip(names, values.read().tolist(), strict=True)) if values is not None else {}
             self._write({**row, **logged})
             self.guard.values(row["step"], logged)
 

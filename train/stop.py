@@ -5,9 +5,8 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from torch import Tensor
 
-from dit_fast.train.world import World
+from dit_fast.train.world import Late, World
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOP_FILE = "STOP"
@@ -19,7 +18,7 @@ class StopRequest:
     def __init__(self, run: Path, world: World):
         self._file, self._world = run / STOP_FILE, world
         self._asked = False
-        self._flag: Tensor | None = None
+        self._flag: Late | None = None
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -39,10 +38,10 @@ class StopRequest:
 
         The flag reduced in one call is read in the next, when it has long arrived: nothing waits for the device.
         """
-        last = self._flag is not None and bool(self._flag.item())
+        last = self._flag is not None and bool(self._flag.read().item())
         asked = self._asked or (self._world.rank == 0 and self._file.exists())
-        self._flag = torch.tensor([float(asked)]).to(self._world.device, non_blocking=True)
-        self._world.reduce(self._flag, "max")
+        flag = torch.tensor([float(asked)]).to(self._world.device, non_blocking=True)
+        self._flag = Late(self._world.reduce(flag, "max"))
         return last
 
     def clear(self) -> None:

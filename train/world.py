@@ -69,6 +69,24 @@ class World:
             dist.destroy_process_group()
 
 
+class Late:
+    """A tensor on its way to the host: made now, read later, and reading waits for nothing that was queued after it."""
+
+    def __init__(self, tensor: Tensor):
+        self._event: torch.cuda.Event | None = None
+        self._host = tensor
+        if tensor.is_cuda:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> Tensor:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
+
 def launched() -> bool:
     """Whether a launcher (deepspeed, torchrun, srun with the variables set) started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ

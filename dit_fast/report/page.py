@@ -6,7 +6,6 @@ import numpy as np
 
 from dit_fast import __version__
 from dit_fast.data import DatasetInfo
-from dit_fast.report.figures import acting_spans
 from dit_fast.report.html import Page, Picture, Section
 from dit_fast.report.machine import machine_facts
 from dit_fast.report.story import RunStory
@@ -111,8 +110,10 @@ def _diversity(main: RunStory, png: bytes) -> Section:
     settings = main.config["methods"]["diversedit"]
     steps, weight = main.metrics.column("diversedit/weight")
     share = float(np.mean(weight > 0)) if len(weight) else 0.0
-    spans = acting_spans(steps, weight)
-    acting = f"acted in {share:.0%} of the logged steps, first at {spans[0][0]:,.0f}" if spans else "never acted"
+    acting = "never acted"
+    if share > 0:
+        top = int(np.argmax(weight))
+        acting = f"acted in {share:.0%} of the logged steps, most at step {steps[top]:,} ({weight[top]:.2g})"
     return Section(
         "Diversity between blocks",
         [
@@ -177,7 +178,7 @@ def _next_steps(main: RunStory) -> Section:
             ("The plain model with the same budget beside this one:", "make quickstart BASELINE=1"),
             ("Other data: colour emoji, or your own folder with one sub-folder per class:",
              "make quickstart DATA=path/to/folder OUT=runs/mine"),
-            ("Any setting of a run is one key; `--help` lists recipes:",
+            ("Any setting of a run is one key (dit-fast train --help lists the recipes):",
              "dit-fast train quickstart run.dir=runs/longer run.steps=5000 optimizer.ema_decay=0.998"),
         ],
     )  # fmt: skip

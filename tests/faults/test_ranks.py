@@ -1,4 +1,4 @@
-"""Two ranks through the real launchers and through kills. Starting processes costs seconds, so each start proves much."""
+"""Two ranks through the real launchers and through kills. Starting processes costs seconds: each start proves much."""
 
 import json
 import os

@@ -1,0 +1,145 @@
+"""The small parts: guard, lock, stop flag, metrics file, clock, and what rank 0 decides."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit_fast.errors import UserError
+from dit_fast.train.checkpoints import TensorFile
+from dit_fast.train.guard import Diverged, Guard
+from dit_fast.train.journal import AppendedLines, truncate_metrics
+from dit_fast.train.lock import FOREIGN, RunLock
+from dit_fast.train.stop import StopRequest
+from dit_fast.train.throughput import Clock, matmul_ceiling
+from dit_fast.train.world import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def test_guard_counts_consecutive_skips_only():
+    guard = Guard(newest=40, patience=3)
+    for step, applied in enumerate([False, False, True, False, False], start=1):
+        guard.after_step(step, applied)
+    assert guard.skipped == 4
+    with pytest.raises(Diverged, match=r"steps 4 to 6.*newest checkpoint is step 40"):
+        guard.after_step(6, False)
+
+
+def test_guard_names_a_value_that_is_not_finite():
+    guard = Guard()
+    guard.values(10, {"loss": 1.0})
+    with pytest.raises(Diverged, match="repa/alignment is nan in the interval that ends at step 20; there is no check"):
+        guard.values(20, {"loss": 1.0, "repa/alignment": float("nan")})
+
+
+def test_lock_of_a_dead_process_is_taken_over(tmp_path):
+    first = RunLock(tmp_path)
+    with pytest.raises(UserError, match=f"process {os.getpid()} on"):
+        RunLock(tmp_path)
+    first.release()
+    code = f"from pathlib import Path; from dit_fast.train.lock import RunLock; RunLock(Path({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert json.loads((tmp_path / "lock.json").read_text())["pid"] != os.getpid()
+    RunLock(tmp_path)
+    assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
+
+
+def test_lock_of_another_host_lives_by_its_signs_of_life(tmp_path):
+    path = tmp_path / "lock.json"
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "born": ""}))
+    with pytest.raises(UserError, match=rf"process 1 on elsewhere is writing.*remove {path}"):
+        RunLock(tmp_path)
+    os.utime(path, (time.time() - FOREIGN - 1,) * 2)
+    RunLock(tmp_path).release()
+    assert path.read_text() == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_stop_is_agreed_one_call_later(tmp_path, number):
+    before = signal.getsignal(number)
+    with StopRequest(tmp_path, ALONE) as stop:
+        assert [stop.agreed(), stop.agreed()] == [False, False]
+        os.kill(os.getpid(), number)
+        assert [stop.agreed(), stop.agreed()] == [False, True]
+    assert signal.getsignal(number) is before
+
+
+def test_stop_file_is_seen_and_cleared(tmp_path):
+    stop = StopRequest(tmp_path, ALONE)
+    (tmp_path / "STOP").touch()
+    assert [stop.agreed(), stop.agreed()] == [False, True]
+    stop.clear()
+    assert not (tmp_path / "STOP").exists()
+
+
+def test_metrics_after_the_resumed_step_go(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
+    truncate_metrics(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    truncate_metrics(path, 0)
+    assert path.read_text() == ""
+
+
+def test_rows_a_full_disk_refuses_are_kept(tmp_path, caplog):
+    lines = AppendedLines(tmp_path / "metrics.jsonl")
+    lines.add("one")
+    real = lines._file
+
+    class Full:
+        def write(self, data):
+            real.write(data[:2])  # what a full disk does: a part, then nothing
+            return 2
+
+        def truncate(self, size):
+            return real.truncate(size)
+
+    lines._file = Full()
+    lines.add("two")
+    assert "no space left" in caplog.text
+    assert (tmp_path / "metrics.jsonl").read_text() == "one\n"
+    lines._file = real
+    lines.add("three")
+    assert (tmp_path / "metrics.jsonl").read_text() == "one\ntwo\nthree\n"
+
+
+def test_clock_does_not_count_time_away(monkeypatch):
+    now = iter([100.0, 101.0, 104.0, 105.0, 107.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    clock = Clock()
+    with clock.away():
+        pass
+    assert clock.rate(10) == 10 / 2
+    assert clock.rate(10) == 10 / 2
+
+
+def test_ceiling_is_a_rate():
+    assert 1e8 < matmul_ceiling(torch.device("cpu"), "fp32") < 1e15
+
+
+def test_errors_of_rank_zero_become_user_errors():
+    with pytest.raises(UserError, match="No such file"):
+        ALONE.agree(lambda: Path("/nowhere/at/all").read_text())
+    assert ALONE.agree(lambda: [1, "a"]) == [1, "a"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool])
+def test_tensor_files_are_safetensors(tmp_path, dtype):
+    from safetensors.torch import load_file
+
+    given = {"odd.name": torch.arange(15).reshape(3, 5).to(dtype), "scalar": torch.tensor(3).to(dtype)}
+    given["strided"] = given["odd.name"].t()
+    file = TensorFile(tmp_path / "x.safetensors", [(name, t.dtype, t.shape) for name, t in given.items()])
+    for tensor in given.values():
+        file.add(tensor)
+    assert len(file.finish()) == 32
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == given.keys()
+    assert all(torch.equal(found[name], given[name]) for name in given)
