@@ -35,6 +35,5 @@ for folder in MAPPED:
 setup(
     packages=packages,
     package_dir={"dit_fast": "dit_fast", **{f"dit_fast.{folder}": folder for folder in MAPPED}},
-    package_data={"dit_fast._C": ["*.so"]},
     cmdclass={"build_py": BuildWithLibrary},
 )
