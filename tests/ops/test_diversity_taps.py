@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_fast.errors import UserError
 from dit_fast.ops import DiversityTaps, diversity_loss
+from dit_fast.ops.diversity_taps import _through_mixture
 
 SHAPE = (2, 40, 12)  # larger than any statistic or table of six blocks
 SIZE = 2 * 40 * 12
@@ -71,6 +72,19 @@ def test_cosines_of_both_signs_go_through_the_mixture_exactly():
     expected = torch.autograd.grad(diversity_loss(features, backend="torch").mutual_information, features)
     for grad, reference in zip(ours, expected, strict=True):
         assert_close(grad, reference, 1e-12)
+
+
+def test_all_pairs_of_one_sign_need_the_own_row_and_the_mixture_only():
+    """Two weights other than zero in each block's row, whatever the number of blocks; one more per odd sign."""
+    rows = [torch.randn(4, 3) for _ in range(6)]
+    gradient = torch.full((6, 6), 0.1).triu(1)
+    gradient[1, 4] = -0.1
+    sources, norms, statistics, per_block = _through_mixture(
+        rows, torch.rand(6, 4), sum(rows), torch.randn(3, 6, 3), gradient
+    )
+    assert len(sources) == norms.shape[0] == statistics.shape[1] == 7
+    used = [int((pairs + pairs.T)[k].count_nonzero()) for k, pairs in enumerate(per_block)]
+    assert used == [2, 3, 2, 2, 3, 2]
 
 
 class FeatureSized(TorchDispatchMode):
