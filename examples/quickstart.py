@@ -24,6 +24,9 @@ from dit_fast.recipes import load
 
 CACHE = Path(".cache/quickstart")
 GUIDANCE = ["--cfg-scale", "2.5", "--sampler", "heun", "--num-steps", "20"]
+# aligned block: early in the model, as in the published settings; a projector that does not outweigh the model
+REPA = ["methods=diversedit,repa", "methods.repa.encoder_depth=2", "methods.repa.projector_width=256"]
+PLAIN = ["methods=none", "model.skip_wiring=off"]
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,9 @@ def _run(options: argparse.Namespace) -> None:
         [_program("dit-fast"), "shards", "build", str(source.path), str(shards), "--autoencoder", "pca", "--size", "32",
          "--batch-size", "256", "--processes", workers, *features], threads=1,
     )  # fmt: skip
-    runs = {"diversedit-repa" if options.repa else "diversedit": ["methods=diversedit,repa"] if options.repa else []}
+    runs = {"diversedit-repa": REPA} if options.repa else {"diversedit": []}
     if options.baseline:
-        runs["baseline"] = ["methods=none", "model.skip_wiring=off"]
+        runs["baseline"] = PLAIN
     for name, overrides in runs.items():
         _stage(3, f"training: {name}")
         _call(train_command(machine, shards, out / name, options.steps, overrides), machine.threads)
