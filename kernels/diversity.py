@@ -47,7 +47,6 @@ CHUNK = 256  # tokens per partial channel sum
 STEP = 4  # tokens whose rows are in flight together
 GROUP = 16  # tokens per partial pair sum
 STRIP = {"bf16": 128, "fp16": 128, "fp32": 32, "mixed": 32}  # channels per product in a Gram matrix
-GRADIENT_STRIP = 64
 GRADIENT_TOKENS = 64
 ROW_STEP = 2  # rows in flight where a program owns whole rows of several tensors
 ROW_TOKENS = 16
@@ -61,19 +60,20 @@ class Config(NamedTuple):
     pair_stages: int
     gradient_warps: int
     gradient_stages: int
-    gradient_registers: int | None  # 128 puts two blocks of 8 warps on a multiprocessor
+    gradient_strip: int
 
 
 # (rows of the Gram matrix, type of the features); one table until a measurement separates the architectures.
 _CONFIGS = {
-    (16, "bf16"): Config(2, 4, 4, 3, 128),
-    (16, "fp16"): Config(2, 4, 4, 3, None),
-    (16, "fp32"): Config(2, 3, 4, 3, None),
-    (16, "mixed"): Config(2, 3, 4, 3, None),
-    (32, "bf16"): Config(4, 4, 8, 3, 128),
-    (32, "fp16"): Config(4, 4, 8, 3, None),
-    (32, "fp32"): Config(4, 3, 8, 3, None),
-    (32, "mixed"): Config(4, 3, 8, 3, None),
+    (16, "bf16"): Config(2, 4, 4, 3, 64),
+    (16, "fp16"): Config(2, 4, 4, 3, 64),
+    (16, "fp32"): Config(2, 3, 4, 3, 64),
+    (16, "mixed"): Config(2, 3, 4, 3, 64),
+    # 4 warps of 150 registers: three programs on a multiprocessor, where 8 warps on 64 channels leave room for one.
+    (32, "bf16"): Config(4, 4, 4, 3, 32),
+    (32, "fp16"): Config(4, 4, 4, 3, 32),
+    (32, "fp32"): Config(4, 3, 4, 3, 32),
+    (32, "mixed"): Config(4, 3, 4, 3, 32),
 }
 CONFIGS = {80: _CONFIGS, 90: _CONFIGS}
 
@@ -152,16 +152,15 @@ def _pair_options(blocks: int, kind: str, config: Config) -> dict[str, int]:
 
 
 def _gradient_options(blocks: int, config: Config, upstream: bool) -> dict[str, int]:
-    options = {
+    return {
         "ROWS": _padded_rows(blocks),
         "UPCAST": triton.knobs.runtime.interpret,
-        "STRIP": GRADIENT_STRIP,
+        "STRIP": config.gradient_strip,
         "TOKENS": GRADIENT_TOKENS,
         "UPSTREAM": upstream,
         "num_warps": config.gradient_warps,
         "num_stages": config.gradient_stages,
     }
-    return options | ({"maxnreg": config.gradient_registers} if config.gradient_registers else {})
 
 
 def forward(features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -235,7 +234,7 @@ def backward(
         *tables, inverse_norms, grad_pair_sums, projected, tokens, mask, *plan.masks,
         **plan.constants, **_pair_options(blocks, plan.constants["TYPE"], plan.config), enable_fp_fusion=True,
     )  # fmt: skip
-    gradients[(triton.cdiv(width, GRADIENT_STRIP), triton.cdiv(tokens, GRADIENT_TOKENS))](
+    gradients[(triton.cdiv(width, plan.config.gradient_strip), triton.cdiv(tokens, GRADIENT_TOKENS))](
         *tables, inverse_norms, projected, grad_statistics, grad_pair_sums, tokens, mask, *plan.masks,
         **plan.constants, **_gradient_options(blocks, plan.config, bool(upstream)), enable_fp_fusion=True,
     )  # fmt: skip
