@@ -16,7 +16,7 @@ FOLDER = Path(__file__).with_name("interpreted")
 def test_kernels_compute_what_they_should(file, version):
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(folder(version)), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_ADDOPTS", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(FOLDER / file)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(FOLDER / file)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=FOLDER.parents[2])
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
