@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 HOST_READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select"}
 
+NO_TRAFFIC = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+
 
 def peak_memory(work: Callable[[], Any], device: torch.device) -> int:
     """Bytes that `work` has allocated at once beyond what was allocated before it; its result counts."""
@@ -44,28 +46,34 @@ class _Count(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.moved = self.reads = 0
+        self.fused = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        self.reads += func.overloadpacket.__name__ in HOST_READS
-        if not func.is_view:
+        name = func.overloadpacket.__name__
+        self.reads += name in HOST_READS
+        self.fused |= func.namespace.startswith("dit_fast")
+        if not (func.is_view or name in NO_TRAFFIC):
             self.moved += sum(_size(x) for x in _tensors([args, kwargs, result]))
         return result
 
 
-def traffic(work: Callable[[], Any]) -> tuple[int, int]:
-    """(bytes, host reads) of `work`: every operator's tensor arguments and results once each, views free; operators
-    whose result the host waits for. An operator of our own counts as one, whatever it does inside."""
+def traffic(work: Callable[[], Any]) -> int | None:
+    """Bytes that the operators of `work` move: tensor arguments and results of each, views free. None where one of our
+    own operators runs, for which arguments do not say what it reads."""
     with _Count() as count:
         work()
-    return count.moved, count.reads
+    return None if count.fused else count.moved
 
 
 def host_waits(work: Callable[[], Any], device: torch.device) -> int:
-    """How often the host waits for the device during `work`: CUDA's own count, else the host reads of `traffic`."""
+    """How often the host waits for the device during `work`: CUDA's own count; elsewhere the operators whose result
+    Python reads, each of which would be a wait on a GPU."""
     if device.type != "cuda":
-        return traffic(work)[1]
+        with _Count() as count:
+            work()
+        return count.reads
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:

@@ -54,7 +54,7 @@ def measure_case(case: Case, setting: Setting, ceilings: Ceilings, seconds: floa
         "parts": {
             part: part_entry(
                 {name: [pick(times) for times in turns] for name, turns in rounds.items()},
-                case.work(part),
+                {side.name: case.work(side, part) for side in case.sides},
                 ceilings,
                 case.dtype,
             )
@@ -63,28 +63,33 @@ def measure_case(case: Case, setting: Setting, ceilings: Ceilings, seconds: floa
     }
 
 
-def part_entry(samples: Mapping[str, Sequence[float]], work: Work, ceilings: Ceilings, dtype: str) -> dict[str, Any]:
-    """Work, bound and sides of one part, from seconds per side; the first side is the baseline.
+def part_entry(
+    samples: Mapping[str, Sequence[float]], works: Mapping[str, Work], ceilings: Ceilings, dtype: str
+) -> dict[str, Any]:
+    """One part: its sides, from seconds and least work per side; the first side is the baseline.
 
     speedup is the ratio of medians; paired_speedup the quartiles of the ratio within each round.
     """
     baseline = next(iter(samples.values()))
     sides = {}
     for name, own in samples.items():
-        summary = summarise(own)
+        summary, work = summarise(own), works[name]
         ratio = summarise([theirs / ours for theirs, ours in zip(baseline, own, strict=True)])
+        bound = ceilings.time_bound(work.bytes, work.flops, dtype)
         sides[name] = {
             "samples_s": [float(f"{value:.6g}") for value in own],
             "median_s": summary.median,
             "quartiles_s": [summary.lower_quartile, summary.upper_quartile],
+            "bytes": work.bytes,
+            "flops": work.flops,
+            "bound_s": bound,
             "bytes_per_s": work.bytes / summary.median,
             "flops_per_s": work.flops / summary.median,
-            "of_bound": ceilings.time_bound(work.bytes, work.flops, dtype) / summary.median,
+            "of_bound": bound / summary.median,
             "speedup": summarise(baseline).median / summary.median,
             "paired_speedup": [ratio.lower_quartile, ratio.median, ratio.upper_quartile],
         }
-    bound = ceilings.time_bound(work.bytes, work.flops, dtype)
-    return {"bytes": work.bytes, "flops": work.flops, "bound_s": bound, "sides": sides}
+    return {"sides": sides}
 
 
 def _input_sets(case: Case, device: torch.device, cache: int) -> Sets:
@@ -126,8 +131,10 @@ def _costs(side: Side, inputs_and_upstream: tuple[Inputs, Inputs], device: torch
 
     costs = {"peak_memory_bytes": peak_memory(work, device)}
     if not side.compiled:  # a compiled graph is no sequence of operators
-        costs["traffic_bytes"] = traffic(work)[0]
         costs["host_waits"] = host_waits(work, device)
+        moved = traffic(work)
+        if moved is not None:
+            costs["traffic_bytes"] = moved
     return costs
 
 

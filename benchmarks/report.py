@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_fast.benchmarks.cases import BACKWARD, BOTH, FORWARD
+from dit_fast.benchmarks.cases import BACKWARD, BOTH, DTYPES, FORWARD
 from dit_fast.benchmarks.results import load_all
 from dit_fast.benchmarks.run import target_line, throughput
 from dit_fast.errors import UserError
@@ -75,34 +75,35 @@ def _costs(part: str, costs: dict[str, int]) -> str:
 def roofline(results: list[dict[str, Any]]) -> "Figure":
     """Achieved FLOP/s over unavoidable FLOP per unavoidable byte, forward + backward, one device's op results.
 
-    Sides of one case do the same work, so they stand above each other, and their distance is their ratio.
+    Sides that do the same work stand above each other, and their distance is their ratio.
     """
     import matplotlib
     import numpy as np
     from matplotlib.figure import Figure
 
     points = [
-        (result["benchmark"], side, entry["flops"] / entry["bytes"], values["flops_per_s"])
+        (result["benchmark"], side, values["flops"] / values["bytes"], values["flops_per_s"])
         for result in results
         for case in result["cases"]
         if (entry := case["parts"].get(BOTH))
         for side, values in entry["sides"].items()
     ]
-    ceilings = results[0]["ceilings"]
-    memory = max(ceilings["copy_bytes_per_s"], ceilings["read_bytes_per_s"])
+    measured = [result["ceilings"] for result in results]
+    memory = max(max(one["copy_bytes_per_s"], one["read_bytes_per_s"]) for one in measured)
+    matmul = {dtype: max(one["matmul_flops_per_s"][dtype] for one in measured) for dtype in DTYPES}
     with matplotlib.rc_context({"font.size": 10, "text.color": INK, "axes.labelcolor": INK}):
         figure = Figure(figsize=(7.6, 4.6))
         axes = figure.subplots()
-        highest = max(ceilings["matmul_flops_per_s"].values())
+        highest = max(matmul.values())
         low = min([0.5, *(x / 2 for _, _, x, _ in points)])
         high = max([4 * highest / memory, *(2 * x for _, _, x, _ in points)])
-        for dtype, peak in ceilings["matmul_flops_per_s"].items():
+        for dtype, peak in matmul.items():
             intensity = np.geomspace(low, high, 400)
             axes.plot(intensity, np.minimum(intensity * memory, peak), color=INK, linewidth=1.2)
             axes.annotate(f"{dtype} matmul, {_si(peak)}FLOP/s", (high, peak), xytext=(-4, 3),
                           textcoords="offset points", ha="right", fontsize=8.5)  # fmt: skip
-        axes.annotate(f"memory, {_si(memory)}B/s", (low, low * memory), xytext=(6, 16),
-                      textcoords="offset points", fontsize=8.5, rotation=0)  # fmt: skip
+        axes.annotate(f"memory, {_si(memory)}B/s", (2 * low, 2 * low * memory), xytext=(8, -9),
+                      textcoords="offset points", fontsize=8.5)  # fmt: skip
         benchmarks = sorted({name for name, *_ in points})
         for name, side, x, y in points:
             axes.plot(x, y, MARKERS[benchmarks.index(name) % len(MARKERS)], color=_colour(side), markersize=6,

@@ -26,9 +26,10 @@ _TOP = {
     "cases", "targets",
 }  # fmt: skip
 _CASE = {"name", "dtype", "shape", "baseline", "parts", "costs"}
-_PART = {"bytes", "flops", "bound_s", "sides"}
+_PART = {"sides"}
 _SIDE = {
-    "samples_s", "median_s", "quartiles_s", "bytes_per_s", "flops_per_s", "of_bound", "speedup", "paired_speedup",
+    "samples_s", "median_s", "quartiles_s", "bytes", "flops", "bound_s", "bytes_per_s", "flops_per_s", "of_bound",
+    "speedup", "paired_speedup",
 }  # fmt: skip
 
 

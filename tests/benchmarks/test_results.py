@@ -51,12 +51,13 @@ def test_file_says_what_was_measured_where_and_against_what(result):
     assert max(error for errors in case["errors"].values() for error in errors.values()) < 1e-4
     both = case["parts"]["forward_backward"]
     elements = 6 * 2 * 256 * 160
-    assert case["parts"]["forward"]["bytes"] == 4 * elements
-    assert case["parts"]["backward"]["bytes"] == 8 * elements
-    assert both["bytes"] == 12 * elements
+    for part, passes in (("forward", 1), ("backward", 2), ("forward_backward", 3)):
+        assert {side["bytes"] for side in case["parts"][part]["sides"].values()} == {4 * passes * elements}
+    ten, all_pairs = (both["sides"][f"dit_fast, {which} pairs"]["flops"] for which in ("same 10", "all 15"))
+    assert all_pairs - ten == 6 * 5 * elements // 6
     for name, side in both["sides"].items():
         assert len(side["samples_s"]) >= 3
-        assert side["bytes_per_s"] == pytest.approx(both["bytes"] / side["median_s"], rel=1e-4)
+        assert side["bytes_per_s"] == pytest.approx(side["bytes"] / side["median_s"], rel=1e-4)
         parts = (case["parts"][part]["sides"][name]["samples_s"] for part in ("forward", "backward"))
         assert side["samples_s"] == pytest.approx([sum(pair) for pair in zip(*parts, strict=True)], rel=1e-4)
     assert both["sides"]["published"]["speedup"] == 1
@@ -67,7 +68,8 @@ def test_costs_are_of_the_right_size(result):
     features = 6 * 2 * 256 * 160 * 4
     ours, published = costs["dit_fast, all 15 pairs"], costs["published"]
     assert features <= ours["peak_memory_bytes"] < published["peak_memory_bytes"]
-    assert ours["traffic_bytes"] < published["traffic_bytes"]
+    assert "traffic_bytes" not in ours
+    assert published["traffic_bytes"] > 100 * features
     assert ours["host_waits"] == 0
     # 4 tests for each of ten pairs and two terms, 2 for each of six blocks, 3 of the total
     assert published["host_waits"] == 10 * 4 * 2 + 6 * 2 + 3
@@ -159,7 +161,7 @@ def test_report_prints_tables_and_draws_the_roofline(result, folder, capsys):
     axes = report.roofline([result]).axes[0]
     both = result["cases"][0]["parts"]["forward_backward"]
     drawn = {(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if len(line.get_xdata()) == 1}
-    assert {(both["flops"] / both["bytes"], side["flops_per_s"]) for side in both["sides"].values()} <= drawn
+    assert {(side["flops"] / side["bytes"], side["flops_per_s"]) for side in both["sides"].values()} <= drawn
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,12 @@ def diversity(pairs, variant):
     return lambda *features: (ops.diversity_loss(features, pairs, variant).total,)
 
 
+def tapped(*features):
+    taps = ops.DiversityTaps()
+    onward = [taps.tap(x) for x in features]
+    return (taps.loss("all").total, *onward)
+
+
 def several(op):
     return lambda *inputs: out if isinstance(out := op(*inputs), tuple) else (out,)
 
@@ -26,6 +32,8 @@ STREAM, VECTOR = (N, T, D), (N, D)
 CASES = {
     "diversity all": (diversity("all", "release"), [STREAM] * K),
     "diversity paper": (diversity([(0, 1), (4, 2)], "paper"), [STREAM] * K),
+    "diversity all, XL": (diversity("all", "release"), [(1, 67, 1152)] * 28),
+    "diversity taps": (tapped, [STREAM] * K),
     "long_skip": (several(ops.long_skip), [STREAM, STREAM, (2 * D,), (2 * D,), (D, 2 * D), (D,)]),
     "layer_norm_modulate": (several(ops.layer_norm_modulate), [STREAM, VECTOR, VECTOR]),
     "gate_residual": (several(ops.gate_residual), [STREAM, STREAM, VECTOR]),
