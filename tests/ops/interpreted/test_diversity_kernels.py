@@ -125,7 +125,7 @@ def test_some_blocks_and_a_subset_of_pairs():
 def test_tokens_below_the_norm_floor():
     features = make(20, 32, [FP32] * 3)
     features[0][4] = 0
-    features[1][7] *= 1e-12
+    features[1][7] *= 7e-9 / features[1][7].norm()  # close to the floor: far below it, a projection would not show
     _, pairs, inverse_norms = diversity.forward(features)
     assert inverse_norms[0, 4] == inverse_norms[1, 7] == 1e8
     assert error(pairs, exact_statistics(features)[1]) < 1e-6
