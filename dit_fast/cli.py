@@ -1,6 +1,7 @@
 """`dit-fast`: the command line. Each command is built and run by the room that owns it."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"dit-fast: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader left (`dit-fast info | head`); nothing more can be written, at exit neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
