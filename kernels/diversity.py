@@ -96,6 +96,7 @@ class _Plan(NamedTuple):
     """What the launches of one call share."""
 
     config: Config
+    kind: str
     constants: dict[str, object]
     masks: tuple[int, int]  # bit k: block k is float32, is float16
 
@@ -109,6 +110,7 @@ def _plan(features: Sequence[Tensor], touched: list[Tensor]) -> _Plan:
     blocks, width = len(features), features[0].shape[1]
     return _Plan(
         CONFIGS[arch][_padded_rows(blocks), kind],
+        kind,
         {"BLOCKS": blocks, "WIDTH": width, "TYPE": kind, "ALIGNED": is_aligned(touched)},
         (
             sum(1 << k for k, each in enumerate(kinds) if each == "fp32"),
@@ -183,7 +185,7 @@ def forward(features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     )  # fmt: skip
     statistics = ordered_sum(partials).view(3, blocks, width)
 
-    pair_options = _pair_options(blocks, plan.constants["TYPE"], plan.config)
+    pair_options = _pair_options(blocks, plan.kind, plan.config)
     groups = triton.cdiv(tokens, GROUP)
     pair_partials = torch.empty(groups, blocks * blocks, device=device)
     pair_sums[(groups,)](
@@ -232,7 +234,7 @@ def backward(
     projected = torch.empty_like(inverse_norms)
     projections[(triton.cdiv(tokens, GROUP),)](
         *tables, inverse_norms, grad_pair_sums, projected, tokens, mask, *plan.masks,
-        **plan.constants, **_pair_options(blocks, plan.constants["TYPE"], plan.config), enable_fp_fusion=True,
+        **plan.constants, **_pair_options(blocks, plan.kind, plan.config), enable_fp_fusion=True,
     )  # fmt: skip
     gradients[(triton.cdiv(width, plan.config.gradient_strip), triton.cdiv(tokens, GRADIENT_TOKENS))](
         *tables, inverse_norms, projected, grad_statistics, grad_pair_sums, tokens, mask, *plan.masks,
