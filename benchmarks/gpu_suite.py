@@ -20,7 +20,7 @@ from pathlib import Path
 
 LIMIT = 500.0  # seconds, all parts
 START_UP = 12.0  # of a benchmark's time: imports, device, ceilings
-SHARES = {"tests": 150, "diversity_loss": 150, "step": 90, "long_skip": 45, "adaln": 45, "report": 20}
+SHARES = {"tests": 150, "diversity_loss": 150, "step": 90, "long_skip": 35, "adaln": 55, "report": 20}
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,14 @@ def run(
 ) -> Path:
     """Measures one benchmark in about `budget` seconds, its tests not counted, and returns the file it wrote.
 
-    record: pytest's --junitxml of a run that already covered the tests. The file is written anew after every case, so
-    that a run that is stopped leaves what it has; cases for which no time was left are named in "left_out".
+    record: pytest's --junitxml of a run that already covered the tests; if it never came to be, they run here. The file
+    is written anew after every case, so that a run that is stopped leaves what it has; cases for which no time was left
+    are named in "left_out".
     Raises UserError for an unknown name and RedGate, before any number is shown, if the op is not right.
     """
     benchmark, measures = _plan(name, setting)
     tests = benchmark.tests
-    verdict = run_tests(name, tests) if record is None else read_record(name, tests, record)
+    verdict = read_record(name, tests, record) if record and record.exists() else run_tests(name, tests)
     say(f"{name}: {verdict.passed} tests passed, {verdict.skipped} skipped ({verdict.seconds:.0f} s)")
     where, start = environment(setting.device, commit), time.perf_counter()
     ceilings = measure_ceilings(setting.device, small=setting.small)

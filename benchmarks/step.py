@@ -157,7 +157,7 @@ def _timed(run: Callable[[int], Any]) -> Call:
 
 BENCHMARK: Benchmark[StepCase] = Benchmark(
     "step",
-    ("tests/ops/test_diversity*.py", "tests/ops/test_devices.py", "tests/methods/test_diversedit.py",
+    ("tests/ops/test_diversity*.py", "tests/methods/test_diversedit.py",
      "tests/train/test_optim.py", "tests/train/test_objective.py"),
     step_cases,
     {

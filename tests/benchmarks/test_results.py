@@ -3,13 +3,17 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from dit_fast.benchmarks import report
 from dit_fast.benchmarks.__main__ import main
-from dit_fast.benchmarks.cases import BENCHMARKS, Setting, Target
+from dit_fast.benchmarks.cases import BENCHMARKS, Case, Setting, Side, Target, Work
+from dit_fast.benchmarks.ceilings import Ceilings
+from dit_fast.benchmarks.gate import RedGate
+from dit_fast.benchmarks.measure import measure_case
 from dit_fast.benchmarks.results import check, load_all, save
 from dit_fast.benchmarks.run import _judged, run
 from dit_fast.errors import UserError
@@ -144,6 +148,26 @@ def test_whole_step(small, open_gate, tmp_path):
         assert 0 < side["mfu"] < 1
     assert list(case["parts"]["diversity_loss"]["sides"]) == ["diversity loss alone"]
     assert any("samples/s, MFU" in line for line in lines)
+
+
+def test_a_compiled_side_that_is_wrong_or_breaks_is_left_out_with_the_reason(small):
+    def broken(inputs):
+        raise RuntimeError("no compiler\nhere")
+
+    sides = (
+        Side("eager", lambda x: (x[0].square(),)),
+        Side("wrong", lambda x: (1.01 * x[0].square(),), compiled=True),
+        Side("broken", broken, compiled=True),
+    )
+    work = Work(4, 1)
+    case = Case("c", "fp32", {}, lambda g: (torch.randn(5, requires_grad=True),), sides, work, work, (1e-5, 1e-4))
+    ceilings = Ceilings(1e9, 1e9, {"fp32": 1e9})
+    found = measure_case(case, small, ceilings, 0.0)
+    assert list(found["parts"]["forward"]["sides"]) == ["eager"]
+    assert found["skipped"]["broken"] == "no compiler"
+    assert "outputs of 'wrong' are off" in found["skipped"]["wrong"]
+    with pytest.raises(RedGate):
+        measure_case(replace(case, sides=(sides[0], replace(sides[1], compiled=False))), small, ceilings, 0.0)
 
 
 def test_no_time_leaves_cases_out_and_says_so(small, open_gate, tmp_path):
