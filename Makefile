@@ -16,11 +16,11 @@ INSTALLED := $(VENV)/.installed
 EXTRAS := train,dev,diffusers,repa,twemoji
 CODE := dit_fast train kernels benchmarks examples
 
-.PHONY: help install quickstart test test-long lint format clean
+.PHONY: help install native quickstart test test-long lint format clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
-	@echo "make test | test-long | lint | format | clean"
+	@echo "make native | test | test-long | lint | format | clean"
 
 install: $(INSTALLED)
 
@@ -32,7 +32,12 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@echo "installing into $(VENV) (once; torch is the large part)"
 	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt torch numpy
 	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[$(EXTRAS)]'
+	@$(BIN)/python dit_fast/_C/build.py || true  # pip built in isolation, without torch's headers
 	@touch $@
+
+# The compiled CPU library; one built here also serves machines with another Python or a newer torch.
+native: $(INSTALLED)
+	@$(BIN)/python dit_fast/_C/build.py
 
 quickstart: $(INSTALLED)
 	@$(BIN)/python examples/quickstart.py $(if $(DATA),--data '$(DATA)') $(if $(SHA256),--sha256 '$(SHA256)') \
@@ -46,6 +51,7 @@ lint: $(INSTALLED)
 
 # Tests marked `launch` start processes of their own, so they run one at a time.
 test: lint
+	@$(BIN)/python dit_fast/_C/build.py || true
 	$(BIN)/python -m pytest -n 2 -m 'not long and not launch'
 	$(BIN)/python -m pytest -m 'launch and not long'
 

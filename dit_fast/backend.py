@@ -6,7 +6,7 @@ an implementation is passed over, the reason is logged once.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dit_fast.errors import ConfigError
@@ -40,24 +40,25 @@ def ops() -> tuple[str, ...]:
     return tuple(sorted(_REGISTRY))
 
 
-def choose(op: str, backend: str, device_type: str) -> str:
+def choose(op: str, backend: str, device_type: str, refuses: Callable[[str], Sequence[str]] = lambda name: ()) -> str:
     """The implementation that runs `op` on tensors of this device type.
 
     backend: "auto" (the best one that can run) or the name of an implementation, which then must be able to run.
+    refuses: for the name of an implementation other than "torch", reasons why it cannot take these very arguments.
     Raises ConfigError for an unknown name or an implementation that cannot run here, with the reason.
     """
     implementations = _REGISTRY[op]
     if backend != "auto":
         for implementation in implementations:
             if implementation.name == backend:
-                reason = _reason(implementation, device_type)
+                reason = _reason(implementation, device_type, refuses)
                 if reason:
                     raise ConfigError(f"{op}: backend '{backend}' cannot run: {reason}; use backend=\"auto\"")
                 return backend
         names = ", ".join(["auto", *(implementation.name for implementation in implementations)])
         raise ConfigError(f"{op}: unknown backend '{backend}'; valid: {names}")
     for implementation in implementations:
-        reason = _reason(implementation, device_type)
+        reason = _reason(implementation, device_type, refuses)
         if reason is None:
             return implementation.name
         if device_type in implementation.device_types and (op, implementation.name) not in _LOGGED:
@@ -70,7 +71,7 @@ def explain(op: str, device_type: str) -> list[tuple[str, str]]:
     """(implementation, "used" | why it is not) for every implementation of an op, for `dit-fast info`."""
     lines, taken = [], False
     for implementation in _REGISTRY[op]:
-        reason = _reason(implementation, device_type)
+        reason = _reason(implementation, device_type, lambda name: ())
         if reason is None and not taken:
             lines.append((implementation.name, "used"))
             taken = True
@@ -79,7 +80,10 @@ def explain(op: str, device_type: str) -> list[tuple[str, str]]:
     return lines
 
 
-def _reason(implementation: Implementation, device_type: str) -> str | None:
+def _reason(implementation: Implementation, device_type: str, refuses: Callable[[str], Sequence[str]]) -> str | None:
     if implementation.device_types and device_type not in implementation.device_types:
         return f"made for {' and '.join(implementation.device_types)} tensors, not {device_type}"
-    return implementation.unavailable()
+    reason = implementation.unavailable()
+    if reason is None and implementation is not _TORCH:
+        reason = "; ".join(refuses(implementation.name)) or None
+    return reason

@@ -6,7 +6,7 @@ import os
 import platform
 from importlib import metadata
 
-from dit_fast import __version__, backend
+from dit_fast import _C, __version__, backend
 
 # import name -> (what it is for, how to get it)
 OPTIONAL = {
@@ -42,6 +42,7 @@ def describe() -> str:
     lines.append("\noptional packages")
     lines += [f"  {name:26}{_package(name)}" for name in OPTIONAL]
     lines.append(f"  {'apex':26}{apex_state()}")
+    lines.append(f"\nCPU library   {_C.describe()}")
     lines.append(f"\nops on {device_type} (first usable implementation runs)")
     for op in backend.ops():
         answers = "; ".join(f"{name}: {why}" for name, why in backend.explain(op, device_type))

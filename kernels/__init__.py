@@ -1,0 +1,17 @@
+"""Triton kernels, one file per op. Importing this package needs no Triton; importing a kernel file does."""
+
+import importlib.util
+import os
+
+
+def unavailable() -> str | None:
+    """Why no Triton kernel can run in this process, or None. Under TRITON_INTERPRET=1 they run on CPU tensors."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+    return None

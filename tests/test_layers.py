@@ -16,7 +16,7 @@ FOLDERS = {
 }
 LOW = {"data", "config", "backend", "philox", "errors"}  # anyone may use them; they use only each other
 FLOORS = [
-    {"kernels"},
+    {"kernels", "_C"},
     {"ops"},
     {"nn"},
     {"models"},

@@ -48,7 +48,8 @@ class TrainingObjective(nn.Module):
         self.methods, self.seed, self.label_dropout, self.precision = methods, seed, label_dropout, precision
         self.path = Path(flow.path)
         self.times = time_sampler(flow.time, flow.path, flow.time_mean, flow.time_std)
-        self.taps = methods.taps(ModelFacts.of(model))
+        self.facts = ModelFacts.of(model)
+        self.taps = methods.taps(self.facts)
         for name, value in (("scale", scale), ("shift", shift)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
 
@@ -72,7 +73,9 @@ class TrainingObjective(nn.Module):
 
     def _flow_matching(self, inputs: StepInputs) -> tuple[StepContext, Tensor]:
         noised, target = self.path.interpolate(inputs.latents, inputs.noise, inputs.t)
-        output = self.model(noised, inputs.t, inputs.labels, taps=self.taps, drop=inputs.drop)
+        collectors = self.methods.collectors(self.facts)
+        through = {"through": collectors} if collectors else {}
+        output = self.model(noised, inputs.t, inputs.labels, taps=self.taps, drop=inputs.drop, **through)
         prediction, features = output if self.taps else (output, {})
         null: Any = self.model.null_label
         context = StepContext(
@@ -88,6 +91,7 @@ class TrainingObjective(nn.Module):
             batch=inputs.batch,
             step=inputs.step,
             seed=inputs.seed,
+            collectors=collectors,
         )
         return context, velocity_error(prediction, target)
 

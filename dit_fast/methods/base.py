@@ -8,7 +8,7 @@ shard fields to read, lets them add modules, and adds `weight * value` of their 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -63,6 +63,28 @@ class StepInputs:
     seed: int
 
 
+class Collector(Protocol):
+    """Takes the block outputs that its method asked for, in ascending order, during one forward of the model."""
+
+    def tap(self, x: Tensor) -> Tensor:
+        """Identity [N, T, D]; the returned tensor takes the place of x."""
+        ...
+
+
+class Collectors(dict[str, Collector]):
+    """Collectors of one forward by method name; as a function, what `SiT.forward` calls `through`."""
+
+    def __init__(self, collectors: Mapping[str, Collector], taps: Mapping[str, frozenset[int]]):
+        super().__init__(collectors)
+        self._taps = taps
+
+    def __call__(self, index: int, feature: Tensor) -> Tensor:
+        for name, collector in self.items():
+            if index in self._taps[name]:
+                feature = collector.tap(feature)
+        return feature
+
+
 @dataclass
 class StepContext:
     """One micro-batch after the model's forward.
@@ -71,6 +93,8 @@ class StepContext:
     [N, C, H, W]. t [N]; labels int64 [N], after label dropout. features: block index from 0 -> output [N, T, D], at
     least the blocks that this method asked for. batch: further shard fields by name, and "position" int64 [N], each
     sample's position in the run (the key of all its random numbers). step counts optimizer steps; seed is the run's.
+    collectors: by method name, what `Method.collector` gave and the model's forward filled; a method must also work
+    without its own, from `features`.
     """
 
     model: nn.Module
@@ -85,6 +109,7 @@ class StepContext:
     batch: Mapping[str, Tensor]
     step: int
     seed: int
+    collectors: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Method(ABC):
@@ -104,6 +129,10 @@ class Method(ABC):
     def taps(self, facts: ModelFacts) -> frozenset[int]:
         """Blocks, from 0, whose outputs `terms` reads. Raises ConfigError where the configuration does not fit."""
         return frozenset()
+
+    def collector(self) -> Collector | None:
+        """A new object for one forward that the outputs in `taps` pass through, or None (most methods need none)."""
+        return None
 
     def attach(self, model: nn.Module, dataset_info: Any) -> None:  # noqa: B027 (most methods add nothing)
         """Adds its modules with `model.add_extra(name, module)`; called once, before the optimizer is built."""
@@ -156,6 +185,12 @@ class Methods(Sequence[Method]):
                         f"method '{method.name}' reads block {block}; this model has 0..{facts.depth - 1}"
                     )
         return tuple(sorted({block for method in self for block in method.taps(facts)}))
+
+    def collectors(self, facts: ModelFacts) -> Collectors:
+        """New ones for one forward of a model with these facts; empty if no method has any."""
+        fresh = {method.name: method.collector() for method in self}
+        present = {name: collector for name, collector in fresh.items() if collector is not None}
+        return Collectors(present, {method.name: method.taps(facts) for method in self if method.name in present})
 
     def attach(self, model: nn.Module, dataset_info: Any) -> None:
         for method in self:

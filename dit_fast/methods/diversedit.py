@@ -14,7 +14,7 @@ from torch import Tensor
 from dit_fast import philox
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.methods.base import Method, ModelFacts, StepContext, Term
-from dit_fast.ops import diversity_loss
+from dit_fast.ops import DiversityTaps, diversity_loss
 
 POLICIES = ("release", "anchor", "random_layers", "all")
 WEIGHTS = ("paper", "continuous", "constant")
@@ -122,17 +122,19 @@ class DiverseDiT(Method):
             return frozenset(block for pair in pairs for block in pair)
         return frozenset(range(facts.depth))
 
+    def collector(self) -> DiversityTaps:
+        return DiversityTaps()
+
     def terms(self, context: StepContext) -> dict[str, Term]:
         facts = ModelFacts.of(context.model)
         pairs = self._pairs(facts.depth, context.seed, context.step)
-        read = {block for pair in pairs for block in pair} if self.config.variant == "paper" else range(facts.depth)
-        place = {block: number for number, block in enumerate(sorted(read))}
-        loss = diversity_loss(
-            [context.features[block] for block in place],
-            [(place[i], place[j]) for i, j in pairs],
-            self.config.variant,
-            self.config.scope,
-        )
+        place = {block: number for number, block in enumerate(sorted(self.taps(facts)))}
+        options = ([(place[i], place[j]) for i, j in pairs], self.config.variant, self.config.scope)
+        taps = context.collectors.get(self.name)
+        if taps is not None:
+            loss = taps.loss(*options)
+        else:
+            loss = diversity_loss([context.features[block] for block in place], *options)
         weight = self._weight(loss.total)
         logs = {
             "diversedit/orthogonality": loss.orthogonality,

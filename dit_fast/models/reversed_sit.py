@@ -1,6 +1,6 @@
 """The original SiT (arXiv 2401.08740) behind our conventions: its time runs from noise (0) to data (1)."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -22,10 +22,16 @@ class ReversedSiT(SiT):
         self.final_layer = FinalLayer(self.hidden_size, self.patch_size, head_channels)
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, taps: Iterable[int] = (), drop: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        taps: Iterable[int] = (),
+        drop: Tensor | None = None,
+        through: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
         """As `SiT.forward`."""
-        result = super().forward(x, 1 - t, y, taps, drop)
+        result = super().forward(x, 1 - t, y, taps, drop, through)
         if isinstance(result, tuple):
             output, features = result
             return -output[:, : self.in_channels], features

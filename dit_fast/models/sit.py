@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -96,13 +96,21 @@ class SiT(nn.Module):
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, taps: Iterable[int] = (), drop: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        taps: Iterable[int] = (),
+        drop: Tensor | None = None,
+        through: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
         """Velocity at x [N, C, H, W], times t [N] in [0, 1], labels y [N] int64 (num_classes = null label).
 
         taps: indices (from 0) of blocks whose output [N, T, D] is handed out, as the published code records it: after
         the fusion in "output" wiring. drop: bool [N], rows whose label becomes the null label; None draws them with
-        probability label_dropout from torch's generator in train mode and drops none in eval mode.
+        probability label_dropout from torch's generator in train mode and drops none in eval mode. through(index,
+        feature): identities that the outputs named in taps pass on their way to the next block and into the features
+        (methods that fold their gradient into the block's backward).
         Returns v [N, C, H, W], or (v, {index: feature}) when taps are asked for. Raises UserError for bad input.
         """
         wanted = sorted(set(taps))
@@ -120,6 +128,8 @@ class SiT(nn.Module):
                 tokens = checkpoint(self._stage, index, tokens, c, skip, use_reentrant=False, preserve_rng_state=False)
             else:
                 tokens = self._stage(index, tokens, c, skip)
+            if through is not None and index in wanted:
+                tokens = through(index, tokens)
             if index < first_half and self.skip_wiring == "output":
                 pending.append(tokens)
             if index in wanted:

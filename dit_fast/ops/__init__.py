@@ -7,5 +7,6 @@ from dit_fast.ops.diversity import DiversityLoss as DiversityLoss
 from dit_fast.ops.diversity import DiversityStats as DiversityStats
 from dit_fast.ops.diversity import diversity_loss as diversity_loss
 from dit_fast.ops.diversity import diversity_stats as diversity_stats
-from dit_fast.ops.diversity import diversity_tap as diversity_tap
+from dit_fast.ops.diversity_taps import DiversityTaps as DiversityTaps
+from dit_fast.ops.diversity_taps import diversity_tap as diversity_tap
 from dit_fast.ops.long_skip import long_skip as long_skip

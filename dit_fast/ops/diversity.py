@@ -1,8 +1,8 @@
 """Diversity loss of DiverseDiT (arXiv 2603.04239, Sec. 3.2) as a function of statistics.
 
 The three terms need no features, only sums per block and channel and one K x K matrix of summed token cosines. A
-choice of pairs is a weight matrix on top, so all pairs cost as much as ten. This file is the reference: plain torch,
-float32 inside (float64 stays float64), no host synchronisation and no Python branch on a tensor.
+choice of pairs is a weight matrix on top, so all pairs cost as much as ten. backend="torch" is the reference: plain
+torch, float32 inside (float64 stays float64). No backend synchronises with the host or branches on a tensor.
 
 A NaN or infinity in any feature makes the total NaN; the caller decides what a step with such a loss does.
 """
@@ -15,13 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dit_fast.backend import choose, register
 from dit_fast.errors import UserError
+from dit_fast.ops import diversity_op
+from dit_fast.ops.diversity_op import EPS
 
-EPS = 1e-8
 PAPER_COEFFICIENT = 0.33
-
-register("diversity_loss")
 
 
 @dataclass(frozen=True)
@@ -53,20 +51,30 @@ class DiversityLoss:
 def diversity_stats(features: Sequence[Tensor] | Tensor, backend: str = "auto") -> DiversityStats:
     """Statistics of K block features [N, T, D] (a sequence, or stacked [K, N, T, D]), all of one shape.
 
-    Token norms below 1e-8 count as 1e-8. Raises UserError for other shapes and for an unknown backend.
+    Dtypes may differ from block to block. Token norms below 1e-8 count as 1e-8. Every backend differentiates in forward
+    and reverse mode; "torch", the reference, any number of times. Raises UserError for other shapes and for a backend
+    that is unknown or cannot take these tensors.
     """
-    x = _stack(features)
-    choose("diversity_loss", backend, x.device.type)
+    check_features(features)
+    blocks = [feature.flatten(0, 1) for feature in features]
+    if backend == "torch":
+        return _reference(blocks)
+    return stats_from_sums(*diversity_op.statistics(backend, blocks), len(blocks[0]))
+
+
+def stats_from_sums(statistics: Tensor, pair_sums: Tensor, count: int) -> DiversityStats:
+    """Names for statistics [3, K, D] and pair_sums [K, K] over `count` tokens."""
+    sums, abs_sums, square_sums = statistics.unbind(0)
+    return DiversityStats(sums, abs_sums, square_sums, pair_sums, pair_sums.new_full((), count))
+
+
+def _reference(blocks: Sequence[Tensor]) -> DiversityStats:
+    x = torch.stack(tuple(blocks))
     with torch.autocast(x.device.type, enabled=False):
-        x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(1, 2)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         directions = (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS)).flatten(1)
-        return DiversityStats(
-            sums=x.sum(1),
-            abs_sums=x.abs().sum(1),
-            square_sums=x.square().sum(1),
-            pair_sums=directions @ directions.T,
-            count=x.new_full((), x.shape[1]),
-        )
+        sums = torch.stack([x.sum(1), x.abs().sum(1), x.square().sum(1)])
+        return stats_from_sums(sums, directions @ directions.T, x.shape[1])
 
 
 def diversity_loss(
@@ -90,44 +98,19 @@ def diversity_loss(
     Fewer than two blocks give zeros. Raises UserError for wrong shapes, for an unknown variant, scope or backend, and
     for pairs that are empty, out of range, or join a block with itself.
     """
-    if variant not in ("release", "paper"):
-        raise UserError(f"unknown diversity variant '{variant}'; valid: release, paper")
-    if scope not in ("rank", "global"):
-        raise UserError(f"unknown diversity scope '{scope}'; valid: rank, global")
-    chosen = _resolve_pairs(pairs, len(features))
-    if len(features) < 2:
-        like = features[0] if len(features) else torch.zeros(())
-        zero = torch.zeros((), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-        return DiversityLoss(zero, zero, zero, zero, chosen)
-    stats = diversity_stats(features, backend)
-    return _combine(_reduce_over_ranks(stats) if scope == "global" else stats, chosen, variant)
+    chosen = check_options(pairs, len(features), variant, scope)
+    if not len(features):
+        return _no_loss(torch.zeros(()))
+    return loss_from_stats(diversity_stats(features, backend), chosen, variant, scope)
 
 
-def diversity_tap(x: Tensor) -> tuple[Tensor, DiversityStats]:
-    """Identity on one block's features [N, T, D] that hands out their statistics (K = 1).
-
-    Whatever gradient the statistics receive is added to x's own in one pass of the backward. `pair_sums` [1, 1] carries
-    no gradient: a token's cosine with itself is constant.
-    """
-    same, sums, abs_sums, square_sums, pair_sums = _Tap.apply(x)
-    stats = DiversityStats(sums, abs_sums, square_sums, pair_sums, sums.new_full((), x.shape[0] * x.shape[1]))
-    return same, stats
-
-
-class _Tap(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x)
-        stats = diversity_stats(x.detach()[None])
-        ctx.mark_non_differentiable(stats.pair_sums)
-        return x.view_as(x), stats.sums, stats.abs_sums, stats.square_sums, stats.pair_sums
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, sums: Tensor, abs_sums: Tensor, square_sums: Tensor, _: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        wide = x.to(sums.dtype)
-        return (grad.to(sums.dtype) + sums + abs_sums * wide.sign() + 2 * square_sums * wide).to(x.dtype)
+def loss_from_stats(
+    stats: DiversityStats, pairs: tuple[tuple[int, int], ...], variant: str, scope: str
+) -> DiversityLoss:
+    """The loss as a function of the statistics; other arguments as for `diversity_loss`, already checked."""
+    if len(stats.sums) < 2:
+        return _no_loss(stats.sums.new_zeros(()))
+    return _combine(_reduce_over_ranks(stats) if scope == "global" else stats, pairs, variant)
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -180,6 +163,10 @@ def _spread(usage: Tensor) -> Tensor:
     return (usage / (usage.amax() + EPS)).var(correction=0)
 
 
+def _no_loss(zero: Tensor) -> DiversityLoss:
+    return DiversityLoss(zero, zero, zero, zero, ())
+
+
 def _pair_weights(pairs: tuple[tuple[int, int], ...], like: Tensor) -> tuple[Tensor, Tensor]:
     """[K, K] weights 1/|P| per listed pair, and [K] ones for blocks that occur; sent without waiting for the device."""
     count = len(like)
@@ -191,7 +178,14 @@ def _pair_weights(pairs: tuple[tuple[int, int], ...], like: Tensor) -> tuple[Ten
     return both[:-1], both[-1]
 
 
-def _resolve_pairs(pairs: Literal["all"] | Sequence[tuple[int, int]], count: int) -> tuple[tuple[int, int], ...]:
+def check_options(
+    pairs: Literal["all"] | Sequence[tuple[int, int]], count: int, variant: str, scope: str
+) -> tuple[tuple[int, int], ...]:
+    """The pairs of `count` blocks as a tuple. Raises UserError for what `diversity_loss` does not take."""
+    if variant not in ("release", "paper"):
+        raise UserError(f"unknown diversity variant '{variant}'; valid: release, paper")
+    if scope not in ("rank", "global"):
+        raise UserError(f"unknown diversity scope '{scope}'; valid: rank, global")
     if isinstance(pairs, str):
         if pairs != "all":
             raise UserError(f"pairs='{pairs}' is not a list of (i, j); valid name here: all (others: select_pairs)")
@@ -205,11 +199,11 @@ def _resolve_pairs(pairs: Literal["all"] | Sequence[tuple[int, int]], count: int
     return chosen
 
 
-def _stack(features: Sequence[Tensor] | Tensor) -> Tensor:
+def check_features(features: Sequence[Tensor] | Tensor) -> None:
+    """Raises UserError unless features are one or more non-empty [N, T, D] of one shape."""
     if not len(features):
         raise UserError("features is empty; give K block features [N, T, D]")
     shapes = {tuple(feature.shape) for feature in features}
     if len(shapes) > 1 or features[0].dim() != 3 or not features[0].numel():
         listed = ", ".join(str(list(shape)) for shape in sorted(shapes))
         raise UserError(f"features must be non-empty [N, T, D] of one shape, not {listed}")
-    return features if isinstance(features, Tensor) else torch.stack(tuple(features))

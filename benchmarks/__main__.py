@@ -1,0 +1,65 @@
+"""`python -m dit_fast.benchmarks NAME ... | all | report`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0; 1 if a benchmark's gate is red; 2 for errors of use, printed as one line."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    # Both are read when torch is imported; the second silences the profiler that counts memory.
+    os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+    import torch
+
+    from dit_fast.benchmarks.cases import Setting
+    from dit_fast.benchmarks.gate import RedGate
+    from dit_fast.benchmarks.report import report
+    from dit_fast.benchmarks.results import RESULTS, device_of
+    from dit_fast.benchmarks.run import NAMES, run
+    from dit_fast.errors import UserError
+
+    folder = options.out or RESULTS
+    names = NAMES if options.names == ["all"] else options.names
+    status = 0
+    try:
+        if names == ["report"]:
+            report(folder)
+            return 0
+        torch.set_num_threads(options.threads)
+        setting = Setting(device_of(options.device), options.small)
+        for name in names:
+            try:
+                run(name, setting, folder, budget=options.budget, record=options.tested, commit=options.commit)
+            except RedGate as error:
+                print(f"dit-fast benchmarks: {error}", file=sys.stderr)
+                status = 1
+    except UserError as error:
+        print(f"dit-fast benchmarks: error: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m dit_fast.benchmarks",
+        description="Measure ops against their baselines, after their tests, into benchmarks/results/<device>/.",
+    )
+    parser.add_argument("names", nargs="+", metavar="NAME", help="an op, step, all, or report (tables and roofline)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--budget", type=float, default=120.0, help="seconds per benchmark, without its tests")
+    parser.add_argument("--threads", type=int, default=1, help="torch's CPU threads")
+    parser.add_argument("--out", type=Path, help="folder for results instead of benchmarks/results")
+    parser.add_argument("--small", action="store_true", help="tiny shapes: a check of the harness, no measurement")
+    parser.add_argument("--tested", type=Path, metavar="XML", help="--junitxml of a pytest run to go by")
+    parser.add_argument("--commit", help="recorded where there is no git history")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""What a piece of work costs beside time: peak memory, bytes that its operators move, waits for the device."""
+
+import json
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+HOST_READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select"}
+
+NO_TRAFFIC = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+
+
+def peak_memory(work: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that `work` has allocated at once beyond what was allocated before it; its result counts."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        kept = work()
+    del kept
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        record.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    allocations = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
+    held = peak = 0
+    for event in allocations:
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved = self.reads = 0
+        self.fused = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        self.reads += name in HOST_READS
+        self.fused |= func.namespace.startswith("dit_fast")
+        if not (func.is_view or name in NO_TRAFFIC):
+            self.moved += sum(_size(x) for x in _tensors([args, kwargs, result]))
+        return result
+
+
+def traffic(work: Callable[[], Any]) -> int | None:
+    """Bytes that the operators of `work` move: tensor arguments and results of each, views free. None where one of our
+    own operators runs, for which arguments do not say what it reads."""
+    with _Count() as count:
+        work()
+    return None if count.fused else count.moved
+
+
+def host_waits(work: Callable[[], Any], device: torch.device) -> int:
+    """How often the host waits for the device during `work`: CUDA's own count; elsewhere the operators whose result
+    Python reads, each of which would be a wait on a GPU."""
+    if device.type != "cuda":
+        with _Count() as count:
+            work()
+        return count.reads
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
+def _tensors(nested: Any) -> Iterator[Tensor]:
+    if isinstance(nested, Tensor):
+        yield nested
+    elif isinstance(nested, dict):
+        yield from _tensors(list(nested.values()))
+    elif isinstance(nested, list | tuple):
+        for item in nested:
+            yield from _tensors(item)
+
+
+def _size(x: Tensor) -> int:
+    return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())

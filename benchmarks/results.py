@@ -1,0 +1,187 @@
+"""Result files: benchmarks/results/<device>/<benchmark>.json, and what makes one complete."""
+
+import json
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dit_fast import __version__
+from dit_fast.benchmarks.ceilings import Ceilings
+from dit_fast.benchmarks.gate import ROOT
+from dit_fast.benchmarks.timing import cache_bytes
+from dit_fast.errors import UserError
+
+RESULTS = ROOT / "benchmarks" / "results"
+SCHEMA = 1
+_TOP = {
+    "schema", "benchmark", "device", "versions", "commit", "dirty", "command", "written", "seconds", "gate", "ceilings",
+    "cases", "targets",
+}  # fmt: skip
+_CASE = {"name", "dtype", "shape", "baseline", "parts", "costs"}
+_PART = {"sides"}
+_SIDE = {
+    "samples_s", "median_s", "quartiles_s", "bytes", "flops", "bound_s", "bytes_per_s", "flops_per_s", "of_bound",
+    "speedup", "paired_speedup",
+}  # fmt: skip
+
+
+def device_of(name: str) -> torch.device:
+    """ "auto" (CUDA if there is one), "cpu" or "cuda". Raises UserError for another or an absent one."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {name} is unknown; valid: auto, cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is visible to torch; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def slug(device: torch.device) -> str:
+    """ "cpu", or the CUDA device's name in lower case with dashes ("nvidia-h200")."""
+    if device.type != "cuda":
+        return device.type
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+
+
+def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+    """Device, versions and commit. commit: for a copy without its git history; there "dirty" is null."""
+    head = _git("rev-parse", "HEAD")
+    status = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return {
+        "device": {
+            "slug": slug(device),
+            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+            "type": device.type,
+            "threads": torch.get_num_threads(),
+            "cache_bytes": cache_bytes(device),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "triton": _version("triton"),
+            "numpy": _version("numpy"),
+            "dit_fast": __version__,
+        },
+        "commit": head or commit,
+        "dirty": None if head is None else bool(status),
+    }
+
+
+def document(
+    benchmark: str,
+    where: dict[str, Any],
+    *,
+    seconds: float,
+    gate: dict[str, Any],
+    ceilings: Ceilings,
+    cases: Sequence[dict[str, Any]],
+    targets: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """A whole result; `where` is what `environment` said before the measurement."""
+    return {
+        "schema": SCHEMA,
+        "benchmark": benchmark,
+        **where,
+        "command": " ".join(["python", "-m", "dit_fast.benchmarks", *sys.argv[1:]]),
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "gate": gate,
+        "ceilings": {
+            "copy_bytes_per_s": ceilings.copy,
+            "read_bytes_per_s": ceilings.read,
+            "matmul_flops_per_s": ceilings.matmul,
+        },
+        "targets": list(targets),
+        "cases": list(cases),
+    }
+
+
+def check(result: Any, where: str = "result") -> None:
+    """Raises UserError naming the first thing that a result lacks."""
+    _require(result, _TOP, where)
+    if result["schema"] != SCHEMA:
+        raise UserError(f"{where}: schema {result['schema']}, this version reads {SCHEMA}; measure again")
+    for case in result["cases"]:
+        _require(case, _CASE, f"{where}: case")
+        for part, entry in case["parts"].items():
+            _require(entry, _PART, f"{where}: {case['name']}, {part}")
+            for name, side in entry["sides"].items():
+                _require(side, _SIDE, f"{where}: {case['name']}, {part}, {name}")
+                if not side["samples_s"]:
+                    raise UserError(f"{where}: {case['name']}, {part}, {name} has no samples; measure again")
+
+
+def _require(entry: Any, keys: set[str], where: str) -> None:
+    missing = sorted(keys - set(entry)) if isinstance(entry, dict) else sorted(keys)
+    if missing:
+        raise UserError(f"{where} lacks '{missing[0]}'; measure again")
+
+
+def save(result: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Writes <folder>/<device>/<benchmark>.json, whole or not at all, one line per list of numbers."""
+    check(result)
+    path = folder / result["device"]["slug"] / f"{result['benchmark']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = re.sub(r"\[\s+([-+\d.eE,\s]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", _dump(result))
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text + "\n")
+    temporary.replace(path)
+    return path
+
+
+def _dump(result: dict[str, Any]) -> str:
+    return json.dumps(_rounded(result), indent=1, ensure_ascii=False)
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits: more of a time says nothing."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def load_all(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """All results below `folder`, by device and benchmark. Raises UserError naming a file that is not one."""
+    results = []
+    for path in sorted(folder.glob("*/*.json")):
+        try:
+            content = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is not JSON ({error}); measure again") from None
+        if "benchmark" in content:
+            check(content, str(path))
+            results.append(content)
+    return results
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()

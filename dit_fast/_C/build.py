@@ -1,0 +1,94 @@
+"""Compiles `csrc/` into one library that serves every Python and every torch from 2.11 on (torch's stable ABI).
+
+Runs by itself, without dit_fast installed: `python dit_fast/_C/build.py` (that is `make native`), and from `setup.py`.
+The library is built for plain x86-64 (or whatever the compiler's default is) and holds AVX2 and AVX-512 versions of
+each kernel that are chosen when it runs, so that it can be built on one machine and used on another.
+"""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SOURCES = HERE.parents[1] / "csrc"
+LIBRARY = HERE / "libdit_fast_cpu.so"
+OLDEST_TORCH = "0x020b000000000000"  # 2.11
+FLAGS = ["-std=c++20", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi"]
+
+
+class CannotBuild(Exception):
+    """One line that says what is missing and how to get it."""
+
+
+def source_hash() -> str | None:
+    """Identifies the sources, 16 hex digits; None where there are none (an installed wheel)."""
+    if not SOURCES.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.iterdir()):
+        if path.suffix in (".cpp", ".h", ".inc"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def compiler() -> str | None:
+    """The C++ compiler: $CXX, else g++ or clang++ on the path."""
+    named = os.environ.get("CXX")
+    return shutil.which(named) if named else shutil.which("g++") or shutil.which("clang++")
+
+
+def is_current() -> bool:
+    """Whether the library at hand was built from the sources at hand."""
+    marker = f"source={source_hash()} ".encode()
+    return LIBRARY.exists() and marker in LIBRARY.read_bytes()
+
+
+def build() -> Path:
+    """Compiles and links, about ten seconds on one core; the library appears under its name only when it is whole.
+
+    Raises CannotBuild without sources, compiler or torch headers, or with the compiler's message.
+    """
+    identity = source_hash()
+    if identity is None:
+        raise CannotBuild(f"no sources at {SOURCES}; build in a checkout")
+    found = compiler()
+    if found is None:
+        named = os.environ.get("CXX")
+        raise CannotBuild(f"$CXX={named} is not a program" if named else "no C++ compiler; install g++ or set CXX")
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise CannotBuild(f"{sys.executable} has no torch (its headers are needed); run `make native` later")
+    torch_folder = Path(spec.origin).parent
+    with tempfile.TemporaryDirectory(dir=HERE) as scratch:
+        target = Path(scratch) / LIBRARY.name
+        defines = [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}", f'-DDIT_FAST_SOURCE_HASH="{identity}"']
+        sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
+        link = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-o", str(target)]
+        command = [found, *FLAGS, *defines, f"-I{torch_folder / 'include'}", *sources, *link]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            errors = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
+            raise CannotBuild(f"{Path(found).name} failed: {errors[0] if errors else result.returncode}")
+        target.replace(LIBRARY)
+    return LIBRARY
+
+
+def main() -> int:
+    if is_current():
+        print(f"{LIBRARY.name} is up to date")
+        return 0
+    try:
+        print(f"built {build()}")
+    except (CannotBuild, OSError) as reason:
+        print(f"{LIBRARY.name} was not built: {reason}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

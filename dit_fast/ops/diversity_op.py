@@ -1,0 +1,249 @@
+"""The statistics behind the diversity loss as a torch op, with an analytic gradient and a forward-mode rule.
+
+With x_k the [M, D] features of block k and u = x / max(|x|, 1e-8) their directions, one pass over the features gives
+
+    sums, abs_sums, square_sums [K, D] = sum over tokens of x, |x|, x^2        pair_sums [K, K] = sum of u_k . u_l
+
+and the gradient of any function of them is one pass too. With G = d/d pair_sums, V_k = sum over l of (G + G^T)_kl u_l,
+
+    dx_k = upstream + d/d sums + d/d abs_sums * sign(x) + 2 d/d square_sums * x + (V_k - (V_k . u_k) u_k) / |x_k|.
+
+A norm below 1e-8 counts as 1e-8, a constant: then nothing is subtracted from V.
+
+On request the forward also keeps the mixture, the sum of u_k over blocks, [M, D] (see diversity_taps.py).
+
+The fused implementations sum over fixed chunks of 256 tokens and add the chunks in order, so that the numbers depend
+neither on the number of threads nor on the size of the device.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_fast import _C, kernels
+from dit_fast.backend import Implementation, choose, register
+from dit_fast.ops import _library
+
+EPS = 1e-8
+_BEST_LEVEL = -1
+
+
+_FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def supports(features: Sequence[Tensor], backend: str) -> list[str]:
+    """Reasons why the fused implementation `backend` ("cpp" or "triton") cannot take these tensors; empty if it can."""
+    reasons = []
+    for index, feature in enumerate(features):
+        if feature.dtype not in _FUSED_DTYPES:
+            reasons.append(f"block {index} is {feature.dtype}, not float32, bfloat16 or float16")
+        if feature.device != features[0].device:
+            reasons.append(f"block {index} lies on {feature.device}, block 0 on {features[0].device}")
+    if backend == "triton":
+        from dit_fast.kernels import diversity
+
+        if features[0].device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            reasons.append("on CPU tensors Triton only runs interpreted (TRITON_INTERPRET=1)")
+        reasons += diversity.supports(features)
+    return reasons
+
+
+def _wide(features: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(x.dtype == torch.float64 for x in features) else torch.float32
+
+
+register(
+    "diversity_loss",
+    Implementation("cpp", ("cpu",), _C.unavailable),
+    Implementation("triton", ("cuda", "cpu"), kernels.unavailable),
+)
+
+
+def _choose(features: Sequence[Tensor], backend: str) -> str:
+    device_type = features[0].device.type
+    return choose("diversity_loss", backend, device_type, lambda name: supports(features, name))
+
+
+def _torch_forward(features: list[Tensor], mix: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = _wide(features)
+    with torch.autocast(features[0].device.type, enabled=False):
+        statistics, directions, inverse_norms = [], [], []
+        for feature in features:
+            x = feature.to(wide)
+            statistics.append(torch.stack([x.sum(0), x.abs().sum(0), x.square().sum(0)]))
+            inverse_norms.append(torch.linalg.vector_norm(x, dim=1).clamp_min(EPS).reciprocal())
+            directions.append(x * inverse_norms[-1][:, None])
+        stacked = torch.stack(directions)
+        pair_sums = stacked.flatten(1) @ stacked.flatten(1).T
+        norms = torch.stack(inverse_norms)
+        return torch.stack(statistics, 1), pair_sums, norms, _mixture(features, norms, mix)
+
+
+def _mixture(features: Sequence[Tensor], inverse_norms: Tensor, mix: bool) -> Tensor:
+    tokens, width = features[0].shape
+    mixture = inverse_norms.new_zeros(tokens if mix else 0, width)
+    for feature, inverse in zip(features if mix else (), inverse_norms, strict=False):
+        mixture.addcmul_(feature.to(mixture.dtype), inverse[:, None])
+    return mixture
+
+
+def _torch_backward(
+    features: list[Tensor],
+    inverse_norms: Tensor,
+    grad_statistics: Tensor,
+    grad_pair_sums: Tensor,
+    upstream: list[Tensor],
+    wanted: list[int],
+) -> list[Tensor]:
+    wide = inverse_norms.dtype
+    grad_sums, grad_abs_sums, grad_square_sums = grad_statistics
+    weights = grad_pair_sums + grad_pair_sums.T
+    directions = [x.to(wide) * norm[:, None] for x, norm in zip(features, inverse_norms, strict=True)]
+    result = []
+    for place, k in enumerate(wanted):
+        x, inverse = features[k].to(wide), inverse_norms[k, :, None]
+        mixed = sum((weights[k, l] * direction for l, direction in enumerate(directions)), torch.zeros_like(x))
+        along = torch.where(inverse < 1 / EPS, (mixed * directions[k]).sum(1, keepdim=True), 0)
+        grad = grad_sums[k] + grad_abs_sums[k] * x.sign() + 2 * grad_square_sums[k] * x
+        grad = grad + inverse * (mixed - along * directions[k])
+        result.append((grad + upstream[place].to(wide) if upstream else grad).to(features[k].dtype))
+    return result
+
+
+def _cpp_forward(features: list[Tensor], mix: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = _empty_outputs(features, mix)
+    torch.ops.dit_fast_native.diversity_forward(features, *outputs, _BEST_LEVEL)
+    return outputs
+
+
+def _cpp_backward(
+    features: list[Tensor],
+    inverse_norms: Tensor,
+    grad_statistics: Tensor,
+    grad_pair_sums: Tensor,
+    upstream: list[Tensor],
+    wanted: list[int],
+) -> list[Tensor]:
+    out = _empty_gradients(features, wanted)
+    grads = (grad_statistics.contiguous(), grad_pair_sums.contiguous())
+    torch.ops.dit_fast_native.diversity_backward(features, inverse_norms, *grads, upstream, wanted, out, _BEST_LEVEL)
+    return out
+
+
+def _forward(features: list[Tensor], mix: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    features, backend = [_rows(x) for x in features], _choose(features, backend)
+    if backend == "triton":
+        from dit_fast.kernels import diversity
+
+        statistics, pair_sums, inverse_norms = diversity.forward(features)
+        return statistics, pair_sums, inverse_norms, _mixture(features, inverse_norms, mix)
+    return _cpp_forward(features, mix) if backend == "cpp" else _torch_forward(features, mix)
+
+
+def _backward(
+    features: list[Tensor],
+    inverse_norms: Tensor,
+    grad_statistics: Tensor,
+    grad_pair_sums: Tensor,
+    upstream: list[Tensor],
+    wanted: list[int],
+    backend: str,
+) -> list[Tensor]:
+    features, upstream = [_rows(x) for x in features], [_rows(x) for x in upstream]
+    grads, backend = (inverse_norms, grad_statistics, grad_pair_sums), _choose(features, backend)
+    if backend == "triton":
+        from dit_fast.kernels import diversity
+
+        return diversity.backward(features, *grads, upstream, wanted)
+    run = _cpp_backward if backend == "cpp" else _torch_backward
+    return run(features, *grads, upstream, wanted)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _empty_outputs(features: Sequence[Tensor], mix: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    count, (tokens, width) = len(features), features[0].shape
+    new = lambda *shape: features[0].new_empty(shape, dtype=_wide(features))  # noqa: E731
+    return new(3, count, width), new(count, count), new(count, tokens), new(tokens if mix else 0, width)
+
+
+def _empty_gradients(features: Sequence[Tensor], wanted: Sequence[int]) -> list[Tensor]:
+    return [torch.empty_like(features[k], memory_format=torch.contiguous_format) for k in wanted]
+
+
+forward_op = _library.define(
+    "diversity_forward(Tensor[] features, bool mix, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    lambda features, mix, backend: _empty_outputs(features, mix),
+)
+backward_op = _library.define(
+    "diversity_backward(Tensor[] features, Tensor inverse_norms, Tensor grad_statistics, Tensor grad_pair_sums, "
+    "Tensor[] upstream, int[] wanted, str backend) -> Tensor[]",
+    _backward,
+    lambda features, norms, statistics, pairs, upstream, wanted, backend: _empty_gradients(features, wanted),
+)
+
+
+class Statistics(torch.autograd.Function):
+    """(backend, *features [M, D]) -> statistics [3, K, D], pair_sums [K, K], inverse_norms [K, M]."""
+
+    @staticmethod
+    def forward(backend: str, *features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return forward_op(list(features), False, backend)[:3]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.backend, *features = inputs
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(output[2], *features)
+        ctx.save_for_forward(output[2], *features)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_statistics: Tensor, grad_pair_sums: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        inverse_norms, *features = ctx.saved_tensors
+        wanted = [k for k, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
+        grads = backward_op(features, inverse_norms, grad_statistics, grad_pair_sums, [], wanted, ctx.backend)
+        result: list[Tensor | None] = [None] * (1 + len(features))
+        for k, grad in zip(wanted, grads, strict=True):
+            result[1 + k] = grad
+        return tuple(result)
+
+
+class StatisticsWithTangent(Statistics):
+    """The same with a forward-mode rule in plain tensor operations; the compiler refuses functions that have one."""
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, Tensor, None]:
+        inverse_norms, *features = ctx.saved_tensors
+        return *tangent(features, inverse_norms, tangents), None
+
+
+def tangent(
+    features: Sequence[Tensor], inverse_norms: Tensor, tangents: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """Directional derivative of (statistics, pair_sums) at features [M, D] along tangents [M, D] (None: zero)."""
+    columns, directions, turns = [], [], []
+    for feature, inverse, change in zip(features, inverse_norms, tangents, strict=True):
+        x = feature.to(inverse_norms.dtype)
+        dx = torch.zeros_like(x) if change is None else change.to(x.dtype)
+        columns.append(torch.stack([dx.sum(0), (x.sign() * dx).sum(0), 2 * (x * dx).sum(0)]))
+        direction = x * inverse[:, None]
+        along = torch.where(inverse[:, None] < 1 / EPS, (dx * direction).sum(1, keepdim=True), 0)
+        directions.append(direction.flatten())
+        turns.append(((dx - along * direction) * inverse[:, None]).flatten())
+    with torch.autocast(features[0].device.type, enabled=False):
+        half = torch.stack(turns) @ torch.stack(directions).T
+    return torch.stack(columns, 1), half + half.T
+
+
+def statistics(backend: str, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Differentiable statistics [3, K, D] and pair_sums [K, K] of features [M, D], in both modes of differentiation."""
+    function = Statistics if torch.compiler.is_compiling() else StatisticsWithTangent
+    sums, pair_sums, _ = function.apply(backend, *features)
+    return sums, pair_sums

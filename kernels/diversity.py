@@ -1,0 +1,277 @@
+r"""Diversity statistics of K block features x_k [M, D] and their gradient, from one address table and no copies.
+
+Forward, for tokens i, channels d, with y = x / max(|x|, 1e-8) per token:
+
+    S_kd = sum_i x,   A_kd = sum_i |x|,   Q_kd = sum_i x^2,   C_kl = sum_i y_ki . y_li,   r_ki = 1 / max(|x_ki|, 1e-8).
+
+`block_sums` reads each row once: norms and the three channel sums. `pair_sums` takes the Gram matrix of one token's
+K raw rows on tensor cores (products of 16-bit values are exact in float32), scales entry (k, l) by r_k r_l and adds up
+tokens. Scaling after the product spares the rounding of y to 16 bits. Blocks whose types differ, and float32 blocks,
+use three TF32 products per product, which keeps float32 accuracy.
+
+Backward. With G = dL/dC let H = G + G^T and v_k = sum_l H_kl y_l. Since dy/dx = r (I - y y^T), and r is constant where
+the norm is below the floor,
+
+    dx_k = upstream + dL/dS + dL/dA sgn(x) + 2 dL/dQ x + r_k (v_k - p_k y_k),
+    p_k = v_k . y_k = sum_l H_kl (y_k . y_l), or 0 below the floor.
+
+p needs whole rows and no elementwise gradient: `projections` takes it from the same Gram matrices. What is left needs
+no whole row, so `gradients` may own a strip of channels and keep the strip's K x STRIP gradients of S, A, Q in
+registers over its tokens. Both read only the blocks that matter: the wanted ones and those that H joins with them. A
+single wanted block (a tap) takes `row_gradients` instead: its whole row, its partners' rows, one write.
+
+Bits. The order of every sum is part of the definition: CHUNK tokens per partial channel sum, GROUP tokens per partial
+pair sum, the width and warp count of a row reduction, channels in steps of the tensor core's inner size, then
+ordered_sum. Configurations hold only what cannot change a bit.
+
+Source: DiverseDiT (arXiv 2603.04239), Eq. 9-15; gradient derived here.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from dit_fast.kernels import unavailable as unavailable
+from dit_fast.kernels.aot import Case
+from dit_fast.kernels.diversity_gradients import gradients, projections, row_gradients
+from dit_fast.kernels.diversity_sums import block_sums, pair_sums
+from dit_fast.kernels.ordered_sum import ordered_sum
+from dit_fast.kernels.tables import address_table, is_aligned
+
+MAX_BLOCKS = 32
+MAX_WIDTH = 4096
+CHUNK = 256  # tokens per partial channel sum
+STEP = 4  # tokens whose rows are in flight together
+GROUP = 16  # tokens per partial pair sum
+STRIP = {"bf16": 128, "fp16": 128, "fp32": 32, "mixed": 32}  # channels per product in a Gram matrix
+GRADIENT_TOKENS = 64
+ROW_STEP = 2  # rows in flight where a program owns whole rows of several tensors
+ROW_TOKENS = 16
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class Config(NamedTuple):
+    """Launch options, none of which changes a bit of the result."""
+
+    pair_warps: int
+    pair_stages: int
+    gradient_warps: int
+    gradient_stages: int
+    gradient_strip: int
+
+
+# (rows of the Gram matrix, type of the features); one table until a measurement separates the architectures.
+_CONFIGS = {
+    (16, "bf16"): Config(2, 4, 4, 3, 64),
+    (16, "fp16"): Config(2, 4, 4, 3, 64),
+    (16, "fp32"): Config(2, 3, 4, 3, 64),
+    (16, "mixed"): Config(2, 3, 4, 3, 64),
+    # 4 warps of 150 registers: three programs on a multiprocessor, where 8 warps on 64 channels leave room for one.
+    (32, "bf16"): Config(4, 4, 4, 3, 32),
+    (32, "fp16"): Config(4, 4, 4, 3, 32),
+    (32, "fp32"): Config(4, 3, 4, 3, 32),
+    (32, "mixed"): Config(4, 3, 4, 3, 32),
+}
+CONFIGS = {80: _CONFIGS, 90: _CONFIGS}
+
+
+def supports(features: Sequence[Tensor]) -> list[str]:
+    """Why these features [M, D] cannot go through the kernels; empty if they can."""
+    reasons = []
+    if len(features) > MAX_BLOCKS:
+        reasons.append(f"{len(features)} blocks are more than {MAX_BLOCKS}")
+    if features[0].shape[-1] > MAX_WIDTH:
+        reasons.append(f"width {features[0].shape[-1]} is more than {MAX_WIDTH}")
+    for dtype in sorted({str(feature.dtype) for feature in features if feature.dtype not in _TYPES}):
+        reasons.append(f"{dtype} is not float32, bfloat16 or float16")
+    if any(feature.stride(-1) != 1 and feature.shape[-1] > 1 for feature in features):
+        reasons.append("the last dimension is not contiguous")
+    return reasons
+
+
+class _Plan(NamedTuple):
+    """What the launches of one call share."""
+
+    config: Config
+    kind: str
+    constants: dict[str, object]
+    masks: tuple[int, int]  # bit k: block k is float32, is float16
+
+
+def _plan(features: Sequence[Tensor], touched: list[Tensor]) -> _Plan:
+    kinds = [_TYPES[feature.dtype] for feature in features]
+    kind = kinds[0] if len(set(kinds)) == 1 else "mixed"
+    arch = 80
+    if features[0].is_cuda and torch.cuda.get_device_capability(features[0].device) >= (9, 0):
+        arch = 90
+    blocks, width = len(features), features[0].shape[1]
+    return _Plan(
+        CONFIGS[arch][_padded_rows(blocks), kind],
+        kind,
+        {"BLOCKS": blocks, "WIDTH": width, "TYPE": kind, "ALIGNED": is_aligned(touched)},
+        (
+            sum(1 << k for k, each in enumerate(kinds) if each == "fp32"),
+            sum(1 << k for k, each in enumerate(kinds) if each == "fp16"),
+        ),
+    )
+
+
+def _padded_rows(blocks: int) -> int:
+    return 16 if blocks <= 16 else 32
+
+
+def _block_options(width: int) -> dict[str, int]:
+    """Padded row and warps: functions of the width alone, because they order the sum over a row."""
+    padded = max(128, triton.next_power_of_2(width))
+    return {"PADDED": padded, "CHUNK": CHUNK, "STEP": STEP, "num_warps": max(1, padded // 256), "num_stages": 1}
+
+
+def _row_options(width: int, upstream: bool) -> dict[str, int]:
+    padded = max(128, triton.next_power_of_2(width))
+    return {
+        "PADDED": padded,
+        "STEP": ROW_STEP,
+        "TOKENS": ROW_TOKENS,
+        "UPSTREAM": upstream,
+        "UPCAST": triton.knobs.runtime.interpret,
+        "num_warps": max(1, padded // 256),
+        "num_stages": 1,
+    }
+
+
+def _pair_options(blocks: int, kind: str, config: Config) -> dict[str, int]:
+    return {
+        "ROWS": _padded_rows(blocks),
+        "STRIP": STRIP[kind],
+        "GROUP": GROUP,
+        "UPCAST": triton.knobs.runtime.interpret,
+        "num_warps": config.pair_warps,
+        "num_stages": config.pair_stages,
+    }
+
+
+def _gradient_options(blocks: int, config: Config, upstream: bool) -> dict[str, int]:
+    return {
+        "ROWS": _padded_rows(blocks),
+        "UPCAST": triton.knobs.runtime.interpret,
+        "STRIP": config.gradient_strip,
+        "TOKENS": GRADIENT_TOKENS,
+        "UPSTREAM": upstream,
+        "num_warps": config.gradient_warps,
+        "num_stages": config.gradient_stages,
+    }
+
+
+def forward(features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """statistics [3, K, D] (sums of x, |x|, x^2), pair_sums [K, K], inverse_norms [K, M], all float32.
+
+    features: K <= 32 tensors [M, D] with contiguous rows, any row stride; float32, bfloat16 or float16, which may
+    differ between blocks. Two reads of every feature.
+    """
+    features = list(features)
+    plan, device = _plan(features, features), features[0].device
+    blocks, (tokens, width) = len(features), features[0].shape
+    addresses, strides = address_table(features)
+
+    inverse_norms = torch.empty(blocks, tokens, device=device)
+    chunks = triton.cdiv(tokens, CHUNK)
+    partials = torch.empty(chunks, 3 * blocks * width, device=device)
+    block_sums[(blocks, chunks)](
+        addresses, strides, partials, inverse_norms, tokens, *plan.masks,
+        **plan.constants, **_block_options(width), enable_fp_fusion=True,
+    )  # fmt: skip
+    statistics = ordered_sum(partials).view(3, blocks, width)
+
+    pair_options = _pair_options(blocks, plan.kind, plan.config)
+    groups = triton.cdiv(tokens, GROUP)
+    pair_partials = torch.empty(groups, blocks * blocks, device=device)
+    pair_sums[(groups,)](
+        addresses, strides, inverse_norms, pair_partials, tokens, *plan.masks,
+        **plan.constants, **pair_options, enable_fp_fusion=True,
+    )  # fmt: skip
+    return statistics, ordered_sum(pair_partials).view(blocks, blocks), inverse_norms
+
+
+def backward(
+    features: Sequence[Tensor],
+    inverse_norms: Tensor,
+    grad_statistics: Tensor,
+    grad_pair_sums: Tensor,
+    upstream: Sequence[Tensor],
+    wanted: Sequence[int],
+) -> list[Tensor]:
+    """One gradient [M, D] per wanted block, contiguous, in the block's type.
+
+    inverse_norms [K, M] from `forward`; grad_statistics [3, K, D]; grad_pair_sums [K, K], any matrix. upstream:
+    nothing, or one tensor [M, D] per wanted block, which is added in float32 before the one rounding.
+    """
+    features = list(features)
+    blocks, (tokens, width) = len(features), features[0].shape
+    grads = [torch.empty(features[k].shape, dtype=features[k].dtype, device=features[k].device) for k in wanted]
+    above = [_contiguous_rows(x.to(features[k].dtype)) for k, x in zip(wanted, upstream, strict=bool(upstream))]
+    grad_statistics, grad_pair_sums = grad_statistics.float().contiguous(), grad_pair_sums.float().contiguous()
+
+    if len(wanted) == 1:
+        touched = features + grads + above
+        plan, tables = _plan(features, touched), address_table(touched)
+        row_gradients[(triton.cdiv(tokens, ROW_TOKENS),)](
+            *tables, inverse_norms, grad_statistics, grad_pair_sums, tokens, wanted[0], *plan.masks,
+            **plan.constants, **_row_options(width, bool(upstream)), enable_fp_fusion=True,
+        )  # fmt: skip
+        return grads
+
+    # Blocks that are not wanted need an entry in the tables, which is never followed.
+    results, upper = features.copy(), features.copy()
+    for place, k in enumerate(wanted):
+        results[k] = grads[place]
+        upper[k] = above[place] if above else features[k]
+    touched = features + results + (upper if above else [])
+    plan, tables = _plan(features, touched), address_table(touched)
+    mask = sum(1 << k for k in wanted)
+    projected = torch.empty_like(inverse_norms)
+    projections[(triton.cdiv(tokens, GROUP),)](
+        *tables, inverse_norms, grad_pair_sums, projected, tokens, mask, *plan.masks,
+        **plan.constants, **_pair_options(blocks, plan.kind, plan.config), enable_fp_fusion=True,
+    )  # fmt: skip
+    gradients[(triton.cdiv(width, plan.config.gradient_strip), triton.cdiv(tokens, GRADIENT_TOKENS))](
+        *tables, inverse_norms, projected, grad_statistics, grad_pair_sums, tokens, mask, *plan.masks,
+        **plan.constants, **_gradient_options(blocks, plan.config, bool(upstream)), enable_fp_fusion=True,
+    )  # fmt: skip
+    return grads
+
+
+def _contiguous_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def aot_cases(arch: int) -> list[Case]:
+    """Widths and depths of SiT-B, L and XL, and one block alone; types in rotation to keep the compile time down."""
+    shapes = [(12, 768, "bf16"), (24, 1024, "fp16"), (28, 1152, "bf16"), (28, 1152, "fp32"), (28, 1152, "mixed")]
+    return [case for shape in shapes for case in _cases(arch, *shape)]
+
+
+def _cases(arch: int, blocks: int, width: int, kind: str) -> list[Case]:
+    config = CONFIGS[arch][_padded_rows(blocks), kind]
+    shared = {"BLOCKS": blocks, "WIDTH": width, "TYPE": kind, "ALIGNED": True}
+    pair = _pair_options(blocks, kind, config)
+    plans = [
+        (block_sums, "", _block_options(width), {"wide_stores": True}),
+        (pair_sums, "", pair, {"dots": True}),
+        (projections, "", pair, {"dots": True}),
+        (gradients, "", _gradient_options(blocks, config, False), {"dots": True, "wide_stores": True}),
+        (gradients, " upstream", _gradient_options(blocks, config, True), {"dots": True, "wide_stores": True}),
+        (row_gradients, " upstream", _row_options(width, True), {"wide_stores": True}),
+    ]
+    types = {"addresses": "*i64", "strides": "*i64", "tokens": "i32"}
+    types |= dict.fromkeys(("wanted", "block", "wide_blocks", "half_blocks"), "i64")
+    cases = []
+    for kernel, suffix, options, expected in plans:
+        launch = {name: value for name, value in options.items() if name.islower()}
+        constants = {name: value for name, value in (shared | options).items() if name in kernel.arg_names}
+        signature = {name: types.get(name, "*fp32") for name in kernel.arg_names if name not in constants}
+        name = f"K={blocks} D={width} {kind}{suffix}"
+        cases.append(Case(kernel, name, signature, constants, launch, unaligned=tuple(types)[3:], **expected))
+    return cases

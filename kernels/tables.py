@@ -1,0 +1,53 @@
+"""Addresses of many tensors in one device table, so that a kernel reads K separate tensors without a copy.
+
+The table is written by a kernel from its own arguments. A host-to-device copy would do it too, but its source must
+outlive a captured graph, while arguments are part of the launch.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_fast.kernels.aot import Case
+
+
+@triton.jit
+def write_table(addresses, strides, tensors, numbers, COUNT: tl.constexpr):
+    """addresses, strides int64 [COUNT] from a tuple of tensors and a tuple of integers."""
+    for i in tl.static_range(COUNT):
+        tl.store(addresses + i, tensors[i].to(tl.int64))
+        tl.store(strides + i, numbers[i])
+
+
+def address_table(tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Addresses and row strides in bytes of tensors [M, D], int64 on their device, without waiting for it."""
+    count = len(tensors)
+    addresses = torch.empty(count, dtype=torch.int64, device=tensors[0].device)
+    strides = torch.empty_like(addresses)
+    numbers = tuple(tensor.stride(0) * tensor.element_size() for tensor in tensors)
+    options = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
+    write_table[(1,)](addresses, strides, tuple(tensors), numbers, COUNT=count, **options)
+    return addresses, strides
+
+
+def is_aligned(tensors: list[Tensor], multiple: int = 16) -> bool:
+    """Whether every row of every tensor [M, D] starts at a multiple of this many bytes."""
+    return all(
+        tensor.data_ptr() % multiple == 0 and tensor.stride(0) * tensor.element_size() % multiple == 0
+        for tensor in tensors
+    )
+
+
+def aot_cases(arch: int) -> list[Case]:
+    return [
+        Case(
+            write_table,
+            f"tensors={count}",
+            {"addresses": "*i64", "strides": "*i64", "tensors": ("*bf16",) * count, "numbers": ("i64",) * count},
+            {"COUNT": count},
+            {"num_warps": 1, "num_stages": 1},
+            wide_loads=False,
+        )
+        for count in (28, 84)
+    ]

@@ -1,0 +1,201 @@
+"""A small run of every benchmark, the file it leaves, and what the report makes of it."""
+
+import copy
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dit_fast.benchmarks import report
+from dit_fast.benchmarks.__main__ import main
+from dit_fast.benchmarks.cases import BENCHMARKS, Case, Setting, Side, Target, Work
+from dit_fast.benchmarks.ceilings import Ceilings
+from dit_fast.benchmarks.gate import RedGate
+from dit_fast.benchmarks.measure import measure_case
+from dit_fast.benchmarks.results import check, load_all, save
+from dit_fast.benchmarks.run import _judged, run
+from dit_fast.errors import UserError
+
+
+def numbers(value):
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from numbers(item)
+    elif isinstance(value, float | int):
+        yield value
+
+
+@pytest.fixture(scope="module")
+def folder(small, open_gate, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    path = run("diversity_loss", small, folder, budget=0.1, say=lambda line: None)
+    assert path == folder / "cpu" / "diversity_loss.json"
+    return folder
+
+
+@pytest.fixture
+def result(folder):
+    return json.loads((folder / "cpu" / "diversity_loss.json").read_text())
+
+
+def test_file_says_what_was_measured_where_and_against_what(result):
+    check(result)
+    assert result["device"]["slug"] == "cpu"
+    assert result["device"]["threads"] == 1
+    assert result["versions"].keys() >= {"python", "torch", "triton", "dit_fast"}
+    assert result["gate"]["passed"] == 3
+    assert result["commit"] is None or len(result["commit"]) == 40
+    assert result["ceilings"]["copy_bytes_per_s"] > 1e8
+    assert all(math.isfinite(number) for number in numbers(result))
+    case = result["cases"][0]
+    assert case["shape"] == {"blocks": 6, "batch": 2, "tokens": 256, "width": 160}
+    assert case["baseline"] == "published"
+    assert max(error for errors in case["errors"].values() for error in errors.values()) < 1e-4
+    both = case["parts"]["forward_backward"]
+    elements = 6 * 2 * 256 * 160
+    for part, passes in (("forward", 1), ("backward", 2), ("forward_backward", 3)):
+        assert {side["bytes"] for side in case["parts"][part]["sides"].values()} == {4 * passes * elements}
+    ten, all_pairs = (both["sides"][f"dit_fast, {which} pairs"]["flops"] for which in ("same 10", "all 15"))
+    assert all_pairs - ten == 6 * 5 * elements // 6
+    for name, side in both["sides"].items():
+        assert len(side["samples_s"]) >= 3
+        assert side["bytes_per_s"] == pytest.approx(side["bytes"] / side["median_s"], rel=1e-4)
+        parts = (case["parts"][part]["sides"][name]["samples_s"] for part in ("forward", "backward"))
+        assert side["samples_s"] == pytest.approx([sum(pair) for pair in zip(*parts, strict=True)], rel=1e-4)
+    assert both["sides"]["published"]["speedup"] == 1
+
+
+def test_costs_are_of_the_right_size(result):
+    costs = result["cases"][0]["costs"]
+    features = 6 * 2 * 256 * 160 * 4
+    ours, published = costs["dit_fast, all 15 pairs"], costs["published"]
+    assert features <= ours["peak_memory_bytes"] < published["peak_memory_bytes"]
+    assert "traffic_bytes" not in ours
+    assert published["traffic_bytes"] > 100 * features
+    assert ours["host_waits"] == 0
+    # 4 tests for each of ten pairs and two terms, 2 for each of six blocks, 3 of the total
+    assert published["host_waits"] == 10 * 4 * 2 + 6 * 2 + 3
+    assert costs["published, without checks"]["host_waits"] == 0
+
+
+def test_incomplete_results_are_refused_by_name(result, tmp_path):
+    for path, message in (
+        (("commit",), "lacks 'commit'"),
+        (("cases", 0, "costs"), "case lacks 'costs'"),
+        (("cases", 0, "parts", "forward", "sides", "published", "samples_s"), "forward, published lacks 'samples_s'"),
+    ):
+        broken = copy.deepcopy(result)
+        inner = broken
+        for key in path[:-1]:
+            inner = inner[key]
+        del inner[path[-1]]
+        with pytest.raises(UserError, match=message):
+            save(broken, tmp_path)
+    with pytest.raises(UserError, match="schema 99"):
+        check({**result, "schema": 99})
+
+
+def test_saved_is_what_was_measured_with_short_lists_on_one_line(result, tmp_path):
+    path = save(result, tmp_path / "again")
+    assert json.loads(path.read_text()) == result
+    assert any(
+        line.strip().startswith('"samples_s": [') and line.count(",") > 2 for line in path.read_text().splitlines()
+    )
+    (tmp_path / "again" / "cpu" / "suite.json").write_text('{"parts": []}')
+    assert load_all(tmp_path / "again") == [result]
+    (tmp_path / "again" / "cpu" / "bad.json").write_text("{")
+    with pytest.raises(UserError, match=r"bad\.json is not JSON"):
+        load_all(tmp_path / "again")
+
+
+def test_targets_are_judged_both_ways():
+    cases = [{"value": 4.0}]
+    for wanted, at_most, met in ((3, False, True), (5, False, False), (5, True, True), (3, True, False)):
+        target = Target("t", wanted, lambda found: found[0]["value"], at_most)
+        assert _judged(target, cases)["met"] is met
+    assert _judged(Target("t", 1, lambda found: None), cases)["met"] is None
+
+
+def test_every_target_names_a_case_and_a_side_that_exist():
+    for benchmark in BENCHMARKS.values():
+        for device, targets in benchmark.targets.items():
+            sides = {
+                case.name: {side.name for side in case.sides} for case in benchmark.cases(Setting(torch.device(device)))
+            }
+            everything = [
+                {"name": name, "parts": {"forward_backward": {"sides": {side: {"speedup": 1.0} for side in names}}}}
+                for name, names in sides.items()
+            ]
+            assert all(target.measure(everything) == 1.0 for target in targets)
+
+
+@pytest.mark.parametrize("name", ["long_skip", "adaln"])
+def test_other_ops(name, small, open_gate, tmp_path):
+    check(json.loads(run(name, small, tmp_path, budget=0.1, say=lambda line: None).read_text()))
+
+
+def test_whole_step(small, open_gate, tmp_path):
+    lines = []
+    found = json.loads(run("step", small, tmp_path, budget=0.1, say=lines.append).read_text())
+    check(found)
+    (case,) = found["cases"]
+    sides = case["parts"]["step"]["sides"]
+    assert list(sides) == ["as published", "dit_fast, all pairs", "dit_fast, no diversity loss"]
+    for side in sides.values():
+        assert side["samples_per_s"] == pytest.approx(2 / side["median_s"], rel=1e-4)
+        assert 0 < side["mfu"] < 1
+    assert list(case["parts"]["diversity_loss"]["sides"]) == ["diversity loss alone"]
+    assert any("samples/s, MFU" in line for line in lines)
+
+
+def test_a_compiled_side_that_is_wrong_or_breaks_is_left_out_with_the_reason(small):
+    def broken(inputs):
+        raise RuntimeError("no compiler\nhere")
+
+    sides = (
+        Side("eager", lambda x: (x[0].square(),)),
+        Side("wrong", lambda x: (1.01 * x[0].square(),), compiled=True),
+        Side("broken", broken, compiled=True),
+    )
+    work = Work(4, 1)
+    case = Case("c", "fp32", {}, lambda g: (torch.randn(5, requires_grad=True),), sides, work, work, (1e-5, 1e-4))
+    ceilings = Ceilings(1e9, 1e9, {"fp32": 1e9})
+    found = measure_case(case, small, ceilings, 0.0)
+    assert list(found["parts"]["forward"]["sides"]) == ["eager"]
+    assert found["skipped"]["broken"] == "no compiler"
+    assert "outputs of 'wrong' are off" in found["skipped"]["wrong"]
+    with pytest.raises(RedGate):
+        measure_case(replace(case, sides=(sides[0], replace(sides[1], compiled=False))), small, ceilings, 0.0)
+
+
+def test_no_time_leaves_cases_out_and_says_so(small, open_gate, tmp_path):
+    found = json.loads(run("adaln", small, tmp_path, budget=0.0, say=lambda line: None).read_text())
+    assert len(found["cases"]) == 1
+    assert found["left_out"] == ["gate_residual, Nano/2 b2 fp32", "gate_residual_modulate, Nano/2 b2 fp32"]
+
+
+def test_report_prints_tables_and_draws_the_roofline(result, folder, capsys):
+    report.report(folder)
+    printed = capsys.readouterr().out
+    assert "## diversity_loss on " in printed
+    assert "| Nano/2 b2 fp32 | forward_backward | dit_fast, all 15 pairs |" in printed
+    assert (folder / "cpu" / "roofline.png").read_bytes()[:4] == b"\x89PNG"
+    axes = report.roofline([result]).axes[0]
+    both = result["cases"][0]["parts"]["forward_backward"]
+    drawn = {(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if len(line.get_xdata()) == 1}
+    assert {(side["flops"] / side["bytes"], side["flops_per_s"]) for side in both["sides"].values()} <= drawn
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["adalm"], "unknown benchmark 'adalm'; valid: diversity_loss, long_skip, adaln, step, all, report"),
+        (["adaln", "--device", "tpu"], "--device tpu is unknown"),
+        (["report", "--out", "/nonexistent"], "no results in /nonexistent"),
+    ],
+)
+def test_errors_of_use_are_one_line(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err

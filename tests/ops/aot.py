@@ -1,0 +1,199 @@
+"""Compile every kernel and shipped configuration for GPUs that are not here, and read the machine code.
+
+    python tests/ops/aot.py            compile, print what differs from tests/ops/aot_lock.json
+    python tests/ops/aot.py --write    compile and write the lock
+
+Each Triton version runs in a process of its own from .cache/triton-<version> (see install_triton.py); one process may
+not hold two. docs/kernel-proofs.md explains the gates.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+LOCK = Path(__file__).with_name("aot_lock.json")
+SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes one block can have
+TARGETS = tuple(SHARED_LIMIT)
+
+# Machine instructions that the gates and a reader of the lock's diff care about.
+_INSTRUCTIONS = {
+    "tensor_core_warp": r"\bHMMA\.",
+    "tensor_core_warpgroup": r"\bHGMMA\.",
+    "load_128": r"\b(?:LDG|LDGSTS)\.[\w.]*\b128\b",
+    "load_64": r"\b(?:LDG|LDGSTS)\.[\w.]*\b64\b",
+    "load_16": r"\bLDG\.[\w.]*\b[US]16\b",
+    "store_128": r"\bSTG\.[\w.]*\b128\b",
+    "store_16": r"\bSTG\.[\w.]*\b[US]16\b",
+    "atomic": r"\b(?:ATOM|ATOMG|RED)\.",
+    "local_memory": r"\b(?:LDL|STL)\b",
+}
+
+
+def kernel_modules() -> list[str]:
+    return sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if "def aot_cases(" in path.read_text())
+
+
+def compile_case(case, arch: int) -> dict:
+    """One lock entry."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, attributes = {}, {}
+    for place, name in enumerate(case.kernel.arg_names):
+        kind = case.signature.get(name, "constexpr")
+        signature[name] = kind
+        if kind == "constexpr" or name in case.unaligned:
+            continue
+        paths = [(place, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(place,)]
+        attributes |= {path: [["tt.divisibility", 16]] for path in paths}
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=dict(case.constants), attrs=attributes)
+    triton.knobs.nvidia.dump_ptxas_log = True
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        options = {"enable_fp_fusion": True, **case.options}
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return {
+        "kernel": f"{case.kernel.fn.__module__.rsplit('.', 1)[-1]}.{case.kernel.__name__}",
+        "configuration": f"{case.configuration} "
+        + " ".join(f"{name.removeprefix('num_')}={value}" for name, value in sorted(case.options.items())),
+        "triton": triton.__version__,
+        "target": f"sm_{arch}",
+        "registers": _number(r"Used (\d+) registers", log.getvalue()),
+        "spill_bytes": _number(r"(\d+) bytes spill stores", log.getvalue())
+        + _number(r"(\d+) bytes spill loads", log.getvalue()),
+        "stack_bytes": _number(r"(\d+) bytes stack frame", log.getvalue()),
+        "shared_bytes": compiled.metadata.shared,
+        "instructions": _instructions(compiled.asm["cubin"]),
+    }
+
+
+def _number(pattern: str, log: str) -> int:
+    (value,) = re.findall(pattern, log)  # one kernel, one line: anything else is a change of ptxas to look at
+    return int(value)
+
+
+def _instructions(cubin: bytes) -> dict[str, int]:
+    import triton
+
+    nvdisasm = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        listing = subprocess.run([nvdisasm, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    counts: Counter[str] = Counter()
+    for line in listing.splitlines():
+        if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line):
+            counts["all"] += 1
+            counts.update(name for name, pattern in _INSTRUCTIONS.items() if re.search(pattern, line))
+    return dict(sorted(counts.items()))
+
+
+def gate(entry: dict, case) -> list[str]:
+    """Reasons why this machine code may not be shipped."""
+    found, arch = Counter(entry["instructions"]), int(entry["target"].removeprefix("sm_"))
+    reasons = []
+    if entry["spill_bytes"]:
+        reasons.append(f"{entry['spill_bytes']} bytes of spills")
+    # A spilled kernel can show few registers and no spill, but then it has a stack.
+    if entry["stack_bytes"] or found["local_memory"]:
+        reasons.append(f"{entry['stack_bytes']} bytes of stack")
+    if entry["shared_bytes"] > SHARED_LIMIT[arch]:
+        reasons.append(f"{entry['shared_bytes']} bytes of shared memory, the limit is {SHARED_LIMIT[arch]}")
+    if case.dots and not found["tensor_core_warp"] + found["tensor_core_warpgroup"]:
+        reasons.append("a dot without tensor-core instructions")
+    if case.wide_loads and not found["load_128"]:
+        reasons.append("no 128-bit loads")
+    if case.wide_loads and found["load_16"]:
+        reasons.append(f"{found['load_16']} loads of 16 bits")
+    if case.wide_stores and (not found["store_128"] or found["store_16"]):
+        reasons.append(f"{found['store_128']} stores of 128 bits, {found['store_16']} of 16 bits")
+    if found["atomic"]:
+        reasons.append("atomic operations, whose order is not defined")
+    return [f"{entry['kernel']} [{entry['configuration']}] {entry['target']} {entry['triton']}: {r}" for r in reasons]
+
+
+def _worker() -> None:
+    """All entries of the Triton in this process's path, as JSON on stdout."""
+    entries, reasons = [], []
+    for name in kernel_modules():
+        module = importlib.import_module(f"dit_fast.kernels.{name}")
+        for arch in TARGETS:
+            for case in module.aot_cases(arch):
+                entry = compile_case(case, arch)
+                entries.append(entry)
+                reasons += gate(entry, case)
+    json.dump({"entries": entries, "reasons": reasons}, sys.stdout)
+
+
+def compile_all() -> tuple[list[dict], list[str]]:
+    """Lock entries, sorted, and the reasons of every gate that did not pass; the versions run side by side."""
+    from install_triton import VERSIONS, folder
+
+    with tempfile.TemporaryDirectory() as cache:
+        workers = []
+        for version in VERSIONS:
+            environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+            environment |= {
+                "PYTHONPATH": str(folder(version)),
+                "TRITON_CACHE_DIR": f"{cache}/{version}",
+                "OMP_NUM_THREADS": "1",
+            }
+            command = [sys.executable, __file__, "--worker"]
+            workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+        outputs = [worker.communicate()[0] for worker in workers]
+    if any(worker.returncode for worker in workers):
+        raise RuntimeError("a kernel did not compile; the compiler's message is above")
+    parsed = [json.loads(output) for output in outputs]
+    entries = [entry for each in parsed for entry in each["entries"]]
+    return sorted(entries, key=_key), [reason for each in parsed for reason in each["reasons"]]
+
+
+def _key(entry: dict) -> tuple[str, ...]:
+    return tuple(entry[name] for name in ("kernel", "configuration", "triton", "target"))
+
+
+def differences(entries: list[dict], locked: list[dict]) -> list[str]:
+    """One line per entry or field that the lock and the compiled code do not share."""
+    ours, theirs = {_key(entry): entry for entry in entries}, {_key(entry): entry for entry in locked}
+    lines = [f"{' '.join(key)}: not in the lock" for key in sorted(ours.keys() - theirs.keys())]
+    lines += [f"{' '.join(key)}: in the lock, but no longer compiled" for key in sorted(theirs.keys() - ours.keys())]
+    for key in sorted(ours.keys() & theirs.keys()):
+        changed = [name for name in ours[key] if ours[key][name] != theirs[key].get(name)]
+        lines += [f"{' '.join(key)}: {name} {theirs[key].get(name)} -> {ours[key][name]}" for name in changed]
+    return lines
+
+
+def render(entries: list[dict]) -> str:
+    """One entry per line, so that a diff shows what a change of a kernel did to its machine code."""
+    return "[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="write the lock")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        _worker()
+        return 0
+    entries, reasons = compile_all()
+    if arguments.write and not reasons:
+        LOCK.write_text(render(entries))
+    lines = reasons + ([] if arguments.write else differences(entries, json.loads(LOCK.read_text())))
+    print("\n".join(lines) or f"{len(entries)} compilations pass every gate")
+    return bool(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""Install the Triton versions that the kernels are proved on, each in a folder of its own: .cache/triton-<version>.
+
+They cannot share an environment with each other, and 3.6.0's interpreter needs numpy < 2.4. Put a folder first on
+PYTHONPATH to use it.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+VERSIONS = {"3.6.0": ["numpy<2.4"], "3.9.0": []}  # that of the GPU machines, and a current one
+
+
+def folder(version: str) -> Path:
+    """Where a version lies; installs it if it is absent. Raises CalledProcessError if pip cannot."""
+    target = ROOT / ".cache" / f"triton-{version}"
+    if not (target / "triton").is_dir():
+        # Under another name until complete, so that an interrupted install is not taken for a version.
+        partial = target.with_name(f"{target.name}.{os.getpid()}")
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(partial)]
+        subprocess.run([*command, f"triton=={version}", *VERSIONS[version]], check=True)
+        partial.rename(target)
+    return target
+
+
+if __name__ == "__main__":
+    for name in VERSIONS:
+        print(folder(name))

@@ -1,0 +1,50 @@
+"""Kernels that others build on: the ordered sum, the address table, the generator."""
+
+import pytest
+import torch
+
+from dit_fast import philox
+from dit_fast.kernels import philox as kernel
+from dit_fast.kernels.ordered_sum import GROUP, ordered_sum
+from dit_fast.kernels.tables import address_table, is_aligned
+
+
+@pytest.mark.parametrize("rows", [1, GROUP, GROUP + 1, 3 * GROUP + 5])
+@pytest.mark.parametrize("columns", [1, 515])
+def test_rows_are_added_in_index_order(rows, columns):
+    partials = torch.randn(rows, columns) * 10.0 ** torch.randint(-6, 6, (rows, 1))
+    groups = []
+    for group in partials.double().split(GROUP):
+        total = torch.zeros(columns, dtype=torch.float64)
+        for row in group:
+            total = total + row
+        groups.append(total)
+    expected = torch.zeros(columns, dtype=torch.float64)
+    for total in groups:
+        expected = expected + total
+    assert torch.equal(ordered_sum(partials), expected.float())
+
+
+def test_the_table_holds_addresses_and_byte_strides():
+    buffer = torch.zeros(6, 40, dtype=torch.bfloat16)
+    tensors = [buffer[:, 8:16], buffer[1:, 3:5], torch.zeros(5, 7)]
+    addresses, strides = address_table(tensors)
+    assert addresses.tolist() == [tensor.data_ptr() for tensor in tensors]
+    assert strides.tolist() == [80, 80, 28]
+    assert [is_aligned([tensor]) for tensor in tensors] == [True, False, False]
+
+
+@pytest.mark.parametrize("seed", [0, 1234, 2**63 - 1, 2**63, 2**64 - 1])
+def test_generator_equals_its_torch_twin(seed):
+    positions = torch.tensor([0, 17, 2**32 - 1, 2**32, 2**62 + 12345])
+    for stream, count in ((0, 1), (7, 11), (2**31 - 1, 1030)):
+        shape = (count,)
+        assert torch.equal(
+            kernel.draw("words", seed, positions, stream, count), philox.uint32(seed, positions, stream, count)
+        )
+        assert torch.equal(
+            kernel.draw("uniform", seed, positions, stream, count), philox.uniform(seed, positions, stream, shape)
+        )
+        normals = kernel.draw("normal", seed, positions, stream, count)
+        # float32 logarithm, square root and series against float64 rounded to float32
+        torch.testing.assert_close(normals, philox.normal(seed, positions, stream, shape), rtol=1e-5, atol=1e-6)

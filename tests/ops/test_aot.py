@@ -1,0 +1,88 @@
+"""The machine code of every kernel, on two Triton versions and two architectures, is what the lock says it is."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import aot
+import pytest
+from install_triton import VERSIONS, folder
+
+FIELDS = {"kernel", "configuration", "triton", "target", "registers", "spill_bytes", "stack_bytes", "shared_bytes"}
+
+
+def test_machine_code_passes_the_gates_and_equals_the_lock():
+    entries, reasons = aot.compile_all()
+    assert not reasons, "\n".join(reasons)
+    changed = aot.differences(entries, json.loads(aot.LOCK.read_text()))
+    advice = "look at each line, then: python tests/ops/aot.py --write"
+    assert not changed, "\n".join([*changed, advice])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_whatever_is_launched_is_in_the_lock(version, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    environment |= {"PYTHONPATH": str(folder(version)), "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(aot.LOCK.with_name("launches.py"))]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+
+
+def test_lock_is_complete_and_sorted():
+    entries = json.loads(aot.LOCK.read_text())
+    assert entries == sorted(entries, key=aot._key)
+    assert all(entry.keys() == FIELDS | {"instructions"} for entry in entries)
+    assert {(e["triton"], e["target"]) for e in entries} == {(v, f"sm_{a}") for v in VERSIONS for a in aot.TARGETS}
+    assert aot.LOCK.read_text() == aot.render(entries)
+
+
+CLEAN = {
+    "kernel": "k",
+    "configuration": "c",
+    "triton": "3.9.0",
+    "target": "sm_80",
+    "spill_bytes": 0,
+    "stack_bytes": 0,
+    "shared_bytes": 166_912,
+    "instructions": {"tensor_core_warp": 4, "load_128": 2, "store_128": 1},
+}
+STRICT = SimpleNamespace(dots=True, wide_loads=True, wide_stores=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"target": "sm_90", "shared_bytes": 232_448}, None),
+        ({"shared_bytes": 166_913}, "shared memory"),
+        ({"spill_bytes": 8}, "spills"),
+        ({"stack_bytes": 16}, "stack"),
+        ({"instructions": CLEAN["instructions"] | {"local_memory": 1}}, "stack"),
+        ({"instructions": CLEAN["instructions"] | {"atomic": 1}}, "atomic"),
+        ({"instructions": CLEAN["instructions"] | {"load_16": 1}}, "16 bits"),
+        ({"instructions": CLEAN["instructions"] | {"tensor_core_warp": 0}}, "tensor-core"),
+        ({"instructions": CLEAN["instructions"] | {"load_128": 0}}, "128-bit loads"),
+        ({"instructions": CLEAN["instructions"] | {"store_128": 0}}, "stores"),
+    ],
+)
+def test_gate(change, reason):
+    found = aot.gate(CLEAN | change, STRICT)
+    assert [reason in line for line in found] == ([True] if reason else [])
+
+
+def test_differences_name_entry_and_field():
+    other = CLEAN | {"configuration": "d"}
+    assert aot.differences([CLEAN], [CLEAN]) == []
+    assert "not in the lock" in aot.differences([CLEAN, other], [CLEAN])[0]
+    assert "no longer compiled" in aot.differences([CLEAN], [CLEAN, other])[0]
+    assert "shared_bytes 166912 -> 3" in aot.differences([CLEAN | {"shared_bytes": 3}], [CLEAN])[0]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_folder_decides_which_triton_is_proved(version):
+    code = "import triton; print(triton.__version__)"
+    environment = os.environ | {"PYTHONPATH": str(folder(version))}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.stdout.strip() == version

@@ -1,0 +1,19 @@
+"""The long skip on every device at hand."""
+
+import pytest
+from devices import STREAM, TOLERANCE, D, check_no_wait, check_values_and_gradients, several
+
+from dit_fast import ops
+
+CASES = {"long_skip": (several(ops.long_skip), [STREAM, STREAM, (2 * D,), (2 * D,), (D, 2 * D), (D,)])}
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("name", list(CASES))
+def test_values_and_gradients(name, dtype, device):
+    check_values_and_gradients(*CASES[name], dtype, device)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_no_wait_for_the_device(name, device):
+    check_no_wait(*CASES[name], device)
