@@ -44,6 +44,8 @@ def arguments(shards, run, *overrides):
         "engine.global_batch": 8,
         "engine.micro_batch": 2,
         "preview.every": 0,
+        "optimizer.lr": 1e-3,
+        "optimizer.beta2": 0.99,
         "optimizer.warmup_steps": 3,
         "optimizer.ema_decay": 0.9,
     }
