@@ -13,9 +13,11 @@ from dit_fast.ops import diversity_loss
 
 
 def features(blocks=7, seed=0):
+    """Every third block points against the others, so that mean cosines have both signs."""
     generator = torch.Generator().manual_seed(seed)
     common = torch.randn(3, 11, 24, generator=generator)
-    return [(common + torch.randn(3, 11, 24, generator=generator)).requires_grad_() for _ in range(blocks)]
+    signs = [-1 if block % 3 == 2 else 1 for block in range(blocks)]
+    return [(sign * common + torch.randn(3, 11, 24, generator=generator)).requires_grad_() for sign in signs]
 
 
 @pytest.mark.parametrize("checks", [True, False])
