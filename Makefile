@@ -16,11 +16,11 @@ INSTALLED := $(VENV)/.installed
 EXTRAS := train,dev,diffusers,repa,twemoji
 CODE := dit_fast train kernels benchmarks examples
 
-.PHONY: help install native quickstart test test-long lint format clean
+.PHONY: help install native quickstart test test-long gpu-suite lint format clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
-	@echo "make native | test | test-long | lint | format | clean"
+	@echo "make native | test | test-long | gpu-suite | lint | format | clean"
 
 install: $(INSTALLED)
 
@@ -57,6 +57,11 @@ test: lint
 
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest -m long
+
+# On a GPU machine, with its own Python and no network: make gpu-suite [COMMIT=sha] [OUT=folder]
+gpu-suite:
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(PYTHON) -m dit_fast.benchmarks.gpu_suite $(if $(COMMIT),--commit '$(COMMIT)') $(if $(OUT),--out '$(OUT)')
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
