@@ -1,7 +1,8 @@
 """Compile every kernel and shipped configuration for GPUs that are not here, and read the machine code.
 
-    python tests/ops/aot.py            compile, print what differs from tests/ops/aot_lock.json
-    python tests/ops/aot.py --write    compile and write the lock
+    python tests/ops/aot.py                     compile, print what differs from tests/ops/aot_lock.json
+    python tests/ops/aot.py --write             compile and write the lock
+    python tests/ops/aot.py --only long_skip    the kernels of these files alone (also with --write)
 
 Each Triton version runs in a process of its own from .cache/triton-<version> (see install_triton.py); one process may
 not hold two. docs/kernel-proofs.md explains the gates.
@@ -34,7 +35,9 @@ _INSTRUCTIONS = {
     "load_16": r"\bLDG\.[\w.]*\b[US]16\b",
     "store_128": r"\bSTG\.[\w.]*\b128\b",
     "store_16": r"\bSTG\.[\w.]*\b[US]16\b",
+    "bulk_load": r"\bUTMALDG\b",
     "atomic": r"\b(?:ATOM|ATOMG|RED)\.",
+    "atomic_float": r"\b(?:ATOM|ATOMG|RED)\.[\w.]*(?:F16|BF16|F32|F64)",
     "local_memory": r"\b(?:LDL|STL)\b",
 }
 
@@ -112,21 +115,23 @@ def gate(entry: dict, case) -> list[str]:
         reasons.append(f"{entry['shared_bytes']} bytes of shared memory, the limit is {SHARED_LIMIT[arch]}")
     if case.dots and not found["tensor_core_warp"] + found["tensor_core_warpgroup"]:
         reasons.append("a dot without tensor-core instructions")
+    if case.bulk_loads and arch >= 90 and not (found["bulk_load"] and found["tensor_core_warpgroup"]):
+        reasons.append("no bulk copies into warp-group tensor-core instructions")
     if case.wide_loads and not found["load_128"]:
         reasons.append("no 128-bit loads")
     if case.wide_loads and found["load_16"]:
         reasons.append(f"{found['load_16']} loads of 16 bits")
     if case.wide_stores and (not found["store_128"] or found["store_16"]):
         reasons.append(f"{found['store_128']} stores of 128 bits, {found['store_16']} of 16 bits")
-    if found["atomic"]:
+    if found["atomic_float"] or (found["atomic"] and not case.ticket):
         reasons.append("atomic operations, whose order is not defined")
     return [f"{entry['kernel']} [{entry['configuration']}] {entry['target']} {entry['triton']}: {r}" for r in reasons]
 
 
-def _worker() -> None:
+def _worker(modules: list[str]) -> None:
     """All entries of the Triton in this process's path, as JSON on stdout."""
     entries, reasons = [], []
-    for name in kernel_modules():
+    for name in modules:
         module = importlib.import_module(f"dit_fast.kernels.{name}")
         for arch in TARGETS:
             for case in module.aot_cases(arch):
@@ -136,8 +141,11 @@ def _worker() -> None:
     json.dump({"entries": entries, "reasons": reasons}, sys.stdout)
 
 
-def compile_all() -> tuple[list[dict], list[str]]:
-    """Lock entries, sorted, and the reasons of every gate that did not pass; the versions run side by side."""
+def compile_all(modules: list[str] | None = None) -> tuple[list[dict], list[str]]:
+    """Lock entries, sorted, and the reasons of every gate that did not pass; the versions run side by side.
+
+    modules: names of kernel files, all of them by default.
+    """
     from install_triton import VERSIONS, folder
 
     with tempfile.TemporaryDirectory() as cache:
@@ -149,7 +157,7 @@ def compile_all() -> tuple[list[dict], list[str]]:
                 "TRITON_CACHE_DIR": f"{cache}/{version}",
                 "OMP_NUM_THREADS": "1",
             }
-            command = [sys.executable, __file__, "--worker"]
+            command = [sys.executable, __file__, "--worker", "--only", *(modules or kernel_modules())]
             workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
         outputs = [worker.communicate()[0] for worker in workers]
     if any(worker.returncode for worker in workers):
@@ -182,15 +190,20 @@ def render(entries: list[dict]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write the lock")
+    parser.add_argument("--only", nargs="+", metavar="MODULE", choices=kernel_modules(), help="names of kernel files")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        _worker()
+        _worker(arguments.only)
         return 0
-    entries, reasons = compile_all()
+    entries, reasons = compile_all(arguments.only)
+    locked, other = json.loads(LOCK.read_text()), []
+    if arguments.only:
+        other = [entry for entry in locked if entry["kernel"].split(".")[0] not in arguments.only]
+        locked = [entry for entry in locked if entry not in other]
     if arguments.write and not reasons:
-        LOCK.write_text(render(entries))
-    lines = reasons + ([] if arguments.write else differences(entries, json.loads(LOCK.read_text())))
+        LOCK.write_text(render(sorted([*other, *entries], key=_key)))
+    lines = reasons + ([] if arguments.write else differences(entries, locked))
     print("\n".join(lines) or f"{len(entries)} compilations pass every gate")
     return bool(lines)
 

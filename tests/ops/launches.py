@@ -2,12 +2,13 @@
 
 A driver that only knows its target stands in for the GPU, and a launch stops after compilation. The launcher's own
 path runs (argument specialisation, tuples, options), and what it asks for is compared with the ahead-of-time cases:
-a kernel or configuration outside of the lock is a finding.
+a kernel or configuration outside of the lock is a finding. What to launch stands in launched/, one script per op.
 """
 
+import runpy
 import sys
+from pathlib import Path
 
-import torch
 from aot import kernel_modules
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -53,34 +54,13 @@ def _key(kernel: JITFunction, constants: dict, options: dict) -> tuple:
     return kernel.fn.__qualname__, tuple(sorted(constants.items())), tuple(sorted(launch.items()))
 
 
-def _diversity() -> None:
-    from dit_fast.kernels import diversity
-
-    for blocks, width, types in ((12, 768, (torch.bfloat16,)), (28, 1152, (torch.float32, torch.bfloat16))):
-        features = [torch.zeros(48, width, dtype=types[k % len(types)]) for k in range(blocks)]
-        diversity.forward(features)
-        grads = (torch.zeros(3, blocks, width), torch.zeros(blocks, blocks))
-        norms = torch.ones(blocks, 48)
-        diversity.backward(features, norms, *grads, features, range(blocks))
-        diversity.backward(features, norms, *grads, [], range(blocks))
-        for k in (1, 5):  # 1 is the value that Triton likes to compile in
-            diversity.backward(features, norms, *grads, features[:1], [k])
-
-
-def _philox() -> None:
-    from dit_fast.kernels import philox
-
-    for kind in ("words", "uniform", "normal"):
-        philox.draw(kind, 2**64 - 1, torch.arange(4), 1, 4096)
-
-
 def main() -> None:
     """Prints one line per launch that no ahead-of-time case covers, or how many launches there were."""
     import importlib
 
     launched = record()
-    _diversity()
-    _philox()
+    for script in sorted((Path(__file__).parent / "launched").glob("*.py")):
+        runpy.run_path(str(script))
     covered = set()
     for name in kernel_modules():
         for case in importlib.import_module(f"dit_fast.kernels.{name}").aot_cases(80):

@@ -48,14 +48,17 @@ CLEAN = {
     "shared_bytes": 166_912,
     "instructions": {"tensor_core_warp": 4, "load_128": 2, "store_128": 1},
 }
-STRICT = SimpleNamespace(dots=True, wide_loads=True, wide_stores=True)
+HOPPER = CLEAN["instructions"] | {"tensor_core_warpgroup": 8, "bulk_load": 16}
+STRICT = SimpleNamespace(dots=True, bulk_loads=True, wide_loads=True, wide_stores=True, ticket=False)
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({}, None),
-        ({"target": "sm_90", "shared_bytes": 232_448}, None),
+        ({"target": "sm_90", "shared_bytes": 232_448, "instructions": HOPPER}, None),
+        ({"target": "sm_90"}, "bulk copies"),
+        ({"target": "sm_90", "instructions": HOPPER | {"bulk_load": 0}}, "bulk copies"),
         ({"shared_bytes": 166_913}, "shared memory"),
         ({"spill_bytes": 8}, "spills"),
         ({"stack_bytes": 16}, "stack"),
@@ -70,6 +73,14 @@ STRICT = SimpleNamespace(dots=True, wide_loads=True, wide_stores=True)
 def test_gate(change, reason):
     found = aot.gate(CLEAN | change, STRICT)
     assert [reason in line for line in found] == ([True] if reason else [])
+
+
+def test_only_a_ticket_may_be_atomic():
+    counter = CLEAN | {"instructions": CLEAN["instructions"] | {"atomic": 1}}
+    total = CLEAN | {"instructions": counter["instructions"] | {"atomic_float": 1}}
+    ticket = SimpleNamespace(**{**vars(STRICT), "ticket": True})
+    assert aot.gate(counter, ticket) == []
+    assert len(aot.gate(total, ticket)) == 1
 
 
 def test_differences_name_entry_and_field():

@@ -1,0 +1,15 @@
+"""Launches of the diversity kernels; tests/ops/launches.py runs this."""
+
+import torch
+
+from dit_fast.kernels import diversity
+
+for blocks, width, types in ((12, 768, (torch.bfloat16,)), (28, 1152, (torch.float32, torch.bfloat16))):
+    features = [torch.zeros(48, width, dtype=types[k % len(types)]) for k in range(blocks)]
+    diversity.forward(features)
+    grads = (torch.zeros(3, blocks, width), torch.zeros(blocks, blocks))
+    norms = torch.ones(blocks, 48)
+    diversity.backward(features, norms, *grads, features, range(blocks))
+    diversity.backward(features, norms, *grads, [], range(blocks))
+    for k in (1, 5):  # 1 is the value that Triton likes to compile in
+        diversity.backward(features, norms, *grads, features[:1], [k])
