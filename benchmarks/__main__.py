@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
-    from dit_fast.benchmarks.cases import Setting
+    from dit_fast.benchmarks.cases.case import Setting
     from dit_fast.benchmarks.gate import RedGate
     from dit_fast.benchmarks.report import report
     from dit_fast.benchmarks.results import RESULTS, device_of

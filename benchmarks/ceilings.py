@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dit_fast.benchmarks.cases import DTYPES
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

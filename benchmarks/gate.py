@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_fast.benchmarks.cases import Case, Compute, Inputs, Side
+from dit_fast.benchmarks.cases.case import Case, Compute, Inputs, Side, differentiate
 from dit_fast.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,4 +125,4 @@ def largest_error(ours: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
 
 def _differentiate(compute: Compute | Callable[..., Any], inputs: Inputs, upstream: Inputs) -> tuple[Inputs, Inputs]:
     outputs = compute(inputs)
-    return outputs, torch.autograd.grad(outputs, inputs, upstream)
+    return outputs, differentiate(outputs, inputs, upstream)

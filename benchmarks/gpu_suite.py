@@ -20,7 +20,10 @@ from pathlib import Path
 
 LIMIT = 500.0  # seconds, all parts
 START_UP = 12.0  # of a benchmark's time: imports, device, ceilings
-SHARES = {"tests": 150, "diversity_loss": 150, "step": 90, "long_skip": 35, "adaln": 55, "report": 20}
+SHARES = {
+    "tests": 120, "diversity_loss": 100, "step": 80, "long_skip": 90, "adaln": 30,
+    "qk_norm": 20, "gelu_mlp": 25, "repa_cosine": 10, "flow": 10, "report": 15,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

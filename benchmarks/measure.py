@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_fast.benchmarks.cases import BACKWARD, BOTH, FORWARD, Case, Inputs, Setting, Side, Work
+from dit_fast.benchmarks.cases.case import BACKWARD, BOTH, FORWARD, Case, Inputs, Setting, Side, Work, differentiate
 from dit_fast.benchmarks.ceilings import Ceilings
 from dit_fast.benchmarks.cost import host_waits, peak_memory, traffic
 from dit_fast.benchmarks.gate import RedGate, check_agreement
@@ -20,8 +20,8 @@ Sets = Sequence[tuple[Inputs, Inputs]]
 def measure_case(case: Case, setting: Setting, ceilings: Ceilings, seconds: float) -> dict[str, Any]:
     """The case as it stands in the JSON. Takes about `seconds`, and at least three rounds of all sides.
 
-    Raises RedGate where a side is wrong. Only a compiled side, which is the compiler's work, may fail or be wrong: then
-    it is named in "skipped" with the reason.
+    Raises RedGate where a side is wrong. Only a side that is somebody else's work may fail or be wrong: then it is
+    named in "skipped" with the reason.
     """
     start, device = time.perf_counter(), setting.device
     if device.type == "cuda":
@@ -36,7 +36,7 @@ def measure_case(case: Case, setting: Setting, ceilings: Ceilings, seconds: floa
                 errors[side.name] = check_agreement(case, side, *sets[0])
             costs[side.name] = _costs(side, sets[0], device)
         except (RuntimeError, RedGate) as error:
-            if not side.compiled:
+            if not side.may_fail:
                 raise
             skipped[side.name] = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             continue
@@ -98,9 +98,8 @@ def _input_sets(case: Case, device: torch.device, cache: int) -> Sets:
     def make(seed: int) -> tuple[Inputs, Inputs]:
         generator = torch.Generator(device).manual_seed(seed)
         inputs = case.inputs(generator)
-        with torch.no_grad():
-            outputs = case.sides[0].compute(inputs)
-        return inputs, tuple(_upstream(output, generator) for output in outputs)
+        outputs = case.sides[0].compute(inputs)
+        return inputs, tuple(_upstream(output.detach(), generator) for output in outputs if output.requires_grad)
 
     first = make(0)
     count = sets_to_rotate(sum(x.nbytes for x in (*first[0], *first[1])), cache)
@@ -118,7 +117,7 @@ def _timed(side: Side, sets: Sets) -> Call:
         inputs, upstream = sets[number % len(sets)]
         outputs = side.compute(inputs)
         mark()
-        gradients = torch.autograd.grad(outputs, inputs, upstream)
+        gradients = differentiate(outputs, inputs, upstream)
         mark()
         return gradients
 
@@ -129,10 +128,10 @@ def _costs(side: Side, inputs_and_upstream: tuple[Inputs, Inputs], device: torch
     inputs, upstream = inputs_and_upstream
 
     def work() -> Inputs:
-        return torch.autograd.grad(side.compute(inputs), inputs, upstream)
+        return differentiate(side.compute(inputs), inputs, upstream)
 
     costs = {"peak_memory_bytes": peak_memory(work, device)}
-    if not side.compiled:  # a compiled graph is no sequence of operators
+    if not side.may_fail:  # neither a compiled graph nor a library is a sequence of torch's operators
         costs["host_waits"] = host_waits(work, device)
         moved = traffic(work)
         if moved is not None:

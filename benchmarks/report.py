@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_fast.benchmarks.cases import BACKWARD, BOTH, DTYPES, FORWARD
+from dit_fast.benchmarks.cases.case import BACKWARD, BOTH, FORWARD
+from dit_fast.benchmarks.ceilings import DTYPES
 from dit_fast.benchmarks.results import load_all
 from dit_fast.benchmarks.run import target_line, throughput
 from dit_fast.errors import UserError

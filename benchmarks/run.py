@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dit_fast.benchmarks import step
-from dit_fast.benchmarks.cases import BENCHMARKS, Benchmark, Setting, Target
+from dit_fast.benchmarks.cases import BENCHMARKS
+from dit_fast.benchmarks.cases.case import Benchmark, Setting, Target
 from dit_fast.benchmarks.ceilings import Ceilings, measure_ceilings
 from dit_fast.benchmarks.gate import read_record, run_tests
 from dit_fast.benchmarks.measure import measure_case
@@ -58,7 +59,7 @@ def run(
             gate=verdict.as_dict(),
             ceilings=ceilings,
             cases=cases,
-            targets=[_judged(target, cases) for target in benchmark.targets.get(setting.device.type, ())],
+            targets=[_judged(target, cases, ceilings) for target in benchmark.targets.get(setting.device.type, ())],
         )
         path = save({**result, "left_out": names[number + 1 :]}, folder)
     for target in result["targets"]:
@@ -79,8 +80,8 @@ def _plan(name: str, setting: Setting) -> tuple[Benchmark[Any], dict[str, Measur
     }
 
 
-def _judged(target: Target, cases: list[dict[str, Any]]) -> dict[str, Any]:
-    measured = target.measure(cases)
+def _judged(target: Target, cases: list[dict[str, Any]], ceilings: Ceilings) -> dict[str, Any]:
+    measured = target.measure(cases, ceilings)
     met = None if measured is None else (measured <= target.wanted if target.at_most else measured >= target.wanted)
     return {"text": target.text, "wanted": target.wanted, "measured": measured, "met": met}
 

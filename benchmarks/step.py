@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_fast.benchmarks.baselines.published_step import PublishedDiversity, PublishedTrainer
-from dit_fast.benchmarks.cases import Benchmark, Setting, Target, Work
+from dit_fast.benchmarks.cases.case import Benchmark, Setting, Target, Work
 from dit_fast.benchmarks.ceilings import Ceilings
 from dit_fast.benchmarks.cost import host_waits, peak_memory
 from dit_fast.benchmarks.measure import SAMPLES, part_entry
@@ -163,7 +163,7 @@ BENCHMARK: Benchmark[StepCase] = Benchmark(
     {
         "cuda": (
             Target("XL/2 b32: diversity loss, all pairs, under 1 % of the step (percent)", 1,
-                   lambda cases: diversity_share(cases, "XL/2 b32 bf16"), at_most=True),
+                   lambda cases, _: diversity_share(cases, "XL/2 b32 bf16"), at_most=True),
         )
     },
 )  # fmt: skip

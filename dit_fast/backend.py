@@ -26,6 +26,7 @@ class Implementation:
     unavailable: Callable[[], str | None]
 
 
+BETTER = "a better one is used"
 _TORCH = Implementation("torch", (), lambda: None)
 _REGISTRY: dict[str, list[Implementation]] = {}
 _LOGGED: set[tuple[str, str]] = set()
@@ -76,7 +77,7 @@ def explain(op: str, device_type: str) -> list[tuple[str, str]]:
             lines.append((implementation.name, "used"))
             taken = True
         else:
-            lines.append((implementation.name, reason or "a better one is used"))
+            lines.append((implementation.name, reason or BETTER))
     return lines
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dit_fast.benchmarks import run
-from dit_fast.benchmarks.cases import Setting
+from dit_fast.benchmarks.cases.case import Setting
 from dit_fast.benchmarks.gate import Verdict
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dit_fast.benchmarks import __main__, cases, run
-from dit_fast.benchmarks.cases import BENCHMARKS, Case, Side, Work
+from dit_fast.benchmarks.cases import BENCHMARKS
+from dit_fast.benchmarks.cases.case import Case, Side, Work
 from dit_fast.benchmarks.gate import RedGate, check_agreement, largest_error, read_record, run_tests
 
 GREEN = "def test_right():\n    assert True\n\ndef test_other():\n    import pytest\n    pytest.skip('absent')\n"
