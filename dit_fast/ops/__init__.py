@@ -10,3 +10,4 @@ from dit_fast.ops.diversity import diversity_stats as diversity_stats
 from dit_fast.ops.diversity_taps import DiversityTaps as DiversityTaps
 from dit_fast.ops.diversity_taps import diversity_tap as diversity_tap
 from dit_fast.ops.long_skip import long_skip as long_skip
+from dit_fast.ops.repa_cosine import repa_cosine as repa_cosine

@@ -55,7 +55,22 @@ def test_program_ids_are_int64_before_anything_else(name):
     assert narrow_ids(TREES[name]) == []
 
 
-@pytest.mark.parametrize("forbidden", ["autotune", "atomic_add", "atomic_max", "triton_op", "wrap_triton", "item"])
+def loose_tickets(tree: ast.AST) -> list[int]:
+    """atomic_add that is no ticket: another summand than 1, or an order of memory left to a default."""
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("atomic_add")
+        if not ast.unparse(node).endswith(", 1, sem='acq_rel', scope='gpu')")
+    ]
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_the_only_atomic_is_a_ticket(name):
+    assert loose_tickets(TREES[name]) == []
+
+
+@pytest.mark.parametrize("forbidden", ["autotune", "atomic_max", "triton_op", "wrap_triton", "item"])
 @pytest.mark.parametrize("name", TREES)
 def test_forbidden(name, forbidden):
     assert calls(TREES[name], forbidden) == []
@@ -89,6 +104,9 @@ def test_every_kernel_with_a_grid_has_ahead_of_time_cases(kernel):
         (narrow_ids, "a = tl.program_id(0).to(tl.int32)", 1),
         (narrow_ids, "a = (tl.program_id(0) * 4).to(tl.int64)", 1),
         (narrow_ids, "a = tl.program_id(0).to(tl.int64) * stride", 0),
+        (loose_tickets, "tl.atomic_add(total, x, sem='acq_rel', scope='gpu')", 1),
+        (loose_tickets, "tl.atomic_add(ticket, 1)", 1),
+        (loose_tickets, "tl.atomic_add(ticket, 1, sem='acq_rel', scope='gpu')", 0),
         (silent_launches, "k[(1,)](x, num_warps=4)", 1),
         (silent_launches, "k[(1,)](x, num_warps=4, enable_fp_fusion=True)", 0),
         (silent_launches, "o = {'enable_fp_fusion': True}\nk[(1,)](x, **o)", 0),
