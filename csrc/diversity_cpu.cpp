@@ -10,14 +10,13 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <string>
 #include <vector>
 
+#include "native.h"
 #include "simd.h"
 
-namespace dit_fast {
+namespace dit_fast::diversity {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr float kNormFloor = 1e-8f;
@@ -25,14 +24,13 @@ constexpr int64_t kChunk = 256;      // tokens per float32 sum: part of the op's
 constexpr int64_t kMaxRanges = 64;   // float64 partial sums kept; the cut depends on the token count alone
 constexpr size_t kMix = 4;           // rows of the gradient formed together
 
-enum class Type { kFloat, kBfloat16, kHalf };
-
 struct Block {
   char* data;
   int64_t row_stride;
   Type type;
-  int64_t element_size() const { return type == Type::kFloat ? 4 : 2; }
-  char* at(int64_t token, int64_t channel) const { return data + (token * row_stride + channel) * element_size(); }
+  char* at(int64_t token, int64_t channel) const {
+    return data + (token * row_stride + channel) * element_size(type);
+  }
 };
 
 struct Shape {
@@ -69,61 +67,10 @@ struct Scratch {
         coefficients(shape.blocks * kMix) {}
 };
 
-namespace portable {
-#include "diversity_kernel.inc"
-}
-#if defined(__x86_64__)
-DIT_FAST_TARGET_AVX2
-namespace avx2 {
-#include "diversity_kernel.inc"
-}
-DIT_FAST_TARGET_END
-DIT_FAST_TARGET_AVX512
-namespace avx512 {
-#include "diversity_kernel.inc"
-}
-DIT_FAST_TARGET_END
-#endif
-
-enum Level { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
-
-int64_t best_level() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) return kAvx512;
-  if (avx2) return kAvx2;
-#endif
-  return kPortable;
-}
-
-Level resolve(int64_t level) {
-  const int64_t best = best_level();
-  STD_TORCH_CHECK(level <= best, "instruction set level ", level, " is above this machine's ", best);
-  return static_cast<Level>(level < 0 ? best : level);
-}
+#define DIT_FAST_KERNEL "diversity_kernel.inc"
+#include "each_level.inc"
 
 constexpr int64_t kTokensPerTile = portable::kTile;
-
-void forward_chunk(Level level, const Shape& shape, const Block* blocks, int64_t begin, int64_t end, float* norms,
-                   const Block* mixture, Scratch& scratch, float* statistics, float* pairs) {
-#if defined(__x86_64__)
-  if (level == kAvx512)
-    return avx512::forward_chunk(shape, blocks, begin, end, norms, mixture, scratch, statistics, pairs);
-  if (level == kAvx2)
-    return avx2::forward_chunk(shape, blocks, begin, end, norms, mixture, scratch, statistics, pairs);
-#endif
-  portable::forward_chunk(shape, blocks, begin, end, norms, mixture, scratch, statistics, pairs);
-}
-
-void backward_chunk(Level level, const Shape& shape, const Block* blocks, const Gradient& gradient, int64_t begin,
-                    int64_t end, Scratch& scratch) {
-#if defined(__x86_64__)
-  if (level == kAvx512) return avx512::backward_chunk(shape, blocks, gradient, begin, end, scratch);
-  if (level == kAvx2) return avx2::backward_chunk(shape, blocks, gradient, begin, end, scratch);
-#endif
-  portable::backward_chunk(shape, blocks, gradient, begin, end, scratch);
-}
 
 std::vector<Block> read_blocks(const std::vector<Tensor>& tensors, const Shape& shape, const char* what) {
   std::vector<Block> blocks;
@@ -131,22 +78,9 @@ std::vector<Block> read_blocks(const std::vector<Tensor>& tensors, const Shape& 
     STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 2, what, " must be CPU tensors [M, D]");
     STD_TORCH_CHECK(tensor.size(0) == shape.tokens && tensor.size(1) == shape.width, what, " differ in shape");
     STD_TORCH_CHECK(tensor.stride(1) == 1 || shape.width == 1, what, " must have a contiguous last dimension");
-    const ScalarType type = tensor.scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, what,
-                    " must be float32, bfloat16 or float16");
-    blocks.push_back({static_cast<char*>(tensor.data_ptr()), tensor.stride(0),
-                      type == ScalarType::Float      ? Type::kFloat
-                      : type == ScalarType::BFloat16 ? Type::kBfloat16
-                                                     : Type::kHalf});
+    blocks.push_back({static_cast<char*>(tensor.data_ptr()), tensor.stride(0), read_type(tensor, what)});
   }
   return blocks;
-}
-
-float* read_floats(const Tensor& tensor, int64_t count, const char* what) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == ScalarType::Float, what,
-                  " must be a contiguous float32 CPU tensor");
-  STD_TORCH_CHECK(tensor.numel() == count, what, " has ", tensor.numel(), " elements, expected ", count);
-  return static_cast<float*>(tensor.data_ptr());
 }
 
 Shape read_shape(const std::vector<Tensor>& features) {
@@ -186,8 +120,10 @@ void diversity_forward(std::vector<Tensor> features, Tensor statistics, Tensor p
       double* partial = partials.data() + range * total;
       for (int64_t chunk = range * per_range; chunk < std::min(chunks, (range + 1) * per_range); ++chunk) {
         std::fill(sums.begin(), sums.end(), 0.0f);
-        forward_chunk(isa, shape, blocks.data(), chunk * kChunk, std::min(shape.tokens, (chunk + 1) * kChunk), norms,
-                      mixed.empty() ? nullptr : mixed.data(), scratch, sums.data(), sums.data() + columns);
+        const int64_t end = std::min(shape.tokens, (chunk + 1) * kChunk);
+        DIT_FAST_AT_LEVEL(isa, forward_chunk(shape, blocks.data(), chunk * kChunk, end, norms,
+                                             mixed.empty() ? nullptr : mixed.data(), scratch, sums.data(),
+                                             sums.data() + columns));
         for (int64_t i = 0; i < total; ++i) partial[i] += sums[i];
       }
     }
@@ -258,35 +194,23 @@ void diversity_backward(std::vector<Tensor> features, Tensor inverse_norms, Tens
   const int64_t chunks = (shape.tokens + kChunk - 1) / kChunk;
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     Scratch scratch(shape, kTokensPerTile);
-    backward_chunk(isa, shape, blocks.data(), gradient, first * kChunk, std::min(shape.tokens, last * kChunk), scratch);
+    const int64_t end = std::min(shape.tokens, last * kChunk);
+    DIT_FAST_AT_LEVEL(isa, backward_chunk(shape, blocks.data(), gradient, first * kChunk, end, scratch));
   });
 }
 
-int64_t isa_level() { return best_level(); }
+}  // namespace dit_fast::diversity
 
-std::string build_info() {
-  return std::string("source=" DIT_FAST_SOURCE_HASH " compiler=" __VERSION__);
-}
-
-}  // namespace dit_fast
-
-STABLE_TORCH_LIBRARY(dit_fast_native, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(dit_fast_native, m) {
   m.def(
       "diversity_forward(Tensor[] features, Tensor(a!) statistics, Tensor(b!) pair_sums, Tensor(c!) inverse_norms, "
       "Tensor(d!) mixture, int level) -> ()");
   m.def(
       "diversity_backward(Tensor[] features, Tensor inverse_norms, Tensor grad_statistics, Tensor grad_pair_sums, "
       "Tensor[] upstream, int[] wanted, Tensor(a!)[] out, int level) -> ()");
-  m.def("isa_level() -> int");
-  m.def("build_info() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dit_fast_native, CPU, m) {
-  m.impl("diversity_forward", TORCH_BOX(&dit_fast::diversity_forward));
-  m.impl("diversity_backward", TORCH_BOX(&dit_fast::diversity_backward));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(dit_fast_native, CompositeExplicitAutograd, m) {
-  m.impl("isa_level", TORCH_BOX(&dit_fast::isa_level));
-  m.impl("build_info", TORCH_BOX(&dit_fast::build_info));
+  m.impl("diversity_forward", TORCH_BOX(&dit_fast::diversity::diversity_forward));
+  m.impl("diversity_backward", TORCH_BOX(&dit_fast::diversity::diversity_backward));
 }

@@ -102,6 +102,16 @@ struct Vec {
     for (int i = 0; i < kQuads; ++i) out.part[i] = part[i] + other.part[i];
     return out;
   }
+  inline Vec operator-(const Vec& other) const {
+    Vec out;
+    for (int i = 0; i < kQuads; ++i) out.part[i] = part[i] - other.part[i];
+    return out;
+  }
+  inline Vec operator*(const Vec& other) const {
+    Vec out;
+    for (int i = 0; i < kQuads; ++i) out.part[i] = part[i] * other.part[i];
+    return out;
+  }
   inline Vec abs() const {
     Vec out;
     for (int i = 0; i < kQuads; ++i) out.part[i] = (Quad)((QuadBits)part[i] & INT32_MAX);
@@ -188,6 +198,12 @@ struct Vec {
   inline Vec operator+(const Vec& other) const {
     return {_mm256_add_ps(low, other.low), _mm256_add_ps(high, other.high)};
   }
+  inline Vec operator-(const Vec& other) const {
+    return {_mm256_sub_ps(low, other.low), _mm256_sub_ps(high, other.high)};
+  }
+  inline Vec operator*(const Vec& other) const {
+    return {_mm256_mul_ps(low, other.low), _mm256_mul_ps(high, other.high)};
+  }
   inline Vec abs() const {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     return {_mm256_andnot_ps(sign, low), _mm256_andnot_ps(sign, high)};
@@ -244,6 +260,8 @@ struct Vec {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), out);
   }
   inline Vec operator+(const Vec& other) const { return {_mm512_add_ps(all, other.all)}; }
+  inline Vec operator-(const Vec& other) const { return {_mm512_sub_ps(all, other.all)}; }
+  inline Vec operator*(const Vec& other) const { return {_mm512_mul_ps(all, other.all)}; }
   inline Vec abs() const {
     return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(all), _mm512_set1_epi32(0x7fffffff)))};
   }
