@@ -58,6 +58,7 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
             "slug": slug(device),
             "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
             "type": device.type,
+            "arch": "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else None,
             "threads": torch.get_num_threads(),
             "cache_bytes": cache_bytes(device),
         },

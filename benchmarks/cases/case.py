@@ -170,8 +170,8 @@ def compiled(call: Callable[..., Any], **options: Any) -> Any:
 
 
 def ours_and_eager(setting: Setting, op: str, call: Callable[..., Any]) -> tuple[Side, ...]:
-    """`call(inputs, backend)`: the reference as baseline, what "auto" picks, the other implementations that can
-    run, and the reference compiled."""
+    """`call(inputs, backend)`: the reference as baseline, what "auto" picks, each implementation that can run by
+    its name where there are several, and the reference compiled."""
 
     def compute(backend: str) -> Compute:
         def run(inputs: Inputs) -> Inputs:
@@ -181,11 +181,11 @@ def ours_and_eager(setting: Setting, op: str, call: Callable[..., Any]) -> tuple
         return run
 
     sides = [Side("eager", compute("torch"))]
-    for name, why in explain(op, setting.device.type):
-        if name != "torch" and why == "used":
-            sides.append(Side("dit_fast", compute("auto")))
-        elif name != "torch" and why == BETTER:
-            sides.append(Side(f"dit_fast, {name}", compute(name)))
+    ours = [name for name, why in explain(op, setting.device.type) if name != "torch" and why in ("used", BETTER)]
+    if ("torch", "used") not in explain(op, setting.device.type):
+        sides.append(Side("dit_fast", compute("auto")))
+    if len(ours) > 1 or (ours and len(sides) == 1):
+        sides += [Side(f"dit_fast, {name}", compute(name)) for name in ours]
     if setting.device.type == "cuda":
         sides.append(Side("torch.compile", compiled(compute("torch")), may_fail=True))
     return tuple(sides)
