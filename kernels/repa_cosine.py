@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_fast.kernels.aot import Case
-from dit_fast.kernels.rows import to_bfloat16
+from dit_fast.kernels.rows import store_rounded
 
 MAX_WIDTH = 4096
 CHUNK = 16  # tokens per partial sum
@@ -89,14 +89,6 @@ def cosines(prediction, target, saved, partials, value, ticket, tokens, predicti
         tl.store(ticket, 0)
 
 
-@triton.jit
-def _store(address, value, inside, UPCAST: tl.constexpr):
-    if address.dtype.element_ty == tl.bfloat16:
-        tl.store(address, to_bfloat16(value, UPCAST), mask=inside)
-    else:
-        tl.store(address, value.to(address.dtype.element_ty), mask=inside)
-
-
 @triton.jit(do_not_specialize=("tokens",))
 def gradients(upstream, prediction, target, saved, prediction_grad, target_grad, tokens, prediction_stride,
               target_stride, WIDTH: tl.constexpr, PADDED: tl.constexpr, STEP: tl.constexpr,
@@ -116,10 +108,10 @@ def gradients(upstream, prediction, target, saved, prediction_grad, target_grad,
     out = token[:, None] * WIDTH + channel[None, :]
     if PREDICTION:
         turn = q - _unless_floored(cosine, r)[:, None] * p
-        _store(prediction_grad + out, turn * (scale * r)[:, None], inside, UPCAST)
+        store_rounded(prediction_grad + out, turn * (scale * r)[:, None], inside, UPCAST)
     if TARGET:
         turn = p - _unless_floored(cosine, s)[:, None] * q
-        _store(target_grad + out, turn * (scale * s)[:, None], inside, UPCAST)
+        store_rounded(target_grad + out, turn * (scale * s)[:, None], inside, UPCAST)
 
 
 def supports(prediction: Tensor, target: Tensor) -> list[str]:

@@ -19,6 +19,15 @@ def to_bfloat16(x, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def store_rounded(pointer, value, inside, INTERPRETED: tl.constexpr):
+    """float32 `value` rounded once to the type that `pointer` points at."""
+    if pointer.dtype.element_ty == tl.bfloat16:
+        tl.store(pointer, to_bfloat16(value, INTERPRETED), mask=inside)
+    else:
+        tl.store(pointer, value.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def has_bit(mask, index):
     return ((mask >> index) & 1) != 0
 

@@ -1,21 +1,11 @@
 """Paths from data (t = 0) to noise (t = 1): x_t = alpha(t) x + sigma(t) noise, with velocity v = dx_t/dt."""
 
-import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from dit_fast.errors import UserError
-
-
-class Coefficients(NamedTuple):
-    """alpha, sigma and their derivatives with respect to t; floats or tensors, as t was."""
-
-    alpha: float | Tensor
-    sigma: float | Tensor
-    d_alpha: float | Tensor
-    d_sigma: float | Tensor
+from dit_fast.ops.flow_reference import PATHS, Coefficients, path_coefficients
 
 
 class Path:
@@ -25,7 +15,7 @@ class Path:
     UserError.
     """
 
-    NAMES = ("linear", "cosine")
+    NAMES = PATHS
 
     def __init__(self, name: Literal["linear", "cosine"] | str):
         if name not in self.NAMES:
@@ -37,15 +27,7 @@ class Path:
 
     def coefficients(self, t: float | Tensor) -> Coefficients:
         """alpha(t), sigma(t) and derivatives, for a float or a tensor of times in [0, 1]."""
-        if self.name == "linear":
-            return Coefficients(1 - t, t, -1.0, 1.0)
-        angle = t * (math.pi / 2)
-        if isinstance(angle, Tensor):
-            cos, sin = torch.cos(angle), torch.sin(angle)
-            return Coefficients(cos, sin, -math.pi / 2 * sin, math.pi / 2 * cos)
-        return Coefficients(
-            math.cos(angle), math.sin(angle), -math.pi / 2 * math.sin(angle), math.pi / 2 * math.cos(angle)
-        )
+        return path_coefficients(self.name, t)
 
     def interpolate(self, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(x_t, v), each [N, ...], for data and noise of that shape and times t [N]; in their common dtype."""

@@ -9,5 +9,9 @@ from dit_fast.ops.diversity import diversity_loss as diversity_loss
 from dit_fast.ops.diversity import diversity_stats as diversity_stats
 from dit_fast.ops.diversity_taps import DiversityTaps as DiversityTaps
 from dit_fast.ops.diversity_taps import diversity_tap as diversity_tap
+from dit_fast.ops.flow import flow_error as flow_error
+from dit_fast.ops.flow import flow_noised as flow_noised
+from dit_fast.ops.gelu_mlp import gelu_mlp as gelu_mlp
 from dit_fast.ops.long_skip import long_skip as long_skip
+from dit_fast.ops.qk_norm import qk_norm as qk_norm
 from dit_fast.ops.repa_cosine import repa_cosine as repa_cosine

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -204,7 +203,7 @@ def test_backends_that_cannot_run_say_why():
     with pytest.raises(ConfigError, match="unknown backend 'cuda'; valid: auto, triton, torch"):
         repa_cosine(p, q, backend="cuda")
     with pytest.raises(
-        ConfigError, match="backend 'triton' cannot run: (triton is not installed|no CUDA device|on CPU)"
+        ConfigError, match=r"backend 'triton' cannot run: (triton is not installed|no CUDA device|on CPU)"
     ):
         repa_cosine(p, q, backend="triton")
 

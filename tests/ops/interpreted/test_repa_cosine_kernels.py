@@ -156,5 +156,5 @@ def test_supports_names_what_it_refuses():
     assert kernel.supports(*make(4, 32, BF16, FP32)) == []
     reasons = kernel.supports(torch.zeros(4, 5000, dtype=torch.float64), torch.zeros(4, 5000))
     assert [reason.split()[0] for reason in reasons] == ["width", "prediction"]
-    with pytest.raises(ConfigError, match="prediction is torch.float64"):
+    with pytest.raises(ConfigError, match=r"prediction is torch\.float64"):
         repa_cosine(torch.zeros(1, 4, 3, dtype=torch.float64), torch.zeros(1, 4, 3), backend="triton")
