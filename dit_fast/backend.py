@@ -32,9 +32,12 @@ _REGISTRY: dict[str, list[Implementation]] = {}
 _LOGGED: set[tuple[str, str]] = set()
 
 
-def register(op: str, *faster: Implementation) -> None:
-    """Declares an op: the implementations better than the plain torch reference, best first."""
-    _REGISTRY[op] = [*faster, _TORCH]
+def register(op: str, *faster: Implementation, on_request: Sequence[Implementation] = ()) -> None:
+    """Declares an op: the implementations better than the plain torch reference, best first.
+
+    on_request: those that "auto" never takes, for example because they trade speed for memory.
+    """
+    _REGISTRY[op] = [*faster, _TORCH, *on_request]
 
 
 def ops() -> tuple[str, ...]:

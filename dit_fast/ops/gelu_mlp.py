@@ -1,0 +1,225 @@
+"""The MLP of a transformer block, `fc2(gelu(fc1(x)))` with the tanh form of GELU, keeping one hidden tensor of two.
+
+With h = fc1(x), a = gelu(h) and g the gradient of the result, the backward needs a for dW2 = g^T a and h for
+dh = (g W2) gelu'(h). Only h is kept: a is computed again in the pass that makes dh, which reads h anyway. Matrix
+products are the library's. Without gradients nothing is kept, and on CUDA the GELU runs in the epilogue of the first
+product (the CPU's version of that function has the erf form and is never used).
+"""
+
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit_fast import kernels
+from dit_fast.backend import Implementation, choose, register
+from dit_fast.errors import UserError
+from dit_fast.ops import _library
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+register(
+    "gelu_mlp",
+    Implementation("triton", ("cuda", "cpu"), kernels.unavailable),
+    on_request=[Implementation("recompute", (), lambda: None)],
+)
+
+
+def gelu_mlp(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, backend: str = "auto"
+) -> Tensor:
+    """`linear(gelu(linear(x, fc1_weight, fc1_bias), approximate="tanh"), fc2_weight, fc2_bias)`.
+
+    x: [..., D]; fc1_weight: [F, D]; fc1_bias: [F]; fc2_weight: [E, F]; fc2_bias: [E]. Returns [..., E]. Products run in
+    the dtype that the four parameters share, to which x is cast, or in autocast's. backend: "torch" (plain autograd),
+    "recompute" (keeps x and h alone; takes longer on the CPU, so on request), "triton" (the same with one kernel in the
+    backward).
+    The last two differentiate in forward mode and, once, in reverse mode.
+    Raises UserError for shapes, dtypes or devices that do not fit, ConfigError for a backend that is unknown or cannot
+    take these tensors.
+    """
+    parameters = {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
+    _check(x, parameters)
+    dtype = fc1_weight.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+    x, *cast = (tensor.to(dtype) for tensor in (x, *parameters.values()))
+    # Compiled code is tied to no implementation: there the op chooses when it runs.
+    compiling = torch.compiler.is_compiling()
+    if backend == "torch" or (not compiling and _choose(x, backend) == "torch"):
+        return _reference(x, *cast)
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *cast))
+    function = _GeluMlp if compiling else _GeluMlpWithTangent
+    y, _ = function.apply(x.reshape(-1, x.shape[-1]), *cast, keep, backend)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def supports(x: Tensor, backend: str = "triton") -> list[str]:
+    """Reasons why `backend` cannot take x [..., D] or, in its place, the hidden tensor; empty if it can."""
+    if backend == "recompute":
+        return []
+    from dit_fast.kernels import gelu as kernel
+
+    reasons = kernel.supports(x)
+    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        reasons.append("on CPU tensors Triton only runs interpreted (TRITON_INTERPRET=1)")
+    return reasons
+
+
+def _choose(x: Tensor, backend: str) -> str:
+    return choose("gelu_mlp", backend, x.device.type, lambda name: supports(x, name))
+
+
+def _reference(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias), approximate="tanh"), fc2_weight, fc2_bias)
+
+
+def _gelu(hidden: Tensor) -> Tensor:
+    return F.gelu(hidden, approximate="tanh")
+
+
+def _gelu_backward(
+    hidden: Tensor, grad: Tensor, want_activation: bool, want_bias: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, grad = hidden.contiguous(), grad.contiguous()
+    empty = hidden.new_empty(0)
+    if _choose(hidden, backend) == "triton" and hidden.numel():
+        from dit_fast.kernels import gelu as kernel
+
+        activation, grad_hidden, grad_bias = kernel.backward(hidden, grad, want_activation, want_bias)
+        return (
+            empty if activation is None else activation,
+            grad_hidden,
+            empty.float() if grad_bias is None else grad_bias,
+        )
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    grad_hidden = torch.ops.aten.gelu_backward(grad, hidden, approximate="tanh")
+    return (
+        _gelu(hidden) if want_activation else empty,
+        grad_hidden,
+        grad_hidden.sum(0, dtype=wide) if want_bias else empty.to(wide),
+    )
+
+
+def _empty_outputs(
+    hidden: Tensor, grad: Tensor, want_activation: bool, want_bias: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return (
+        hidden.new_empty(hidden.shape if want_activation else (0,)),
+        hidden.new_empty(hidden.shape),
+        hidden.new_empty(hidden.shape[1:] if want_bias else (0,), dtype=wide),
+    )
+
+
+gelu_backward_op = _library.define(
+    "gelu_backward(Tensor hidden, Tensor grad, bool want_activation, bool want_bias, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    _gelu_backward,
+    _empty_outputs,
+)
+
+
+class _GeluMlp(torch.autograd.Function):
+    """(x [M, D], parameters, keep, backend) -> y [M, E], hidden [M, F] or, if it is not to be kept, [0, F]."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        fc1_weight: Tensor,
+        fc1_bias: Tensor,
+        fc2_weight: Tensor,
+        fc2_bias: Tensor,
+        keep: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        if keep or x.device.type != "cuda":
+            hidden = torch.addmm(fc1_bias, x, fc1_weight.t())
+            activation = _gelu(hidden)
+        else:
+            hidden = x.new_empty(0, len(fc1_bias))
+            activation = torch.ops.aten._addmm_activation(fc1_bias, x, fc1_weight.t(), use_gelu=True)
+        y = torch.addmm(fc2_bias, activation, fc2_weight.t())
+        return y, hidden if keep else hidden.new_empty(0, len(fc1_bias))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, fc1_weight, fc1_bias, fc2_weight, _, ctx.keep, ctx.backend = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, output[1], fc1_weight, fc1_bias, fc2_weight)
+        ctx.save_for_forward(x, output[1], fc1_weight, fc1_bias, fc2_weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, hidden, fc1_weight, fc1_bias, fc2_weight = ctx.saved_tensors
+        needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = ctx.needs_input_grad[:5]
+        grads: list[Tensor | None] = [None] * 7
+        with torch.autocast(x.device.type, enabled=False):
+            if not ctx.keep:
+                hidden = torch.addmm(fc1_bias, x, fc1_weight.t())
+            if needs_x or needs_w1 or needs_b1:
+                activation, grad_hidden, grad_b1 = gelu_backward_op(
+                    hidden, grad @ fc2_weight, needs_w2, needs_b1, ctx.backend
+                )
+                grads[0] = grad_hidden @ fc1_weight if needs_x else None
+                grads[1] = grad_hidden.t() @ x if needs_w1 else None
+                grads[2] = grad_b1.to(fc1_bias.dtype) if needs_b1 else None
+            elif needs_w2:
+                activation = _gelu(hidden)
+            grads[3] = grad.t() @ activation if needs_w2 else None
+            grads[4] = grad.sum(0) if needs_b2 else None
+        return tuple(grads)
+
+
+class _GeluMlpWithTangent(_GeluMlp):
+    """The same with a forward-mode rule in plain tensor operations; the compiler refuses functions that have one."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
+        x, hidden, fc1_weight, fc1_bias, fc2_weight = ctx.saved_tensors
+        change_x, change_w1, change_b1, change_w2, change_b2 = tangents[:5]
+        if not ctx.keep:
+            hidden = torch.addmm(fc1_bias, x, fc1_weight.t())
+        change = torch.zeros_like(hidden)
+        if change_x is not None:
+            change = change + change_x @ fc1_weight.t()
+        if change_w1 is not None:
+            change = change + x @ change_w1.t()
+        if change_b1 is not None:
+            change = change + change_b1
+        result = torch.ops.aten.gelu_backward(change, hidden, approximate="tanh") @ fc2_weight.t()
+        if change_w2 is not None:
+            result = result + _gelu(hidden) @ change_w2.t()
+        return result if change_b2 is None else result + change_b2, None
+
+
+def _check(x: Tensor, parameters: dict[str, Tensor]) -> None:
+    fc1_weight, fc2_weight = parameters["fc1_weight"], parameters["fc2_weight"]
+    if x.dim() == 0:
+        raise UserError("gelu_mlp: x must be [..., D], not a number")
+    for name, tensor in parameters.items():
+        if tensor.dim() != (2 if name.endswith("weight") else 1):
+            raise UserError(f"gelu_mlp: {name} must be a {'matrix' if name.endswith('weight') else 'vector'}")
+    hidden = fc1_weight.shape[0]
+    expected = {
+        "fc1_weight": (hidden, x.shape[-1]),
+        "fc1_bias": (hidden,),
+        "fc2_weight": (fc2_weight.shape[0], hidden),
+        "fc2_bias": (fc2_weight.shape[0],),
+    }
+    for name, tensor in parameters.items():
+        if tuple(tensor.shape) != expected[name]:
+            raise UserError(
+                f"gelu_mlp: {name} must be {expected[name]} for x {tuple(x.shape)} and {hidden} hidden channels, not "
+                f"{tuple(tensor.shape)}"
+            )
+    for name, tensor in {"x": x, **parameters}.items():
+        if tensor.dtype not in _FLOATS:
+            raise UserError(f"gelu_mlp: {name} must be fp32, bf16, fp16 or fp64, not {tensor.dtype}")
+        if tensor.device != x.device:
+            raise UserError(f"gelu_mlp: {name} is on {tensor.device}, x on {x.device}; move them to one device")
+        if name != "x" and tensor.dtype != fc1_weight.dtype:
+            raise UserError(f"gelu_mlp: {name} is {tensor.dtype}, fc1_weight {fc1_weight.dtype}; give them one dtype")

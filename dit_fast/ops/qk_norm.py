@@ -1,0 +1,246 @@
+"""QK-norm with the head split: one pass over the fused projection, and one back.
+
+Queries and keys of every head pass an affine LayerNorm over the head's channels; values stay where they are. The
+gradient of the projection is written once, values included: split by autograd, it would be assembled from zeros.
+Nothing is saved besides the projection and the weights; statistics are taken again.
+"""
+
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit_fast import kernels
+from dit_fast.backend import Implementation, choose, register
+from dit_fast.errors import UserError
+from dit_fast.ops import _library
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+register("qk_norm", Implementation("triton", ("cuda", "cpu"), kernels.unavailable))
+
+
+def qk_norm(
+    qkv: Tensor,
+    num_heads: int,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """query, key, value [N, H, T, d] from qkv [N, T, 3 * H * d], the first two normalised per head.
+
+    q_weight, q_bias, k_weight, k_bias: [d], of any floating dtype; the arithmetic is fp32 (fp64 for fp64) and rounded
+    once, to qkv's dtype, under autocast too. The three are transposed from [N, T, H, d] with contiguous heads, and
+    value is a view of qkv (do not write into it). Differentiable in forward mode and, once, in reverse mode;
+    backend="torch", the reference, any number of times.
+    Raises UserError for shapes, dtypes or devices that do not fit, ConfigError for a backend that is unknown or cannot
+    take these tensors.
+    """
+    parameters = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
+    _check(qkv, num_heads, parameters)
+    if qkv.stride(-1) != 1:
+        qkv = qkv.contiguous()
+    # Compiled code is tied to no implementation: there the op chooses when it runs.
+    compiling = torch.compiler.is_compiling()
+    if backend == "torch" or (not compiling and _choose(qkv, num_heads, backend) == "torch"):
+        parts = _reference(qkv, num_heads, q_weight, q_bias, k_weight, k_bias, eps)
+    else:
+        parts = (_QkNorm if compiling else _QkNormWithTangent).apply(
+            qkv, num_heads, q_weight, q_bias, k_weight, k_bias, eps, backend
+        )
+    query, key, value = parts
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+
+def supports(qkv: Tensor, num_heads: int) -> list[str]:
+    """Reasons why the Triton kernels cannot take qkv [N, T, 3 * H * d]; empty if they can."""
+    from dit_fast.kernels import qk_norm as kernel
+
+    reasons = kernel.supports(qkv, num_heads)
+    if qkv.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        reasons.append("on CPU tensors Triton only runs interpreted (TRITON_INTERPRET=1)")
+    return reasons
+
+
+def _choose(qkv: Tensor, num_heads: int, backend: str) -> str:
+    return choose("qk_norm", backend, qkv.device.type, lambda _: supports(qkv, num_heads))
+
+
+def _heads(qkv: Tensor, num_heads: int) -> Tensor:
+    """[N, T, 3, H, d]."""
+    return qkv.unflatten(-1, (3, num_heads, qkv.shape[-1] // (3 * num_heads)))
+
+
+def _reference(
+    qkv: Tensor, num_heads: int, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor, k_bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = _heads(qkv, num_heads).unbind(2)
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+
+    def normalise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps).to(qkv.dtype)
+
+    return normalise(query, q_weight, q_bias), normalise(key, k_weight, k_bias), value
+
+
+def _forward(
+    qkv: Tensor,
+    num_heads: int,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    parameters = [x.contiguous() for x in (q_weight, q_bias, k_weight, k_bias)]
+    if _choose(qkv, num_heads, backend) == "triton" and qkv.numel():
+        from dit_fast.kernels import qk_norm as kernel
+
+        return kernel.forward(qkv, num_heads, *parameters, eps)
+    query, key, _ = _reference(qkv, num_heads, *parameters, eps)
+    return query.contiguous(), key.contiguous()
+
+
+def _backward(
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    need_input: bool,
+    need_parameters: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    heads = grad_query.shape[2]
+    if _choose(qkv, heads, backend) == "triton" and qkv.numel():
+        from dit_fast.kernels import qk_norm as kernel
+
+        grads = [x if x.stride(-1) == 1 else x.contiguous() for x in (grad_query, grad_key, grad_value)]
+        weights = q_weight.contiguous(), k_weight.contiguous()
+        grad_qkv, grad_parameters = kernel.backward(*grads, qkv, *weights, eps, need_input, need_parameters)
+        empty = qkv.new_empty(0)
+        return empty if grad_qkv is None else grad_qkv, empty.float() if grad_parameters is None else grad_parameters
+    grad_qkv, grad_parameters = _empty_gradients(qkv, heads, need_input, need_parameters)
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    parts = _heads(qkv, heads).unbind(2)
+    for part, (grad, weight) in enumerate(((grad_query, q_weight), (grad_key, k_weight))):
+        x, scale = parts[part].to(wide), weight.to(wide)
+        _, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+        needs = [need_input, need_parameters, need_parameters]
+        found = torch.ops.aten.native_layer_norm_backward(
+            grad.to(wide), x, x.shape[-1:], mean, rstd, scale, scale, needs
+        )
+        if need_input:
+            _heads(grad_qkv, heads)[:, :, part] = found[0]
+        if need_parameters:
+            grad_parameters[2 * part], grad_parameters[2 * part + 1] = found[1], found[2]
+    if need_input:
+        _heads(grad_qkv, heads)[:, :, 2] = grad_value
+    return grad_qkv, grad_parameters
+
+
+def _empty_gradients(qkv: Tensor, heads: int, need_input: bool, need_parameters: bool) -> tuple[Tensor, Tensor]:
+    width, wide = qkv.shape[-1] // (3 * heads), torch.promote_types(qkv.dtype, torch.float32)
+    return (
+        qkv.new_empty(qkv.shape if need_input else (0,)),
+        qkv.new_empty((4, width) if need_parameters else (0,), dtype=wide),
+    )
+
+
+def _empty_outputs(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    shape = (*qkv.shape[:2], num_heads, qkv.shape[2] // (3 * num_heads))
+    return qkv.new_empty(shape), qkv.new_empty(shape)
+
+
+forward_op = _library.define(
+    "qk_norm_forward(Tensor qkv, int num_heads, Tensor q_weight, Tensor q_bias, Tensor k_weight, Tensor k_bias, "
+    "float eps, str backend) -> (Tensor, Tensor)",
+    _forward,
+    lambda qkv, num_heads, q_weight, q_bias, k_weight, k_bias, eps, backend: _empty_outputs(qkv, num_heads),
+)
+backward_op = _library.define(
+    "qk_norm_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor qkv, Tensor q_weight, "
+    "Tensor k_weight, float eps, bool need_input, bool need_parameters, str backend) -> (Tensor, Tensor)",
+    _backward,
+    lambda query, key, value, qkv, q_weight, k_weight, eps, need_input, need_parameters, backend: _empty_gradients(
+        qkv, query.shape[2], need_input, need_parameters
+    ),
+)
+
+
+class _QkNorm(torch.autograd.Function):
+    """(qkv, H, q_weight, q_bias, k_weight, k_bias, eps, backend) -> query, key, value [N, T, H, d]."""
+
+    @staticmethod
+    def forward(qkv: Tensor, num_heads: int, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        query, key = forward_op(qkv, num_heads, *rest)
+        return query, key, _heads(qkv, num_heads).select(2, 2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        qkv, ctx.num_heads, q_weight, _, k_weight, _, ctx.eps, ctx.backend = inputs
+        ctx.dtypes = [inputs[place].dtype for place in range(2, 6)]
+        ctx.save_for_backward(qkv, q_weight, k_weight)
+        ctx.save_for_forward(qkv, q_weight, k_weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad
+        grad_qkv, grad_parameters = backward_op(
+            grad_query, grad_key, grad_value, *ctx.saved_tensors, ctx.eps, needs[0], any(needs[2:6]), ctx.backend
+        )
+        parameters = [
+            grad_parameters[place].to(dtype) if needed else None
+            for place, (dtype, needed) in enumerate(zip(ctx.dtypes, needs[2:6], strict=True))
+        ]
+        return grad_qkv if needs[0] else None, None, *parameters, None, None
+
+
+class _QkNormWithTangent(_QkNorm):
+    """The same with a forward-mode rule in plain tensor operations; the compiler refuses functions that have one."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None, _: None, *tangents: Any) -> tuple[Tensor, Tensor, Tensor]:
+        qkv, q_weight, k_weight = ctx.saved_tensors
+        tangent = torch.zeros_like(qkv) if tangent is None else tangent
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        parts = _heads(qkv, ctx.num_heads).unbind(2)
+        changes = _heads(tangent, ctx.num_heads).unbind(2)
+        results = []
+        for part, weight in enumerate((q_weight, k_weight)):
+            x, change = parts[part].to(wide), changes[part].to(wide)
+            rstd = (x.var(-1, correction=0, keepdim=True) + ctx.eps).rsqrt()
+            unit = (x - x.mean(-1, keepdim=True)) * rstd
+            turned = change - change.mean(-1, keepdim=True) - unit * (change * unit).mean(-1, keepdim=True)
+            result = turned * rstd * weight.to(wide)
+            if tangents[2 * part] is not None:
+                result = result + unit * tangents[2 * part].to(wide)
+            if tangents[2 * part + 1] is not None:
+                result = result + tangents[2 * part + 1].to(wide)
+            results.append(result.to(qkv.dtype))
+        return results[0], results[1], changes[2]
+
+
+def _check(qkv: Tensor, num_heads: int, parameters: dict[str, Tensor]) -> None:
+    if qkv.dim() != 3 or num_heads < 1 or qkv.shape[-1] % (3 * num_heads) or not qkv.shape[-1]:
+        raise UserError(
+            f"qk_norm: qkv must be [N, T, 3 * {num_heads} * d] for {num_heads} heads, not {tuple(qkv.shape)}"
+        )
+    width = qkv.shape[-1] // (3 * num_heads)
+    for name, tensor in parameters.items():
+        if tuple(tensor.shape) != (width,):
+            raise UserError(f"qk_norm: {name} must be ({width},), the width of a head, not {tuple(tensor.shape)}")
+    for name, tensor in {"qkv": qkv, **parameters}.items():
+        if tensor.dtype not in _FLOATS:
+            raise UserError(f"qk_norm: {name} must be fp32, bf16, fp16 or fp64, not {tensor.dtype}")
+        if tensor.device != qkv.device:
+            raise UserError(f"qk_norm: {name} is on {tensor.device}, qkv on {qkv.device}; move them to one device")

@@ -1,0 +1,125 @@
+r"""The element-wise middle of the backward of fc2(gelu(fc1(x))): the activation again, and the gradient before it.
+
+With h = fc1(x) as saved and g the gradient of a = gelu(h), tanh form,
+
+    a = h s,   s = 1 / (1 + e^{-2u}),   u = sqrt(2 / pi) (h + 0.044715 h^3)
+    dh = g (s + 2 h s (1 - s) du/dh),   du/dh = sqrt(2 / pi) (1 + 3 * 0.044715 h^2),   db = sum over rows of dh.
+
+(1 + tanh u) / 2 is the logistic function of 2u, which keeps relative accuracy where tanh is close to -1; s and 1 - s
+are 1 / (1 + e) and e / (1 + e) with e = e^{-2|u|} <= 1, in the order that the sign of u gives. One pass
+reads h and g and writes a and dh; so a need not be kept from the forward, and the sum of dh needs no read of its own.
+
+Bits. CHUNK rows make one partial sum of db per column, in steps of UNROLL rows; ordered_sum adds the chunks. Both
+numbers are part of the definition.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_fast.kernels.aot import Case
+from dit_fast.kernels.ordered_sum import ordered_sum
+from dit_fast.kernels.rows import store_rounded
+
+CHUNK = 64  # rows per partial sum
+UNROLL = 4  # rows whose loads are in flight together
+BLOCK = 512  # columns of a program: 8 per thread, a 128-bit access for 16-bit types
+WARPS = 2
+MAX_CHUNKS = 65535  # along the second axis of a grid
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_ROOT = tl.constexpr(math.sqrt(2 / math.pi))
+_CUBIC = tl.constexpr(0.044715)
+
+
+@triton.jit
+def gelu_gradient(hidden, grad, activation, out, partials, rows,
+                  WIDTH: tl.constexpr, CHUNK: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
+                  ACTIVATION: tl.constexpr, BIAS: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """activation, out like hidden and grad [M, W], contiguous; partials [chunks, W]. Program (columns, chunk)."""
+    column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    chunk = tl.program_id(1).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, CHUNK, UNROLL):
+        # A tile, not a loop over rows: a load cannot pass the store of an earlier row, which might be to its address.
+        row = chunk * CHUNK + start + tl.arange(0, UNROLL)[:, None]
+        inside = (row < rows) & (column < WIDTH)[None, :]
+        place = row * WIDTH + column[None, :]
+        h = tl.load(hidden + place, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+        square = h * h
+        u = _ROOT * h * (1 + _CUBIC * square)
+        small = tl.exp(-2 * tl.abs(u))
+        large = 1 / (1 + small)
+        small = small * large
+        s = tl.where(u >= 0, large, small)
+        slope = _ROOT * (1 + 3 * _CUBIC * square)
+        dh = g * (s + 2 * h * large * small * slope)
+        if ACTIVATION:
+            store_rounded(activation + place, h * s, inside, UPCAST)
+        store_rounded(out + place, dh, inside, UPCAST)
+        if BIAS:
+            total += tl.sum(dh, 0)
+    if BIAS:
+        tl.store(partials + chunk * WIDTH + column, total, mask=column < WIDTH)
+
+
+def supports(hidden: Tensor) -> list[str]:
+    """Why hidden [..., W] cannot go through the kernel; empty if it can."""
+    reasons, rows = [], math.prod(hidden.shape[:-1])
+    if hidden.dtype not in _TYPES:
+        reasons.append(f"{hidden.dtype} is not float32, bfloat16 or float16")
+    if rows > CHUNK * MAX_CHUNKS:
+        reasons.append(f"{rows} rows are more than {CHUNK * MAX_CHUNKS}")
+    return reasons
+
+
+def _options() -> dict[str, object]:
+    return {
+        "CHUNK": CHUNK,
+        "UNROLL": UNROLL,
+        "BLOCK": BLOCK,
+        "UPCAST": triton.knobs.runtime.interpret,
+        "num_warps": WARPS,
+        "num_stages": 1,
+    }
+
+
+def backward(
+    hidden: Tensor, grad: Tensor, want_activation: bool, want_bias: bool
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """gelu(hidden), the gradient of hidden, and fp32 [W], its sum over rows; None for what is not wanted.
+
+    hidden, grad: [M, W], contiguous, not empty, of one dtype (fp32, bf16 or fp16), which the results have too. grad: of
+    gelu(hidden).
+    """
+    rows, width = hidden.shape
+    chunks = triton.cdiv(rows, CHUNK)
+    out = torch.empty_like(hidden)
+    activation = torch.empty_like(hidden) if want_activation else None
+    partials = torch.empty(chunks, width, device=hidden.device) if want_bias else None
+    gelu_gradient[(triton.cdiv(width, BLOCK), chunks)](
+        hidden, grad, out if activation is None else activation, out, out if partials is None else partials, rows,
+        WIDTH=width, ACTIVATION=want_activation, BIAS=want_bias, **_options(), enable_fp_fusion=True,
+    )  # fmt: skip
+    return activation, out, None if partials is None else ordered_sum(partials)
+
+
+def aot_cases(arch: int) -> list[Case]:
+    """Hidden widths of SiT-B, L and XL."""
+    shapes = [(3072, "bf16", True, True), (4096, "fp16", True, True), (4608, "bf16", True, True)]
+    shapes += [(4608, "fp32", True, True), (4608, "bf16", False, True), (4608, "bf16", True, False)]
+    cases = []
+    for width, kind, activation, bias in shapes:
+        options = _options()
+        launch = {name: value for name, value in options.items() if name.islower()}
+        constants = {name: value for name, value in options.items() if name.isupper()}
+        constants |= {"WIDTH": width, "ACTIVATION": activation, "BIAS": bias}
+        signature = dict.fromkeys(("hidden", "grad", "activation", "out"), f"*{kind}")
+        signature |= {"partials": "*fp32" if bias else f"*{kind}", "rows": "i32"}
+        suffix = ("" if activation else " no activation") + ("" if bias else " no bias")
+        name = f"W={width} {kind}{suffix}"
+        cases.append(Case(gelu_gradient, name, signature, constants, launch, unaligned=("rows",), wide_stores=True))
+    return cases

@@ -1,0 +1,12 @@
+"""Launches of the GELU backward kernel; tests/ops/launches.py runs this."""
+
+import torch
+
+from dit_fast.kernels import gelu
+
+for width, dtype in ((3072, torch.bfloat16), (4096, torch.float16), (4608, torch.bfloat16), (4608, torch.float32)):
+    for rows in (80, 1):  # 1 is the value that Triton likes to compile in
+        gelu.backward(torch.zeros(rows, width, dtype=dtype), torch.zeros(rows, width, dtype=dtype), True, True)
+hidden = torch.zeros(80, 4608, dtype=torch.bfloat16)
+for wanted in ((False, True), (True, False)):
+    gelu.backward(hidden, hidden, *wanted)
