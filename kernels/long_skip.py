@@ -1,0 +1,61 @@
+r"""Long skip y = Linear(LayerNorm([x, s])) without the joined tensor, its normalised copy, or a gradient of width 2D.
+
+Source: DiverseDiT (arXiv 2603.04239) Sec. 3.1, Eq. 8; the algebra is derived here.
+
+Forward. For z = [x, s] with row mean m and reciprocal deviation r over 2D, and the linear map (W, b) after the affine
+(gamma, beta), fold once per step
+
+    W' = round(gamma W),   u = W' 1 (row sums of the ROUNDED W'),   b' = b + W beta,
+    y = r (x W'_1^T + s W'_2^T - m u^T) + b':
+
+two products into one accumulator, and a rank-1 correction after them. The correction cancels m W' 1 exactly only if u
+is made of the numbers that were multiplied; with u of the unrounded weights the error grows with m / sigma. x and s are
+exact in 16 bits, so there is one rounding fewer than in normalise, round, multiply.
+
+That holds if both are stored in the type that is multiplied. Rounding a float32 x as it is would leave an error
+relative to |x|, not to its deviation: with m = 100 sigma a hundred times too much, and float16 could overflow. Then
+(z - m) r is taken in registers from each tile and rounded, which is what autocast rounds, and no correction is needed:
+
+    y = xhat_1 W'_1^T + xhat_2 W'_2^T + b',   xhat = round((z - m) r).
+
+Backward, given g = dL/dy, with zhat = (z - m) r:
+
+    dz = r (g W' - c2 - zhat c1),   c2 = sum_j (g W')_j / 2D = g . u / 2D,
+    c1 = sum_j zhat_j (g W')_j / 2D = g . (W' zhat) / 2D = g . (y - b') / 2D.
+
+c1 and c2 are sums over rows of [M, D] tensors, so they are known before the product g W' begins, and its epilogue can
+finish the gradient: it reads the tile of x or s, and writes dx or ds. `prepare_backward` makes c1, c2, the sum of g
+over rows and round(r g), from which library products make the gradients of W, gamma and beta:
+
+    P = (r g)^T z - ((r g)^T m) 1^T,   dW = P diag(gamma) + (sum g) beta^T,   dgamma = colsum(W P),  dbeta = W^T sum g.
+"""
+
+import torch
+from torch import Tensor
+
+from dit_fast.kernels import unavailable as unavailable
+from dit_fast.kernels.long_skip_forward import fold as fold
+from dit_fast.kernels.long_skip_forward import forward as forward
+from dit_fast.kernels.tables import is_aligned
+
+_ROWS = (torch.float32, torch.bfloat16, torch.float16)
+MAX_ROWS = 2**31 - 256  # a bulk copy has int32 coordinates
+
+
+def supports(x: Tensor, skip: Tensor, dtype: torch.dtype) -> list[str]:
+    """Why rows x, skip [M, D] cannot go through the kernels with products in dtype; empty if they can."""
+    reasons = []
+    if dtype not in (torch.bfloat16, torch.float16):
+        reasons.append(f"the products are in {dtype}, not bfloat16 or float16")
+    if x.shape[-1] % 8 or x.shape[-1] == 0:
+        reasons.append(f"width {x.shape[-1]} is not a multiple of 8")
+    if x.shape[0] > MAX_ROWS:
+        reasons.append(f"{x.shape[0]} rows are more than {MAX_ROWS}")
+    for name, rows in (("x", x), ("skip", skip)):
+        if rows.dtype not in _ROWS:
+            reasons.append(f"{name} is {rows.dtype}, not float32, bfloat16 or float16")
+        if rows.stride(-1) != 1:
+            reasons.append(f"the last dimension of {name} is not contiguous")
+        elif not is_aligned([rows]):
+            reasons.append(f"the rows of {name} do not start at multiples of 16 bytes")
+    return reasons

@@ -1,0 +1,188 @@
+"""Forward of the long skip: weights with gamma and beta folded in, and the GEMM. Derivation in long_skip.py."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_fast.kernels import long_skip_tiles
+from dit_fast.kernels.aot import Case
+from dit_fast.kernels.long_skip_tiles import CONFIGS, GROUP, Tiles, load_tile, operand, tile_place
+from dit_fast.kernels.rows import store_rounded, to_bfloat16
+
+FOLD_BLOCK = 1024  # orders the row sums
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@triton.jit
+def fold_rows(norm_weight, norm_bias, weight, bias, folded, row_sums, folded_bias, weight_stride, joined,
+              BLOCK: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """One row of W' = round(gamma W), its sum, and one element of b + W beta; joined = 2D."""
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([BLOCK], tl.float32)
+    shift = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, joined, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < joined
+        w = tl.load(weight + row * weight_stride + column, mask=inside, other=0.0).to(tl.float32)
+        gamma = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
+        beta = tl.load(norm_bias + column, mask=inside, other=0.0).to(tl.float32)
+        if folded.dtype.element_ty == tl.bfloat16:
+            rounded = to_bfloat16(gamma * w, UPCAST)
+        else:
+            rounded = (gamma * w).to(tl.float16)
+        tl.store(folded + row * joined + column, rounded, mask=inside)
+        total += rounded.to(tl.float32)
+        shift += w * beta
+    tl.store(row_sums + row, tl.sum(total, axis=0))
+    tl.store(folded_bias + row, tl.load(bias + row).to(tl.float32) + tl.sum(shift, axis=0))
+
+
+@triton.jit
+def _normalised(tile, mean, rstd, column, width, COLUMNS: tl.constexpr, BFLOAT: tl.constexpr, UPCAST: tl.constexpr):
+    """(x - mean) rstd rounded to 16 bits. What lies past the row stays zero: the weights there are the other half's."""
+    value = (tile.to(tl.float32) - mean[:, None]) * rstd[:, None]
+    value = tl.where((column + tl.arange(0, COLUMNS) < width)[None, :], value, 0.0)
+    return to_bfloat16(value, UPCAST) if BFLOAT else value.to(tl.float16)
+
+
+@triton.jit
+def _product(a, b, acc, UPCAST: tl.constexpr):
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, tl.trans(b), acc)
+
+
+@triton.jit(do_not_specialize=("rows",))
+def skip_projection(x, skip, folded, mean, rstd, row_sums, folded_bias, out, rows, width, x_stride, skip_stride,
+                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+                    RAW: tl.constexpr, BFLOAT: tl.constexpr, BULK: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """out [rows, width]. x, skip, folded: descriptors of tiles (BULK) or pointers. RAW: both halves enter as stored."""
+    width = tl.multiple_of(width, 8)
+    row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(width, BLOCK_N)
+    first, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    for tile in range(first, row_tiles * column_tiles, programs):
+        m, n = tile_place(tile, row_tiles, column_tiles, GROUP)
+        m, n = (m * BLOCK_M).to(tl.int32), (n * BLOCK_N).to(tl.int32)
+        i, j = m.to(tl.int64) + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
+        mu = tl.load(mean + i, mask=i < rows, other=0.0)
+        r = tl.load(rstd + i, mask=i < rows, other=0.0)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        # Two loops: a condition around the loads of one loop would switch the pipeline off.
+        for k in range(0, width, BLOCK_K):
+            a = load_tile(x, x_stride, m, k, rows, width, BLOCK_M, BLOCK_K, BULK)
+            b = load_tile(folded, 2 * width, n, k, width, 2 * width, BLOCK_N, BLOCK_K, BULK)
+            if not RAW:
+                a = _normalised(a, mu, r, k, width, BLOCK_K, BFLOAT, UPCAST)
+            acc = _product(a, b, acc, UPCAST)
+        for k in range(0, width, BLOCK_K):
+            a = load_tile(skip, skip_stride, m, k, rows, width, BLOCK_M, BLOCK_K, BULK)
+            b = load_tile(folded, 2 * width, n, width + k, width, 2 * width, BLOCK_N, BLOCK_K, BULK)
+            if not RAW:
+                a = _normalised(a, mu, r, k, width, BLOCK_K, BFLOAT, UPCAST)
+            acc = _product(a, b, acc, UPCAST)
+        if RAW:
+            u = tl.load(row_sums + j, mask=j < width, other=0.0)
+            acc = r[:, None] * (acc - mu[:, None] * u[None, :])
+        acc += tl.load(folded_bias + j, mask=j < width, other=0.0)[None, :]
+        inside = (i < rows)[:, None] & (j < width)[None, :]
+        store_rounded(out + i[:, None] * width + j[None, :], acc, inside, UPCAST)
+
+
+def fold(
+    norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(W' [D, 2D] in dtype, its row sums [D], b' [D] float32) with W' = round(gamma W), b' = b + W beta.
+
+    norm_weight, norm_bias [2D]; weight [D, 2D], rows contiguous; bias [D]: float32, bfloat16 or float16 each.
+    dtype: bfloat16 or float16. The sums are of the rounded W', which the GEMM multiplies with.
+    """
+    width, joined = weight.shape
+    folded = torch.empty(width, joined, dtype=dtype, device=weight.device)
+    row_sums, folded_bias = (torch.empty(width, dtype=torch.float32, device=weight.device) for _ in range(2))
+    fold_rows[(width,)](
+        norm_weight.contiguous(), norm_bias.contiguous(), weight, bias.contiguous(), folded, row_sums, folded_bias,
+        weight.stride(0), joined, BLOCK=FOLD_BLOCK, UPCAST=triton.knobs.runtime.interpret,
+        num_warps=4, num_stages=1, enable_fp_fusion=True,
+    )  # fmt: skip
+    return folded, row_sums, folded_bias
+
+
+def is_raw(x: Tensor, skip: Tensor, dtype: torch.dtype) -> bool:
+    """Whether both halves can be multiplied as they are stored."""
+    return x.dtype == skip.dtype == dtype
+
+
+def _constants(tiles: Tiles, arch: int, raw: bool, bfloat: bool) -> dict[str, object]:
+    return {
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_K": tiles.block_k,
+        "GROUP": GROUP,
+        "RAW": raw,
+        "BFLOAT": bfloat,
+        "BULK": arch >= 90,
+    }
+
+
+def forward(
+    x: Tensor,
+    skip: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    folded: Tensor,
+    row_sums: Tensor,
+    folded_bias: Tensor,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """y [M, D] in out_dtype: the linear map of the normalised [x, skip], which is never formed.
+
+    x, skip: [M, D], rows contiguous with any stride of whole 16 bytes, dtypes may differ; mean, rstd: float32 [M] over
+    both together; folded, row_sums, folded_bias: from `fold`.
+    """
+    rows, width = x.shape
+    out = torch.empty(rows, width, dtype=out_dtype, device=x.device)
+    if rows == 0:
+        return out
+    arch, raw = long_skip_tiles.family(x.device), is_raw(x, skip, folded.dtype)
+    tiles = long_skip_tiles.choose(arch, "16-bit" if raw else "mixed", rows, width, x.device)
+    bulk = arch >= 90
+    half, weights = (tiles.block_m, tiles.block_k), (tiles.block_n, tiles.block_k)
+    count = triton.cdiv(rows, tiles.block_m) * triton.cdiv(width, tiles.block_n)
+    skip_projection[(min(count, long_skip_tiles.processors(x.device)),)](
+        operand(x, half, bulk), operand(skip, half, bulk), operand(folded, weights, bulk), mean, rstd, row_sums,
+        folded_bias, out, rows, width, x.stride(0), skip.stride(0),
+        **_constants(tiles, arch, raw, folded.dtype == torch.bfloat16), UPCAST=triton.knobs.runtime.interpret,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
+def aot_cases(arch: int) -> list[Case]:
+    """Every configuration; the dtypes of autocast on a 16-bit stream, and of the released model's float32 stream."""
+    plans = [("16-bit", "many", "bf16", "bf16"), ("16-bit", "few", "fp16", "fp16"), ("mixed", "many", "fp32", "bf16")]
+    return [_fold_case(), *(_gemm_case(arch, *plan) for plan in plans)]
+
+
+def _fold_case() -> Case:
+    pointers = ("norm_weight", "norm_bias", "weight", "bias", "folded", "row_sums", "folded_bias")
+    signature = dict.fromkeys(pointers, "*fp32") | {"folded": "*bf16", "weight_stride": "i32", "joined": "i32"}
+    constants = {"BLOCK": FOLD_BLOCK, "UPCAST": False}
+    return Case(fold_rows, "bf16", signature, constants, {"num_warps": 4, "num_stages": 1}, wide_stores=True)
+
+
+def _gemm_case(arch: int, kind: str, rows: str, x: str, skip: str) -> Case:
+    tiles = CONFIGS[arch, kind, rows]
+    compute, bulk = "fp16" if skip == "fp16" else "bf16", arch >= 90
+    constants = _constants(tiles, arch, kind == "16-bit", compute == "bf16") | {"UPCAST": False}
+    block = lambda name, height: f"tensordesc<{name}[{height}, {tiles.block_k}]>" if bulk else f"*{name}"  # noqa: E731
+    signature = {"x": block(x, tiles.block_m), "skip": block(skip, tiles.block_m)}
+    signature |= {"folded": block(compute, tiles.block_n)}
+    signature |= dict.fromkeys(("mean", "rstd", "row_sums", "folded_bias"), "*fp32") | {"out": f"*{compute}"}
+    signature |= dict.fromkeys(("rows", "width", "x_stride", "skip_stride"), "i32")
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    unaligned = ("rows", "x", "skip", "folded") if bulk else ("rows",)
+    return Case(
+        skip_projection, f"{kind} {rows} {x} {skip}", signature, constants, options,
+        unaligned=unaligned, wide_loads=not bulk, wide_stores=True, dots=True, bulk_loads=kind == "16-bit",
+    )  # fmt: skip

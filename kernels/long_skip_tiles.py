@@ -1,0 +1,82 @@
+"""What the long skip's two GEMMs share: block sizes per GPU family, the order of tiles, how a program loads a tile."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+GROUP = 8  # row tiles that pass over all column tiles together, so that both operands are found in L2
+
+
+class Tiles(NamedTuple):
+    """Blocks and launch options. None of them changes what is computed; block_k orders a sum."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# (GPU family, dtypes of the operands, rows). No width: 128 columns divide 768, 1024 and 1152, and any other width loses
+# part of one tile. "mixed": a tile of up to four bytes per element is kept besides its 16-bit copy. "few": tiles of 128
+# rows would leave most of the card idle.
+CONFIGS = {
+    (90, "16-bit", "many"): Tiles(128, 128, 64, 8, 4),
+    (90, "16-bit", "few"): Tiles(64, 128, 64, 4, 4),
+    (90, "mixed", "many"): Tiles(128, 128, 64, 8, 3),
+    (90, "mixed", "few"): Tiles(128, 128, 64, 8, 3),
+    (80, "16-bit", "many"): Tiles(128, 128, 32, 8, 4),
+    (80, "16-bit", "few"): Tiles(64, 128, 32, 4, 4),
+    (80, "mixed", "many"): Tiles(128, 128, 32, 8, 3),
+    (80, "mixed", "few"): Tiles(128, 128, 32, 8, 3),
+}
+
+
+@triton.jit
+def tile_place(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
+    """(row tile, column tile) of a tile: down GROUP rows, then to the next column."""
+    group = tile // (GROUP * column_tiles)
+    first = group * GROUP
+    height = tl.minimum(row_tiles - first, GROUP)
+    within = tile - first * column_tiles
+    return first + within % height, within // height
+
+
+@triton.jit
+def load_tile(source, stride, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+              BULK: tl.constexpr):  # fmt: skip
+    """source[row : row + ROWS, column : column + COLUMNS], zero outside of [rows, columns]."""
+    if BULK:
+        tile = source.load([row, column])
+    else:
+        i = row + tl.arange(0, ROWS)
+        j = column + tl.arange(0, COLUMNS)
+        place = source + i.to(tl.int64)[:, None] * stride + j[None, :]
+        inside = (i < rows)[:, None] & (j < columns)[None, :]
+        tile = tl.load(tl.multiple_of(place, [16, 16]), mask=inside, other=0.0)
+    return tile
+
+
+def family(device: torch.device) -> int:
+    """90 where bulk copies exist, else 80. Interpreted, 90: the interpreter is faster on descriptors."""
+    if device.type == "cuda":
+        return 90 if torch.cuda.get_device_capability(device) >= (9, 0) else 80
+    return 90 if triton.knobs.runtime.interpret else 80
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors, one persistent program each; a few where there is no GPU, so that a program takes many tiles."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def choose(arch: int, kind: str, rows: int, columns: int, device: torch.device) -> Tiles:
+    tiles = triton.cdiv(rows, 128) * triton.cdiv(columns, 128)
+    return CONFIGS[arch, kind, "many" if tiles >= processors(device) else "few"]
+
+
+def operand(x: Tensor, block: tuple[int, int], bulk: bool) -> TensorDescriptor | Tensor:
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block)) if bulk else x

@@ -1,0 +1,93 @@
+"""Mean and population variance of every row, in float32, from one read of the row.
+
+    mean = sum x / D,   variance = sum (x - mean)^2 / D
+
+The deviations are squared and added after the mean is known: E[x^2] - mean^2 would lose (mean / sigma)^2 roundings.
+A row up to SINGLE wide stays in registers between the two sums; a wider one is read a second time, from the cache.
+
+Bits. Padded width, tile and warps are functions of the width alone, because they order the sum over a row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_fast.kernels.aot import Case
+
+SINGLE = 4096  # widest row of one tile
+PROGRAM = 4096  # elements of a program where rows are short
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@triton.jit(do_not_specialize=("rows",))
+def row_moments(source, mean, variance, rows, stride,
+                WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """mean, variance [rows] of source [rows, WIDTH] with any row stride; ROWS rows per program."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, PADDED)
+    present = row < rows
+    start = source + row[:, None] * stride
+    if WIDTH <= PADDED:
+        inside = present[:, None] & (channel < WIDTH)[None, :]
+        x = tl.load(start + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+        centre = tl.sum(x, axis=1) / WIDTH
+        deviation = tl.where(inside, x - centre[:, None], 0.0)
+        spread = tl.sum(deviation * deviation, axis=1)
+    else:
+        total = tl.zeros([ROWS, PADDED], tl.float32)
+        for first in range(0, WIDTH, PADDED):
+            inside = present[:, None] & (first + channel < WIDTH)[None, :]
+            total += tl.load(start + first + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+        centre = tl.sum(total, axis=1) / WIDTH
+        total = tl.zeros([ROWS, PADDED], tl.float32)
+        for first in range(0, WIDTH, PADDED):
+            inside = present[:, None] & (first + channel < WIDTH)[None, :]
+            x = tl.load(start + first + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+            deviation = tl.where(inside, x - centre[:, None], 0.0)
+            total += deviation * deviation
+        spread = tl.sum(total, axis=1)
+    tl.store(mean + row, centre, mask=present)
+    tl.store(variance + row, spread / WIDTH, mask=present)
+
+
+def supports(x: Tensor) -> list[str]:
+    """Why the rows of x [M, D] cannot go through the kernel; empty if they can."""
+    reasons = []
+    if x.dtype not in _TYPES:
+        reasons.append(f"{x.dtype} is not float32, bfloat16 or float16")
+    if x.shape[-1] == 0:
+        reasons.append("the rows are empty")
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        reasons.append("the last dimension is not contiguous")
+    return reasons
+
+
+def _options(width: int) -> dict[str, int]:
+    padded = min(SINGLE, max(128, triton.next_power_of_2(width)))
+    rows = PROGRAM // padded
+    return {"WIDTH": width, "PADDED": padded, "ROWS": rows, "num_warps": 4, "num_stages": 1}
+
+
+def row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, variance) float32 [M] of x [M, D]; x: float32, bfloat16 or float16, rows contiguous with any stride."""
+    rows, width = x.shape
+    mean, variance = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    if rows:
+        options = _options(width)
+        grid = (triton.cdiv(rows, options["ROWS"]),)
+        row_moments[grid](x, mean, variance, rows, x.stride(0), **options, enable_fp_fusion=True)
+    return mean, variance
+
+
+def aot_cases(arch: int) -> list[Case]:
+    """The widths of SiT-B, L, XL, of a joined XL row, and one past a single tile."""
+    shapes = [(768, "bf16"), (1024, "fp16"), (1152, "bf16"), (1152, "fp32"), (2304, "bf16"), (4608, "bf16")]
+    cases = []
+    for width, kind in shapes:
+        options = _options(width)
+        constants = {name: value for name, value in options.items() if name.isupper()}
+        launch = {name: value for name, value in options.items() if name.islower()}
+        signature = {"source": f"*{kind}", "mean": "*fp32", "variance": "*fp32", "rows": "i32", "stride": "i32"}
+        cases.append(Case(row_moments, f"D={width} {kind}", signature, constants, launch, unaligned=("rows",)))
+    return cases

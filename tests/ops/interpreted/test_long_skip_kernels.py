@@ -1,0 +1,170 @@
+"""The long skip's kernels against float64 on equally rounded inputs: offsets, outliers, mixed types, odd sizes."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dit_fast.kernels import long_skip, long_skip_tiles, row_statistics
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+LIMITS = {FP32: 1e-6, FP16: 1e-3, BF16: 6e-3}  # relative RMS error
+DTYPES = [(BF16, BF16, BF16), (FP16, FP16, FP16), (FP32, BF16, BF16), (BF16, FP32, BF16), (BF16, FP16, FP16)]
+EPS = 1e-6
+
+
+def error(ours, exact):
+    return ((ours.double() - exact).norm() / exact.norm()).item()
+
+
+def rows(count, width, dtype, kind="plain", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, width, generator=generator)
+    if kind == "offset":  # mean of a row = 100 standard deviations
+        x += 100 * torch.where(torch.rand(count, 1, generator=generator) < 0.5, -1, 1)
+    if kind == "massive":
+        x[:, :: width // 4] *= 1000
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("kind", ["plain", "offset", "massive"])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (37, 192), (9, 1152), (3, 2304), (2, 4104)], ids=str)
+def test_row_statistics(shape, kind, dtype):
+    if shape == (1, 1) and kind != "plain":
+        pytest.skip("one value has no spread")
+    x = rows(*shape, dtype, kind if shape[1] > 4 else "plain")
+    mean, variance = row_statistics.row_statistics(x)
+    wide = x.double()
+    assert mean.dtype == variance.dtype == FP32
+    assert error(mean, wide.mean(1)) < 1e-6
+    spread = wide.var(1, correction=0)
+    assert error(variance, spread) < 1e-6 if spread.norm() else not variance.any()
+
+
+def test_row_statistics_of_strided_rows_read_nothing_else():
+    base = torch.full((11, 80), torch.nan)
+    base[:, 7:71] = rows(11, 64, FP32)
+    mean, variance = row_statistics.row_statistics(base[:, 7:71])
+    assert error(mean, base[:, 7:71].double().mean(1)) < 1e-6
+    assert error(variance, base[:, 7:71].double().var(1, correction=0)) < 1e-6
+    assert all(part.shape == (0,) for part in row_statistics.row_statistics(base[:0]))
+    assert "contiguous" in row_statistics.supports(base.T)[0]
+    assert "float64" in row_statistics.supports(base.double())[0]
+
+
+class Problem:
+    """One long skip: the inputs as the kernels take them, and the exact result of the same rounded inputs."""
+
+    def __init__(self, count, width, dtypes, kind="plain", other="plain", fp32_weights=True):
+        x_dtype, skip_dtype, self.dtype = dtypes
+        self.x, self.skip = rows(count, width, x_dtype, kind, 1), rows(count, width, skip_dtype, other, 2)
+        generator = torch.Generator().manual_seed(3)
+        draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+        self.gamma, self.beta = 1 + draw(2 * width) / 4, draw(2 * width) / 4
+        self.weight, self.bias = draw(width, 2 * width) / (2 * width) ** 0.5, draw(width) / 4
+        if not fp32_weights:
+            self.weight, self.gamma = self.weight.to(self.dtype), self.gamma.to(self.dtype)
+        self.grad = draw(count, width).to(self.dtype)
+
+    def statistics(self):
+        joined = torch.cat([self.x.double(), self.skip.double()], 1)
+        return joined.mean(1).float(), (joined.var(1, correction=0) + EPS).rsqrt().float()
+
+    def ours(self):
+        self.mean, self.rstd = self.statistics()
+        self.folded = long_skip.fold(self.gamma, self.beta, self.weight, self.bias, self.dtype)
+        return long_skip.forward(self.x, self.skip, self.mean, self.rstd, *self.folded, self.dtype)
+
+    def reference(self, wide, normalised=lambda z: z, weight=lambda w: w):
+        x, skip = self.x.to(wide).requires_grad_(), self.skip.to(wide).requires_grad_()
+        joined = torch.cat([x, skip], 1)
+        z = normalised(F.layer_norm(joined, joined.shape[1:], self.gamma.to(wide), self.beta.to(wide), EPS))
+        y = F.linear(z, weight(self.weight.to(wide)), self.bias.to(z.dtype))
+        return y, torch.autograd.grad(y, (x, skip), self.grad.to(y.dtype))
+
+    def exact(self):
+        return self.reference(torch.float64)
+
+    def eager(self):
+        """The released code under autocast: float32 statistics, the normalised value and the weights rounded."""
+        return self.reference(FP32, lambda z: z.to(self.dtype), lambda w: w.to(self.dtype))
+
+
+@pytest.fixture(params=[90, 80], ids=["descriptors", "pointers"])
+def family(request, monkeypatch):
+    monkeypatch.setattr(long_skip_tiles, "family", lambda device: request.param)
+    return request.param
+
+
+def check(ours, exact, eager, dtype):
+    assert error(ours, exact) < LIMITS[dtype]
+    assert error(ours, exact) <= 1.25 * error(eager, exact)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 64), (37, 72), (130, 192)], ids=str)
+def test_forward(shape, dtypes, family):
+    problem = Problem(*shape, dtypes)
+    ours = problem.ours()
+    assert ours.dtype == problem.dtype
+    check(ours, problem.exact()[0], problem.eager()[0], problem.dtype)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES[:4], ids=str)
+@pytest.mark.parametrize("kinds", [("offset", "offset"), ("offset", "plain"), ("massive", "massive")], ids=str)
+def test_forward_keeps_its_accuracy(kinds, dtypes):
+    problem = Problem(48, 128, dtypes, *kinds)
+    check(problem.ours(), problem.exact()[0], problem.eager()[0], problem.dtype)
+
+
+def test_forward_real_width():
+    problem = Problem(32, 1152, DTYPES[0], "offset", "massive")
+    check(problem.ours(), problem.exact()[0], problem.eager()[0], BF16)
+
+
+def test_forward_float32_output():
+    problem = Problem(32, 72, DTYPES[0], "offset")
+    problem.ours()
+    wide = long_skip.forward(problem.x, problem.skip, problem.mean, problem.rstd, *problem.folded, FP32)
+    assert wide.dtype == FP32
+    assert error(wide, problem.exact()[0]) < 2e-3  # the weights' rounding alone
+
+
+@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[2]], ids=str)
+def test_strided_rows_read_nothing_else(dtypes, family):
+    problem = Problem(19, 64, dtypes)
+    expected = problem.ours()
+    for name in ("x", "skip"):
+        value = getattr(problem, name)
+        base = torch.full((20, 96), torch.nan, dtype=value.dtype)
+        base[:19, 16:80] = value
+        setattr(problem, name, base[:19, 16:80])
+    assert torch.equal(problem.ours(), expected)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("fp32_weights", [True, False])
+def test_fold(dtype, fp32_weights):
+    problem = Problem(1, 520 if fp32_weights else 40, (dtype, dtype, dtype), fp32_weights=fp32_weights)
+    folded, row_sums, bias = long_skip.fold(problem.gamma, problem.beta, problem.weight, problem.bias, dtype)
+    product = problem.gamma.float() * problem.weight.float()
+    assert torch.equal(folded, product.to(dtype))
+    assert error(row_sums, folded.double().sum(1)) < 1e-6
+    assert error(bias, problem.bias.double() + problem.weight.double() @ problem.beta.double()) < 1e-6
+
+
+def test_empty_batch():
+    problem = Problem(0, 64, DTYPES[0])
+    assert problem.ours().shape == (0, 64)
+
+
+def test_supports_names_what_it_refuses():
+    x = torch.zeros(4, 64, dtype=BF16)
+    assert long_skip.supports(x, x.float(), BF16) == []
+    assert "float32" in long_skip.supports(x, x, FP32)[0]
+    assert "float64" in long_skip.supports(x.double(), x, BF16)[0]
+    assert "multiple of 8" in long_skip.supports(x[:, :60], x[:, :60], BF16)[0]
+    wide = torch.zeros(4, 80, dtype=BF16)
+    assert "16 bytes" in long_skip.supports(wide[:, 4:68], x, BF16)[0]
+    assert "16 bytes" in long_skip.supports(x, torch.zeros(4, 68, dtype=BF16)[:, :64], BF16)[0]
+    assert "contiguous" in long_skip.supports(x, torch.zeros(64, 4, dtype=BF16).T, BF16)[0]

@@ -1,0 +1,19 @@
+"""Launches of the long skip's kernels and of the row statistics; tests/ops/launches.py runs this."""
+
+import torch
+
+from dit_fast.kernels import long_skip, row_statistics
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+for width, dtype in ((768, BF16), (1024, FP16), (1152, BF16), (1152, FP32), (2304, BF16), (4608, BF16)):
+    for rows in (1, 48):  # 1 is the value that Triton likes to compile in
+        row_statistics.row_statistics(torch.zeros(rows, width, dtype=dtype))
+
+width = 64
+parts = [torch.ones(2 * width), torch.zeros(2 * width), torch.zeros(width, 2 * width), torch.zeros(width)]
+for rows, x_dtype, dtype in ((1, FP16, FP16), (1000, BF16, BF16), (1000, FP32, BF16)):
+    x, skip = torch.zeros(rows, width, dtype=x_dtype), torch.zeros(rows, width, dtype=dtype)
+    mean, rstd = torch.zeros(rows), torch.ones(rows)
+    folded = long_skip.fold(*parts, dtype)
+    long_skip.forward(x, skip, mean, rstd, *folded, dtype)
