@@ -15,3 +15,5 @@ from dit_fast.ops.gelu_mlp import gelu_mlp as gelu_mlp
 from dit_fast.ops.long_skip import long_skip as long_skip
 from dit_fast.ops.qk_norm import qk_norm as qk_norm
 from dit_fast.ops.repa_cosine import repa_cosine as repa_cosine
+from dit_fast.ops.row_statistics import RowStatistics as RowStatistics
+from dit_fast.ops.row_statistics import row_statistics as row_statistics

@@ -77,7 +77,7 @@ def test_autocast_runs_the_map_in_half_precision():
         ours = long_skip(*inputs)
     assert ours.dtype == torch.bfloat16
     normalised = F.layer_norm(torch.cat(inputs[:2], -1), (16,), *inputs[2:4], 1e-6).bfloat16()
-    assert_close(ours, F.linear(normalised, inputs[4].bfloat16(), inputs[5].bfloat16()), 1e-7)
+    assert_close(ours, F.linear(normalised, inputs[4].bfloat16(), inputs[5].bfloat16()), 1e-2)
 
 
 def test_eps_reaches_the_norm():
