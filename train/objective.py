@@ -5,6 +5,7 @@ on the batch, the rank, the world size or on what ran before.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,8 @@ from dit_fast import philox
 from dit_fast.config import FlowConfig
 from dit_fast.diffusion import Path, time_sampler, velocity_error
 from dit_fast.methods import Methods, ModelFacts, StepContext, StepInputs
+from dit_fast.ops import flow_error, flow_noised
+from dit_fast.ops.flow import draws_noise_in_registers
 from dit_fast.philox import Stream
 
 Affine = float | Sequence[float]
@@ -72,16 +75,24 @@ class TrainingObjective(nn.Module):
         return loss, {"loss": loss.detach(), **logs}
 
     def _flow_matching(self, inputs: StepInputs) -> tuple[StepContext, Tensor]:
-        noised, target = self.path.interpolate(inputs.latents, inputs.noise, inputs.t)
+        draw = (inputs.latents, inputs.t, inputs.batch["position"], self.seed, self.path.name)
+        fused = draws_noise_in_registers(inputs.latents)
+        target: Any
+        if fused:
+            # Noise and target become tensors only if a method reads them.
+            noised, target = flow_noised(*draw), partial(self._target, inputs)
+        else:
+            noised, target = self.path.interpolate(inputs.latents, inputs.noise, inputs.t)
         collectors = self.methods.collectors(self.facts)
         through = {"through": collectors} if collectors else {}
         output = self.model(noised, inputs.t, inputs.labels, taps=self.taps, drop=inputs.drop, **through)
         prediction, features = output if self.taps else (output, {})
         null: Any = self.model.null_label
+        noise: Any = partial(getattr, inputs, "noise")
         context = StepContext(
             model=self.model,
             latents=inputs.latents,
-            noise=inputs.noise,
+            noise=noise,
             t=inputs.t,
             labels=torch.where(inputs.drop, null, inputs.labels),
             noised=noised,
@@ -93,17 +104,21 @@ class TrainingObjective(nn.Module):
             seed=inputs.seed,
             collectors=collectors,
         )
-        return context, velocity_error(prediction, target)
+        return context, flow_error(prediction, *draw) if fused else velocity_error(prediction, target)
+
+    def _target(self, inputs: StepInputs) -> Tensor:
+        return self.path.interpolate(inputs.latents, inputs.noise, inputs.t)[1]
 
     def _draw(self, batch: Mapping[str, Tensor], step: int) -> StepInputs:
         position = batch["position"]
         mean, std = batch["moments"].unbind(1)
         shape = tuple(mean.shape[1:])
         sampled = mean + std * philox.normal(self.seed, position, Stream.POSTERIOR, shape)
+        noise: Any = partial(philox.normal, self.seed, position, Stream.NOISE, shape)
         return StepInputs(
             model=self.model,
             latents=sampled * self.scale + self.shift,
-            noise=philox.normal(self.seed, position, Stream.NOISE, shape),
+            noise=noise,
             t=self.times.keyed(self.seed, position),
             labels=batch["label"],
             drop=philox.uniform(self.seed, position, Stream.LABEL_DROP, ()) < self.label_dropout,

@@ -6,13 +6,15 @@ shard fields to read, lets them add modules, and adds `weight * value` of their 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from dit_fast.errors import ConfigError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,41 @@ class ModelFacts:
         return cls(model.depth, model.hidden_size, model.num_tokens, model.input_size, model.in_channels)
 
 
+class _OnDemand:
+    """A dataclass field that holds its value, or a function without arguments that makes it when it is first read."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            return self
+        value = vars(instance)[self._name]
+        if callable(value):
+            value = vars(instance)[self._name] = value()
+        return value
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        vars(instance)[self._name] = value
+
+
+def _on_demand(*names: str) -> Callable[[type[T]], type[T]]:
+    def install(cls: type[T]) -> type[T]:
+        for name in names:
+            setattr(cls, name, _OnDemand(name))
+        return cls
+
+    return install
+
+
+@_on_demand("noise")
 @dataclass(frozen=True)
 class StepInputs:
     """One micro-batch before the model's forward, for a method that has a forward of its own.
 
     model: the bare model, with whatever methods attached. latents, noise [N, C, H, W]; t [N], drawn from the configured
     distribution; labels int64 [N]; drop bool [N], rows whose label becomes the null label. batch, step, seed: as in
-    `StepContext`.
+    `StepContext`. noise may be given as a function that makes it when it is first read.
     """
 
     model: nn.Module
@@ -85,6 +115,7 @@ class Collectors(dict[str, Collector]):
         return feature
 
 
+@_on_demand("noise", "target")
 @dataclass
 class StepContext:
     """One micro-batch after the model's forward.
@@ -94,7 +125,8 @@ class StepContext:
     least the blocks that this method asked for. batch: further shard fields by name, and "position" int64 [N], each
     sample's position in the run (the key of all its random numbers). step counts optimizer steps; seed is the run's.
     collectors: by method name, what `Method.collector` gave and the model's forward filled; a method must also work
-    without its own, from `features`.
+    without its own, from `features`. noise and target may be given as functions that make them when they are first
+    read: the fused flow-matching ops need neither.
     """
 
     model: nn.Module

@@ -6,13 +6,12 @@ The targets are read from the shards (field "features"), where they were written
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dit_fast.errors import ConfigError
 from dit_fast.methods.base import Method, ModelFacts, StepContext, Term
 from dit_fast.nn.projector import projector
+from dit_fast.ops import repa_cosine
 
 
 def repa_loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -25,9 +24,7 @@ def repa_loss(prediction: Tensor, target: Tensor) -> Tensor:
             f"repa_loss needs prediction and target of one shape [N, T, Z], "
             f"not {list(prediction.shape)} and {list(target.shape)}"
         )
-    wide = torch.promote_types(prediction.dtype, torch.float32)
-    prediction, target = prediction.to(wide), target.detach().to(wide)
-    return -(F.normalize(prediction, dim=-1) * F.normalize(target, dim=-1)).sum(-1).mean()
+    return repa_cosine(prediction, target.detach())
 
 
 class REPA(Method):

@@ -11,7 +11,7 @@ from torch import nn
 from dit_fast.config import TrainConfig, apply_overrides, from_dict, to_dict
 from dit_fast.diffusion import Path, velocity_error
 from dit_fast.errors import ConfigError
-from dit_fast.methods import METHODS, Method, ModelFacts, StepContext, Term, build_methods
+from dit_fast.methods import METHODS, Method, ModelFacts, StepContext, StepInputs, Term, build_methods
 from dit_fast.methods.diversedit import DiverseDiT
 from dit_fast.methods.repa import REPA
 from dit_fast.models import SiT
@@ -169,3 +169,25 @@ def test_two_methods_cannot_add_a_module_of_one_name():
 def test_configs_mirror_their_methods():
     for name, method in METHODS.items():
         assert method.name == method.Config.name == method.Config().name == name
+
+
+def test_noise_and_target_may_be_made_when_they_are_first_read():
+    calls = []
+
+    def make(name):
+        return lambda: calls.append(name) or torch.zeros(1)
+
+    x = torch.ones(1)
+    context = StepContext(None, x, make("noise"), x, x, x, make("target"), x, {}, {}, 0, 0)
+    inputs = StepInputs(None, x, make("inputs"), x, x, x, {}, 0, 0)
+    assert calls == []
+    assert context.noise is context.noise
+    assert inputs.noise is inputs.noise
+    assert calls == ["noise", "inputs"]
+    assert torch.equal(context.target, torch.zeros(1))
+    context.target = x
+    assert context.target is x
+    with pytest.raises(AttributeError):
+        inputs.noise = x
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'seed'"):
+        StepContext(None, x, x, x, x, x, x, x, {}, {}, 0)

@@ -14,6 +14,7 @@ from dit_fast.diffusion import velocity_error
 from dit_fast.errors import ConfigError
 from dit_fast.methods import METHODS, Method, Methods, StepContext, Term, build_methods
 from dit_fast.models import SiT
+from dit_fast.train import objective as objective_module
 from dit_fast.train.objective import TrainingObjective
 
 
@@ -206,3 +207,30 @@ def test_bf16_keeps_losses_and_weights_in_float32():
         torch.float32
     }
     torch.testing.assert_close(half, full, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_flow_matching_without_stored_noise_is_the_same_to_the_bit(path, monkeypatch):
+    """The branch of the fused ops, taken on the CPU, where they are the reference."""
+    results = []
+    for fused in (False, True):
+        monkeypatch.setattr(objective_module, "draws_noise_in_registers", lambda latents, fused=fused: fused)
+        spy = Spy(Spy.Config())
+        run = TrainingObjective(small(), Methods([spy]), FlowConfig(path=path), seed=2**63 + 5, label_dropout=0.3)
+        loss, _ = run(batch(), 0)
+        loss.backward()
+        made = {name: not callable(vars(spy.context)[name]) for name in ("noise", "target")}
+        assert made == {"noise": False, "target": not fused}
+        context = [getattr(spy.context, name) for name in ("noise", "target", "noised", "latents", "t")]
+        results.append([loss, *context, *(p.grad for p in run.model.parameters() if p.grad is not None)])
+    assert all(torch.equal(plain, ours) for plain, ours in zip(*results, strict=True))
+
+
+def test_a_forward_of_its_own_still_gets_keyed_noise(monkeypatch):
+    monkeypatch.setattr(objective_module, "draws_noise_in_registers", lambda latents: pytest.fail("not flow matching"))
+    run, seen = objective([Jumps(Jumps.Config())]), []
+    forward = Jumps.forward
+    monkeypatch.setattr(Jumps, "forward", lambda self, inputs, taps: seen.append(inputs) or forward(self, inputs, taps))
+    run(batch(), 0)
+    expected = philox.normal(3, batch()["position"], philox.Stream.NOISE, (2, 8, 8))
+    assert torch.equal(seen[0].noise, expected)

@@ -4,11 +4,15 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from dit_fast import philox
+from dit_fast.config import FlowConfig
 from dit_fast.errors import UserError
 from dit_fast.kernels import flow as kernel
+from dit_fast.methods import Methods
 from dit_fast.ops import flow_error, flow_noised
+from dit_fast.train import objective
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 LIMITS = {FP32: 1e-6, FP16: 1e-3, BF16: 6e-3}  # relative RMS error of a gradient, which is rounded to its type
@@ -187,3 +191,37 @@ def test_supports_names_what_it_refuses():
     assert kernel.supports(latents=torch.zeros(2, 3).double()) == [
         "latents is torch.float64, not float32, bfloat16 or float16"
     ]
+
+
+class Scale(nn.Module):
+    """As much of a model as the objective asks for."""
+
+    depth, hidden_size, num_tokens, input_size, in_channels, null_label = 1, 1, 1, 8, 3, 10
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.1, 1, 8))
+
+    def forward(self, x, t, y, taps, drop):
+        return self.weight * x
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_the_trainers_objective(path, monkeypatch):
+    """The kernels' noise against the generator's in torch: the loss, its gradient, and no tensor of noise."""
+    generator = torch.Generator().manual_seed(0)
+    moments = torch.rand(4, 2, 3, 8, 8, generator=generator)
+    batch = {"moments": moments, "label": torch.arange(4), "position": torch.arange(4) + 2**33}
+    streams, normal = [], philox.normal
+    monkeypatch.setattr(philox, "normal", lambda *draw: streams.append(draw[2]) or normal(*draw))
+    results = []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr(objective, "draws_noise_in_registers", lambda latents: False)
+        run = objective.TrainingObjective(Scale(), Methods([]), FlowConfig(path=path), seed=2**63 + 5)
+        loss, _ = run(batch, 0)
+        assert (philox.Stream.NOISE in streams) is not fused
+        loss.backward()
+        results.append((loss.detach(), run.model.weight.grad))
+    for ours, plain in zip(*results, strict=True):
+        assert error(ours, plain) < 1e-6
