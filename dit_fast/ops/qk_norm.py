@@ -98,12 +98,12 @@ def _forward(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    parameters = [x.contiguous() for x in (q_weight, q_bias, k_weight, k_bias)]
     if _choose(qkv, num_heads, backend) == "triton" and qkv.numel():
         from dit_fast.kernels import qk_norm as kernel
 
-        return kernel.forward(qkv, num_heads, *parameters, eps)
-    query, key, _ = _reference(qkv, num_heads, *parameters, eps)
+        q_weight, q_bias, k_weight, k_bias = (x.contiguous() for x in (q_weight, q_bias, k_weight, k_bias))
+        return kernel.forward(qkv, num_heads, q_weight, q_bias, k_weight, k_bias, eps)
+    query, key, _ = _reference(qkv, num_heads, q_weight, q_bias, k_weight, k_bias, eps)
     return query.contiguous(), key.contiguous()
 
 
@@ -180,8 +180,17 @@ class _QkNorm(torch.autograd.Function):
     """(qkv, H, q_weight, q_bias, k_weight, k_bias, eps, backend) -> query, key, value [N, T, H, d]."""
 
     @staticmethod
-    def forward(qkv: Tensor, num_heads: int, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        query, key = forward_op(qkv, num_heads, *rest)
+    def forward(
+        qkv: Tensor,
+        num_heads: int,
+        q_weight: Tensor,
+        q_bias: Tensor,
+        k_weight: Tensor,
+        k_bias: Tensor,
+        eps: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        query, key = forward_op(qkv, num_heads, q_weight, q_bias, k_weight, k_bias, eps, backend)
         return query, key, _heads(qkv, num_heads).select(2, 2)
 
     @staticmethod

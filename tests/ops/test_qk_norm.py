@@ -1,0 +1,311 @@
+"""QK-norm as a torch op: the reference, registration, both modes of differentiation, strides, complaints."""
+
+import pytest
+import torch
+from golden import assert_close
+from torch.nn import functional as F
+
+from dit_fast.errors import ConfigError, UserError
+from dit_fast.ops import qk_norm
+from dit_fast.ops.qk_norm import _QkNorm, _QkNormWithTangent, backward_op, forward_op, supports
+
+N, T, H, D = 2, 7, 3, 8
+EPS = 1e-5
+
+
+def make(dtype=torch.float32, parameters=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    qkv = (torch.randn(N, T, 3 * H * D, generator=generator) + 0.5).to(dtype)
+    return [qkv, *(torch.randn(D, generator=generator).to(parameters or dtype) for _ in range(4))]
+
+
+def leaves(inputs):
+    return [x.clone().requires_grad_() for x in inputs]
+
+
+def plain(qkv, *parameters):
+    return qk_norm(qkv, H, *parameters)
+
+
+def through_op(qkv, *parameters, function=_QkNorm):
+    """What compiled code runs, and what "auto" runs where the kernels can: here, torch behind the op."""
+    return tuple(part.transpose(1, 2) for part in function.apply(qkv, H, *parameters, EPS, "auto"))
+
+
+def exact(qkv, q_weight, q_bias, k_weight, k_bias):
+    """From the definition, head by head."""
+    columns = qkv.split(D, dim=-1)
+    query = [F.layer_norm(x, (D,), q_weight, q_bias, EPS) for x in columns[:H]]
+    key = [F.layer_norm(x, (D,), k_weight, k_bias, EPS) for x in columns[H : 2 * H]]
+    return tuple(torch.stack(part, 1) for part in (query, key, columns[2 * H :]))
+
+
+def seeds(dtype, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(N, H, T, D, generator=generator).to(dtype) for _ in range(3)]
+
+
+@pytest.mark.parametrize("parameters", [torch.float32, None], ids=["fp32 parameters", "parameters alike"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", [plain, through_op])
+def test_values_and_gradients(op, dtype, parameters):
+    inputs = make(dtype, parameters)
+    ours, wide = leaves(inputs), leaves([x.double() for x in inputs])
+    outputs, expected = op(*ours), exact(*wide)
+    rounding = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+    for each, reference in zip(outputs, expected, strict=True):
+        assert each.dtype == dtype
+        assert each.shape == (N, H, T, D)
+        assert_close(each, reference, rounding[dtype])
+    grads = torch.autograd.grad(outputs, ours, seeds(dtype))
+    for each, reference, x in zip(
+        grads, torch.autograd.grad(expected, wide, [s.double() for s in seeds(dtype)]), inputs, strict=True
+    ):
+        assert each.dtype == x.dtype
+        assert_close(each, reference, rounding[x.dtype])
+
+
+@pytest.mark.parametrize("op", [plain, through_op])
+def test_attention_takes_the_parts_without_a_copy(op):
+    """Heads are contiguous in [N, T, H, d], the layout of flash-attn; value is a view of the projection."""
+    qkv, *parameters = make()
+    query, key, value = op(qkv, *parameters)
+    assert query.transpose(1, 2).is_contiguous()
+    assert key.transpose(1, 2).is_contiguous()
+    assert value.stride()[1:] == (D, 3 * H * D, 1)
+    assert value.data_ptr() == qkv[0, 0, 2 * H * D :].data_ptr()
+
+
+def test_auto_is_the_reference_to_the_bit_on_the_cpu():
+    inputs = make()
+    for ours, reference in zip(plain(*inputs), qk_norm(inputs[0], H, *inputs[1:], backend="torch"), strict=True):
+        assert torch.equal(ours, reference)
+
+
+@pytest.mark.parametrize("op", [plain, through_op])
+def test_float64_stays_float64(op):
+    inputs = make(torch.float64)
+    assert torch.autograd.gradcheck(op, leaves(inputs))
+    for ours, reference in zip(op(*inputs), exact(*inputs), strict=True):
+        assert_close(ours, reference, 1e-13)
+
+
+@pytest.mark.parametrize("op", [plain, through_op])
+def test_strided_projection_and_strided_gradients(op):
+    """Transposed, sliced and expanded inputs; gradients as attention hands them over, sliced, expanded."""
+    row = 3 * H * D
+    wide = torch.randn(T, N + 1, row + 3, generator=torch.Generator().manual_seed(2))
+    parameters = make()[1:]
+    views = [wide[:, :N, :row].transpose(0, 1), wide[:1, :N, 3:].transpose(0, 1).expand(N, T, row)]
+    views += [wide[:N].transpose(1, 2).reshape(N, row + 3, N + 1)[:, 3:, :1].expand(N, row, T).transpose(1, 2)]
+    contiguous = seeds(torch.float32)
+    upstream = [contiguous[0].transpose(1, 2).contiguous().transpose(1, 2), contiguous[1], contiguous[2][:, :1]]
+    upstream = [*upstream[:2], upstream[2].expand(N, H, T, D)]
+    for view in views:
+        ours, reference = leaves([view, *parameters]), leaves([view.contiguous(), *parameters])
+        strided = op(view.detach().requires_grad_(), *ours[1:])
+        for each, same in zip(strided, exact(*reference), strict=True):
+            assert_close(each, same.detach(), 1e-6)
+        expected = torch.autograd.grad(exact(*reference), reference, [x.contiguous() for x in upstream])
+        for each, same in zip(torch.autograd.grad(op(*ours), ours, upstream), expected, strict=True):
+            assert_close(each, same, 1e-6)
+        total = sum(part.sum() for part in op(*ours))
+        same = sum(part.sum() for part in exact(*reference))
+        for each, wanted in zip(torch.autograd.grad(total, ours), torch.autograd.grad(same, reference), strict=True):
+            assert_close(each, wanted, 1e-6, extra=1e-5)
+
+
+@pytest.mark.parametrize("op", [plain, through_op])
+@pytest.mark.parametrize("wanted", [[0], [1], [4], [0, 2], [1, 2, 3, 4]], ids=str)
+def test_only_some_gradients_are_needed(op, wanted):
+    inputs = make()
+    every = leaves(inputs)
+    expected = torch.autograd.grad(exact(*every), every, seeds(torch.float32))
+    some = [x.clone().requires_grad_(place in wanted) for place, x in enumerate(inputs)]
+    outputs = op(*some)
+    used = [place for place in range(3) if outputs[place].requires_grad]
+    found = torch.autograd.grad(
+        [outputs[p] for p in used], [some[p] for p in wanted], [seeds(torch.float32)[p] for p in used]
+    )
+    for each, place in zip(found, wanted, strict=True):
+        assert_close(each, expected[place], 1e-6)
+
+
+def test_gradients_that_nobody_needs_are_not_computed():
+    qkv, *parameters = make()
+    grads = [x.transpose(1, 2) for x in seeds(torch.float32)]
+    weights = parameters[0], parameters[2]
+    only_input = backward_op(*grads, qkv, *weights, EPS, True, False, "auto")
+    only_parameters = backward_op(*grads, qkv, *weights, EPS, False, True, "auto")
+    assert [x.numel() for x in (*only_input, *only_parameters)] == [qkv.numel(), 0, 0, 4 * D]
+
+
+@pytest.mark.parametrize("op", [plain, through_op])
+def test_one_part_alone_has_a_gradient(op):
+    inputs = make()
+    for place in range(3):
+        ours, reference = leaves(inputs), leaves(inputs)
+        found = torch.autograd.grad(op(*ours)[place].sin().sum(), ours[0])[0]
+        assert_close(found, torch.autograd.grad(exact(*reference)[place].sin().sum(), reference[0])[0], 1e-6)
+
+
+def test_what_is_saved_is_the_projection_and_the_weights():
+    inputs = leaves(make())
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        through_op(*inputs, function=_QkNormWithTangent)
+    assert sorted(x.data_ptr() for x in saved) == sorted(inputs[place].data_ptr() for place in (0, 1, 3))
+
+
+@pytest.mark.parametrize("op", [plain, through_op])
+def test_empty_batches(op):
+    _, *parameters = make()
+    for shape in ((0, T, 3 * H * D), (N, 0, 3 * H * D)):
+        inputs = leaves([torch.zeros(shape), *parameters])
+        outputs = op(*inputs)
+        assert [tuple(x.shape) for x in outputs] == [(shape[0], H, shape[1], D)] * 3
+        grads = torch.autograd.grad(sum(x.sum() for x in outputs), inputs)
+        assert grads[0].shape == shape
+        assert all((grad == 0).all() for grad in grads[1:])
+
+
+def test_opcheck():
+    for dtype in (torch.float32, torch.bfloat16):
+        qkv, *parameters = make(dtype)
+        torch.library.opcheck(forward_op, (qkv, H, *parameters, EPS, "auto"))
+        grads = [x.transpose(1, 2) for x in seeds(dtype)]
+        for needs in ((True, True), (True, False), (False, True)):
+            torch.library.opcheck(backward_op, (*grads, qkv, parameters[0], parameters[2], EPS, *needs, "auto"))
+
+
+@pytest.mark.parametrize(
+    ("compiler", "dynamic"),
+    [("aot_eager", False), ("aot_eager", True), pytest.param("inductor", False, marks=pytest.mark.long)],
+)
+def test_compiled_values_and_gradients_equal_eager_ones(compiler, dynamic):
+    def attend(qkv, *parameters):
+        return F.scaled_dot_product_attention(*plain(qkv * 1.5, *parameters)).sin()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend=compiler, dynamic=dynamic)
+    for tokens in (T, T + 4):
+        generator = torch.Generator().manual_seed(tokens)
+        inputs = [torch.randn(N, tokens, 3 * H * D, generator=generator), *make()[1:]]
+        ours, reference = leaves(inputs), leaves(inputs)
+        values, expected = compiled(*ours), attend(*reference)
+        assert_close(values, expected.detach(), 1e-6)
+        for each, same in zip(
+            torch.autograd.grad(values.sum(), ours), torch.autograd.grad(expected.sum(), reference), strict=True
+        ):
+            assert_close(each, same, 1e-5, extra=1e-5)  # the gradient of k_bias is zero: softmax ignores it
+        with torch.no_grad():
+            assert_close(compiled(*inputs), expected.detach(), 1e-6)
+
+
+@pytest.mark.parametrize("op", [plain, through_op])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_keeps_the_dtype_of_the_projection(op, dtype):
+    """fp32 parameters and a half-precision projection, as under autocast: one rounding, and nothing is cast up."""
+    inputs = make(dtype, torch.float32)
+    with torch.autocast("cpu", dtype):
+        ours = leaves(inputs)
+        outputs = op(*ours)
+    reference = leaves(inputs)
+    for each, same in zip(outputs, op(*reference), strict=True):
+        assert each.dtype == dtype
+        assert torch.equal(each, same)
+    wide = make()
+    with torch.autocast("cpu", dtype):
+        assert {x.dtype for x in op(*wide)} == {torch.float32}
+
+
+@pytest.mark.parametrize("op", [plain, through_op])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_inside_an_activation_checkpoint(op, reentrant):
+    inputs = make()
+    ours, reference = leaves(inputs), leaves(inputs)
+
+    def function(*x):
+        return F.scaled_dot_product_attention(*op(*x))
+
+    again = torch.utils.checkpoint.checkpoint(function, *ours, use_reentrant=reentrant)
+    for parts in (ours, reference):
+        (again if parts is ours else function(*parts)).square().sum().backward()
+    for each, same in zip(ours, reference, strict=True):
+        assert_close(each.grad, same.grad, 1e-7)
+
+
+def test_forward_mode_against_differences_and_reverse_mode_over_the_primal():
+    """What mean flow does: a directional derivative, with reverse mode on the primal."""
+    qkv, *parameters = make(torch.float64)
+    directions = make(torch.float64, seed=9)
+    trained = [x.requires_grad_() for x in parameters]
+    for op in (plain, lambda *x: through_op(*x, function=_QkNormWithTangent)):
+
+        def loss(*inputs, op=op):
+            query, key, value = op(*inputs)
+            return ((query @ key.transpose(-2, -1)).softmax(-1) @ value).sin().sum()
+
+        for moved in ([0], [1, 2], [3, 4], [0, 1, 2, 3, 4]):
+
+            def along(*some, moved=moved, loss=loss):
+                inputs = [qkv, *trained]
+                for place, x in zip(moved, some, strict=True):
+                    inputs[place] = x
+                return loss(*inputs)
+
+            start = tuple([qkv, *trained][place] for place in moved)
+            value, tangent = torch.func.jvp(along, start, tuple(directions[place] for place in moved))
+            with torch.no_grad():
+                ends = [
+                    along(*(x + sign * 1e-6 * directions[place] for x, place in zip(start, moved, strict=True)))
+                    for sign in (1, -1)
+                ]
+            assert_close(tangent, (ends[0] - ends[1]) / 2e-6, 1e-7)
+            if moved == [0]:
+                reference = leaves([qkv, *parameters])
+                expected = torch.autograd.grad(loss(*reference), reference[1:])
+                for each, same in zip(torch.autograd.grad(value, trained), expected, strict=True):
+                    assert_close(each, same, 1e-9)
+
+
+def test_double_backward_works_in_the_reference_and_is_refused_by_the_fused_path():
+    inputs = leaves(make(torch.float64))
+    small = [inputs[0][:1, :1], *inputs[1:]]
+    assert torch.autograd.gradgradcheck(lambda *x: qk_norm(x[0], H, *x[1:], backend="torch"), small)
+    (grad,) = torch.autograd.grad(through_op(*inputs)[0].sin().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qkv": torch.zeros(2, 72)}, r"qkv must be \[N, T, 3 \* 3 \* d\] for 3 heads, not \(2, 72\)"),
+        ({"qkv": torch.zeros(2, 3, 71)}, "qkv must be"),
+        ({"num_heads": 0}, "qkv must be"),
+        ({"num_heads": 5}, "for 5 heads"),
+        ({"k_bias": torch.zeros(9)}, r"k_bias must be \(8,\), the width of a head, not \(9,\)"),
+        ({"qkv": torch.zeros(2, 3, 72, dtype=torch.int64)}, "qkv must be fp32, bf16, fp16 or fp64, not torch.int64"),
+        ({"q_weight": torch.zeros(8, dtype=torch.complex64)}, "q_weight must be fp32"),
+        ({"q_bias": torch.zeros(8, device="meta")}, "q_bias is on meta, qkv on cpu"),
+    ],
+)
+def test_complaints_name_the_culprit(change, message):
+    names = ("qkv", "q_weight", "q_bias", "k_weight", "k_bias")
+    arguments = dict(zip(names, make(), strict=True)) | {"num_heads": H} | change
+    with pytest.raises(UserError, match=message):
+        qk_norm(**arguments)
+
+
+def test_backends():
+    inputs = make()
+    with pytest.raises(ConfigError, match="unknown backend 'cuda'; valid: auto, triton, torch"):
+        qk_norm(inputs[0], H, *inputs[1:], backend="cuda")
+    with pytest.raises(ConfigError, match="backend 'triton' cannot run"):
+        qk_norm(inputs[0], H, *inputs[1:], backend="triton")
+
+
+def test_supports():
+    pytest.importorskip("triton")
+    assert "interpreted" in supports(make()[0], H)[0]
