@@ -1,9 +1,9 @@
 """What is measured: op -> shapes, inputs, sides. One more op is one more file here and one more line below."""
 
-from dit_fast.benchmarks.cases import adaln, diversity, long_skip
+from dit_fast.benchmarks.cases import adaln, diversity, flow, gelu_mlp, long_skip, qk_norm, repa_cosine
 from dit_fast.benchmarks.cases.case import Benchmark, Case
 
 BENCHMARKS: dict[str, Benchmark[Case]] = {
     module.BENCHMARK.op: module.BENCHMARK
-    for module in (diversity, long_skip, adaln)
+    for module in (diversity, long_skip, adaln, qk_norm, gelu_mlp, repa_cosine, flow)
 }

@@ -198,7 +198,7 @@ def test_report_prints_tables_and_draws_the_roofline(result, folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["adalm"], "unknown benchmark 'adalm'; valid: diversity_loss, long_skip, adaln, step, all, report"),
+        (["adalm"], "unknown benchmark 'adalm'; valid: diversity_loss, long_skip, adaln, qk_norm"),
         (["adaln", "--device", "tpu"], "--device tpu is unknown"),
         (["report", "--out", "/nonexistent"], "no results in /nonexistent"),
     ],

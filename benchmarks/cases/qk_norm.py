@@ -1,0 +1,49 @@
+"""QK-norm with the head split, and the plain norms."""
+
+import torch
+
+from dit_fast import ops
+from dit_fast.benchmarks.cases.case import (
+    TOKENS,
+    Benchmark,
+    Case,
+    Inputs,
+    Setting,
+    Work,
+    normal,
+    ours_and_eager,
+    row_shapes,
+)
+from dit_fast.benchmarks.ceilings import DTYPES
+from dit_fast.models.registry import SIZES
+
+
+def _cases(setting: Setting) -> list[Case]:
+    cases = []
+    for label, width, batch, dtype in row_shapes(setting):
+        heads = SIZES[label.split("/")[0]][2]
+        head_width, elements, size = width // heads, batch * TOKENS * width, DTYPES[dtype].itemsize
+
+        def inputs(
+            generator: torch.Generator,
+            shape: tuple[int, ...] = (batch, TOKENS, 3 * width),
+            head_width: int = head_width,
+            dtype: str = dtype,
+        ) -> Inputs:
+            parameters = (normal(generator, (head_width,), "fp32") for _ in range(4))
+            return tuple(x.requires_grad_() for x in (normal(generator, shape, dtype), *parameters))
+
+        def call(inputs: Inputs, backend: str, heads: int = heads) -> Inputs:
+            qkv, q_weight, q_bias, k_weight, k_bias = inputs
+            return ops.qk_norm(qkv, heads, q_weight, q_bias, k_weight, k_bias, backend=backend)
+
+        # Queries and keys are read and written; values stay where they are. Back: all gradients in, all out.
+        forward, backward = Work(4 * elements * size, 16 * elements), Work(8 * elements * size, 32 * elements)
+        shape = {"batch": batch, "tokens": TOKENS, "heads": heads, "head_width": head_width}
+        tolerance = (1e-5, 1e-4) if dtype == "fp32" else (1e-2, 2e-2)
+        sides = ours_and_eager(setting, "qk_norm", call)
+        cases.append(Case(f"{label} {dtype}", dtype, shape, inputs, sides, forward, backward, tolerance))
+    return cases
+
+
+BENCHMARK = Benchmark("qk_norm", ("tests/ops/test_qk_norm*.py",), _cases)
