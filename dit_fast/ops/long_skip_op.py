@@ -108,10 +108,16 @@ def _forward(
             from dit_fast.kernels import long_skip as kernel
 
             return kernel.forward(x, skip, mean, rstd, *kernel.fold(*parameters, dtype), dtype), mean, rstd
-        width = x.shape[1]
-        normalised = x.new_empty((len(x), 2 * width), dtype=dtype)
-        _normalise(x, mean, rstd, normalised[:, :width])
-        _normalise(skip, mean, rstd, normalised[:, width:])
+        normalised = x.new_empty((len(x), weight.shape[1]), dtype=dtype)
+        if weight.dtype.itemsize == 2:
+            # These weights are exact as they are: folding would round once more than LayerNorm before the map does.
+            affine = zip(norm_weight.chunk(2), norm_bias.chunk(2), strict=True)
+            for half, out, (scale, shift) in zip((x, skip), normalised.chunk(2, 1), affine, strict=True):
+                wide = _normalise(half, mean, rstd, torch.empty_like(half, dtype=mean.dtype))
+                torch.addcmul(shift, wide, scale, out=out)
+            return torch.addmm(bias.to(dtype), normalised, weight.to(dtype).T), mean, rstd
+        for half, out in zip((x, skip), normalised.chunk(2, 1), strict=True):
+            _normalise(half, mean, rstd, out)
         folded, folded_bias = _fold(*parameters, dtype)
         return torch.addmm(folded_bias.to(dtype), normalised, folded.T), mean, rstd
 
@@ -160,14 +166,20 @@ def _backward(
             if any(needs[:2]):
                 from dit_fast.kernels import long_skip as kernel
 
+                if not grad.is_contiguous() or grad.data_ptr() % 16:
+                    grad = grad.clone(memory_format=torch.contiguous_format)
                 folded, *sums = kernel.fold(*parameters, y.dtype)
                 _, c1, c2, _ = kernel.prepare_backward(grad, y, rstd, *sums)
                 wanted = (needs[0], needs[1])
                 grads[:2] = kernel.backward_input(grad, x, skip, mean, rstd, folded, c1, c2, needs=wanted)
         elif any(needs[:2]):
             folded, folded_bias = _fold(*parameters, y.dtype)
+            if weight.dtype.itemsize == 2:
+                factor, sums = weight.to(y.dtype), torch.mv(weight.to(wide), norm_weight.to(wide))
+            else:
+                factor, sums = folded, folded.sum(1, dtype=wide)
             upstream = grad.to(wide)
-            c2 = torch.mv(upstream, folded.sum(1, dtype=wide)) / (2 * width)
+            c2 = torch.mv(upstream, sums) / (2 * width)
             c1 = ((upstream * y).sum(1) - torch.mv(upstream, folded_bias)) / (2 * width)
             del upstream
         for index, half in enumerate((x, skip)):
@@ -179,8 +191,10 @@ def _backward(
                 product[:, columns] = _matmul_wide(grad.T, normalised, wide)
             if by_gemm:
                 rest = torch.addcmul((-rstd * c2)[:, None], normalised, (-rstd * c1)[:, None])
-                out = half.new_empty(half.shape)
-                grads[index] = torch.addcmul(rest, grad @ folded[:, columns], rstd[:, None], out=out)
+                turned = grad @ factor[:, columns]
+                if factor is not folded:
+                    turned = turned * norm_weight[columns].to(wide)
+                grads[index] = torch.addcmul(rest, turned, rstd[:, None], out=half.new_empty(half.shape))
         grads[2:] = _parameter_gradients(grad, product, parameters, wide, needs[2:])
     return [g for g, needed in zip(grads, needs, strict=True) if needed and g is not None]
 

@@ -1,11 +1,17 @@
 """The long skip on every device at hand."""
 
+import functools
+
 import pytest
 from devices import STREAM, TOLERANCE, D, check_no_wait, check_values_and_gradients, several
 
 from dit_fast import ops
 
-CASES = {"long_skip": (several(ops.long_skip), [STREAM, STREAM, (2 * D,), (2 * D,), (D, 2 * D), (D,)])}
+SHAPES = [STREAM, STREAM, (2 * D,), (2 * D,), (D, 2 * D), (D,)]
+CASES = {
+    "long_skip": (several(ops.long_skip), SHAPES),
+    "long_skip, gemm": (several(functools.partial(ops.long_skip, backend="gemm")), SHAPES),
+}
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
