@@ -4,18 +4,21 @@ import importlib
 import logging
 from collections.abc import Callable
 from functools import cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_fast.errors import ConfigError
+from dit_fast.nn.lending import LendingNorm
 from dit_fast.nn.linear import linear_flops, xavier_linear
+from dit_fast.ops import qk_norm as normalise_heads
 
 logger = logging.getLogger("dit_fast")
 
 AttentionKind = Literal["auto", "sdpa", "flash", "math"]
+QK_EPS = 1e-5
 
 
 @cache
@@ -56,24 +59,34 @@ class Attention(nn.Module):
         head_width = hidden_size // num_heads
         self.qkv = xavier_linear(hidden_size, 3 * hidden_size)
         if qk_norm:
-            self.q_norm: nn.Module = nn.LayerNorm(head_width, eps=1e-5)
-            self.k_norm: nn.Module = nn.LayerNorm(head_width, eps=1e-5)
+            self.q_norm: nn.Module = LendingNorm(head_width, eps=QK_EPS)
+            self.k_norm: nn.Module = LendingNorm(head_width, eps=QK_EPS)
         else:
             self.q_norm = self.k_norm = nn.Identity()
         self.proj = xavier_linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
-        query, key, value = self.qkv(x).view(batch, tokens, 3, self.num_heads, width // self.num_heads).unbind(2)
-        # Autocast leaves the norms in fp32; the three must agree again before the product.
-        query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
+        query, key, value = self._heads(self.qkv(x))
         if self._use_flash(value):
-            mixed = self._flash(query, key, value)  # type: ignore[misc]
+            mixed = self._flash(*(part.transpose(1, 2) for part in (query, key, value)))  # type: ignore[misc]
         else:
-            query, key, value = (part.transpose(1, 2) for part in (query, key, value))
             attend = _plain_attention if self.kind == "math" else F.scaled_dot_product_attention
             mixed = attend(query, key, value).transpose(1, 2)
         return self.proj(mixed.reshape(batch, tokens, width))
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """query, key, value [N, H, T, d], the first two normalised if the model has QK-norm."""
+        if isinstance(self.q_norm, nn.Identity):
+            return qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+        def with_query(qkv: Tensor, q_weight: Tensor, q_bias: Tensor) -> Any:
+            def with_both(qkv: Tensor, k_weight: Tensor, k_bias: Tensor) -> tuple[Tensor, ...]:
+                return normalise_heads(qkv, self.num_heads, q_weight, q_bias, k_weight, k_bias, QK_EPS)
+
+            return self.k_norm(qkv, with_both)
+
+        return self.q_norm(qkv, with_query)
 
     def _use_flash(self, value: Tensor) -> bool:
         if self._flash is None:

@@ -5,9 +5,9 @@ from typing import cast
 from torch import nn
 
 
-def xavier_linear(in_features: int, out_features: int) -> nn.Linear:
-    """Xavier-uniform weight, zero bias."""
-    layer = nn.Linear(in_features, out_features)
+def xavier_linear(in_features: int, out_features: int, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
+    """Xavier-uniform weight, zero bias. kind: the class to make it of."""
+    layer = kind(in_features, out_features)
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

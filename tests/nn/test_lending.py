@@ -1,0 +1,87 @@
+"""Layers that lend their parameters: held while the op runs, and the plain layer otherwise."""
+
+import pytest
+import torch
+from golden import assert_close
+from torch import nn
+from torch.nn import functional as F
+
+from dit_fast.nn import attention, mlp
+from dit_fast.nn.attention import Attention
+from dit_fast.nn.block import Block
+from dit_fast.nn.lending import LendingLinear, LendingNorm
+from dit_fast.nn.mlp import Mlp
+
+
+def hold_parameters_during_calls(module: nn.Module) -> set[int]:
+    """What ZeRO-3 does around forward; returns the identities of what is held at any time."""
+    held: set[int] = set()
+    for child in module.modules():
+        own = {id(parameter) for parameter in child.parameters(recurse=False)}
+        child.register_forward_pre_hook(lambda *_, own=own: held.update(own))
+        child.register_forward_hook(lambda *_, own=own: held.difference_update(own))
+    return held
+
+
+@pytest.mark.parametrize(
+    ("module", "place", "op", "count"),
+    [(Mlp(8), mlp, "gelu_mlp", 4), (Attention(8, 2, qk_norm=True), attention, "normalise_heads", 4)],
+    ids=["mlp", "attention"],
+)
+def test_every_parameter_is_held_while_the_op_runs(monkeypatch, module, place, op, count):
+    held, real, calls = hold_parameters_during_calls(module), getattr(place, op), []
+
+    def checked(*arguments, **options):
+        given = [x for x in arguments if isinstance(x, nn.Parameter)]
+        assert len(given) == count
+        assert {id(x) for x in given} <= held
+        calls.append(op)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(place, op, checked)
+    module(torch.randn(2, 3, 8)).sum().backward()
+    assert calls == [op]
+    assert not held
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+def test_a_lending_layer_called_alone_is_the_plain_one():
+    x, linear, norm = torch.randn(3, 6), LendingLinear(6, 4), LendingNorm(6)
+    assert torch.equal(linear(x), F.linear(x, linear.weight, linear.bias))
+    assert torch.equal(norm(x), F.layer_norm(x, (6,), norm.weight, norm.bias))
+
+
+def test_the_names_of_a_block_are_the_published_ones():
+    names = set(Block(8, 2, qk_norm=True).state_dict())
+    assert {"mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"} <= names
+    assert {f"attn.{part}_norm.{kind}" for part in "qk" for kind in ("weight", "bias")} <= names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_parts_of_attention_agree_under_autocast(qk_norm, dtype, monkeypatch):
+    seen = []
+    real = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *parts: seen.extend(parts) or real(*parts))
+    module, x = Attention(12, 3, qk_norm, "sdpa"), torch.randn(2, 5, 12)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        module(x).float().sum().backward()
+    assert [part.dtype for part in seen] == [dtype] * 3
+    assert [tuple(part.shape) for part in seen] == [(2, 3, 5, 4)] * 3
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_block_compiles_as_a_whole(qk_norm):
+    generator = torch.Generator().manual_seed(0)
+    block = Block(8, 2, qk_norm, "sdpa")
+    for parameter in block.parameters():
+        parameter.data.normal_(0, 0.3, generator=generator)
+    x, c = torch.randn(2, 3, 8, generator=generator), torch.randn(2, 8, generator=generator)
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    grads = []
+    for each in (compiled, block):
+        y = each(x, c)
+        grads.append([y.detach(), *torch.autograd.grad(y.square().sum(), list(block.parameters()))])
+    for ours, reference in zip(*grads, strict=True):
+        assert_close(ours, reference, 1e-5, extra=1e-5)
