@@ -203,9 +203,9 @@ void adaln_backward(Maybe grad_x_new, Maybe grad_out, Maybe x_new, Maybe y, Mayb
                     Maybe grad_scale, int64_t level) {
   const Shape shape = read_shape(grad_x, "grad_x");
   STD_TORCH_CHECK(grad_x_new || grad_out, "grad_x_new and grad_out are both absent");
-  STD_TORCH_CHECK(
-      y.has_value() == gate.has_value() && y.has_value() == grad_y.has_value() && y.has_value() == grad_gate.has_value(),
-      "y, gate, grad_y and grad_gate go together");
+  STD_TORCH_CHECK(y.has_value() == gate.has_value() && y.has_value() == grad_y.has_value() &&
+                      y.has_value() == grad_gate.has_value(),
+                  "y, gate, grad_y and grad_gate go together");
   STD_TORCH_CHECK(grad_shift.has_value() == grad_out.has_value() && grad_scale.has_value() == grad_out.has_value(),
                   "grad_out, grad_shift and grad_scale go together");
   STD_TORCH_CHECK(!grad_out || (x_new && scale && mean && variance), "grad_out needs x_new, scale, mean and variance");
