@@ -27,6 +27,7 @@ using Maybe = std::optional<Tensor>;
 
 constexpr int64_t kChunk = 64;     // tokens per float32 sum: part of the definition
 constexpr int64_t kGrain = 32768;  // elements below which a thread of its own does not pay
+constexpr int64_t kScratchRows = 8;
 
 // [N, T, D] with unit stride along D; without data it is an absent part.
 struct Stream {
@@ -46,11 +47,11 @@ struct Shape {
 
 // Vectors of one sample in float32, [padded]; factor = 1 + scale.
 struct Modulation {
-  const float *gate, *shift, *factor;
+  const float *gate, *shift, *factor, *zeros;
 };
 
 struct Forward {
-  int64_t tokens, width;
+  int64_t tokens, width, padded;
   float eps;
   Stream x, y, x_new, out;
   const float *known_mean, *known_variance;  // [N, T] or null
@@ -112,27 +113,30 @@ void store_one(Type type, char* to, int64_t index, float value) {
         type == Type::kBfloat16 ? bfloat16_from_float(value) : half_from_float(value);
 }
 
-// Keeps the vectors of the sample last asked for in float32.
-class Modulations {
+// Memory of one thread: the vectors of the sample last asked for, in float32, and a few rows.
+class Scratch {
  public:
-  Modulations(const Shape& shape, const Stream& gate, const Stream& shift, const Stream& scale)
-      : shape_(shape), gate_(gate), shift_(shift), scale_(scale), values_(3 * shape.padded) {}
+  Scratch(const Shape& shape, const Stream& gate, const Stream& shift, const Stream& scale)
+      : shape_(shape), vectors_{gate, shift, scale}, values_((4 + kScratchRows) * shape.padded) {}
 
-  Modulation of(int64_t n) {
-    float *gate = values_.data(), *shift = gate + shape_.padded, *factor = shift + shape_.padded;
+  Modulation modulation(int64_t n) {
     if (n != sample_) {
-      for (const auto& [stream, to] : {std::pair(&gate_, gate), {&shift_, shift}, {&scale_, factor}})
-        for (int64_t d = 0; stream->data != nullptr && d < shape_.width; ++d)
-          to[d] = load_one(stream->type, stream->at(n, 0), d);
-      for (int64_t d = 0; d < shape_.width; ++d) factor[d] += 1.0f;
+      for (int64_t i = 0; i < 3; ++i)
+        for (int64_t d = 0; vectors_[i].data != nullptr && d < shape_.width; ++d)
+          at(i)[d] = load_one(vectors_[i].type, vectors_[i].at(n, 0), d);
+      for (int64_t d = 0; vectors_[2].data != nullptr && d < shape_.width; ++d) at(2)[d] += 1.0f;
       sample_ = n;
     }
-    return {gate, shift, factor};
+    return {at(0), at(1), at(2), at(3)};
   }
 
+  float* rows() { return at(4); }
+
  private:
+  float* at(int64_t row) { return values_.data() + row * shape_.padded; }
+
   const Shape shape_;
-  const Stream gate_, shift_, scale_;
+  const Stream vectors_[3];
   std::vector<float> values_;
   int64_t sample_ = -1;
 };
@@ -151,6 +155,7 @@ void adaln_forward(Tensor x, Maybe y, Maybe gate, Maybe shift, Maybe scale, Mayb
   STD_TORCH_CHECK(!known_mean || (!y && !mean), "known statistics are those of x itself and are not measured again");
   const Forward pass{shape.tokens,
                      shape.width,
+                     shape.padded,
                      static_cast<float>(eps),
                      read_stream(x, shape, "x"),
                      read_stream(y, shape, "y"),
@@ -165,10 +170,10 @@ void adaln_forward(Tensor x, Maybe y, Maybe gate, Maybe shift, Maybe scale, Mayb
   const Level isa = resolve(level);
   const int64_t chunks = shape.chunks();
   torch::stable::parallel_for(0, shape.samples * chunks, shape.grain(), [&](int64_t first, int64_t last) {
-    Modulations modulations(shape, gates, shifts, scales);
+    Scratch scratch(shape, gates, shifts, scales);
     for (int64_t task = first; task < last; ++task) {
       const int64_t n = task / chunks, begin = task % chunks * kChunk, end = std::min(shape.tokens, begin + kChunk);
-      DIT_FAST_AT_LEVEL(isa, forward_chunk(pass, modulations.of(n), n, begin, end));
+      DIT_FAST_AT_LEVEL(isa, forward_chunk(pass, scratch.modulation(n), n, begin, end, scratch.rows()));
     }
   });
 }
@@ -198,9 +203,9 @@ void adaln_backward(Maybe grad_x_new, Maybe grad_out, Maybe x_new, Maybe y, Mayb
                     Maybe grad_scale, int64_t level) {
   const Shape shape = read_shape(grad_x, "grad_x");
   STD_TORCH_CHECK(grad_x_new || grad_out, "grad_x_new and grad_out are both absent");
-  STD_TORCH_CHECK(
-      y.has_value() == gate.has_value() && y.has_value() == grad_y.has_value() && y.has_value() == grad_gate.has_value(),
-      "y, gate, grad_y and grad_gate go together");
+  STD_TORCH_CHECK(y.has_value() == gate.has_value() && y.has_value() == grad_y.has_value() &&
+                      y.has_value() == grad_gate.has_value(),
+                  "y, gate, grad_y and grad_gate go together");
   STD_TORCH_CHECK(grad_shift.has_value() == grad_out.has_value() && grad_scale.has_value() == grad_out.has_value(),
                   "grad_out, grad_shift and grad_scale go together");
   STD_TORCH_CHECK(!grad_out || (x_new && scale && mean && variance), "grad_out needs x_new, scale, mean and variance");
@@ -223,12 +228,12 @@ void adaln_backward(Maybe grad_x_new, Maybe grad_out, Maybe x_new, Maybe y, Mayb
   const int64_t chunks = shape.chunks(), tasks = shape.samples * chunks, columns = 3 * shape.padded;
   const auto partials = std::make_unique_for_overwrite<float[]>(tasks * columns);
   torch::stable::parallel_for(0, tasks, shape.grain(), [&](int64_t first, int64_t last) {
-    Modulations modulations(shape, gates, {}, scales);
+    Scratch scratch(shape, gates, {}, scales);
     for (int64_t task = first; task < last; ++task) {
       const int64_t n = task / chunks, begin = task % chunks * kChunk, end = std::min(shape.tokens, begin + kChunk);
       float* sums = partials.get() + task * columns;
       std::fill(sums, sums + columns, 0.0f);
-      DIT_FAST_AT_LEVEL(isa, backward_chunk(pass, modulations.of(n), n, begin, end, sums));
+      DIT_FAST_AT_LEVEL(isa, backward_chunk(pass, scratch.modulation(n), n, begin, end, scratch.rows(), sums));
     }
   });
   add_chunks(shape, partials.get(), grads);
