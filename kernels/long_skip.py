@@ -34,11 +34,14 @@ import torch
 from torch import Tensor
 
 from dit_fast.kernels import unavailable as unavailable
+from dit_fast.kernels.long_skip_backward import backward_input as backward_input
+from dit_fast.kernels.long_skip_backward import prepare_backward as prepare_backward
 from dit_fast.kernels.long_skip_forward import fold as fold
 from dit_fast.kernels.long_skip_forward import forward as forward
 from dit_fast.kernels.tables import is_aligned
 
 _ROWS = (torch.float32, torch.bfloat16, torch.float16)
+MAX_WIDTH = 8192  # the backward keeps a row of the gradient and of the output in registers
 MAX_ROWS = 2**31 - 256  # a bulk copy has int32 coordinates
 
 
@@ -49,6 +52,8 @@ def supports(x: Tensor, skip: Tensor, dtype: torch.dtype) -> list[str]:
         reasons.append(f"the products are in {dtype}, not bfloat16 or float16")
     if x.shape[-1] % 8 or x.shape[-1] == 0:
         reasons.append(f"width {x.shape[-1]} is not a multiple of 8")
+    if x.shape[-1] > MAX_WIDTH:
+        reasons.append(f"width {x.shape[-1]} is more than {MAX_WIDTH}")
     if x.shape[0] > MAX_ROWS:
         reasons.append(f"{x.shape[0]} rows are more than {MAX_ROWS}")
     for name, rows in (("x", x), ("skip", skip)):

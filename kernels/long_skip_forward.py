@@ -7,35 +7,36 @@ from torch import Tensor
 
 from dit_fast.kernels import long_skip_tiles
 from dit_fast.kernels.aot import Case
-from dit_fast.kernels.long_skip_tiles import CONFIGS, GROUP, Tiles, load_tile, operand, tile_place
+from dit_fast.kernels.long_skip_tiles import CONFIGS, GROUP, Tiles, load_tile, operand, operand_type, tile_place
 from dit_fast.kernels.rows import store_rounded, to_bfloat16
 
+FOLD_ROWS = 4
 FOLD_BLOCK = 1024  # orders the row sums
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @triton.jit
-def fold_rows(norm_weight, norm_bias, weight, bias, folded, row_sums, folded_bias, weight_stride, joined,
-              BLOCK: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """One row of W' = round(gamma W), its sum, and one element of b + W beta; joined = 2D."""
-    row = tl.program_id(0).to(tl.int64)
-    total = tl.zeros([BLOCK], tl.float32)
-    shift = tl.zeros([BLOCK], tl.float32)
+def fold_rows(norm_weight, norm_bias, weight, bias, folded, row_sums, folded_bias, weight_stride, width, joined,
+              ROWS: tl.constexpr, BLOCK: tl.constexpr, BFLOAT: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """ROWS rows of W' = round(gamma W), their sums, and elements of b + W beta; joined = 2 width."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    present = row < width
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    shift = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, joined, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        inside = column < joined
-        w = tl.load(weight + row * weight_stride + column, mask=inside, other=0.0).to(tl.float32)
-        gamma = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
-        beta = tl.load(norm_bias + column, mask=inside, other=0.0).to(tl.float32)
-        if folded.dtype.element_ty == tl.bfloat16:
-            rounded = to_bfloat16(gamma * w, UPCAST)
-        else:
-            rounded = (gamma * w).to(tl.float16)
-        tl.store(folded + row * joined + column, rounded, mask=inside)
+        within = column < joined
+        inside = present[:, None] & within[None, :]
+        w = tl.load(weight + row[:, None] * weight_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        gamma = tl.load(norm_weight + column, mask=within, other=0.0).to(tl.float32)
+        beta = tl.load(norm_bias + column, mask=within, other=0.0).to(tl.float32)
+        product = gamma[None, :] * w
+        rounded = to_bfloat16(product, UPCAST) if BFLOAT else product.to(tl.float16)
+        tl.store(folded + row[:, None] * joined + column[None, :], rounded, mask=inside)
         total += rounded.to(tl.float32)
-        shift += w * beta
-    tl.store(row_sums + row, tl.sum(total, axis=0))
-    tl.store(folded_bias + row, tl.load(bias + row).to(tl.float32) + tl.sum(shift, axis=0))
+        shift += w * beta[None, :]
+    tl.store(row_sums + row, tl.sum(total, axis=1), mask=present)
+    start = tl.load(bias + row, mask=present, other=0.0).to(tl.float32)
+    tl.store(folded_bias + row, start + tl.sum(shift, axis=1), mask=present)
 
 
 @triton.jit
@@ -100,10 +101,11 @@ def fold(
     width, joined = weight.shape
     folded = torch.empty(width, joined, dtype=dtype, device=weight.device)
     row_sums, folded_bias = (torch.empty(width, dtype=torch.float32, device=weight.device) for _ in range(2))
-    fold_rows[(width,)](
+    fold_rows[(triton.cdiv(width, FOLD_ROWS),)](
         norm_weight.contiguous(), norm_bias.contiguous(), weight, bias.contiguous(), folded, row_sums, folded_bias,
-        weight.stride(0), joined, BLOCK=FOLD_BLOCK, UPCAST=triton.knobs.runtime.interpret,
-        num_warps=4, num_stages=1, enable_fp_fusion=True,
+        weight.stride(0), width, joined, ROWS=FOLD_ROWS, BLOCK=FOLD_BLOCK, BFLOAT=dtype == torch.bfloat16,
+        UPCAST=triton.knobs.runtime.interpret,
+        num_warps=8, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return folded, row_sums, folded_bias
 
@@ -160,29 +162,29 @@ def forward(
 
 def aot_cases(arch: int) -> list[Case]:
     """Every configuration; the dtypes of autocast on a 16-bit stream, and of the released model's float32 stream."""
-    plans = [("16-bit", "many", "bf16", "bf16"), ("16-bit", "few", "fp16", "fp16"), ("mixed", "many", "fp32", "bf16")]
-    return [_fold_case(), *(_gemm_case(arch, *plan) for plan in plans)]
-
-
-def _fold_case() -> Case:
     pointers = ("norm_weight", "norm_bias", "weight", "bias", "folded", "row_sums", "folded_bias")
-    signature = dict.fromkeys(pointers, "*fp32") | {"folded": "*bf16", "weight_stride": "i32", "joined": "i32"}
-    constants = {"BLOCK": FOLD_BLOCK, "UPCAST": False}
-    return Case(fold_rows, "bf16", signature, constants, {"num_warps": 4, "num_stages": 1}, wide_stores=True)
+    signature = dict.fromkeys(pointers, "*fp32")
+    signature |= dict.fromkeys(("weight_stride", "width", "joined"), "i32")
+    constants, launch = {"ROWS": FOLD_ROWS, "BLOCK": FOLD_BLOCK, "UPCAST": False}, {"num_warps": 8, "num_stages": 1}
+    plans = [("16-bit", "many", "bf16", "bf16"), ("16-bit", "few", "fp16", "fp16"), ("mixed", "many", "fp32", "bf16")]
+    cases = [
+        Case(fold_rows, kind, signature | {"folded": f"*{kind}"}, constants | {"BFLOAT": kind == "bf16"}, launch,
+             wide_stores=True)
+        for kind in ("bf16", "fp16")
+    ]  # fmt: skip
+    return cases + [case for plan in plans for case in _cases(arch, *plan)]
 
 
-def _gemm_case(arch: int, kind: str, rows: str, x: str, skip: str) -> Case:
-    tiles = CONFIGS[arch, kind, rows]
-    compute, bulk = "fp16" if skip == "fp16" else "bf16", arch >= 90
-    constants = _constants(tiles, arch, kind == "16-bit", compute == "bf16") | {"UPCAST": False}
-    block = lambda name, height: f"tensordesc<{name}[{height}, {tiles.block_k}]>" if bulk else f"*{name}"  # noqa: E731
-    signature = {"x": block(x, tiles.block_m), "skip": block(skip, tiles.block_m)}
-    signature |= {"folded": block(compute, tiles.block_n)}
-    signature |= dict.fromkeys(("mean", "rstd", "row_sums", "folded_bias"), "*fp32") | {"out": f"*{compute}"}
+def _cases(arch: int, kind: str, rows: str, x: str, skip: str) -> list[Case]:
+    tiles, compute, bulk = CONFIGS[arch, kind, rows], skip, arch >= 90
+    half, weights = (tiles.block_m, tiles.block_k), (tiles.block_n, tiles.block_k)
+    signature = {"x": operand_type(x, half, bulk), "skip": operand_type(skip, half, bulk)}
+    signature |= {"folded": operand_type(compute, weights, bulk), "out": f"*{compute}"}
+    signature |= dict.fromkeys(("mean", "rstd", "row_sums", "folded_bias"), "*fp32")
     signature |= dict.fromkeys(("rows", "width", "x_stride", "skip_stride"), "i32")
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    constants = _constants(tiles, arch, kind == "16-bit", compute == "bf16") | {"UPCAST": False}
+    launch = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    expected = {"wide_loads": not bulk, "wide_stores": True, "dots": True, "bulk_loads": True}
     unaligned = ("rows", "x", "skip", "folded") if bulk else ("rows",)
-    return Case(
-        skip_projection, f"{kind} {rows} {x} {skip}", signature, constants, options,
-        unaligned=unaligned, wide_loads=not bulk, wide_stores=True, dots=True, bulk_loads=kind == "16-bit",
-    )  # fmt: skip
+    name = f"{kind} {rows} {x} {skip}"
+    return [Case(skip_projection, name, signature, constants, launch, unaligned=unaligned, **expected)]

@@ -29,6 +29,10 @@ CONFIGS = {
     (90, "16-bit", "few"): Tiles(64, 128, 64, 4, 4),
     (90, "mixed", "many"): Tiles(128, 128, 64, 8, 3),
     (90, "mixed", "few"): Tiles(128, 128, 64, 8, 3),
+    (90, "16-bit, float32 out", "many"): Tiles(128, 128, 64, 8, 4),
+    (90, "16-bit, float32 out", "few"): Tiles(128, 128, 64, 8, 4),
+    (80, "16-bit, float32 out", "many"): Tiles(64, 128, 32, 8, 4),
+    (80, "16-bit, float32 out", "few"): Tiles(64, 128, 32, 8, 4),
     (80, "16-bit", "many"): Tiles(128, 128, 32, 8, 4),
     (80, "16-bit", "few"): Tiles(64, 128, 32, 4, 4),
     (80, "mixed", "many"): Tiles(128, 128, 32, 8, 3),
@@ -80,3 +84,8 @@ def choose(arch: int, kind: str, rows: int, columns: int, device: torch.device) 
 
 def operand(x: Tensor, block: tuple[int, int], bulk: bool) -> TensorDescriptor | Tensor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block)) if bulk else x
+
+
+def operand_type(dtype: str, block: tuple[int, int], bulk: bool) -> str:
+    """Type of an operand in an ahead-of-time signature."""
+    return f"tensordesc<{dtype}[{block[0]}, {block[1]}]>" if bulk else f"*{dtype}"

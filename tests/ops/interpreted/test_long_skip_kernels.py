@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dit_fast.kernels import long_skip, long_skip_tiles, row_statistics
+from dit_fast.kernels import long_skip, long_skip_backward, long_skip_tiles, row_statistics
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 LIMITS = {FP32: 1e-6, FP16: 1e-3, BF16: 6e-3}  # relative RMS error
@@ -30,8 +30,6 @@ def rows(count, width, dtype, kind="plain", seed=0):
 @pytest.mark.parametrize("kind", ["plain", "offset", "massive"])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 33), (37, 192), (9, 1152), (3, 2304), (2, 4104)], ids=str)
 def test_row_statistics(shape, kind, dtype):
-    if shape == (1, 1) and kind != "plain":
-        pytest.skip("one value has no spread")
     x = rows(*shape, dtype, kind if shape[1] > 4 else "plain")
     mean, variance = row_statistics.row_statistics(x)
     wide = x.double()
@@ -70,9 +68,12 @@ class Problem:
         joined = torch.cat([self.x.double(), self.skip.double()], 1)
         return joined.mean(1).float(), (joined.var(1, correction=0) + EPS).rsqrt().float()
 
+    def fold(self):
+        return long_skip.fold(self.gamma, self.beta, self.weight, self.bias, self.dtype)
+
     def ours(self):
         self.mean, self.rstd = self.statistics()
-        self.folded = long_skip.fold(self.gamma, self.beta, self.weight, self.bias, self.dtype)
+        self.folded = self.fold()
         return long_skip.forward(self.x, self.skip, self.mean, self.rstd, *self.folded, self.dtype)
 
     def reference(self, wide, normalised=lambda z: z, weight=lambda w: w):
@@ -102,7 +103,7 @@ def check(ours, exact, eager, dtype):
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 64), (37, 72), (130, 192)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 64), (37, 72), (130, 136)], ids=str)
 def test_forward(shape, dtypes, family):
     problem = Problem(*shape, dtypes)
     ours = problem.ours()
@@ -115,11 +116,6 @@ def test_forward(shape, dtypes, family):
 def test_forward_keeps_its_accuracy(kinds, dtypes):
     problem = Problem(48, 128, dtypes, *kinds)
     check(problem.ours(), problem.exact()[0], problem.eager()[0], problem.dtype)
-
-
-def test_forward_real_width():
-    problem = Problem(32, 1152, DTYPES[0], "offset", "massive")
-    check(problem.ours(), problem.exact()[0], problem.eager()[0], BF16)
 
 
 def test_forward_float32_output():
@@ -153,9 +149,100 @@ def test_fold(dtype, fp32_weights):
     assert error(bias, problem.bias.double() + problem.weight.double() @ problem.beta.double()) < 1e-6
 
 
+def gradients(problem, needs=(True, True)):
+    """dx, dskip as an op would get them, and what `prepare_backward` hands out."""
+    problem.y = problem.ours()
+    prepared = long_skip.prepare_backward(problem.grad, problem.y, problem.rstd, *problem.folded[1:])
+    _, c1, c2, _ = prepared
+    halves = (problem.x, problem.skip, problem.mean, problem.rstd, problem.folded[0])
+    return long_skip.backward_input(problem.grad, *halves, c1, c2, needs), prepared
+
+
+def check_gradients(problem):
+    ours, _ = gradients(problem)
+    for half, mine, exact, eager in zip(
+        (problem.x, problem.skip), ours, problem.exact()[1], problem.eager()[1], strict=True
+    ):
+        assert mine.dtype == half.dtype
+        assert error(mine, exact) < LIMITS[BF16 if half.dtype == BF16 else problem.dtype]
+        assert error(mine, exact) <= 1.25 * error(eager.to(half.dtype), exact)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 64), (130, 136)], ids=str)
+def test_input_gradients(shape, dtypes, family):
+    check_gradients(Problem(*shape, dtypes))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES[:4], ids=str)
+@pytest.mark.parametrize("kinds", [("offset", "offset"), ("offset", "plain"), ("massive", "massive")], ids=str)
+def test_input_gradients_keep_their_accuracy(kinds, dtypes):
+    check_gradients(Problem(48, 128, dtypes, *kinds))
+
+
+def test_real_width(monkeypatch):
+    """Forward and one gradient at the width of XL/2; its weights are folded in torch, which takes no time."""
+    problem = Problem(32, 1152, DTYPES[0], "offset", "massive")
+    folded = (problem.gamma * problem.weight).to(BF16)
+    parts = (folded, folded.float().sum(1), problem.weight @ problem.beta + problem.bias)
+    monkeypatch.setattr(problem, "fold", lambda: parts)
+    (ours, nothing), _ = gradients(problem, (True, False))
+    exact, eager = problem.exact(), problem.eager()
+    assert nothing is None
+    check(problem.y, exact[0], eager[0], BF16)
+    check(ours, exact[1][0], eager[1][0].to(BF16), BF16)
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)], ids=str)
+def test_half_that_nobody_needs(needs, family):
+    problem = Problem(37, 72, DTYPES[2])
+    both, _ = gradients(problem)
+    for ours, expected, needed in zip(gradients(problem, needs)[0], both, needs, strict=True):
+        assert torch.equal(ours, expected) if needed else ours is None
+
+
+@pytest.mark.parametrize("dtypes", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("count", [1, 2 * long_skip_backward.CHUNK + 3])
+def test_prepare_backward(count, dtypes):
+    problem = Problem(count, 72, dtypes, "offset")
+    y = problem.ours()
+    wide = torch.full((count, 88), torch.nan, dtype=problem.dtype)
+    wide[:, :72] = problem.grad
+    scaled, c1, c2, total = long_skip.prepare_backward(wide[:, :72], y, problem.rstd, *problem.folded[1:])
+    grad, (_, u, shift) = problem.grad.double(), (part.double() for part in problem.folded)
+    assert scaled.dtype == problem.dtype
+    assert torch.equal(scaled, (problem.grad.float() * problem.rstd[:, None]).to(problem.dtype))
+    assert error(c1, (grad * (y.double() - shift)).sum(1) / 144) < 2e-6
+    assert error(c2, grad @ u / 144) < 2e-6
+    assert error(total, grad.sum(0)) < 1e-6
+
+
+def test_gradient_of_another_dtype_or_alignment():
+    problem = Problem(19, 64, DTYPES[0])
+    expected, _ = gradients(problem)
+    grad = problem.grad
+    wide = torch.full((19, 70), torch.nan, dtype=BF16)
+    wide[:, 3:67] = grad
+    for problem.grad in (grad.float(), wide[:, 3:67]):
+        assert all(torch.equal(*pair) for pair in zip(gradients(problem)[0], expected, strict=True))
+
+
+def test_configurations_agree(monkeypatch):
+    """Few and many rows differ in blocks alone, and block_k is the same: equal bits."""
+    problem = Problem(150, 136, DTYPES[0])
+    results = []
+    for rows in ("few", "many"):
+        pick = lambda arch, kind, *_, rows=rows: long_skip_tiles.CONFIGS[arch, kind, rows]  # noqa: E731
+        monkeypatch.setattr(long_skip_tiles, "choose", pick)
+        results.append([problem.ours(), *gradients(problem)[0]])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 def test_empty_batch():
     problem = Problem(0, 64, DTYPES[0])
-    assert problem.ours().shape == (0, 64)
+    ours, prepared = gradients(problem)
+    assert problem.ours().shape == ours[0].shape == ours[1].shape == prepared[0].shape == (0, 64)
+    assert not prepared[3].any()
 
 
 def test_supports_names_what_it_refuses():

@@ -10,10 +10,12 @@ for width, dtype in ((768, BF16), (1024, FP16), (1152, BF16), (1152, FP32), (230
     for rows in (1, 48):  # 1 is the value that Triton likes to compile in
         row_statistics.row_statistics(torch.zeros(rows, width, dtype=dtype))
 
-width = 64
-parts = [torch.ones(2 * width), torch.zeros(2 * width), torch.zeros(width, 2 * width), torch.zeros(width)]
-for rows, x_dtype, dtype in ((1, FP16, FP16), (1000, BF16, BF16), (1000, FP32, BF16)):
+for width, rows, x_dtype, dtype in ((1024, 1, FP16, FP16), (768, 1000, BF16, BF16), (1152, 1000, FP32, BF16)):
+    parts = [torch.ones(2 * width), torch.zeros(2 * width), torch.zeros(width, 2 * width), torch.zeros(width)]
     x, skip = torch.zeros(rows, width, dtype=x_dtype), torch.zeros(rows, width, dtype=dtype)
     mean, rstd = torch.zeros(rows), torch.ones(rows)
-    folded = long_skip.fold(*parts, dtype)
-    long_skip.forward(x, skip, mean, rstd, *folded, dtype)
+    folded, *sums = long_skip.fold(*parts, dtype)
+    y = long_skip.forward(x, skip, mean, rstd, folded, *sums, dtype)
+    _, c1, c2, _ = long_skip.prepare_backward(y, y, rstd, *sums)
+    for needs in ((True, False), (False, True), (True, True)):
+        long_skip.backward_input(y, x, skip, mean, rstd, folded, c1, c2, needs)

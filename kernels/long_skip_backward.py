@@ -1,0 +1,195 @@
+"""Backward of the long skip: sums over the gradient's rows, then one GEMM that ends in dx and dskip. Derivation in
+long_skip.py.
+
+Bits. CHUNK rows make one partial sum of the bias gradient, in steps of STEP rows; ordered_sum adds the chunks.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_fast.kernels import long_skip_tiles
+from dit_fast.kernels.aot import Case
+from dit_fast.kernels.long_skip_tiles import CONFIGS, GROUP, Tiles, load_tile, operand, operand_type, tile_place
+from dit_fast.kernels.ordered_sum import ordered_sum
+from dit_fast.kernels.rows import store_rounded
+from dit_fast.kernels.tables import is_aligned
+
+CHUNK = 64  # rows per partial sum
+STEP = 2  # rows whose loads are in flight together
+
+
+@triton.jit(do_not_specialize=("rows",))
+def row_products(grad_y, y, rstd, row_sums, folded_bias, scaled, c1, c2, partials, rows, grad_stride, y_stride,
+                 WIDTH: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
+                 UPCAST: tl.constexpr):  # fmt: skip
+    """scaled [rows, WIDTH], c1, c2 [rows], partials [chunks, WIDTH]; one program per chunk of rows."""
+    chunk = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, PADDED)
+    within = channel < WIDTH
+    u = tl.load(row_sums + channel, mask=within, other=0.0)
+    shift = tl.load(folded_bias + channel, mask=within, other=0.0)
+    total = tl.zeros([PADDED], tl.float32)
+    for start in range(0, CHUNK, STEP):
+        row = chunk * CHUNK + start + tl.arange(0, STEP)
+        present = row < rows
+        inside = present[:, None] & within[None, :]
+        g = tl.load(grad_y + row[:, None] * grad_stride + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+        out = tl.load(y + row[:, None] * y_stride + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+        r = tl.load(rstd + row, mask=present, other=0.0)
+        tl.store(c1 + row, tl.sum(g * (out - shift[None, :]), axis=1) / (2 * WIDTH), mask=present)
+        tl.store(c2 + row, tl.sum(g * u[None, :], axis=1) / (2 * WIDTH), mask=present)
+        store_rounded(scaled + row[:, None] * WIDTH + channel[None, :], g * r[:, None], inside, UPCAST)
+        total += tl.sum(g, axis=0)
+    tl.store(partials + chunk * WIDTH + channel, total, mask=within)
+
+
+@triton.jit
+def _finish(acc, rows_in, grad_out, stride, mean, rstd, c1, c2, m, n, rows, width,
+            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """r (g W' - c2 - zhat c1) for one tile of one half."""
+    i, j = m.to(tl.int64) + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
+    present = i < rows
+    inside = present[:, None] & (j < width)[None, :]
+    mu, r = tl.load(mean + i, mask=present, other=0.0), tl.load(rstd + i, mask=present, other=0.0)
+    first, second = tl.load(c1 + i, mask=present, other=0.0), tl.load(c2 + i, mask=present, other=0.0)
+    place = tl.multiple_of(rows_in + i[:, None] * stride + j[None, :], [16, 16])
+    z = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    value = r[:, None] * (acc - second[:, None] - (z - mu[:, None]) * (r * first)[:, None])
+    store_rounded(grad_out + i[:, None] * width + j[None, :], value, inside, UPCAST)
+
+
+@triton.jit(do_not_specialize=("rows", "first_half", "halves"))
+def input_gradients(grad_y, folded, x, skip, mean, rstd, c1, c2, grad_x, grad_skip, rows, width, grad_stride, x_stride,
+                    skip_stride, first_half, halves, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, BULK: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """grad_x, grad_skip [rows, width]: half 0 and half 1 of the columns of W', `halves` of them from first_half on."""
+    width = tl.multiple_of(width, 8)
+    row_tiles, half_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(width, BLOCK_N)
+    column_tiles = half_tiles * halves
+    first, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    for tile in range(first, row_tiles * column_tiles, programs):
+        m, n = tile_place(tile, row_tiles, column_tiles, GROUP)
+        half = (first_half + n // half_tiles).to(tl.int32)
+        m, n = (m * BLOCK_M).to(tl.int32), (n % half_tiles * BLOCK_N).to(tl.int32)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for k in range(0, width, BLOCK_K):
+            a = load_tile(grad_y, grad_stride, m, k, rows, width, BLOCK_M, BLOCK_K, BULK)
+            b = load_tile(folded, 2 * width, k, half * width + n, width, 2 * width, BLOCK_K, BLOCK_N, BULK)
+            if UPCAST:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            acc = tl.dot(a, b, acc)
+        # After the loop, a condition costs nothing: the two halves may differ in type.
+        if half == 0:
+            _finish(acc, x, grad_x, x_stride, mean, rstd, c1, c2, m, n, rows, width, BLOCK_M, BLOCK_N, UPCAST)
+        else:
+            _finish(acc, skip, grad_skip, skip_stride, mean, rstd, c1, c2, m, n, rows, width, BLOCK_M, BLOCK_N, UPCAST)
+
+
+def _row_options(width: int) -> dict[str, int]:
+    padded = max(128, triton.next_power_of_2(width))
+    options = {"WIDTH": width, "PADDED": padded, "CHUNK": CHUNK, "STEP": STEP}
+    return options | {"num_warps": min(16, max(1, padded // 256)), "num_stages": 1}
+
+
+def prepare_backward(
+    grad_y: Tensor, y: Tensor, rstd: Tensor, row_sums: Tensor, folded_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(round(rstd grad_y) [M, D] in grad_y's dtype, c1 [M], c2 [M], sum of grad_y over rows [D]), the sums in float32.
+
+    grad_y, y: [M, D], rows contiguous with any stride, float32, bfloat16 or float16; rstd: [M]; row_sums, folded_bias:
+    from `fold`. One read of grad_y and y.
+    """
+    rows, width = grad_y.shape
+    new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=grad_y.device)  # noqa: E731
+    scaled, c1, c2 = torch.empty(rows, width, dtype=grad_y.dtype, device=grad_y.device), new(rows), new(rows)
+    if rows == 0:
+        return scaled, c1, c2, torch.zeros(width, dtype=torch.float32, device=grad_y.device)
+    partials = new(triton.cdiv(rows, CHUNK), width)
+    row_products[(len(partials),)](
+        grad_y, y, rstd, row_sums, folded_bias, scaled, c1, c2, partials, rows, grad_y.stride(0), y.stride(0),
+        **_row_options(width), UPCAST=triton.knobs.runtime.interpret, enable_fp_fusion=True,
+    )  # fmt: skip
+    return scaled, c1, c2, ordered_sum(partials)
+
+
+def _kind(*halves: torch.dtype) -> str:
+    return "16-bit, float32 out" if torch.float32 in halves else "16-bit"
+
+
+def _constants(tiles: Tiles, arch: int) -> dict[str, object]:
+    blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k}
+    return blocks | {"GROUP": GROUP, "BULK": arch >= 90}
+
+
+def backward_input(
+    grad_y: Tensor,
+    x: Tensor,
+    skip: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    folded: Tensor,
+    c1: Tensor,
+    c2: Tensor,
+    needs: tuple[bool, bool] = (True, True),
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dskip) [M, D], contiguous, in the dtypes of x and skip; None where `needs` is False.
+
+    grad_y [M, D] is multiplied in folded's dtype (and copied if it is in another, or in rows that do not start at
+    multiples of 16 bytes); x, skip as in `forward`; c1, c2 from `prepare_backward`.
+    """
+    rows, width = x.shape
+    grads = [
+        torch.empty(rows, width, dtype=half.dtype, device=half.device) if needed else None
+        for half, needed in zip((x, skip), needs, strict=True)
+    ]
+    if rows == 0 or not any(needs):
+        return grads[0], grads[1]
+    grad_y = grad_y.to(folded.dtype)
+    if not is_aligned([grad_y]):
+        grad_y = grad_y.clone(memory_format=torch.contiguous_format)
+    arch, halves = long_skip_tiles.family(x.device), sum(needs)
+    tiles = long_skip_tiles.choose(arch, _kind(x.dtype, skip.dtype), rows, halves * width, x.device)
+    bulk, weights = arch >= 90, (tiles.block_k, tiles.block_n)
+    count = triton.cdiv(rows, tiles.block_m) * triton.cdiv(width, tiles.block_n) * halves
+    # A gradient that nobody needs is not written; any pointer of its type stands in.
+    places = [half if grad is None else grad for half, grad in zip((x, skip), grads, strict=True)]
+    input_gradients[(min(count, long_skip_tiles.processors(x.device)),)](
+        operand(grad_y, (tiles.block_m, tiles.block_k), bulk), operand(folded, weights, bulk), x, skip, mean, rstd, c1,
+        c2, *places, rows, width, grad_y.stride(0), x.stride(0), skip.stride(0), 0 if needs[0] else 1, halves,
+        **_constants(tiles, arch), UPCAST=triton.knobs.runtime.interpret,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return grads[0], grads[1]
+
+
+def aot_cases(arch: int) -> list[Case]:
+    """Widths of SiT-B, L and XL for the row sums; every configuration of the GEMM."""
+    cases = []
+    for width, kind in ((768, "bf16"), (1024, "fp16"), (1152, "bf16")):
+        options = _row_options(width)
+        constants = {name: value for name, value in options.items() if name.isupper()} | {"UPCAST": False}
+        launch = {name: value for name, value in options.items() if name.islower()}
+        types = dict.fromkeys(("grad_y", "y", "scaled"), f"*{kind}")
+        types |= dict.fromkeys(("rows", "grad_stride", "y_stride"), "i32")
+        signature = {name: types.get(name, "*fp32") for name in row_products.arg_names if name not in constants}
+        expected = {"unaligned": ("rows",), "wide_stores": True}
+        cases.append(Case(row_products, f"D={width} {kind}", signature, constants, launch, **expected))
+    plans = [("many", "bf16", "bf16"), ("many", "fp32", "bf16"), ("few", "fp16", "fp16")]
+    return cases + [case for plan in plans for case in _cases(arch, *plan)]
+
+
+def _cases(arch: int, rows: str, x: str, skip: str) -> list[Case]:
+    kind = "16-bit, float32 out" if x == "fp32" else "16-bit"
+    tiles, compute, bulk = CONFIGS[arch, kind, rows], skip, arch >= 90
+    types = {"grad_y": operand_type(compute, (tiles.block_m, tiles.block_k), bulk)}
+    types |= {"folded": operand_type(compute, (tiles.block_k, tiles.block_n), bulk)}
+    types |= {"x": f"*{x}", "grad_x": f"*{x}", "skip": f"*{skip}", "grad_skip": f"*{skip}"}
+    types |= dict.fromkeys(("rows", "width", "grad_stride", "x_stride", "skip_stride", "first_half", "halves"), "i32")
+    constants = _constants(tiles, arch) | {"UPCAST": False}
+    signature = {name: types.get(name, "*fp32") for name in input_gradients.arg_names if name not in constants}
+    launch = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    unaligned = ("rows", "first_half", "halves", *(("grad_y", "folded") if bulk else ()))
+    expected = {"unaligned": unaligned, "wide_stores": True, "dots": True, "bulk_loads": True}
+    return [Case(input_gradients, f"{rows} {x} {skip}", signature, constants, launch, **expected)]
