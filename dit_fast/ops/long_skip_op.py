@@ -107,7 +107,8 @@ def _forward(
         if backend == "triton":
             from dit_fast.kernels import long_skip as kernel
 
-            return kernel.forward(x, skip, mean, rstd, *kernel.fold(*parameters, dtype), dtype), mean, rstd
+            folds = kernel.fold(*_for_kernel(parameters), dtype)
+            return kernel.forward(x, skip, mean, rstd, *folds, dtype), mean, rstd
         normalised = x.new_empty((len(x), weight.shape[1]), dtype=dtype)
         if weight.dtype.itemsize == 2:
             # These weights are exact as they are: folding would round once more than LayerNorm before the map does.
@@ -168,7 +169,7 @@ def _backward(
 
                 if not grad.is_contiguous() or grad.data_ptr() % 16:
                     grad = grad.clone(memory_format=torch.contiguous_format)
-                folded, *sums = kernel.fold(*parameters, y.dtype)
+                folded, *sums = kernel.fold(*_for_kernel(parameters), y.dtype)
                 _, c1, c2, _ = kernel.prepare_backward(grad, y, rstd, *sums)
                 wanted = (needs[0], needs[1])
                 grads[:2] = kernel.backward_input(grad, x, skip, mean, rstd, folded, c1, c2, needs=wanted)
@@ -230,6 +231,11 @@ def _matmul_wide(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
 
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _for_kernel(parameters: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    norm_weight, norm_bias, weight, bias = parameters
+    return norm_weight.contiguous(), norm_bias.contiguous(), _rows(weight), bias.contiguous()
 
 
 def _fake_forward(

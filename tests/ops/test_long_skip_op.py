@@ -106,13 +106,18 @@ def test_half_precision_error_is_at_most_that_of_eager(backend, kind, streams, c
     """
     if cast and streams == "bf16 fp16":
         pytest.skip("autocast's concatenation refuses the pair")
+    if backend == "triton" and (streams not in ("half half", "fp32 half") or cast == torch.float16):
+        pytest.skip("takes long interpreted; the kernels' own tests have the other mixes")
+    rows, seeds = (32, 1) if backend == "triton" else (128, 3)
     half = cast or torch.bfloat16
     of = {"half": half, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     dtypes = [of[name] for name in streams.split()] + 4 * [torch.float32 if cast else half]
     sides = []
-    for seed in range(3):
-        tensors = [x.to(dtype) for x, dtype in zip(stressed(kind, inputs((128,), 128, seed=seed)), dtypes, strict=True)]
-        upstream = _upstream((128, 128), half, 10 + seed)
+    for seed in range(seeds):
+        tensors = [
+            x.to(dtype) for x, dtype in zip(stressed(kind, inputs((rows,), 128, seed=seed)), dtypes, strict=True)
+        ]
+        upstream = _upstream((rows, 128), half, 10 + seed)
         exact = everything([x.double() for x in tensors], upstream, backend="torch")
         ours = everything(tensors, upstream, cast, backend=backend)
         assert [x.dtype for x in ours] == [half, *dtypes]
@@ -243,6 +248,19 @@ def test_no_copy_of_a_parameter_is_kept():
     owned = [t for t in kept if not any(t.data_ptr() == leaf.data_ptr() for leaf in (*tensors, y))]
     assert sum(t.numel() for t in owned) == 2 * 2
     assert all(any(t is leaf for t in kept) for leaf in tensors[2:])
+
+
+def test_parameters_may_be_away_between_the_passes():
+    """As under ZeRO-3, which frees a parameter after the forward pass and gathers it again before the backward."""
+    tensors = [x.requires_grad_() for x in inputs((5,), 8, torch.float32)]
+    expected = torch.autograd.grad(long_skip(*tensors, backend="gemm").sum(), tensors)
+    y = long_skip(*tensors, backend="gemm")
+    values = [x.detach().clone() for x in tensors[2:]]
+    for parameter in tensors[2:]:
+        parameter.data = torch.empty(0)
+    for parameter, value in zip(tensors[2:], values, strict=True):
+        parameter.data = value
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(y.sum(), tensors), expected, strict=True))
 
 
 @pytest.mark.parametrize("place", ["x", "skip", "y"])
