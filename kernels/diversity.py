@@ -18,7 +18,10 @@ the norm is below the floor,
 p needs whole rows and no elementwise gradient: `projections` takes it from the same Gram matrices. What is left needs
 no whole row, so `gradients` may own a strip of channels and keep the strip's K x STRIP gradients of S, A, Q in
 registers over its tokens. Both read only the blocks that matter: the wanted ones and those that H joins with them. A
-single wanted block (a tap) takes `row_gradients` instead: its whole row, its partners' rows, one write.
+single wanted block (a tap) takes `row_gradients` instead: its whole row, its partners' rows, one write. Only partners
+may differ in type there, so a float32 mixture among 16-bit blocks leaves the block's own rows on the direct path.
+
+For taps `mixture` keeps X = sum_k y_k [M, D], added in the order of the blocks: one read of every feature, one write.
 
 Bits. The order of every sum is part of the definition: CHUNK tokens per partial channel sum, GROUP tokens per partial
 pair sum, the width and warp count of a row reduction, channels in steps of the tensor core's inner size, then
@@ -37,6 +40,7 @@ from torch import Tensor
 from dit_fast.kernels import unavailable as unavailable
 from dit_fast.kernels.aot import Case
 from dit_fast.kernels.diversity_gradients import gradients, projections, row_gradients
+from dit_fast.kernels.diversity_mixture import mixture as add_directions
 from dit_fast.kernels.diversity_sums import block_sums, pair_sums
 from dit_fast.kernels.ordered_sum import ordered_sum
 from dit_fast.kernels.tables import address_table, is_aligned
@@ -129,9 +133,15 @@ def _block_options(width: int) -> dict[str, int]:
     return {"PADDED": padded, "CHUNK": CHUNK, "STEP": STEP, "num_warps": max(1, padded // 256), "num_stages": 1}
 
 
-def _row_options(width: int, upstream: bool) -> dict[str, int]:
+def _mixture_options(width: int) -> dict[str, int]:
+    padded = max(128, triton.next_power_of_2(width))
+    return {"PADDED": padded, "STEP": ROW_STEP, "num_warps": max(1, padded // 256), "num_stages": 1}
+
+
+def _row_options(width: int, own_type: str, upstream: bool) -> dict[str, object]:
     padded = max(128, triton.next_power_of_2(width))
     return {
+        "OWN_TYPE": own_type,
         "PADDED": padded,
         "STEP": ROW_STEP,
         "TOKENS": ROW_TOKENS,
@@ -195,6 +205,18 @@ def forward(features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     return statistics, ordered_sum(pair_partials).view(blocks, blocks), inverse_norms
 
 
+def mixture(features: Sequence[Tensor], inverse_norms: Tensor) -> Tensor:
+    """float32 [M, D]: sum of the features' directions, for features as in `forward` and its inverse_norms [K, M]."""
+    features = list(features)
+    plan, (tokens, width) = _plan(features, features), features[0].shape
+    out = torch.empty(tokens, width, device=features[0].device)
+    add_directions[(triton.cdiv(tokens, ROW_STEP),)](
+        *address_table(features), inverse_norms, out, tokens, *plan.masks,
+        **plan.constants, **_mixture_options(width), enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
 def backward(
     features: Sequence[Tensor],
     inverse_norms: Tensor,
@@ -216,10 +238,10 @@ def backward(
 
     if len(wanted) == 1:
         touched = features + grads + above
-        plan, tables = _plan(features, touched), address_table(touched)
+        plan, tables, own_type = _plan(features, touched), address_table(touched), _TYPES[grads[0].dtype]
         row_gradients[(triton.cdiv(tokens, ROW_TOKENS),)](
             *tables, inverse_norms, grad_statistics, grad_pair_sums, tokens, wanted[0], *plan.masks,
-            **plan.constants, **_row_options(width, bool(upstream)), enable_fp_fusion=True,
+            **plan.constants, **_row_options(width, own_type, bool(upstream)), enable_fp_fusion=True,
         )  # fmt: skip
         return grads
 
@@ -263,7 +285,13 @@ def _cases(arch: int, blocks: int, width: int, kind: str) -> list[Case]:
         (projections, "", pair, {"dots": True}),
         (gradients, "", _gradient_options(blocks, config, False), {"dots": True, "wide_stores": True}),
         (gradients, " upstream", _gradient_options(blocks, config, True), {"dots": True, "wide_stores": True}),
-        (row_gradients, " upstream", _row_options(width, True), {"wide_stores": True}),
+        (
+            row_gradients,
+            " upstream",
+            _row_options(width, "bf16" if kind == "mixed" else kind, True),
+            {"wide_stores": True},
+        ),
+        (add_directions, "", _mixture_options(width), {"wide_stores": True}),
     ]
     types = {"addresses": "*i64", "strides": "*i64", "tokens": "i32"}
     types |= dict.fromkeys(("wanted", "block", "wide_blocks", "half_blocks"), "i64")

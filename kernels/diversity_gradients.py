@@ -110,9 +110,12 @@ def gradients(addresses, strides, inverse_norms, projected, grad_statistics, gra
 def row_gradients(addresses, strides, inverse_norms, grad_statistics, grad_pairs, tokens, block,
                   wide_blocks, half_blocks,
                   BLOCKS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, STEP: tl.constexpr,
-                  TOKENS: tl.constexpr, UPSTREAM: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr,
-                  UPCAST: tl.constexpr):  # fmt: skip
-    """dx of one block; the table holds features, result, upstream. Whole rows, so p needs no pass of its own."""
+                  TOKENS: tl.constexpr, UPSTREAM: tl.constexpr, TYPE: tl.constexpr, OWN_TYPE: tl.constexpr,
+                  ALIGNED: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """dx of one block; the table holds features, result, upstream. Whole rows, so p needs no pass of its own.
+
+    TYPE is that of all features, OWN_TYPE that of this block, of its gradient and of upstream.
+    """
     first = tl.program_id(0).to(tl.int64) * TOKENS
     block = block.to(tl.int64)
     channel = tl.arange(0, PADDED)
@@ -134,7 +137,7 @@ def row_gradients(addresses, strides, inverse_norms, grad_statistics, grad_pairs
         inside = (token < last)[:, None] & real[None, :]
         inverse = tl.load(inverse_norms + block * tokens + token, mask=token < last, other=0.0)
         address = (base + token * stride)[:, None]
-        x = read_rows(address, channel[None, :], inside, wide, half, TYPE, ALIGNED, True)
+        x = read_rows(address, channel[None, :], inside, wide, half, OWN_TYPE, ALIGNED, True)
         mixed = tl.zeros([STEP, PADDED], tl.float32)
         for source in range(0, BLOCKS):
             weight = tl.load(grad_pairs + block * BLOCKS + source) + tl.load(grad_pairs + source * BLOCKS + block)
@@ -151,6 +154,6 @@ def row_gradients(addresses, strides, inverse_norms, grad_statistics, grad_pairs
         grad += inverse[:, None] * (mixed - (projection * inverse)[:, None] * x)
         if UPSTREAM:
             address = (tl.load(addresses + BLOCKS + 1) + token * tl.load(strides + BLOCKS + 1))[:, None]
-            grad += read_rows(address, channel[None, :], inside, wide, half, TYPE, ALIGNED, True)
+            grad += read_rows(address, channel[None, :], inside, wide, half, OWN_TYPE, ALIGNED, True)
         address = (out_base + token * out_stride)[:, None]
-        write_rows(address, channel[None, :], grad, inside, wide, half, TYPE, ALIGNED, UPCAST)
+        write_rows(address, channel[None, :], grad, inside, wide, half, OWN_TYPE, ALIGNED, UPCAST)

@@ -139,7 +139,8 @@ def _forward(features: list[Tensor], mix: bool, backend: str) -> tuple[Tensor, T
         from dit_fast.kernels import diversity
 
         statistics, pair_sums, inverse_norms = diversity.forward(features)
-        return statistics, pair_sums, inverse_norms, _mixture(features, inverse_norms, mix)
+        mixture = diversity.mixture(features, inverse_norms) if mix else _mixture(features, inverse_norms, False)
+        return statistics, pair_sums, inverse_norms, mixture
     return _cpp_forward(features, mix) if backend == "cpp" else _torch_forward(features, mix)
 
 

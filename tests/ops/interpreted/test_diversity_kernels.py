@@ -88,6 +88,30 @@ def test_gradients(name, above):
     assert error(single, exact_gradients(features, *grads, upstream)[last]) < LIMITS[features[last].dtype]
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_mixture(name):
+    features = make(*CASES[name])
+    inverse_norms = exact_statistics(features)[2].float()
+    ours = diversity.mixture(features, inverse_norms)
+    exact = sum(x.double() * inverse[:, None].double() for x, inverse in zip(features, inverse_norms, strict=True))
+    assert ours.dtype == FP32
+    assert ours.is_contiguous()
+    assert error(ours, exact) < 1e-6
+
+
+@pytest.mark.parametrize("own", [BF16, FP16])
+def test_a_float32_source_among_16_bit_blocks(own):
+    features = [*make(21, 200, [own] * 2), *make(21, 200, [FP32], seed=3)]
+    inverse_norms = exact_statistics(features)[2].float()
+    grads = make_gradients(features)
+    upstream = make(21, 200, [own], seed=2)
+    exact = exact_gradients(features, *grads, upstream * 3)
+    for k in (0, 1):
+        (ours,) = diversity.backward(features, inverse_norms, *grads, upstream, [k])
+        assert ours.dtype == own
+        assert error(ours, exact[k]) < LIMITS[own]
+
+
 def test_any_strides_and_addresses():
     # Blocks inside one buffer, at an odd offset, with an odd row stride: no 128-bit access is possible.
     buffer = torch.randn(23, 4 * 51 + 1)
@@ -97,6 +121,8 @@ def test_any_strides_and_addresses():
     statistics, pairs, inverse_norms = diversity.forward(features)
     for ours, exact in zip((statistics, pairs, inverse_norms), exact_statistics(features), strict=True):
         assert error(ours, exact) < 1e-6
+    directions = sum(x.double() * inverse[:, None] for x, inverse in zip(features, inverse_norms, strict=True))
+    assert error(diversity.mixture(features, inverse_norms), directions) < 1e-6
     grads = make_gradients(features)
     upstream = [torch.randn(48, 23).T, torch.ones(1, 48).expand(23, 48), torch.randn(23, 96)[:, ::2], features[0]]
     strided = [grad.transpose(0, 1).contiguous().transpose(0, 1) for grad in grads]
