@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from dit_fast import kernels
 from dit_fast.backend import Implementation, choose, register
@@ -267,6 +268,19 @@ backward_op = _library.define(
     _backward,
     _fake_backward,
 )
+
+
+@register_flop_formula(torch.ops.dit_fast.long_skip_forward)
+def _forward_flops(x: torch.Size, *rest: Any, **options: Any) -> int:
+    """Of the GEMM, multiply-add = 2, as torch's counter counts a linear layer."""
+    return 4 * x[0] * x[1] ** 2
+
+
+@register_flop_formula(torch.ops.dit_fast.long_skip_backward)
+def _backward_flops(grad: torch.Size, *rest: Any, **options: Any) -> int:
+    needs = rest[10]
+    halves = int(needs[0]) + int(needs[1]) + 2 * int(needs[2] or needs[4])
+    return 2 * grad[0] * grad[1] ** 2 * halves
 
 
 class LongSkip(torch.autograd.Function):

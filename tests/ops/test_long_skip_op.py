@@ -10,6 +10,7 @@ from golden import assert_close
 from long_skip_cases import NAMES, autocast, errors, everything, inputs, stressed
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 from dit_fast import kernels
 from dit_fast.errors import ConfigError, UserError
@@ -143,6 +144,20 @@ def test_only_the_gradients_that_are_needed(backend, wanted):
         grads = torch.autograd.grad(y, [tensors[index] for index in wanted], upstream)
         for index, grad in zip(wanted, grads, strict=True):
             assert torch.equal(grad, expected[1 + index])
+
+
+@pytest.mark.parametrize("wanted", [range(6), (0,), (1, 3), (0, 4), (2,), (5,)])
+def test_flops_are_counted(wanted):
+    """As for a linear layer: one GEMM [M, 2D] x [2D, D] forward, and of the backward's two what is needed."""
+    tensors = inputs((6,), 8, torch.float32)
+    for index in wanted:
+        tensors[index].requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        y = long_skip(*tensors, backend="gemm")
+        assert counter.get_total_flops() == 2 * 6 * 16 * 8
+        y.sum().backward()
+    halves = len({0, 1} & set(wanted)) + 2 * bool({2, 4} & set(wanted))
+    assert counter.get_total_flops() == 2 * 6 * 16 * 8 + halves * 2 * 6 * 8 * 8
 
 
 def test_unneeded_gradients_are_not_computed():
