@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dit_fast.kernels import long_skip, long_skip_backward, long_skip_tiles, row_statistics
+from dit_fast.kernels import long_skip, long_skip_backward, long_skip_forward, long_skip_tiles, row_statistics
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 LIMITS = {FP32: 1e-6, FP16: 1e-3, BF16: 6e-3}  # relative RMS error
@@ -28,7 +28,7 @@ def rows(count, width, dtype, kind="plain", seed=0):
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("kind", ["plain", "offset", "massive"])
-@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (37, 192), (9, 1152), (3, 2304), (2, 4104)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (37, 192), (9, 1152), (2, 4104)], ids=str)
 def test_row_statistics(shape, kind, dtype):
     x = rows(*shape, dtype, kind if shape[1] > 4 else "plain")
     mean, variance = row_statistics.row_statistics(x)
@@ -66,7 +66,8 @@ class Problem:
 
     def statistics(self):
         joined = torch.cat([self.x.double(), self.skip.double()], 1)
-        return joined.mean(1).float(), (joined.var(1, correction=0) + EPS).rsqrt().float()
+        mean = joined.mean(1, keepdim=True)
+        return mean[:, 0].float(), ((joined - mean).square().mean(1) + EPS).rsqrt().float()
 
     def fold(self):
         return long_skip.fold(self.gamma, self.beta, self.weight, self.bias, self.dtype)
@@ -102,22 +103,6 @@ def check(ours, exact, eager, dtype):
     assert error(ours, exact) <= 1.25 * error(eager, exact)
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 64), (37, 72), (130, 136)], ids=str)
-def test_forward(shape, dtypes, family):
-    problem = Problem(*shape, dtypes)
-    ours = problem.ours()
-    assert ours.dtype == problem.dtype
-    check(ours, problem.exact()[0], problem.eager()[0], problem.dtype)
-
-
-@pytest.mark.parametrize("dtypes", DTYPES[:4], ids=str)
-@pytest.mark.parametrize("kinds", [("offset", "offset"), ("offset", "plain"), ("massive", "massive")], ids=str)
-def test_forward_keeps_its_accuracy(kinds, dtypes):
-    problem = Problem(48, 128, dtypes, *kinds)
-    check(problem.ours(), problem.exact()[0], problem.eager()[0], problem.dtype)
-
-
 def test_forward_float32_output():
     problem = Problem(32, 72, DTYPES[0], "offset")
     problem.ours()
@@ -140,8 +125,9 @@ def test_strided_rows_read_nothing_else(dtypes, family):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("fp32_weights", [True, False])
-def test_fold(dtype, fp32_weights):
-    problem = Problem(1, 520 if fp32_weights else 40, (dtype, dtype, dtype), fp32_weights=fp32_weights)
+def test_fold(dtype, fp32_weights, monkeypatch):
+    monkeypatch.setattr(long_skip_forward, "FOLD_BLOCK", 64)  # so that 80 columns take two steps
+    problem = Problem(1, 40, (dtype, dtype, dtype), fp32_weights=fp32_weights)
     folded, row_sums, bias = long_skip.fold(problem.gamma, problem.beta, problem.weight, problem.bias, dtype)
     product = problem.gamma.float() * problem.weight.float()
     assert torch.equal(folded, product.to(dtype))
@@ -158,26 +144,33 @@ def gradients(problem, needs=(True, True)):
     return long_skip.backward_input(problem.grad, *halves, c1, c2, needs), prepared
 
 
-def check_gradients(problem):
-    ours, _ = gradients(problem)
-    for half, mine, exact, eager in zip(
-        (problem.x, problem.skip), ours, problem.exact()[1], problem.eager()[1], strict=True
+def check_all(problem):
+    (grad_x, grad_skip), _ = gradients(problem)
+    exact, eager = problem.exact(), problem.eager()
+    check(problem.y, exact[0], eager[0], problem.dtype)
+    for half, ours, reference, theirs in zip(
+        (problem.x, problem.skip), (grad_x, grad_skip), exact[1], eager[1], strict=True
     ):
-        assert mine.dtype == half.dtype
-        assert error(mine, exact) < LIMITS[BF16 if half.dtype == BF16 else problem.dtype]
-        assert error(mine, exact) <= 1.25 * error(eager.to(half.dtype), exact)
+        assert ours.dtype == half.dtype
+        check(ours, reference, theirs.to(half.dtype), BF16 if half.dtype == BF16 else problem.dtype)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 64), (130, 136)], ids=str)
-def test_input_gradients(shape, dtypes, family):
-    check_gradients(Problem(*shape, dtypes))
+@pytest.mark.parametrize("count", [1, 37])
+def test_forward_and_gradients(count, dtypes):
+    check_all(Problem(count, 72, dtypes))
+
+
+@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[2]], ids=str)
+def test_several_tiles_each_way(dtypes, family):
+    """More tiles than programs, and a last tile that is not full, in every direction."""
+    check_all(Problem(130, 136, dtypes))
 
 
 @pytest.mark.parametrize("dtypes", DTYPES[:4], ids=str)
 @pytest.mark.parametrize("kinds", [("offset", "offset"), ("offset", "plain"), ("massive", "massive")], ids=str)
-def test_input_gradients_keep_their_accuracy(kinds, dtypes):
-    check_gradients(Problem(48, 128, dtypes, *kinds))
+def test_accuracy_of_offsets_and_outliers(kinds, dtypes):
+    check_all(Problem(48, 128, dtypes, *kinds))
 
 
 def test_real_width(monkeypatch):
@@ -194,8 +187,8 @@ def test_real_width(monkeypatch):
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)], ids=str)
-def test_half_that_nobody_needs(needs, family):
-    problem = Problem(37, 72, DTYPES[2])
+def test_half_that_nobody_needs(needs):
+    problem = Problem(9, 72, DTYPES[2])
     both, _ = gradients(problem)
     for ours, expected, needed in zip(gradients(problem, needs)[0], both, needs, strict=True):
         assert torch.equal(ours, expected) if needed else ours is None
@@ -229,7 +222,7 @@ def test_gradient_of_another_dtype_or_alignment():
 
 def test_configurations_agree(monkeypatch):
     """Few and many rows differ in blocks alone, and block_k is the same: equal bits."""
-    problem = Problem(150, 136, DTYPES[0])
+    problem = Problem(70, 72, DTYPES[0])
     results = []
     for rows in ("few", "many"):
         pick = lambda arch, kind, *_, rows=rows: long_skip_tiles.CONFIGS[arch, kind, rows]  # noqa: E731
