@@ -34,6 +34,13 @@ def test_a_fallback_is_logged_once_with_its_reason(op, caplog):
     assert [record.getMessage() for record in caplog.records] == ["toy: native is not used: no compiler was found"]
 
 
+def test_what_is_on_request_runs_by_its_name_alone(op):
+    register("frugal", on_request=[Implementation("small", (), lambda: None)])
+    assert choose("frugal", "auto", "cpu") == choose("frugal", "auto", "cuda") == "torch"
+    assert choose("frugal", "small", "cpu") == "small"
+    assert dict(explain("frugal", "cpu")) == {"torch": "used", "small": backend.BETTER}
+
+
 def test_asking_for_what_cannot_run_raises_with_the_reason(op):
     with pytest.raises(ConfigError, match="no compiler was found"):
         choose(op, "native", "cpu")

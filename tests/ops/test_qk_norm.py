@@ -1,5 +1,7 @@
 """QK-norm as a torch op: the reference, registration, both modes of differentiation, strides, complaints."""
 
+import importlib
+
 import pytest
 import torch
 from golden import assert_close
@@ -138,6 +140,16 @@ def test_gradients_that_nobody_needs_are_not_computed():
     only_input = backward_op(*grads, qkv, *weights, EPS, True, False, "auto")
     only_parameters = backward_op(*grads, qkv, *weights, EPS, False, True, "auto")
     assert [x.numel() for x in (*only_input, *only_parameters)] == [qkv.numel(), 0, 0, 4 * D]
+
+
+@pytest.mark.parametrize(("wanted", "needs"), [([0], (True, False)), ([3], (False, True)), ([0, 1], (True, True))])
+def test_the_backward_asks_for_what_is_needed(wanted, needs, monkeypatch):
+    asked = []
+    module = importlib.import_module("dit_fast.ops.qk_norm")
+    monkeypatch.setattr(module, "backward_op", lambda *x: asked.append(x[7:9]) or backward_op(*x))
+    inputs = [x.requires_grad_(place in wanted) for place, x in enumerate(make())]
+    sum(part.sum() for part in through_op(*inputs)).backward()
+    assert asked == [needs]
 
 
 @pytest.mark.parametrize("op", [plain, through_op])

@@ -142,8 +142,11 @@ def test_a_bad_token_stays_alone():
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_the_op_through_the_kernels(dtype):
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_op_through_the_kernels(dtype, channels_last):
     qkv, heads, parameters, _ = make(2, 9, 3, 24, dtype)
+    if not channels_last:
+        qkv = qkv.transpose(1, 2).contiguous().transpose(1, 2)
     sides = []
     for backend in ("triton", "torch"):
         leaves = [x.clone().requires_grad_() for x in (qkv, *parameters)]
