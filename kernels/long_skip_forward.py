@@ -122,7 +122,7 @@ def _constants(tiles: Tiles, arch: int, raw: bool, bfloat: bool) -> dict[str, ob
         "BLOCK_K": tiles.block_k,
         "GROUP": GROUP,
         "RAW": raw,
-        "BFLOAT": bfloat,
+        "BFLOAT": bfloat and not raw,
         "BULK": arch >= 90,
     }
 

@@ -21,9 +21,10 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-# (GPU family, dtypes of the operands, rows). No width: 128 columns divide 768, 1024 and 1152, and any other width loses
-# part of one tile. "mixed": a tile of up to four bytes per element is kept besides its 16-bit copy. "few": tiles of 128
-# rows would leave most of the card idle.
+# (GPU family, dtypes, rows). No width: 128 columns divide 768, 1024 and 1152, and any other width loses part of one
+# tile. "mixed": the forward keeps tiles of up to four bytes per element and rounds them in registers. "float32 out":
+# the backward's epilogue reads and writes float32, which spilled with 128 rows on sm_80. "few": tiles of 128 rows would
+# leave multiprocessors idle.
 CONFIGS = {
     (90, "16-bit", "many"): Tiles(128, 128, 64, 8, 4),
     (90, "16-bit", "few"): Tiles(64, 128, 64, 4, 4),

@@ -10,12 +10,14 @@ for width, dtype in ((768, BF16), (1024, FP16), (1152, BF16), (1152, FP32), (230
     for rows in (1, 48):  # 1 is the value that Triton likes to compile in
         row_statistics.row_statistics(torch.zeros(rows, width, dtype=dtype))
 
-for width, rows, x_dtype, dtype in ((1024, 1, FP16, FP16), (768, 1000, BF16, BF16), (1152, 1000, FP32, BF16)):
+plans = [(64, 1, FP16, FP16), (1024, 48, FP16, FP16), (768, 1000, BF16, BF16), (1152, 1000, FP32, BF16)]
+for width, rows, x_dtype, dtype in plans:
     parts = [torch.ones(2 * width), torch.zeros(2 * width), torch.zeros(width, 2 * width), torch.zeros(width)]
     x, skip = torch.zeros(rows, width, dtype=x_dtype), torch.zeros(rows, width, dtype=dtype)
     mean, rstd = torch.zeros(rows), torch.ones(rows)
     folded, *sums = long_skip.fold(*parts, dtype)
     y = long_skip.forward(x, skip, mean, rstd, folded, *sums, dtype)
-    _, c1, c2, _ = long_skip.prepare_backward(y, y, rstd, *sums)
+    if width > 64:  # which is here for the tiles of few rows, and is no width of a model
+        long_skip.prepare_backward(y, y, rstd, *sums)
     for needs in ((True, False), (False, True), (True, True)):
-        long_skip.backward_input(y, x, skip, mean, rstd, folded, c1, c2, needs)
+        long_skip.backward_input(y, x, skip, mean, rstd, folded, mean, mean, needs)
