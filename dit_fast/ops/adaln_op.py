@@ -99,7 +99,10 @@ def _torch_backward(
     above = [grad for grad in (grad_x_new, grad_out) if grad is not None]
     wide = _wide(x_new if x_new is not None else above[0])
     grad_y = grad_gate = grad_shift = grad_scale = None
-    total = torch.zeros((), dtype=wide, device=above[0].device) if grad_x_new is None else grad_x_new.to(wide)
+    # A copy: what the op returns may not be what it was given.
+    total = (
+        torch.zeros((), dtype=wide, device=above[0].device) if grad_x_new is None else grad_x_new.to(wide, copy=True)
+    )
     if grad_out is not None and x_new is not None and scale is not None and mean is not None and variance is not None:
         g, rstd = grad_out.to(wide), (variance + eps).rsqrt().unsqueeze(-1)
         normalised = (x_new.to(wide) - mean.unsqueeze(-1)) * rstd
@@ -142,17 +145,17 @@ def _fake_forward(
 def _backward(
     grad_x_new: Tensor | None, grad_out: Tensor | None, x_new: Tensor | None, y: Tensor | None, gate: Tensor | None,
     scale: Tensor | None, mean: Tensor | None, variance: Tensor | None, eps: float, x_dtype: torch.dtype,
-    vector_dtypes: list[torch.dtype], name: str, backend: str,
+    gate_dtype: torch.dtype, shift_dtype: torch.dtype, scale_dtype: torch.dtype, name: str, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     runner = _runner(name, backend, grad_x_new, grad_out, x_new, y, gate, scale)
     inputs = (grad_x_new, grad_out, x_new, y, gate, scale, mean, variance, eps)
-    y_dtype = None if y is None else y.dtype
+    y_dtype, vectors = None if y is None else y.dtype, (gate_dtype, shift_dtype, scale_dtype)
     if runner is None:
         results: Sequence[Tensor | None] = _torch_backward(*inputs)
-        dtypes = (x_dtype, y_dtype, *vector_dtypes)
+        dtypes = (x_dtype, y_dtype, *vectors)
         results = [None if t is None else t.to(dtype) for t, dtype in zip(results, dtypes, strict=True)]
     else:
-        results = runner.backward(*inputs, x_dtype, y_dtype, vector_dtypes)
+        results = runner.backward(*inputs, x_dtype, y_dtype, vectors)
     like = next(tensor for tensor in (grad_x_new, grad_out) if tensor is not None)
     return tuple(like.new_empty(0) if tensor is None else tensor for tensor in results)  # type: ignore[return-value]
 
@@ -160,7 +163,7 @@ def _backward(
 def _fake_backward(
     grad_x_new: Tensor | None, grad_out: Tensor | None, x_new: Tensor | None, y: Tensor | None, gate: Tensor | None,
     scale: Tensor | None, mean: Tensor | None, variance: Tensor | None, eps: float, x_dtype: torch.dtype,
-    vector_dtypes: list[torch.dtype], name: str, backend: str,
+    gate_dtype: torch.dtype, shift_dtype: torch.dtype, scale_dtype: torch.dtype, name: str, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     like = grad_x_new if grad_x_new is not None else grad_out
     if like is None:
@@ -171,7 +174,7 @@ def _fake_backward(
     streams.append(like.new_empty(like.shape, dtype=y.dtype) if y is not None else like.new_empty(0))
     vectors = [
         like.new_empty((samples, width), dtype=dtype) if here else like.new_empty(0)
-        for here, dtype in zip(present, vector_dtypes, strict=True)
+        for here, dtype in zip(present, (gate_dtype, shift_dtype, scale_dtype), strict=True)
     ]
     return streams[0], streams[1], vectors[0], vectors[1], vectors[2]
 
@@ -184,7 +187,8 @@ forward_op = _library.define(
 )
 backward_op = _library.define(
     "adaln_backward(Tensor? grad_x_new, Tensor? grad_out, Tensor? x_new, Tensor? y, Tensor? gate, Tensor? scale, "
-    "Tensor? mean, Tensor? variance, float eps, ScalarType x_dtype, ScalarType[] vector_dtypes, str name, "
+    "Tensor? mean, Tensor? variance, float eps, ScalarType x_dtype, ScalarType gate_dtype, ScalarType shift_dtype, "
+    "ScalarType scale_dtype, str name, "
     "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
@@ -229,7 +233,7 @@ class AdaLN(torch.autograd.Function):
         if grad_x_new is None and grad_out is None:
             return (None,) * 12
         grads = backward_op(
-            grad_x_new, grad_out, *saved, ctx.eps, ctx.x_dtype, ctx.vector_dtypes, ctx.name, ctx.backend
+            grad_x_new, grad_out, *saved, ctx.eps, ctx.x_dtype, *ctx.vector_dtypes, ctx.name, ctx.backend
         )
         present = (True, y_given, y_given, grad_out is not None, grad_out is not None)
         wanted = zip(grads, present, ctx.needs_input_grad[:5], strict=True)
