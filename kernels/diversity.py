@@ -40,7 +40,7 @@ from torch import Tensor
 from dit_fast.kernels import unavailable as unavailable
 from dit_fast.kernels.aot import Case
 from dit_fast.kernels.diversity_gradients import gradients, projections, row_gradients
-from dit_fast.kernels.diversity_mixture import mixture as add_directions
+from dit_fast.kernels.diversity_mixture import add_directions
 from dit_fast.kernels.diversity_sums import block_sums, pair_sums
 from dit_fast.kernels.ordered_sum import ordered_sum
 from dit_fast.kernels.tables import address_table, is_aligned

@@ -7,9 +7,9 @@ from dit_fast.kernels.rows import has_bit, read_rows
 
 
 @triton.jit(do_not_specialize=("wide_blocks", "half_blocks"))
-def mixture(addresses, strides, inverse_norms, out, tokens, wide_blocks, half_blocks,
-            BLOCKS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, STEP: tl.constexpr,
-            TYPE: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+def add_directions(addresses, strides, inverse_norms, out, tokens, wide_blocks, half_blocks,
+                   BLOCKS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, STEP: tl.constexpr,
+                   TYPE: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
     """out [tokens, WIDTH] = sum over blocks of x r, added in the order of the blocks; one program per STEP tokens."""
     token = tl.program_id(0).to(tl.int64) * STEP + tl.arange(0, STEP)
     channel = tl.arange(0, PADDED)
