@@ -199,8 +199,9 @@ def main() -> int:
     entries, reasons = compile_all(arguments.only)
     locked, other = json.loads(LOCK.read_text()), []
     if arguments.only:
-        other = [entry for entry in locked if entry["kernel"].split(".")[0] not in arguments.only]
-        locked = [entry for entry in locked if entry not in other]
+        compiled = {entry["kernel"] for entry in entries}  # a file's cases may be of kernels in files beside it
+        other = [entry for entry in locked if entry["kernel"] not in compiled]
+        locked = [entry for entry in locked if entry["kernel"] in compiled]
     if arguments.write and not reasons:
         LOCK.write_text(render(sorted([*other, *entries], key=_key)))
     lines = reasons + ([] if arguments.write else differences(entries, locked))
