@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from torch import Tensor, nn
 
 from dit_fast.errors import ConfigError
+from dit_fast.ops import RowStatistics
 
 T = TypeVar("T")
 
@@ -108,7 +109,7 @@ class Collectors(dict[str, Collector]):
         super().__init__(collectors)
         self._taps = taps
 
-    def __call__(self, index: int, feature: Tensor) -> Tensor:
+    def __call__(self, index: int, feature: Tensor, stats: RowStatistics | None = None) -> Tensor:
         for name, collector in self.items():
             if index in self._taps[name]:
                 feature = collector.tap(feature)

@@ -1,11 +1,11 @@
 """The original SiT (arXiv 2401.08740) behind our conventions: its time runs from noise (0) to data (1)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
-from dit_fast.models.sit import SiT
+from dit_fast.models.sit import SiT, Through
 from dit_fast.nn.final_layer import FinalLayer
 
 
@@ -28,7 +28,7 @@ class ReversedSiT(SiT):
         y: Tensor,
         taps: Iterable[int] = (),
         drop: Tensor | None = None,
-        through: Callable[[int, Tensor], Tensor] | None = None,
+        through: Through | None = None,
     ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
         """As `SiT.forward`."""
         result = super().forward(x, 1 - t, y, taps, drop, through)

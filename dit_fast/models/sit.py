@@ -3,7 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,18 @@ from dit_fast.nn.block import Block
 from dit_fast.nn.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_position_embedding
 from dit_fast.nn.final_layer import FinalLayer
 from dit_fast.nn.long_skip import SkipLinear, SkipNorm
+from dit_fast.ops import RowStatistics
 
 SkipWiring = Literal["off", "input", "output"]
 ResidualDtype = Literal["fp32", "autocast"]
+Through = Callable[[int, Tensor, RowStatistics | None], Tensor]
+
+
+class Stream(NamedTuple):
+    """Tokens [N, T, D] between two blocks, and their row statistics if whoever wrote them took them on the way."""
+
+    tokens: Tensor
+    stats: RowStatistics | None = None
 
 
 class SiT(nn.Module):
@@ -102,54 +111,56 @@ class SiT(nn.Module):
         y: Tensor,
         taps: Iterable[int] = (),
         drop: Tensor | None = None,
-        through: Callable[[int, Tensor], Tensor] | None = None,
+        through: Through | None = None,
     ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
         """Velocity at x [N, C, H, W], times t [N] in [0, 1], labels y [N] int64 (num_classes = null label).
 
         taps: indices (from 0) of blocks whose output [N, T, D] is handed out, as the published code records it: after
         the fusion in "output" wiring. drop: bool [N], rows whose label becomes the null label; None draws them with
         probability label_dropout from torch's generator in train mode and drops none in eval mode. through(index,
-        feature): identities that the outputs named in taps pass on their way to the next block and into the features
-        (methods that fold their gradient into the block's backward).
+        feature, row statistics or None): identities that the outputs named in taps pass on their way to the next block
+        and into the features (methods that fold their gradient into the block's backward).
         Returns v [N, C, H, W], or (v, {index: feature}) when taps are asked for. Raises UserError for bad input.
         """
         wanted = sorted(set(taps))
         self._check(x, t, y, wanted, drop)
         tokens = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y, drop)
+        stream = Stream(tokens)
         features: dict[int, Tensor] = {}
-        pending: list[Tensor] = []
+        pending: list[Stream] = []
         first_half = self.depth // 2 if self.skip_wiring != "off" else self.depth
         for index in range(self.depth):
             skip = pending.pop() if index >= first_half else None
             if index < first_half and self.skip_wiring == "input":
-                pending.append(tokens)
+                pending.append(stream)
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                tokens = checkpoint(self._stage, index, tokens, c, skip, use_reentrant=False, preserve_rng_state=False)
+                stream = checkpoint(self._stage, index, stream, c, skip, use_reentrant=False, preserve_rng_state=False)
             else:
-                tokens = self._stage(index, tokens, c, skip)
+                stream = self._stage(index, stream, c, skip)
             if through is not None and index in wanted:
-                tokens = through(index, tokens)
+                stream = Stream(through(index, stream.tokens, stream.stats), stream.stats)
             if index < first_half and self.skip_wiring == "output":
-                pending.append(tokens)
+                pending.append(stream)
             if index in wanted:
-                features[index] = tokens
-        output = self._unpatchify(self.final_layer(tokens, c))
+                features[index] = stream.tokens
+        output = self._unpatchify(self.final_layer(stream.tokens, c, stream.stats))
         return (output, features) if wanted else output
 
-    def _stage(self, index: int, tokens: Tensor, c: Tensor, skip: Tensor | None) -> Tensor:
+    def _stage(self, index: int, stream: Stream, c: Tensor, skip: Stream | None) -> Stream:
         """One block with the fusion that belongs to it."""
         if skip is not None and self.skip_wiring == "input":
-            tokens = self._fuse(index, tokens, skip)
-        tokens = self.blocks[index](tokens, c)
+            stream = self._fuse(index, stream, skip)
+        stream = Stream(*self.blocks[index](stream.tokens, c, stream.stats))
         if skip is not None and self.skip_wiring == "output":
-            tokens = self._fuse(index, tokens, skip)
-        return tokens
+            stream = self._fuse(index, stream, skip)
+        return stream
 
-    def _fuse(self, index: int, tokens: Tensor, skip: Tensor) -> Tensor:
+    def _fuse(self, index: int, stream: Stream, skip: Stream) -> Stream:
         pair = index - self.depth // 2
-        fused = self.skip_norms[pair](tokens, skip, self.skip_linears[pair])
-        return fused.to(tokens.dtype) if self.residual_dtype == "fp32" else fused
+        streams = (stream.tokens, skip.tokens, self.skip_linears[pair], stream.stats, skip.stats)
+        fused = self.skip_norms[pair](*streams)
+        return Stream(fused.to(stream.tokens.dtype) if self.residual_dtype == "fp32" else fused)
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
         """[N, T, p * p * C], channel fastest, to [N, C, H, W]."""

@@ -3,7 +3,8 @@
 from torch import Tensor, nn
 
 from dit_fast.nn.linear import linear_flops, zero_linear
-from dit_fast.ops import layer_norm_modulate
+from dit_fast.nn.row_statistics import linear_dtype
+from dit_fast.ops import RowStatistics, layer_norm_modulate
 
 
 class FinalLayer(nn.Module):
@@ -14,9 +15,10 @@ class FinalLayer(nn.Module):
         self.linear = zero_linear(hidden_size, patch_size**2 * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), zero_linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, stats: RowStatistics | None = None) -> Tensor:
+        """stats: row statistics of x, if known."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(layer_norm_modulate(x, shift, scale))
+        return self.linear(layer_norm_modulate(x, shift, scale, stats=stats, out_dtype=linear_dtype(x)))
 
     def flops(self, num_tokens: int) -> int:
         """Forward FLOPs of one sample, multiply-add = 2."""

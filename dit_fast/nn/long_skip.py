@@ -8,7 +8,7 @@ gather parameters when their owner is called (ZeRO-3) then hold all of them at t
 from torch import Tensor, nn
 
 from dit_fast.nn.linear import linear_flops
-from dit_fast.ops import long_skip
+from dit_fast.ops import RowStatistics, long_skip
 
 
 class SkipNorm(nn.LayerNorm):
@@ -17,9 +17,16 @@ class SkipNorm(nn.LayerNorm):
     def __init__(self, hidden_size: int):
         super().__init__(2 * hidden_size, eps=1e-6)
 
-    def forward(self, x: Tensor, skip: Tensor, projection: "SkipLinear") -> Tensor:  # type: ignore[override]
-        """x, skip: [N, T, D]; returns what replaces x, [N, T, D]."""
-        return projection(x, skip, self.weight, self.bias, self.eps)
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        skip: Tensor,
+        projection: "SkipLinear",
+        x_stats: RowStatistics | None = None,
+        skip_stats: RowStatistics | None = None,
+    ) -> Tensor:
+        """x, skip: [N, T, D], with their row statistics if known; returns what replaces x, [N, T, D]."""
+        return projection(x, skip, self.weight, self.bias, self.eps, x_stats, skip_stats)
 
 
 class SkipLinear(nn.Module):
@@ -31,8 +38,17 @@ class SkipLinear(nn.Module):
         nn.init.xavier_uniform_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, x: Tensor, skip: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float) -> Tensor:
-        return self.linear(x, skip, norm_weight, norm_bias, eps)
+    def forward(
+        self,
+        x: Tensor,
+        skip: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        x_stats: RowStatistics | None = None,
+        skip_stats: RowStatistics | None = None,
+    ) -> Tensor:
+        return self.linear(x, skip, norm_weight, norm_bias, eps, x_stats, skip_stats)
 
     def flops(self, num_tokens: int) -> int:
         """Forward FLOPs of one sample, multiply-add = 2."""
@@ -41,6 +57,14 @@ class SkipLinear(nn.Module):
 
 class _FusedLinear(nn.Linear):
     def forward(  # type: ignore[override]
-        self, x: Tensor, skip: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
+        self,
+        x: Tensor,
+        skip: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        x_stats: RowStatistics | None,
+        skip_stats: RowStatistics | None,
     ) -> Tensor:
-        return long_skip(x, skip, norm_weight, norm_bias, self.weight, self.bias, eps)
+        parameters = (norm_weight, norm_bias, self.weight, self.bias)
+        return long_skip(x, skip, *parameters, eps, x_stats=x_stats, skip_stats=skip_stats)

@@ -1,0 +1,20 @@
+"""What a layer tells the next about its output, and in which dtype the next linear map wants it."""
+
+import torch
+from torch import Tensor
+
+from dit_fast.ops import adaln_op
+
+
+def linear_dtype(x: Tensor) -> torch.dtype:
+    """Dtype in which a linear map after x runs: autocast's where it is on (it leaves float64 alone), else x's."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def worth_handing_on(x: Tensor) -> bool:
+    """Whether whoever writes the stream x has its row statistics at no cost; the plain reference would take a pass."""
+    if torch.compiler.is_compiling():  # the op chooses when the graph runs
+        return x.is_cuda
+    return adaln_op.choose_backend("gate_residual", "auto", x) != "torch"

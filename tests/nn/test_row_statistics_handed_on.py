@@ -1,0 +1,89 @@
+"""Row statistics travel with the stream and change nothing; the next linear map gets its own dtype."""
+
+import pytest
+import torch
+from golden import assert_close
+
+from dit_fast import _C
+from dit_fast.models import SiT
+from dit_fast.nn import block as block_file
+from dit_fast.nn.block import Block
+from dit_fast.nn.row_statistics import linear_dtype
+from dit_fast.ops import row_statistics
+
+needs_library = pytest.mark.skipif(_C.unavailable() is not None, reason=f"{_C.unavailable()}")
+
+
+def model(wiring, **options):
+    torch.manual_seed(0)
+    made = SiT(input_size=8, hidden_size=32, depth=4, num_heads=2, num_classes=5, skip_wiring=wiring, **options)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(0, 0.2)
+    return made
+
+
+def run(made, autocast=False):
+    generator = torch.Generator().manual_seed(1)
+    x, t = torch.randn(3, 4, 8, 8, generator=generator), torch.rand(3, generator=generator)
+    seen = []
+
+    def through(index, feature, stats):
+        seen.append((feature.detach(), stats))
+        return feature.view_as(feature)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        drop = torch.zeros(3, dtype=torch.bool)
+        v, features = made(x, t, torch.tensor([0, 1, 4]), taps=range(4), drop=drop, through=through)
+    loss = v.float().square().mean() + sum(f.float().square().mean() for f in features.values())
+    grads = torch.autograd.grad(loss, [p for p in made.parameters() if p.requires_grad])
+    return [v.detach(), *grads], seen
+
+
+@needs_library
+@pytest.mark.parametrize("wiring", ["off", "input", "output"])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_they_are_those_of_the_stream_and_change_nothing(wiring, checkpoint, monkeypatch):
+    with_stats, seen = run(model(wiring, checkpoint_blocks=checkpoint))
+    fused = {"off": (), "input": (), "output": (2, 3)}[wiring]
+    for index, (feature, stats) in enumerate(seen):
+        assert (stats is None) == (index in fused)
+        if stats is not None:
+            for ours, expected in zip(stats, row_statistics(feature.double()), strict=True):
+                assert_close(ours, expected, 1e-5)
+                assert not ours.requires_grad
+    monkeypatch.setattr(block_file, "worth_handing_on", lambda x: False)
+    without, seen = run(model(wiring, checkpoint_blocks=checkpoint))
+    assert all(stats is None for _, stats in seen)
+    for ours, expected in zip(with_stats, without, strict=True):
+        assert_close(ours, expected, 1e-5)
+
+
+@needs_library
+def test_long_skips_and_norms_believe_them(monkeypatch):
+    """A wrong promise shows, so they are really used."""
+    made = Block(8, 2)
+    torch.nn.init.normal_(made.adaLN_modulation[1].weight)
+    x, c = torch.randn(2, 3, 8), torch.randn(2, 8)
+    stats = row_statistics(x)
+    assert_close(made(x, c, stats)[0], made(x, c)[0], 1e-5)
+    assert not torch.equal(made(x, c, stats._replace(mean=stats.mean + 1))[0], made(x, c)[0])
+
+
+@pytest.mark.parametrize("residual", ["fp32", "autocast"])
+def test_the_output_dtype_under_autocast_changes_no_bit(residual, monkeypatch):
+    narrow, _ = run(model("output", residual_dtype=residual), autocast=True)
+    monkeypatch.setattr(block_file, "linear_dtype", lambda x: x.dtype)
+    monkeypatch.setattr("dit_fast.nn.final_layer.linear_dtype", lambda x: x.dtype)
+    wide, _ = run(model("output", residual_dtype=residual), autocast=True)
+    assert torch.equal(narrow[0], wide[0])
+    for ours, expected in zip(narrow[1:], wide[1:], strict=True):
+        assert_close(ours, expected, 2e-2)  # the gradient of the cast is rounded to bf16, too
+
+
+def test_dtype_of_the_next_linear_map():
+    x = torch.zeros(1)
+    assert linear_dtype(x) == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear_dtype(x) == torch.bfloat16
+        assert linear_dtype(x.double()) == torch.float64
