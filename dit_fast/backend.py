@@ -5,8 +5,10 @@ meant and why it cannot run here, if it cannot. `choose` answers per call; nothi
 an implementation is passed over, the reason is logged once.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dit_fast.errors import ConfigError
@@ -27,6 +29,7 @@ class Implementation:
 
 
 BETTER = "a better one is used"
+FORCED = "DIT_FAST_BACKEND"  # environment variable: what "auto" means for every op that has such an implementation
 _TORCH = Implementation("torch", (), lambda: None)
 _REGISTRY: dict[str, list[Implementation]] = {}
 _LOGGED: set[tuple[str, str]] = set()
@@ -44,6 +47,30 @@ def ops() -> tuple[str, ...]:
     return tuple(sorted(_REGISTRY))
 
 
+def forced() -> str | None:
+    """The implementation that "auto" stands for, from the environment or from `force`; None: the best one."""
+    return os.environ.get(FORCED) or None
+
+
+@contextlib.contextmanager
+def force(name: str) -> Iterator[None]:
+    """Inside, "auto" means this implementation for every op that has it, in all threads; "torch" is what all have.
+
+    It must then be able to run. What is asked for by name is not touched. The variable DIT_FAST_BACKEND does the same
+    for a whole process. Backward passes count where they run. Raises ConfigError if no op has such an implementation.
+    """
+    _check_forced(name)
+    before = os.environ.get(FORCED)
+    os.environ[FORCED] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[FORCED]
+        else:
+            os.environ[FORCED] = before
+
+
 def choose(op: str, backend: str, device_type: str, refuses: Callable[[str], Sequence[str]] = lambda name: ()) -> str:
     """The implementation that runs `op` on tensors of this device type.
 
@@ -52,12 +79,14 @@ def choose(op: str, backend: str, device_type: str, refuses: Callable[[str], Seq
     Raises ConfigError for an unknown name or an implementation that cannot run here, with the reason.
     """
     implementations = _REGISTRY[op]
+    backend = resolve(op, backend)
     if backend != "auto":
         for implementation in implementations:
             if implementation.name == backend:
                 reason = _reason(implementation, device_type, refuses)
                 if reason:
-                    raise ConfigError(f"{op}: backend '{backend}' cannot run: {reason}; use backend=\"auto\"")
+                    remedy = f"unset {FORCED}" if backend == forced() else 'use backend="auto"'
+                    raise ConfigError(f"{op}: backend '{backend}' cannot run: {reason}; {remedy}")
                 return backend
         names = ", ".join(["auto", *(implementation.name for implementation in implementations)])
         raise ConfigError(f"{op}: unknown backend '{backend}'; valid: {names}")
@@ -73,15 +102,36 @@ def choose(op: str, backend: str, device_type: str, refuses: Callable[[str], Seq
 
 def explain(op: str, device_type: str) -> list[tuple[str, str]]:
     """(implementation, "used" | why it is not) for every implementation of an op, for `dit-fast info`."""
-    lines, taken = [], False
+    lines, taken, only = [], False, _forced_for(op)
     for implementation in _REGISTRY[op]:
         reason = _reason(implementation, device_type, lambda name: ())
+        if reason is None and only not in (None, implementation.name):
+            reason = f"{FORCED}={only}"
         if reason is None and not taken:
             lines.append((implementation.name, "used"))
             taken = True
         else:
             lines.append((implementation.name, reason or BETTER))
     return lines
+
+
+def resolve(op: str, backend: str) -> str:
+    """The backend that a caller asked for, where "auto" may be forced to be one implementation."""
+    return (_forced_for(op) or backend) if backend == "auto" else backend
+
+
+def _forced_for(op: str) -> str | None:
+    name = forced()
+    if name is None:
+        return None
+    _check_forced(name)
+    return name if any(implementation.name == name for implementation in _REGISTRY[op]) else None
+
+
+def _check_forced(name: str) -> None:
+    known = sorted({implementation.name for each in _REGISTRY.values() for implementation in each} | {_TORCH.name})
+    if name not in known:
+        raise ConfigError(f"{FORCED}: no op has an implementation '{name}'; valid: {', '.join(known)}")
 
 
 def _reason(implementation: Implementation, device_type: str, refuses: Callable[[str], Sequence[str]]) -> str | None:

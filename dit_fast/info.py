@@ -43,7 +43,9 @@ def describe() -> str:
     lines += [f"  {name:26}{_package(name)}" for name in OPTIONAL]
     lines.append(f"  {'apex':26}{apex_state()}")
     lines.append(f"\nCPU library   {_C.describe()}")
-    lines.append(f"\nops on {device_type} (first usable implementation runs)")
+    forced = backend.forced()
+    rule = "first usable implementation runs" if forced is None else f"{backend.FORCED}={forced} decides"
+    lines.append(f"\nops on {device_type} ({rule})")
     for op in backend.ops():
         answers = "; ".join(f"{name}: {why}" for name, why in backend.explain(op, device_type))
         lines.append(f"  {op:26}{answers}")

@@ -65,3 +65,28 @@ def test_info_names_every_op_and_every_optional_package():
         assert name in text
     assert "long_skip" in text
     assert "diversity_loss" in text
+
+
+def test_forcing_one_implementation_for_all_ops(op, monkeypatch):
+    register("other", Implementation("native", ("cpu",), lambda: None))
+    with backend.force("torch"):
+        assert choose(op, "auto", "cuda") == choose("other", "auto", "cpu") == "torch"
+        assert choose(op, "gpu", "cuda") == "gpu"
+        assert dict(explain("other", "cpu")) == {"native": "DIT_FAST_BACKEND=torch", "torch": "used"}
+        with backend.force("gpu"):
+            assert choose(op, "auto", "cuda") == "gpu"
+            assert choose("other", "auto", "cpu") == "native"
+        assert choose(op, "auto", "cuda") == "torch"
+    assert choose(op, "auto", "cuda") == "gpu"
+    assert backend.forced() is None
+    with backend.force("native"), pytest.raises(ConfigError, match="no compiler was found; unset DIT_FAST_BACKEND"):
+        choose(op, "auto", "cpu")
+    monkeypatch.setenv("DIT_FAST_BACKEND", "torsch")
+    with pytest.raises(ConfigError, match="DIT_FAST_BACKEND: no op has an implementation 'torsch'; valid: gpu, native"):
+        choose(op, "auto", "cpu")
+
+
+def test_what_is_forced_shows_in_info():
+    assert "DIT_FAST_BACKEND" not in info.describe()
+    with backend.force("torch"):
+        assert "DIT_FAST_BACKEND=torch decides" in info.describe()
