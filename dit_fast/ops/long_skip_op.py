@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dit_fast import kernels
-from dit_fast.backend import Implementation, choose, register
+from dit_fast.backend import Implementation, choose, register, resolve
 from dit_fast.ops import _library, long_skip_table
 from dit_fast.ops.row_statistics import join, of_rows
 
@@ -49,6 +49,7 @@ def takes_reference(backend: str, *tensors: Tensor) -> bool:
     "auto" takes it for float64, and on the CPU: at M = 4096, D = 768 in float32 on one core, forward and backward took
     0.23 s with it and 0.26 s with "gemm", whose GEMMs are the same.
     """
+    backend = resolve("long_skip", backend)
     if backend == "auto":
         return tensors[0].device.type == "cpu" or any(x.dtype == torch.float64 for x in tensors)
     return backend == "torch"
@@ -74,7 +75,7 @@ def supports(x: Tensor, skip: Tensor, parameters: tuple[Tensor, ...], dtype: tor
 
 def _choose(backend: str, x: Tensor, skip: Tensor, parameters: tuple[Tensor, ...], dtype: torch.dtype) -> str:
     refusals = functools.partial(supports, x, skip, parameters, dtype)
-    if backend == "auto" and x.is_cuda:
+    if resolve("long_skip", backend) == "auto" and x.is_cuda:
         arch = long_skip_table.arch_of(x.device)
         if long_skip_table.preferred(arch, x.shape[1], x.shape[0], dtype) == "triton":
             reason = kernels.unavailable() or "; ".join(refusals("triton"))
