@@ -1,7 +1,8 @@
 """The whole training step of DiverseDiT: model, flow matching, diversity loss, clipping, AdamW with EMA.
 
-Sides in one process: the step as published, ours with all pairs, ours without the diversity loss, and the diversity
-loss alone on the features of that very model. Data are random latents that lie on the device already.
+Sides in one process: the step as published (our model through the plain torch reference of every op), ours with all
+pairs, ours without the diversity loss, and the diversity loss alone on the features of that very model. Data are random
+latents that lie on the device already.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_fast.backend import force
 from dit_fast.benchmarks.baselines.published_step import PublishedDiversity, PublishedTrainer
 from dit_fast.benchmarks.cases.case import Benchmark, Setting, Target, Work
 from dit_fast.benchmarks.ceilings import Ceilings
@@ -65,8 +67,13 @@ def measure_step(case: StepCase, setting: Setting, ceilings: Ceilings, seconds: 
         for methods in ([DiverseDiT(DiverseDiT.Config(pairs="all"))], [])
     )
     lr = TrainConfig().optimizer.lr
+
+    def as_published(step: int) -> Any:
+        with force("torch"):
+            return published.train_step(_batch(case, device, step), step)
+
     steps: dict[str, Callable[[int], Any]] = {
-        PUBLISHED: lambda step: published.train_step(_batch(case, device, step), step),
+        PUBLISHED: as_published,
         OURS: lambda step: ours.train_step([_batch(case, device, step)], step, lr).logs,
         WITHOUT: lambda step: without.train_step([_batch(case, device, step)], step, lr).logs,
     }
@@ -157,8 +164,9 @@ def _timed(run: Callable[[int], Any]) -> Call:
 
 BENCHMARK: Benchmark[StepCase] = Benchmark(
     "step",
-    ("tests/ops/test_diversity*.py", "tests/methods/test_diversedit.py",
-     "tests/train/test_optim.py", "tests/train/test_objective.py"),
+    ("tests/ops/test_diversity*.py", "tests/ops/test_adaln*.py", "tests/ops/test_long_skip*.py",
+     "tests/methods/test_diversedit.py", "tests/models/test_training_curve.py", "tests/train/test_optim.py",
+     "tests/train/test_objective.py"),
     step_cases,
     {
         "cuda": (
