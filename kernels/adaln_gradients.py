@@ -1,0 +1,210 @@
+"""Gradient of the adaLN-Zero family: one pass over the streams, then the sums over tokens; equations in adaln.py."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_fast.kernels.adaln_rows import (
+    AUTOCAST,
+    HALF,
+    PURE,
+    SINGLE,
+    by_rows,
+    is_aligned,
+    multiple,
+    options_of,
+    read_rows,
+    read_vector,
+    strides_of,
+    tile_of,
+)
+from dit_fast.kernels.aot import Case
+from dit_fast.kernels.rows import store_rounded
+
+CHUNK = 32  # tokens per partial sum, part of the definition
+BLOCK = 256
+
+
+@triton.jit(do_not_specialize=("tokens", "chunks"))
+def differentiate_rows(grad_x_new, grad_out, x_new, y, gate, scale, mean, variance, grad_x, grad_y, partials,
+                       tokens, chunks, above_strides, out_strides, x_strides, y_strides, gate_stride, scale_stride, eps,
+                       WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+                       ABOVE: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
+                       ALIGNED: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """grad_x, grad_y [N, T, D] contiguous; partials [N, chunks, parts, D]: of gate if RESIDUAL, shift, scale if NORM.
+
+    Program (n, chunk). ABOVE: there is grad_x_new.
+    """
+    sample = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1).to(tl.int64)
+    first = chunk * CHUNK
+    channel = tl.arange(0, PADDED)[None, :]
+    whole = channel < WIDTH
+    if RESIDUAL:
+        gates = read_vector(gate, sample, gate_stride, channel, whole, ALIGNED)
+        y += sample * multiple(y, y_strides[0], ALIGNED)
+        grad_gate = tl.zeros([ROWS, PADDED], tl.float32)
+    if NORM:
+        gain = 1 + read_vector(scale, sample, scale_stride, channel, whole, ALIGNED)
+        grad_out += sample * multiple(grad_out, out_strides[0], ALIGNED)
+        x_new += sample * multiple(x_new, x_strides[0], ALIGNED)
+        grad_shift = tl.zeros([ROWS, PADDED], tl.float32)
+        grad_scale = tl.zeros([ROWS, PADDED], tl.float32)
+    if ABOVE:
+        grad_x_new += sample * multiple(grad_x_new, above_strides[0], ALIGNED)
+    for start in range(0, CHUNK, ROWS):
+        token = first + start + tl.arange(0, ROWS)[:, None]
+        present = token < tokens
+        inside = present & whole
+        row = sample * tokens + token
+        if ABOVE:
+            total = read_rows(grad_x_new, token, above_strides, channel, inside, ALIGNED)
+        else:
+            total = tl.zeros([ROWS, PADDED], tl.float32)
+        if RESIDUAL:
+            branch = read_rows(y, token, y_strides, channel, inside, ALIGNED)
+        if NORM:
+            above = read_rows(grad_out, token, out_strides, channel, inside, ALIGNED)
+            stream = read_rows(x_new, token, x_strides, channel, inside, ALIGNED)
+            centre = tl.load(mean + row, mask=present, other=0.0)
+            rstd = 1 / tl.sqrt(tl.load(variance + row, mask=present, other=1.0) + eps)
+            unit = (stream - centre) * rstd  # outside of the row `above` is zero, which is enough
+            inner = above * gain
+            along = tl.sum(inner * unit, 1)[:, None] / WIDTH
+            total += rstd * (inner - tl.sum(inner, 1)[:, None] / WIDTH - unit * along)
+            grad_shift += above
+            grad_scale += above * unit
+        store_rounded(grad_x + row * WIDTH + channel, total, inside, UPCAST)
+        if RESIDUAL:
+            store_rounded(grad_y + row * WIDTH + channel, gates * total, inside, UPCAST)
+            grad_gate += total * branch
+    column = tl.arange(0, PADDED)
+    partials += (sample * chunks + chunk) * ((RESIDUAL + 2 * NORM) * WIDTH) + column
+    if RESIDUAL:
+        tl.store(partials, tl.sum(grad_gate, 0), mask=column < WIDTH)
+    if NORM:
+        tl.store(partials + RESIDUAL * WIDTH, tl.sum(grad_shift, 0), mask=column < WIDTH)
+        tl.store(partials + (RESIDUAL + 1) * WIDTH, tl.sum(grad_scale, 0), mask=column < WIDTH)
+
+
+@triton.jit(do_not_specialize=("chunks",))
+def add_chunks(partials, grad_gate, grad_shift, grad_scale, chunks, width,
+               BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """grad_gate, grad_shift, grad_scale [N, D] contiguous from partials [N, chunks, parts, D]. Program (n, block)."""
+    sample = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    place = sample * width + column
+    step = (RESIDUAL + 2 * NORM) * width
+    partials += sample * chunks * step + column
+    gates = tl.zeros([BLOCK], tl.float64)
+    shifts = tl.zeros([BLOCK], tl.float64)
+    scales = tl.zeros([BLOCK], tl.float64)
+    for _ in range(chunks):
+        if RESIDUAL:
+            gates += tl.load(partials, mask=inside, other=0.0).to(tl.float64)
+        if NORM:
+            shifts += tl.load(partials + RESIDUAL * width, mask=inside, other=0.0).to(tl.float64)
+            scales += tl.load(partials + (RESIDUAL + 1) * width, mask=inside, other=0.0).to(tl.float64)
+        partials += step
+    if RESIDUAL:
+        store_rounded(grad_gate + place, gates.to(tl.float32), inside, UPCAST)
+    if NORM:
+        store_rounded(grad_shift + place, shifts.to(tl.float32), inside, UPCAST)
+        store_rounded(grad_scale + place, scales.to(tl.float32), inside, UPCAST)
+
+
+def backward(
+    grad_x_new: Tensor | None, grad_out: Tensor | None, x_new: Tensor | None, y: Tensor | None, gate: Tensor | None,
+    scale: Tensor | None, mean: Tensor | None, variance: Tensor | None, eps: float, x_dtype: torch.dtype,
+    y_dtype: torch.dtype | None, vector_dtypes: Sequence[torch.dtype],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of x, y, gate, shift and scale, contiguous, in the given dtypes; of one of the two gradients at least.
+
+    Without y those of y and gate are None, without grad_out those of shift and scale; x_new, scale, mean and variance
+    are only read with grad_out. x_new is x where there is no y.
+    """
+    grad_x_new, grad_out, x_new, y, gate, scale = (
+        by_rows(tensor) for tensor in (grad_x_new, grad_out, x_new, y, gate, scale)
+    )
+    like = grad_out if grad_out is not None else grad_x_new
+    if like is None:
+        raise ValueError("grad_x_new and grad_out are both None")
+    (batch, tokens, width), device = like.shape, like.device
+    parts = {"RESIDUAL": y is not None, "NORM": grad_out is not None}
+    if not parts["NORM"]:
+        x_new = scale = mean = variance = None
+    grad_x = torch.empty(like.shape, dtype=x_dtype, device=device)
+    grad_y = None if y is None else torch.empty(like.shape, dtype=y_dtype, device=device)
+    present = (parts["RESIDUAL"], parts["NORM"], parts["NORM"])
+    vectors = [
+        torch.empty(batch, width, dtype=dtype, device=device) if here else None
+        for here, dtype in zip(present, vector_dtypes, strict=True)
+    ]
+    chunks = triton.cdiv(tokens, CHUNK)
+    partials = torch.empty(batch, chunks, sum(present), width, dtype=torch.float32, device=device)
+    streams = [grad_x_new, grad_out, x_new, y]
+    if like.numel():
+        statistics = [None if each is None else each.contiguous() for each in (mean, variance)]
+        pointers = [like if each is None else each for each in (*streams, gate, scale, *statistics, grad_x, grad_y)]
+        vector_strides = [0 if vector is None else vector.stride(0) for vector in (gate, scale)]
+        differentiate_rows[(batch, chunks)](
+            *pointers, partials, tokens, chunks, *(strides_of(each, like) for each in streams), *vector_strides, eps,
+            CHUNK=CHUNK, ABOVE=grad_x_new is not None, **parts,
+            ALIGNED=is_aligned([*streams, gate, scale, grad_x, grad_y]),
+            **tile_of(width), **options_of(width), enable_fp_fusion=True,
+        )  # fmt: skip
+    if batch and any(present):
+        interpreted = triton.knobs.runtime.interpret
+        pointers = [partials if vector is None else vector for vector in vectors]
+        add_chunks[(batch, triton.cdiv(width, BLOCK))](
+            partials, *pointers, chunks, width, BLOCK=BLOCK, **parts, UPCAST=interpreted,
+            num_warps=4, num_stages=1, enable_fp_fusion=True,
+        )  # fmt: skip
+    return grad_x, grad_y, vectors[0], vectors[1], vectors[2]
+
+
+def aot_cases(arch: int) -> list[Case]:
+    """Widths of SiT-B, L and XL; every type with everything on, and the parts alone as training in bf16 runs them."""
+    fused = {"ABOVE": True, "RESIDUAL": True, "NORM": True}
+    shapes = ((768, PURE), (1024, HALF), (1152, PURE), (1152, AUTOCAST), (1152, SINGLE))
+    alone = (fused | {"NORM": False}, {"ABOVE": False, "RESIDUAL": False, "NORM": True})
+    cases = [_case(differentiate_rows, *shape, fused) for shape in shapes] + [
+        _case(differentiate_rows, 1152, AUTOCAST, parts) for parts in alone
+    ]
+    for residual, norm in ((True, True), (True, False), (False, True)):
+        kinds = {"partials": "*fp32", "chunks": "i32", "width": "i32", "grad_gate": "*bf16" if residual else "*fp32"}
+        kinds |= dict.fromkeys(("grad_shift", "grad_scale"), "*bf16" if norm else "*fp32")
+        constants = {"BLOCK": BLOCK, "RESIDUAL": residual, "NORM": norm, "UPCAST": options_of(1152)["UPCAST"]}
+        signature = {name: kinds[name] for name in add_chunks.arg_names if name not in constants}
+        shown = " ".join(name.lower() for name in ("RESIDUAL", "NORM") if constants[name])
+        launch = {"num_warps": 4, "num_stages": 1}
+        cases.append(
+            Case(add_chunks, f"bf16 {shown}", signature, constants, launch, unaligned=("chunks",), wide_loads=False)
+        )
+    return cases
+
+
+def _case(kernel: Any, width: int, types: tuple[str, str], parts: dict[str, bool]) -> Case:
+    options = options_of(width)
+    constants = {**tile_of(width), "CHUNK": CHUNK, **parts, "ALIGNED": True, "UPCAST": options.pop("UPCAST")}
+    stream, branch = (f"*{each}" for each in types)
+    # What is absent is passed as the launcher does it: by grad_out, or else by grad_x_new.
+    like = branch if parts["NORM"] else stream
+    kinds: dict[str, Any] = {"grad_x": stream, "partials": "*fp32", "eps": "fp32"}
+    kinds |= {"grad_x_new": stream if parts["ABOVE"] else like}
+    kinds |= dict.fromkeys(("y", "gate", "grad_y"), branch if parts["RESIDUAL"] else like)
+    kinds |= dict.fromkeys(("grad_out", "scale"), like) | {"x_new": stream}
+    kinds |= dict.fromkeys(("mean", "variance"), "*fp32" if parts["NORM"] else like)
+    kinds |= dict.fromkeys(("tokens", "chunks", "gate_stride", "scale_stride"), "i32")
+    kinds |= dict.fromkeys(("above_strides", "out_strides", "x_strides", "y_strides"), ("i32", "i32"))
+    signature = {name: kinds[name] for name in kernel.arg_names if name not in constants}
+    shown = " ".join(name.lower() for name, value in parts.items() if value)
+    return Case(
+        kernel, f"D={width} {'+'.join(types)} {shown}", signature, constants, options,
+        unaligned=("tokens", "chunks", "eps"), wide_stores=True,
+    )  # fmt: skip
