@@ -245,6 +245,9 @@ def tangent(
 
 def statistics(backend: str, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Differentiable statistics [3, K, D] and pair_sums [K, K] of features [M, D], in both modes of differentiation."""
+    if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and any(x.requires_grad for x in features)):
+        # The compiler runs a function without gradients directly, and fails on one with *arguments.
+        return forward_op(list(features), False, backend)[:2]
     function = Statistics if torch.compiler.is_compiling() else StatisticsWithTangent
     sums, pair_sums, _ = function.apply(backend, *features)
     return sums, pair_sums
