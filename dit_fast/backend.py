@@ -8,7 +8,7 @@ an implementation is passed over, the reason is logged once.
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dit_fast.errors import ConfigError
@@ -21,26 +21,30 @@ class Implementation:
     """One way to run an op. `unavailable()` returns the reason why it cannot run on this machine, or None.
 
     device_types: the types of device it is made for; empty = any.
+    automatic: the types of device on which "auto" takes it; None = wherever it runs. Elsewhere it runs on request.
     """
 
     name: str
     device_types: tuple[str, ...]
     unavailable: Callable[[], str | None]
+    automatic: tuple[str, ...] | None = None
 
 
 BETTER = "a better one is used"
 FORCED = "DIT_FAST_BACKEND"  # environment variable: what "auto" means for every op that has such an implementation
 _TORCH = Implementation("torch", (), lambda: None)
 _REGISTRY: dict[str, list[Implementation]] = {}
+_REMARKS: dict[str, Mapping[str, str]] = {}
 _LOGGED: set[tuple[str, str]] = set()
 
 
-def register(op: str, *faster: Implementation, on_request: Sequence[Implementation] = ()) -> None:
-    """Declares an op: the implementations better than the plain torch reference, best first.
+def register(op: str, *faster: Implementation, remarks: Mapping[str, str] | None = None) -> None:
+    """Declares an op: the implementations other than the plain torch reference, best first.
 
-    on_request: those that "auto" never takes, for example because they trade speed for memory.
+    remarks: by device type, what `dit-fast info` adds where the choice depends on more than the device.
     """
-    _REGISTRY[op] = [*faster, _TORCH, *on_request]
+    _REGISTRY[op] = [*faster, _TORCH]
+    _REMARKS[op] = remarks or {}
 
 
 def ops() -> tuple[str, ...]:
@@ -91,6 +95,8 @@ def choose(op: str, backend: str, device_type: str, refuses: Callable[[str], Seq
         names = ", ".join(["auto", *(implementation.name for implementation in implementations)])
         raise ConfigError(f"{op}: unknown backend '{backend}'; valid: {names}")
     for implementation in implementations:
+        if not _automatic(implementation, device_type):
+            continue
         reason = _reason(implementation, device_type, refuses)
         if reason is None:
             return implementation.name
@@ -107,12 +113,24 @@ def explain(op: str, device_type: str) -> list[tuple[str, str]]:
         reason = _reason(implementation, device_type, lambda name: ())
         if reason is None and only not in (None, implementation.name):
             reason = f"{FORCED}={only}"
+        if reason is None and only is None and not _automatic(implementation, device_type):
+            reason = f'on request: backend="{implementation.name}"'
         if reason is None and not taken:
             lines.append((implementation.name, "used"))
             taken = True
         else:
             lines.append((implementation.name, reason or BETTER))
     return lines
+
+
+def remark(op: str, device_type: str) -> str | None:
+    """What decides about an op on this type of device besides the order of its implementations; None: nothing."""
+    return _REMARKS[op].get(device_type)
+
+
+def runnable(op: str, device_type: str) -> list[str]:
+    """Names of the implementations that can run on this type of device, by "auto" or on request, best first."""
+    return [each.name for each in _REGISTRY[op] if _reason(each, device_type, lambda name: ()) is None]
 
 
 def resolve(op: str, backend: str) -> str:
@@ -132,6 +150,10 @@ def _check_forced(name: str) -> None:
     known = sorted({implementation.name for each in _REGISTRY.values() for implementation in each} | {_TORCH.name})
     if name not in known:
         raise ConfigError(f"{FORCED}: no op has an implementation '{name}'; valid: {', '.join(known)}")
+
+
+def _automatic(implementation: Implementation, device_type: str) -> bool:
+    return implementation.automatic is None or device_type in implementation.automatic
 
 
 def _reason(implementation: Implementation, device_type: str, refuses: Callable[[str], Sequence[str]]) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from dit_fast.backend import BETTER, explain
+from dit_fast.backend import explain, runnable
 from dit_fast.benchmarks.ceilings import DTYPES, Ceilings
 from dit_fast.models.registry import SIZES
 
@@ -181,7 +181,7 @@ def ours_and_eager(setting: Setting, op: str, call: Callable[..., Any]) -> tuple
         return run
 
     sides = [Side("eager", compute("torch"))]
-    ours = [name for name, why in explain(op, setting.device.type) if name != "torch" and why in ("used", BETTER)]
+    ours = [name for name in runnable(op, setting.device.type) if name != "torch"]
     if ("torch", "used") not in explain(op, setting.device.type):
         sides.append(Side("dit_fast", compute("auto")))
     if len(ours) > 1 or (ours and len(sides) == 1):

@@ -23,7 +23,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 register(
     "gelu_mlp",
     Implementation("triton", ("cuda", "cpu"), kernels.unavailable),
-    on_request=[Implementation("recompute", (), lambda: None)],
+    Implementation("recompute", (), lambda: None, automatic=()),
 )
 
 

@@ -5,13 +5,14 @@ import logging
 import pytest
 
 from dit_fast import backend, info
-from dit_fast.backend import Implementation, choose, explain, register
+from dit_fast.backend import Implementation, choose, explain, register, runnable
 from dit_fast.errors import ConfigError
 
 
 @pytest.fixture
 def op(monkeypatch):
     monkeypatch.setattr(backend, "_REGISTRY", {})
+    monkeypatch.setattr(backend, "_REMARKS", {})
     monkeypatch.setattr(backend, "_LOGGED", set())
     register(
         "toy",
@@ -35,10 +36,46 @@ def test_a_fallback_is_logged_once_with_its_reason(op, caplog):
 
 
 def test_what_is_on_request_runs_by_its_name_alone(op):
-    register("frugal", on_request=[Implementation("small", (), lambda: None)])
-    assert choose("frugal", "auto", "cpu") == choose("frugal", "auto", "cuda") == "torch"
+    register("frugal", Implementation("small", (), lambda: None, automatic=("cuda",)))
+    assert choose("frugal", "auto", "cuda") == "small"
+    assert choose("frugal", "auto", "cpu") == "torch"
     assert choose("frugal", "small", "cpu") == "small"
-    assert dict(explain("frugal", "cpu")) == {"torch": "used", "small": backend.BETTER}
+    assert dict(explain("frugal", "cuda")) == {"small": "used", "torch": backend.BETTER}
+    assert dict(explain("frugal", "cpu")) == {"small": 'on request: backend="small"', "torch": "used"}
+    assert runnable("frugal", "cpu") == ["small", "torch"]
+    with backend.force("small"):
+        assert choose("frugal", "auto", "cpu") == "small"
+        assert dict(explain("frugal", "cpu")) == {"small": "used", "torch": "DIT_FAST_BACKEND=small"}
+
+
+def test_what_is_on_request_but_cannot_run_says_so(op, caplog):
+    register("broken", Implementation("native", ("cpu",), lambda: "no compiler was found", automatic=()))
+    with caplog.at_level(logging.INFO, logger="dit_fast"):
+        assert choose("broken", "auto", "cpu") == "torch"
+    assert not caplog.records
+    assert dict(explain("broken", "cpu")) == {"native": "no compiler was found", "torch": "used"}
+    assert runnable("broken", "cpu") == ["torch"]
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_every_op_is_explained_as_it_is_chosen(device_type):
+    import dit_fast.ops  # noqa: F401  registers every op
+
+    for name in backend.ops():
+        used = [implementation for implementation, why in explain(name, device_type) if why == "used"]
+        assert used == [choose(name, "auto", device_type)]
+
+
+def test_how_the_long_skip_and_the_mlp_are_chosen():
+    import dit_fast.ops  # noqa: F401  registers every op
+
+    on_cpu, mlp = dict(explain("long_skip", "cpu")), dict(explain("gelu_mlp", "cpu"))
+    assert on_cpu["gemm"] == 'on request: backend="gemm"'
+    assert on_cpu["torch"] == "used"
+    assert mlp["recompute"] == 'on request: backend="recompute"'
+    assert dict(explain("long_skip", "cuda"))["gemm"] == "used"
+    assert "table" in backend.remark("long_skip", "cuda")
+    assert backend.remark("long_skip", "cpu") is None
 
 
 def test_asking_for_what_cannot_run_raises_with_the_reason(op):

@@ -119,8 +119,19 @@ def test_targets_are_judged_both_ways():
     assert _judged(Target("t", 1, lambda found, _: None), cases, None)["met"] is None
 
 
+def test_what_runs_on_request_alone_is_measured_by_its_name(monkeypatch):
+    monkeypatch.setattr(case, "explain", lambda op, device: [("slow", "on request"), ("torch", "used")])
+    monkeypatch.setattr(case, "runnable", lambda op, device: ["slow", "torch"])
+    called = []
+    sides = case.ours_and_eager(Setting(torch.device("cpu")), "op", lambda inputs, backend: called.append(backend))
+    assert [side.name for side in sides] == ["eager", "dit_fast, slow"]
+    sides[1].compute(())
+    assert called == ["slow"]
+
+
 def test_every_target_names_a_case_and_a_side_that_exist(monkeypatch):
-    monkeypatch.setattr(case, "explain", lambda op, device: [("triton", "used"), ("torch", case.BETTER)])
+    monkeypatch.setattr(case, "explain", lambda op, device: [("triton", "used"), ("torch", "not used")])
+    monkeypatch.setattr(case, "runnable", lambda op, device: ["triton", "torch"])
     monkeypatch.setattr(long_skip, "layer_norms", lambda: {"Liger": None})
     ceilings = Ceilings(100.0, 100.0, {})
     side = {"speedup": 1.0, "median_s": 2.0, "bytes_per_s": 1.0}
