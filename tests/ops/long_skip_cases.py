@@ -30,6 +30,10 @@ def stressed(kind, tensors):
     return [x, skip, *parameters]
 
 
+def upstream_like(shape, dtype=torch.float64, seed=3):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
 def autocast(dtype):
     return torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext()
 
