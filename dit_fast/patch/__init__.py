@@ -1,0 +1,142 @@
+"""The ops, put into a model of another codebase: instance by instance, reversibly, parameters untouched.
+
+handle = patch.apply(model)
+print(handle.report)
+handle.undo()
+"""
+
+import difflib
+import logging
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from dit_fast import backend as backends
+from dit_fast.errors import ConfigError, UserError
+from dit_fast.models.sit import SiT
+from dit_fast.patch import diffusers_dit, diversedit, hunyuan, published
+from dit_fast.patch.diversedit import SkipWiring
+from dit_fast.patch.replacement import Candidate, install, installed, refusal, uninstall
+
+logger = logging.getLogger("dit_fast")
+
+# What `ops` may name, and the public functions behind each.
+OPS: dict[str, tuple[str, ...]] = {
+    "adaln": ("layer_norm_modulate", "gate_residual", "gate_residual_modulate"),
+    "gelu_mlp": ("gelu_mlp",),
+    "long_skip": ("long_skip",),
+    "qk_norm": ("qk_norm",),
+}
+
+
+@dataclass
+class Report:
+    """replaced: path of a module -> the op that runs it. refused: path -> why it stays as it is."""
+
+    replaced: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{path or 'the model'}: {op}" for path, op in self.replaced.items()]
+        return "\n".join(lines + [f"{path or 'the model'}: unchanged, {why}" for path, why in self.refused.items()])
+
+
+@dataclass
+class Handle:
+    """What `apply` did, and the way back."""
+
+    report: Report
+    _modules: list[nn.Module]
+
+    def undo(self) -> None:
+        """Gives every module its own forward back; nothing is left on it. A second call does nothing."""
+        for module in self._modules:
+            uninstall(module)
+
+
+def apply(
+    model: nn.Module,
+    ops: Collection[str] | None = None,
+    backend: str = "auto",
+    skip_wiring: SkipWiring | None = None,
+) -> Handle:
+    """Lets the ops run the modules of `model` that they can take.
+
+    Taken: blocks, heads, MLPs, QK-normalised attention and the long skips of the published DiT, SiT, REPA and
+    DiverseDiT code, and of diffusers' DiT and HunyuanDiT. Only the instance's `forward` changes: parameters, buffers,
+    state_dict, hooks on the replaced modules and train or eval mode stay. Each replacement is first compared with the
+    module's own forward (see `dit_fast.patch.replacement`); what cannot be taken stays and is named in
+    `handle.report.refused` and in the log. Applied again, it changes nothing, and the second handle undoes as well.
+    ops: names out of OPS, None for all. backend: that of every op. skip_wiring: of a DiverseDiT ("input", "output");
+    None finds it out by running the model on a small input.
+    Raises ConfigError for an unknown op, backend or wiring, UserError where nothing can be replaced.
+    """
+    chosen = _check_ops(ops)
+    diversedit.check_wiring(skip_wiring)
+    if any(isinstance(module, SiT) for module in model.modules()):
+        raise UserError("patch.apply: a dit_fast SiT uses the ops already; patch models of other codebases")
+    _check_backend(model, chosen, backend)
+    report, modules, accepted = Report(), [], []
+    for path, module in model.named_modules():
+        mark = installed(module)
+        if mark is not None:
+            if mark.backend != backend:
+                raise UserError(
+                    f"patch.apply: '{path}' is patched with backend '{mark.backend}'; undo that before '{backend}'"
+                )
+            report.replaced[path] = mark.op
+            modules.append(module)
+            continue
+        for candidate in _find(path, module, backend, skip_wiring):
+            if candidate.op not in chosen:
+                continue
+            reason = refusal(candidate)
+            if reason is None:
+                accepted.append(candidate)
+            else:
+                report.refused[path] = f"{candidate.op}: {reason}"
+    if not accepted and not modules:
+        raise UserError(f"patch.apply: nothing to replace in {type(model).__name__}; {_why_nothing(report)}")
+    for candidate in accepted:
+        install(candidate, backend)
+        report.replaced[candidate.path] = candidate.op
+        modules.append(candidate.module)
+    for path, reason in report.refused.items():
+        logger.warning("patch.apply: %s stays as it is: %s", path or "the model", reason)
+    return Handle(report, modules)
+
+
+def _find(path: str, module: nn.Module, backend: str, skip_wiring: SkipWiring | None) -> Iterator[Candidate]:
+    yield from published.find(path, module, backend)
+    yield from diversedit.find(path, module, backend, skip_wiring)
+    yield from diffusers_dit.find(path, module, backend)
+    yield from hunyuan.find(path, module, backend)
+
+
+def _check_ops(ops: Collection[str] | None) -> tuple[str, ...]:
+    if ops is None:
+        return tuple(OPS)
+    names = (ops,) if isinstance(ops, str) else tuple(ops)
+    for name in names:
+        if name not in OPS:
+            close = difflib.get_close_matches(name, OPS, n=1, cutoff=0.4)
+            hint = f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(OPS)}"
+            raise ConfigError(f"patch.apply: unknown op '{name}'; {hint}")
+    return names
+
+
+def _check_backend(model: nn.Module, ops: tuple[str, ...], backend: str) -> None:
+    parameter = next(model.parameters(), None)
+    if parameter is not None and parameter.device.type != "meta":
+        for name in (function for op in ops for function in OPS[op]):
+            backends.choose(name, backend, parameter.device.type)
+
+
+def _why_nothing(report: Report) -> str:
+    if report.refused:
+        path, reason = next(iter(report.refused.items()))
+        more = f" (and {len(report.refused) - 1} more)" if len(report.refused) > 1 else ""
+        return f"'{path}' cannot be taken: {reason}{more}"
+    looked_for = (published.LOOKED_FOR, diversedit.LOOKED_FOR, diffusers_dit.LOOKED_FOR, hunyuan.LOOKED_FOR)
+    return "looked for " + "; ".join(looked_for)

@@ -1,0 +1,133 @@
+"""DiverseDiT's long skips: their concatenation stands in the model's forward, so that forward is replaced whole.
+
+The two published wirings have the same parameters. Which one a model has is told by running it: its own forward on a
+small input, against both.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from dit_fast.errors import ConfigError
+from dit_fast.ops import long_skip
+from dit_fast.patch.replacement import Candidate, Forward, disagreement, linear_reasons, require_plain
+
+SkipWiring = Literal["input", "output"]
+LOOKED_FOR = "models with blocks, skip_norms, skip_linears (half as many as blocks)"
+
+_NEEDED = ("x_embedder", "t_embedder", "y_embedder", "final_layer")
+
+
+def find(path: str, module: Any, backend: str, skip_wiring: SkipWiring | None) -> Iterator[Candidate]:
+    lists = [getattr(module, name, None) for name in ("blocks", "skip_norms", "skip_linears")]
+    if not all(isinstance(entry, nn.ModuleList) for entry in lists):
+        return
+    blocks, norms, linears = (list(cast(nn.ModuleList, entry)) for entry in lists)
+    bypassed = {f"skip_norms.{k}": norm for k, norm in enumerate(norms)}
+    bypassed |= {f"skip_linears.{k}": linear for k, linear in enumerate(linears)}
+    reasons = [f"it has no {name}" for name in (*_NEEDED, "pos_embed", "unpatchify") if not hasattr(module, name)]
+    if not norms or len(blocks) != 2 * len(norms) or len(norms) != len(linears):
+        reasons.append(f"{len(blocks)} blocks do not go with {len(norms)} skip_norms and {len(linears)} skip_linears")
+    for name, norm in bypassed.items():
+        if name.startswith("skip_norms") and not (
+            isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+        ):
+            reasons.append(f"{name} is not a LayerNorm with weight and bias")
+        if name.startswith("skip_linears"):
+            reasons += linear_reasons(**{name.replace(".", "_"): _map(norm)})
+
+    def candidate(wiring: SkipWiring, extra: tuple[str, ...] = ()) -> Candidate:
+        return Candidate(
+            path,
+            module,
+            "long_skip",
+            bypassed,
+            (*reasons, *extra),
+            _model_forward(backend, wiring),
+            lambda source: (_inputs(module, source), {}),
+            {id(block): _StandIn(index) for index, block in enumerate(blocks)},
+        )
+
+    wirings: tuple[SkipWiring, ...] = (skip_wiring,) if skip_wiring else ("input", "output")
+    if skip_wiring or reasons:
+        yield candidate(wirings[0])
+        return
+    found = {wiring: disagreement(candidate(wiring)) for wiring in wirings}
+    agreeing = [wiring for wiring, reason in found.items() if reason is None]
+    if len(agreeing) == 1:
+        yield candidate(agreeing[0])
+    elif agreeing:
+        yield candidate("input", ("both wirings agree with its forward; say skip_wiring='input' or 'output'",))
+    else:
+        yield candidate("input", ("neither wiring is that of its forward: " + str(found["input"]),))
+
+
+def check_wiring(skip_wiring: str | None) -> None:
+    if skip_wiring not in (None, "input", "output"):
+        raise ConfigError(f"skip_wiring must be 'input', 'output' or None (told by a probe), not '{skip_wiring}'")
+
+
+class _StandIn(nn.Module):
+    """Takes a block's place in the copy for the proof: another map for each index, of x and c, per token."""
+
+    def __init__(self, index: int):
+        super().__init__()
+        self.index = index
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return x + torch.sin((1 + 0.3 * self.index) * x + c.unsqueeze(1))
+
+
+def _map(entry: nn.Module) -> nn.Module:
+    """The published wrapper holds its map under `linear`."""
+    return getattr(entry, "linear", entry)
+
+
+def _inputs(module: Any, source: Any) -> tuple[Tensor, Tensor, Tensor]:
+    weight = next(parameter for parameter in module.x_embedder.parameters() if parameter.dim() == 4)
+    side = round(module.pos_embed.shape[1] ** 0.5) * weight.shape[-1]
+    labels = next(parameter for parameter in module.y_embedder.parameters() if parameter.dim() == 2).shape[0] - 1
+    latents = source.normal(2, weight.shape[1], side, side)
+    return latents, source.normal(2).sigmoid(), source.integers(labels, 2)
+
+
+def _model_forward(backend: str, wiring: SkipWiring) -> Forward:
+    def forward(self: Any, x: Tensor, t: Tensor, y: Tensor, *others: Any, **named: Any) -> Any:
+        if any(value is not None and value is not False for value in (*others, *named.values())):
+            return type(self).forward(self, x, t, y, *others, **named)
+        x = self.x_embedder(x) + self.pos_embed
+        time = self.t_embedder(t)
+        c = time + self.y_embedder(y, self.training)
+        half = len(self.blocks) // 2
+        stored: list[Tensor] = []
+        features: list[Tensor] = []
+        projected: list[Tensor] = []
+        for index, block in enumerate(self.blocks):
+            if wiring == "input":
+                if index < half:
+                    stored.append(x)
+                else:
+                    x = _fuse(self, index - half, x, stored.pop(), backend)
+            x = block(x, c)
+            if wiring == "output":
+                if index >= half:
+                    x = _fuse(self, index - half, x, stored.pop(), backend)
+                else:
+                    stored.append(x)
+            features.append(x)
+            if index + 1 == getattr(self, "encoder_depth", None):
+                rows, width = x.shape[:2], x.shape[-1]
+                projected = [
+                    projector(x.reshape(-1, width)).reshape(*rows, -1) for projector in getattr(self, "projectors", ())
+                ]
+        return {"x": self.unpatchify(self.final_layer(x, c)), "zs": projected, "block_feas": features}
+
+    return forward
+
+
+def _fuse(model: Any, index: int, x: Tensor, skip: Tensor, backend: str) -> Tensor:
+    norm, linear = model.skip_norms[index], _map(model.skip_linears[index])
+    require_plain(linear)
+    return long_skip(x, skip, norm.weight, norm.bias, linear.weight, linear.bias, norm.eps, backend)

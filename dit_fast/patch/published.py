@@ -1,0 +1,174 @@
+"""The modules of the published DiT, SiT, REPA and DiverseDiT code, known by their submodules' names and shapes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit_fast.ops import gate_residual, gate_residual_modulate, gelu_mlp, layer_norm_modulate, qk_norm
+from dit_fast.patch.replacement import (
+    Candidate,
+    Forward,
+    dropout_reasons,
+    linear_reasons,
+    modulated_dtype,
+    plain_norm_reasons,
+    require_plain,
+)
+
+LOOKED_FOR = (
+    "blocks with norm1, attn, norm2, mlp, adaLN_modulation; heads with norm_final, linear, adaLN_modulation; "
+    "MLPs with fc1, act, fc2; attention with qkv, q_norm, k_norm, proj"
+)
+
+
+def find(path: str, module: nn.Module, backend: str) -> Iterator[Candidate]:
+    names = {name for name, _ in module.named_children()}
+    if {"norm1", "attn", "norm2", "mlp", "adaLN_modulation"} <= names:
+        yield _block(path, module, backend)
+    if {"norm_final", "linear", "adaLN_modulation"} <= names:
+        yield _final_layer(path, module, backend)
+    if {"fc1", "act", "fc2"} <= names:
+        yield _mlp(path, module, backend)
+    if {"qkv", "q_norm", "k_norm", "proj"} <= names and not isinstance(module.q_norm, nn.Identity):
+        yield _attention(path, module, backend)
+
+
+def _block(path: str, module: Any, backend: str) -> Candidate:
+    bypassed = {"norm1": module.norm1, "norm2": module.norm2}
+    reasons = plain_norm_reasons(**bypassed) + _modulation_reasons(module.adaLN_modulation, module.norm1, 6)
+    width = 0 if reasons else module.norm1.normalized_shape[-1]
+    return Candidate(
+        path,
+        module,
+        "adaln",
+        bypassed,
+        tuple(reasons),
+        _block_forward(backend),
+        lambda source: ((source.tokens(width), source.normal(2, module.adaLN_modulation[1].in_features)), {}),
+    )
+
+
+def _block_forward(backend: str) -> Forward:
+    def forward(self: Any, x: Tensor, c: Tensor) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
+        dtype = modulated_dtype(x)
+        attended = self.attn(layer_norm_modulate(x, shift_a, scale_a, self.norm1.eps, backend, out_dtype=dtype))
+        x, modulated = gate_residual_modulate(
+            x, attended, gate_a, shift_m, scale_m, self.norm2.eps, backend, out_dtype=dtype
+        )
+        return gate_residual(x, self.mlp(modulated), gate_m, backend)
+
+    return forward
+
+
+def _final_layer(path: str, module: Any, backend: str) -> Candidate:
+    bypassed = {"norm_final": module.norm_final}
+    reasons = plain_norm_reasons(**bypassed) + _modulation_reasons(module.adaLN_modulation, module.norm_final, 2)
+    width = 0 if reasons else module.norm_final.normalized_shape[-1]
+    return Candidate(
+        path,
+        module,
+        "adaln",
+        bypassed,
+        tuple(reasons),
+        _final_forward(backend),
+        lambda source: ((source.tokens(width), source.normal(2, module.adaLN_modulation[1].in_features)), {}),
+    )
+
+
+def _final_forward(backend: str) -> Forward:
+    def forward(self: Any, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(
+            layer_norm_modulate(x, shift, scale, self.norm_final.eps, backend, out_dtype=modulated_dtype(x))
+        )
+
+    return forward
+
+
+def _modulation_reasons(modulation: nn.Module, norm: nn.Module, parts: int) -> list[str]:
+    shape = getattr(norm, "normalized_shape", ())
+    fits = (
+        isinstance(modulation, nn.Sequential)
+        and len(modulation) == 2
+        and len(shape) == 1
+        and getattr(modulation[1], "out_features", None) == parts * shape[0]
+    )
+    return [] if fits else [f"adaLN_modulation is not an activation and a linear map to {parts} x the norm's width"]
+
+
+def _mlp(path: str, module: Any, backend: str) -> Candidate:
+    bypassed = dict(module.named_children())
+    reasons = linear_reasons(fc1=module.fc1, fc2=module.fc2)
+    if type(module.act) is not nn.GELU or module.act.approximate != "tanh":
+        reasons.append(f"act is {module.act!r}, not GELU in its tanh form")
+    others = {name: child for name, child in bypassed.items() if name not in ("fc1", "act", "fc2", "norm")}
+    reasons += dropout_reasons(**others)
+    if not isinstance(bypassed.get("norm", nn.Identity()), nn.Identity):
+        reasons.append("it has a norm between its maps")
+    width = 0 if reasons else module.fc1.in_features
+    return Candidate(
+        path,
+        module,
+        "gelu_mlp",
+        bypassed,
+        tuple(reasons),
+        _mlp_forward(backend),
+        lambda source: ((source.tokens(width),), {}),
+    )
+
+
+def _mlp_forward(backend: str) -> Forward:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        fc1, fc2 = self.fc1, self.fc2
+        require_plain(fc1)
+        require_plain(fc2)
+        return gelu_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, backend)
+
+    return forward
+
+
+def _attention(path: str, module: Any, backend: str) -> Candidate:
+    bypassed = {"q_norm": module.q_norm, "k_norm": module.k_norm}
+    reasons = []
+    for name, norm in bypassed.items():
+        if type(norm) is not nn.LayerNorm:
+            reasons.append(f"{name} is {type(norm).__name__}, not nn.LayerNorm")
+        elif norm.weight is None or norm.bias is None:
+            reasons.append(f"{name} lacks a weight or a bias")
+    if not reasons and module.q_norm.eps != module.k_norm.eps:
+        reasons.append("q_norm and k_norm have two eps")
+    if not isinstance(getattr(module, "num_heads", None), int):
+        reasons.append("it does not say num_heads")
+    bypassed |= {name: module.get_submodule(name) for name in ("attn_drop",) if hasattr(module, name)}
+    reasons += dropout_reasons(attn_drop=bypassed.get("attn_drop"))
+    width = getattr(module.qkv, "in_features", 0)
+    return Candidate(
+        path,
+        module,
+        "qk_norm",
+        bypassed,
+        tuple(reasons),
+        _attention_forward(backend),
+        lambda source: ((source.tokens(width),), {}),
+    )
+
+
+def _attention_forward(backend: str) -> Forward:
+    def forward(self: Any, x: Tensor, *others: Any, **named: Any) -> Tensor:
+        if any(value is not None and value is not False for value in (*others, *named.values())):
+            return type(self).forward(self, x, *others, **named)  # masks and positions are the module's own affair
+        q_norm, k_norm = self.q_norm, self.k_norm
+        query, key, value = qk_norm(
+            self.qkv(x), self.num_heads, q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, q_norm.eps, backend
+        )
+        if getattr(self, "fused_attn", True):
+            mixed = F.scaled_dot_product_attention(query, key, value)
+        else:
+            mixed = ((query * self.scale) @ key.transpose(-2, -1)).softmax(dim=-1).to(value.dtype) @ value
+        mixed = self.proj(mixed.transpose(1, 2).flatten(2))
+        return self.proj_drop(mixed) if hasattr(self, "proj_drop") else mixed
+
+    return forward

@@ -1,0 +1,228 @@
+"""patch.apply on the published modules: the same losses, the same gradients, and nothing left behind."""
+
+import copy
+
+import pytest
+import torch
+from patch.published_models import KINDS, SwappedBlock, Transformer, inputs, leaves, loss_of
+from torch import nn
+
+from dit_fast import patch
+from dit_fast.errors import ConfigError, UserError
+
+LOSS_TOLERANCE = 1e-5  # relative, at each of 50 fp32 steps
+
+
+def _pair(kind, **options):
+    torch.manual_seed(0)
+    model = Transformer(kind, **options)
+    return model, copy.deepcopy(model)
+
+
+def _train(model, steps=50, **autocast):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    torch.manual_seed(1)
+    losses = []
+    for step in range(steps):
+        x, t, y = inputs(seed=step % 3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(autocast)):
+            loss = loss_of(model(x, t, y))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return torch.tensor(losses)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fifty_steps_have_the_same_losses(kind):
+    model, patched = _pair(kind, qk_norm=kind == "sit")
+    handle = patch.apply(patched)
+    assert not handle.report.refused
+    assert ("long_skip" in handle.report.replaced.values()) == (kind in ("input", "output"))
+    assert list(patched.state_dict()) == list(model.state_dict())
+    torch.testing.assert_close(_train(patched), _train(model), rtol=LOSS_TOLERANCE, atol=0)
+
+
+def test_bf16_autocast_trains_alike():
+    model, patched = _pair("output", qk_norm=True)
+    patch.apply(patched)
+    torch.testing.assert_close(_train(patched, 5, bf16=True), _train(model, 5, bf16=True), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp64_gradients_of_every_parameter(kind):
+    model, patched = (module.double() for module in _pair(kind, qk_norm=True))
+    patch.apply(patched)
+    for module in (model.eval(), patched.eval()):
+        loss_of(module(*inputs(dtype=torch.float64))).backward()
+    for (name, ours), theirs in zip(patched.named_parameters(), model.parameters(), strict=True):
+        if theirs.requires_grad:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["repa", "input"])
+def test_undo_is_exact_and_a_second_apply_changes_nothing(kind):
+    model, patched = _pair(kind)
+    before = [set(vars(module)) for module in patched.modules()]
+    first = patch.apply(patched)
+    forwards = [vars(module).get("forward") for module in patched.modules()]
+    second = patch.apply(patched)
+    assert [vars(module).get("forward") for module in patched.modules()] == forwards
+    assert second.report.replaced == first.report.replaced
+    second.undo()
+    first.undo()
+    assert [set(vars(module)) for module in patched.modules()] == before
+    for ours, theirs in zip(leaves(patched.eval()(*inputs())), leaves(model.eval()(*inputs())), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_deep_copy_runs_its_own_parameters():
+    _, patched = _pair("input", qk_norm=True)
+    patch.apply(patched)
+    twin = copy.deepcopy(patched)
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    assert all(not leaf.any() for leaf in leaves(twin(*inputs())))
+    assert leaves(patched(*inputs()))[0].any()
+    patch.apply(twin).undo()
+    assert all("forward" not in vars(module) for module in twin.modules())
+
+
+def test_compiles_as_one_graph():
+    model, patched = _pair("input", depth=2)
+    patch.apply(patched.eval())
+    torch._dynamo.reset()
+    compiled = torch.compile(patched, backend="aot_eager", fullgraph=True)
+    for ours, theirs in zip(leaves(compiled(*inputs())), leaves(model.eval()(*inputs())), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_runs_under_ddp(tmp_path):
+    model, patched = _pair("repa")
+    patch.apply(patched)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(patched.eval())
+        loss_of(wrapped(*inputs())).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    loss_of(model.eval()(*inputs())).backward()
+    torch.testing.assert_close(patched.blocks[0].mlp.fc1.weight.grad, model.blocks[0].mlp.fc1.weight.grad)
+
+
+def test_only_the_named_ops_are_used():
+    _, patched = _pair("input", qk_norm=True)
+    assert set(patch.apply(patched, ops={"gelu_mlp"}).report.replaced.values()) == {"gelu_mlp"}
+
+
+def test_a_block_that_computes_something_else_is_left_alone():
+    torch.manual_seed(0)
+    model = Transformer("sit", block=SwappedBlock)
+    refused = patch.apply(model).report.refused
+    assert set(refused) == {f"blocks.{b}" for b in range(4)}
+    assert all("differ on a small input" in reason for reason in refused.values())
+    assert "forward" not in vars(model.blocks[0])
+
+
+def test_the_random_state_and_the_mode_are_kept():
+    _, patched = _pair("output")
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    weight = patched.blocks[0].mlp.fc1.weight.clone()
+    patch.apply(patched)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert patched.training
+    assert torch.equal(patched.blocks[0].mlp.fc1.weight, weight)
+
+
+def test_a_given_wiring_must_be_the_right_one():
+    _, model = _pair("input")
+    reason = patch.apply(model, skip_wiring="output").report.refused[""]
+    assert "differ on a small input" in reason
+    _, model = _pair("output")
+    assert patch.apply(model, skip_wiring="output").report.replaced[""] == "long_skip"
+
+
+def _hook(model):
+    model.blocks[1].norm1.register_forward_hook(lambda *_: None)
+    return "blocks.1", "norm1 has hooks"
+
+
+def _dropout(model):
+    model.blocks[1].mlp.drop1.p = 0.1
+    return "blocks.1.mlp", "drop1 has p = 0.1"
+
+
+def _adapter(model):
+    class Adapter(nn.Linear):
+        pass
+
+    model.blocks[1].mlp.fc2 = Adapter(128, 32)
+    return "blocks.1.mlp", "Adapter, not exactly nn.Linear"
+
+
+def _other_gelu(model):
+    model.blocks[1].mlp.act = nn.GELU()
+    return "blocks.1.mlp", "not GELU in its tanh form"
+
+
+def _affine(model):
+    model.final_layer.norm_final = nn.LayerNorm(32)
+    return "final_layer", "norm_final has affine parameters"
+
+
+def _own_forward(model):
+    model.blocks[1].forward = lambda x, c: x
+    return "blocks.1", "already replaced on the instance"
+
+
+def _skip_hook(model):
+    model.skip_linears[0].linear.register_forward_pre_hook(lambda *_: None)
+    return "", "skip_linears.0 has hooks"
+
+
+def _odd(model):
+    del model.skip_linears[1]
+    return "", "4 blocks do not go with 2 skip_norms and 1 skip_linears"
+
+
+@pytest.mark.parametrize(
+    "spoil", [_hook, _dropout, _adapter, _other_gelu, _affine, _own_forward, _skip_hook, _odd], ids=lambda f: f.__name__
+)
+def test_refuses_with_the_reason(spoil):
+    _, model = _pair("input")
+    path, reason = spoil(model)
+    refused = patch.apply(model).report.refused
+    assert list(refused) == [path]
+    assert reason in refused[path]
+
+
+def test_an_adapter_put_in_later_is_not_left_out_in_silence():
+    _, model = _pair("sit")
+    patch.apply(model)
+    model.blocks[0].mlp.fc1 = nn.Sequential(model.blocks[0].mlp.fc1)
+    with pytest.raises(UserError, match="undo the patch"):
+        model(*inputs())
+
+
+def test_errors_name_the_culprit():
+    _, model = _pair("sit")
+    with pytest.raises(ConfigError, match="unknown op 'gelu_mpl'; did you mean 'gelu_mlp'"):
+        patch.apply(model, ops=["gelu_mpl"])
+    with pytest.raises(ConfigError, match="unknown backend 'fast'"):
+        patch.apply(model, backend="fast")
+    with pytest.raises(ConfigError, match="skip_wiring must be"):
+        patch.apply(model, skip_wiring="both")
+    with pytest.raises(UserError, match="nothing to replace in Linear; looked for blocks with norm1"):
+        patch.apply(nn.Linear(2, 2))
+    patch.apply(model)
+    with pytest.raises(UserError, match="is patched with backend 'auto'"):
+        patch.apply(model, backend="torch")
+
+
+def test_our_own_model_needs_no_patch():
+    from dit_fast.models import build_model
+
+    with pytest.raises(UserError, match="uses the ops already"):
+        patch.apply(build_model("SiT-S/2", input_size=8))
