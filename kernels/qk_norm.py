@@ -16,6 +16,8 @@ Bits. CHUNK head rows of one sample, tokens slow and heads fast, make a partial 
 chunks. The rows of a tile and its warps order the sums inside a chunk: both are functions of the padded width alone.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -234,7 +236,7 @@ def aot_cases(arch: int) -> list[Case]:
     return cases
 
 
-def _case(kernel: object, heads: int, width: int, kind: str, needs: dict[str, bool], suffix: str = "") -> Case:
+def _case(kernel: Any, heads: int, width: int, kind: str, needs: dict[str, bool], suffix: str = "") -> Case:
     tile = _tile(width, FORWARD_TILE if kernel is normalise else BACKWARD_TILE)
     options = _options()
     constants = {
@@ -248,9 +250,10 @@ def _case(kernel: object, heads: int, width: int, kind: str, needs: dict[str, bo
     if kernel is gradient:
         constants["CHUNK"] = CHUNK
     streams = ("qkv", "query", "key", "grad_query", "grad_key", "grad_value", "out")
-    types = dict.fromkeys(streams, f"*{kind}") | dict.fromkeys(("tokens", "chunks"), "i32") | {"eps": "fp32"}
-    types |= dict.fromkeys(("sample_stride", "token_stride"), "i32")
-    types |= dict.fromkeys(("q_strides", "k_strides", "v_strides"), ("i32", "i32", "i32"))
+    types: dict[str, Any] = dict.fromkeys(streams, f"*{kind}")
+    types |= dict.fromkeys(("tokens", "chunks", "sample_stride", "token_stride"), "i32") | {"eps": "fp32"}
+    strides: Any = ("i32", "i32", "i32")
+    types |= dict.fromkeys(("q_strides", "k_strides", "v_strides"), strides)
     signature = {name: types.get(name, "*fp32") for name in kernel.arg_names if name not in constants}
     stores = needs.get("INPUT", True)
     return Case(
