@@ -128,6 +128,6 @@ def _model_forward(backend: str, wiring: SkipWiring) -> Forward:
 
 
 def _fuse(model: Any, index: int, x: Tensor, skip: Tensor, backend: str) -> Tensor:
-    norm, linear = model.skip_norms[index], _map(model.skip_linears[index])
+    norm, linear = model.skip_norms[index], cast(Any, _map(model.skip_linears[index]))
     require_plain(linear)
     return long_skip(x, skip, norm.weight, norm.bias, linear.weight, linear.bias, norm.eps, backend)

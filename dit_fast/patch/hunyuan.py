@@ -37,7 +37,7 @@ def _block_forward(backend: str) -> Forward:
         encoder_hidden_states: Tensor | None = None,
         temb: Tensor | None = None,
         image_rotary_emb: Any = None,
-        skip: Tensor | None = None,
+        skip: Any = None,
     ) -> Tensor:
         norm, linear = self.skip_norm, self.skip_linear
         require_plain(linear)

@@ -89,7 +89,7 @@ def _final_forward(backend: str) -> Forward:
 
 
 def _modulation_reasons(modulation: nn.Module, norm: nn.Module, parts: int) -> list[str]:
-    shape = getattr(norm, "normalized_shape", ())
+    shape: tuple[int, ...] = getattr(norm, "normalized_shape", ())
     fits = (
         isinstance(modulation, nn.Sequential)
         and len(modulation) == 2
