@@ -7,7 +7,9 @@ Forward, for tokens i, channels d, with y = x / max(|x|, 1e-8) per token:
 `block_sums` reads each row once: norms and the three channel sums. `pair_sums` takes the Gram matrix of one token's
 K raw rows on tensor cores (products of 16-bit values are exact in float32), scales entry (k, l) by r_k r_l and adds up
 tokens. Scaling after the product spares the rounding of y to 16 bits. Blocks whose types differ, and float32 blocks,
-use three TF32 products per product, which keeps float32 accuracy.
+use three TF32 products per product, which keeps float32 accuracy. Where mean and variance of every row are known,
+|x|^2 = D (variance + mean^2) has no cancellation, any part of a row can be scaled, and `sums_with_norms` needs
+one read.
 
 Backward. With G = dL/dC let H = G + G^T and v_k = sum_l H_kl y_l. Since dy/dx = r (I - y y^T), and r is constant where
 the norm is below the floor,
@@ -41,13 +43,14 @@ from dit_fast.kernels import unavailable as unavailable
 from dit_fast.kernels.aot import Case
 from dit_fast.kernels.diversity_gradients import gradients, projections, row_gradients
 from dit_fast.kernels.diversity_mixture import add_directions
-from dit_fast.kernels.diversity_sums import block_sums, pair_sums
+from dit_fast.kernels.diversity_sums import block_sums, pair_sums, sums_with_norms
 from dit_fast.kernels.ordered_sum import ordered_sum
 from dit_fast.kernels.tables import address_table, is_aligned
 
 MAX_BLOCKS = 32
 MAX_WIDTH = 4096
 CHUNK = 256  # tokens per partial channel sum
+KNOWN_STRIP = {"bf16": 64, "fp16": 64, "fp32": 32, "mixed": 32}  # channels per program where norms are known
 STEP = 4  # tokens whose rows are in flight together
 GROUP = 16  # tokens per partial pair sum
 STRIP = {"bf16": 128, "fp16": 128, "fp32": 32, "mixed": 32}  # channels per product in a Gram matrix
@@ -163,6 +166,17 @@ def _pair_options(blocks: int, kind: str, config: Config) -> dict[str, int]:
     }
 
 
+def _known_options(blocks: int, kind: str, config: Config) -> dict[str, int]:
+    return {
+        "ROWS": _padded_rows(blocks),
+        "STRIP": KNOWN_STRIP[kind],
+        "CHUNK": CHUNK,
+        "UPCAST": triton.knobs.runtime.interpret,
+        "num_warps": config.pair_warps,
+        "num_stages": config.pair_stages,
+    }
+
+
 def _gradient_options(blocks: int, config: Config, upstream: bool) -> dict[str, int]:
     return {
         "ROWS": _padded_rows(blocks),
@@ -203,6 +217,25 @@ def forward(features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         **plan.constants, **pair_options, enable_fp_fusion=True,
     )  # fmt: skip
     return statistics, ordered_sum(pair_partials).view(blocks, blocks), inverse_norms
+
+
+def forward_with_norms(features: Sequence[Tensor], inverse_norms: Tensor) -> tuple[Tensor, Tensor]:
+    """statistics and pair_sums as `forward` gives them, up to float32 rounding, in one read of every feature.
+
+    features as there; inverse_norms float32 [K, M], contiguous: 1 / max(|x|, 1e-8) of every row.
+    """
+    features = list(features)
+    plan, device = _plan(features, features), features[0].device
+    blocks, (tokens, width) = len(features), features[0].shape
+    options = _known_options(blocks, plan.kind, plan.config)
+    strips, chunks = triton.cdiv(width, KNOWN_STRIP[plan.kind]), triton.cdiv(tokens, CHUNK)
+    partials = torch.empty(chunks, 3 * blocks * width, device=device)
+    pair_partials = torch.empty(chunks * strips, blocks * blocks, device=device)
+    sums_with_norms[(strips, chunks)](
+        *address_table(features), inverse_norms, partials, pair_partials, tokens, *plan.masks,
+        **plan.constants, **options, enable_fp_fusion=True,
+    )  # fmt: skip
+    return ordered_sum(partials).view(3, blocks, width), ordered_sum(pair_partials).view(blocks, blocks)
 
 
 def mixture(features: Sequence[Tensor], inverse_norms: Tensor) -> Tensor:
@@ -292,7 +325,14 @@ def _cases(arch: int, blocks: int, width: int, kind: str) -> list[Case]:
             {"wide_stores": True},
         ),
         (add_directions, "", _mixture_options(width), {"wide_stores": True}),
+        (sums_with_norms, "", _known_options(blocks, kind, config), {"dots": True}),
     ]
+    # A row kernel without a tensor core is of one form in all widths and types: the common one and the hardest.
+    if (width, kind) not in ((768, "bf16"), (1152, "mixed")):
+        plans = [plan for plan in plans if plan[0] is not add_directions]
+    # Types of one size compile alike.
+    if kind == "fp16":
+        plans = [plan for plan in plans if plan[0] in (block_sums, pair_sums, gradients)]
     types = {"addresses": "*i64", "strides": "*i64", "tokens": "i32"}
     types |= dict.fromkeys(("wanted", "block", "wide_blocks", "half_blocks"), "i64")
     cases = []

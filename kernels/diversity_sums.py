@@ -72,3 +72,44 @@ def pair_sums(addresses, strides, inverse_norms, partials, tokens, wide_blocks, 
                           ROWS, WIDTH, STRIP, TYPE, ALIGNED, UPCAST)  # fmt: skip
     out = partials + (group * BLOCKS + row[:, None]) * BLOCKS + row[None, :]
     tl.store(out, total, mask=present[:, None] & present[None, :])
+
+
+@triton.jit(do_not_specialize=("wide_blocks", "half_blocks"))
+def sums_with_norms(addresses, strides, inverse_norms, partials, pair_partials, tokens, wide_blocks, half_blocks,
+                    BLOCKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STRIP: tl.constexpr,
+                    CHUNK: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """Both of the above in one read, for norms that are known; one program per strip of channels and chunk of tokens.
+
+    partials [chunks, 3, BLOCKS, WIDTH], pair_partials [chunks, strips, BLOCKS, BLOCKS]. Tokens are added one by one,
+    where block_sums adds them in steps, and a cosine strip by strip: results agree to float32 rounding, not in bits.
+    """
+    strip = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1).to(tl.int64)
+    row = tl.arange(0, ROWS)
+    present = row < BLOCKS
+    channel = strip * STRIP + tl.arange(0, STRIP)
+    inside = present[:, None] & (channel < WIDTH)[None, :]
+    base = tl.load(addresses + row, mask=present, other=0)
+    stride = tl.load(strides + row, mask=present, other=0)
+    wide = has_bit(wide_blocks, row)[:, None]
+    half = has_bit(half_blocks, row)[:, None]
+    sums = tl.zeros([ROWS, STRIP], tl.float32)
+    abs_sums = tl.zeros([ROWS, STRIP], tl.float32)
+    square_sums = tl.zeros([ROWS, STRIP], tl.float32)
+    cosines = tl.zeros([ROWS, ROWS], tl.float32)
+    for token in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, tokens)):
+        inverse = tl.load(inverse_norms + row.to(tl.int64) * tokens + token, mask=present, other=0.0)
+        address = (base + token * stride)[:, None]
+        raw = read_rows(address, channel[None, :], inside, wide, half, TYPE, ALIGNED, UPCAST)
+        gram = tl.dot(raw, tl.trans(raw), input_precision="tf32x3")
+        cosines += gram * inverse[:, None] * inverse[None, :]
+        x = raw.to(tl.float32)
+        sums += x
+        abs_sums += tl.abs(x)
+        square_sums += x * x
+    out = partials + (chunk * 3 * BLOCKS + row[:, None]) * WIDTH + channel[None, :]
+    tl.store(out, sums, mask=inside)
+    tl.store(out + BLOCKS * WIDTH, abs_sums, mask=inside)
+    tl.store(out + 2 * BLOCKS * WIDTH, square_sums, mask=inside)
+    place = (chunk * tl.num_programs(0) + strip) * BLOCKS + row[:, None]
+    tl.store(pair_partials + place * BLOCKS + row[None, :], cosines, mask=present[:, None] & present[None, :])

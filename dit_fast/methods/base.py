@@ -5,6 +5,7 @@ shard fields to read, lets them add modules, and adds `weight * value` of their 
 `docs/methods.md` shows how to write one.
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -98,7 +99,10 @@ class Collector(Protocol):
     """Takes the block outputs that its method asked for, in ascending order, during one forward of the model."""
 
     def tap(self, x: Tensor) -> Tensor:
-        """Identity [N, T, D]; the returned tensor takes the place of x."""
+        """Identity [N, T, D]; the returned tensor takes the place of x.
+
+        A `tap(x, stats=None)` is also given x's `RowStatistics` where the model knows them.
+        """
         ...
 
 
@@ -108,11 +112,15 @@ class Collectors(dict[str, Collector]):
     def __init__(self, collectors: Mapping[str, Collector], taps: Mapping[str, frozenset[int]]):
         super().__init__(collectors)
         self._taps = taps
+        self._informed = frozenset(
+            name for name, each in collectors.items() if "stats" in inspect.signature(each.tap).parameters
+        )
 
     def __call__(self, index: int, feature: Tensor, stats: RowStatistics | None = None) -> Tensor:
         for name, collector in self.items():
             if index in self._taps[name]:
-                feature = collector.tap(feature)
+                known = {"stats": stats} if name in self._informed else {}
+                feature = collector.tap(feature, **known)
         return feature
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from dit_fast.errors import UserError
 from dit_fast.ops import diversity_op
 from dit_fast.ops.diversity_op import EPS
+from dit_fast.ops.row_statistics import RowStatistics
 
 PAPER_COEFFICIENT = 0.33
 
@@ -48,18 +49,50 @@ class DiversityLoss:
     pairs: tuple[tuple[int, int], ...]
 
 
-def diversity_stats(features: Sequence[Tensor] | Tensor, backend: str = "auto") -> DiversityStats:
+def diversity_stats(
+    features: Sequence[Tensor] | Tensor,
+    backend: str = "auto",
+    stats: Sequence[RowStatistics | None] | None = None,
+) -> DiversityStats:
     """Statistics of K block features [N, T, D] (a sequence, or stacked [K, N, T, D]), all of one shape.
 
     Dtypes may differ from block to block. Token norms below 1e-8 count as 1e-8. Every backend differentiates in forward
     and reverse mode; "torch", the reference, any number of times. Raises UserError for other shapes and for a backend
     that is unknown or cannot take these tensors.
+
+    stats: what the caller promises to be `row_statistics` of each block, [N, T] each, without gradient. With those of
+    all blocks "triton" reads the features once instead of twice (norm^2 = D (variance + mean^2)); values then agree to
+    float32 rounding and gradients follow the same rule. Other backends and torch.compile do not use them. Raises
+    UserError naming the block for statistics of another shape, dtype or device.
     """
     check_features(features)
+    known = known_rows(features, stats)
     blocks = [feature.flatten(0, 1) for feature in features]
     if backend == "torch":
         return _reference(blocks)
-    return stats_from_sums(*diversity_op.statistics(backend, blocks), len(blocks[0]))
+    return stats_from_sums(*diversity_op.statistics(backend, blocks, known), len(blocks[0]))
+
+
+def known_rows(
+    features: Sequence[Tensor] | Tensor, stats: Sequence[RowStatistics | None] | None
+) -> diversity_op.Known | None:
+    """(means, variances) of all blocks' rows, [M] each, or None unless all blocks have them. Checks them."""
+    if stats is None:
+        return None
+    if len(stats) != len(features):
+        raise UserError(f"stats has {len(stats)} entries for {len(features)} blocks; give one, or None, per block")
+    for block, (feature, given) in enumerate(zip(features, stats, strict=True)):
+        shape, dtype = feature.shape[:-1], torch.promote_types(feature.dtype, torch.float32)
+        for name, value in zip(RowStatistics._fields, given or (), strict=False):
+            if value.shape != shape or value.dtype != dtype or value.device != feature.device:
+                raise UserError(
+                    f"stats of block {block}: {name} is {value.dtype} {list(value.shape)} on {value.device}, "
+                    f"not {dtype} {list(shape)} on {feature.device}"
+                )
+    if any(given is None for given in stats):
+        return None
+    known = [(given.mean.detach().reshape(-1), given.variance.detach().reshape(-1)) for given in stats if given]
+    return [mean for mean, _ in known], [variance for _, variance in known]
 
 
 def stats_from_sums(statistics: Tensor, pair_sums: Tensor, count: int) -> DiversityStats:
@@ -83,6 +116,7 @@ def diversity_loss(
     variant: Literal["release", "paper"] = "release",
     scope: Literal["rank", "global"] = "rank",
     backend: str = "auto",
+    stats: Sequence[RowStatistics | None] | None = None,
 ) -> DiversityLoss:
     """Mean cosine of block means, mean token cosine, and minus the spread of channel usage.
 
@@ -94,6 +128,7 @@ def diversity_loss(
     0.33 * sum.
     scope "global": statistics of all ranks of the default process group. Gradients are then those of the whole batch
     once the ranks' gradients are averaged. Without an initialised process group it equals "rank".
+    stats: the blocks' row statistics where they are known, as for `diversity_stats`.
 
     Fewer than two blocks give zeros. Raises UserError for wrong shapes, for an unknown variant, scope or backend, and
     for pairs that are empty, out of range, or join a block with itself.
@@ -101,7 +136,7 @@ def diversity_loss(
     chosen = check_options(pairs, len(features), variant, scope)
     if not len(features):
         return _no_loss(torch.zeros(()))
-    return loss_from_stats(diversity_stats(features, backend), chosen, variant, scope)
+    return loss_from_stats(diversity_stats(features, backend, stats), chosen, variant, scope)
 
 
 def loss_from_stats(

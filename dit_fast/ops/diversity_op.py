@@ -10,6 +10,10 @@ and the gradient of any function of them is one pass too. With G = d/d pair_sums
 
 A norm below 1e-8 counts as 1e-8, a constant: then nothing is subtracted from V.
 
+Where mean and variance of every row are known, |x|^2 = D (variance + mean^2), both terms nonnegative, and "triton"
+reads the features once instead of twice. "cpp" takes sums, norms and cosines of a few tokens while they are cached,
+and "torch" is the reference: both ignore what they are told.
+
 On request the forward also keeps the mixture, the sum of u_k over blocks, [M, D] (see diversity_taps.py).
 
 The fused implementations sum over fixed chunks of 256 tokens and add the chunks in order, so that the numbers depend
@@ -133,15 +137,31 @@ def _cpp_backward(
     return out
 
 
-def _forward(features: list[Tensor], mix: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(
+    features: list[Tensor],
+    mix: bool,
+    backend: str,
+    row_means: Sequence[Tensor] | None = None,
+    row_variances: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """row_means, row_variances: of every block, [M] each, or None; what they promise is not checked."""
     features, backend = [_rows(x) for x in features], _choose(features, backend)
     if backend == "triton":
         from dit_fast.kernels import diversity
 
-        statistics, pair_sums, inverse_norms = diversity.forward(features)
+        if row_means and row_variances:
+            inverse_norms = _inverse_norms(row_means, row_variances, features[0].shape[1])
+            statistics, pair_sums = diversity.forward_with_norms(features, inverse_norms)
+        else:
+            statistics, pair_sums, inverse_norms = diversity.forward(features)
         mixture = diversity.mixture(features, inverse_norms) if mix else _mixture(features, inverse_norms, False)
         return statistics, pair_sums, inverse_norms, mixture
     return _cpp_forward(features, mix) if backend == "cpp" else _torch_forward(features, mix)
+
+
+def _inverse_norms(means: Sequence[Tensor], variances: Sequence[Tensor], width: int) -> Tensor:
+    square = torch.stack(tuple(variances)).addcmul_(mean := torch.stack(tuple(means)), mean)
+    return square.mul_(width).sqrt_().clamp_min_(EPS).reciprocal_()
 
 
 def _backward(
@@ -178,9 +198,10 @@ def _empty_gradients(features: Sequence[Tensor], wanted: Sequence[int]) -> list[
 
 
 forward_op = _library.define(
-    "diversity_forward(Tensor[] features, bool mix, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "diversity_forward(Tensor[] features, bool mix, str backend, Tensor[]? row_means=None, "
+    "Tensor[]? row_variances=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
-    lambda features, mix, backend: _empty_outputs(features, mix),
+    lambda features, mix, backend, row_means=None, row_variances=None: _empty_outputs(features, mix),
 )
 backward_op = _library.define(
     "diversity_backward(Tensor[] features, Tensor inverse_norms, Tensor grad_statistics, Tensor grad_pair_sums, "
@@ -190,16 +211,22 @@ backward_op = _library.define(
 )
 
 
+Known = tuple[list[Tensor], list[Tensor]]
+
+
 class Statistics(torch.autograd.Function):
-    """(backend, *features [M, D]) -> statistics [3, K, D], pair_sums [K, K], inverse_norms [K, M]."""
+    """(backend, known, *features [M, D]) -> statistics [3, K, D], pair_sums [K, K], inverse_norms [K, M].
+
+    known: (means, variances) of all blocks' rows, or None.
+    """
 
     @staticmethod
-    def forward(backend: str, *features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return forward_op(list(features), False, backend)[:3]
+    def forward(backend: str, known: Known | None, *features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return forward_op(list(features), False, backend, *(known or ()))[:3]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.backend, *features = inputs
+        ctx.backend, _, *features = inputs
         ctx.mark_non_differentiable(output[2])
         ctx.save_for_backward(output[2], *features)
         ctx.save_for_forward(output[2], *features)
@@ -208,11 +235,11 @@ class Statistics(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_statistics: Tensor, grad_pair_sums: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         inverse_norms, *features = ctx.saved_tensors
-        wanted = [k for k, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
+        wanted = [k for k, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
         grads = backward_op(features, inverse_norms, grad_statistics, grad_pair_sums, [], wanted, ctx.backend)
-        result: list[Tensor | None] = [None] * (1 + len(features))
+        result: list[Tensor | None] = [None] * (2 + len(features))
         for k, grad in zip(wanted, grads, strict=True):
-            result[1 + k] = grad
+            result[2 + k] = grad
         return tuple(result)
 
 
@@ -220,7 +247,7 @@ class StatisticsWithTangent(Statistics):
     """The same with a forward-mode rule in plain tensor operations; the compiler refuses functions that have one."""
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, Tensor, None]:
+    def jvp(ctx: Any, _: None, __: None, *tangents: Tensor | None) -> tuple[Tensor, Tensor, None]:
         inverse_norms, *features = ctx.saved_tensors
         return *tangent(features, inverse_norms, tangents), None
 
@@ -243,11 +270,14 @@ def tangent(
     return torch.stack(columns, 1), half + half.T
 
 
-def statistics(backend: str, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Differentiable statistics [3, K, D] and pair_sums [K, K] of features [M, D], in both modes of differentiation."""
+def statistics(backend: str, features: Sequence[Tensor], known: Known | None = None) -> tuple[Tensor, Tensor]:
+    """Differentiable statistics [3, K, D] and pair_sums [K, K] of features [M, D], in both modes of differentiation.
+
+    known: means and variances [M] of all blocks' rows; not used under torch.compile.
+    """
     if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and any(x.requires_grad for x in features)):
         # The compiler runs a function without gradients directly, and fails on one with *arguments.
         return forward_op(list(features), False, backend)[:2]
     function = Statistics if torch.compiler.is_compiling() else StatisticsWithTangent
-    sums, pair_sums, _ = function.apply(backend, *features)
+    sums, pair_sums, _ = function.apply(backend, None if torch.compiler.is_compiling() else known, *features)
     return sums, pair_sums

@@ -33,10 +33,12 @@ from dit_fast.ops.diversity import (
     check_features,
     check_options,
     diversity_stats,
+    known_rows,
     loss_from_stats,
     stats_from_sums,
 )
 from dit_fast.ops.diversity_op import backward_op, forward_op
+from dit_fast.ops.row_statistics import RowStatistics
 
 FEW = 3  # blocks that a tap reads one by one; for more, the mixture of all directions is kept
 
@@ -48,6 +50,7 @@ class Shared:
         self.backend = backend
         self.mix = False
         self.features: list[Tensor] = []
+        self.known: diversity_op.Known | None = None
         self.tangents: dict[int, Tensor] = {}
         self.waiting = 0
         # Rows of all sources, their inverse norms, gradient of the statistics, and of the pair sums for each block.
@@ -94,7 +97,8 @@ class Collect(torch.autograd.Function):
 
     @staticmethod
     def forward(shared: Shared, *tokens: Tensor) -> tuple[Tensor, ...]:
-        return forward_op([x.flatten(0, 1) for x in shared.features], shared.mix, shared.backend)
+        rows = [x.flatten(0, 1) for x in shared.features]
+        return forward_op(rows, shared.mix, shared.backend, *(shared.known or ()))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -166,11 +170,16 @@ class DiversityTaps:
         self._shared = Shared(backend)
         self._outputs: list[Tensor] = []
         self._tokens: list[Tensor] = []
+        self._known: list[RowStatistics | None] = []
         self._stats: DiversityStats | None = None
         self._count = 0
 
-    def tap(self, x: Tensor) -> Tensor:
-        """Registers a block's output [N, T, D] and returns it. Raises UserError once the statistics were taken."""
+    def tap(self, x: Tensor, stats: RowStatistics | None = None) -> Tensor:
+        """Registers a block's output [N, T, D] and returns it. Raises UserError once the statistics were taken.
+
+        stats: x's row statistics where its producer knows them, as for `diversity_stats`, which names what is wrong
+        with them when the statistics are taken. Not used under torch.compile.
+        """
         if self._stats is not None:
             raise UserError("these taps were already summed; make new DiversityTaps for each forward pass")
         self._count += 1
@@ -178,6 +187,7 @@ class DiversityTaps:
             self._outputs.append(x)
             return x
         same, token = Tap.apply(self._shared, x)
+        self._known.append(stats)
         self._tokens.append(token)
         return same
 
@@ -195,9 +205,10 @@ class DiversityTaps:
             check_features(shared.features)
             count = shared.features[0][..., 0].numel()
             shared.mix = most_joined > FEW and any(token.requires_grad for token in self._tokens)
+            shared.known = known_rows(shared.features, self._known)
             sums, pair_sums, *_ = Collect.apply(shared, *self._tokens)
             self._stats = stats_from_sums(sums, pair_sums, count)
-            self._tokens, shared.features = [], []
+            self._tokens, self._known, shared.features, shared.known = [], [], [], None
         return self._stats
 
     def loss(

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from dit_fast import ops
 from dit_fast.kernels import diversity
-from dit_fast.ops.diversity_op import backward_op
+from dit_fast.ops import DiversityTaps
+from dit_fast.ops.diversity_op import backward_op, forward_op
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 LIMITS = {FP32: 1e-6, FP16: 1e-3, BF16: 6e-3}  # relative RMS error of a gradient, which is rounded to its type
@@ -189,3 +191,82 @@ def test_supports_names_what_it_refuses():
     refused = diversity.supports([torch.zeros(4, 5000, dtype=torch.float64)] * 33)
     assert [reason.split()[0] for reason in refused] == ["33", "width", "torch.float64"]
     assert "contiguous" in diversity.supports([torch.zeros(8, 8).T])[0]
+
+
+def row_statistics(features):
+    means = [x.double().mean(1).float() for x in features]
+    return means, [x.double().var(1, correction=0).float() for x in features]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_known_row_statistics_save_a_read_and_change_nothing(name, monkeypatch):
+    features = make(*CASES[name])
+    two_reads = forward_op(features, False, "triton")[:3]
+    monkeypatch.delattr(diversity, "forward")
+    ours = forward_op(features, False, "triton", *row_statistics(features))[:3]
+    for each, before, exact in zip(ours, two_reads, exact_statistics(features), strict=True):
+        assert each.dtype == FP32
+        assert each.shape == exact.shape
+        assert error(each, before) < 1e-6
+        assert error(each, exact) < 1e-6
+
+
+def test_known_norms_at_any_strides_at_the_floor_and_with_large_means():
+    buffer = torch.randn(23, 4 * 51 + 1)
+    features = [buffer[:, 1 + 51 * k : 1 + 51 * k + 48] for k in range(4)]
+    features[1] = features[1][:1].expand(23, 48)
+    features[2] += 1000
+    features[3][4] = 0
+    ours = forward_op(features, True, "triton", *row_statistics(features))
+    for each, exact in zip(ours, exact_statistics(features), strict=False):
+        assert error(each, exact) < 1e-6
+    assert ours[2][3, 4] == 1e8
+    assert error(ours[3], forward_op(features, True, "triton")[3]) < 1e-6
+
+
+def test_configuration_does_not_enter_the_sums_with_known_norms(monkeypatch):
+    features = make(300, 200, [BF16] * 3)
+    inverse_norms = exact_statistics(features)[2].float()
+    first = diversity.forward_with_norms(features, inverse_norms)
+    monkeypatch.setitem(diversity.CONFIGS, 80, {(16, "bf16"): diversity.Config(4, 2, 8, 2, 32)})
+    second = diversity.forward_with_norms(features, inverse_norms)
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("informed", [False, True])
+@pytest.mark.parametrize("types", [[FP32] * 5, [BF16, FP32] * 3])
+def test_taps_end_to_end(types, informed, monkeypatch):
+    """All pairs, and so through the mixture, against the reference in float64."""
+    features = [x.view(3, 7, 40).requires_grad_() for x in make(21, 40, types)]
+    above = [x.view(3, 7, 40) for x in make(21, 40, types, seed=5)]
+    taps = DiversityTaps("triton")
+    outputs = [taps.tap(x, ops.row_statistics(x, "torch") if informed else None) for x in features]
+    monkeypatch.delattr(diversity, "forward" if informed else "forward_with_norms")
+    mixed = []
+    monkeypatch.setattr(diversity, "mixture", lambda *args, run=diversity.mixture: mixed.append(1) or run(*args))
+    total = taps.loss("all").total
+    assert mixed
+    value = 1000 * total + sum((x.float() * y.float()).sum() for x, y in zip(outputs, above, strict=True))
+    ours = torch.autograd.grad(value, features)
+    wide = [x.detach().double().requires_grad_() for x in features]
+    exact_total = ops.diversity_loss(wide, "all", backend="torch").total
+    exact_value = 1000 * exact_total + sum((x * y.double()).sum() for x, y in zip(wide, above, strict=True))
+    assert abs(total.item() - exact_total.item()) < 1e-6
+    for grad, exact in zip(ours, torch.autograd.grad(exact_value, wide), strict=True):
+        assert error(grad, exact) < (5 * LIMITS[FP32] if grad.dtype == FP32 else LIMITS[grad.dtype])
+
+
+def test_the_plain_loss_takes_known_statistics(monkeypatch):
+    features = [x.view(3, 7, 40).requires_grad_() for x in make(21, 40, [FP32] * 3)]
+    stats = [ops.row_statistics(x, "torch") for x in features]
+    run = lambda stats: ops.diversity_loss(features, backend="triton", stats=stats).total  # noqa: E731
+    plain = torch.autograd.grad(run(None), features)
+    torch.testing.assert_close(run([*stats[:2], None]), run(None), rtol=0, atol=0)  # not of all: two reads
+    monkeypatch.delattr(diversity, "forward")
+    for ours, before in zip(torch.autograd.grad(run(stats), features), plain, strict=True):
+        assert error(ours, before) < 2e-6
+
+
+def test_opcheck_with_known_statistics():
+    features = make(9, 33, [FP32, BF16])
+    torch.library.opcheck(forward_op, (features, True, "triton", *row_statistics(features)))
