@@ -111,5 +111,5 @@ def sums_with_norms(addresses, strides, inverse_norms, partials, pair_partials, 
     tl.store(out, sums, mask=inside)
     tl.store(out + BLOCKS * WIDTH, abs_sums, mask=inside)
     tl.store(out + 2 * BLOCKS * WIDTH, square_sums, mask=inside)
-    place = (chunk * tl.num_programs(0) + strip) * BLOCKS + row[:, None]
+    place = (chunk * tl.num_programs(0).to(tl.int64) + strip) * BLOCKS + row[:, None]
     tl.store(pair_partials + place * BLOCKS + row[None, :], cosines, mask=present[:, None] & present[None, :])
