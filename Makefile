@@ -35,7 +35,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(BIN)/python dit_fast/_C/build.py || true  # pip built in isolation, without torch's headers
 	@touch $@
 
-# The compiled CPU library; one built here also serves machines with another Python or a newer torch.
+# The compiled CPU library, which also serves machines with another Python or a newer torch, and the shard reader.
 native: $(INSTALLED)
 	@$(BIN)/python dit_fast/_C/build.py
 

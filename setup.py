@@ -3,8 +3,9 @@
 A bare `kernels`, `train` or `benchmarks` on sys.path would hide other distributions, so they are installed as
 `dit_fast.kernels`, `dit_fast.train` and `dit_fast.benchmarks`.
 
-Building also compiles `csrc/` where a compiler and torch's headers are at hand. Without them the install succeeds all
-the same: plain torch computes everything, and `dit-fast info` says what is missing.
+Building also compiles `csrc/` where a compiler and torch's headers (for the ops) or pybind11 (for the shard reader) are
+at hand. Without them the install succeeds all the same: plain torch and Python do everything, and `dit-fast info` says
+what is missing.
 """
 
 import importlib.util

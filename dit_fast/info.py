@@ -43,6 +43,7 @@ def describe() -> str:
     lines += [f"  {name:26}{_package(name)}" for name in OPTIONAL]
     lines.append(f"  {'apex':26}{apex_state()}")
     lines.append(f"\nCPU library   {_C.describe()}")
+    lines.append(f"shard reader  {_C.host_unavailable() or 'compiled'}")
     forced = backend.forced()
     rule = "first usable implementation runs" if forced is None else f"{backend.FORCED}={forced} decides"
     lines.append(f"\nops on {device_type} ({rule})")

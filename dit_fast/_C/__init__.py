@@ -1,11 +1,17 @@
-"""The compiled CPU library: loaded when an op first asks for it, absent without failing.
+"""What is compiled, loaded when first asked for, absent without failing.
 
-Its operators live in `torch.ops.dit_fast_native`; only `dit_fast.ops` calls them.
+The CPU library's operators live in `torch.ops.dit_fast_native`; only `dit_fast.ops` calls them. The host module, which
+knows no torch, reads members of latent shards; only `dit_fast.data` calls it.
 """
 
 import functools
+import importlib
+import logging
+from typing import Any
 
-from dit_fast._C.build import LIBRARY, compiler, source_hash
+from dit_fast._C.build import HOST, HOST_SOURCES, LIBRARY, compiler, source_hash
+
+logger = logging.getLogger("dit_fast")
 
 LEVELS = ("portable", "avx2", "avx512")
 
@@ -26,6 +32,32 @@ def unavailable() -> str | None:
     if expected is not None and expected not in _description():
         return f"{LIBRARY.name} was built from other sources: run `make native`"
     return None
+
+
+@functools.cache
+def host_unavailable() -> str | None:
+    """Why the host module cannot be used here, with the remedy; None when it can."""
+    if not HOST.exists():
+        remedy = "run `make native`" if compiler() else "install g++ and run `make native`"
+        return f"{HOST.name} is not built: {remedy}"
+    try:
+        module = importlib.import_module("dit_fast._C._host")
+    except ImportError as error:
+        return f"{HOST.name} does not load ({error}): run `make native`"
+    expected = source_hash(HOST_SOURCES)
+    if expected is not None and expected not in module.build_info:
+        return f"{HOST.name} was built from other sources: run `make native`"
+    return None
+
+
+@functools.cache
+def host() -> Any | None:
+    """The host module, or None where it cannot be used; the reason is then logged, once."""
+    reason = host_unavailable()
+    if reason is not None:
+        logger.info("shards are read by Python: %s", reason)
+        return None
+    return importlib.import_module("dit_fast._C._host")
 
 
 def describe() -> str:

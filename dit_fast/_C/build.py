@@ -1,8 +1,10 @@
-"""Compiles `csrc/` into one library that serves every Python and every torch from 2.11 on (torch's stable ABI).
+"""Compiles `csrc/` into one library that serves every Python and every torch from 2.11 on (torch's stable ABI), and
+`csrc/host/` into a module for the running Python that knows no torch (pybind11).
 
 Runs by itself, without dit_fast installed: `python dit_fast/_C/build.py` (that is `make native`), and from `setup.py`.
-The library is built for plain x86-64 (or whatever the compiler's default is) and holds AVX2 and AVX-512 versions of
-each kernel that are chosen when it runs, so that it can be built on one machine and used on another.
+Either may be missing. The library is built for plain x86-64 (or whatever the compiler's default is) and holds AVX2 and
+AVX-512 versions of each kernel that are chosen when it runs, so that it can be built on one machine and used on
+another.
 """
 
 import hashlib
@@ -11,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +21,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "csrc"
 LIBRARY = HERE / "libdit_fast_cpu.so"
+HOST_SOURCES = SOURCES / "host"
+HOST = HERE / f"_host{sysconfig.get_config_var('EXT_SUFFIX')}"
 OLDEST_TORCH = "0x020b000000000000"  # 2.11
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi"]
 
@@ -26,12 +31,12 @@ class CannotBuild(Exception):
     """One line that says what is missing and how to get it."""
 
 
-def source_hash() -> str | None:
-    """Identifies the sources, 16 hex digits; None where there are none (an installed wheel)."""
-    if not SOURCES.is_dir():
+def source_hash(folder: Path = SOURCES) -> str | None:
+    """Identifies the sources in a folder, 16 hex digits; None where there are none (an installed wheel)."""
+    if not folder.is_dir():
         return None
     digest = hashlib.sha256()
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted(folder.iterdir()):
         if path.suffix in (".cpp", ".h", ".inc"):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
@@ -43,10 +48,41 @@ def compiler() -> str | None:
     return shutil.which(named) if named else shutil.which("g++") or shutil.which("clang++")
 
 
-def is_current() -> bool:
-    """Whether the library at hand was built from the sources at hand."""
-    marker = f"source={source_hash()} ".encode()
-    return LIBRARY.exists() and marker in LIBRARY.read_bytes()
+def is_current(target: Path = LIBRARY, folder: Path = SOURCES) -> bool:
+    """Whether what is built was built from the sources at hand."""
+    marker = f"source={source_hash(folder)} ".encode()
+    return target.exists() and marker in target.read_bytes()
+
+
+def _prepare(folder: Path) -> tuple[str, str]:
+    """(identity of the sources, compiler). Raises CannotBuild."""
+    identity, found, named = source_hash(folder), compiler(), os.environ.get("CXX")
+    if identity is None:
+        raise CannotBuild(f"no sources at {folder}; build in a checkout")
+    if found is None:
+        raise CannotBuild(f"$CXX={named} is not a program" if named else "no C++ compiler; install g++ or set CXX")
+    return identity, found
+
+
+def build_host() -> Path:
+    """The module of `csrc/host/`; it appears under its name only when it is whole.
+
+    Raises CannotBuild without sources, compiler, pybind11 or Python's headers, or with the compiler's message.
+    """
+    identity, found = _prepare(HOST_SOURCES)
+    spec, headers = importlib.util.find_spec("pybind11"), Path(sysconfig.get_paths()["include"])
+    if spec is None or spec.origin is None:
+        raise CannotBuild(f"{sys.executable} has no pybind11; pip install pybind11, then run `make native`")
+    if not (headers / "Python.h").exists():
+        raise CannotBuild(f"no Python.h in {headers}; install Python's headers (Debian: python3-dev)")
+    includes = [f"-I{Path(spec.origin).parent / 'include'}", f"-I{headers}"]
+    with tempfile.TemporaryDirectory(dir=HERE) as scratch:
+        target = Path(scratch) / HOST.name
+        defines = [f'-DDIT_FAST_SOURCE_HASH="{identity} "']
+        sources = map(str, sorted(HOST_SOURCES.glob("*.cpp")))
+        _run([found, *FLAGS, *defines, *includes, "-shared", *sources, "-o", str(target)])
+        target.replace(HOST)
+    return HOST
 
 
 def build() -> Path:
@@ -54,13 +90,7 @@ def build() -> Path:
 
     Raises CannotBuild without sources, compiler or torch headers, or with the compiler's message.
     """
-    identity = source_hash()
-    if identity is None:
-        raise CannotBuild(f"no sources at {SOURCES}; build in a checkout")
-    found = compiler()
-    if found is None:
-        named = os.environ.get("CXX")
-        raise CannotBuild(f"$CXX={named} is not a program" if named else "no C++ compiler; install g++ or set CXX")
+    identity, found = _prepare(SOURCES)
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise CannotBuild(f"{sys.executable} has no torch (its headers are needed); run `make native` later")
@@ -89,15 +119,18 @@ def _run(command: list[str]) -> None:
 
 
 def main() -> int:
-    if is_current():
-        print(f"{LIBRARY.name} is up to date")
-        return 0
-    try:
-        print(f"built {build()}")
-    except (CannotBuild, OSError) as reason:
-        print(f"{LIBRARY.name} was not built: {reason}", file=sys.stderr)
-        return 1
-    return 0
+    """Builds what is not current; exit status 1 if one of the two could not be built, with the reason."""
+    status = 0
+    for target, folder, make in ((LIBRARY, SOURCES, build), (HOST, HOST_SOURCES, build_host)):
+        if is_current(target, folder):
+            print(f"{target.name} is up to date")
+            continue
+        try:
+            print(f"built {make()}")
+        except (CannotBuild, OSError) as reason:
+            print(f"{target.name} was not built: {reason}", file=sys.stderr)
+            status = 1
+    return status
 
 
 if __name__ == "__main__":

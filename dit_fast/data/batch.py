@@ -41,17 +41,13 @@ class BatchBuilder:
         if self.check_crc and zlib.crc32(data) != crc:
             raise DataError(f"{name} is corrupt (crc32 differs from the index); restore or rebuild the shard")
 
-    def build(
-        self, positions: np.ndarray, samples: list[tuple[int, int, tuple[bytes, ...]]]
-    ) -> dict[str, torch.Tensor]:
-        """The micro-batch of the contract. positions: int64 [n]; samples: (shard, row, bytes per member) in that
-        order.
-        """
-        n, info = len(samples), self.dataset.info
+    def allocate(self, positions: np.ndarray, places: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        """A micro-batch without its payload. positions: int64 [n]; places: (shard, row) of each sample."""
+        n, info = len(places), self.dataset.info
         batch: dict[str, torch.Tensor] = {
             "moments": torch.empty((n, 2, info.channels, info.size, info.size), dtype=torch.float32),
             "label": torch.from_numpy(
-                np.array([self.dataset.indexes[shard].label[row] for shard, row, _ in samples], np.int64)
+                np.array([self.dataset.indexes[shard].label[row] for shard, row in places], np.int64)
             ),
             "position": torch.from_numpy(np.array(positions, np.int64)),
         }
@@ -59,14 +55,26 @@ class BatchBuilder:
             batch["image"] = torch.empty((n, 3, info.image_size or 0, info.image_size or 0), dtype=torch.uint8)
         if "features" in self.names:
             batch["features"] = torch.empty((n, *(info.feature_shape or (0, 0))), dtype=torch.float32)
+        return batch
+
+    def put(self, target: torch.Tensor, data: bytes, shard: int, row: int, member: str) -> None:
+        """One sample's member into its place in the batch. Raises DataError naming it if it does not fit."""
+        where, out = self.describe(shard, row, member), target.numpy()
+        array = decode_png(data, where) if member == "png" else self._parse(data, where)
+        if array.shape != out.shape:
+            raise DataError(f"{where} has shape {array.shape}, expected {out.shape}; rebuild the shard")
+        out[...] = array
+
+    def build(
+        self, positions: np.ndarray, samples: list[tuple[int, int, tuple[bytes, ...]]]
+    ) -> dict[str, torch.Tensor]:
+        """The micro-batch of the contract. positions: int64 [n]; samples: (shard, row, bytes per member) in that
+        order.
+        """
+        batch = self.allocate(positions, [(shard, row) for shard, row, _ in samples])
         for i, (shard, row, payload) in enumerate(samples):
             for name, member, data in zip(self.names, self.members, payload, strict=True):
-                where = self.describe(shard, row, member)
-                array = decode_png(data, where) if member == "png" else self._parse(data, where)
-                target = batch[name][i].numpy()
-                if array.shape != target.shape:
-                    raise DataError(f"{where} has shape {array.shape}, expected {target.shape}; rebuild the shard")
-                target[...] = array
+                self.put(batch[name][i], data, shard, row, member)
         return batch
 
 

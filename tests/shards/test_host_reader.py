@@ -1,0 +1,226 @@
+"""The compiled shard reader gives the same batches and the same errors as Python's, and is absent without harm."""
+
+import io
+import os
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+from dit_fast import _C
+from dit_fast._C import build
+from dit_fast.data import open_dataset
+from dit_fast.data.reader import IndexedReader
+from dit_fast.data.shards import npy_bytes
+from dit_fast.errors import DataError
+
+needs_host = pytest.mark.skipif(_C.host_unavailable() is not None, reason=f"{_C.host_unavailable()}")
+
+
+@pytest.fixture
+def in_python(monkeypatch):
+    """Switches the compiled reader off and on again."""
+    compiled = _C.host()
+
+    def switch(off):
+        monkeypatch.setattr(_C, "host", lambda: None if off else compiled)
+
+    return switch
+
+
+def read_both(folder, samples, in_python, change=lambda dataset: None, **options):
+    """What both readers return, a batch or the text of a DataError."""
+    results, dataset = [], open_dataset(folder)
+    change(dataset)  # opened before: opening looks at the sizes itself
+    for off in (True, False):
+        in_python(off)
+        try:
+            results.append(IndexedReader(dataset, ("image",), **options).read(np.arange(len(samples)), samples))
+        except DataError as error:
+            results.append(str(error))
+    return results
+
+
+def equal(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@needs_host
+def test_batches_are_equal_bit_for_bit(built, in_python):
+    order = np.random.default_rng(0).permutation(43)
+    for samples in (order, order[:1], np.array([5, 5, 41, 5])):
+        theirs, ours = read_both(built, samples, in_python)
+        assert equal(ours, theirs)
+
+
+@needs_host
+def test_the_compiled_code_is_what_reads(built, in_python, monkeypatch):
+    """Python reads one sample, from which the layout is learnt, and no more."""
+    dataset, read = open_dataset(built), []
+    reader = IndexedReader(dataset)
+    put = reader._put
+    monkeypatch.setattr(reader, "_put", lambda *arguments: read.append(arguments[1:]) or put(*arguments))
+    reader.read(np.arange(20), np.arange(20))
+    reader.read(np.arange(20), np.arange(20, 40))
+    assert len(read) == 1
+
+
+def _flip(place):
+    def change(dataset):
+        index = dataset.indexes[1]
+        path = f"{dataset.root}/{dataset.info.shards[1].name}"
+        column = index.members.index("moments.npy")
+        with open(path, "r+b") as file:
+            file.seek(int(index.offset[3, column]) + place)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 0xFF]))
+
+    return change
+
+
+def _cut(dataset):
+    index = dataset.indexes[1]
+    column = index.members.index("moments.npy")
+    os.truncate(f"{dataset.root}/{dataset.info.shards[1].name}", int(index.offset[3, column]) + 40)
+
+
+def _wrong_crc(dataset):
+    index = dataset.indexes[1]
+    index.crc[3, index.members.index("moments.npy")] ^= 1
+
+
+def _replace(array, dataset):
+    """Sample 11 gets another payload, at the end of its shard, as the index says."""
+    index, data = dataset.indexes[1], npy_bytes(array) if isinstance(array, np.ndarray) else array
+    path, column = f"{dataset.root}/{dataset.info.shards[1].name}", index.members.index("moments.npy")
+    index.offset[3, column], index.length[3, column] = os.path.getsize(path), len(data)
+    index.crc[3, column] = zlib.crc32(data)
+    with open(path, "ab") as file:
+        file.write(data)
+
+
+@needs_host
+@pytest.mark.parametrize("check_crc", [True, False])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_flip(400), "is corrupt"),
+        (_flip(20), "is corrupt"),
+        (_cut, "bytes where the index says"),
+        (_wrong_crc, "is corrupt"),
+        (lambda d: _replace(np.zeros((2, 3, 4, 4), np.float32), d), "has shape"),
+        (lambda d: _replace(b"no array at all", d), "not a readable npy array"),
+    ],
+    ids=["payload", "header", "truncated", "crc", "shape", "no array"],
+)
+def test_damage_is_told_in_the_same_words(copied, in_python, change, message, check_crc):
+    if change is not _cut and not check_crc and message == "is corrupt":
+        pytest.skip("nobody looks")
+    theirs, ours = read_both(copied, np.arange(43), in_python, change, check_crc=check_crc)
+    assert isinstance(theirs, str)
+    assert message in theirs
+    assert "000000011.moments.npy" in theirs
+    assert ours == theirs
+
+
+@needs_host
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, ">f4", np.int32])
+def test_other_types_of_a_single_sample_are_converted(copied, in_python, dtype):
+    shape = open_dataset(copied)
+    array = np.arange(2 * shape.info.channels * shape.info.size**2).reshape(2, shape.info.channels, shape.info.size, -1)
+    theirs, ours = read_both(copied, np.arange(43), in_python, lambda d: _replace((array % 7).astype(dtype), d))
+    assert equal(ours, theirs)
+    assert torch.equal(ours["moments"][11], torch.from_numpy((array % 7).astype(np.float32)))
+
+
+def members(arrays, tmp_path):
+    """(file descriptor, offsets, lengths, crcs, header) of arrays written one after the other."""
+    payloads = [npy_bytes(array) for array in arrays]
+    path = tmp_path / "members"
+    path.write_bytes(b"".join(payloads))
+    lengths = np.array([len(data) for data in payloads], np.uint32)
+    offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.uint64)
+    stream = io.BytesIO(payloads[0])
+    np.lib.format.read_magic(stream)
+    np.lib.format.read_array_header_1_0(stream)
+    header = payloads[0][: stream.tell()]
+    return os.open(path, os.O_RDONLY), offsets, lengths, np.array([zlib.crc32(p) for p in payloads], np.uint32), header
+
+
+@needs_host
+def test_every_half_becomes_the_float_that_numpy_says(tmp_path):
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(4, -1)
+    file, offsets, lengths, crcs, header = members(halves, tmp_path)
+    out = np.full((4, 1 << 14), np.nan, np.float32)
+    rows = np.array([2, 0, 3, 1])
+    assert _C.host().read_npy(file, offsets, lengths, crcs, rows, True, header, True, out) == 4
+    expected = halves.astype(np.float32)
+    assert np.array_equal(out[rows].view(np.uint32) & 0xFF800000, expected.view(np.uint32) & 0xFF800000)
+    assert np.array_equal(out[rows], expected, equal_nan=True)
+
+
+@needs_host
+def test_it_stops_at_the_first_sample_that_is_not_right(tmp_path):
+    arrays = np.arange(40, dtype=np.float32).reshape(5, 8)
+    file, offsets, lengths, crcs, header = members(arrays, tmp_path)
+    crcs[3] ^= 1
+    out = np.zeros((5, 8), np.float32)
+    read = lambda check: _C.host().read_npy(file, offsets, lengths, crcs, np.arange(5), check, header, False, out)  # noqa: E731
+    assert read(True) == 3
+    assert np.array_equal(out[:3], arrays[:3])
+    assert not out[3:].any()
+    assert read(False) == 5
+    assert np.array_equal(out, arrays)
+
+
+@needs_host
+def test_buffers_that_do_not_fit_are_refused(tmp_path):
+    file, offsets, lengths, crcs, header = members(np.zeros((2, 8), np.float32), tmp_path)
+    good = {"rows": np.arange(2), "out": np.zeros((2, 8), np.float32), "offsets": offsets}
+    frozen = np.zeros((2, 8), np.float32)
+    frozen.flags.writeable = False
+    for change in (
+        {"rows": np.array([0, 2])},
+        {"rows": np.array([-1, 0])},
+        {"rows": np.arange(3)},
+        {"rows": np.arange(2, dtype=np.int32)},
+        {"offsets": offsets.astype(np.int64)},
+        {"out": np.zeros((2, 8))},
+        {"out": np.zeros((2, 16), np.float32)[:, ::2]},
+        {"out": np.zeros(16, np.float32)},
+        {"out": frozen},
+    ):
+        now = good | change
+        with pytest.raises(ValueError, match=r"must|writeable"):
+            _C.host().read_npy(
+                file, now["offsets"], lengths, crcs, now["rows"], True, header, False, now["out"]
+            )  # fmt: skip
+
+
+def test_without_it_python_reads_and_the_reason_is_said(built, monkeypatch, tmp_path, caplog):
+    for cached in (_C.host, _C.host_unavailable):
+        cached.cache_clear()
+    monkeypatch.setattr(_C, "HOST", tmp_path / "_host.so")
+    try:
+        with caplog.at_level("INFO", logger="dit_fast"):
+            batch = IndexedReader(open_dataset(built)).read(np.arange(3), np.arange(3))
+            IndexedReader(open_dataset(built)).read(np.arange(3), np.arange(3))
+        assert batch["moments"].isfinite().all()
+        (message,) = [record.getMessage() for record in caplog.records]
+        assert "shards are read by Python: _host.so is not built" in message
+        assert "make native" in message
+    finally:
+        for cached in (_C.host, _C.host_unavailable):
+            cached.cache_clear()
+
+
+def test_what_cannot_be_built_says_why(monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "HOST", tmp_path / "_host.so")
+    real = build.importlib.util.find_spec
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None if name == "pybind11" else real(name))
+    if build.compiler() is None:
+        pytest.skip("no compiler")
+    with pytest.raises(build.CannotBuild, match="pip install pybind11"):
+        build.build_host()
