@@ -17,7 +17,8 @@ from dit_fast.errors import ConfigError, UserError
 from dit_fast.models.sit import SiT
 from dit_fast.patch import diffusers_dit, diversedit, hunyuan, published
 from dit_fast.patch.diversedit import SkipWiring
-from dit_fast.patch.replacement import Candidate, install, installed, refusal, uninstall
+from dit_fast.patch.proof import refusal
+from dit_fast.patch.replacement import Candidate, install, installed, uninstall
 
 logger = logging.getLogger("dit_fast")
 
@@ -38,8 +39,15 @@ class Report:
     refused: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"{path or 'the model'}: {op}" for path, op in self.replaced.items()]
-        return "\n".join(lines + [f"{path or 'the model'}: unchanged, {why}" for path, why in self.refused.items()])
+        lines = [f"{op}: {paths}" for op, paths in _by_value(self.replaced)]
+        return "\n".join(lines + [f"unchanged: {paths} ({why})" for why, paths in _by_value(self.refused)])
+
+
+def _by_value(named: dict[str, str], shown: int = 3) -> Iterator[tuple[str, str]]:
+    for value in dict.fromkeys(named.values()):
+        paths = [path or "the model" for path in named if named[path] == value]
+        more = f", ... ({len(paths)} in all)" if len(paths) > shown else ""
+        yield value, ", ".join(paths[:shown]) + more
 
 
 @dataclass
@@ -47,7 +55,10 @@ class Handle:
     """What `apply` did, and the way back."""
 
     report: Report
-    _modules: list[nn.Module]
+    _modules: list[nn.Module] = field(repr=False)
+
+    def __str__(self) -> str:
+        return str(self.report)
 
     def undo(self) -> None:
         """Gives every module its own forward back; nothing is left on it. A second call does nothing."""
@@ -66,7 +77,7 @@ def apply(
     Taken: blocks, heads, MLPs, QK-normalised attention and the long skips of the published DiT, SiT, REPA and
     DiverseDiT code, and of diffusers' DiT and HunyuanDiT. Only the instance's `forward` changes: parameters, buffers,
     state_dict, hooks on the replaced modules and train or eval mode stay. Each replacement is first compared with the
-    module's own forward (see `dit_fast.patch.replacement`); what cannot be taken stays and is named in
+    module's own forward (see `dit_fast.patch.proof`); what cannot be taken stays and is named in
     `handle.report.refused` and in the log. Applied again, it changes nothing, and the second handle undoes as well.
     ops: names out of OPS, None for all. backend: that of every op. skip_wiring: of a DiverseDiT ("input", "output");
     None finds it out by running the model on a small input.

@@ -1,10 +1,12 @@
 """DiverseDiT's long skips: their concatenation stands in the model's forward, so that forward is replaced whole.
 
 The two published wirings have the same parameters. Which one a model has is told by running it: its own forward on a
-small input, against both.
+small input, against both. Its result is {"x": velocity, "block_feas": {block: its output}, "zs": projected tokens},
+where "block_feas" is there if the attribute block_diversity_loss is set; in later versions only in train mode.
 """
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any, Literal, cast
 
 import torch
@@ -12,12 +14,15 @@ from torch import Tensor, nn
 
 from dit_fast.errors import ConfigError
 from dit_fast.ops import long_skip
-from dit_fast.patch.replacement import Candidate, Forward, disagreement, linear_reasons, require_plain
+from dit_fast.patch.proof import disagreement
+from dit_fast.patch.replacement import Candidate, Forward, linear_reasons, require_plain
 
 SkipWiring = Literal["input", "output"]
+_Collects = Literal["always", "in training"]
 LOOKED_FOR = "models with blocks, skip_norms, skip_linears (half as many as blocks)"
 
 _NEEDED = ("x_embedder", "t_embedder", "y_embedder", "final_layer")
+_FLAG = "block_diversity_loss"
 
 
 def find(path: str, module: Any, backend: str, skip_wiring: SkipWiring | None) -> Iterator[Candidate]:
@@ -38,30 +43,33 @@ def find(path: str, module: Any, backend: str, skip_wiring: SkipWiring | None) -
         if name.startswith("skip_linears"):
             reasons += linear_reasons(**{name.replace(".", "_"): _map(norm)})
 
-    def candidate(wiring: SkipWiring, extra: tuple[str, ...] = ()) -> Candidate:
+    def candidate(wiring: SkipWiring, collects: _Collects = "always", extra: tuple[str, ...] = ()) -> Candidate:
         return Candidate(
             path,
             module,
             "long_skip",
             bypassed,
             (*reasons, *extra),
-            _model_forward(backend, wiring),
+            _model_forward(backend, wiring, collects),
             lambda source: (_inputs(module, source), {}),
             {id(block): _StandIn(index) for index, block in enumerate(blocks)},
+            tuple({_FLAG: value} for value in (True, False)) if hasattr(module, _FLAG) else ({},),
         )
 
-    wirings: tuple[SkipWiring, ...] = (skip_wiring,) if skip_wiring else ("input", "output")
-    if skip_wiring or reasons:
-        yield candidate(wirings[0])
+    if reasons:
+        yield candidate("input")
         return
-    found = {wiring: disagreement(candidate(wiring)) for wiring in wirings}
-    agreeing = [wiring for wiring, reason in found.items() if reason is None]
+    wirings: tuple[SkipWiring, ...] = (skip_wiring,) if skip_wiring else ("input", "output")
+    whens: tuple[_Collects, ...] = ("always", "in training")
+    found = {(wiring, when): disagreement(candidate(wiring, when)) for wiring, when in product(wirings, whens)}
+    agreeing = {wiring: when for (wiring, when), reason in found.items() if reason is None}
     if len(agreeing) == 1:
-        yield candidate(agreeing[0])
+        yield candidate(*agreeing.popitem())
     elif agreeing:
-        yield candidate("input", ("both wirings agree with its forward; say skip_wiring='input' or 'output'",))
+        yield candidate("input", extra=("both wirings agree with its forward; say skip_wiring='input' or 'output'",))
     else:
-        yield candidate("input", ("neither wiring is that of its forward: " + str(found["input"]),))
+        told = f"'{skip_wiring}' is not the wiring" if skip_wiring else "neither wiring is that"
+        yield candidate(wirings[0], extra=(f"{told} of its forward: {found[wirings[0], 'always']}",))
 
 
 def check_wiring(skip_wiring: str | None) -> None:
@@ -93,17 +101,18 @@ def _inputs(module: Any, source: Any) -> tuple[Tensor, Tensor, Tensor]:
     return latents, source.normal(2).sigmoid(), source.integers(labels, 2)
 
 
-def _model_forward(backend: str, wiring: SkipWiring) -> Forward:
+def _model_forward(backend: str, wiring: SkipWiring, collects: _Collects) -> Forward:
     def forward(self: Any, x: Tensor, t: Tensor, y: Tensor, *others: Any, **named: Any) -> Any:
-        if any(value is not None and value is not False for value in (*others, *named.values())):
+        asks_for_more = any(value is not None and value is not False for value in (*others, *named.values()))
+        if asks_for_more or not getattr(self, "skip_layer_connection", True):
             return type(self).forward(self, x, t, y, *others, **named)
         x = self.x_embedder(x) + self.pos_embed
         time = self.t_embedder(t)
         c = time + self.y_embedder(y, self.training)
         half = len(self.blocks) // 2
         stored: list[Tensor] = []
-        features: list[Tensor] = []
-        projected: list[Tensor] = []
+        features: dict[int, Tensor] = {}
+        projected: list[Tensor] | None = None
         for index, block in enumerate(self.blocks):
             if wiring == "input":
                 if index < half:
@@ -116,13 +125,16 @@ def _model_forward(backend: str, wiring: SkipWiring) -> Forward:
                     x = _fuse(self, index - half, x, stored.pop(), backend)
                 else:
                     stored.append(x)
-            features.append(x)
+            features[index] = x
             if index + 1 == getattr(self, "encoder_depth", None):
                 rows, width = x.shape[:2], x.shape[-1]
                 projected = [
                     projector(x.reshape(-1, width)).reshape(*rows, -1) for projector in getattr(self, "projectors", ())
                 ]
-        return {"x": self.unpatchify(self.final_layer(x, c)), "zs": projected, "block_feas": features}
+        result: dict[str, Any] = {"x": self.unpatchify(self.final_layer(x, c))}
+        if getattr(self, _FLAG, False) and (self.training or collects == "always"):
+            result["block_feas"] = features
+        return result | {"zs": projected}
 
     return forward
 

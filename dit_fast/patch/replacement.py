@@ -1,26 +1,19 @@
-"""One module's replaced forward: what it bypasses, how it is proven before it is installed, how it goes in and out.
+"""One module's replaced forward: what it bypasses, how it goes in and out, and what its parts must be like."""
 
-Recognition is by structure, so it could be wrong. Every replacement is therefore run against the module's own forward
-on a copy whose parameters are drawn at random (a freshly made block is the identity whatever stands in it), in eval
-mode and fp32, and is refused where a row differs by more than TOLERANCE.
-"""
-
-import copy
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dit_fast.errors import UserError
 
-Forward = Callable[..., Any]
+if TYPE_CHECKING:
+    from dit_fast.patch.proof import Source
 
-TOLERANCE = 2e-5  # of a row's norm, fp32
-TF32_TOLERANCE = 5e-3  # where the library rounds the factors of fp32 products
-_SAMPLES, _TOKENS = 2, 4
+Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -38,6 +31,7 @@ class Candidate:
     bypassed: its submodules that will not be called any more. reasons: why it cannot be taken, from its structure.
     forward: the new unbound forward. arguments: keyword or positional arguments for the proof, given a random source.
     stand_ins: submodules that the copy for the proof replaces, because they are large and called as they are.
+    settings: attributes to set on that copy; the proof runs once with each.
     """
 
     path: str
@@ -48,25 +42,7 @@ class Candidate:
     forward: Forward
     arguments: Callable[["Source"], tuple[tuple[Any, ...], dict[str, Any]]]
     stand_ins: Mapping[int, nn.Module] = field(default_factory=dict)
-
-
-class Source:
-    """Random tensors on the module's device that leave torch's global random state alone."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.generator = torch.Generator().manual_seed(0)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator).to(self.device)
-
-    def integers(self, high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=self.generator).to(self.device)
-
-    def tokens(self, width: int) -> Tensor:
-        """[2, 4, width]: every token a tenth of the one before, so that a wrong eps shows."""
-        decay = 10.0 ** -torch.arange(_TOKENS).view(-1, 1)
-        return (torch.randn(_SAMPLES, _TOKENS, width, generator=self.generator) * decay).to(self.device)
+    settings: tuple[Mapping[str, Any], ...] = ({},)
 
 
 def installed(module: nn.Module) -> Mark | None:
@@ -85,88 +61,10 @@ def uninstall(module: nn.Module) -> None:
         del vars(module)["forward"]
 
 
-def refusal(candidate: Candidate) -> str | None:
-    """Why the candidate stays as it is, or None."""
-    reasons = [*candidate.reasons]
-    if "forward" in vars(candidate.module):
-        reasons.append("its forward is already replaced on the instance, by something else")
-    for name, module in candidate.bypassed.items():
-        if _has_hooks(module):
-            reasons.append(f"{name} has hooks, which would no longer run")
-        if "forward" in vars(module) and installed(module) is None:
-            reasons.append(f"{name} has a forward of its own on the instance, which would no longer run")
-    return "; ".join(reasons) or disagreement(candidate)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(len(getattr(inner, table)) for inner in module.modules() for table in tables)
-
-
-def disagreement(candidate: Candidate) -> str | None:
-    """Runs both forwards on a copy; returns how they differ, or None."""
-    device = next(iter(candidate.module.parameters())).device
-    if device.type == "meta":
-        return "its parameters are on the meta device; give them values first"
-    source = Source(device)
-    forked = [device] if device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(forked), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            twin = _randomised_copy(candidate, source)
-            positional, named = candidate.arguments(source)
-            theirs = twin(*positional, **named)
-            vars(twin)["forward"] = types.MethodType(candidate.forward, twin)
-            ours = twin(*positional, **named)
-    except Exception as error:
-        # Whatever a foreign module raises here says that it is not what its structure says.
-        return f"it does not run on a small input as recognised: {(str(error) or repr(error)).splitlines()[0]}"
-    reduced = torch.backends.cuda.matmul.allow_tf32 and device.type == "cuda"
-    tolerance = TF32_TOLERANCE if reduced else TOLERANCE
-    difference = _difference(theirs, ours)
-    if difference <= tolerance:
-        return None
-    return f"its own forward and the replacement differ on a small input ({difference:.1e}, allowed {tolerance:.0e})"
-
-
-def _randomised_copy(candidate: Candidate, source: Source) -> nn.Module:
-    twin = copy.deepcopy(candidate.module, dict(candidate.stand_ins))
-    for module in twin.modules():
-        for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            getattr(module, table).clear()
-        if installed(module) is not None:
-            uninstall(module)
-    twin = twin.float().eval()
-    for parameter in twin.parameters():
-        if parameter.is_floating_point():
-            # variance 1 per output for maps, 1/4 for vectors, which for norm weights is around 0 as well as any
-            spread = (3 * parameter.shape[0] / parameter.numel()) ** 0.5 if parameter.dim() > 1 else 0.75**0.5
-            noise = torch.rand(parameter.shape, generator=source.generator) * (2 * spread) - spread
-            parameter.copy_(noise)
-    return twin
-
-
-def _difference(theirs: Any, ours: Any) -> float:
-    """Largest difference of a row, relative to its norm; infinite for another structure, shape or dtype."""
-    if isinstance(theirs, Tensor) and isinstance(ours, Tensor):
-        if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
-            return float("inf")
-        if not theirs.numel():
-            return 0.0
-        size = theirs.double().norm(dim=-1)
-        error = (theirs.double() - ours.double()).norm(dim=-1)
-        worst = float((error / size.clamp_min(0.01 * size.mean()).clamp_min(1e-30)).max())
-        return worst if worst == worst else float("inf")
-    if type(theirs) is not type(ours):
-        return float("inf")
-    if isinstance(theirs, Mapping):
-        if list(theirs) != list(ours):
-            return float("inf")
-        theirs, ours = list(theirs.values()), list(ours.values())
-    if isinstance(theirs, (list, tuple)):
-        if len(theirs) != len(ours):
-            return float("inf")
-        return max((_difference(left, right) for left, right in zip(theirs, ours, strict=True)), default=0.0)
-    return 0.0 if theirs == ours else float("inf")
+def foreign_forward(module: nn.Module) -> bool:
+    """Whether somebody else put a forward on the instance. What a pickle brings back is the class's own."""
+    own = vars(module).get("forward")
+    return own is not None and installed(module) is None and getattr(own, "__func__", None) is not type(module).forward
 
 
 def linear_reasons(**linears: nn.Module | None) -> list[str]:

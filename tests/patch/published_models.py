@@ -110,6 +110,15 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
+class SkipNorm(nn.LayerNorm):
+    """In float32 (float64 for float64) whatever comes in, and out in the dtype that came in."""
+
+    def forward(self, joined):
+        wide = torch.promote_types(joined.dtype, torch.float32)
+        weight, bias = self.weight.to(wide), self.bias.to(wide)
+        return F.layer_norm(joined.to(wide), self.normalized_shape, weight, bias, self.eps).to(joined.dtype)
+
+
 class SkipLinear(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -120,16 +129,20 @@ class SkipLinear(nn.Module):
 
 
 class Transformer(nn.Module):
-    """kind: "sit" and "dit" (a tensor), "repa" (output, features), "input" and "output" (DiverseDiT, a dict)."""
+    """kind: "sit" and "dit" (a tensor), "repa" (output, features), "input" and "output" (DiverseDiT, a dict).
 
-    def __init__(self, kind="sit", width=32, depth=4, heads=4, qk_norm=False, block=Block):
+    DiverseDiT's dict has the features of all blocks if block_diversity_loss, in later versions only in train mode.
+    """
+
+    def __init__(self, kind="sit", width=32, depth=4, heads=4, qk_norm=False, block=Block, later=False):
         super().__init__()
         self.kind, self.encoder_depth = kind, 2
+        self.block_diversity_loss, self.later = True, later
         out = 8 if kind == "dit" else 4
         self.pos_embed = nn.Parameter(0.1 * torch.randn(1, 16, width), requires_grad=False)
         if kind in ("input", "output"):
             self.skip_linears = nn.ModuleList(SkipLinear(width) for _ in range(depth // 2))
-            self.skip_norms = nn.ModuleList(nn.LayerNorm(2 * width, eps=1e-6) for _ in range(depth // 2))
+            self.skip_norms = nn.ModuleList(SkipNorm(2 * width, eps=1e-6) for _ in range(depth // 2))
         self.x_embedder = PatchEmbed(width)
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(10, width)
@@ -143,16 +156,12 @@ class Transformer(nn.Module):
         return x.view(n, 4, 4, 2, 2, -1).permute(0, 5, 1, 3, 2, 4).reshape(n, -1, 8, 8)
 
     def fuse(self, k, x, skip):
-        joined = torch.cat([x, skip], dim=-1)
-        norm = self.skip_norms[k]
-        wide = torch.promote_types(joined.dtype, torch.float32)
-        normalised = F.layer_norm(joined.to(wide), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        return self.skip_linears[k](normalised.to(joined.dtype), x)
+        return self.skip_linears[k](self.skip_norms[k](torch.cat([x, skip], dim=-1)), x)
 
     def forward(self, x, t, y, return_logvar=False):
         x = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y, self.training)
-        half, stack, features, zs = len(self.blocks) // 2, [], [], []
+        half, stack, features, zs = len(self.blocks) // 2, [], {}, None
         for b, block in enumerate(self.blocks):
             if self.kind == "input" and b < half:
                 stack.append(x)
@@ -163,13 +172,14 @@ class Transformer(nn.Module):
                 x = self.fuse(b - half, x, stack.pop())
             if self.kind == "output" and b < half:
                 stack.append(x)
-            features.append(x)
+            features[b] = x
             if b + 1 == self.encoder_depth and hasattr(self, "projectors"):
                 n, tokens, width = x.shape
                 zs = [project(x.reshape(-1, width)).reshape(n, tokens, -1) for project in self.projectors]
         out = self.unpatchify(self.final_layer(x, c))
         if self.kind in ("input", "output"):
-            return {"x": out, "zs": zs, "block_feas": features}
+            collected = self.block_diversity_loss and (self.training or not self.later)
+            return {"x": out} | ({"block_feas": features} if collected else {}) | {"zs": zs}
         return (out, zs) if self.kind == "repa" else out
 
 

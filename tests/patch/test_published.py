@@ -1,16 +1,20 @@
 """patch.apply on the published modules: the same losses, the same gradients, and nothing left behind."""
 
 import copy
+import io
 
 import pytest
 import torch
-from patch.published_models import KINDS, SwappedBlock, Transformer, inputs, leaves, loss_of
+from patch.published_models import KINDS, Transformer, inputs, leaves, loss_of
 from torch import nn
 
 from dit_fast import patch
 from dit_fast.errors import ConfigError, UserError
 
 LOSS_TOLERANCE = 1e-5  # relative, at each of 50 fp32 steps
+WEIGHT_TOLERANCE = (
+    1e-4  # of the norm of all parameters together, after them: Adam lifts rounding where gradients are ~0
+)
 
 
 def _pair(kind, **options):
@@ -34,6 +38,11 @@ def _train(model, steps=50, **autocast):
     return torch.tensor(losses)
 
 
+def _check_weights(ours, theirs, tolerance):
+    ours, theirs = (torch.cat([p.detach().double().flatten() for p in m.parameters()]) for m in (ours, theirs))
+    assert (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_fifty_steps_have_the_same_losses(kind):
     model, patched = _pair(kind, qk_norm=kind == "sit")
@@ -41,13 +50,26 @@ def test_fifty_steps_have_the_same_losses(kind):
     assert not handle.report.refused
     assert ("long_skip" in handle.report.replaced.values()) == (kind in ("input", "output"))
     assert list(patched.state_dict()) == list(model.state_dict())
-    torch.testing.assert_close(_train(patched), _train(model), rtol=LOSS_TOLERANCE, atol=0)
+    losses = _train(model)
+    assert losses[-1] < 0.8 * losses[0]
+    torch.testing.assert_close(_train(patched), losses, rtol=LOSS_TOLERANCE, atol=0)
+    _check_weights(patched, model, WEIGHT_TOLERANCE)
 
 
 def test_bf16_autocast_trains_alike():
     model, patched = _pair("output", qk_norm=True)
     patch.apply(patched)
-    torch.testing.assert_close(_train(patched, 5, bf16=True), _train(model, 5, bf16=True), rtol=1e-2, atol=0)
+    torch.testing.assert_close(_train(patched, bf16=True), _train(model, bf16=True), rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["repa", "output"])
+def test_weights_in_bf16(kind):
+    model, patched = (module.bfloat16().eval() for module in _pair(kind, qk_norm=True))
+    patch.apply(patched)
+    batch = inputs(dtype=torch.bfloat16)
+    for ours, theirs in zip(leaves(patched(*batch)), leaves(model(*batch)), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).float().norm() <= 2e-2 * theirs.float().norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,6 +111,28 @@ def test_a_deep_copy_runs_its_own_parameters():
     assert all("forward" not in vars(module) for module in twin.modules())
 
 
+def test_a_pickled_model_comes_back_unpatched_and_can_be_patched():
+    model, patched = _pair("input")
+    handle = patch.apply(patched)
+    buffer = io.BytesIO()
+    torch.save(patched, buffer)
+    back = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+    for ours, theirs in zip(leaves(back.eval()(*inputs())), leaves(model.eval()(*inputs())), strict=True):
+        assert torch.equal(ours, theirs)
+    assert patch.apply(back).report == handle.report
+
+
+def test_the_report_reads_well():
+    _, patched = _pair("input")
+    _dropout(patched)
+    assert str(patch.apply(patched)).splitlines() == [
+        "long_skip: the model",
+        "adaln: blocks.0, blocks.1, blocks.2, ... (5 in all)",
+        "gelu_mlp: blocks.0.mlp, blocks.2.mlp, blocks.3.mlp",
+        "unchanged: blocks.1.mlp (gelu_mlp: drop1 has p = 0.1, which the op does not apply)",
+    ]
+
+
 def test_compiles_as_one_graph():
     model, patched = _pair("input", depth=2)
     patch.apply(patched.eval())
@@ -116,15 +160,6 @@ def test_only_the_named_ops_are_used():
     assert set(patch.apply(patched, ops={"gelu_mlp"}).report.replaced.values()) == {"gelu_mlp"}
 
 
-def test_a_block_that_computes_something_else_is_left_alone():
-    torch.manual_seed(0)
-    model = Transformer("sit", block=SwappedBlock)
-    refused = patch.apply(model).report.refused
-    assert set(refused) == {f"blocks.{b}" for b in range(4)}
-    assert all("differ on a small input" in reason for reason in refused.values())
-    assert "forward" not in vars(model.blocks[0])
-
-
 def test_the_random_state_and_the_mode_are_kept():
     _, patched = _pair("output")
     torch.manual_seed(5)
@@ -134,14 +169,6 @@ def test_the_random_state_and_the_mode_are_kept():
     assert torch.equal(torch.get_rng_state(), state)
     assert patched.training
     assert torch.equal(patched.blocks[0].mlp.fc1.weight, weight)
-
-
-def test_a_given_wiring_must_be_the_right_one():
-    _, model = _pair("input")
-    reason = patch.apply(model, skip_wiring="output").report.refused[""]
-    assert "differ on a small input" in reason
-    _, model = _pair("output")
-    assert patch.apply(model, skip_wiring="output").report.replaced[""] == "long_skip"
 
 
 def _hook(model):

@@ -1,0 +1,136 @@
+"""What the proof of patch.apply must see: modules that look like the published ones and do something else."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from patch.published_models import Block, Mlp, SwappedBlock, Transformer, inputs, leaves
+from torch import nn
+
+from dit_fast import patch
+
+
+class DropPath(nn.Module):
+    def forward(self, x):
+        return x * (torch.rand(len(x), 1, 1) >= 1e-3) if self.training else x
+
+
+class StochasticDepthBlock(Block):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.drop_path = DropPath()
+
+    def forward(self, x, c):
+        return x + self.drop_path(super().forward(x, c) - x)
+
+
+class RecordingBlock(Block):
+    def forward(self, x, c):
+        self.feature = super().forward(x, c)
+        return self.feature
+
+
+class CountingBlock(Block):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x, c):
+        self.calls += 1
+        return super().forward(x, c)
+
+
+class TrainingBlock(Block):
+    def forward(self, x, c):
+        return super().forward(x, c) * (0.5 if self.training else 1)
+
+
+class OtherEpsBlock(Block):
+    def forward(self, x, c):
+        self.norm1, norm1 = nn.LayerNorm(x.shape[-1], elementwise_affine=False, eps=1e-5), self.norm1
+        out = super().forward(x, c)
+        self.norm1 = norm1
+        return out
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (SwappedBlock, "differ on a small input"),
+        (OtherEpsBlock, "differ on a small input"),
+        (TrainingBlock, "differ on a small input .* in train mode"),
+        (StochasticDepthBlock, "draw different random numbers, in train mode"),
+        (RecordingBlock, "only one of .* changes feature"),
+        (CountingBlock, "only one of .* changes calls"),
+    ],
+)
+def test_a_block_that_does_something_else_is_left_alone(block, reason):
+    torch.manual_seed(0)
+    model = Transformer("sit", depth=2, block=block)
+    report = patch.apply(model).report
+    assert set(report.refused) == {"blocks.0", "blocks.1"}
+    assert all(re.search(reason, why) for why in report.refused.values())
+    assert "forward" not in vars(model.blocks[0])
+
+
+def test_dropout_that_is_no_module_is_seen():
+    class FunctionalDropout(Mlp):
+        def forward(self, x):
+            return F.dropout(super().forward(x), 1e-3, self.training)
+
+    model = Transformer("sit", depth=2)
+    model.blocks[1].mlp = FunctionalDropout(32)
+    refused = patch.apply(model).report.refused
+    assert list(refused) == ["blocks.1.mlp"]
+    assert "draw different random numbers" in refused["blocks.1.mlp"]
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("kind", ["input", "output"])
+def test_wiring_and_collected_features_are_told_apart(kind, later):
+    torch.manual_seed(0)
+    model = Transformer(kind, later=later)
+    model.block_diversity_loss = False  # what it collects is proven for the flag's other value, too
+    handle = patch.apply(model)
+    assert handle.report.replaced[""] == "long_skip"
+    for flag in (False, True):
+        for training in (False, True):
+            model.train(training).block_diversity_loss = flag
+            torch.manual_seed(1)
+            ours = model(*inputs())
+            torch.manual_seed(1)
+            theirs = Transformer.forward(model, *inputs())
+            assert list(ours) == list(theirs)
+            for left, right in zip(leaves(ours), leaves(theirs), strict=True):
+                torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "wrong"), [("input", "output"), ("output", "input")])
+def test_a_given_wiring_must_be_the_right_one(kind, wrong):
+    reason = patch.apply(Transformer(kind), skip_wiring=wrong).report.refused[""]
+    assert f"'{wrong}' is not the wiring of its forward" in reason
+    assert patch.apply(Transformer(kind), skip_wiring=kind).report.replaced[""] == "long_skip"
+
+
+def test_a_norm_that_somebody_else_reads_is_left_alone():
+    class Reads(Transformer):
+        def fuse(self, k, x, skip):
+            normalised = self.skip_norms[k](torch.cat([x, skip], dim=-1))
+            return self.skip_linears[k](normalised, x) + 0.1 * normalised.chunk(2, -1)[0]
+
+    assert "neither wiring is that of its forward" in patch.apply(Reads("output")).report.refused[""]
+
+
+def test_without_its_skips_the_model_runs_its_own_forward():
+    class Switched(Transformer):
+        def fuse(self, k, x, skip):
+            return super().fuse(k, x, skip) if self.skip_layer_connection else x
+
+    torch.manual_seed(0)
+    model = Switched("output").eval()
+    model.skip_layer_connection = True
+    patch.apply(model)
+    model.skip_layer_connection = False
+    for ours, theirs in zip(leaves(model(*inputs())), leaves(Switched.forward(model, *inputs())), strict=True):
+        torch.testing.assert_close(ours, theirs)
