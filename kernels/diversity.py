@@ -33,7 +33,7 @@ Source: DiverseDiT (arXiv 2603.04239), Eq. 9-15; gradient derived here.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -312,7 +312,7 @@ def _cases(arch: int, blocks: int, width: int, kind: str) -> list[Case]:
     config = CONFIGS[arch][_padded_rows(blocks), kind]
     shared = {"BLOCKS": blocks, "WIDTH": width, "TYPE": kind, "ALIGNED": True}
     pair = _pair_options(blocks, kind, config)
-    plans = [
+    plans: list[tuple[Any, str, dict[str, Any], dict[str, Any]]] = [
         (block_sums, "", _block_options(width), {"wide_stores": True}),
         (pair_sums, "", pair, {"dots": True}),
         (projections, "", pair, {"dots": True}),
