@@ -80,7 +80,7 @@ def _disagreement_in_mode(
 ) -> str | None:
     results, states, changes = [], [], []
     for replaced in (False, True):
-        run = copy.deepcopy(twin).train(training)
+        run = copy.deepcopy(twin, {id(parameter): parameter for parameter in twin.parameters()}).train(training)
         vars(run).update(setting)
         positional, named = candidate.arguments(Source(device))
         if replaced:

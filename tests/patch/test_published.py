@@ -12,9 +12,7 @@ from dit_fast import patch
 from dit_fast.errors import ConfigError, UserError
 
 LOSS_TOLERANCE = 1e-5  # relative, at each of 50 fp32 steps
-WEIGHT_TOLERANCE = (
-    1e-4  # of the norm of all parameters together, after them: Adam lifts rounding where gradients are ~0
-)
+WEIGHT_TOLERANCE = 1e-4  # of the norm of all weights, after them; Adam lifts rounding where gradients are near 0
 
 
 def _pair(kind, **options):
