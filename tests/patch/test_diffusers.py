@@ -11,7 +11,7 @@ pytest.importorskip("diffusers")
 
 LOSS_TOLERANCE = 1e-5  # relative, at each of 50 fp32 steps
 WEIGHT_TOLERANCE = 1e-4  # of the norm of all weights, after them
-BF16_TOLERANCE = 2e-3  # of the norm of the curve of 50 losses, autocast; eager bf16 is 6e-4 to 8e-4 off eager fp32
+BF16_TOLERANCE = 5e-3  # of the norm of the curve of 50 losses, autocast; eager bf16 is 6e-4 to 8e-4 off eager fp32
 
 
 def _dit(**options):

@@ -13,6 +13,7 @@ from dit_fast.errors import ConfigError, UserError
 
 LOSS_TOLERANCE = 1e-5  # relative, at each of 50 fp32 steps
 WEIGHT_TOLERANCE = 1e-4  # of the norm of all weights, after them; Adam lifts rounding where gradients are near 0
+BF16_TOLERANCE = 5e-3  # of the norm of the curve of 50 losses, autocast; eager bf16 is 1.0e-3 to 1.3e-3 off eager fp32
 
 
 def _pair(kind, **options):
@@ -54,10 +55,12 @@ def test_fifty_steps_have_the_same_losses(kind):
     _check_weights(patched, model, WEIGHT_TOLERANCE)
 
 
-def test_bf16_autocast_trains_alike():
-    model, patched = _pair("output", qk_norm=True)
+@pytest.mark.parametrize("kind", ["repa", "input", "output"])
+def test_bf16_autocast_trains_alike(kind):
+    model, patched = _pair(kind, qk_norm=True)
     patch.apply(patched)
-    torch.testing.assert_close(_train(patched, bf16=True), _train(model, bf16=True), rtol=2e-2, atol=0)
+    ours, theirs = (_train(module, bf16=True) for module in (patched, model))
+    assert (ours - theirs).norm() <= BF16_TOLERANCE * theirs.norm()
 
 
 @pytest.mark.parametrize("kind", ["repa", "output"])
