@@ -128,7 +128,8 @@ def _forward(
     else:
         results = runner.forward(x, y, gate, shift, scale, eps, stats, out_dtype, want_stats)
     absent = (False, False, stats is not None, stats is not None)
-    return tuple(x.new_empty(0) if t is None or no else t for t, no in zip(results, absent, strict=True))  # type: ignore[return-value]
+    # Contiguous whatever the strides of x, as the fake promises the compiler.
+    return tuple(x.new_empty(0) if t is None or no else t.contiguous() for t, no in zip(results, absent, strict=True))  # type: ignore[return-value]
 
 
 def _fake_forward(
@@ -153,7 +154,7 @@ def _backward(
     if runner is None:
         results: Sequence[Tensor | None] = _torch_backward(*inputs)
         dtypes = (x_dtype, y_dtype, *vectors)
-        results = [None if t is None else t.to(dtype) for t, dtype in zip(results, dtypes, strict=True)]
+        results = [None if t is None else t.to(dtype).contiguous() for t, dtype in zip(results, dtypes, strict=True)]
     else:
         results = runner.backward(*inputs, x_dtype, y_dtype, vectors)
     like = next(tensor for tensor in (grad_x_new, grad_out) if tensor is not None)

@@ -209,6 +209,21 @@ def test_opcheck(op):
 
 
 @ops
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_results_of_strided_streams_are_contiguous_as_the_compiler_is_told(op, backend):
+    x, y = torch.randn(2, 2, 16, 5).transpose(2, 3).unbind(0)
+    gate, shift, scale = torch.randn(3, 2, 16).unbind(0)
+    given = {"x": x, "y": y, "gate": gate, "shift": shift, "scale": scale}
+    parts = [given[name] if name in SHAPES[op] else None for name in given]
+    results = adaln_op.forward_op(*parts, None, None, 1e-6, x.dtype, True, NAMES[op], backend)
+    assert all(result.is_contiguous() for result in results)
+    rest = (parts[0], *parts[1:3], parts[4], *results[2:]) if op is not residual else (None, *parts[1:3], *(None,) * 3)
+    grads = (None if op is modulate else x, None if op is residual else y)
+    found = adaln_op.backward_op(*grads, *rest, 1e-6, *[x.dtype] * 4, NAMES[op], backend)
+    assert all(grad.is_contiguous() for grad in found)
+
+
+@ops
 @pytest.mark.parametrize(
     ("compiler", "dynamic"),
     [("aot_eager", False), ("aot_eager", True), pytest.param("inductor", False, marks=pytest.mark.long)],
