@@ -14,7 +14,7 @@ FOLDERS = {
     "dit_fast.train": ROOT / "train",
     "dit_fast.benchmarks": ROOT / "benchmarks",
 }
-LOW = {"data", "config", "backend", "philox", "errors", "_C"}  # anyone may use them; they use only each other
+LOW = {"data", "config", "backend", "philox", "errors", "display", "_C"}  # used by anyone; they use only each other
 FLOORS = [
     {"kernels"},
     {"ops"},

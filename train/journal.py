@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dit_fast.config import TrainConfig, to_dict
+from dit_fast.display import percent, rate
 from dit_fast.train import disk
 from dit_fast.train.engine import StepResult
 from dit_fast.train.guard import Guard
@@ -72,15 +73,15 @@ class Journal:
         steps, batch = step - self._last, self.config.engine.global_batch
         if not steps:
             return
-        rate = self.clock.rate(steps * batch)
+        speed = self.clock.rate(steps * batch)
         row: dict[str, Any] = {"step": step, "samples": step * batch, "epoch": round(step * batch / self._epoch, 4)}
         values = None
         if self._applied:
             means = torch.stack(list(self._sums.values())) / self._applied
             values = Late(self.world.reduce(means, "mean"))
-        row |= {"lr": lr, "skipped": self._skipped, "samples_per_s": round(rate, 2)}
+        row |= {"lr": lr, "skipped": self._skipped, "samples_per_s": float(f"{speed:.5g}")}
         if self._ceiling:
-            row["mfu"] = round(self._flops * rate / self._ceiling, 5)
+            row["mfu"] = float(f"{self._flops * speed / self._ceiling:.4g}")
         row["seconds"] = round(time.time() - self.started, 2)
         self._pending.append((row, list(self._sums), values))
         self._sums, self._applied, self._skipped, self._last = {}, 0, 0, step
@@ -203,8 +204,8 @@ def _progress_bar(total: int, start: int) -> Any:
 
 def _summary(row: Mapping[str, Any]) -> str:
     parts = [f"{name} {row[key]:.4f}" for name, key in (("loss", "loss"), ("grad", "grad_norm")) if key in row]
-    parts.append(f"{row['samples_per_s']:.0f} samples/s")
-    parts += [f"mfu {row['mfu']:.1%}"] if "mfu" in row else []
+    parts.append(f"{rate(row['samples_per_s'])} samples/s")
+    parts += [f"mfu {percent(row['mfu'])}"] if "mfu" in row else []
     parts += [f"skipped {row['skipped']}"] if row["skipped"] else []
     return "  ".join(parts)
 

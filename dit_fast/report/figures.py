@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dit_fast.display import rate
 from dit_fast.report.metrics import Metrics, smooth
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def throughput_figure(runs: Mapping[str, Metrics]) -> "Figure":
         if len(values) == 0:
             continue
         middle = float(np.median(values))
-        axes.plot(steps, values, color=colour, linewidth=1.2, label=f"{label}: median {middle:,.0f}")
+        axes.plot(steps, values, color=colour, linewidth=1.2, label=f"{label}: median {rate(middle)}")
         axes.axhline(middle, color=colour, linewidth=0.9, linestyle=":")
     axes.set(xlabel="step", ylabel="samples per second")
     axes.set_ylim(bottom=0)

@@ -6,6 +6,7 @@ import numpy as np
 
 from dit_fast import __version__
 from dit_fast.data import DatasetInfo
+from dit_fast.display import percent, rate
 from dit_fast.report.html import Page, Picture, Section
 from dit_fast.report.machine import machine_facts
 from dit_fast.report.story import RunStory
@@ -43,7 +44,7 @@ def _facts(main: RunStory, info: DatasetInfo) -> list[tuple[str, str]]:
         ("latents", f"{info.channels} x {info.size} x {info.size}"),
         ("image passes", f"{main.steps * batch:,}"),
         ("loss at the end", f"{main.final('flow'):.3f}"),
-        ("samples per second", f"{main.median('samples_per_s'):,.0f}"),
+        ("samples per second", rate(main.median("samples_per_s"))),
     ]
 
 
@@ -153,8 +154,8 @@ def _throughput(stories: Sequence[RunStory], png: bytes) -> Section:
     rows += [["precision", engine["precision"]], ["ZeRO stage", str(engine["zero_stage"])]]
     for story in stories:
         mfu = story.median("mfu")
-        used = f", MFU {mfu:.1%}" if np.isfinite(mfu) else ""
-        rows.append([story.name, f"median {story.median('samples_per_s'):,.0f} samples/s{used}"])
+        used = f", MFU {percent(mfu)}" if np.isfinite(mfu) else ""
+        rows.append([story.name, f"median {rate(story.median('samples_per_s'))} samples/s{used}"])
     return Section(
         "Throughput",
         [
