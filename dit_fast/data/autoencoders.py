@@ -94,7 +94,12 @@ class DiffusersAutoencoder:
                 f"{path}: holds '{name}' with {len(weights)} safetensors files; need AutoencoderKL or AutoencoderTiny"
             )
         try:
-            self._model = kinds[name].from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            self._model = kinds[name].from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                low_cpu_mem_usage=False,  # left to its default, diffusers advises to install accelerate
+            )
         except (OSError, ValueError, RuntimeError) as error:
             raise DataError(f"{path}: cannot be loaded ({str(error).splitlines()[0]})") from None
         self._model.requires_grad_(False).eval()

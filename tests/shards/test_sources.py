@@ -141,7 +141,7 @@ def test_bad_pca_requests():
 
 
 @pytest.mark.parametrize("shift", [None, 0.25])
-def test_diffusers_kl_from_a_folder(tmp_path, shift):
+def test_diffusers_kl_from_a_folder(tmp_path, shift, capfd):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     model = diffusers.AutoencoderKL(
@@ -149,7 +149,9 @@ def test_diffusers_kl_from_a_folder(tmp_path, shift):
         block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, sample_size=16, shift_factor=shift,
     )  # fmt: skip
     model.save_pretrained(tmp_path)
+    capfd.readouterr()
     ours = load_autoencoder(f"diffusers:{tmp_path}")
+    assert capfd.readouterr() == ("", "")
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     mean, std = ours.encode(images)
     with torch.no_grad():
