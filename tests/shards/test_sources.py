@@ -156,8 +156,9 @@ def test_diffusers_kl_from_a_folder(tmp_path, shift, capfd):
     mean, std = ours.encode(images)
     with torch.no_grad():
         posterior = model.eval().encode(images).latent_dist
-    assert torch.equal(mean, posterior.mean)
-    assert torch.equal(std, posterior.std)
+    # bits may differ: a convolution may choose another algorithm for weights at another address
+    torch.testing.assert_close(mean, posterior.mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(std, posterior.std, rtol=1e-5, atol=1e-5)
     assert (std > 0).all()
     assert (ours.factor, ours.channels, ours.scale) == (2, 4, 0.18215)
     assert ours.shift == pytest.approx(-(shift or 0) * 0.18215)
