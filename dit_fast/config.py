@@ -1,114 +1,116 @@
-"""Configuration: frozen dataclasses, dotted overrides, and the difference between two configurations.
+"""The configuration of a training run: one `TrainConfig`, its groups, and what each key means and may be.
 
-A run is described by one `TrainConfig`. Recipes (`dit_fast.recipes`) are functions that return one; the command line
-changes single fields by dotted path (`optimizer.lr=2e-4`). Unknown keys raise with the nearest valid name; the resolved
-configuration is written into the run folder and compared when the run is resumed.
+Recipes (`dit_fast.recipes`) are functions that return one; the command line changes single fields by dotted path
+(`optimizer.lr=2e-4`). The resolved configuration is written into the run folder and compared when the run is resumed.
+`docs/configuration.md` is generated from this file: `python -m dit_fast.recipes > docs/configuration.md`.
 """
 
-import dataclasses
-import difflib
-import json
-import types
-import typing
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from dit_fast.errors import ConfigError
-
-T = TypeVar("T")
+from dit_fast.options import setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The transformer. Latent size and channels, class count: 0 means "as the data set says"."""
+    """The transformer."""
 
-    name: str = "SiT-XL/2"
-    input_size: int = 0  # latent height = width
-    in_channels: int = 0
-    num_classes: int = 0
-    skip_wiring: Literal["off", "input", "output"] = "input"
-    qk_norm: bool = False
-    label_dropout: float = 0.1
-    residual_dtype: Literal["fp32", "autocast"] = "fp32"
-    attention: Literal["auto", "sdpa", "flash", "math"] = "auto"
-    checkpoint_blocks: bool = False
+    name: str = setting("SiT-XL/2", "Size and patch size: SiT-Nano/2 or SiT-{S, B, L, XL}/{2, 4, 8}")
+    input_size: int = setting(0, "Latent height = width; 0 = as the data set says", "[0, 4096]")
+    in_channels: int = setting(0, "Latent channels; 0 = as the data set says", "[0, 4096]")
+    num_classes: int = setting(0, "Classes of the label table; 0 = as the data set says", "[0, 1e7]")
+    skip_wiring: Literal["off", "input", "output"] = setting("input", "Long skips: none, as in the paper, as published")
+    qk_norm: bool = setting(False, "Normalise queries and keys per head")
+    label_dropout: float = setting(0.1, "Share of labels replaced by the null label", "[0, 1)")
+    residual_dtype: Literal["fp32", "autocast"] = setting("fp32", "Type of the residual stream under bf16")
+    attention: Literal["auto", "sdpa", "flash", "math"] = setting("auto", "Implementation of attention", resumes=True)
+    checkpoint_blocks: bool = setting(False, "Recompute blocks in the backward pass to save memory", resumes=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Latent shards and how they are read."""
 
-    path: str = ""  # folder (or http(s) address) that holds dataset.json
-    reader: Literal["auto", "indexed", "stream"] = "auto"
-    shuffle_group: int = 64  # shards shuffled together; 0 = all of them (exact shuffle)
-    num_workers: int = 4
-    check_crc: bool = True
+    path: str = setting("", "Folder (or http(s) address) that holds dataset.json", resumes=True)
+    reader: Literal["auto", "indexed", "stream"] = setting(
+        "auto", "indexed: local files; stream: WebDataset; auto: by the path; the order is the same", resumes=True
+    )
+    shuffle_group: int = setting(64, "Shards shuffled together; 0 = all of them (exact shuffle)", "[0, 1e6]")
+    num_workers: int = setting(4, "Reading processes of each rank; 0 = none", "[0, 512]", resumes=True)
+    check_crc: bool = setting(True, "Check every sample against its checksum", resumes=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig:
-    """Path from data (t=0) to noise (t=1) and the distribution of t."""
+    """Path from data (t = 0) to noise (t = 1) and the distribution of t."""
 
-    path: Literal["linear", "cosine"] = "linear"
-    time: Literal["uniform", "lognormal", "logit_normal"] = "uniform"
-    time_mean: float = 0.0  # logit_normal only
-    time_std: float = 1.0
+    path: Literal["linear", "cosine"] = setting("linear", "Interpolation between latents and noise")
+    time: Literal["uniform", "lognormal", "logit_normal"] = setting("uniform", "Distribution of t")
+    time_mean: float = setting(0.0, "Mean before the sigmoid (logit_normal)", "[-100, 100]")
+    time_std: float = setting(1.0, "Standard deviation before the sigmoid (logit_normal)", "(0, 100]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """Optimizer by name; the exponential moving average of the weights is one of its states."""
 
-    name: Literal["adamw", "torch_adamw", "torch_fused_adamw", "deepspeed_fused_adam", "apex_fused_adam"] = "adamw"
-    lr: float = 1e-4
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    warmup_steps: int = 0  # linear from 0 to lr, then constant
-    grad_clip: float = 1.0  # global L2 norm; 0 = off
-    ema_decay: float = 0.9999
+    name: Literal["adamw", "torch_adamw", "torch_fused_adamw", "deepspeed_fused_adam", "apex_fused_adam"] = setting(
+        "adamw", "AdamW: ours (multi-tensor, with the average in the same pass) or another's", resumes=True
+    )
+    lr: float = setting(1e-4, "Learning rate after the warm-up", "[0, 1e30]")
+    beta1: float = setting(0.9, "Decay of the first moment", "[0, 1)")
+    beta2: float = setting(0.999, "Decay of the second moment", "[0, 1)")
+    eps: float = setting(1e-8, "Added to the root of the second moment; float32 divides by zero below", "[1e-30, 1]")
+    weight_decay: float = setting(0.0, "Decoupled weight decay", "[0, 1e4]")
+    warmup_steps: int = setting(0, "Steps of linear growth from 0 to lr; constant afterwards", "[0, 1e9]")
+    grad_clip: float = setting(1.0, "Largest global L2 norm of the gradient; 0 = off", "[0, 1e30]")
+    ema_decay: float = setting(0.9999, "Decay of the moving average of the weights", "[0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Who runs the step: batch sizes, precision, ZeRO stage."""
+    """How a step is run: batch sizes, precision, ZeRO stage."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["fp32", "bf16"] = "bf16"  # bf16 = autocast; weights and optimizer states stay fp32
-    global_batch: int = 256
-    micro_batch: int = 0  # samples per rank and backward pass; 0 = global_batch / ranks
-    overlap_comm: bool = True
-    reduce_bucket_size: int = 500_000_000
-    allgather_bucket_size: int = 500_000_000
-    communication_dtype: Literal["fp32", "bf16"] = "fp32"
-    compile: bool = False
+    zero_stage: Literal[0, 1, 2, 3] = setting(1, "What DeepSpeed shards over ranks", resumes=True)
+    precision: Literal["fp32", "bf16"] = setting(
+        "bf16", "bf16: autocast in the forward; weights and optimizer states stay float32"
+    )
+    global_batch: int = setting(256, "Samples per step, over all ranks", "[1, 1e7]")
+    micro_batch: int = setting(
+        0, "Samples per rank and backward pass; 0 = global_batch / ranks", "[0, 1e7]", resumes=True
+    )
+    overlap_comm: bool = setting(True, "Reduce gradients during the backward pass", resumes=True)
+    reduce_bucket_size: int = setting(500_000_000, "Elements reduced at once", "[1, 1e12]", resumes=True)
+    allgather_bucket_size: int = setting(500_000_000, "Elements gathered at once", "[1, 1e12]", resumes=True)
+    communication_dtype: Literal["fp32", "bf16"] = setting("fp32", "Type in which gradients are reduced")
+    compile: bool = setting(False, "torch.compile for every block", resumes=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig:
-    """Sample grids written while training (EMA weights, ODE)."""
+    """Sample grids drawn while training, from the averaged weights."""
 
-    every: int = 10_000  # steps; 0 = never
-    count: int = 16
-    num_steps: int = 50
-    sampler: Literal["euler", "heun", "sde"] = "euler"
-    cfg_scale: float = 4.0
+    every: int = setting(10_000, "Steps between grids; 0 = never", "[0, 1e9]", resumes=True)
+    count: int = setting(16, "Images in a grid", "[1, 10000]", resumes=True)
+    num_steps: int = setting(50, "Sampling steps", "[1, 10000]", resumes=True)
+    sampler: Literal["euler", "heun", "sde"] = setting("euler", "Sampler", resumes=True)
+    cfg_scale: float = setting(4.0, "Classifier-free guidance; 1 = off", "[0, 1000]", resumes=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """The run folder, its length and what is kept."""
 
-    dir: str = ""  # fixed by the configuration; starting the same command again resumes
-    steps: int = 400_000
-    seed: int = 0
-    log_every: int = 50
-    checkpoint_every: int = 10_000
-    keep_checkpoints: int = 3  # newest ones kept; 0 = all
-    keep_every: int = 0  # steps that are multiples of this are kept for ever; 0 = none
-    tensorboard: bool = True
+    dir: str = setting("", "Run folder; starting the same command again resumes it", resumes=True)
+    steps: int = setting(400_000, "Optimizer steps of the whole run", "[1, 1e9]", resumes=True)
+    seed: int = setting(0, "Key of every random number", "[0, 2^64)")
+    log_every: int = setting(50, "Steps between rows of metrics.jsonl", "[1, 1e9]", resumes=True)
+    checkpoint_every: int = setting(10_000, "Steps between checkpoints; 0 = only at the end", "[0, 1e9]", resumes=True)
+    keep_checkpoints: int = setting(3, "Newest checkpoints kept; 0 = all", "[0, 1e9]", resumes=True)
+    keep_every: int = setting(
+        0, "Checkpoints of multiples of this are kept for ever; 0 = none", "[0, 1e9]", resumes=True
+    )
+    tensorboard: bool = setting(True, "Also write TensorBoard files, if it is installed", resumes=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,163 +125,3 @@ class TrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     run: RunConfig = field(default_factory=RunConfig)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Plain dictionary of a configuration; methods become `{name: {...}}` in order."""
-    result: dict[str, Any] = {}
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            result[item.name] = to_dict(value)
-        elif item.name == "methods":
-            result[item.name] = {method.name: to_dict(method) for method in value}
-        else:
-            result[item.name] = list(value) if isinstance(value, tuple) else value
-    return result
-
-
-def from_dict(cls: type[T], values: Mapping[str, Any], methods: Mapping[str, type] | None = None, where: str = "") -> T:
-    """Inverse of `to_dict`. `methods` maps method names to their Config classes.
-
-    Raises ConfigError for unknown keys (with the nearest valid one) and for values of the wrong type.
-    """
-    hints, known = typing.get_type_hints(cls), [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    arguments: dict[str, Any] = {}
-    for key, value in values.items():
-        path = f"{where}{key}"
-        if key not in known:
-            raise ConfigError(f"unknown configuration key '{path}'{_nearest(key, known)}")
-        if key == "methods":
-            arguments[key] = tuple(
-                from_dict(_method_class(name, methods), entry, None, f"{path}.{name}.") for name, entry in value.items()
-            )
-        elif dataclasses.is_dataclass(hints[key]):
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"'{path}' is a group of keys, not a value; set one of its fields")
-            arguments[key] = from_dict(typing.cast(type, hints[key]), value, methods, f"{path}.")
-        else:
-            arguments[key] = _coerce(value, hints[key], path)
-    return cls(**arguments)
-
-
-def apply_overrides(config: T, assignments: Sequence[str], methods: Mapping[str, type] | None = None) -> T:
-    """A copy of `config` with `key=value` assignments applied, in order.
-
-    Keys are dotted paths (`model.skip_wiring=output`). `methods=a,b` replaces the list of methods (those already there
-    keep their settings); `methods.a.field=x` sets a field of one of them. Values are written as on a command line.
-
-    Raises ConfigError naming the key, the nearest valid key, or the value and the type that was expected.
-    """
-    for assignment in assignments:
-        key, separator, text = assignment.partition("=")
-        if not separator:
-            raise ConfigError(f"'{assignment}' is not of the form key=value")
-        config = _set(config, key.strip().split("."), text.strip(), methods, key.strip())
-    return config
-
-
-def _set(config: Any, parts: Sequence[str], text: str, methods: Mapping[str, type] | None, path: str) -> Any:
-    name, rest = parts[0], parts[1:]
-    known = [item.name for item in dataclasses.fields(config)]
-    if name not in known:
-        raise ConfigError(f"unknown configuration key '{path}'{_nearest(name, known, path)}")
-    value = getattr(config, name)
-    if name == "methods":
-        return dataclasses.replace(config, methods=_set_methods(value, rest, text, methods, path))
-    if dataclasses.is_dataclass(value):
-        if not rest:
-            fields = ", ".join(item.name for item in dataclasses.fields(value))
-            raise ConfigError(f"'{path}' is a group of keys; set one of its fields: {fields}")
-        return dataclasses.replace(config, **{name: _set(value, rest, text, methods, path)})
-    if rest:
-        raise ConfigError(f"'{path}' goes below '{name}', which is a single value")
-    return dataclasses.replace(config, **{name: _coerce(text, typing.get_type_hints(type(config))[name], path)})
-
-
-def _set_methods(
-    current: tuple[Any, ...], rest: Sequence[str], text: str, methods: Mapping[str, type] | None, path: str
-) -> tuple[Any, ...]:
-    by_name = {method.name: method for method in current}
-    if not rest:
-        names = [name.strip() for name in text.split(",") if name.strip() not in ("", "none")]
-        return tuple(by_name[name] if name in by_name else _method_class(name, methods)() for name in names)
-    if rest[0] not in by_name:
-        listed = ", ".join(by_name) or "none"
-        raise ConfigError(f"'{path}': method '{rest[0]}' is not in this run (methods: {listed}); add methods={rest[0]}")
-    if len(rest) == 1:
-        raise ConfigError(f"'{path}' is a group of keys; set one of its fields")
-    changed = _set(by_name[rest[0]], rest[1:], text, None, path)
-    return tuple(changed if method.name == rest[0] else method for method in current)
-
-
-def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lines `key: old -> new` for every leaf that differs between two `to_dict` results."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
-    keys = list(dict.fromkeys([*before, *after]))
-    missing = "(absent)"
-    return [
-        f"{key}: {before.get(key, missing)} -> {after.get(key, missing)}"
-        for key in keys
-        if before.get(key, missing) != after.get(key, missing)
-    ]
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", json.dumps(value)
-
-
-def _method_class(name: str, methods: Mapping[str, type] | None) -> type:
-    if methods is None or name not in methods:
-        known = list(methods or ())
-        raise ConfigError(f"unknown method '{name}'{_nearest(name, known)}")
-    return methods[name]
-
-
-def _nearest(name: str, known: Sequence[str], path: str = "") -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if close:
-        prefix = path.rpartition(name)[0] if path else ""
-        return f"; did you mean '{prefix}{close[0]}'?"
-    return f"; valid here: {', '.join(known)}"
-
-
-def _coerce(value: Any, hint: Any, path: str) -> Any:
-    """A value of the annotated type from text (command line) or from JSON."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        for choice in arguments:
-            if value == choice or str(value) == str(choice):
-                return choice
-        raise ConfigError(f"'{path}' must be one of {', '.join(map(str, arguments))}, not '{value}'")
-    if origin in (typing.Union, types.UnionType):
-        if value is None or str(value).lower() == "none":
-            return None
-        return _coerce(value, next(kind for kind in arguments if kind is not type(None)), path)
-    if origin is tuple:
-        items = value.split(",") if isinstance(value, str) else list(value)
-        return tuple(_coerce(item, arguments[0], path) for item in items)
-    try:
-        return _scalar(value, hint)
-    except ValueError:
-        raise ConfigError(f"'{path}' must be of type {hint.__name__}, not '{value}'") from None
-
-
-def _scalar(value: Any, kind: type) -> Any:
-    if kind is bool:
-        text = str(value).lower()
-        if text not in ("true", "false", "1", "0", "yes", "no"):
-            raise ValueError
-        return text in ("true", "1", "yes")
-    if kind is int:
-        number = float(value) if isinstance(value, str) and not value.lstrip("+-").isdigit() else value
-        if isinstance(number, bool) or int(number) != float(number):
-            raise ValueError
-        return int(number)
-    if kind is float:
-        return float(value)
-    return str(value)

@@ -6,9 +6,11 @@ constant, batch 256, clip 1.0, EMA 0.9999, label dropout 0.1, 400K steps, linear
 fp16. REPA is aligned at block 5 (B) or 8 (L, XL), coefficient 0.5.
 """
 
+import dataclasses
 import difflib
 import json
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,10 @@ from dit_fast.config import (
     PreviewConfig,
     RunConfig,
     TrainConfig,
-    apply_overrides,
-    from_dict,
 )
 from dit_fast.errors import ConfigError
 from dit_fast.methods import METHODS
+from dit_fast.options import Key, apply_overrides, from_dict, keys
 
 METHOD_CONFIGS: dict[str, type] = {name: method.Config for name, method in METHODS.items()}
 ENCODER_DEPTH = {"b2": 5, "l2": 8, "xl2": 8}  # aligned block, counted from 1
@@ -97,7 +98,61 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> TrainConfig:
 
 def _from_file(path: Path) -> TrainConfig:
     try:
-        values = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path}: cannot read this configuration: {error}") from None
-    return from_dict(TrainConfig, values, METHOD_CONFIGS)
+        text = path.read_text(encoding="utf-8-sig")
+        values = json.loads(text, parse_float=Decimal, parse_constant=_no_constant, object_pairs_hook=_no_repetition)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read this configuration: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a JSON configuration: {error}") from None
+    try:
+        return from_dict(TrainConfig, values, METHOD_CONFIGS)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _no_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice!r} stands twice in one group")
+    return dict(pairs)
+
+
+HEAD = """# Configuration
+
+Every key of a run, generated from the code by `python -m dit_fast.recipes`. Keys are set as `key=value` on the command
+line (`optimizer.lr=2e-4`) or in a `.json` configuration, where each dot is a level. Defaults are those of the classes;
+a recipe may differ (`dit-fast train RECIPE --print-config` shows its values). A square bracket includes the bound, a
+round one does not. Keys marked *yes* may change when a run is resumed.
+"""
+
+
+def reference() -> str:
+    """docs/configuration.md: every key of a run and of each method, from the declarations."""
+    everything = list(keys(TrainConfig))
+    sections = [
+        _table(group.name, group.type.__doc__, [key for key in everything if key.path.startswith(f"{group.name}.")])
+        for group in dataclasses.fields(TrainConfig)
+        if group.name != "methods"
+    ]
+    sections.append("## methods\n\n`methods=a,b` sets the list, `methods=none` empties it; order is kept.\n")
+    for name, config in METHOD_CONFIGS.items():
+        sections.append(_table(f"methods.{name}", config.__doc__, list(keys(config, f"methods.{name}."))))
+    return "\n".join([HEAD, *sections])
+
+
+def _table(title: str, text: str | None, rows: Sequence[Key]) -> str:
+    lines = [f"## {title}\n", f"{text}\n", "| Key | Values | Default | Resumed | Meaning |", "|---|---|---|---|---|"]
+    for key in rows:
+        default = str(key.default).lower() if isinstance(key.default, bool | None) else str(key.default) or "(empty)"
+        resumed = "yes" if key.resumes else ""
+        lines.append(f"| `{key.path}` | {f'{key.type} {key.within}'.strip()} | {default} | {resumed} | {key.text} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

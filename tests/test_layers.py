@@ -14,7 +14,7 @@ FOLDERS = {
     "dit_fast.train": ROOT / "train",
     "dit_fast.benchmarks": ROOT / "benchmarks",
 }
-LOW = {"data", "config", "backend", "philox", "errors", "display", "_C"}  # used by anyone; they use only each other
+LOW = {"data", "config", "options", "backend", "philox", "errors", "display", "_C"}  # for all; they use each other only
 FLOORS = [
     {"kernels"},
     {"ops"},

@@ -7,8 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dit_fast.config import to_dict
 from dit_fast.errors import UserError
+from dit_fast.options import to_dict
 from dit_fast.recipes import RECIPES, load
 
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from dit_fast import __version__
 from dit_fast.checkpoint.run import model_from_config
 from dit_fast.checkpoint.step import Checkpoint
-from dit_fast.config import TrainConfig, to_dict
+from dit_fast.config import TrainConfig
 from dit_fast.data import LatentDataset, Plan, build_loader, open_dataset
 from dit_fast.errors import CheckpointError, UserError
 from dit_fast.methods import build_methods
 from dit_fast.models import SiT
+from dit_fast.options import to_dict
 from dit_fast.train.checkpoints import Checkpoints
 from dit_fast.train.engine import Engine, SingleEngine, own_parameters
 from dit_fast.train.guard import Guard
@@ -44,7 +45,7 @@ def train(config: TrainConfig, world: World) -> int:
 
     Raises UserError (all ranks alike, or RankError on one) for what a user can fix; what was saved before stays.
     """
-    check_fields(config)
+    config = check_fields(config)
     micro = micro_batch(config.engine, world.size)
     dataset = open_dataset(config.data.path)
     config = fit_to_dataset(config, dataset.info)

@@ -5,54 +5,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from dit_fast.checkpoint.step import Checkpoint
-from dit_fast.config import EngineConfig, ModelConfig, TrainConfig, diff, to_dict
+from dit_fast.config import EngineConfig, ModelConfig, TrainConfig
 from dit_fast.data import DatasetInfo
 from dit_fast.errors import CheckpointError, ConfigError
-
-# What may change when a run is resumed: where and how it runs, never what it computes. Micro-batch and ranks are among
-# them because elastic restarts need it, although statistics over a rank's micro-batch change with them.
-CHANGEABLE = (
-    "run.dir",
-    "run.steps",
-    "run.log_every",
-    "run.checkpoint_every",
-    "run.keep_checkpoints",
-    "run.keep_every",
-    "run.tensorboard",
-    "preview.",
-    "data.path",
-    "data.reader",
-    "data.num_workers",
-    "data.check_crc",
-    "engine.zero_stage",
-    "engine.micro_batch",
-    "engine.overlap_comm",
-    "engine.reduce_bucket_size",
-    "engine.allgather_bucket_size",
-    "engine.compile",
-    "model.attention",
-    "model.checkpoint_blocks",
-    "optimizer.name",
-)
+from dit_fast.options import checked, diff, keys, to_dict
 
 
-def check_fields(config: TrainConfig) -> None:
-    """Raises ConfigError for values that cannot run whatever the data, naming the key and the fix."""
+def check_fields(config: TrainConfig) -> TrainConfig:
+    """The configuration, checked. Raises ConfigError for what cannot run with any data, naming the key and the fix."""
+    config = checked(config)
     if not config.run.dir:
         raise ConfigError("run.dir is not set; give the folder of this run, e.g. run.dir=runs/first")
     if not config.data.path:
         raise ConfigError("data.path is not set; give the folder that holds dataset.json (`dit-fast shards build`)")
-    least = {"run.steps": 1, "run.log_every": 1, "run.checkpoint_every": 0, "run.keep_checkpoints": 0}
-    least |= {"run.keep_every": 0, "run.seed": 0, "preview.every": 0, "preview.count": 1, "preview.num_steps": 1}
-    least |= {"engine.global_batch": 1, "engine.micro_batch": 0, "optimizer.warmup_steps": 0, "data.num_workers": 0}
-    least |= {"data.shuffle_group": 0, "optimizer.grad_clip": 0, "optimizer.lr": 0, "optimizer.weight_decay": 0}
-    for key, bound in least.items():
-        group, name = key.split(".")
-        value = getattr(getattr(config, group), name)
-        if not value >= bound:
-            raise ConfigError(f"{key}={value} must be at least {bound}")
-    if not 0 <= config.optimizer.ema_decay < 1:
-        raise ConfigError(f"optimizer.ema_decay={config.optimizer.ema_decay} must lie in [0, 1)")
+    return config
 
 
 def micro_batch(engine: EngineConfig, world_size: int) -> int:
@@ -113,5 +79,10 @@ def check_resume(checkpoint: Checkpoint, config: TrainConfig, info: DatasetInfo)
 
 
 def forbidden_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The differences ("key: old -> new") between two configurations that a resumed run may not have."""
-    return [line for line in diff(old, new) if not line.startswith(CHANGEABLE)]
+    """The differences ("key: old -> new") between two configurations that a resumed run may not have.
+
+    Where and how a run is done may change, what it computes may not. Micro-batch and ranks may, because elastic
+    restarts need it, although statistics over a rank's micro-batch change with them.
+    """
+    free = {key.path for key in keys(TrainConfig) if key.resumes}
+    return [line for line in diff(old, new) if line.partition(": ")[0] not in free]

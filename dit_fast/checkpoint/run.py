@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dit_fast.checkpoint.step import FOLDER, MANIFEST, Checkpoint, newest_checkpoint, open_checkpoint
-from dit_fast.config import ModelConfig, TrainConfig, from_dict
+from dit_fast.config import ModelConfig, TrainConfig
 from dit_fast.errors import CheckpointError
 from dit_fast.models import SiT, build_model
+from dit_fast.options import from_dict
 from dit_fast.recipes import METHOD_CONFIGS
 
 

@@ -23,11 +23,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from dit_fast.config import diff
 from dit_fast.data.dataset import FILE_NAME, LatentDataset, ShardInfo, description_bytes, make_description, open_dataset
 from dit_fast.data.index import index_path
 from dit_fast.data.shards import MOMENTS_MEMBER, ShardWriter, key_of, npy_bytes, write_atomic
 from dit_fast.errors import DataError
+from dit_fast.options import diff
 
 STATE_FOLDER = ".build"
 Sample = tuple[dict[str, bytes], int, np.ndarray]  # members but the label's and moments'; label; moments [2, C, h, w]

@@ -15,6 +15,7 @@ from dit_fast import philox
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.methods.base import Method, ModelFacts, StepContext, Term
 from dit_fast.ops import DiversityTaps, diversity_loss
+from dit_fast.options import setting
 
 POLICIES = ("release", "anchor", "random_layers", "all")
 WEIGHTS = ("paper", "continuous", "constant")
@@ -97,23 +98,29 @@ class DiverseDiT(Method):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """encoder_depth: block aligned by REPA, counted from 1; it only steers the pairs. k: anchor, random_layers."""
+        """Pairs, terms and weight of the diversity loss."""
 
         name: ClassVar[str] = "diversedit"
-        pairs: Literal["release", "anchor", "random_layers", "all"] = "release"
-        k: int = 10
-        encoder_depth: int | None = None
-        variant: Literal["release", "paper"] = "release"
-        weight: Literal["paper", "continuous", "constant"] = "paper"
-        weight_constant: float = 1e-3  # weight="constant"; the value of the authors' later branch
-        detach_weight: bool = True
-        low: float = 0.1
-        high: float = 0.5
-        scope: Literal["rank", "global"] = "rank"
+        pairs: Literal["release", "anchor", "random_layers", "all"] = setting("release", "Which pairs of blocks")
+        k: int = setting(
+            10, "Blocks beside the anchor (anchor), blocks drawn anew each step (random_layers)", "[1, 1000]"
+        )
+        encoder_depth: int | None = setting(
+            None, "Block aligned by REPA, from 1; it only steers the pairs", "[1, 1000]"
+        )
+        variant: Literal["release", "paper"] = setting("release", "Terms as in the published code or as in the paper")
+        weight: Literal["paper", "continuous", "constant"] = setting("paper", "How the weight follows the loss")
+        weight_constant: float = setting(1e-3, "weight=constant; the value of the authors' later branch", "[0, 1e6]")
+        detach_weight: bool = setting(True, "No gradient through the weight")
+        low: float = setting(0.1, "Loss below which the weight is 0", "[0, 1e6]")
+        high: float = setting(0.5, "Loss above which the weight is 1", "(0, 1e6]")
+        scope: Literal["rank", "global"] = setting("rank", "Statistics of a rank's micro-batch or of all ranks'")
 
         def __post_init__(self) -> None:
             if self.weight not in WEIGHTS:
                 raise ConfigError(f"unknown weight '{self.weight}' of diversedit; valid: {', '.join(WEIGHTS)}")
+            if self.weight != "constant" and not self.low < self.high:
+                raise ConfigError(f"diversedit needs low < high, not low={self.low}, high={self.high}")
 
     def taps(self, facts: ModelFacts) -> frozenset[int]:
         """All blocks, or only those in the pairs where nothing else is read (variant "paper", pairs that stay)."""

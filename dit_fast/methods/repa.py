@@ -12,6 +12,7 @@ from dit_fast.errors import ConfigError
 from dit_fast.methods.base import Method, ModelFacts, StepContext, Term
 from dit_fast.nn.projector import projector
 from dit_fast.ops import repa_cosine
+from dit_fast.options import setting
 
 
 def repa_loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -34,12 +35,12 @@ class REPA(Method):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """encoder_depth: aligned block, counted from 1 (published: 8 for L and XL, 4 or 5 for B)."""
+        """Which block is aligned, by what head, and how much it counts."""
 
         name: ClassVar[str] = "repa"
-        encoder_depth: int = 8
-        projector_width: int = 2048
-        weight: float = 0.5
+        encoder_depth: int = setting(8, "Aligned block, from 1 (published: 8 for L and XL, 4 or 5 for B)", "[1, 1000]")
+        projector_width: int = setting(2048, "Hidden width of the projector", "[1, 65536]")
+        weight: float = setting(0.5, "Weight of the term", "[0, 1e6]")
 
     def batch_fields(self) -> tuple[str, ...]:
         return ("features",)

@@ -1,12 +1,19 @@
 """Dotted overrides, round trips through JSON, and errors that name the key and the nearest valid one."""
 
 import json
+import random
 from dataclasses import dataclass
+from pathlib import Path
 
+import fuzz
 import pytest
 
-from dit_fast.config import TrainConfig, apply_overrides, diff, from_dict, to_dict
+from dit_fast.config import DataConfig, OptimizerConfig, TrainConfig
 from dit_fast.errors import ConfigError
+from dit_fast.methods.diversedit import DiverseDiT
+from dit_fast.options import apply_overrides, checked, diff, from_dict, keys, to_dict
+from dit_fast.recipes import METHOD_CONFIGS, load, reference
+from dit_fast.train.prepare import forbidden_changes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +46,7 @@ def test_overrides_reach_every_kind_of_field():
     assert config.methods == (Toy(layers=(3, 4, 5), depth=7),)
     kept = apply_overrides(config, ["methods=toy", "methods.toy.depth=none"], METHODS)
     assert kept.methods == (Toy(layers=(3, 4, 5), depth=None),)
+    assert apply_overrides(config, ["run.seed=18446744073709551615"], METHODS).run.seed == 2**64 - 1  # exact
     assert apply_overrides(config, ["methods=none"], METHODS).methods == ()
 
 
@@ -59,8 +67,25 @@ def test_round_trip_through_json():
         ("model=3", "group of keys"),
         ("run.steps.x=3", "single value"),
         ("methods=tov", "did you mean 'toy'"),
-        ("methods.toy.weight=1", "not in this run"),
+        ("methods.toy.weight=1", "in this run"),
         ("run.steps", "key=value"),
+        ("=1", "key=value"),
+        ("a.b.c=1", "unknown configuration key 'a.b.c'"),
+        ("methods=toy,toy", "'toy' is listed twice"),
+        ("methods=", "unknown method ''.*methods=none"),
+        ("optimizer.beta1=1.5", r"optimizer.beta1=1.5 must lie in \[0, 1\)"),
+        ("optimizer.eps=0", r"optimizer.eps=0.0 must lie in \[1e-30, 1\]"),
+        ("optimizer.lr=inf", "'optimizer.lr' must be of type float, not 'inf'"),
+        ("optimizer.lr=1e999", "finite"),
+        ("optimizer.lr=1e-999", "type float"),  # would be 0
+        ("data.num_workers=100000", r"must lie in \[0, 512\]"),
+        ("run.seed=18446744073709551616", r"must lie in \[0, 2\^64\)"),
+        ("run.seed=1e19999", "type int"),
+        ("run.steps=0x10", "type int"),
+        ("run.steps=1_000", "type int"),
+        ("run.steps=none", "type int"),
+        ("run.dir=a\0b", r"type str, not 'a\\x00b'"),
+        ("model.attention=\x1b[31m\n", r"not '\\x1b\[31m'"),
     ],
 )
 def test_wrong_overrides_name_the_key_and_the_fix(assignment, message):
@@ -83,3 +108,92 @@ def test_diff_lists_changed_leaves_only():
     assert "run.seed: 0 -> 3" in lines
     assert any(line.startswith("methods.toy.weight: (absent) -> 0.5") for line in lines)
     assert len(lines) == 1 + 3 + 1  # the seed, three fields of the method, and the empty group that went away
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"optimizer": {"lr": null}}', "'optimizer.lr' must be of type float, not 'None'"),
+        ('{"optimizer": {"lr": [1]}}', "type float"),
+        ('{"run": {"steps": true}}', "type int, not 'True'"),
+        ('{"run": {"steps": 1.5}}', "type int"),
+        ('{"run": {"dir": ["a"]}}', "type str"),
+        ('{"engine": {"zero_stage": true}}', "one of 0, 1, 2, 3"),
+        ('{"optimizer": {"lr": NaN}}', "NaN is not a JSON number"),
+        ('{"optimizer": {"lr": 1e999}}', "finite"),
+        ('{"run": {"steps": %s}}' % ("9" * 5000), "JSON"),
+        ('{"run": {"seed": 1, "seed": 2}}', "'seed' stands twice"),
+        ('{"optimizer": 3}', "'optimizer' must be a group"),
+        ('{"methods": ["repa"]}', "'methods' must be a group"),
+        ('{"methods": {"repa": null}}', "'methods.repa' must be a group"),
+        ('{"methods": {"repa": {"weight": -1}}}', r"methods.repa.weight=-1.0 must lie in \[0, 1e6\]"),
+        ("[1]", "must be a group of keys"),
+        ("", "not a JSON configuration"),
+        ("[" * 100_000, "not a JSON configuration"),
+        ("\xe9", "not a JSON configuration"),
+    ],
+)
+def test_wrong_values_in_a_file_are_one_line(tmp_path, text, message):
+    path = tmp_path / "given.json"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(str(path))
+    assert str(caught.value).startswith(str(path))
+    assert str(caught.value).isprintable()
+
+
+def test_files_that_cannot_be_read_are_one_line(tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    for name in ("folder.json", "absent.json"):
+        with pytest.raises(ConfigError, match=rf"{name}: cannot read this configuration"):
+            load(str(tmp_path / name))
+    (tmp_path / "marked.json").write_bytes(b'\xef\xbb\xbf{"run": {"seed": 7}}')  # as some editors write UTF-8
+    assert load(str(tmp_path / "marked.json")).run.seed == 7
+
+
+def test_what_is_made_in_python_passes_the_same_checks():
+    assert checked(TrainConfig(optimizer=OptimizerConfig(lr=1))).optimizer.lr == 1.0
+    wrong = [
+        TrainConfig(optimizer=OptimizerConfig(lr=float("nan"))),
+        TrainConfig(optimizer=OptimizerConfig(beta2=None)),
+        TrainConfig(data=DataConfig(num_workers=True)),
+        TrainConfig(data=None),
+        TrainConfig(methods=None),
+        TrainConfig(methods=(DiverseDiT.Config(k=0),)),
+    ]
+    for config in wrong:
+        with pytest.raises(ConfigError):
+            checked(config)
+
+
+def test_keys_that_belong_together_are_checked_together():
+    """low=0.6 alone is above the default high: the order of the assignments does not matter, their sum does."""
+    low, high = "methods.diversedit.low=0.6", "methods.diversedit.high=0.9"
+    first, second = (load("quickstart", order) for order in ([low, high], [high, low]))
+    assert first == second
+    with pytest.raises(ConfigError, match=r"low=0.6, high=0.5"):
+        load("quickstart", [low])
+
+
+ALL_KEYS = [*keys(TrainConfig), *(key for name, cls in METHOD_CONFIGS.items() for key in keys(cls, f"{name}."))]
+
+
+def test_every_key_has_a_meaning_and_every_number_a_range():
+    assert not [key.path for key in ALL_KEYS if not key.text]
+    assert not [key.path for key in ALL_KEYS if key.type.split()[0] in ("int", "float") and not key.within]
+
+
+def test_the_page_of_keys_is_current():
+    page = Path(__file__).parents[2] / "docs/configuration.md"
+    assert page.read_text() == reference(), "run: python -m dit_fast.recipes > docs/configuration.md"
+
+
+def test_what_may_change_on_resume_is_said_beside_the_key():
+    old = to_dict(TrainConfig())
+    new = to_dict(apply_overrides(TrainConfig(), ["run.steps=7", "preview.count=3", "run.seed=3", "optimizer.lr=1"]))
+    assert forbidden_changes(old, new) == ["optimizer.lr: 0.0001 -> 1.0", "run.seed: 0 -> 3"]
+
+
+def test_random_configurations_are_valid_or_refused_in_one_line(tmp_path):
+    outcomes = {fuzz.attempt(random.Random(seed), tmp_path) is None for seed in range(150)}
+    assert outcomes == {True, False}

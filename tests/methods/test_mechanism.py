@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from dit_fast.config import TrainConfig, apply_overrides, from_dict, to_dict
+from dit_fast.config import TrainConfig
 from dit_fast.diffusion import Path, velocity_error
 from dit_fast.errors import ConfigError
 from dit_fast.methods import METHODS, Method, ModelFacts, StepContext, StepInputs, Term, build_methods
 from dit_fast.methods.diversedit import DiverseDiT
 from dit_fast.methods.repa import REPA
 from dit_fast.models import SiT
+from dit_fast.options import apply_overrides, from_dict, to_dict
 
 
 class Brightness(Method):
