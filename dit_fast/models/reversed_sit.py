@@ -14,7 +14,10 @@ class ReversedSiT(SiT):
 
     Inside: the network sees 1 - t, its velocity changes sign, and only the first `in_channels` of its `head_channels`
     output channels are used (the published head has twice as many; the others never train and stay bit for bit).
+    `sample` guides three channels of it by default, as the released sampler does.
     """
+
+    cfg_channels = "first_three"
 
     def __init__(self, *, head_channels: int, **arguments: Any):
         super().__init__(**arguments)

@@ -37,11 +37,16 @@ class SiT(nn.Module):
     the output of block L-1-b. The parameters are the same for both: a checkpoint cannot tell them apart.
     residual_dtype: under autocast, "fp32" returns the fused stream to fp32; "autocast" leaves it in half precision from
     the first fusion on, as the released code does.
-    label_dropout: share of labels that become the null label in train mode. checkpoint_blocks: recompute each block in
-    the backward pass instead of keeping its activations. attention: see `dit_fast.nn.attention.Attention`.
+    label_dropout: share of labels that become the null label in train mode; with 0 the null label is never trained, so
+    `null_label` is -1 and samplers refuse guidance. null_row: whether the label table has a row for it; published
+    models that were trained without label dropout have none.
+    checkpoint_blocks: recompute each block in the backward pass instead of keeping its activations. attention: see
+    `dit_fast.nn.attention.Attention`.
     Parameter names and their order are those of the published code.
     Raises ConfigError for an unknown argument (with the nearest valid name) or a combination that cannot run.
     """
+
+    cfg_channels: Literal["all", "first_three"] = "all"  # those that the released sampler of these weights guides
 
     def __init__(
         self,
@@ -54,6 +59,7 @@ class SiT(nn.Module):
         num_heads: int = 16,
         num_classes: int = 1000,
         label_dropout: float = 0.1,
+        null_row: bool = True,
         skip_wiring: SkipWiring = "off",
         qk_norm: bool = False,
         attention: AttentionKind = "auto",
@@ -81,6 +87,8 @@ class SiT(nn.Module):
             raise ConfigError(f"input_size {input_size} must be a multiple of patch_size {patch_size}")
         if not 0 <= label_dropout < 1:
             raise ConfigError(f"label_dropout must lie in [0, 1), not {label_dropout}")
+        if label_dropout and not null_row:
+            raise ConfigError(f"label_dropout={label_dropout} needs the null label's row; set null_row=True")
         if skip_wiring != "off" and depth % 2:
             raise ConfigError(
                 f"depth {depth} is odd: long skips pair blocks of two halves; use an even depth or skip_wiring=off"
@@ -92,7 +100,7 @@ class SiT(nn.Module):
         self.residual_dtype, self.checkpoint_blocks = residual_dtype, checkpoint_blocks
         grid = input_size // patch_size
         self.num_tokens = grid**2
-        self.null_label = num_classes
+        self.null_label = num_classes if label_dropout else -1
 
         self.pos_embed = nn.Parameter(sincos_position_embedding(hidden_size, grid), requires_grad=False)
         if skip_wiring != "off":
@@ -100,7 +108,7 @@ class SiT(nn.Module):
             self.skip_norms = nn.ModuleList(SkipNorm(hidden_size) for _ in range(depth // 2))
         self.x_embedder = PatchEmbed(in_channels, patch_size, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size, label_dropout)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, label_dropout, null_row)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, qk_norm, attention) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
 

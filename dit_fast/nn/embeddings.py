@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dit_fast.errors import ConfigError
+from dit_fast.errors import ConfigError, UserError
 from dit_fast.nn.linear import linear_flops
 
 TIME_FREQUENCIES = 256
@@ -79,13 +79,16 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class label [N] to a vector [N, D]; the last row of the table is the null label of classifier-free guidance."""
+    """Class label [N] to a vector [N, D]; a further row of the table is the null label of classifier-free guidance.
 
-    def __init__(self, num_classes: int, hidden_size: int, dropout: float):
+    null_row=False: there is no such row, and no label can be dropped (UserError).
+    """
+
+    def __init__(self, num_classes: int, hidden_size: int, dropout: float, null_row: bool = True):
         super().__init__()
         self.null_label = num_classes
         self.dropout = dropout
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+        self.embedding_table = nn.Embedding(num_classes + null_row, hidden_size)
         nn.init.normal_(self.embedding_table.weight, std=0.02)
 
     def forward(self, labels: Tensor, drop: Tensor | None = None) -> Tensor:
@@ -93,5 +96,7 @@ class LabelEmbedder(nn.Module):
         if drop is None and self.training and self.dropout > 0:
             drop = torch.rand(labels.shape[0], device=labels.device) < self.dropout
         if drop is not None:
+            if self.null_label == self.embedding_table.num_embeddings:
+                raise UserError("drop: this model's label table has no row for the null label; pass no drop")
             labels = torch.where(drop, self.null_label, labels)
         return self.embedding_table(labels)

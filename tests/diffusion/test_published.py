@@ -6,7 +6,7 @@ from deterministic_fill import fill, tiny_model
 from golden import assert_close, golden, golden_names
 
 from dit_fast.checkpoint import load_official
-from dit_fast.diffusion import flow_loss, sample
+from dit_fast.diffusion import Guidance, flow_loss, sample
 from dit_fast.methods.repa import repa_loss
 
 
@@ -23,6 +23,25 @@ def test_published_samples(name):
         generator = torch.Generator().manual_seed(meta["noise_seed"])
         ours = sample(model, noise, y, sampler, path=path, generator=generator, **options)
         assert_close(ours, data.tensor(f"out64/{call}"), 1e-6)
+
+
+@pytest.mark.parametrize("name", golden_names("officialsit_"))
+def test_samples_of_the_official_sit(name):
+    """Three of four channels are guided by default; n points of its Euler grid are n - 1 steps."""
+    data = golden(name)
+    meta, start, y = data.meta, data.tensor("in/start"), data.tensor("in/y")
+    model = load_official(data.group("state/"), family="sit", num_heads=meta["num_heads"])
+    assert model.cfg_channels == "first_three"
+    x, t, scale = data.tensor("in/x"), 1 - data.tensor("in/t_sit"), meta["cfg_scale"]
+    with torch.no_grad():
+        label, null = model(x, t, y), model(x, t, torch.full_like(y, model.null_label))
+    assert_close(-Guidance(scale, channels="first_three").combine(label, null), data.tensor("out/cfg_field"), 1e-5)
+    steps = {call: options["num_steps"] for call, options in meta["calls"].items()}
+    ours = sample(model, start, y, "euler", steps["ode_euler_cfg"] - 1, scale)
+    assert_close(ours, data.tensor("out/ode_euler_cfg"), 1e-5)
+    for call, draws, s in (("sde_cfg", "in/draws_cfg", scale), ("sde_plain", "in/draws_plain", 1.0)):
+        ours = sample(model, start, y, "sde", steps[call], s, draws=data.tensor(draws))
+        assert_close(ours, data.tensor(f"out/{call}"), 1e-5)
 
 
 @pytest.mark.parametrize("name", golden_names("sit_", "repa_", "diversedit_"))

@@ -9,6 +9,7 @@ from dit_fast.diffusion import SAMPLERS, initial_noise, sample
 from dit_fast.diffusion.guidance import Guidance, Velocity
 from dit_fast.diffusion.paths import Path
 from dit_fast.errors import UserError
+from dit_fast.models import SiT
 
 
 class Exact(nn.Module):
@@ -98,10 +99,9 @@ def test_guidance_interval_is_closed_and_costs_nothing_outside():
     model.calls.clear()
     sample(model, torch.ones(2, 2, 3, 3), labels(2), "euler", 10, 2.0, guidance_high=0.7)
     assert [rows for rows, *_ in model.calls] == [2, 2, 2] + [4] * 7
-    for scale in (1.0, 0.5):
-        model.calls.clear()
-        sample(model, torch.ones(2, 2, 3, 3), labels(2), "euler", 10, scale)
-        assert [rows for rows, *_ in model.calls] == [2] * 10
+    model.calls.clear()
+    sample(model, torch.ones(2, 2, 3, 3), labels(2), "euler", 10, 1.0)
+    assert [rows for rows, *_ in model.calls] == [2] * 10
 
 
 def test_heun_keeps_the_decision_of_the_first_evaluation():
@@ -112,13 +112,31 @@ def test_heun_keeps_the_decision_of_the_first_evaluation():
     ]  # fmt: skip
 
 
-def test_guided_velocity_extrapolates_from_the_null_label():
+@pytest.mark.parametrize("scale", [1.8, 0.5, 0.0, -1.0])
+def test_every_scale_but_one_mixes_label_and_null_label(scale):
+    """One Euler step over the whole path shows the velocity."""
     model, x, y = Small(), torch.randn(2, 2, 3, 3), labels(2)
-    t = torch.full((2,), 0.5)
+    t = torch.ones(2)
     with torch.no_grad():
         conditional, null = model(x, t, y).double(), model(x, t, torch.full((2,), 3)).double()
-        guided = Velocity(model, Guidance(1.8))(x.double(), 0.5, y, True)
-    assert_close(guided, null + 1.8 * (conditional - null), 1e-6)
+    assert_close(
+        x.double() - sample(model, x, y, num_steps=1, cfg_scale=scale), null + scale * (conditional - null), 1e-6
+    )
+
+
+def test_first_three_channels_are_guided_where_the_model_says_so():
+    class Four(Small):
+        def __init__(self):
+            super().__init__()
+            self.mix, self.table = nn.Linear(16, 16), nn.Embedding(4, 16)
+
+    model, x, y = Four(), torch.randn(2, 4, 2, 2), labels(2)
+    plain, every = (sample(model, x, y, num_steps=1, cfg_scale=scale) for scale in (1.0, 3.0))
+    model.cfg_channels = "first_three"
+    three = sample(model, x, y, num_steps=1, cfg_scale=3.0)
+    assert torch.equal(three[:, :3], every[:, :3])
+    assert_close(three[:, 3:], plain[:, 3:], 1e-6)
+    assert torch.equal(sample(model, x, y, num_steps=1, cfg_scale=3.0, cfg_channels="all"), every)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -141,10 +159,7 @@ def test_generator_gives_one_normal_of_the_state_per_noisy_step():
     ours = sample(model, noise, labels(3), "sde", 5, generator=torch.Generator().manual_seed(4))
     torch.manual_seed(4)
     draws = [torch.randn(3, 2, 3, 3, dtype=torch.float64) for _ in range(4)]
-    with torch.no_grad():
-        theirs = SAMPLERS["sde"](
-            Velocity(model, Guidance()), noise.double(), labels(3), 5, Path("linear"), draws.__getitem__, lambda: None
-        )
+    theirs = sample(model, noise, labels(3), "sde", 5, draws=draws)
     assert torch.equal(ours, theirs)
 
 
@@ -203,9 +218,37 @@ def test_progress_counts_every_step_of_every_chunk():
         ({"path": "vp"}, "path 'vp'"),
         ({"cfg_scale": 2.0, "model": Exact()}, "null_label"),
         ({"cfg_scale": 2.0, "guidance_low": 0.8, "guidance_high": 0.2}, "swap"),
+        ({"cfg_scale": float("nan")}, "cfg_scale=nan"),
+        ({"cfg_scale": float("-inf")}, "cfg_scale=-inf"),
+        ({"guidance_high": float("nan")}, "guidance_high=nan"),
+        ({"guidance_low": -0.1}, "guidance_low=-0.1"),
+        ({"cfg_channels": "last"}, "cfg_channels='last'"),
+        ({"num_steps": 10**12}, "num_steps=1000000000000"),
+        ({"num_steps": 2.5}, "num_steps=2.5"),
+        ({"chunk": 0}, "chunk=0"),
+        ({"seed": 2**64, "index": torch.arange(2)}, "seed=18446744073709551616"),
+        ({"seed": -1, "index": torch.arange(2)}, "seed=-1"),
+        ({"noise": torch.zeros(2, 2, 3, 3, dtype=torch.int64)}, "floating point"),
+        ({"noise": torch.tensor([[0.0], [float("nan")]])}, "noise row 1"),
+        ({"y": torch.zeros(2)}, "int64"),
+        ({"sampler": "sde", "num_steps": 3, "draws": torch.zeros(1, 2, 2, 3, 3)}, "2 tensors"),
+        ({"draws": torch.zeros(1), "seed": 0, "index": torch.arange(2)}, "not both"),
+        ({"model": lambda x, t, y: x[:, :1]}, "returned"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
     arguments = {"model": Small(), "noise": torch.zeros(2, 2, 3, 3), "y": labels(2), **change}
     with pytest.raises(UserError, match=message):
         sample(**arguments)
+
+
+def test_labels_that_the_model_does_not_have_are_named():
+    sizes = {"input_size": 4, "patch_size": 2, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
+    noise = torch.zeros(2, 4, 4, 4)
+    sample(SiT(**sizes), noise, torch.tensor([0, 3]), num_steps=1)  # 3 is the null label
+    undropped = SiT(**sizes, label_dropout=0.0)
+    for model, label in ((SiT(**sizes), 4), (SiT(**sizes), -1), (undropped, 3)):
+        with pytest.raises(UserError, match=rf"y\[1\] = {label} is no label of this model; its labels are 0\.\.2"):
+            sample(model, noise, torch.tensor([0, label]), num_steps=1)
+    with pytest.raises(UserError, match=r"cfg_scale=0\.5 needs a model with a trained null_label"):
+        sample(undropped, noise, torch.tensor([0, 1]), num_steps=1, cfg_scale=0.5)
