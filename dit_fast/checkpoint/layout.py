@@ -1,5 +1,6 @@
 """What the names and shapes of a published state_dict say about its model, and the order of its parameters."""
 
+import logging
 import math
 import re
 from collections import Counter
@@ -10,6 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from dit_fast.errors import CheckpointError
+
+logger = logging.getLogger("dit_fast")
 
 BASE = ("pos_embed", "x_embedder", "t_embedder", "y_embedder", "blocks", "final_layer")
 # Registration order of each published class: the order of `model.parameters()`, by which its optimizer counts.
@@ -22,7 +25,10 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of a model. projectors: (hidden width, output width) of each alignment head."""
+    """Sizes of a model. projectors: (hidden width, output width) of each alignment head.
+
+    label_dropout: 0 where the null label has no row, or is known never to have been trained.
+    """
 
     input_size: int
     patch_size: int
@@ -32,6 +38,8 @@ class Layout:
     depth: int
     num_heads: int
     num_classes: int
+    null_row: bool
+    label_dropout: float
     qk_norm: bool
     projectors: tuple[tuple[int, int], ...]
 
@@ -40,8 +48,18 @@ class Layout:
         return {key: value for key, value in vars(self).items() if key not in ("head_channels", "projectors")}
 
 
-def read_layout(state: Mapping[str, Tensor], num_heads: int | None) -> Layout:
-    """Sizes from shapes. Raises CheckpointError naming the key that is missing or does not fit."""
+def read_layout(
+    state: Mapping[str, Tensor],
+    num_heads: int | None = None,
+    num_classes: int | None = None,
+    label_dropout: float | None = None,
+) -> Layout:
+    """Sizes from shapes and from what else is known about the model (None: not known).
+
+    What is known from neither is taken to be as usual and logged in one line: heads of width 64 (72 at width 1152), and
+    a label table whose last row is the null label.
+    Raises CheckpointError naming the key that is missing or does not fit.
+    """
     _, tokens, of_positions = _shape(state, "pos_embed", 3)
     of_patches, channels, patch, _ = _shape(state, "x_embedder.proj.weight", 4)
     rows, of_head = _shape(state, "final_layer.linear.weight", 2)
@@ -54,9 +72,28 @@ def read_layout(state: Mapping[str, Tensor], num_heads: int | None) -> Layout:
     if rows % patch**2:
         raise CheckpointError(f"'final_layer.linear.weight' has {rows} rows, not a multiple of {patch}x{patch} patches")
     blocks = _indices(state, r"blocks\.(\d+)\.")
-    if not blocks:
-        raise CheckpointError("missing key 'blocks.0.attn.qkv.weight': the state_dict has no blocks")
-    heads = _indices(state, r"projectors\.(\d+)\.0\.weight")
+    for index in range(max(blocks, default=0) + 1):
+        if index not in blocks:
+            raise CheckpointError(f"missing key 'blocks.{index}.attn.qkv.weight': the state_dict has no such block")
+    aligned = _indices(state, r"projectors\.(\d+)\.0\.weight")
+    assumed = []
+    heads = _known_heads(state, width, num_heads)
+    if heads is None:
+        heads = _usual_heads(width)
+        assumed.append(f"num_heads={heads} (heads of width {width // heads})")
+    classes = num_classes
+    if classes is None:
+        classes = labels if label_dropout == 0 else labels - 1
+        if label_dropout is None:
+            assumed.append(f"num_classes={classes} (the last of {labels} labels is the null label)")
+    if classes not in (labels, labels - 1):
+        raise CheckpointError(
+            f"num_classes={classes}, but 'y_embedder.embedding_table.weight' has {labels} rows: it has one for each "
+            f"class, and one more for the null label if there is one; pass num_classes={labels - 1} or {labels}"
+        )
+    if assumed:
+        logger.warning("the checkpoint does not say, so %s; pass other values if that is wrong", " and ".join(assumed))
+    null_row = classes < labels
     return Layout(
         input_size=grid * patch,
         patch_size=patch,
@@ -64,12 +101,14 @@ def read_layout(state: Mapping[str, Tensor], num_heads: int | None) -> Layout:
         head_channels=rows // patch**2,
         hidden_size=width,
         depth=max(blocks) + 1,
-        num_heads=_num_heads(state, width, num_heads),
-        num_classes=labels - 1,
+        num_heads=heads,
+        num_classes=classes,
+        null_row=null_row,
+        label_dropout=0.1 if null_row and label_dropout != 0 else 0.0,
         qk_norm="blocks.0.attn.q_norm.weight" in state,
         projectors=tuple(
             (_shape(state, f"projectors.{k}.0.weight", 2)[0], _shape(state, f"projectors.{k}.4.weight", 2)[0])
-            for k in range(len(heads))
+            for k in range(len(aligned))
         ),
     )
 
@@ -122,14 +161,18 @@ def optimizer_state_by_name(opt_state: Mapping[str, Any], model: nn.Module, fami
     Raises CheckpointError if the count or a shape does not fit the model.
     """
     order = official_parameter_order(model, family)
-    listed = [index for group in opt_state["param_groups"] for index in group["params"]]
-    if sorted(listed) != list(range(len(order))):
+    try:
+        listed = [int(index) for group in opt_state["param_groups"] for index in group["params"]]
+        entries = sorted(opt_state["state"].items())
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"not the state of a torch optimizer (param_groups, state): {error!r}") from None
+    if sorted(listed) != list(range(len(order))) or not {index for index, _ in entries} <= set(listed):
         raise CheckpointError(
             f"optimizer state numbers {len(listed)} parameters; this '{family}' model has {len(order)}"
         )
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     result: dict[str, dict[str, Any]] = {}
-    for index, entry in sorted(opt_state["state"].items()):
+    for index, entry in entries:
         name = order[index]
         for key, value in entry.items():
             if isinstance(value, Tensor) and value.dim() > 0 and value.shape != shapes[name]:
@@ -154,15 +197,22 @@ def _indices(state: Mapping[str, Tensor], pattern: str) -> set[int]:
     return {int(match[1]) for name in state if (match := re.match(pattern, name))}
 
 
-def _num_heads(state: Mapping[str, Tensor], width: int, given: int | None) -> int:
-    norm = state.get("blocks.0.attn.q_norm.weight")
-    if norm is not None:
-        heads = width // norm.shape[0]
-        if given not in (None, heads):
-            raise CheckpointError(
-                f"num_heads={given}, but 'blocks.0.attn.q_norm.weight' says {heads}; pass that or nothing"
-            )
-        return heads
-    if given is None and width != 1152 and width % 64:
+def _known_heads(state: Mapping[str, Tensor], width: int, given: int | None) -> int | None:
+    if given is not None and (given < 1 or width % given):
+        raise CheckpointError(f"num_heads {given} does not divide width {width}; pass the number of attention heads")
+    if "blocks.0.attn.q_norm.weight" not in state:
+        return given
+    (of_head,) = _shape(state, "blocks.0.attn.q_norm.weight", 1)
+    if width % of_head or given not in (None, width // of_head):
+        wanted = "" if given is None else f"num_heads={given}, but "
+        raise CheckpointError(
+            f"{wanted}'blocks.0.attn.q_norm.weight' has shape ({of_head},), which makes {width / of_head:g} heads of "
+            f"width {width}; pass that or nothing"
+        )
+    return width // of_head
+
+
+def _usual_heads(width: int) -> int:
+    if width != 1152 and width % 64:
         raise CheckpointError(f"width {width} is not a multiple of the usual head width 64; pass num_heads")
-    return given or (16 if width == 1152 else width // 64)
+    return 16 if width == 1152 else width // 64

@@ -1,7 +1,8 @@
 """Checkpoints of the published REPA, SiT and DiverseDiT codes, in and out, bit for bit.
 
 Names and shapes are those of the published modules (REPA, arXiv 2410.06940; SiT, 2401.08740; DiverseDiT, 2603.04239).
-What a state_dict does not say (number of heads, wiring of the long skips) must be given or is refused.
+What a state_dict does not say must be given (wiring of the long skips) or is taken to be as usual and logged in one
+line (number of heads, a null label in the label table).
 """
 
 import os
@@ -23,6 +24,7 @@ from dit_fast.models.sit import SiT
 from dit_fast.nn.projector import projector
 
 FAMILIES = ("repa", "sit", "diversedit")
+LABEL_DROPOUT = ("label_dropout", "class_dropout_prob", "cfg_prob")  # its names in headers and training arguments
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,18 @@ def load_official(
     skip_wiring: str | None = None,
     encoder_depth: int | None = None,
     weights: str = "ema",
+    num_classes: int | None = None,
 ) -> SiT:
     """A model, in eval mode, with published weights.
 
     source: a state_dict, a training checkpoint {model, ema, opt, args, steps}, or the path of a `.pt` or `.safetensors`
-    file. family: "repa", "sit" or "diversedit". "sit" models take our t and return our v. Alignment heads come as
-    `model.projectors`. Sizes are read off the shapes; num_heads defaults to head width 64 (72 at width 1152), and is
-    read off the query norm where there is one.
+    file. family: "repa", "sit" or "diversedit". "sit" models take our t and return our v, and `sample` guides three of
+    their channels by default, as the released sampler does. Alignment heads come as `model.projectors`.
+    Sizes are read off the shapes. num_heads is read off the query norm where there is one, else off the file's header
+    or arguments; it defaults to head width 64 (72 at width 1152), which is logged.
+    num_classes: rows of the label table without the null label's; default: what the file's header or arguments say,
+    else one less than the table has, which is logged. A model whose table has no row for the null label, or that was
+    trained with label dropout 0 according to the file, has null_label -1, and guidance is refused.
     skip_wiring: "input" or "output", for "diversedit": both have the same keys and shapes, so it must be told.
     encoder_depth: needed only for old REPA files that name their later blocks `decoder_blocks`.
     weights: "ema" or "model", of a training checkpoint.
@@ -56,12 +63,17 @@ def load_official(
     a family that is not supported.
     """
     _check_family(family)
-    state, header, ordered = read_state(source, weights)
+    state, facts, ordered = read_state(source, weights)
     state = rename_legacy(state, encoder_depth)
-    wiring = _wiring(family, skip_wiring, header.get("skip_wiring"))
-    if num_heads is None and "num_heads" in header:
-        num_heads = int(header["num_heads"])
-    layout = read_layout(state, num_heads)
+    recorded = facts.get("skip_wiring")
+    wiring = _wiring(family, skip_wiring, recorded if isinstance(recorded, str) else None)
+    dropout = next((facts[name] for name in LABEL_DROPOUT if facts.get(name) is not None), None)
+    layout = read_layout(
+        state,
+        _whole("num_heads", facts.get("num_heads") if num_heads is None else num_heads),
+        _whole("num_classes", facts.get("num_classes") if num_classes is None else num_classes),
+        None if dropout is None else _number("label dropout", dropout),
+    )
     try:
         with torch.device("meta"):
             model = _empty_model(layout, family, wiring)
@@ -69,7 +81,11 @@ def load_official(
         raise CheckpointError(f"the checkpoint's shapes and num_heads make no model: {error}") from error
     _compare(model, state, family)
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in state.values()) else torch.float32
-    model.load_state_dict({name: tensor.detach().to(dtype, copy=True) for name, tensor in state.items()}, assign=True)
+    tensors = {name: tensor.detach().to(dtype, copy=True).contiguous() for name, tensor in state.items()}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"'{name}' holds NaN or Inf; take a checkpoint from before the training diverged")
+    model.load_state_dict(tensors, assign=True)
     cast(Any, model).official_source = Source(family, {name: tensor.dtype for name, tensor in state.items()}, ordered)
     return model.eval()
 
@@ -103,14 +119,16 @@ def export_official(model: nn.Module, family: str | None = None) -> dict[str, Te
 def save_official(model: nn.Module, path: str | Path, family: str | None = None) -> None:
     """Writes `export_official(model, family)` as `.pt` (bare state_dict) or `.safetensors`, replacing the file at once.
 
-    A `.safetensors` file also says num_heads and skip_wiring in its header, and `load_official` reads them there.
+    A `.safetensors` file also says num_heads, num_classes, label_dropout and skip_wiring in its header, and
+    `load_official` reads them there.
     """
     path = Path(path)
     state = export_official(model, family)
     partial = path.with_name(path.name + ".partial")
     if path.suffix == ".safetensors":
         sit = cast(SiT, model)
-        header = {"format": "pt", "num_heads": str(sit.num_heads), "skip_wiring": sit.skip_wiring}
+        facts = {"num_heads": sit.num_heads, "num_classes": sit.num_classes, "label_dropout": sit.label_dropout}
+        header = {"format": "pt", "skip_wiring": sit.skip_wiring, **{name: str(value) for name, value in facts.items()}}
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, metadata=header)
     elif path.suffix == ".pt":
         torch.save(state, partial)
@@ -128,6 +146,22 @@ def _natural_family(model: SiT) -> str:
     if isinstance(model, ReversedSiT):
         return "sit"
     return "repa" if model.skip_wiring == "off" else "diversedit"
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise CheckpointError(f"{name}={value!r} of the checkpoint is not a number") from None
+
+
+def _whole(name: str, value: Any) -> int | None:
+    if value is None:
+        return None
+    number = _number(name, value)
+    if isinstance(value, bool) or not number.is_integer():
+        raise CheckpointError(f"{name}={value!r} must be a whole number; pass {name}=")
+    return int(number)
 
 
 def _wiring(family: str, given: str | None, recorded: str | None) -> str:
@@ -185,3 +219,6 @@ def _compare(model: nn.Module, state: Mapping[str, Tensor], family: str) -> None
             )
         if not tensor.is_floating_point():
             raise CheckpointError(f"'{name}' is {tensor.dtype}, expected floating point")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            kind = "on the meta device, without values" if tensor.is_meta else f"stored as {tensor.layout}"
+            raise CheckpointError(f"'{name}' is {kind}; save a checkpoint of dense tensors with values")
