@@ -1,18 +1,18 @@
 """The adaLN-Zero family: LayerNorm without affine parameters, modulated per sample, and the gated residual before it.
 
 DiT (arXiv 2212.09748) Sec. 3.2. All arithmetic is done in fp32 (fp64 for fp64 input), under autocast too, and rounded
-once; results of the residual stream keep the stream's dtype. Differentiable in forward mode and, once, in reverse mode;
-backend="torch", the reference, any number of times.
+once; results of the residual stream keep the stream's dtype. Differentiable in forward mode and, once, in reverse mode,
+of the result or of its forward-mode derivative; backend="torch", the reference, twice in any combination of the modes.
 """
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dit_fast.errors import UserError
 from dit_fast.ops import adaln_op
+from dit_fast.ops.layer_norm import layer_norm
 from dit_fast.ops.row_statistics import RowStatistics, row_statistics
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -93,7 +93,7 @@ def _takes_reference(name: str, backend: str, *tensors: Tensor | None) -> bool:
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    normalised = F.layer_norm(x.to(wide), x.shape[-1:], eps=eps)
+    normalised = layer_norm(x.to(wide), eps)
     return (normalised * (1 + scale.to(wide).unsqueeze(1)) + shift.to(wide).unsqueeze(1)).to(out_dtype)
 
 

@@ -225,7 +225,7 @@ class AdaLN(torch.autograd.Function):
         ctx.save_for_forward(x, y, gate, scale)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_library.once_differentiable("adaLN")
     def backward(ctx: Any, grad_x_new: Tensor | None, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         # Under the compiler, gradients of outputs that are absent come as empty tensors.
         saved = ctx.saved_tensors
@@ -246,6 +246,7 @@ class AdaLNWithTangent(AdaLN):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
+        _library.once_in_forward_mode(ctx.name)
         x, y, gate, scale = ctx.saved_tensors
         dx, dy, dgate, dshift, dscale = tangents[:5]
         wide = _wide(x)

@@ -57,7 +57,8 @@ def diversity_stats(
     """Statistics of K block features [N, T, D] (a sequence, or stacked [K, N, T, D]), all of one shape.
 
     Dtypes may differ from block to block. Token norms below 1e-8 count as 1e-8. Every backend differentiates in forward
-    and reverse mode; "torch", the reference, any number of times. Raises UserError for other shapes and for a backend
+    mode and, once, in reverse mode, of the statistics or of their forward-mode derivative; "torch", the reference, any
+    number of times. Raises UserError for other shapes and for a backend
     that is unknown or cannot take these tensors.
 
     stats: what the caller promises to be `row_statistics` of each block, [N, T] each, without gradient. With those of

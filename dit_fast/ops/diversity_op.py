@@ -228,13 +228,17 @@ class Statistics(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.backend, _, *features = inputs
         ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[2], *features)
-        ctx.save_for_forward(output[2], *features)
+        ctx.save_for_forward(*features)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_statistics: Tensor, grad_pair_sums: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    @_library.once_differentiable("diversity_stats")
+    def backward(
+        ctx: Any, grad_statistics: Tensor | None, grad_pair_sums: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
         inverse_norms, *features = ctx.saved_tensors
+        grad_statistics, grad_pair_sums = with_zeros(grad_statistics, grad_pair_sums, inverse_norms, features)
         wanted = [k for k, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
         grads = backward_op(features, inverse_norms, grad_statistics, grad_pair_sums, [], wanted, ctx.backend)
         result: list[Tensor | None] = [None] * (2 + len(features))
@@ -243,28 +247,41 @@ class Statistics(torch.autograd.Function):
         return tuple(result)
 
 
+def with_zeros(
+    grad_statistics: Tensor | None, grad_pair_sums: Tensor | None, inverse_norms: Tensor, features: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Both gradients, of features [..., D]; zeros for a result that nobody used."""
+    count, width = len(features), features[0].shape[-1]
+    return (
+        inverse_norms.new_zeros(3, count, width) if grad_statistics is None else grad_statistics,
+        inverse_norms.new_zeros(count, count) if grad_pair_sums is None else grad_pair_sums,
+    )
+
+
 class StatisticsWithTangent(Statistics):
     """The same with a forward-mode rule in plain tensor operations; the compiler refuses functions that have one."""
 
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, *tangents: Tensor | None) -> tuple[Tensor, Tensor, None]:
-        inverse_norms, *features = ctx.saved_tensors
-        return *tangent(features, inverse_norms, tangents), None
+        _library.once_in_forward_mode("diversity_stats")
+        return *tangent(ctx.saved_tensors, tangents), None
 
 
-def tangent(
-    features: Sequence[Tensor], inverse_norms: Tensor, tangents: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor]:
-    """Directional derivative of (statistics, pair_sums) at features [M, D] along tangents [M, D] (None: zero)."""
-    columns, directions, turns = [], [], []
-    for feature, inverse, change in zip(features, inverse_norms, tangents, strict=True):
-        x = feature.to(inverse_norms.dtype)
-        dx = torch.zeros_like(x) if change is None else change.to(x.dtype)
+def tangent(features: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """Directional derivative of (statistics, pair_sums) at features [M, D] along tangents [M, D] (None: zero).
+
+    Norms are taken anew, so that a backward through the result sees what they depend on.
+    """
+    columns, directions, turns, wide = [], [], [], _wide(features)
+    for feature, change in zip(features, tangents, strict=True):
+        x = feature.to(wide)
+        dx = torch.zeros_like(x) if change is None else change.to(wide)
         columns.append(torch.stack([dx.sum(0), (x.sign() * dx).sum(0), 2 * (x * dx).sum(0)]))
-        direction = x * inverse[:, None]
-        along = torch.where(inverse[:, None] < 1 / EPS, (dx * direction).sum(1, keepdim=True), 0)
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        direction = x / norm.clamp_min(EPS)
+        along = torch.where(norm > EPS, (dx * direction).sum(1, keepdim=True), 0)
         directions.append(direction.flatten())
-        turns.append(((dx - along * direction) * inverse[:, None]).flatten())
+        turns.append(((dx - along * direction) / norm.clamp_min(EPS)).flatten())
     with torch.autocast(features[0].device.type, enabled=False):
         half = torch.stack(turns) @ torch.stack(directions).T
     return torch.stack(columns, 1), half + half.T

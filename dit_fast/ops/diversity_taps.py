@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from dit_fast.errors import UserError
-from dit_fast.ops import diversity_op
+from dit_fast.ops import _library, diversity_op
 from dit_fast.ops.diversity import (
     DiversityLoss,
     DiversityStats,
@@ -40,6 +40,7 @@ from dit_fast.ops.diversity import (
 from dit_fast.ops.diversity_op import backward_op, forward_op
 from dit_fast.ops.row_statistics import RowStatistics
 
+_INSTEAD = 'diversity_loss(outputs, backend="torch")'
 FEW = 3  # blocks that a tap reads one by one; for more, the mixture of all directions is kept
 
 
@@ -51,7 +52,7 @@ class Shared:
         self.mix = False
         self.features: list[Tensor] = []
         self.known: diversity_op.Known | None = None
-        self.tangents: dict[int, Tensor] = {}
+        self.tangents: dict[int, tuple[Tensor, Tensor]] = {}  # feature and tangent, both with their graph
         self.waiting = 0
         # Rows of all sources, their inverse norms, gradient of the statistics, and of the pair sums for each block.
         self.gradients: tuple[list[Tensor], Tensor, Tensor, Sequence[Tensor]] | tuple[()] = ()
@@ -69,10 +70,12 @@ class Tap(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.shared, ctx.shape = inputs[0], inputs[1].shape
         ctx.index = len(ctx.shared.features) - 1
+        ctx.save_for_backward(inputs[1])  # what the gradient depends on: a second derivative meets the refusal
+        ctx.save_for_forward(inputs[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_library.once_differentiable("DiversityTaps", _INSTEAD)
     def backward(ctx: Any, upstream: Tensor | None, token: Tensor | None) -> tuple[None, Tensor | None]:
         if token is None:
             return None, upstream
@@ -88,7 +91,8 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, tangent: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.shared.tangents[ctx.index] = tangent
+        _library.once_in_forward_mode("DiversityTaps", _INSTEAD)
+        ctx.shared.tangents[ctx.index] = (ctx.saved_tensors[0], tangent)
         return tangent.view_as(tangent), tangent.new_zeros(())
 
 
@@ -106,34 +110,32 @@ class Collect(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)  # else autograd would fill zeros of the mixture's size
         ctx.save_for_backward(*output[2:], *ctx.shared.features)
-        ctx.save_for_forward(output[2], *ctx.shared.features)
+        ctx.save_for_forward(*ctx.shared.features)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_library.once_differentiable("DiversityTaps", _INSTEAD)
     def backward(
         ctx: Any, grad_statistics: Tensor | None, grad_pair_sums: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         inverse_norms, mixture, *features = ctx.saved_tensors
-        count, width = len(features), features[0].shape[-1]
-        if grad_statistics is None:
-            grad_statistics = inverse_norms.new_zeros(3, count, width)
-        if grad_pair_sums is None:
-            grad_pair_sums = inverse_norms.new_zeros(count, count)
+        grads = diversity_op.with_zeros(grad_statistics, grad_pair_sums, inverse_norms, features)
         rows = [x.flatten(0, 1) for x in features]
         if len(mixture):
-            ctx.shared.gradients = _through_mixture(rows, inverse_norms, mixture, grad_statistics, grad_pair_sums)
+            ctx.shared.gradients = _through_mixture(rows, inverse_norms, mixture, *grads)
         else:
-            ctx.shared.gradients = (rows, inverse_norms, grad_statistics, [grad_pair_sums] * len(rows))
+            ctx.shared.gradients = (rows, inverse_norms, grads[0], [grads[1]] * len(rows))
         needed = ctx.needs_input_grad[1:]
         ctx.shared.waiting = sum(needed)
         return None, *(x.new_zeros(()) if tapped else None for x, tapped in zip(features, needed, strict=True))
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tokens: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        inverse_norms, *features = ctx.saved_tensors
-        tangents = [ctx.shared.tangents.get(index) for index in range(len(features))]
-        rows = [None if tangent is None else tangent.flatten(0, 1) for tangent in tangents]
-        return *diversity_op.tangent([x.flatten(0, 1) for x in features], inverse_norms, rows), None, None
+        # They hold the graph, whose taps hold what they lie in.
+        known, ctx.shared.tangents = ctx.shared.tangents, {}
+        pairs = [known.get(index, (feature, None)) for index, feature in enumerate(ctx.saved_tensors)]
+        rows = [feature.flatten(0, 1) for feature, _ in pairs]
+        changes = [None if change is None else change.flatten(0, 1) for _, change in pairs]
+        return *diversity_op.tangent(rows, changes), None, None
 
 
 def _through_mixture(

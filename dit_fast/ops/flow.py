@@ -47,7 +47,8 @@ def flow_error(
     v is the velocity at t of the path from latents to the noise of `flow_noised` with the same arguments. prediction:
     shape of latents, dtypes may differ. Arithmetic is float32, or float64 where an input is; autocast changes nothing.
     Prediction and latents may need a gradient; one that does not costs nothing. "torch" is plain autograd; "triton"
-    differentiates once, in either mode. Raises as `flow_noised`.
+    differentiates in forward mode and, once, in reverse mode, of the error or of its forward-mode derivative. Raises as
+    `flow_noised`.
     """
     _check("flow_error", latents, t, positions, seed, path, prediction)
     if _takes_reference("flow_error", backend, prediction=prediction, latents=latents):

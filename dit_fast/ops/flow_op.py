@@ -146,6 +146,7 @@ class _NoisedWithTangent(_Noised):
 
     @staticmethod
     def jvp(ctx: Any, latents: Tensor, t: Tensor | None, *_: None) -> Tensor:
+        _library.once_in_forward_mode("flow_noised")
         _refuse(t, "flow_noised")
         change = latents.to(ctx.wide)
         return path_coefficients(ctx.path, per_sample(ctx.saved_tensors[0], change)).alpha * change
@@ -168,7 +169,7 @@ class _Error(torch.autograd.Function):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_library.once_differentiable("flow_error")
     def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 7
@@ -182,6 +183,7 @@ class _ErrorWithTangent(_Error):
 
     @staticmethod
     def jvp(ctx: Any, prediction: Tensor | None, latents: Tensor | None, t: Tensor | None, *_: None) -> Tensor:
+        _library.once_in_forward_mode("flow_error")
         _refuse(t, "flow_error")
         p, x, times, positions = ctx.saved_tensors
         dtype = wide(p, x)

@@ -36,7 +36,8 @@ def gelu_mlp(
     the dtype that the four parameters share, to which x is cast, or in autocast's. backend: "torch" (plain autograd),
     "recompute" (keeps x and h alone; takes longer on the CPU, so on request), "triton" (the same with one kernel in the
     backward).
-    The last two differentiate in forward mode and, once, in reverse mode.
+    The last two differentiate in forward mode and, once, in reverse mode, of the result or of its forward-mode
+    derivative; "torch" any number of times.
     Raises UserError for shapes, dtypes or devices that do not fit, ConfigError for a backend that is unknown or cannot
     take these tensors.
     """
@@ -148,12 +149,15 @@ class _GeluMlp(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, fc1_weight, fc1_bias, fc2_weight, _, ctx.keep, ctx.backend = inputs
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # else autograd would fill zeros of the hidden tensor's size
         ctx.save_for_backward(x, output[1], fc1_weight, fc1_bias, fc2_weight)
-        ctx.save_for_forward(x, output[1], fc1_weight, fc1_bias, fc2_weight)
+        ctx.save_for_forward(x, fc1_weight, fc1_bias, fc2_weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    @_library.once_differentiable("gelu_mlp")
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 7
         x, hidden, fc1_weight, fc1_bias, fc2_weight = ctx.saved_tensors
         needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = ctx.needs_input_grad[:5]
         grads: list[Tensor | None] = [None] * 7
@@ -179,10 +183,11 @@ class _GeluMlpWithTangent(_GeluMlp):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
-        x, hidden, fc1_weight, fc1_bias, fc2_weight = ctx.saved_tensors
+        _library.once_in_forward_mode("gelu_mlp")
+        x, fc1_weight, fc1_bias, fc2_weight = ctx.saved_tensors
         change_x, change_w1, change_b1, change_w2, change_b2 = tangents[:5]
-        if not ctx.keep:
-            hidden = torch.addmm(fc1_bias, x, fc1_weight.t())
+        # Not the saved one: a backward through this rule has to see what hidden depends on.
+        hidden = torch.addmm(fc1_bias, x, fc1_weight.t())
         change = torch.zeros_like(hidden)
         if change_x is not None:
             change = change + change_x @ fc1_weight.t()

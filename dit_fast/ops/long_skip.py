@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dit_fast.errors import UserError
 from dit_fast.ops import long_skip_op
+from dit_fast.ops.layer_norm import layer_norm
 from dit_fast.ops.row_statistics import RowStatistics
 
 
@@ -33,9 +34,10 @@ def long_skip(
     norm_weight, norm_bias: [2D]; weight: [D, 2D]; bias: [D]. x_stats, skip_stats: what `row_statistics` says of x and
     of skip, where the caller knows it ("torch" ignores it); gradients are the same with and without.
     Statistics are taken in fp32 (fp64 for fp64 input). Returns [..., D] in the dtype of the linear map: autocast's
-    where autocast is on, else that of `weight`. Every backend differentiates in forward and reverse mode, and "torch"
-    any number of times. fp64 takes "torch" unless told otherwise. x, skip and the result must not be changed in place
-    before the backward pass (autograd raises).
+    where autocast is on, else that of `weight`. Every backend differentiates in forward mode and, once, in reverse
+    mode, of the result or of its forward-mode derivative; "torch" twice in any combination of the modes. fp64 takes
+    "torch" unless told otherwise. x, skip and the result must not be changed in place before the backward pass
+    (autograd raises).
     Raises UserError for shapes, dtypes or devices that do not fit, ConfigError for a backend that is unknown or cannot
     take these tensors.
     """
@@ -61,9 +63,8 @@ def _reference(
     """As released: the normalised value is rounded to the wider dtype of the two inputs before the map."""
     joined = torch.cat([x, skip], dim=-1)
     statistics = torch.promote_types(joined.dtype, torch.float32)
-    normalised = F.layer_norm(
-        joined.to(statistics), joined.shape[-1:], norm_weight.to(statistics), norm_bias.to(statistics), eps
-    ).to(joined.dtype)
+    affine = norm_weight.to(statistics), norm_bias.to(statistics)
+    normalised = layer_norm(joined.to(statistics), eps, *affine).to(joined.dtype)
     if not torch.is_autocast_enabled(x.device.type):
         normalised = normalised.to(weight.dtype)
     return F.linear(normalised, weight, bias)

@@ -304,12 +304,15 @@ class LongSkip(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.eps, ctx.backend = inputs[10], inputs[12]
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output, *inputs[:6])
         ctx.save_for_forward(*output, *inputs[:6])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    @_library.once_differentiable("long_skip")
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 13
         needs = list(ctx.needs_input_grad[:6])
         grads = iter(backward_op(grad, *ctx.saved_tensors, ctx.backend, needs))
         return *(next(grads) if needed else None for needed in needs), *(None,) * 7
@@ -320,6 +323,7 @@ class LongSkipWithTangent(LongSkip):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None, None]:
+        _library.once_in_forward_mode("long_skip")
         y, _, _, *inputs = ctx.saved_tensors
         return tangent(inputs, tangents[:6], ctx.eps, y.dtype), None, None
 

@@ -9,13 +9,13 @@ import os
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dit_fast import kernels
 from dit_fast.backend import Implementation, choose, register
 from dit_fast.errors import UserError
 from dit_fast.ops import _library
+from dit_fast.ops.layer_norm import layer_norm
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -36,8 +36,9 @@ def qk_norm(
 
     q_weight, q_bias, k_weight, k_bias: [d], of any floating dtype; the arithmetic is fp32 (fp64 for fp64) and rounded
     once, to qkv's dtype, under autocast too. The three are transposed from [N, T, H, d] with contiguous heads, and
-    value is a view of qkv (do not write into it). Differentiable in forward mode and, once, in reverse mode;
-    backend="torch", the reference, any number of times.
+    value is a view of qkv (do not write into it). Differentiable in forward mode and, once, in reverse mode,
+    of the result or of its forward-mode derivative; backend="torch", the reference, twice in any combination of the
+    modes.
     Raises UserError for shapes, dtypes or devices that do not fit, ConfigError for a backend that is unknown or cannot
     take these tensors.
     """
@@ -83,7 +84,7 @@ def _reference(
     wide = torch.promote_types(qkv.dtype, torch.float32)
 
     def normalise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), eps).to(qkv.dtype)
+        return layer_norm(x.to(wide), eps, weight.to(wide), bias.to(wide)).to(qkv.dtype)
 
     return normalise(query, q_weight, q_bias), normalise(key, k_weight, k_bias), value
 
@@ -201,7 +202,7 @@ class _QkNorm(torch.autograd.Function):
         ctx.save_for_forward(qkv, q_weight, k_weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_library.once_differentiable("qk_norm")
     def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
         grad_qkv, grad_parameters = backward_op(
@@ -219,6 +220,7 @@ class _QkNormWithTangent(_QkNorm):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor | None, _: None, *tangents: Any) -> tuple[Tensor, Tensor, Tensor]:
+        _library.once_in_forward_mode("qk_norm")
         qkv, q_weight, k_weight = ctx.saved_tensors
         tangent = torch.zeros_like(qkv) if tangent is None else tangent
         wide = torch.promote_types(qkv.dtype, torch.float32)

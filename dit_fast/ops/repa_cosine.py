@@ -30,7 +30,8 @@ def repa_cosine(prediction: Tensor, target: Tensor, backend: str = "auto") -> Te
 
     Dtypes may differ; arithmetic and result are float32, or float64 where an input is. A norm below 1e-12 counts as
     1e-12. Both inputs may need a gradient; one that does not costs nothing. Autocast changes nothing. "torch" is plain
-    autograd; "triton" differentiates once, in either mode. Raises UserError for shapes, dtypes or devices that do not
+    autograd; "triton" differentiates in forward mode and, once, in reverse mode, of the value or of its forward-mode
+    derivative. Raises UserError for shapes, dtypes or devices that do not
     fit and for empty tensors, ConfigError for a backend that is unknown or cannot run.
     """
     _check(prediction, target)
@@ -151,12 +152,15 @@ class _Cosine(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         prediction, target, ctx.backend = inputs
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(prediction, target, output[1])
-        ctx.save_for_forward(prediction, target, output[1])
+        ctx.save_for_forward(prediction, target)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    @_library.once_differentiable("repa_cosine")
+    def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
+        if upstream is None:
+            return None, None, None
         needs = list(ctx.needs_input_grad[:2])
         grads = iter(backward_op(upstream, *ctx.saved_tensors, needs, ctx.backend))
         return next(grads) if needs[0] else None, next(grads) if needs[1] else None, None
@@ -167,7 +171,10 @@ class _CosineWithTangent(_Cosine):
 
     @staticmethod
     def jvp(ctx: Any, prediction: Tensor | None, target: Tensor | None, _: None) -> tuple[Tensor, None]:
-        p, q, (r, s, cosine) = ctx.saved_tensors
+        _library.once_in_forward_mode("repa_cosine")
+        p, q = ctx.saved_tensors
+        # Not the saved norms: a backward through this rule has to see what they depend on.
+        r, s, cosine = _torch_forward(p, q)[1]
         p, q = p.to(r.dtype) * r[:, None], q.to(r.dtype) * s[:, None]
         change = torch.zeros_like(cosine)
         if prediction is not None:

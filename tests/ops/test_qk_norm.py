@@ -278,16 +278,7 @@ def test_forward_mode_against_differences_and_reverse_mode_over_the_primal():
                 reference = leaves([qkv, *parameters])
                 expected = torch.autograd.grad(loss(*reference), reference[1:])
                 for each, same in zip(torch.autograd.grad(value, trained), expected, strict=True):
-                    assert_close(each, same, 1e-9)
-
-
-def test_double_backward_works_in_the_reference_and_is_refused_by_the_fused_path():
-    inputs = leaves(make(torch.float64))
-    small = [inputs[0][:1, :1], *inputs[1:]]
-    assert torch.autograd.gradgradcheck(lambda *x: qk_norm(x[0], H, *x[1:], backend="torch"), small)
-    (grad,) = torch.autograd.grad(through_op(*inputs)[0].sin().sum(), inputs[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+                    assert_close(each, same, 1e-9, 1e-12)
 
 
 @pytest.mark.parametrize(
