@@ -1,12 +1,13 @@
 """Autoencoders behind one interface, chosen by a spec: `pca:FILE`, `diffusers:DIR`, `taef2:DIR`."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 
+from dit_fast.data.files import reason
 from dit_fast.errors import ConfigError, DataError
 
 FORMS = "pca:FILE (patch PCA), diffusers:DIR (AutoencoderKL or AutoencoderTiny), taef2:DIR (FLUX.2's tiny autoencoder)"
@@ -16,12 +17,13 @@ class Autoencoder(Protocol):
     """Images to latents and back. Model-space latents are (mean + std * noise) * scale + shift.
 
     factor: pixels per latent along a side. scale, shift: one number or one per channel. identity: kind and hash of the
-    weights; equal identities give equal latents.
+    weights. config: what else decides the latents, as JSON; equal identities and configs give equal latents.
     """
 
     identity: str
     factor: int
     channels: int
+    config: Mapping[str, Any]
 
     @property
     def scale(self) -> float | Sequence[float]: ...
@@ -86,7 +88,10 @@ class DiffusersAutoencoder:
             raise DataError(
                 "autoencoder diffusers:DIR needs diffusers; run `pip install 'dit_fast[diffusers]'`"
             ) from None
-        name = diffusers.ConfigMixin._dict_from_json_file(str(config)).get("_class_name")
+        try:
+            name = diffusers.ConfigMixin._dict_from_json_file(str(config)).get("_class_name")
+        except Exception as error:
+            raise DataError(f"{config}: cannot be read ({reason(error)}); restore it") from None
         kinds = {"AutoencoderKL": diffusers.AutoencoderKL, "AutoencoderTiny": diffusers.AutoencoderTiny}
         weights = sorted(path.glob("*.safetensors"))
         if name not in kinds or not weights:
@@ -94,20 +99,25 @@ class DiffusersAutoencoder:
                 f"{path}: holds '{name}' with {len(weights)} safetensors files; need AutoencoderKL or AutoencoderTiny"
             )
         try:
-            self._model = kinds[name].from_pretrained(
+            self._model, report = kinds[name].from_pretrained(
                 folder,
                 local_files_only=True,
                 use_safetensors=True,
                 low_cpu_mem_usage=False,  # left to its default, diffusers advises to install accelerate
+                output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise DataError(f"{path}: cannot be loaded ({str(error).splitlines()[0]})") from None
+            settings = self._model.config
+            self.scale = float(settings.scaling_factor)
+            self.shift = -float(getattr(settings, "shift_factor", None) or 0.0) * self.scale
+            self.channels = int(settings.latent_channels)
+            self.factor = 2 ** (len(settings.block_out_channels) - 1)
+        except Exception as error:  # damaged weights and configurations raise many kinds
+            raise DataError(f"{path}: cannot be loaded ({reason(error)})") from None
+        lacking = report.get("missing_keys")
+        if lacking:  # diffusers fills them with random numbers
+            raise DataError(f"{path}: its weights lack {sorted(lacking)[0]} ({len(lacking)} such); fetch them again")
         self._model.requires_grad_(False).eval()
-        settings = self._model.config
-        self.scale = float(settings.scaling_factor)
-        self.shift = -float(getattr(settings, "shift_factor", None) or 0.0) * self.scale
-        self.channels = int(settings.latent_channels)
-        self.factor = 2 ** (len(settings.block_out_channels) - 1)
+        self.config: Mapping[str, Any] = {key: value for key, value in settings.items() if not key.startswith("_")}
         self.identity = weights_identity(f"diffusers-{name}", weights)
         self._stochastic = name == "AutoencoderKL"
 

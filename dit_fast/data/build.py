@@ -1,6 +1,7 @@
 """From labelled images to latent shards: crop, encode, write."""
 
 import io
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +12,11 @@ import torch
 from dit_fast.data.autoencoders import Autoencoder, load_autoencoder
 from dit_fast.data.dataset import LatentDataset
 from dit_fast.data.encoders import FeatureEncoder, load_encoder
-from dit_fast.data.images import ImageSource, open_source
+from dit_fast.data.files import check_utf8
 from dit_fast.data.patch_pca import PatchPCA, to_float
 from dit_fast.data.shards import FIELD_MEMBERS, npy_bytes
-from dit_fast.data.writer import Sample, one_thread, write_dataset
+from dit_fast.data.sources import FolderSource, ImageSource, open_source
+from dit_fast.data.writer import Sample, check_amounts, one_line_errors, one_thread, write_dataset
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.philox import Stream, uint32_numpy
 
@@ -27,15 +29,18 @@ class _ImageProducer:
     """Samples from images. Networks are loaded when first used, once per process and device."""
 
     def __init__(
-        self, source: ImageSource, autoencoder: str, size: int, dtype: str, store_images: bool,
+        self, source: ImageSource, autoencoder: str, size: int, shape: tuple[int, ...], dtype: str, store_images: bool,
         encoder: str | None, token_grid: int, batch_size: int, device: str,
     ):  # fmt: skip
-        self.source, self.autoencoder, self.size, self.dtype = source, autoencoder, size, dtype
+        self.source, self.autoencoder, self.size, self.shape, self.dtype = source, autoencoder, size, shape, dtype
         self.store_images, self.encoder, self.token_grid = store_images, encoder, token_grid
         self.batch_size, self.device = batch_size, device
         extra = [name for name, there in (("image", store_images), ("features", encoder)) if there]
         self.members = tuple(FIELD_MEMBERS[name] for name in ("moments", "label", *extra))
         self._loaded: dict[str, tuple[Autoencoder, FeatureEncoder | None]] = {}
+
+    def name(self, number: int) -> str:
+        return self.source.name(number)
 
     def samples(self, numbers: np.ndarray, shard: int) -> Iterator[Sample]:
         device = f"cuda:{shard % torch.cuda.device_count()}" if self.device == "cuda" else "cpu"
@@ -55,6 +60,8 @@ class _ImageProducer:
                 if self.store_images:
                     payload[FIELD_MEMBERS["image"]] = png_bytes(images[i])
                 if features is not None:
+                    if not np.isfinite(features[i]).all():
+                        raise DataError(f"{self.name(number)}: has features that are not finite; use another encoder")
                     payload[FIELD_MEMBERS["features"]] = npy_bytes(features[i])
                 yield payload, int(self.source.labels[number]), moments[i]
 
@@ -88,6 +95,7 @@ def build_shards(
     batch_size: int = 32,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     shuffle: bool = True,
+    exif: bool = True,
     progress: bool = True,
 ) -> LatentDataset:
     """Builds the shards of an image folder or array data set in `out`; run again, it continues or finds itself done.
@@ -95,45 +103,65 @@ def build_shards(
     autoencoder: a spec of `load_autoencoder`, or "pca" to fit a `PatchPCA(patch, channels)` on the source. size:
     pixels of the centre crop. store_images: keep the crop as PNG. encoder: a spec of `load_encoder`, stored as
     float16 [token_grid^2, width]; token_grid defaults to half the latent size (patch 2). shuffle: write samples in a
-    fixed random order, so that every shard holds all classes. The bytes do not depend on `processes`.
+    fixed random order, so that every shard holds all classes. exif: turn photographs as their orientation tag says,
+    which ADM's script does not. The bytes do not depend on `processes`. What is skipped is printed to stderr.
 
     Raises DataError or ConfigError, one line; shards already finished are kept.
     """
     if dtype not in ("float16", "float32") or device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"dtype '{dtype}', device '{device}': valid are float16, float32 and auto, cpu, cuda")
-    if batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size} must be at least 1")
+    for name, value in {"batch_size": batch_size, "size": size, "patch": patch, "channels": channels}.items():
+        if value < 1:
+            raise ConfigError(f"{name}={value} must be at least 1")
+    if token_grid is not None and (encoder is None or token_grid < 1):
+        raise ConfigError(f"token_grid={token_grid} must be at least 1 and needs an encoder; give --encoder")
+    check_amounts(samples_per_shard, processes)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda': no CUDA device here; give --device cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    images = open_source(source) if isinstance(source, str | Path) else source
+    folder = Path(out)
+    check_utf8(folder, "output folder")
+    images: ImageSource
+    if isinstance(source, str | Path):
+        images = opened = open_source(source, out=folder, exif=exif, progress=progress)
+        for note in opened.notes:
+            print(note, file=sys.stderr)
+    else:
+        images = source
     order = np.arange(len(images.labels), dtype=np.int64)
     if shuffle:
         order = np.argsort(uint32_numpy(ORDER_SEED, order, Stream.SAMPLE_ORDER, 1)[:, 0], kind="stable")
-    folder = Path(out)
-    spec, stored_spec = _place_autoencoder(autoencoder, folder, images, order, size, patch, channels)
+    with one_line_errors(folder):
+        spec, stored_spec = _place_autoencoder(autoencoder, folder, images, order, size, patch, channels)
     model = load_autoencoder(spec)
     if size % model.factor:
         raise DataError(
             f"size {size} is not a multiple of {model.factor}, the pixels per latent of {autoencoder}; change --size"
         )
     latent = size // model.factor
-    grid = token_grid or latent // 2
+    grid = latent // 2 if token_grid is None else token_grid
     network = load_encoder(encoder) if encoder else None
-    if network is not None and grid < 1:
-        raise ConfigError(f"token_grid={grid} must be at least 1; give --token-grid")
+    if network is not None and not 1 <= grid <= latent:
+        raise ConfigError(f"token_grid={grid} is outside 1..{latent}, the latents a side; give --token-grid")
     settings = {
         "source": images.digest, "images": len(order), "size": size, "autoencoder": model.identity, "dtype": dtype,
         "store_images": store_images, "encoder": network.identity if network else None,
         "token_grid": grid if network else None, "samples_per_shard": samples_per_shard, "batch_size": batch_size,
         "shuffle": shuffle, "device": device,
     }  # fmt: skip
-    producer = _ImageProducer(images, spec, size, dtype, store_images, encoder, grid, batch_size, device)
+    if isinstance(images, FolderSource):
+        settings["exif"] = exif
+    if model.config:
+        settings["autoencoder_config"] = dict(model.config)
+    shape = (2, model.channels, latent, latent)
+    producer = _ImageProducer(images, spec, size, shape, dtype, store_images, encoder, grid, batch_size, device)
     info = {
         "num_classes": len(images.class_names),
         "class_names": list(images.class_names),
         "members": list(producer.members),
         "dtype": dtype,
-        "latent_shape": [model.channels, latent, latent],
+        "latent_shape": list(shape[1:]),
         "scale": _plain(model.scale),
         "shift": _plain(model.shift),
         "autoencoder": {"identity": model.identity, "spec": stored_spec},
@@ -152,6 +180,7 @@ def _place_autoencoder(
         return spec, f"{kind}:{Path(path).resolve()}" if separator else spec
     target = out / AUTOENCODER_FILE
     if spec == "pca":
+        PatchPCA.check(size, size, patch, channels)
         count = min(len(order), FIT_IMAGES, max(1, FIT_BYTES // (3 * size * size)))
         with one_thread():
             fitted = PatchPCA.fit(

@@ -38,6 +38,13 @@ def add_commands(subparsers: Any) -> None:
     build.add_argument(
         "--no-shuffle", dest="shuffle", action="store_false", default=ABSENT, help="keep the source's order"
     )
+    build.add_argument(
+        "--no-exif",
+        dest="exif",
+        action="store_false",
+        default=ABSENT,
+        help="leave photographs as stored, like ADM's script, instead of turning them as their orientation tag says",
+    )
     tree = _command(commands, "import-vae-sd", _import, "import the vae-sd npy tree of the published REPA-family code")
     tree.add_argument("source", help="the vae-sd folder, with its own dataset.json")
     tree.add_argument("out", help="folder for the shards")

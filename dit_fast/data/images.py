@@ -1,142 +1,115 @@
-"""Sources of labelled images: a folder (class = sorted folder name) or an array data set; the ADM centre crop."""
+"""One image file to one crop: depth, transparency, orientation, and the centre crop of ADM (guided-diffusion)."""
 
-import hashlib
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
+from dit_fast.data.files import reason, shown
 from dit_fast.errors import DataError
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff"}
+SUFFIXES = {
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff",
+}  # fmt: skip
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF")  # by content; the suffix is not believed
+MAX_PIXELS = 1 << 28  # of the image resized for the crop: a strip of 1 x 100000 would take gigabytes
+ORIENTATION = 0x0112  # the tag of EXIF and TIFF
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+BITS_PER_SAMPLE, PHOTOMETRIC, MIN_IS_WHITE = 258, 262, 0  # TIFF
+GREY_STEPS = {"L;2": 85, "L;4": 17}  # PNG grey of few bits: Pillow spreads the pixels over 0..255, not the colour key
 
 
-class ImageSource(Protocol):
-    """Labelled images by number. labels: int64 [N]. digest: changes when the source does, not when it is moved."""
+def read_image(path: Path, size: int, exif: bool = True) -> np.ndarray:
+    """The crop of an image file, uint8 [size, size, 3]; of several frames the first.
 
-    labels: np.ndarray
-    class_names: tuple[str, ...]
-    digest: str
-
-    def read(self, index: int, size: int) -> np.ndarray:
-        """uint8 [size, size, 3], cropped. Raises DataError naming the image."""
-        ...
+    exif: turn the image as its orientation tag says (damaged EXIF counts as none). Raises DataError naming the file
+    when it is no readable image or its range of values is unknown.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            pixels = to_rgb(image)
+            turn = TURNS.get(_orientation(image)) if exif else None
+        return center_crop(pixels if turn is None else pixels.transpose(turn), size)
+    except DataError as error:
+        raise DataError(f"{shown(path)}: {error}") from None
+    except Exception as error:  # damaged files raise many kinds
+        raise DataError(f"{shown(path)}: not a readable image ({reason(error)}); replace or remove it") from None
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
     """The centre crop of ADM (guided-diffusion): uint8 [size, size, 3].
 
     Halves with a box filter while the shorter side is at least twice `size`, resizes the shorter side to `size`
-    (bicubic), cuts the middle.
+    (bicubic), cuts the middle. Raises DataError for strips so long that the resized image would not fit in memory.
     """
-    image = image.convert("RGB")
+    image = to_rgb(image)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    top, left = (image.height - size) // 2, (image.width - size) // 2
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > MAX_PIXELS:
+        raise DataError(f"resized for the crop it would be {width} x {height}; crop or remove it")
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    top, left = (height - size) // 2, (width - size) // 2
     return np.asarray(image)[top : top + size, left : left + size]
 
 
-class FolderSource:
-    """Images in class folders, at any depth below them; classes and files in sorted order.
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB: transparency on white, grey of more than 8 bits scaled by its range.
 
-    Raises DataError when there is no class folder or no image.
+    Raises DataError where that range is unknown (32-bit integers, floats). Pillow itself reads 16-bit colour as the
+    high byte of each value; its own conversion of 16-bit grey would clip at 255.
     """
-
-    def __init__(self, root: Path):
-        folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        self.root = root
-        self.class_names = tuple(folder.name for folder in folders)
-        self.files: list[str] = []
-        labels, digest = [], hashlib.sha256(repr(self.class_names).encode())
-        for label, folder in enumerate(folders):
-            files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-            for path in files:
-                name = path.relative_to(root).as_posix()
-                self.files.append(name)
-                labels.append(label)
-                digest.update(f"{name}\0{path.stat().st_size}\0".encode())
-        if not self.files:
-            raise DataError(f"{root}: no images in class folders; expected {root}/CLASS/IMAGE.png (or jpg, webp, ...)")
-        self.labels = np.array(labels, np.int64)
-        self.digest = digest.hexdigest()
-
-    def read(self, index: int, size: int) -> np.ndarray:
-        path = self.root / self.files[index]
-        try:
-            with Image.open(path) as image:
-                transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-                return center_crop(_on_white(image) if transparent else image, size)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path}: not a readable image ({error}); replace or remove it") from None
-
-
-class ArraySource:
-    """An `.npz` with `images` uint8 [N, H, W] or [N, H, W, 3], `labels` int [N] and optionally `class_names` [K].
-
-    Raises DataError naming the file and the array that is missing or has a wrong shape, dtype or value.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                missing = [name for name in ("images", "labels") if name not in archive]
-                if missing:
-                    raise DataError(
-                        f"{path}: has no array '{missing[0]}'; expected images [N, H, W(, 3)] and labels [N]"
-                    )
-                self._images: np.ndarray | None = archive["images"]
-                labels = archive["labels"]
-                names = archive["class_names"].tolist() if "class_names" in archive else None
-        except (OSError, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{path}: not a readable npz without pickles ({error})") from None
-        images = self._images
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
-            raise DataError(
-                f"{path}: images are {images.dtype} {images.shape}, expected uint8 [N, H, W] or [N, H, W, 3]"
-            )
-        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or not len(labels):
-            raise DataError(f"{path}: labels are {labels.dtype} {labels.shape}, expected integers [{len(images)}]")
-        self.labels = labels.astype(np.int64)
-        count = len(names) if names else int(labels.max()) + 1
-        if int(labels.min()) < 0 or int(labels.max()) >= count:
-            raise DataError(
-                f"{path}: labels lie in {labels.min()}..{labels.max()}, outside 0..{count - 1}; correct them"
-            )
-        self.class_names = tuple(str(name) for name in names) if names else tuple(str(i) for i in range(count))
-        digest = hashlib.sha256(repr((images.shape, self.class_names)).encode())
-        digest.update(np.ascontiguousarray(images).data)
-        digest.update(self.labels.tobytes())
-        self.digest = digest.hexdigest()
-
-    def read(self, index: int, size: int) -> np.ndarray:
-        if self._images is None:  # in a worker: the arrays are read from the file, not sent
-            with np.load(self.path, allow_pickle=False) as archive:
-                self._images = archive["images"]
-        image = self._images[index]
-        if image.shape[:2] == (size, size):
-            return np.repeat(image[:, :, None], 3, axis=2) if image.ndim == 2 else image
-        return center_crop(Image.fromarray(image), size)
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_images": None}
-
-
-def _on_white(image: Image.Image) -> Image.Image:
+    image, key = _eight_bits(image)
+    if key is not None:
+        image.putalpha(key)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
 
 
-def open_source(path: str | Path) -> FolderSource | ArraySource:
-    """A folder of class folders, or an `.npz` file. Raises DataError for anything else."""
-    location = Path(path)
-    if location.is_dir():
-        return FolderSource(location)
-    if location.suffix == ".npz" and location.is_file():
-        return ArraySource(location)
-    raise DataError(f"{location}: neither a folder of class folders nor an .npz file with images and labels")
+def _eight_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """The image with 8 bits a channel, and the opacity (mode L) where Pillow's own colour key would go wrong."""
+    # how the file stores its values; gone once they are loaded
+    raw = str(image.tile[0][3]) if isinstance(image, ImageFile) and image.tile else ""
+    tags = getattr(image, "tag_v2", {})
+    bits, photometric = tags.get(BITS_PER_SAMPLE, (16,)), tags.get(PHOTOMETRIC)
+    image.load()
+    key = image.info.get("transparency")
+    if image.mode == "RGB" and key is not None and raw.startswith("RGB;16"):
+        raise DataError("16-bit colour with a transparent colour, whose low bits are lost; save it as 8-bit RGBA")
+    if image.mode == "L" and raw in GREY_STEPS and key is not None:
+        opacity = np.asarray(image) != key * GREY_STEPS[raw]
+        image = Image.fromarray(np.asarray(image))
+    elif image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
+        values = np.asarray(image).astype(np.int64)
+        opacity = values != key
+        largest = (1 << int(bits[0])) - 1  # Pillow scales a PGM's own maximum to 65535
+        if values.min() < 0 or values.max() > largest:
+            raise DataError(f"has values outside 0..{largest}; save it as 8-bit or full-range 16-bit")
+        grey = ((values * 255 + largest // 2) // largest).astype(np.uint8)
+        image = Image.fromarray(255 - grey if photometric == MIN_IS_WHITE else grey)
+    elif image.mode in ("I", "F"):
+        kind = "32-bit integer" if image.mode == "I" else "float"
+        raise DataError(f"{kind} values, whose range no one can know; save it as 8-bit or 16-bit PNG")
+    else:
+        return image, None
+    return image, Image.fromarray((opacity * 255).astype(np.uint8)) if key is not None else None
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8, 1 where there is none. Reads EXIF of JPEG, PNG, WebP and XMP; Pillow turns TIFF itself on loading."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # a damaged block raises many kinds, and says nothing about the pixels
+        return 1

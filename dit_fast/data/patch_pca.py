@@ -5,18 +5,20 @@ Each patch of 3 * p * p values is projected on the leading eigenvectors of the p
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 
 from dit_fast.data.autoencoders import weights_identity
+from dit_fast.data.files import reason
 from dit_fast.data.shards import write_atomic
 from dit_fast.errors import DataError
 
 FORMAT = "dit_fast patch pca 1"
+MAX_PATCH = 64  # the covariance has (3 * patch^2)^2 entries
 
 
 class PatchPCA:
@@ -25,6 +27,7 @@ class PatchPCA:
     """
 
     shift: float | Sequence[float] = 0.0
+    config: Mapping[str, Any] = {}
 
     def __init__(
         self, patch: int, mean: torch.Tensor, basis: torch.Tensor, std: torch.Tensor, identity: str = "pca:unsaved"
@@ -38,12 +41,7 @@ class PatchPCA:
         """images: uint8 [N, S, S, 3]. Raises DataError unless patch divides S and channels are at most 3 * patch^2."""
         n, height, width, _ = images.shape
         dim = 3 * patch * patch
-        if height % patch or width % patch:
-            raise DataError(
-                f"image size {height}x{width} is not a multiple of the patch size {patch}; change size or patch"
-            )
-        if not 1 <= channels <= dim:
-            raise DataError(f"channels={channels} is outside 1..{dim} (3 * patch^2); change channels or patch")
+        cls.check(height, width, patch, channels)
         total, moment = torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64)
         count = n * (height // patch) * (width // patch)
         for first in range(0, n, 512):
@@ -57,6 +55,20 @@ class PatchPCA:
         std = values.flip(0)[:channels].clamp(min=0).sqrt()
         return cls(patch, mean.float(), basis.float(), std.float())
 
+    @staticmethod
+    def check(height: int, width: int, patch: int, channels: int) -> None:
+        """Raises DataError unless images of this size can be fitted with this patch and these channels."""
+        if not 1 <= patch <= MAX_PATCH:
+            raise DataError(f"patch={patch} is outside 1..{MAX_PATCH}; change patch")
+        if height % patch or width % patch:
+            raise DataError(
+                f"image size {height}x{width} is not a multiple of the patch size {patch}; change size or patch"
+            )
+        if not 1 <= channels <= 3 * patch * patch:
+            raise DataError(
+                f"channels={channels} is outside 1..{3 * patch * patch} (3 * patch^2); change channels or patch"
+            )
+
     @classmethod
     def load(cls, path: str | Path) -> "PatchPCA":
         """Reads what `save` wrote. Raises DataError naming a missing or foreign file."""
@@ -67,15 +79,21 @@ class PatchPCA:
             data = Path(path).read_bytes()  # not mapped: the tensors must outlive the file
             tensors = load(data)
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{path}: cannot be read as a patch PCA autoencoder ({error})") from None
-        meta = header.get("__metadata__", {})
+        except (OSError, SafetensorError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read as a patch PCA autoencoder ({reason(error)})") from None
+        meta = header.get("__metadata__") or {}
         if meta.get("format") != FORMAT:
             raise DataError(
                 f"{path}: not a patch PCA autoencoder; make one with `dit-fast shards build --autoencoder pca`"
             )
-        mean, basis, std = (tensors[name] for name in ("mean", "basis", "std"))
-        return cls(round((mean.numel() / 3) ** 0.5), mean, basis, std, identity=weights_identity("pca", [Path(path)]))
+        mean, basis, std = (tensors.get(name, torch.zeros(())) for name in ("mean", "basis", "std"))
+        patch, channels = round((mean.numel() / 3) ** 0.5), std.numel()
+        dim = 3 * patch * patch
+        if (mean.shape, basis.shape, std.shape) != ((dim,), (channels, dim), (channels,)) or not all(
+            item.is_floating_point() and item.isfinite().all() for item in (mean, basis, std)
+        ):
+            raise DataError(f"{path}: a patch PCA with arrays that are missing, misshapen or not finite; fit it again")
+        return cls(patch, mean, basis, std, identity=weights_identity("pca", [Path(path)]))
 
     def file_bytes(self) -> bytes:
         """The safetensors file as bytes; equal fits give equal bytes."""

@@ -4,15 +4,16 @@ The network is read off the state dict: 3x3 convolutions, residual blocks of thr
 first add a GroupNorm branch of 1x1 convolutions. Weights: taef2_encoder.pth and taef2_decoder.pth of madebyollin/taesd.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from dit_fast.data.autoencoders import weights_identity
+from dit_fast.data.files import reason
 from dit_fast.errors import DataError
 
 WIDTH, CHANNELS, FACTOR, NORM_GROUPS = 64, 32, 8, 4
@@ -62,6 +63,7 @@ class TinyFlux2:
     channels, factor = CHANNELS, FACTOR
     scale: float | Sequence[float] = 1.0
     shift: float | Sequence[float] = 0.0
+    config: Mapping[str, Any] = {}
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, identity: str):
         self._encoder, self._decoder, self.identity = encoder, decoder, identity
@@ -77,8 +79,7 @@ class TinyFlux2:
             try:
                 network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
             except Exception as error:  # unpickling a damaged file raises many kinds
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise DataError(f"{path}: not the weights of TAEF2 ({reason}); fetch them again") from None
+                raise DataError(f"{path}: not the weights of TAEF2 ({reason(error)}); fetch them again") from None
             networks.append(network.float().eval().requires_grad_(False))
         return cls(networks[0], networks[1], weights_identity("taef2", paths))
 

@@ -5,7 +5,10 @@ Layout: SRC/dataset.json = {"labels": [[relative path, label], ...]}, SRC/00000/
 position, so one file too many shifts every label after it; here files are found by name and both sides must agree.
 """
 
+import hashlib
 import json
+import os
+import posixpath
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -13,11 +16,13 @@ from typing import Literal
 import numpy as np
 
 from dit_fast.data.dataset import LatentDataset
+from dit_fast.data.files import check_utf8, digest_files, read_npy, reason, shown
 from dit_fast.data.shards import LABEL_MEMBER, MOMENTS_MEMBER
-from dit_fast.data.writer import Sample, write_dataset
-from dit_fast.errors import DataError
+from dit_fast.data.writer import Sample, check_amounts, write_dataset
+from dit_fast.errors import ConfigError, DataError
 
 SD_VAE_SCALE = 0.18215
+MAX_CLASSES = 1 << 20
 
 
 class _TreeProducer:
@@ -25,38 +30,43 @@ class _TreeProducer:
 
     def __init__(self, root: Path, entries: list[tuple[str, int]], dtype: str):
         self.root, self.entries, self.dtype = root, entries, dtype
-        self._shape = load_moments(root / entries[0][0]).shape
+        self.shape = load_moments(root / entries[0][0]).shape  # all others must equal it
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """[2, C, h, w] of the first file; all others must equal it."""
-        return self._shape
+    def name(self, number: int) -> str:
+        return shown(self.root / self.entries[number][0])
 
     def samples(self, numbers: np.ndarray, shard: int) -> Iterator[Sample]:
         for number in numbers.tolist():
             name, label = self.entries[number]
             moments = load_moments(self.root / name)
-            if moments.shape != self._shape:
+            if moments.shape != self.shape:
                 first = self.entries[0][0]
                 raise DataError(
-                    f"{self.root / name}: moments {moments.shape}, {first} has {self._shape}; encode it again"
+                    f"{self.root / name}: moments {moments.shape}, {first} has {self.shape}; encode it again"
                 )
             yield {}, label, moments
 
 
 def load_moments(path: Path) -> np.ndarray:
     """float32 [2, C, h, w]. Raises DataError naming the file when it is missing, misshapen or holds log variances."""
+    where = shown(path)
     try:
-        array = np.load(path, allow_pickle=False)
+        with open(path, "rb") as file:
+            array = read_npy(file, os.fstat(file.fileno()).st_size)
     except FileNotFoundError:
-        raise DataError(f"{path}: named in dataset.json but missing; restore it or correct dataset.json") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: not a readable npy array ({error}); encode it again") from None
+        raise DataError(f"{where}: named in dataset.json but missing; restore it or correct dataset.json") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{where}: not a readable npy array ({reason(error)}); encode it again") from None
     if array.ndim != 3 or array.shape[0] % 2 or array.shape[1] != array.shape[2] or array.dtype.kind != "f":
-        raise DataError(f"{path}: {array.dtype} {array.shape}, expected float [2 C, h, h]; encode it again")
-    moments = array.astype(np.float32).reshape(2, array.shape[0] // 2, *array.shape[1:])
+        raise DataError(f"{where}: {array.dtype} {array.shape}, expected float [2 C, h, h]; encode it again")
+    if not array.size:
+        raise DataError(f"{where}: {array.dtype} {array.shape} holds nothing; encode it again")
+    with np.errstate(over="ignore"):
+        moments = array.astype(np.float32).reshape(2, array.shape[0] // 2, *array.shape[1:])
+    if not np.isfinite(moments).all():
+        raise DataError(f"{where}: holds NaN or infinite values; encode it again")
     if moments[1].min() < 0:
-        raise DataError(f"{path}: the second half has negative values, so it is a log variance; store exp(logvar / 2)")
+        raise DataError(f"{where}: the second half has negative values, so it is a log variance; store exp(logvar / 2)")
     return moments
 
 
@@ -75,18 +85,19 @@ def import_vae_sd(
 ) -> LatentDataset:
     """Writes the tree's moments to shards in `out`, in the order of its dataset.json; continues what is there.
 
-    num_classes: default largest label + 1. autoencoder: where the decoder lies (a spec of `load_autoencoder`), "" if
-    unknown. Raises DataError naming the file that is missing, not listed, misshapen or holds log variances.
+    num_classes: default largest label + 1, and then every class must have an image. autoencoder: where the decoder lies
+    (a spec of `load_autoencoder`), "" if unknown. Raises DataError naming the file that is missing, listed twice, not
+    listed, misshapen, not finite or holds log variances.
     """
-    root = Path(src)
+    root, folder = Path(src), Path(out)
+    check_utf8(folder, "output folder")
+    check_amounts(samples_per_shard, processes)
+    if dtype not in ("float16", "float32"):
+        raise ConfigError(f"dtype '{dtype}': valid are float16, float32")
+    if folder.resolve() == root.resolve():
+        raise DataError(f"{shown(root)}: is both source and output; choose another folder for the output")
     entries = _entries(root)
-    largest = max(label for _, label in entries)
-    classes = largest + 1 if num_classes is None else num_classes
-    bad = [(name, label) for name, label in entries if not 0 <= label < classes]
-    if bad:
-        raise DataError(
-            f"{root / 'dataset.json'}: {bad[0][0]} has label {bad[0][1]}, outside 0..{classes - 1}; correct it"
-        )
+    classes = _count_classes(entries, num_classes, root / "dataset.json")
     producer = _TreeProducer(root, entries, dtype)
     _, channels, height, width = producer.shape
     identity = "sd-vae (imported tree)"
@@ -95,7 +106,8 @@ def import_vae_sd(
 
         identity = load_autoencoder(autoencoder).identity
     settings = {
-        "imported": "vae-sd", "images": len(entries), "num_classes": classes, "scale": scale, "shift": shift,
+        "imported": "vae-sd", "source": _digest(root, entries, progress), "images": len(entries),
+        "num_classes": classes, "scale": scale, "shift": shift,
         "autoencoder": identity, "dtype": dtype, "samples_per_shard": samples_per_shard,
     }  # fmt: skip
     info = {
@@ -111,34 +123,65 @@ def import_vae_sd(
         "features": None,
     }
     order = np.arange(len(entries), dtype=np.int64)
-    return write_dataset(Path(out), producer, order, info, settings, samples_per_shard, processes, progress)
+    return write_dataset(folder, producer, order, info, settings, samples_per_shard, processes, progress)
+
+
+def _count_classes(entries: list[tuple[str, int]], num_classes: int | None, where: Path) -> int:
+    """The number of classes; nothing is allocated by a label or by the number asked for before it is checked."""
+    if num_classes is not None and not 1 <= num_classes <= MAX_CLASSES:
+        raise ConfigError(f"num_classes={num_classes} is outside 1..{MAX_CLASSES}; give --num-classes")
+    present = {label for _, label in entries}
+    classes = max(present) + 1 if num_classes is None else num_classes
+    bad = next(((name, label) for name, label in entries if not 0 <= label < classes), None)
+    if bad:
+        raise DataError(f"{where}: {shown(bad[0])} has label {bad[1]}, outside 0..{classes - 1}; correct it")
+    if num_classes is None and len(present) < classes:
+        missing = next(label for label in range(classes) if label not in present)
+        raise DataError(
+            f"{where}: no image has label {missing} and labels run to {classes - 1}; correct it or give --num-classes"
+        )
+    return classes
+
+
+def _digest(root: Path, entries: list[tuple[str, int]], progress: bool) -> str:
+    names, labels = [name for name, _ in entries], [label for _, label in entries]
+    return hashlib.sha256(f"{digest_files(root, names, progress)} {labels}".encode()).hexdigest()
 
 
 def _entries(root: Path) -> list[tuple[str, int]]:
+    """(path, label) of every image, each path in its shortest spelling."""
     where = root / "dataset.json"
     try:
         labels = json.loads(where.read_bytes())["labels"]
-        entries = [(str(name), int(label)) for name, label in labels]
+        entries = [(name, label) for name, label in labels]
     except FileNotFoundError:
         raise DataError(
             f"{where}: missing; give the vae-sd folder itself, its own dataset.json holds the labels"
         ) from None
-    except (ValueError, KeyError, TypeError):
+    except OSError as error:
+        raise DataError(f"{where}: cannot be read ({reason(error)})") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise DataError(
             f'{where}: expected {{"labels": [[path, label], ...]}}; write it again with the encode step'
         ) from None
     if not entries:
         raise DataError(f"{where}: lists no images; write it again with the encode step")
-    listed = {name for name, _ in entries}
-    if len(listed) != len(entries):
-        raise DataError(f"{where}: names a file twice; correct it")
-    for name in sorted(listed):
-        if name.startswith("/") or ".." in Path(name).parts:
-            raise DataError(f"{where}: '{name}' leaves the folder; correct it")
+    spelled: dict[str, str] = {}
+    for name, label in entries:
+        if type(name) is not str or type(label) is not int:
+            pair = shown(json.dumps([name, label])[:100])
+            raise DataError(f"{where}: {pair} is not a path and a whole number; write it again with the encode step")
+        check_utf8(name, f"{where}: path")
+        path = posixpath.normpath(name)
+        if path.startswith("/") or path.split("/")[0] == "..":
+            raise DataError(f"{where}: '{shown(name)}' leaves the folder; correct it")
+        if path in spelled:
+            raise DataError(f"{where}: names a file twice, as '{shown(spelled[path])}' and '{shown(name)}'; correct it")
+        spelled[path] = name
     there = {path.relative_to(root).as_posix() for path in root.rglob("*.npy")}
-    if there - listed:
-        extra = sorted(there - listed)
+    if there - spelled.keys():
+        extra = sorted(there - spelled.keys())
         raise DataError(
-            f"{root / extra[0]}: not listed in dataset.json ({len(extra)} such files); remove them or list them"
+            f"{shown(root / extra[0])}: not listed in dataset.json ({len(extra)} such files); remove them or list them"
         )
-    return entries
+    return list(zip(spelled, (label for _, label in entries), strict=True))

@@ -24,12 +24,14 @@ import numpy as np
 import torch
 
 from dit_fast.data.dataset import FILE_NAME, LatentDataset, ShardInfo, description_bytes, make_description, open_dataset
+from dit_fast.data.files import bar, reason
 from dit_fast.data.index import index_path
 from dit_fast.data.shards import MOMENTS_MEMBER, ShardWriter, key_of, npy_bytes, write_atomic
-from dit_fast.errors import DataError
+from dit_fast.errors import DataError, UserError
 from dit_fast.options import diff
 
 STATE_FOLDER = ".build"
+MANY_PROCESSES = 64
 Sample = tuple[dict[str, bytes], int, np.ndarray]  # members but the label's and moments'; label; moments [2, C, h, w]
 
 
@@ -38,6 +40,11 @@ class Producer(Protocol):
 
     members: tuple[str, ...]
     dtype: str
+    shape: tuple[int, ...]  # of the moments, [2, C, h, w]
+
+    def name(self, number: int) -> str:
+        """What a message calls the sample with this source number."""
+        ...
 
     def samples(self, numbers: np.ndarray, shard: int) -> Iterator[Sample]:
         """The samples with these source numbers, in order."""
@@ -59,19 +66,27 @@ def write_dataset(
     info: the part of `dataset.json` known beforehand. settings: everything that decides the bytes; a run with other
     settings in the same folder is refused with the difference. Raises DataError, one line, with finished shards kept.
     """
-    if samples_per_shard < 1 or processes < 1:
-        raise DataError(f"samples_per_shard={samples_per_shard}, processes={processes}: both must be at least 1")
-    out.mkdir(parents=True, exist_ok=True)
+    check_amounts(samples_per_shard, processes)
+    for name in ("scale", "shift"):
+        value = np.array(info[name])
+        if not np.isfinite(value).all() or (name == "scale" and (value == 0).any()):
+            raise DataError(f"{name} {info[name]} is not a usable number; correct it or the autoencoder")
+    with one_line_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
     if (out / FILE_NAME).is_file():
-        _refuse_other(out, json.loads((out / FILE_NAME).read_bytes()).get("settings", {}), settings)
+        found = _read_json(out / FILE_NAME).get("settings")
+        _refuse_other(out, found if isinstance(found, dict) else {}, settings)
         return open_dataset(out)
-    with _locked(out), _one_line_errors(out):
+    with one_line_errors(out), _locked(out):
         state = out / STATE_FOLDER
         if (state / "settings.json").is_file():
-            _refuse_other(out, json.loads((state / "settings.json").read_bytes()), settings)
+            _refuse_other(out, _read_json(state / "settings.json"), settings)
         else:
+            foreign = sorted(out.glob("shard-*.tar"))
+            if foreign:
+                raise DataError(f"{foreign[0]}: a shard of another data set; use another folder or delete it")
             write_atomic(state / "settings.json", json.dumps(settings, indent=1).encode())
-        for partial in [*out.glob("*.partial"), *state.glob("*.partial")]:
+        for partial in [*out.glob("shard-*.partial"), *state.glob("*.partial")]:
             partial.unlink()
         count = -(-len(order) // samples_per_shard)
         tasks = [
@@ -79,7 +94,7 @@ def write_dataset(
             for number, first in enumerate(range(0, len(order), samples_per_shard))
         ]
         todo = [task for task in tasks if not task.finished()]
-        with _bar(len(order), len(order) - sum(len(task.numbers) for task in todo), progress) as advance:
+        with bar(len(order), len(order) - sum(len(task.numbers) for task in todo), "shards", progress) as advance:
             for samples in _run(todo, processes):
                 advance(samples)
         results = [json.loads((state / f"{shard_name(number)}.json").read_bytes()) for number in range(count)]
@@ -88,6 +103,15 @@ def write_dataset(
         write_atomic(out / FILE_NAME, description_bytes(make_description(content, shards)))
     shutil.rmtree(out / STATE_FOLDER)
     return open_dataset(out)
+
+
+def check_amounts(samples_per_shard: int, processes: int) -> None:
+    """Raises DataError unless both are at least 1 and the processes not far more than this machine can run."""
+    if samples_per_shard < 1 or processes < 1:
+        raise DataError(f"samples_per_shard={samples_per_shard}, processes={processes}: both must be at least 1")
+    most = max(MANY_PROCESSES, 2 * (os.cpu_count() or 1))
+    if processes > most:
+        raise DataError(f"processes={processes}: at most {most} on this machine; give fewer")
 
 
 def shard_name(number: int) -> str:
@@ -106,7 +130,10 @@ class _Task:
     def finished(self) -> bool:
         if not (self.record.is_file() and self.path.is_file() and index_path(self.path).is_file()):
             return False
-        return self.path.stat().st_size == json.loads(self.record.read_bytes())["shard"]["bytes"]
+        try:
+            return self.path.stat().st_size == json.loads(self.record.read_bytes())["shard"]["bytes"]
+        except (ValueError, KeyError, TypeError):  # a damaged record: write the shard again
+            return False
 
     def write(self, stopped: Callable[[], bool]) -> bool:
         """Writes the shard; False when told to stop before the end."""
@@ -115,6 +142,11 @@ class _Task:
         except OSError as error:
             error.filename = error.filename or str(self.path)
             raise
+        except (MemoryError, torch.OutOfMemoryError):
+            raise DataError(
+                f"{self.path}: out of memory; run the same command again with fewer processes, or give a smaller "
+                "--batch-size or --size in another folder"
+            ) from None
 
     def _write(self, stopped: Callable[[], bool]) -> bool:
         sums, count = np.zeros((2, 0)), 0
@@ -139,12 +171,18 @@ class _Task:
     def _moments(self, moments: np.ndarray, row: int) -> bytes:
         with np.errstate(over="ignore"):
             stored = moments.astype(self.producer.dtype)
-        if not np.isfinite(stored).all():
-            key, source = key_of(self.first_key + row), int(self.numbers[row])
-            raise DataError(
-                f"{self.path}: sample {key} (image {source} of the source) has latents that are not finite in "
-                f"{self.producer.dtype}; use --dtype float32 or another autoencoder"
-            )
+        wrong = ""
+        if moments.shape != self.producer.shape:
+            wrong = f"latents {moments.shape} where {self.producer.shape} were announced; use another autoencoder"
+        elif not np.isfinite(moments).all():
+            wrong = "latents that are NaN or infinite; correct that input or use another autoencoder"
+        elif (moments[1] < 0).any():
+            wrong = "latents with a negative standard deviation; use another autoencoder"
+        elif not np.isfinite(stored).all():
+            wrong = f"latents that are not finite in {self.producer.dtype}; use --dtype float32 or another autoencoder"
+        if wrong:
+            place = f"{self.path}: sample {key_of(self.first_key + row)}"
+            raise DataError(f"{place} ({self.producer.name(int(self.numbers[row]))}) has {wrong}")
         return npy_bytes(stored)
 
 
@@ -202,7 +240,7 @@ def _leave_with(parent: Any) -> None:
 def _work(task: _Task) -> int | Exception:
     try:
         return len(task.numbers) if task.write(_stop.is_set) else 0
-    except (DataError, OSError) as error:
+    except (UserError, OSError) as error:
         return error
 
 
@@ -222,6 +260,16 @@ def _refuse_other(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> 
         raise DataError(
             f"{out}: was begun with other settings ({'; '.join(changes)}); use those, another folder, or delete it"
         )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: damaged, or not written by dit_fast; use another folder or delete this one")
+    return content
 
 
 @contextmanager
@@ -247,28 +295,17 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _one_line_errors(out: Path) -> Iterator[None]:
+def one_line_errors(out: Path) -> Iterator[None]:
+    """Turns an OSError while writing in `out` into a DataError that says what is kept."""
     try:
         yield
     except OSError as error:
-        kept = len(list((out / STATE_FOLDER).glob("shard-*.json")))
+        kept = len(list((out / STATE_FOLDER).glob("shard-*.json"))) if out.is_dir() else 0
         place = error.filename or out
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = f"no space left ({shutil.disk_usage(out).free / 2**20:.0f} MiB free)"
+            there = next(folder for folder in (out, *out.resolve().parents) if folder.is_dir())
+            full = f"no space left ({shutil.disk_usage(there).free / 2**20:.0f} MiB free)"
             raise DataError(
-                f"{place}: {reason}; free some and run the same command again, {kept} finished shards are kept"
+                f"{place}: {full}; free some and run the same command again, {kept} finished shards are kept"
             ) from None
-        raise DataError(f"{place}: {error.strerror or error}; {kept} finished shards are kept") from None
-
-
-@contextmanager
-def _bar(total: int, done: int, show: bool) -> Iterator[Callable[[int], object]]:
-    if not show:
-        yield lambda samples: None
-        return
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        raise DataError("the progress bar needs tqdm; run `pip install tqdm` or give --no-progress") from None
-    with tqdm(total=total, initial=done, unit="img", desc="shards", smoothing=0) as bar:
-        yield bar.update
+        raise DataError(f"{place}: cannot be written ({reason(error)}); {kept} finished shards are kept") from None

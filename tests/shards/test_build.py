@@ -277,7 +277,7 @@ def make_tree(root, count=9, channels=4):
         array = rng.normal(size=(2 * channels, 4, 4)).astype(np.float32)
         array[channels:] = np.abs(array[channels:])
         np.save(root / name, array)
-        labels.append([name, int(rng.integers(5))])
+        labels.append([name, number % 5])
         arrays.append(array.reshape(2, channels, 4, 4))
     (root / "dataset.json").write_text(json.dumps({"labels": labels}))
     return np.stack(arrays), [label for _, label in labels]

@@ -10,7 +10,8 @@ from PIL import Image
 from shard_sets import make_images
 
 from dit_fast.data import PatchPCA, load_autoencoder, load_encoder
-from dit_fast.data.images import center_crop, open_source
+from dit_fast.data.images import center_crop
+from dit_fast.data.sources import open_source
 from dit_fast.errors import ConfigError, DataError
 
 TAEF2 = os.environ.get("DIT_FAST_TAEF2", "")
