@@ -1,5 +1,6 @@
 """One image file to one crop: depth, transparency, orientation, and the centre crop of ADM (guided-diffusion)."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from dit_fast.errors import DataError
 SUFFIXES = {
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff",
 }  # fmt: skip
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF")  # by content; the suffix is not believed
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF")  # by content; the suffix is not believed
 MAX_PIXELS = 1 << 28  # of the image resized for the crop: a strip of 1 x 100000 would take gigabytes
 ORIENTATION = 0x0112  # the tag of EXIF and TIFF
 TURNS = {
@@ -110,6 +111,7 @@ def _eight_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 def _orientation(image: Image.Image) -> int:
     """1 to 8, 1 where there is none. Reads EXIF of JPEG, PNG, WebP and XMP; Pillow turns TIFF itself on loading."""
     try:
-        return int(image.getexif().get(ORIENTATION, 1))
+        with warnings.catch_warnings(action="ignore"):  # of damage
+            return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # a damaged block raises many kinds, and says nothing about the pixels
         return 1

@@ -50,7 +50,7 @@ class FolderSource:
         self.files = [name for names in walk.classes.values() for name in names]
         sizes = [len(names) for names in walk.classes.values()]
         self.labels = np.repeat(np.arange(len(sizes), dtype=np.int64), sizes)
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(walk.skipped.items(), key=lambda item: -item[1]))
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(walk.skipped.items(), key=_by_count))
         self.notes = [f"{shown(root)}: skipped {walk.skipped.total()} files: {kinds}"] if kinds else []
         content = digest_files(root, self.files, progress)
         self.digest = hashlib.sha256(repr((self.class_names, sizes, content)).encode()).hexdigest()
@@ -149,6 +149,10 @@ class _Walk:
         except OSError as error:
             raise _unlisted(folder, error) from None
         return status.st_dev, status.st_ino
+
+
+def _by_count(item: tuple[str, int]) -> tuple[int, str]:
+    return -item[1], item[0]
 
 
 def _unlisted(folder: str, error: OSError) -> DataError:

@@ -53,8 +53,6 @@ def load_moments(path: Path) -> np.ndarray:
     try:
         with open(path, "rb") as file:
             array = read_npy(file, os.fstat(file.fileno()).st_size)
-    except FileNotFoundError:
-        raise DataError(f"{where}: named in dataset.json but missing; restore it or correct dataset.json") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{where}: not a readable npy array ({reason(error)}); encode it again") from None
     if array.ndim != 3 or array.shape[0] % 2 or array.shape[1] != array.shape[2] or array.dtype.kind != "f":
@@ -179,6 +177,11 @@ def _entries(root: Path) -> list[tuple[str, int]]:
             raise DataError(f"{where}: names a file twice, as '{shown(spelled[path])}' and '{shown(name)}'; correct it")
         spelled[path] = name
     there = {path.relative_to(root).as_posix() for path in root.rglob("*.npy")}
+    for path in sorted(spelled.keys() - there):  # behind a link to a folder, or missing
+        if not os.path.isfile(root / path):
+            raise DataError(
+                f"{shown(root / path)}: named in dataset.json but missing; restore it or correct dataset.json"
+            )
     if there - spelled.keys():
         extra = sorted(there - spelled.keys())
         raise DataError(

@@ -5,7 +5,8 @@ import json
 import numpy as np
 
 from dit_fast.data.build import build_shards
-from dit_fast.data.dataset import description_bytes
+from dit_fast.data.dataset import description_bytes, open_dataset
+from dit_fast.data.reader import IndexedReader
 
 CLASSES = ("ant", "bee", "cat")
 COUNT, SIZE, PER_SHARD = 43, 16, 8
@@ -39,3 +40,25 @@ def rewrite(folder, change):
     content = json.loads(path.read_bytes())
     change(content)
     path.write_bytes(description_bytes(content))
+
+
+def everything(folder, fields=()):
+    """All samples of a data set as one batch."""
+    dataset = open_dataset(folder)
+    return IndexedReader(dataset, fields).read(np.arange(len(dataset)), np.arange(len(dataset)))
+
+
+def make_tree(root, count=9, channels=4):
+    """A vae-sd tree of five classes; returns moments and labels."""
+    rng = np.random.default_rng(2)
+    labels, arrays = [], []
+    for number in range(count):
+        name = f"{number // 4:05d}/img-mean-std-{number:08d}.npy"
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        array = rng.normal(size=(2 * channels, 4, 4)).astype(np.float32)
+        array[channels:] = np.abs(array[channels:])
+        np.save(root / name, array)
+        labels.append([name, number % 5])
+        arrays.append(array.reshape(2, channels, 4, 4))
+    (root / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return np.stack(arrays), [label for _, label in labels]

@@ -15,18 +15,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from shard_sets import COUNT, SIZE, build, contents, make_images
+from shard_sets import COUNT, SIZE, build, contents, everything, make_images, make_tree
 
 import dit_fast.data.shards as shards_module
-from dit_fast.data import Plan, build_loader, import_vae_sd, open_dataset, verify_dataset
+from dit_fast.data import Plan, build_loader, open_dataset, verify_dataset
 from dit_fast.data.command import add_commands
-from dit_fast.data.reader import IndexedReader
 from dit_fast.errors import ConfigError, DataError
-
-
-def everything(folder, fields=()):
-    dataset = open_dataset(folder)
-    return IndexedReader(dataset, fields).read(np.arange(len(dataset)), np.arange(len(dataset)))
 
 
 def test_bytes_do_not_depend_on_processes(array_file, built, tmp_path):
@@ -261,73 +255,86 @@ def test_features_beside_the_latents(array_file, tmp_path):
         ({"samples_per_shard": 0}, "samples_per_shard=0"),
         ({"encoder": "clip"}, "unknown encoder"),
         ({"autoencoder": "vae"}, "unknown autoencoder"),
+        ({"size": 0}, "size=0"),
+        ({"size": -16}, "size=-16"),
+        ({"patch": 0}, "patch=0"),
+        ({"patch": 10_000, "size": 10_000}, "patch=10000"),
+        ({"channels": 49}, r"channels=49 is outside 1..48"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"processes": 10**6}, "processes=1000000: at most"),
+        ({"token_grid": 0}, "token_grid=0"),
+        ({"token_grid": 2}, "needs an encoder"),
+        pytest.param(
+            {"device": "cuda"},
+            "no CUDA device here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU"),
+        ),
     ],
 )
-def test_bad_requests(array_file, tmp_path, options, message):
-    with pytest.raises((DataError, ConfigError), match=message):
+def test_bad_requests_leave_nothing_behind(array_file, tmp_path, options, message):
+    with pytest.raises((DataError, ConfigError), match=message) as caught:
         build(array_file, tmp_path / "out", **options)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("out/shard*"))
 
 
-def make_tree(root, count=9, channels=4):
-    rng = np.random.default_rng(2)
-    labels, arrays = [], []
-    for number in range(count):
-        name = f"{number // 4:05d}/img-mean-std-{number:08d}.npy"
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        array = rng.normal(size=(2 * channels, 4, 4)).astype(np.float32)
-        array[channels:] = np.abs(array[channels:])
-        np.save(root / name, array)
-        labels.append([name, number % 5])
-        arrays.append(array.reshape(2, channels, 4, 4))
-    (root / "dataset.json").write_text(json.dumps({"labels": labels}))
-    return np.stack(arrays), [label for _, label in labels]
-
-
-def test_importing_the_published_tree(tmp_path):
-    arrays, labels = make_tree(tmp_path / "vae-sd")
-    options = {"num_classes": 5, "dtype": "float32", "samples_per_shard": 4, "progress": False}
-    dataset = import_vae_sd(tmp_path / "vae-sd", tmp_path / "out", **options)
-    batch = everything(tmp_path / "out")
-    assert np.array_equal(batch["moments"].numpy(), arrays)
-    assert batch["label"].tolist() == labels
-    assert (dataset.info.scale, dataset.info.num_classes, dataset.info.shard_sizes) == (0.18215, 5, (4, 4, 1))
-    with pytest.raises(DataError, match="does not say where its autoencoder lies"):
-        dataset.load_autoencoder()
-
-
-def test_bad_trees_are_refused(tmp_path):
-    def refused(message):
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+def test_unusable_output_folders(array_file, built, tmp_path, monkeypatch):
+    def refused(out, message):
         with pytest.raises(DataError, match=message) as caught:
-            import_vae_sd(tree, tmp_path / "out", progress=False)
-        assert "\n" not in str(caught.value)
+            build(array_file, out)
+        assert str(caught.value).isprintable()
 
-    tree = tmp_path / "tree"
-    make_tree(tree)
-    third = tree / "00000" / "img-mean-std-00000002.npy"
-    good = np.load(third)
-    np.save(third, np.concatenate([good[:4], np.log(good[4:] ** 2)]))
-    refused("00000002.npy: the second half has negative values, so it is a log variance")
-    np.save(third, good[:, :2])
-    refused(r"00000002.npy: float32 \(8, 2, 4\), expected")
-    np.save(third, good[:, :2, :2])
-    refused(r"00000002.npy: moments \(2, 4, 2, 2\), .* has \(2, 4, 4, 4\)")
-    third.write_bytes(b"junk")
-    refused("00000002.npy: not a readable npy")
-    third.unlink()
-    refused("00000002.npy: named in dataset.json but missing")
-    np.save(third, good)
-    np.save(tree / "00000" / "img-mean-std-00000099.npy", good)
-    refused("00000099.npy: not listed in dataset.json")
-    (tree / "00000" / "img-mean-std-00000099.npy").unlink()
-    content = json.loads((tree / "dataset.json").read_text())
-    content["labels"][0][1] = -1
-    (tree / "dataset.json").write_text(json.dumps(content))
-    refused(r"dataset.json: .* has label -1, outside 0..")
-    (tree / "dataset.json").write_text('{"labels": null}')
-    refused("dataset.json: expected")
-    (tree / "dataset.json").unlink()
-    refused("dataset.json: missing; give the vae-sd folder itself")
+    (tmp_path / "file").write_bytes(b"x")
+    refused(tmp_path / "file", "file: cannot be written")
+    refused(tmp_path / "file" / "out", "file/out: cannot be written")
+    refused(tmp_path / "bad\udcff", r"output folder '.*bad.udcff': not UTF-8")
+    (tmp_path / "foreign").mkdir()
+    shutil.copy(built / "shard-000000.tar", tmp_path / "foreign")
+    refused(tmp_path / "foreign", "shard-000000.tar: a shard of another data set")
+    for content in ("[]", "{", '{"labels": []}', '{"settings": 1}'):
+        (tmp_path / "foreign" / "dataset.json").write_text(content)
+        refused(tmp_path / "foreign", "damaged, or not written by dit_fast|begun with other settings")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        refused(tmp_path / "locked", "locked: cannot be written .Permission denied")
+
+
+def test_an_edited_source_is_another_source(tmp_path):
+    for number, label in enumerate("aabb"):
+        path = tmp_path / "in" / label / f"{number}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (40 * number,) * 3).save(path)
+    options = {"channels": 3, "autoencoder": "pca"}
+    dataset = build(tmp_path / "in", tmp_path / "out", **options)
+    assert json.loads((tmp_path / "out" / "dataset.json").read_bytes())["settings"]["exif"] is True
+    shutil.copytree(tmp_path / "in", tmp_path / "copy")
+    assert build(tmp_path / "copy", tmp_path / "out", **options).info.fingerprint == dataset.info.fingerprint
+    with pytest.raises(DataError, match="exif: true -> false"):
+        build(tmp_path / "in", tmp_path / "out", exif=False, **options)
+    options["autoencoder"] = f"pca:{tmp_path / 'out' / 'autoencoder.safetensors'}"
+    path.write_bytes(path.read_bytes()[:-3] + bytes(3))  # one pixel
+    with pytest.raises(DataError, match=r"begun with other settings \(source: "):
+        build(tmp_path / "in", tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [(np.nan, 0, "NaN or infinite"), (0, np.inf, "NaN or infinite"), (0, -1, "negative standard deviation")],
+)
+def test_bad_latents_name_the_image(array_file, tmp_path, monkeypatch, mean, std, message):
+    from dit_fast.data import PatchPCA
+
+    real = PatchPCA.encode
+
+    def encode(self, images):
+        latents = real(self, images)
+        for item, value in zip(latents, (mean, std), strict=True):
+            item[1, 0, 0, 0] += value
+        return latents
+
+    monkeypatch.setattr(PatchPCA, "encode", encode)
+    with pytest.raises(DataError, match=rf"sample 000000001 \(.*pictures.npz, image \d+\) has latents .*{message}"):
+        build(array_file, tmp_path / "out")
 
 
 def test_command_line(array_file, built, tmp_path, capsys):

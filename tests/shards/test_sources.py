@@ -1,4 +1,4 @@
-"""Cropping, image sources, autoencoders and encoders."""
+"""Cropping, autoencoders and encoders."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,6 @@ from shard_sets import make_images
 
 from dit_fast.data import PatchPCA, load_autoencoder, load_encoder
 from dit_fast.data.images import center_crop
-from dit_fast.data.sources import open_source
 from dit_fast.errors import ConfigError, DataError
 
 TAEF2 = os.environ.get("DIT_FAST_TAEF2", "")
@@ -39,51 +38,6 @@ def test_adm_crop_matches_published_numbers(width, height, total, first, other):
 def test_crop_takes_the_middle_and_rounds_down(width, height, left, top):
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     assert np.array_equal(center_crop(Image.fromarray(pixels), 64), pixels[top : top + 64, left : left + 64])
-
-
-def test_folder_source_sorts_classes_and_names_bad_files(tmp_path):
-    for name, value in (("b/2.png", 20), ("b/1.jpg", 10), ("a/x/9.png", 90)):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 24), (value,) * 3).save(tmp_path / name)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "a" / "notes.txt").write_text("x")
-    source = open_source(tmp_path)
-    assert source.class_names == ("a", "b", "empty")
-    assert source.files == ["a/x/9.png", "b/1.jpg", "b/2.png"]
-    assert source.labels.tolist() == [0, 1, 1]
-    assert source.read(0, 8).shape == (8, 8, 3)
-    assert (source.read(0, 8) == 90).all()
-    transparent = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
-    transparent.save(tmp_path / "b" / "2.png")
-    assert (source.read(2, 8) == 255).all()  # composed on white
-    (tmp_path / "b" / "1.jpg").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"b/1.jpg: not a readable image"):
-        source.read(1, 8)
-
-
-def test_grey_arrays_and_bad_arrays(tmp_path):
-    grey = np.arange(4 * 16, dtype=np.uint8).reshape(1, 8, 8)
-    np.savez(tmp_path / "grey.npz", images=grey, labels=np.array([1]))
-    source = open_source(tmp_path / "grey.npz")
-    assert (source.read(0, 8) == grey[0][..., None]).all()
-    assert source.read(0, 16).shape == (16, 16, 3)
-    assert source.class_names == ("0", "1")
-    for arrays, message in (
-        ({"images": grey}, "no array 'labels'"),
-        ({"images": grey.astype(float), "labels": np.array([0])}, "expected uint8"),
-        ({"images": grey, "labels": np.array([0, 1])}, r"labels are int64 \(2,\)"),
-        ({"images": grey, "labels": np.array([-1])}, "outside 0"),
-        ({"images": grey, "labels": np.array([2]), "class_names": np.array(["a"])}, r"2..2, outside 0..0"),
-        ({"images": np.array([{}], dtype=object), "labels": np.array([0])}, "without pickles"),
-    ):
-        np.savez(tmp_path / "bad.npz", **arrays)
-        with pytest.raises(DataError, match=f"bad.npz.*{message}"):
-            open_source(tmp_path / "bad.npz")
-    (tmp_path / "none").mkdir()
-    with pytest.raises(DataError, match="no images in class folders"):
-        open_source(tmp_path / "none")
-    with pytest.raises(DataError, match="neither a folder"):
-        open_source(tmp_path / "absent")
 
 
 def test_patch_pca_is_the_best_linear_code(tmp_path):
