@@ -16,11 +16,11 @@ INSTALLED := $(VENV)/.installed
 EXTRAS := train,dev,diffusers,repa,twemoji
 CODE := dit_fast train kernels benchmarks examples
 
-.PHONY: help install native quickstart test test-long gpu-suite lint format clean
+.PHONY: help install native quickstart test test-kernels test-long chaos gpu-suite lint format clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
-	@echo "make native | test | test-long | gpu-suite | lint | format | clean"
+	@echo "make native | test | test-kernels | test-long | chaos | gpu-suite | lint | format | clean"
 
 install: $(INSTALLED)
 
@@ -49,11 +49,17 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(CODE)
 
-# Tests marked `launch` start processes of their own, so they run one at a time.
+# Tests marked `launch` start processes of their own, so they run one at a time. Proofs of kernels whose sources are the
+# recorded ones are skipped here, each by name; test-kernels runs them all.
 test: lint
 	@$(BIN)/python dit_fast/_C/build.py || true
-	$(BIN)/python -m pytest -n 2 -m 'not long and not launch'
-	$(BIN)/python -m pytest -m 'launch and not long'
+	$(BIN)/python -m pytest -n 2 -rs -m 'not long and not launch'
+	$(BIN)/python -m pytest -rs -m 'launch and not long'
+
+# make test-kernels RECORD=1 also records the sources as proved (tests/ops/proved.json, to be committed).
+test-kernels: $(INSTALLED)
+	PROVE=all $(BIN)/python -m pytest -n 2 -m kernels tests/ops
+	@$(BIN)/python tests/ops/proofs.py $(if $(RECORD),--record)
 
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest -m long

@@ -19,7 +19,10 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+
+from install_triton import VERSIONS, folder
 
 ROOT = Path(__file__).parents[2]
 LOCK = Path(__file__).with_name("aot_lock.json")
@@ -42,8 +45,10 @@ _INSTRUCTIONS = {
 }
 
 
-def kernel_modules() -> list[str]:
-    return sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if "def aot_cases(" in path.read_text())
+def kernel_files() -> dict[str, Path]:
+    """The kernel files with ahead-of-time cases by their names below dit_fast.kernels."""
+    files = {path: path.relative_to(ROOT / "kernels").with_suffix("") for path in (ROOT / "kernels").rglob("*.py")}
+    return {".".join(place.parts): path for path, place in files.items() if "def aot_cases(" in path.read_text()}
 
 
 def compile_case(case, arch: int) -> dict:
@@ -128,8 +133,10 @@ def gate(entry: dict, case) -> list[str]:
     return [f"{entry['kernel']} [{entry['configuration']}] {entry['target']} {entry['triton']}: {r}" for r in reasons]
 
 
-def _worker(modules: list[str]) -> None:
-    """All entries of the Triton in this process's path, as JSON on stdout."""
+def _worker(modules: list[str], scripts: list[str]) -> None:
+    """All entries of the Triton in this process's path, and what is wrong, as JSON on stdout."""
+    from launches import uncovered
+
     entries, reasons = [], []
     for name in modules:
         module = importlib.import_module(f"dit_fast.kernels.{name}")
@@ -138,26 +145,27 @@ def _worker(modules: list[str]) -> None:
                 entry = compile_case(case, arch)
                 entries.append(entry)
                 reasons += gate(entry, case)
+    reasons += uncovered(scripts)
     json.dump({"entries": entries, "reasons": reasons}, sys.stdout)
 
 
-def compile_all(modules: list[str] | None = None) -> tuple[list[dict], list[str]]:
+def compile_all(
+    modules: Sequence[str], scripts: Sequence[str], versions: Sequence[str] = tuple(VERSIONS)
+) -> tuple[list[dict], list[str]]:
     """Lock entries, sorted, and the reasons of every gate that did not pass; the versions run side by side.
 
-    modules: names of kernel files, all of them by default.
+    modules: names of kernel files; scripts: names of files in launched/.
     """
-    from install_triton import VERSIONS, folder
-
     with tempfile.TemporaryDirectory() as cache:
         workers = []
-        for version in VERSIONS:
+        for version in versions:
             environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
             environment |= {
                 "PYTHONPATH": str(folder(version)),
                 "TRITON_CACHE_DIR": f"{cache}/{version}",
                 "OMP_NUM_THREADS": "1",
             }
-            command = [sys.executable, __file__, "--worker", "--only", *(modules or kernel_modules())]
+            command = [sys.executable, __file__, "--worker", "--only", *modules, "--launched", *scripts]
             workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
         outputs = [worker.communicate()[0] for worker in workers]
     if any(worker.returncode for worker in workers):
@@ -190,13 +198,17 @@ def render(entries: list[dict]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="write the lock")
-    parser.add_argument("--only", nargs="+", metavar="MODULE", choices=kernel_modules(), help="names of kernel files")
+    parser.add_argument(
+        "--only", nargs="*", metavar="MODULE", choices=sorted(kernel_files()), help="names of kernel files"
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--launched", nargs="*", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        _worker(arguments.only)
+        _worker(arguments.only, arguments.launched)
         return 0
-    entries, reasons = compile_all(arguments.only)
+    scripts = [] if arguments.only else sorted(path.stem for path in LOCK.parent.glob("launched/*.py"))
+    entries, reasons = compile_all(arguments.only or sorted(kernel_files()), scripts)
     locked, other = json.loads(LOCK.read_text()), []
     if arguments.only:
         compiled = {entry["kernel"] for entry in entries}  # a file's cases may be of kernels in files beside it

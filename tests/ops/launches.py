@@ -1,15 +1,18 @@
-"""What the launchers really launch, without a GPU: run by test_aot.py in a process with one Triton version.
+"""What the launchers really launch, without a GPU: run by aot.py in a process with one Triton version.
 
-A driver that only knows its target stands in for the GPU, and a launch stops after compilation. The launcher's own
-path runs (argument specialisation, tuples, options), and what it asks for is compared with the ahead-of-time cases:
-a kernel or configuration outside of the lock is a finding. What to launch stands in launched/, one script per op.
+A driver that only knows its target stands in for the GPU, and a launch stops after the compiler's front end. The
+launcher's own path runs (argument specialisation, tuples, options), and what it asks for is compared with the
+ahead-of-time cases: a kernel or configuration outside of the lock is a finding. What to launch stands in launched/, one
+script per family.
 """
 
+import importlib
 import runpy
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from aot import kernel_modules
+from aot import kernel_files
+from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -28,9 +31,24 @@ class _NoGpu:
         return 0
 
 
+def _stop_after_front_end() -> None:
+    """What an argument is compiled to (a constant, a pointer) shows in the front end, where it also fails if it must.
+    The machine code is that of the ahead-of-time case with the same constants and options."""
+    compiler = backends["nvidia"].compiler
+    add_stages = compiler.add_stages
+
+    def add_front_end(self, stages, *arguments):
+        add_stages(self, stages, *arguments)
+        nothing = lambda source, metadata: metadata.update(shared=0, name="") or b""  # noqa: E731
+        stages.update(dict.fromkeys(list(stages)[1:], nothing))
+
+    compiler.add_stages = add_front_end
+
+
 def record() -> list[tuple]:
     """Makes every launch a compilation; returns the list that (kernel, constants, options) are added to."""
     driver.set_active(_NoGpu())
+    _stop_after_front_end()
     launched: list[tuple] = []
     run = JITFunction.run
 
@@ -54,22 +72,16 @@ def _key(kernel: JITFunction, constants: dict, options: dict) -> tuple:
     return kernel.fn.__qualname__, tuple(sorted(constants.items())), tuple(sorted(launch.items()))
 
 
-def main() -> None:
-    """Prints one line per launch that no ahead-of-time case covers, or how many launches there were."""
-    import importlib
-
+def uncovered(scripts: Sequence[str]) -> list[str]:
+    """One line per launch of these scripts of launched/ that no ahead-of-time case covers."""
     launched = record()
-    for script in sorted((Path(__file__).parent / "launched").glob("*.py")):
-        runpy.run_path(str(script))
+    for script in scripts:
+        runpy.run_path(str(Path(__file__).with_name("launched") / f"{script}.py"))
+    assert launched or not scripts, f"{', '.join(scripts)}: nothing was launched"
     covered = set()
-    for name in kernel_modules():
+    for name in kernel_files():
         for case in importlib.import_module(f"dit_fast.kernels.{name}").aot_cases(80):
             covered.add(_key(case.kernel, dict(case.constants), dict(case.options)))
     # The table's length is the number of tensors, and changes nothing else.
     strange = {key for key in launched if key not in covered and key[0] != "write_table"}
-    print("\n".join(str(key) for key in sorted(strange)) or f"{len(launched)} launches are covered")
-    sys.exit(bool(strange))
-
-
-if __name__ == "__main__":
-    main()
+    return [f"launched, but no ahead-of-time case: {key}" for key in sorted(strange)]

@@ -1,12 +1,21 @@
-"""Inputs and comparisons for the tests of the long skip."""
+"""Inputs and comparisons for the tests of the long skip, and the implementation that they run."""
 
 import contextlib
+import os
 
+import pytest
 import torch
 
 from dit_fast.ops import long_skip
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NAMES = ("y", "x", "skip", "norm_weight", "norm_bias", "weight", "bias")
+
+
+@pytest.fixture(params=["triton" if INTERPRETED else "gemm"])
+def backend(request):
+    """The kernels where they are interpreted, in the process that test_interpreter.py starts; here "gemm"."""
+    return request.param
 
 
 def inputs(rows=(2, 5), width=6, dtype=torch.float64, seed=0):

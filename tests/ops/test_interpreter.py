@@ -1,4 +1,4 @@
-"""Run tests/ops/interpreted under each Triton version's interpreter, one process per file and version."""
+"""Run tests/ops/interpreted under each Triton version's interpreter, one process per family and version."""
 
 import os
 import subprocess
@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 from install_triton import VERSIONS, folder
+from proofs import FAMILIES, OP_TESTS, op_tests, skip_if_proved
 
 FOLDER = Path(__file__).with_name("interpreted")
+pytestmark = pytest.mark.kernels
 
 
-def run_interpreted(version: str, *selection: str) -> None:
+def run_interpreted(version: str, *selection: str | Path) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(folder(version)), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_ADDOPTS", None)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *selection]
@@ -22,10 +24,14 @@ def run_interpreted(version: str, *selection: str) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
-def test_kernels_compute_what_they_should(file, version):
-    run_interpreted(version, str(FOLDER / file))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kernels_compute_what_they_should(family, version):
+    skip_if_proved(family)
+    run_interpreted(version, FOLDER / f"test_{family}_kernels.py")
 
 
-def test_published_values_through_the_kernels():
-    run_interpreted("3.9.0", str(FOLDER.with_name("test_diversity_native.py")), "-k", "triton")
+@pytest.mark.parametrize("family", OP_TESTS)
+def test_ops_through_the_kernels(family):
+    """The glue around the kernels is the same for every version, so one is enough."""
+    skip_if_proved(family)
+    run_interpreted("3.9.0", *(path for path in op_tests(family) if path.suffix == ".py"), "-k", "triton")

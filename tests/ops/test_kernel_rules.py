@@ -1,12 +1,12 @@
 """Rules that every file of kernels/ keeps, read off its syntax tree."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
 
-FILES = sorted((Path(__file__).parents[2] / "kernels").glob("*.py"))
-TREES = {path.name: ast.parse(path.read_text()) for path in FILES}
+KERNELS = Path(__file__).parents[2] / "kernels"
 
 
 def narrow_ids(tree: ast.AST) -> list[int]:
@@ -50,11 +50,6 @@ def silent_launches(tree: ast.AST) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("name", TREES)
-def test_program_ids_are_int64_before_anything_else(name):
-    assert narrow_ids(TREES[name]) == []
-
-
 def loose_tickets(tree: ast.AST) -> list[int]:
     """atomic_add that is no ticket: another summand than 1, or an order of memory left to a default."""
     return [
@@ -65,53 +60,59 @@ def loose_tickets(tree: ast.AST) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("name", TREES)
-def test_the_only_atomic_is_a_ticket(name):
-    assert loose_tickets(TREES[name]) == []
+def uncovered(tree: ast.AST) -> list[int]:
+    """Kernels with a grid that no `aot_cases` of any file names."""
+    kernels = [
+        node
+        for node in getattr(tree, "body", [])
+        if isinstance(node, ast.FunctionDef) and node.decorator_list and calls(node, "program_id")
+    ]
+    return [node.lineno for node in kernels if not any(calls(cases, node.name) for cases in CASES)]
 
 
-@pytest.mark.parametrize("forbidden", ["autotune", "atomic_max", "triton_op", "wrap_triton", "item"])
-@pytest.mark.parametrize("name", TREES)
-def test_forbidden(name, forbidden):
-    assert calls(TREES[name], forbidden) == []
-
-
-@pytest.mark.parametrize("name", TREES)
-def test_fused_multiply_add_is_chosen_in_every_launch(name):
-    assert silent_launches(TREES[name]) == []
-
-
-KERNELS = [
-    node.name
+FILES = sorted(KERNELS.rglob("*.py"))
+TREES = {str(path.relative_to(KERNELS)): ast.parse(path.read_text()) for path in FILES}
+CASES = [
+    node
     for tree in TREES.values()
+    if any(getattr(node, "name", "") == "aot_cases" for node in tree.body)
     for node in tree.body
-    if isinstance(node, ast.FunctionDef) and node.decorator_list and calls(node, "program_id")
+    if isinstance(node, ast.FunctionDef) and node.name in ("aot_cases", "_cases")
 ]
+RULES = {
+    "a program id is int64 before anything else": narrow_ids,
+    "the only atomic is a ticket": loose_tickets,
+    "fused multiply-add is chosen in every launch": silent_launches,
+    "every kernel with a grid has ahead-of-time cases": uncovered,
+    **{
+        f"no {name}": functools.partial(calls, name=name)
+        for name in ("autotune", "atomic_max", "triton_op", "wrap_triton", "item")
+    },
+}
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_every_kernel_with_a_grid_has_ahead_of_time_cases(kernel):
-    files = [tree for tree in TREES.values() if any(getattr(node, "name", "") == "aot_cases" for node in tree.body)]
-    functions = [node for tree in files for node in tree.body if isinstance(node, ast.FunctionDef)]
-    named = [node.name for node in functions if node.name in ("aot_cases", "_cases") and calls(node, kernel)]
-    assert named, f"{kernel} is in no aot_cases"
+@pytest.mark.parametrize("rule", RULES)
+def test_rule(rule):
+    found = [f"kernels/{name}:{line}" for name, tree in TREES.items() for line in RULES[rule](tree)]
+    assert not found, f"{rule}: {', '.join(found)}"
+    assert len(TREES) > 20
 
 
-@pytest.mark.parametrize(
-    ("check", "source", "found"),
-    [
-        (narrow_ids, "a = tl.program_id(0) * stride", 1),
-        (narrow_ids, "a = tl.program_id(0).to(tl.int32)", 1),
-        (narrow_ids, "a = (tl.program_id(0) * 4).to(tl.int64)", 1),
-        (narrow_ids, "a = tl.program_id(0).to(tl.int64) * stride", 0),
-        (loose_tickets, "tl.atomic_add(total, x, sem='acq_rel', scope='gpu')", 1),
-        (loose_tickets, "tl.atomic_add(ticket, 1)", 1),
-        (loose_tickets, "tl.atomic_add(ticket, 1, sem='acq_rel', scope='gpu')", 0),
-        (silent_launches, "k[(1,)](x, num_warps=4)", 1),
-        (silent_launches, "k[(1,)](x, num_warps=4, enable_fp_fusion=True)", 0),
-        (silent_launches, "o = {'enable_fp_fusion': True}\nk[(1,)](x, **o)", 0),
-        (silent_launches, "o = {'num_warps': 1}\nk[(1,)](x, **o)", 1),
-    ],
-)
-def test_the_rules_can_fail(check, source, found):
-    assert len(check(ast.parse(source))) == found
+def test_the_rules_can_fail():
+    for rule, source, found in [
+        ("a program id is int64 before anything else", "a = tl.program_id(0) * stride", 1),
+        ("a program id is int64 before anything else", "a = tl.program_id(0).to(tl.int32)", 1),
+        ("a program id is int64 before anything else", "a = (tl.program_id(0) * 4).to(tl.int64)", 1),
+        ("a program id is int64 before anything else", "a = tl.program_id(0).to(tl.int64) * stride", 0),
+        ("the only atomic is a ticket", "tl.atomic_add(total, x, sem='acq_rel', scope='gpu')", 1),
+        ("the only atomic is a ticket", "tl.atomic_add(ticket, 1)", 1),
+        ("the only atomic is a ticket", "tl.atomic_add(ticket, 1, sem='acq_rel', scope='gpu')", 0),
+        ("fused multiply-add is chosen in every launch", "k[(1,)](x, num_warps=4)", 1),
+        ("fused multiply-add is chosen in every launch", "k[(1,)](x, num_warps=4, enable_fp_fusion=True)", 0),
+        ("fused multiply-add is chosen in every launch", "o = {'enable_fp_fusion': True}\nk[(1,)](x, **o)", 0),
+        ("fused multiply-add is chosen in every launch", "o = {'num_warps': 1}\nk[(1,)](x, **o)", 1),
+        ("every kernel with a grid has ahead-of-time cases", "@jit\ndef new(x):\n    tl.program_id(0)", 1),
+        ("no item", "x.item()", 1),
+        ("no autotune", "@triton.autotune(c, k)\ndef f(): pass", 1),
+    ]:
+        assert len(RULES[rule](ast.parse(source))) == found, (rule, source)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from golden import assert_close
-from long_skip_backends import backend as backend
 from long_skip_cases import autocast, inputs, upstream_like
+from long_skip_cases import backend as backend
 
 from dit_fast.ops import long_skip, row_statistics
 from dit_fast.ops.long_skip_op import backward_op, forward_op

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from dit_fast import ops
 from dit_fast.kernels import diversity
-from dit_fast.ops import DiversityTaps
+from dit_fast.ops import DiversityTaps, diversity_loss, row_statistics
 from dit_fast.ops.diversity_op import backward_op, forward_op
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -184,7 +183,7 @@ def test_supports_names_what_it_refuses():
     assert "contiguous" in diversity.supports([torch.zeros(8, 8).T])[0]
 
 
-def row_statistics(features):
+def means_and_variances(features):
     means = [x.double().mean(1).float() for x in features]
     return means, [x.double().var(1, correction=0).float() for x in features]
 
@@ -194,7 +193,7 @@ def test_statistics_in_two_reads_and_in_one_where_row_statistics_are_known(name,
     features = make(*CASES[name])
     two_reads = forward_op(features, False, "triton")[:3]
     monkeypatch.delattr(diversity, "forward")
-    one_read = forward_op(features, False, "triton", *row_statistics(features))[:3]
+    one_read = forward_op(features, False, "triton", *means_and_variances(features))[:3]
     for one, two, exact in zip(one_read, two_reads, exact_statistics(features), strict=True):
         assert one.dtype == two.dtype == FP32
         assert one.shape == two.shape == exact.shape
@@ -209,7 +208,7 @@ def test_known_norms_at_any_strides_at_the_floor_and_with_large_means():
     features[1] = features[1][:1].expand(23, 48)
     features[2] += 1000
     features[3][4] = 0
-    ours = forward_op(features, True, "triton", *row_statistics(features))
+    ours = forward_op(features, True, "triton", *means_and_variances(features))
     for each, exact in zip(ours, exact_statistics(features), strict=False):
         assert error(each, exact) < 1e-6
     assert ours[2][3, 4] == 1e8
@@ -232,7 +231,7 @@ def test_taps_end_to_end(types, informed, monkeypatch):
     features = [x.view(3, 7, 40).requires_grad_() for x in make(21, 40, types)]
     above = [x.view(3, 7, 40) for x in make(21, 40, types, seed=5)]
     taps = DiversityTaps("triton")
-    outputs = [taps.tap(x, ops.row_statistics(x, "torch") if informed else None) for x in features]
+    outputs = [taps.tap(x, row_statistics(x, "torch") if informed else None) for x in features]
     monkeypatch.delattr(diversity, "forward" if informed else "forward_with_norms")
     mixed = []
     monkeypatch.setattr(diversity, "mixture", lambda *args, run=diversity.mixture: mixed.append(1) or run(*args))
@@ -241,7 +240,7 @@ def test_taps_end_to_end(types, informed, monkeypatch):
     value = 1000 * total + sum((x.float() * y.float()).sum() for x, y in zip(outputs, above, strict=True))
     ours = torch.autograd.grad(value, features)
     wide = [x.detach().double().requires_grad_() for x in features]
-    exact_total = ops.diversity_loss(wide, "all", backend="torch").total
+    exact_total = diversity_loss(wide, "all", backend="torch").total
     exact_value = 1000 * exact_total + sum((x * y.double()).sum() for x, y in zip(wide, above, strict=True))
     assert abs(total.item() - exact_total.item()) < 1e-6
     for grad, exact in zip(ours, torch.autograd.grad(exact_value, wide), strict=True):
@@ -250,8 +249,8 @@ def test_taps_end_to_end(types, informed, monkeypatch):
 
 def test_the_plain_loss_takes_known_statistics(monkeypatch):
     features = [x.view(3, 7, 40).requires_grad_() for x in make(21, 40, [FP32] * 3)]
-    stats = [ops.row_statistics(x, "torch") for x in features]
-    run = lambda stats: ops.diversity_loss(features, backend="triton", stats=stats).total  # noqa: E731
+    stats = [row_statistics(x, "torch") for x in features]
+    run = lambda stats: diversity_loss(features, backend="triton", stats=stats).total  # noqa: E731
     plain = torch.autograd.grad(run(None), features)
     torch.testing.assert_close(run([*stats[:2], None]), run(None), rtol=0, atol=0)  # not of all: two reads
     monkeypatch.delattr(diversity, "forward")
@@ -261,4 +260,4 @@ def test_the_plain_loss_takes_known_statistics(monkeypatch):
 
 def test_opcheck_with_known_statistics():
     features = make(9, 33, [FP32, BF16])
-    torch.library.opcheck(forward_op, (features, True, "triton", *row_statistics(features)))
+    torch.library.opcheck(forward_op, (features, True, "triton", *means_and_variances(features)))

@@ -1,0 +1,126 @@
+"""Families of kernels, the sources that decide what their proofs find, and which were proved as they are now.
+
+    python tests/ops/proofs.py             print the families whose sources are not the recorded ones
+    python tests/ops/proofs.py --record    record them; `make test-kernels RECORD=1` does it after all proofs passed
+
+A family is a test file in interpreted/, a script in launched/ and the ahead-of-time cases of the kernel files that
+they use. Its proofs take minutes and find the same every time, so `make test` skips a family whose sources have the
+hash in proved.json; PROVE=all (`make test-kernels`, CI) runs every family.
+"""
+
+import ast
+import hashlib
+import json
+import os
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from aot import LOCK, ROOT, kernel_files
+
+HERE = Path(__file__).parent
+RECORD = HERE / "proved.json"
+FAMILIES = sorted(path.stem[len("test_") : -len("_kernels")] for path in HERE.glob("interpreted/test_*_kernels.py"))
+# Tests of an op that are repeated with its kernels; patterns below tests/.
+OP_TESTS = {
+    "diversity": ["ops/test_diversity_native.py", "data/diversity_*.npz"],
+    "long_skip": ["ops/test_long_skip_op.py", "ops/test_long_skip_modes.py", "ops/test_row_statistics.py"],
+}
+ALWAYS = ["test_interpreter.py", "test_aot.py", "aot.py", "launches.py", "install_triton.py"]  # VERSIONS too
+# Beyond these folders a file that is imported counts, but not what it imports in turn.
+FOLLOWED = [ROOT / "kernels", ROOT / "dit_fast/ops", ROOT / "tests"]
+HOMES = {"dit_fast.kernels": "kernels", "dit_fast.train": "train", "dit_fast.benchmarks": "benchmarks"}
+
+
+def _file(module: str) -> Path | None:
+    """The file of a module of this project, or of a helper beside the tests."""
+    for package, folder in HOMES.items():
+        if module == package or module.startswith(package + "."):
+            module = folder + module[len(package) :]
+    place = module.replace(".", "/")
+    for name in (f"{place}.py", f"{place}/__init__.py", f"tests/{place}.py", f"tests/ops/{place}.py"):
+        if (ROOT / name).is_file():
+            return ROOT / name
+    return None
+
+
+@cache
+def _imported(path: Path) -> dict[str, Path]:
+    """The project's files that a file imports, by the name that it gives them. Names that a package only hands on
+    lead to the file that defines them."""
+    found: dict[str, Path | None] = {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name: _file(alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            package = _file(node.module)
+            handed_on = _imported(package) if package and package.name == "__init__.py" else {}
+            for alias in node.names:
+                name = alias.asname or alias.name
+                found[name] = _file(f"{node.module}.{alias.name}") or handed_on.get(alias.name, package)
+    return {name: file for name, file in found.items() if file}
+
+
+def op_tests(family: str) -> list[Path]:
+    return sorted(path for pattern in OP_TESTS.get(family, ()) for path in (ROOT / "tests").glob(pattern))
+
+
+@cache
+def sources(family: str) -> set[Path]:
+    """Every file that decides what the proofs of a family find, except the lock."""
+    found: set[Path] = set()
+    todo = [HERE / f"interpreted/test_{family}_kernels.py", HERE / f"launched/{family}.py", *op_tests(family)]
+    todo += [HERE / name for name in ALWAYS] + [*HERE.glob("**/conftest.py"), HERE.parent / "conftest.py"]
+    todo.append(ROOT / "kernels/__init__.py")
+    while todo:
+        path = todo.pop()
+        if path in found:
+            continue
+        found.add(path)
+        if path.suffix == ".py" and any(folder in path.parents for folder in FOLLOWED):
+            todo += _imported(path).values()
+    return found
+
+
+def kernel_modules(family: str) -> list[str]:
+    """The kernel files with ahead-of-time cases that a family uses, without those of the shared family."""
+    own = sources(family) - (sources("shared") if family != "shared" else set())
+    return sorted(name for name, path in kernel_files().items() if path in own)
+
+
+def fingerprint(family: str, read=Path.read_bytes) -> str:
+    """sha256 over names and bytes of the sources, and over their lines of the lock."""
+    digest = hashlib.sha256()
+    files = sorted(sources(family))
+    for path in files:
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + hashlib.sha256(read(path)).digest())
+    kernels = {path.stem for path in files if ROOT / "kernels" in path.parents}
+    for entry in json.loads(read(LOCK)):
+        if entry["kernel"].split(".")[0] in kernels:
+            digest.update(json.dumps(entry, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def changed() -> list[str]:
+    recorded = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    return [family for family in FAMILIES if recorded.get(family) != fingerprint(family)]
+
+
+def skip_if_proved(family: str) -> None:
+    if os.environ.get("PROVE") != "all" and family not in changed():
+        pytest.skip(f"{family} kernels: sources unchanged since their recorded proof; `make test-kernels` runs it")
+
+
+def main() -> None:
+    stale = changed()
+    if "--record" in sys.argv[1:]:
+        record = {family: fingerprint(family) for family in FAMILIES}
+        RECORD.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"recorded: {', '.join(stale) or 'nothing new'}")
+    elif stale:
+        print(f"not the recorded sources: {', '.join(stale)}; make test-kernels RECORD=1 records them when they pass")
+
+
+if __name__ == "__main__":
+    main()
