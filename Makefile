@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 EXTRAS := train,dev,diffusers,repa,twemoji
 CODE := dit_fast train kernels benchmarks examples
 
-.PHONY: help install native quickstart test test-kernels test-long chaos gpu-suite lint format clean
+.PHONY: help install native quickstart test test-kernels test-long chaos gpu-suite pytest lint format clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -49,12 +49,13 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(CODE)
 
-# Tests marked `launch` start processes of their own, so they run one at a time. Proofs of kernels whose sources are the
-# recorded ones are skipped here, each by name; test-kernels runs them all.
-test: lint
+# Proofs of kernels whose sources are the recorded ones are skipped here, each by name; test-kernels runs them all.
+test: $(INSTALLED)
 	@$(BIN)/python dit_fast/_C/build.py || true
-	$(BIN)/python -m pytest -n 2 -rs -m 'not long and not launch'
-	$(BIN)/python -m pytest -rs -m 'launch and not long'
+	@$(MAKE) --no-print-directory --jobs 2 lint pytest
+
+pytest:
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -rs
 
 # make test-kernels RECORD=1 also records the sources as proved (tests/ops/proved.json, to be committed).
 test-kernels: $(INSTALLED)

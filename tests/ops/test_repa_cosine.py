@@ -1,13 +1,10 @@
 """REPA's cosine as a torch op: the reference, registration, both modes of differentiation, complaints."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from golden import assert_close
-from install_triton import VERSIONS, folder
 from torch.nn import functional as F
 
 from dit_fast.errors import ConfigError, UserError
@@ -214,37 +211,3 @@ def test_supports_gives_reasons():
     reasons = supports(p.double(), q)
     assert reasons[0] == "prediction is torch.float64, not float32, bfloat16 or float16"
     assert "only runs interpreted" in reasons[1]
-
-
-ORDER = """
-import re, sys
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-import triton
-from dit_fast.kernels import repa_cosine as kernel
-case = kernel.aot_cases(90)[0]
-signature = {name: case.signature.get(name, "constexpr") for name in case.kernel.arg_names}
-source = ASTSource(fn=case.kernel, signature=signature, constexprs=dict(case.constants))
-for arch in (80, 90):
-    options = {"enable_fp_fusion": True, **case.options}
-    code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ptx"]
-    steps = re.findall(r"st\\.global|bar\\.sync|atom\\.[\\w.]+|ld\\.global[\\w.]*", code)
-    at = next(i for i, step in enumerate(steps) if step.startswith("atom"))
-    print(steps[at - 2 :][:6], steps.count("bar.sync"))
-    before, after = steps[:at], steps[at + 1 :]
-    last_store = max(i for i, step in enumerate(before) if step == "st.global")
-    assert "bar.sync" in before[last_store:], "no barrier between the partial sum and the ticket"
-    assert steps[at] == "atom.global.gpu.acq_rel.add.u32", steps[at]
-    loads = [i for i, step in enumerate(after) if step.startswith("ld.global")]
-    assert "bar.sync" in after[: loads[0]], "no barrier between the ticket and the partial sums"
-    assert {after[i] for i in loads} == {"ld.global.cg.b32"}
-"""
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_the_ticket_stands_between_partial_sums_and_their_readers(version, tmp_path):
-    """What no interpreter shows: the order of memory operations in the code that is compiled for a GPU."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    environment |= {"PYTHONPATH": str(folder(version)), "TRITON_CACHE_DIR": str(tmp_path)}
-    result = subprocess.run([sys.executable, "-c", ORDER], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
