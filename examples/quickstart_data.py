@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dit_fast.data.files import is_ignored
 from dit_fast.errors import DataError
 
 SIZE = 32
@@ -199,7 +200,7 @@ def _unpack(archive: Path, zipped: bool, target: Path) -> None:
         with tarfile.open(archive) as file:
             file.extractall(partial, filter="data")
     # archives often hold one folder that holds the class folders
-    inner = [path for path in partial.iterdir() if path.is_dir()]
+    inner = [path for path in partial.iterdir() if path.is_dir() and not is_ignored(path.name)]
     only = inner[0] if len(inner) == 1 and any(path.is_dir() for path in inner[0].iterdir()) else None
     if only is None:
         partial.replace(target)

@@ -49,7 +49,12 @@ def add_commands(subparsers: Any) -> None:
     tree.add_argument("source", help="the vae-sd folder, with its own dataset.json")
     tree.add_argument("out", help="folder for the shards")
     _add_common(tree)
-    tree.add_argument("--num-classes", type=int, default=ABSENT, help="number of classes (default: largest label + 1)")
+    tree.add_argument(
+        "--num-classes",
+        type=int,
+        default=ABSENT,
+        help="number of classes (default: largest label + 1, and each must have an image)",
+    )
     tree.add_argument("--scale", type=float, default=0.18215, help="model-space latents are z * scale + shift")
     tree.add_argument("--shift", type=float, default=0.0, help="see --scale")
     tree.add_argument("--autoencoder", default=ABSENT, help="where its decoder lies, e.g. diffusers:DIR")

@@ -36,7 +36,7 @@ def read_image(path: Path, size: int, exif: bool = True) -> np.ndarray:
     when it is no readable image or its range of values is unknown.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
             pixels = to_rgb(image)
             turn = TURNS.get(_orientation(image)) if exif else None
         return center_crop(pixels if turn is None else pixels.transpose(turn), size)
@@ -111,7 +111,6 @@ def _eight_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 def _orientation(image: Image.Image) -> int:
     """1 to 8, 1 where there is none. Reads EXIF of JPEG, PNG, WebP and XMP; Pillow turns TIFF itself on loading."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of damage
-            return int(image.getexif().get(ORIENTATION, 1))
+        return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # a damaged block raises many kinds, and says nothing about the pixels
         return 1

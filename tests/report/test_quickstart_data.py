@@ -161,8 +161,8 @@ def served(tmp_path):
 
 
 def put(folder, name):
-    """An archive with pets/cat/a.png and pets/dog/b.png; returns its sha256."""
-    members = {"pets/cat/a.png": b"cat", "pets/dog/b.png": b"dog"}
+    """An archive with pets/cat/a.png and pets/dog/b.png, as a Mac makes it; returns its sha256."""
+    members = {"pets/cat/a.png": b"cat", "pets/dog/b.png": b"dog", "__MACOSX/pets/._cat": b""}
     buffer = io.BytesIO()
     if name.endswith(".zip"):
         with zipfile.ZipFile(buffer, "w") as file:

@@ -1,5 +1,6 @@
 """Cropping, autoencoders and encoders."""
 
+import json
 import os
 from pathlib import Path
 
@@ -95,6 +96,17 @@ def test_bad_pca_requests():
         PatchPCA.fit(images, 4, 49)
 
 
+def test_damaged_pca_files_are_refused(tmp_path):
+    code, path = PatchPCA.fit(make_images(4)[0], 4, 3), tmp_path / "a.safetensors"
+    code._std[0] = torch.nan
+    path.write_bytes(code.file_bytes())
+    with pytest.raises(DataError, match=r"a.safetensors: .*not finite"):
+        PatchPCA.load(path)
+    path.write_bytes(code.file_bytes()[:-8])
+    with pytest.raises(DataError, match=r"a.safetensors: cannot be read"):
+        PatchPCA.load(path)
+
+
 @pytest.mark.parametrize("shift", [None, 0.25])
 def test_diffusers_kl_from_a_folder(tmp_path, shift, capfd):
     diffusers = pytest.importorskip("diffusers")
@@ -118,6 +130,30 @@ def test_diffusers_kl_from_a_folder(tmp_path, shift, capfd):
     assert (ours.factor, ours.channels, ours.scale) == (2, 4, 0.18215)
     assert ours.shift == pytest.approx(-(shift or 0) * 0.18215)
     assert ours.decode(mean).shape == images.shape
+
+
+def test_diffusers_weights_that_lack_a_tensor_are_refused_and_its_config_counts(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    from safetensors.torch import load_file, save_file
+
+    diffusers.AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).save_pretrained(tmp_path)  # fmt: skip
+    before = load_autoencoder(f"diffusers:{tmp_path}")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.5, "_diffusers_version": "0"}))
+    after = load_autoencoder(f"diffusers:{tmp_path}")
+    assert after.identity == before.identity
+    assert dict(after.config) == {**before.config, "scaling_factor": 0.5}
+    (weights,) = tmp_path.glob("*.safetensors")
+    tensors = load_file(weights)
+    name = sorted(tensors)[0]
+    del tensors[name]
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(DataError, match=f"its weights lack {name} .1 such"):
+        load_autoencoder(f"diffusers:{tmp_path}")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(DataError, match=r"config.json: cannot be read"):
+        load_autoencoder(f"diffusers:{tmp_path}")
 
 
 @pytest.mark.skipif(
