@@ -69,6 +69,21 @@ float from_half(uint16_t half) {
   return value;
 }
 
+// Whether `count` floats are finite and, from `signless` on, none is below zero (-0 is not).
+bool plausible(const float* values, size_t count, size_t signless) {
+  const auto wrong = [values](size_t first, size_t last, int32_t sign) {
+    int32_t bad = 0;  // on the bits, so that the loop is made of vector instructions
+    for (size_t k = first; k < last; ++k) {
+      int32_t bits;
+      std::memcpy(&bits, values + k, 4);
+      const int32_t magnitude = bits & 0x7FFFFFFF;
+      bad |= (magnitude > 0x7F7FFFFF) | ((bits & sign) != 0 & magnitude != 0);
+    }
+    return bad != 0;
+  };
+  return !wrong(0, signless, 0) && !wrong(signless, count, INT32_MIN);
+}
+
 template <typename T>
 const T* column(const py::array& array, const char* name, py::ssize_t count) {
   if (!py::isinstance<py::array_t<T>>(array) || array.ndim() != 1 || array.shape(0) != count ||
@@ -79,7 +94,8 @@ const T* column(const py::array& array, const char* name, py::ssize_t count) {
 
 // Number of samples, from the first on, that were right and lie in `out` [any, items], each in its row.
 py::ssize_t read_npy(int file, const py::array& offsets, const py::array& lengths, const py::array& crcs,
-                     const py::array& rows, bool check_crc, std::string_view header, bool half, py::array out) {
+                     const py::array& rows, bool check_crc, std::string_view header, bool half, py::ssize_t signless,
+                     py::array out) {
   const py::ssize_t count = offsets.size();
   const auto* offset = column<uint64_t>(offsets, "offsets", count);
   const auto* length = column<uint32_t>(lengths, "lengths", count);
@@ -89,6 +105,7 @@ py::ssize_t read_npy(int file, const py::array& offsets, const py::array& length
     throw py::value_error("out must be a contiguous float32 array [rows, items]");
   auto* target = static_cast<float*>(out.mutable_data());  // raises for a read-only array
   const size_t items = out.shape(1), width = half ? 2 : 4, size = header.size() + items * width;
+  if (signless < 0 || signless > out.shape(1)) throw py::value_error("signless must lie in a row of out");
   for (py::ssize_t i = 0; i < count; ++i)
     if (row[i] < 0 || row[i] >= out.shape(0)) throw py::value_error("rows must lie in out");
 
@@ -109,6 +126,7 @@ py::ssize_t read_npy(int file, const py::array& offsets, const py::array& length
     } else {
       std::memcpy(to, payload, 4 * items);
     }
+    if (!plausible(to, items, signless)) return i;
   }
   return count;
 }
@@ -119,6 +137,6 @@ PYBIND11_MODULE(_host, module) {
   module.doc() = "Reads members of latent shards; no torch inside.";
   module.attr("build_info") = "source=" DIT_FAST_SOURCE_HASH "pybind11 " PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR);
   module.def("read_npy", &read_npy, py::arg("file"), py::arg("offsets"), py::arg("lengths"), py::arg("crcs"),
-             py::arg("rows"), py::arg("check_crc"), py::arg("header"), py::arg("half"), py::arg("out"),
+             py::arg("rows"), py::arg("check_crc"), py::arg("header"), py::arg("half"), py::arg("signless"), py::arg("out"),
              "Number of samples, from the first on, that were right and lie in `out` [any, items] float32.");
 }

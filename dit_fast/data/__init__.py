@@ -5,10 +5,10 @@ from typing import Any
 
 _HOME = {
     "LatentDataset": "dataset",
-    "DatasetInfo": "dataset",
+    "DatasetInfo": "description",
     "open_dataset": "dataset",
     "verify_dataset": "verify",
-    "rebuild_index": "shards",
+    "rebuild_index": "verify",
     "Plan": "plan",
     "build_loader": "loader",
     "load_autoencoder": "autoencoders",

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from dit_fast.data.dataset import LatentDataset
-from dit_fast.data.shards import FIELD_MEMBERS, NpyParser
+from dit_fast.data.shards import FIELD_MEMBERS, MOMENTS_MEMBER, key_of, parse_npy
 from dit_fast.errors import DataError
 
 
@@ -17,9 +17,9 @@ class BatchBuilder:
     def __init__(self, dataset: LatentDataset, fields: tuple[str, ...], check_crc: bool = True):
         dataset.require(fields)
         self.dataset, self.check_crc = dataset, check_crc
+        self._arrays = dataset.info.arrays
         self.names = ("moments", *fields)
         self.members = tuple(FIELD_MEMBERS[name] for name in self.names)
-        self._parse = NpyParser()
 
     def place(self, shard: int, row: int, column: str) -> tuple[int, int, int]:
         """(offset, length, crc32) of a member of a sample, from the shard's index."""
@@ -30,7 +30,7 @@ class BatchBuilder:
     def describe(self, shard: int, row: int, member: str) -> str:
         """`ROOT/shard-000003.tar: 000001234.moments.npy`, for messages."""
         key = self.dataset.indexes[shard].first_key + row
-        return f"{self.dataset.root}/{self.dataset.info.shards[shard].name}: {key:09d}.{member}"
+        return f"{self.dataset.shard_path(shard)}: {key_of(key)}.{member}"
 
     def check(self, data: bytes, shard: int, row: int, member: str) -> None:
         """Raises DataError when the bytes are not those the index was made from."""
@@ -60,10 +60,11 @@ class BatchBuilder:
     def put(self, target: torch.Tensor, data: bytes, shard: int, row: int, member: str) -> None:
         """One sample's member into its place in the batch. Raises DataError naming it if it does not fit."""
         where, out = self.describe(shard, row, member), target.numpy()
-        array = decode_png(data, where) if member == "png" else self._parse(data, where)
-        if array.shape != out.shape:
-            raise DataError(f"{where} has shape {array.shape}, expected {out.shape}; rebuild the shard")
-        out[...] = array
+        if member == FIELD_MEMBERS["image"]:
+            out[...] = decode_png(data, out.shape, where)
+        else:
+            out[...] = parse_npy(data, *self._arrays[member], where)
+            check_values(out, member == MOMENTS_MEMBER, where)
 
     def build(
         self, positions: np.ndarray, samples: list[tuple[int, int, tuple[bytes, ...]]]
@@ -78,12 +79,28 @@ class BatchBuilder:
         return batch
 
 
-def decode_png(data: bytes, where: str) -> np.ndarray:
-    """uint8 [3, H, W] of a PNG. Raises DataError naming `where`."""
+def check_values(array: np.ndarray, moments: bool, where: str) -> None:
+    """For float32. Raises DataError naming `where` for NaN and Inf and, in moments [2, C, h, w], for a negative std."""
+    if not np.isfinite(array).all():
+        raise DataError(f"{where} holds NaN or Inf; encode this image again and rebuild the shard")
+    if moments and array[1].min() < 0:
+        raise DataError(f"{where} holds a negative standard deviation (a log variance?); rebuild the shard")
+
+
+def decode_png(data: bytes, shape: tuple[int, ...], where: str) -> np.ndarray:
+    """uint8 `shape` = [3, S, S] of a PNG of 8-bit RGB and that size. Raises DataError naming `where`."""
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{where} is not a readable PNG ({error}); rebuild the shard") from None
+            found = (image.mode, image.width, image.height)  # known before any pixel is decoded
+            pixels = np.asarray(image) if found == ("RGB", shape[2], shape[1]) else None
+    except Exception as error:  # Pillow raises many kinds for damaged files, among them its own for bombs
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{where} is not a readable PNG ({text}); rebuild the shard") from None
+    if pixels is None:
+        raise DataError(
+            f"{where} is {found[0]} of {found[1]}x{found[2]} pixels, expected RGB of {shape[2]}x{shape[1]}; "
+            "rebuild the shard"
+        )
+    return pixels.transpose(2, 0, 1)

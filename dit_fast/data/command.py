@@ -103,7 +103,7 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _index(options: argparse.Namespace) -> int:
-    from dit_fast.data.shards import rebuild_index
+    from dit_fast.data.verify import rebuild_index
 
     tars = sorted(Path(options.path).glob("*.tar"))
     if not tars:
@@ -116,7 +116,9 @@ def _index(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from dit_fast.data.verify import verify_dataset
 
-    dataset = verify_dataset(options.path, lambda name: print(f"{name}: ok", flush=True))
+    dataset = verify_dataset(
+        options.path, lambda name: print(f"{name}: ok", flush=True), lambda line: print(line, flush=True)
+    )
     print(f"{options.path}: {len(dataset)} samples, all bytes as dataset.json says")
     return 0
 

@@ -7,6 +7,7 @@ crc32) and one i32 label; last a u32 crc32 of everything before it. Samples are 
 """
 
 import struct
+import tarfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,28 +52,51 @@ def index_to_bytes(index: ShardIndex) -> bytes:
     return body + struct.pack("<I", zlib.crc32(body))
 
 
+def index_bytes(samples: int, members: tuple[str, ...]) -> int:
+    """Length of the file that `index_to_bytes` makes."""
+    return _HEADER.size + len(",".join(members)) + samples * (16 * len(members) + 4) + 4
+
+
 def index_from_bytes(data: bytes, name: str) -> ShardIndex:
-    """Inverse of `index_to_bytes`. Raises DataError naming `name` when a byte is missing, added or changed."""
+    """Inverse of `index_to_bytes`.
+
+    Raises DataError naming `name` when a byte is missing, added or changed, or when the members do not lie where a
+    shard has them: one after the other, each behind its header, up to the end mark.
+    """
     fix = "rebuild it with `dit-fast shards index FOLDER`"
     if len(data) < _HEADER.size + 4 or data[:8] != MAGIC:
         raise DataError(f"{name}: not a shard index (bad magic or too short); {fix}")
     if zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
         raise DataError(f"{name}: index checksum does not match its content; {fix}")
-    _, first_key, tar_bytes, samples, members, name_bytes = _HEADER.unpack_from(data)
-    record, start = _record(members), _HEADER.size + name_bytes
-    if len(data) != start + samples * record.itemsize + 4:
+    _, first_key, tar_bytes, samples, count, name_bytes = _HEADER.unpack_from(data)
+    start = _HEADER.size + name_bytes
+    members = tuple(data[_HEADER.size : start].decode("latin-1").split(","))
+    if len(members) != count or len(data) != start + samples * (16 * count + 4) + 4:
         raise DataError(f"{name}: index has {len(data)} bytes, not what its header says; {fix}")
-    table = np.frombuffer(data, record, count=samples, offset=start)
+    table = np.frombuffer(data, _record(count), count=samples, offset=start)
     entry = table["member"]
-    return ShardIndex(
+    index = ShardIndex(
         first_key=first_key,
         tar_bytes=tar_bytes,
-        members=tuple(data[_HEADER.size : start].decode("ascii").split(",")),
+        members=members,
         offset=np.ascontiguousarray(entry["offset"]),
         length=np.ascontiguousarray(entry["length"]),
         crc=np.ascontiguousarray(entry["crc"]),
         label=np.ascontiguousarray(table["label"]),
     )
+    order = sorted(range(count), key=lambda column: index.offset[:1, column].tolist())  # as in the tar
+    places, end = layout(index.length[:, order])
+    if end != tar_bytes or not np.array_equal(places, index.offset[:, order]):
+        raise DataError(f"{name}: members do not lie one after the other in {tar_bytes} bytes of tar; {fix}")
+    return index
+
+
+def layout(length: np.ndarray) -> tuple[np.ndarray, int]:
+    """Where a shard has members of these lengths [samples, members], in its order: (offsets uint64, bytes of tar)."""
+    block = np.uint64(tarfile.BLOCKSIZE)
+    padded = -(-length.astype(np.int64) // tarfile.BLOCKSIZE).astype(np.uint64) * block
+    ends = np.cumsum(padded.ravel() + block).reshape(length.shape).astype(np.uint64)
+    return ends - padded, int(ends.ravel()[-1] if ends.size else 0) + 2 * tarfile.BLOCKSIZE
 
 
 def index_path(tar: Path) -> Path:

@@ -1,6 +1,8 @@
 """Micro-batches for one rank: the plan's order, cut the same way for every world size, resumed by one integer."""
 
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +16,9 @@ from dit_fast.data.stream import StreamReader
 from dit_fast.errors import ConfigError, DataError, UserError
 
 PREFETCH = 4
+MOST_WORKERS = 256  # of one rank
+# a local batch that takes longer has met a disk that hangs; streams end by the time limits of their connections
+HANGING_SECONDS = 1800
 
 
 class _Positions:
@@ -50,10 +55,7 @@ class _Indexed(Dataset):
         self.reader = reader
 
     def __getitem__(self, item: tuple[np.ndarray, np.ndarray]) -> dict[str, torch.Tensor] | UserError:
-        try:
-            return self.reader.read(*item)
-        except UserError as error:
-            return error
+        return _or_error(lambda: self.reader.read(*item))
 
 
 class _Streamed(IterableDataset):
@@ -65,11 +67,19 @@ class _Streamed(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, torch.Tensor] | UserError]:
         worker = get_worker_info()
         step, first = (worker.num_workers, worker.id) if worker else (1, 0)
-        mine = (batch for number, batch in enumerate(self.positions) if number % step == first)
-        try:
-            yield from self.reader.read(mine)
-        except UserError as error:
-            yield error
+        batches = self.reader.read(batch for number, batch in enumerate(self.positions) if number % step == first)
+        while True:
+            yield _or_error(lambda: next(batches))
+
+
+def _or_error(read: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor] | UserError:
+    """A batch, or what the user can mend; other errors are ours and keep their traceback."""
+    try:
+        return read()
+    except UserError as error:
+        return error
+    except MemoryError:
+        return DataError("out of memory while reading a batch; use a smaller data.shuffle_group or fewer workers")
 
 
 def _as_is(item: Any) -> Any:
@@ -107,6 +117,8 @@ def build_loader(
         )
     if not 0 <= rank < world_size or start < 0 or num_workers < 0:
         raise ConfigError(f"rank {rank} of {world_size}, start {start}, {num_workers} workers: out of range")
+    if num_workers > MOST_WORKERS:
+        raise ConfigError(f"data.num_workers is {num_workers}; a rank takes at most {MOST_WORKERS}, a few are enough")
     if reader not in ("auto", "indexed", "stream"):
         raise ConfigError(f"unknown reader '{reader}'; valid: auto, indexed, stream")
     if plan.num_samples != len(dataset):
@@ -121,17 +133,67 @@ def build_loader(
         "pin_memory": torch.cuda.is_available(),
         "in_order": True,
         "prefetch_factor": PREFETCH if num_workers else None,
+        "worker_init_fn": _start_worker,
     }
     if reader == "stream" or (reader == "auto" and dataset.remote):
         loader = DataLoader(_Streamed(StreamReader(dataset, plan, fields, check_crc), positions), **options)
     else:
         indexed = _Indexed(IndexedReader(dataset, fields, check_crc))
+        options["timeout"] = HANGING_SECONDS if num_workers else 0
         loader = DataLoader(indexed, sampler=_Planned(positions, plan), **options)  # type: ignore[arg-type]
     return _raising(loader)
 
 
+def _start_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer decides, and ends its workers
+
+
 def _raising(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
-    for item in loader:
+    batches = _start(loader)
+    while True:
+        try:
+            item = next(batches)
+        except RuntimeError as error:
+            reason = _lost(batches, loader.num_workers)
+            if reason is None:
+                raise
+            raise DataError(f"{reason} ({str(error).splitlines()[0]})") from None
         if isinstance(item, UserError):
             raise item
         yield item
+
+
+def _start(loader: DataLoader) -> Iterator[Any]:
+    """The loader's iterator with its workers running.
+
+    torch sets a handler that raises wherever the main program is when a worker dies, in the middle of an optimizer step
+    too. It is taken away again: `next` finds out by itself, within seconds.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if main else None
+    try:
+        return iter(loader)
+    except OSError as error:
+        raise DataError(
+            f"{loader.num_workers} loader workers cannot be started ({error.strerror}); use fewer data.num_workers"
+        ) from None
+    finally:
+        if main and before is not None:
+            signal.signal(signal.SIGCHLD, before)
+
+
+def _lost(batches: Any, num_workers: int) -> str | None:
+    """Why no batch came from the workers, with what helps; None where they are not to blame."""
+    codes = [worker.exitcode for worker in getattr(batches, "_workers", [])]
+    dead = [code for code in codes if code is not None and code != 0]
+    if not codes:
+        return None
+    if not dead:
+        return f"no batch came from {num_workers} loader workers in {HANGING_SECONDS} s; the disk or its server hangs"
+    fewer = f"use fewer than {num_workers} data.num_workers, or smaller micro-batches"
+    if -signal.SIGKILL in dead:
+        return f"a loader worker was killed, most often because memory ran out; {fewer}"
+    if -signal.SIGBUS in dead:
+        return f"a loader worker ended by SIGBUS: /dev/shm is full; make it larger (docker: --shm-size) or {fewer}"
+    name = signal.Signals(-dead[0]).name if dead[0] < 0 else f"status {dead[0]}"
+    return f"a loader worker ended by {name}; start again, or {fewer}"

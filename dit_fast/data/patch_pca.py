@@ -4,6 +4,7 @@ Each patch of 3 * p * p values is projected on the leading eigenvectors of the p
 1 / sqrt(their standard deviation), not to unit variance: the leading ones carry most of the picture and stay larger.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from dit_fast.data.address import read_bytes
 from dit_fast.data.autoencoders import weights_identity
 from dit_fast.data.files import reason
 from dit_fast.data.shards import write_atomic
@@ -19,6 +21,7 @@ from dit_fast.errors import DataError
 
 FORMAT = "dit_fast patch pca 1"
 MAX_PATCH = 64  # the covariance has (3 * patch^2)^2 entries
+MAX_BYTES = 1 << 28
 
 
 class PatchPCA:
@@ -71,15 +74,15 @@ class PatchPCA:
 
     @classmethod
     def load(cls, path: str | Path) -> "PatchPCA":
-        """Reads what `save` wrote. Raises DataError naming a missing or foreign file."""
+        """Reads what `save` wrote, from a file or address. Raises DataError naming a missing or foreign file."""
         from safetensors import SafetensorError
         from safetensors.torch import load
 
+        data = read_bytes(str(path), MAX_BYTES)  # not mapped: the tensors must outlive the file
         try:
-            data = Path(path).read_bytes()  # not mapped: the tensors must outlive the file
             tensors = load(data)
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        except (OSError, SafetensorError, ValueError) as error:
+        except (SafetensorError, ValueError) as error:
             raise DataError(f"{path}: cannot be read as a patch PCA autoencoder ({reason(error)})") from None
         meta = header.get("__metadata__") or {}
         if meta.get("format") != FORMAT:
@@ -93,7 +96,8 @@ class PatchPCA:
             item.is_floating_point() and item.isfinite().all() for item in (mean, basis, std)
         ):
             raise DataError(f"{path}: a patch PCA with arrays that are missing, misshapen or not finite; fit it again")
-        return cls(patch, mean, basis, std, identity=weights_identity("pca", [Path(path)]))
+        identity = f"pca:{hashlib.sha256(data).hexdigest()[:16]}"  # as weights_identity has it
+        return cls(patch, mean, basis, std, identity)
 
     def file_bytes(self) -> bytes:
         """The safetensors file as bytes; equal fits give equal bytes."""

@@ -6,26 +6,34 @@ wrong, or takes what is only unusual.
 """
 
 import os
+import resource
 
 import numpy as np
 import torch
 
 from dit_fast import _C
+from dit_fast.data.address import one_line
 from dit_fast.data.batch import BatchBuilder
 from dit_fast.data.dataset import LatentDataset
+from dit_fast.data.shards import MOMENTS_MEMBER
 from dit_fast.errors import DataError
+
+MOST_FILES = 4096  # open at once
 
 
 class IndexedReader:
-    """Reads samples by number. Files are opened when first needed, once per process, so it survives fork and spawn."""
+    """Reads samples by number. Files are opened when first needed; at most half of what the process may open stay open.
+
+    Descriptors have no position that reading moves, so a forked process goes on with those of its parent; a spawned one
+    opens its own.
+    """
 
     def __init__(self, dataset: LatentDataset, fields: tuple[str, ...] = (), check_crc: bool = True):
         if dataset.remote:
             raise DataError(f"{dataset.root}: the indexed reader needs local shards; use reader='stream'")
         self._builder = BatchBuilder(dataset, fields, check_crc)
         self._first = np.array([index.first_key for index in dataset.indexes], np.int64)
-        self._handles: dict[int, int] = {}
-        self._owner = os.getpid()
+        self._handles: dict[int, int] = {}  # shard -> file descriptor, the one used last at the end
         self._layouts: dict[str, tuple[bytes, bool] | None] = {}  # member -> npy header, whether it is float16
 
     def read(self, positions: np.ndarray, samples: np.ndarray) -> dict[str, torch.Tensor]:
@@ -59,7 +67,8 @@ class IndexedReader:
             if layout is not None and host is not None:
                 rest = (table[done:] for table in columns)
                 check, handle = self._builder.check_crc, self._handle(shard)
-                done += host.read_npy(handle, *rest, where[done:], check, *layout, flat)
+                signless = flat.shape[1] // 2 if member == MOMENTS_MEMBER else flat.shape[1]  # std: the second half
+                done += host.read_npy(handle, *rest, where[done:], check, *layout, signless, flat)
             if done < len(where):
                 data = self._put(target[where[done]], shard, int(own[done]), member)
                 self._layouts[member] = _layout(data)
@@ -86,20 +95,22 @@ class IndexedReader:
         return data
 
     def _handle(self, shard: int) -> int:
-        if self._owner != os.getpid():  # forked: the handles belong to the parent
-            self._handles, self._owner = {}, os.getpid()
-        if shard not in self._handles:
-            dataset = self._builder.dataset
-            self._handles[shard] = os.open(
-                f"{dataset.root}/{dataset.info.shards[shard].name}", os.O_RDONLY | os.O_CLOEXEC
-            )
-        return self._handles[shard]
+        handle = self._handles.pop(shard, None)
+        if handle is None:
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            while len(self._handles) >= (MOST_FILES if limit < 0 else min(max(limit // 2, 1), MOST_FILES)):
+                os.close(self._handles.pop(next(iter(self._handles))))  # used longest ago
+            path = self._builder.dataset.shard_path(shard)
+            with one_line(path):
+                handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._handles[shard] = handle
+        return handle
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_handles": {}}
 
     def __del__(self) -> None:
-        if self.__dict__.get("_owner") == os.getpid():
+        if "_handles" in self.__dict__:
             self.close()
 
 

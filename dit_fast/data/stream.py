@@ -2,20 +2,27 @@
 
 It yields exactly what the indexed reader yields. One group of shards is read at a time; the samples this rank needs
 from it are kept in memory until their turn. Each rank (and each worker) reads all shards of a group, so the traffic
-is ranks times workers times the data set per epoch; prefer one worker. What webdataset passes over in silence
-(missing or extra samples, flipped bytes) is found by comparing with the index. No member is decoded by webdataset.
+is ranks times workers times the data set per epoch; prefer one worker. What webdataset passes over in silence or takes
+for true (missing or extra samples, sizes that a header claims) never reaches it: every header is compared with the
+index on its way there. No member is decoded by webdataset.
 """
 
+import tarfile
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 
-from dit_fast.data.address import join, open_stream
+from dit_fast.data.address import one_line, open_stream
 from dit_fast.data.batch import BatchBuilder
 from dit_fast.data.dataset import LatentDataset
+from dit_fast.data.index import ShardIndex
 from dit_fast.data.plan import Plan
+from dit_fast.data.shards import key_of, member_header
 from dit_fast.errors import DataError, UserError
+
+FIX = "restore or rebuild the shard"
 
 
 class StreamReader:
@@ -25,7 +32,6 @@ class StreamReader:
         self._dataset, self._plan = dataset, plan
         self._builder = BatchBuilder(dataset, fields, check_crc)
         self._first = np.array([index.first_key for index in dataset.indexes], np.int64)
-        self._sizes = np.array(dataset.info.shard_sizes, np.int64)
 
     def read(self, batches: Iterator[np.ndarray]) -> Iterator[dict[str, torch.Tensor]]:
         """Micro-batches as `IndexedReader.read` gives them. batches: ascending int64 positions, endless or not."""
@@ -68,30 +74,74 @@ class StreamReader:
         return stop
 
     def _read_shard(self, shard: int) -> Iterator[tuple[int, tuple[bytes, ...]]]:
-        """(row, bytes per member) of every sample, in order. Raises DataError when a sample is missing or added."""
-        name = join(self._dataset.root, self._dataset.info.shards[shard].name)
-        fix = "restore or rebuild the shard"
-        first, size, row = int(self._first[shard]), int(self._sizes[shard]), 0
-        with open_stream(name) as stream:
+        """(row, bytes per member) of each sample. Raises DataError where the tar is not what the index says."""
+        name, index = self._dataset.shard_path(shard), self._dataset.indexes[shard]
+        with one_line(name), open_stream(name, index.tar_bytes) as stream:
+            checked = _CheckedTar(name, index, stream)
             try:
-                for sample in _webdataset_samples(name, stream):
-                    key = f"{first + row:09d}"
-                    if row >= size or sample["__key__"] != key:
-                        expected = f"sample {key}" if row < size else f"the end after {size} samples"
-                        raise DataError(f"{name}: sample '{sample['__key__']}' where the index says {expected}; {fix}")
-                    missing = [member for member in self._builder.members if member not in sample]
-                    if missing:
-                        raise DataError(f"{name}: sample {key} lacks {missing[0]}; {fix}")
+                for row, sample in enumerate(_webdataset_samples(name, checked)):
                     yield row, tuple(sample[member] for member in self._builder.members)
-                    row += 1
-            except UserError:
-                raise
-            except Exception as error:  # tarfile, http and webdataset raise many kinds for a damaged stream
-                text = str(error.args[0] if error.args else error).splitlines()
-                reason = f"{type(error).__name__}: {text[0] if text else ''}"
-                raise DataError(f"{name}: stream broke after {row} of {size} samples ({reason}); {fix}") from None
-        if row != size:
-            raise DataError(f"{name}: stream ended after {row} of {size} samples; {fix}")
+            except Exception:
+                if checked.wrong is None:
+                    raise
+                raise DataError(checked.wrong) from None  # webdataset adds to what it was given
+            checked.finish()
+
+
+class _CheckedTar:
+    """A shard's bytes in order, as far as they are what the index says; then DataError, kept in `wrong`.
+
+    So no header can claim anything: tarfile would believe its sizes (sparse files, extended headers), and take a
+    damaged one for the end.
+    """
+
+    def __init__(self, name: str, index: ShardIndex, stream: Any):
+        self.wrong: str | None = None
+        self._name, self._stream, self._at, self._bytes = name, stream, 0, index.tar_bytes
+        self._headers = self._expected(index)
+        self._next = next(self._headers)
+
+    def read(self, count: int) -> bytes:
+        try:
+            return self._read(count)
+        except (UserError, OSError) as error:
+            self.wrong = str(error) if isinstance(error, UserError) else f"{self._name}: cannot be read ({error})"
+            raise
+
+    def finish(self) -> None:
+        """Raises DataError when bytes are missing or left over."""
+        while self._at < self._bytes:
+            self._read(self._bytes - self._at)
+        if self._stream.read(1):
+            raise DataError(f"{self._name}: goes on after the {self._bytes} bytes that the index says; {FIX}")
+
+    def _read(self, count: int) -> bytes:
+        start, count = self._at, min(count, self._bytes - self._at)
+        data = self._stream.read(count)
+        if len(data) != count:
+            raise DataError(f"{self._name}: ends after {start + len(data)} of {self._bytes} bytes; {FIX}")
+        self._at += count
+        while self._next[0] < self._at:
+            place, name, header = self._next
+            found = data[place - start : place - start + len(header)]
+            if found != header[: len(found)]:
+                raise DataError(f"{self._name}: {name} is damaged; {FIX}")
+            self._next = next(self._headers)
+        return data
+
+    @staticmethod
+    def _expected(index: ShardIndex) -> Iterator[tuple[int, str, bytes]]:
+        """(offset, name, bytes) of every header and of the end mark, in blocks that no read cuts."""
+        columns = np.argsort(index.offset[0]).tolist()
+        for row, (offsets, lengths) in enumerate(zip(index.offset.tolist(), index.length.tolist(), strict=True)):
+            key = key_of(index.first_key + row)
+            for column in columns:
+                name = f"{key}.{index.members[column]}"
+                header = member_header(name, lengths[column])
+                yield offsets[column] - len(header), f"the header of {name}", header
+        for blocks in (2, 1):
+            yield index.tar_bytes - blocks * tarfile.BLOCKSIZE, "the end mark", bytes(tarfile.BLOCKSIZE)
+        yield index.tar_bytes, "", b""
 
 
 def _webdataset_samples(name: str, stream: object) -> Iterator[dict]:

@@ -1,47 +1,130 @@
-"""Full check of a local data set: every byte of every tar."""
+"""Full check of a local data set, and the way to make its indexes again: every byte of every tar."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from dit_fast.data.dataset import LatentDataset, open_dataset
-from dit_fast.data.shards import scan_tar
-from dit_fast.errors import DataError
+from dit_fast.data.address import is_remote, one_line
+from dit_fast.data.dataset import DatasetInfo, LatentDataset, ShardInfo, open_dataset, open_index, read_description
+from dit_fast.data.index import ShardIndex, index_path, index_to_bytes
+from dit_fast.data.reader import IndexedReader
+from dit_fast.data.shards import scan_tar, write_atomic
+from dit_fast.errors import DataError, UserError
 
 CHUNK_BYTES = 1 << 22
 
 
 def file_sha256(path: str | Path) -> str:
-    """Hex sha256 of a file."""
+    """Hex sha256 of a file. Raises DataError when it cannot be read."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with one_line(str(path)), open(path, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def verify_dataset(path: str | Path, progress: Callable[[str], None] | None = None) -> LatentDataset:
-    """Opens the data set, then compares each tar's sha256 with `dataset.json` and each index with a fresh scan.
+def verify_dataset(
+    path: str | Path, progress: Callable[[str], None] | None = None, problem: Callable[[str], None] | None = None
+) -> LatentDataset:
+    """Compares each tar's sha256 with `dataset.json` and each index with a fresh scan, and reads every value.
 
-    `progress` is called with each shard's name when it has passed. Returns the opened data set.
-    Raises DataError naming the first file that differs and the fix.
+    `progress` is called with each shard's name when it has passed, `problem` with a line for each thing that is wrong;
+    a damaged shard does not keep the others from being checked. Returns the opened data set.
+    Raises DataError naming the first file that differs and the fix, and how many problems there are.
     """
-    dataset = open_dataset(path)
-    if dataset.remote:
-        raise DataError(f"{dataset.root}: only local data sets are verified; download it first")
-    for shard, index in zip(dataset.info.shards, dataset.indexes, strict=True):
-        tar = Path(dataset.root) / shard.name
-        if file_sha256(tar) != shard.sha256:
-            raise DataError(f"{tar}: sha256 differs from dataset.json, the file is damaged; restore it or rebuild it")
-        fresh = scan_tar(tar)
-        order = [fresh.members.index(member) for member in index.members]
-        same = np.array_equal(fresh.label, index.label) and all(
-            np.array_equal(getattr(fresh, name)[:, order], getattr(index, name)) for name in ("offset", "length", "crc")
-        )
-        if not same:
-            raise DataError(f"{tar}: its .idx differs from it; rebuild it with `dit-fast shards index {dataset.root}`")
-        if progress is not None:
+    root, info = read_description(path)
+    if is_remote(root):
+        raise DataError(f"{root}: only local data sets are verified; download it first")
+    problems: list[str] = []
+    first_key = 0
+    for shard in info.shards:
+        before = len(problems)
+        for line in _shard_problems(root, shard, info, first_key):
+            problems.append(line)
+            if problem is not None:
+                problem(line)
+        if len(problems) == before and progress is not None:
             progress(shard.name)
-    return dataset
+        first_key += shard.samples
+    if not problems:
+        dataset = open_dataset(root)
+        if Path(info.autoencoder.partition(":")[2]).parent != Path(root).resolve():
+            return dataset
+        try:  # it is part of the data set
+            dataset.load_autoencoder()
+            return dataset
+        except UserError as error:
+            problems.append(str(error))
+            if problem is not None:
+                problem(problems[-1])
+    more = f" (the first of {len(problems)} problems)" if len(problems) > 1 else ""
+    raise DataError(f"{problems[0]}{more}")
+
+
+def _shard_problems(root: str, shard: ShardInfo, info: DatasetInfo, first_key: int) -> Iterator[str]:
+    """What is wrong with a shard, one line each."""
+    tar, index = Path(root) / shard.name, None
+    try:
+        index = open_index(root, shard, info, first_key)
+    except DataError as error:
+        yield str(error)
+    try:
+        if not tar.is_file() or tar.stat().st_size != shard.bytes:
+            return  # said by then
+        if file_sha256(tar) != shard.sha256:
+            yield f"{tar}: sha256 differs from dataset.json, the file is damaged; restore it or rebuild it"
+        elif index is not None:
+            if not _equal(scan_tar(tar), index):
+                yield f"{tar}: its .idx differs from it; rebuild it with `dit-fast shards index {root}`"
+            else:
+                yield from _value_problems(root, shard, info, index)
+    except DataError as error:
+        yield str(error)
+
+
+def _value_problems(root: str, shard: ShardInfo, info: DatasetInfo, index: ShardIndex) -> Iterator[str]:
+    """The first sample of a shard that cannot be read or holds values that no autoencoder gives, and how many do."""
+    alone = LatentDataset(root, replace(info, shards=(shard,)), (index,))
+    reader, bad = IndexedReader(alone, info.fields), []
+    for sample in index.first_key + np.arange(len(index)):
+        try:
+            reader.read(np.zeros(1, np.int64), np.array([sample]))
+        except DataError as error:
+            bad.append(str(error))
+    if bad:
+        yield bad[0] + (f" ({len(bad)} such samples in this shard)" if len(bad) > 1 else "")
+
+
+def _equal(fresh: ShardIndex, index: ShardIndex) -> bool:
+    if set(fresh.members) != set(index.members) or len(fresh) != len(index):
+        return False
+    order = [fresh.members.index(member) for member in index.members]
+    return np.array_equal(fresh.label, index.label) and all(
+        np.array_equal(getattr(fresh, name)[:, order], getattr(index, name)) for name in ("offset", "length", "crc")
+    )
+
+
+def rebuild_index(tar: str | Path) -> ShardIndex:
+    """Scans a tar and writes the `.idx` beside it; equal to the one its writer made.
+
+    Raises DataError when the tar is missing or damaged, and when it is not the one that the `dataset.json` beside it
+    names: an index of a damaged tar would make the damage legal.
+    """
+    path = Path(tar)
+    if not path.is_file():
+        raise DataError(f"{path}: no such shard; rebuild it with `dit-fast shards build`")
+    _, info = read_description(path.parent)
+    shard = next((shard for shard in info.shards if shard.name == path.name), None)
+    if shard is None:
+        raise DataError(f"{path}: dataset.json does not name this shard; move it out of the folder")
+    if file_sha256(path) != shard.sha256:
+        raise DataError(
+            f"{path}: sha256 differs from dataset.json, the file is damaged and gets no index; restore or rebuild it"
+        )
+    index = scan_tar(path)
+    with one_line(str(path)):
+        write_atomic(index_path(path), index_to_bytes(index))
+    return index

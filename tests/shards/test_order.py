@@ -160,7 +160,7 @@ def test_streaming_finds_samples_that_webdataset_loses_in_silence(copied):
     second = int(open_dataset(copied).indexes[3].offset[1, 0]) - 512
     data[second + 150] ^= 1  # the header's checksum: tarfile takes it for the end
     path.write_bytes(data)
-    with pytest.raises(DataError, match=r"shard-000003.tar: stream (ended|broke) after 0 of 8|after 1 of 8"):
+    with pytest.raises(DataError, match=r"shard-000003.tar: the header of 000000025.moments.npy is damaged"):
         take(copied, 12, reader="stream")
 
 
@@ -177,7 +177,7 @@ def test_streaming_finds_samples_too_many(copied):
     loader = build_loader(
         dataset, plan, global_batch=COUNT, micro_batch=COUNT, rank=0, world_size=1, start=0, reader="stream"
     )
-    with pytest.raises(DataError, match=r"sample '000000008' where the index says the end after 8 samples"):
+    with pytest.raises(DataError, match=r"shard-000000.tar: the end mark is damaged"):
         next(loader)
 
 
