@@ -15,6 +15,7 @@ from dit_fast.checkpoint.run import model_from_config
 from dit_fast.checkpoint.step import Checkpoint
 from dit_fast.config import TrainConfig
 from dit_fast.data import LatentDataset, Plan, build_loader, open_dataset
+from dit_fast.data.address import absolute
 from dit_fast.errors import CheckpointError, UserError
 from dit_fast.methods import build_methods
 from dit_fast.models import SiT
@@ -188,6 +189,7 @@ class _Run:
             "optimizer_step": self.engine.applied_steps(),
             "seed": self.config.run.seed,
             "dataset_fingerprint": self.dataset.info.fingerprint,
+            "dataset_root": absolute(self.dataset.root),
             "ema_decay": self.config.optimizer.ema_decay,
             "config": to_dict(self.config),
             "ranks": self.world.size,

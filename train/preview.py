@@ -11,7 +11,10 @@ from torch import Tensor
 from dit_fast.checkpoint.run import model_from_config
 from dit_fast.config import TrainConfig
 from dit_fast.data import Autoencoder, LatentDataset
-from dit_fast.diffusion import initial_noise, sample
+from dit_fast.data.pixels import decode_images
+from dit_fast.diffusion import Guidance, initial_noise, sample
+from dit_fast.diffusion.samplers import check_options
+from dit_fast.errors import ConfigError, DataError
 from dit_fast.train.engine import Engine
 from dit_fast.train.world import World
 
@@ -23,12 +26,21 @@ SMALLEST = 64  # pixels; smaller images are enlarged by a whole factor
 class Preview:
     """RUN/samples/step_N.png: image k has class k mod num_classes and starts from noise that depends on k alone.
 
-    Construction loads the data set's autoencoder on rank 0; DataError, on all ranks, where that cannot be done.
+    Construction loads the data set's autoencoder on rank 0; UserError, on all ranks, where that cannot be done or no
+    picture could be drawn with this configuration. Images that are not finite are not drawn: a warning says so, and
+    training goes on.
     """
 
     def __init__(self, config: TrainConfig, dataset: LatentDataset, world: World):
         self.config, self.info, self.world = config, dataset.info, world
         self._autoencoder: Autoencoder | None = None
+        preview = config.preview
+        check_options(preview.sampler, preview.num_steps, preview.count, config.run.seed)
+        if Guidance(preview.cfg_scale).needs_null and not config.model.label_dropout:
+            raise ConfigError(
+                f"preview.cfg_scale={preview.cfg_scale} needs a null label, and model.label_dropout=0 trains none; set "
+                "preview.cfg_scale=1 or preview.every=0"
+            )
         world.agree(lambda: self._load(dataset))
 
     def _load(self, dataset: LatentDataset) -> None:
@@ -42,14 +54,14 @@ class Preview:
                 weights[name] = tensor.cpu().clone()
         if self.world.rank == 0:
             path = Path(self.config.run.dir) / "samples" / f"step_{step:08d}.png"
-            images = self._images(weights)
             try:
+                images = self._images(weights, step)
                 path.parent.mkdir(exist_ok=True)
                 write_grid(images, path)
-            except OSError as error:
+            except (OSError, DataError) as error:
                 logger.warning("%s not written: %s; training goes on", path, error)
 
-    def _images(self, weights: Mapping[str, Tensor]) -> np.ndarray:
+    def _images(self, weights: Mapping[str, Tensor], step: int) -> np.ndarray:
         config, device = self.config, self.world.device
         # the new model's initial weights are thrown away; building it must not move the random numbers of the run
         with torch.random.fork_rng(devices=[]):
@@ -71,18 +83,9 @@ class Preview:
                 path=config.flow.path,
                 chunk=config.preview.count,
             )
-        scale, shift = (
-            torch.tensor(value, dtype=torch.float64, device=device).reshape(-1, 1, 1)
-            for value in (self.info.scale, self.info.shift)
-        )
         assert self._autoencoder is not None
-        images = self._autoencoder.to(device).decode(((latents - shift) / scale).float())
-        return to_uint8(images.float().cpu().numpy())
-
-
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """[N, 3, H, W] in [-1, 1] -> uint8 [N, H, W, 3]."""
-    return ((images.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1)
+        autoencoder, origin = self._autoencoder.to(device), f"averaged weights of step {step}"
+        return decode_images(latents, self.info, autoencoder, config.preview.count, origin)
 
 
 def write_grid(images: np.ndarray, path: Path) -> None:

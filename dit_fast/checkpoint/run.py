@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from dit_fast.checkpoint.step import FOLDER, MANIFEST, Checkpoint, newest_checkpoint, open_checkpoint
+from dit_fast.checkpoint.step import FOLDER, MANIFEST, STATE, Checkpoint, newest_checkpoint, open_checkpoint
 from dit_fast.config import ModelConfig, TrainConfig
-from dit_fast.errors import CheckpointError
+from dit_fast.data import LatentDataset, open_dataset
+from dit_fast.errors import CheckpointError, ConfigError, DataError
 from dit_fast.models import SiT, build_model
 from dit_fast.options import from_dict
 from dit_fast.recipes import METHOD_CONFIGS
@@ -22,6 +23,29 @@ class LoadedRun(NamedTuple):
     def step(self) -> int:
         return self.state["step"]
 
+    def dataset(self, path: str | Path | None = None) -> LatentDataset:
+        """The data set that the run was trained on: at `path`, or else where it lay while training.
+
+        Without a path, `data.path` is tried as it was given, then as it was resolved by the run. Raises DataError where
+        no data set with the run's fingerprint is found.
+        """
+        recorded = [self.config.data.path, *([self.state["dataset_root"]] if "dataset_root" in self.state else [])]
+        errors: list[str] = []
+        for place in dict.fromkeys(recorded) if path is None else [str(path)]:
+            try:
+                dataset = open_dataset(place)
+            except DataError as error:
+                errors.append(str(error))
+                continue
+            if dataset.info.fingerprint == self.state.get("dataset_fingerprint"):
+                return dataset
+            errors.append(
+                f"{place}: another data set (fingerprint {dataset.info.fingerprint[:12]}) than the one this run was "
+                f"trained on ({str(self.state.get('dataset_fingerprint'))[:12]})"
+            )
+        fix = "if the data moved, name its folder with --data" if path is None else "name its folder with --data"
+        raise DataError(f"{errors[-1]}; {fix}")
+
 
 def load_run(path: str | Path, weights: Literal["ema", "model"] = "ema") -> LoadedRun:
     """The newest complete checkpoint of a run folder, or the given step folder.
@@ -33,8 +57,11 @@ def load_run(path: str | Path, weights: Literal["ema", "model"] = "ema") -> Load
         raise CheckpointError(f"unknown weights '{weights}'; valid: ema, model")
     checkpoint = find_checkpoint(path)
     state = checkpoint.state
-    config = from_dict(TrainConfig, state["config"], METHOD_CONFIGS)
-    model = model_from_config(config.model)
+    try:
+        config = from_dict(TrainConfig, state.get("config"), METHOD_CONFIGS)
+        model = model_from_config(config.model)
+    except ConfigError as error:
+        raise CheckpointError(f"{checkpoint.path / STATE}: its configuration cannot be read: {error}") from None
     own = model.state_dict()
     loaded = {name: tensor for name, tensor in checkpoint.state_dict(weights).items() if name in own}
     try:

@@ -1,5 +1,6 @@
 """Where a data set lies: a local folder or an http(s) address. Nothing that starts a command is accepted."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,11 @@ def check_address(root: str) -> str:
             f"'{root}': only folders and http(s) addresses are read, '{scheme}:' would run or open another program"
         )
     return root.rstrip("/") or "/"
+
+
+def absolute(root: str) -> str:
+    """The root as it can be opened from any working directory."""
+    return root if is_remote(root) else os.path.abspath(root)
 
 
 def check_file_name(name: str, where: str) -> str:

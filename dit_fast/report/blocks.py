@@ -1,18 +1,18 @@
 """What the blocks of a trained model make of real images: their similarity and how many directions they use."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from dit_fast.analysis.similarity import cka_matrix, effective_rank, token_cosine_matrix
-from dit_fast.checkpoint.run import load_run
-from dit_fast.data import LatentDataset, open_dataset
+from dit_fast.checkpoint.run import LoadedRun
+from dit_fast.data import LatentDataset
+from dit_fast.data.pixels import to_uint8
 from dit_fast.data.reader import IndexedReader
 from dit_fast.diffusion import Path as FlowPath
 from dit_fast.diffusion.samplers import LAST_STOCHASTIC_TIME, initial_noise
-from dit_fast.report.grids import to_uint8
+from dit_fast.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class BlockStudy:
     parameters: int
 
 
-def study_blocks(run: str | Path, count: int = 256, t: float = LAST_STOCHASTIC_TIME, seed: int = 0) -> BlockStudy:
-    """Compares all blocks of a run's averaged weights on `count` real images with their labels.
+def study_blocks(
+    loaded: LoadedRun, dataset: LatentDataset, count: int = 256, t: float = LAST_STOCHASTIC_TIME, seed: int = 0
+) -> BlockStudy:
+    """Compares all blocks of a run's weights on `count` real images with their labels.
 
     t: noise level of the inputs; the default is the last one at which the published sampler calls the model, where the
-    paper compares blocks. Features are token-pooled for the CKA.
+    paper compares blocks. Features are token-pooled for the CKA. Raises UserError for features that are not finite.
     """
-    loaded = load_run(run, weights="ema")
-    dataset = open_dataset(loaded.config.data.path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = loaded.model.to(device).eval()
     chosen = np.arange(min(count, len(dataset)), dtype=np.int64)
@@ -47,6 +47,11 @@ def study_blocks(run: str | Path, count: int = 256, t: float = LAST_STOCHASTIC_T
     with torch.no_grad():
         _, taps = model(noised.to(device), times.to(device), batch["label"].to(device), taps=range(model.depth))
     features = [taps[index].float().cpu() for index in range(model.depth)]
+    for index, feature in enumerate(features):
+        if not feature.isfinite().all():
+            raise UserError(
+                f"block {index} gives NaN or Inf with the weights of step {loaded.step}; they have diverged"
+            )
     ranks = torch.stack([effective_rank(feature) for feature in features])
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return BlockStudy(cka_matrix(features).numpy(), token_cosine_matrix(features).numpy(), ranks.numpy(), parameters)
@@ -64,7 +69,7 @@ def real_images(dataset: LatentDataset, classes: tuple[int, ...], per_class: int
         pictures = _read(dataset, chosen, ("image",))["image"].permute(0, 2, 3, 1).numpy()
     else:
         means = _read(dataset, chosen)["moments"][:, 0]
-        pictures = to_uint8(dataset.load_autoencoder().decode(means).float().numpy())
+        pictures = to_uint8(dataset.load_autoencoder().decode(means).float().numpy(), f"data set {dataset.root}")
     return pictures, labels[chosen]
 
 

@@ -6,34 +6,48 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dit_fast.data import LatentDataset, open_dataset
+from dit_fast.data import LatentDataset
+from dit_fast.errors import UserError
 from dit_fast.report import figures
 from dit_fast.report.blocks import real_images
 from dit_fast.report.grids import class_grid
 from dit_fast.report.html import render
+from dit_fast.report.output import check_writable, writing
 from dit_fast.report.page import compose
 from dit_fast.report.story import RunStory, read_story
 
 REAL_PER_CLASS = 5
 
 
-def write_report(run: Path, baseline: Path | None, out: Path, notes: Sequence[str] = ()) -> Path:
+def write_report(
+    run: Path, baseline: Path | None, out: Path, notes: Sequence[str] = (), data: str | Path | None = None
+) -> Path:
     """Writes `out/report.html` and its pictures beside it as PNG; returns the page's path.
 
-    baseline: a second run on the same data, shown beside the first. notes: remarks shown at the top.
-    Raises DataError naming what is missing in a run folder.
+    baseline: a second run on the same data, shown beside the first. notes: remarks shown at the top. data: where the
+    data set lies now, if it moved.
+    Raises UserError naming what is missing in a run folder, or a baseline that was trained on other data.
     """
-    stories = [read_story(run)]
+    check_writable(out)
+    if baseline is not None and baseline.resolve() == run.resolve():
+        raise UserError(f"--baseline {baseline}: is the run itself; name another run")
+    stories = [read_story(run, data=data)]
+    dataset = stories[0].dataset
     if baseline is not None:
-        stories.append(read_story(baseline, stories[0].samples))
+        stories.append(read_story(baseline, stories[0].samples, dataset.root))
         if stories[0].name == stories[1].name:
-            stories = [replace(story, name=f"{story.name} ({story.folder.name})") for story in stories]
-    dataset = open_dataset(stories[0].config["data"]["path"])
+            distinct = run.name != baseline.name
+            stories = [
+                replace(story, name=f"{story.name} ({story.folder.name if distinct else story.folder})")
+                for story in stories
+            ]
     pictures = draw(stories, dataset)
-    out.mkdir(parents=True, exist_ok=True)
-    for name, png in pictures.items():
-        _write(out / f"{name}.png", png)
-    _write(out / "report.html", render(compose(stories, dataset.info, pictures, notes)).encode())
+    page = render(compose(stories, dataset.info, pictures, notes)).encode(errors="replace")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for name, png in pictures.items():
+            _write(out / f"{name}.png", png)
+        _write(out / "report.html", page)
     return out / "report.html"
 
 

@@ -48,7 +48,7 @@ def loss_figure(runs: Mapping[str, Metrics], name: str = "flow") -> "Figure":
     for (label, metrics), colour in zip(runs.items(), RUN_COLOURS, strict=False):
         steps, values = metrics.column(name)
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, smooth(values, _window(values)), color=colour, linewidth=1.8, label=label)
+        axes.plot(steps, smooth(values, _window(values)), color=colour, linewidth=1.8, label=_plain(label))
     axes.set(xlabel="step", ylabel="flow-matching loss")
     _head_room(axes, [metrics.column(name)[1] for metrics in runs.values()])
     axes.legend(loc="upper right", frameon=False)
@@ -107,7 +107,7 @@ def similarity_figure(matrices: Mapping[str, np.ndarray]) -> "Figure":
             count = len(matrix)
             image = axes.imshow(matrix, vmin=0, vmax=1, cmap="magma", origin="lower")
             off = matrix[~np.eye(count, dtype=bool)].mean() if count > 1 else float("nan")
-            axes.set_title(f"{label}\nmean over different blocks {off:.2f}")
+            axes.set_title(f"{_plain(label)}\nmean over different blocks {off:.2f}")
             ticks = range(0, count, 1 + (count - 1) // 14)
             axes.set_xticks(ticks, [str(i + 1) for i in ticks])
             axes.set_yticks(ticks, [str(i + 1) for i in ticks])
@@ -129,7 +129,7 @@ def throughput_figure(runs: Mapping[str, Metrics]) -> "Figure":
         if len(values) == 0:
             continue
         middle = float(np.median(values))
-        axes.plot(steps, values, color=colour, linewidth=1.2, label=f"{label}: median {rate(middle)}")
+        axes.plot(steps, values, color=colour, linewidth=1.2, label=f"{_plain(label)}: median {rate(middle)}")
         axes.axhline(middle, color=colour, linewidth=0.9, linestyle=":")
     axes.set(xlabel="step", ylabel="samples per second")
     axes.set_ylim(bottom=0)
@@ -158,6 +158,11 @@ def _figure(rows: int, height: float, ratios: Sequence[float] = (1,)) -> "tuple[
         figure = Figure(figsize=(8.2, height), layout="constrained", dpi=110)
         grid = figure.subplots(rows, 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": ratios})
     return figure, [axes for (axes,) in grid]
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib takes as it is: a dollar sign starts a formula otherwise."""
+    return text.replace("$", r"\$")
 
 
 def _window(values: np.ndarray) -> int:

@@ -14,12 +14,7 @@ if TYPE_CHECKING:
 INK, PAPER = (59, 64, 72), (255, 255, 255)
 CELL = 64  # pixels that a small image is enlarged to
 GAP, HEADER, GUTTER = 2, 26, 18
-
-
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """float [N, 3, H, W] in [-1, 1] -> uint8 [N, H, W, 3], rounded to the nearest level (values outside are cut)."""
-    levels = np.clip(np.round((images.astype(np.float64) + 1) * 127.5), 0, 255).astype(np.uint8)
-    return levels.transpose(0, 2, 3, 1)
+LONGEST_NAME = 40  # characters of a class name
 
 
 def class_grid(
@@ -29,15 +24,22 @@ def class_grid(
 
     columns: title -> (images uint8 [N, H, W, 3], labels int64 [N]); every group shows as many images per class as its
     rarest class has. Images smaller than 64 pixels are enlarged by a whole factor, so single pixels stay visible.
-    Raises UserError when a group has no image of one of the classes.
+    Long names are cut. Raises UserError when a group has no image of one of the classes, or images of another size than
+    the first group, or when a class has no name.
     """
     from PIL import Image, ImageDraw
 
+    unknown = [label for label in classes if not 0 <= label < len(class_names)]
+    if unknown:
+        raise UserError(f"class {unknown[0]} is not in this data set; labels are 0..{len(class_names) - 1}")
     groups = {title: _by_class(title, images, labels, classes) for title, (images, labels) in columns.items()}
     height, width = next(iter(columns.values()))[0].shape[1:3]
+    for title, group in groups.items():
+        if group.shape[2:] != (height, width, 3):
+            raise UserError(f"'{title}' has images of {group.shape[2:]}, the first group of {(height, width, 3)}")
     factor = max(CELL // max(height, width), 1)
     step_x, step_y = width * factor + GAP, height * factor + GAP
-    names = [class_names[label] for label in classes]
+    names = [_shown(class_names[label]) for label in classes]
     margin = 16 + max(int(_font(14).getlength(name)) for name in names)
     total = margin + sum(group.shape[1] * step_x for group in groups.values()) + GUTTER * (len(groups) - 1) + 8
     canvas = Image.new("RGB", (total, HEADER + len(names) * step_y + 8), PAPER)
@@ -70,6 +72,12 @@ def _by_class(title: str, images: np.ndarray, labels: np.ndarray, classes: Seque
         missing = [label for label, group in zip(classes, found, strict=True) if not len(group)]
         raise UserError(f"'{title}' has no image of class {missing[0]}; draw samples of every class shown")
     return np.stack([group[:count] for group in found])
+
+
+def _shown(name: str) -> str:
+    """A class name as one line that leaves room for pictures."""
+    line = " ".join(name.encode(errors="replace").decode().split())
+    return line if len(line) <= LONGEST_NAME else line[: LONGEST_NAME - 1] + "…"
 
 
 def _font(size: int) -> "ImageFont.FreeTypeFont | ImageFont.ImageFont":

@@ -1,4 +1,4 @@
-"""Reads what a run wrote about itself: `metrics.jsonl` and `config.json`."""
+"""Reads what a run logged: `metrics.jsonl`."""
 
 import json
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ class Metrics:
 
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps int64 [n], values float64 [n]) of the rows that hold a finite-or-not number under `name`."""
-        found = [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), int | float)]
+        found = [(row["step"], row[name]) for row in self.rows if is_number(row.get(name))]
         steps = np.array([step for step, _ in found], np.int64)
         return steps, np.array([value for _, value in found], np.float64)
 
     def has(self, name: str) -> bool:
-        return any(isinstance(row.get(name), int | float) for row in self.rows)
+        return any(is_number(row.get(name)) for row in self.rows)
 
 
 def read_metrics(run: str | Path) -> Metrics:
@@ -34,12 +34,13 @@ def read_metrics(run: str | Path) -> Metrics:
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
         raise DataError(f"{path}: missing; give the folder of a run (it holds config.json and metrics.jsonl)")
-    lines, rows = path.read_text().splitlines(), {}
+    rows: dict[int, dict[str, Any]] = {}
+    lines = path.read_bytes().rstrip(b"\n").split(b"\n")
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-            rows[int(row["step"])] = row
-        except (ValueError, KeyError, TypeError):
+            row = _row(line)
+            rows[row["step"]] = row
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             if number == len(lines):
                 break
             raise DataError(f"{path}: line {number} is not a row with a step; remove that line") from None
@@ -48,16 +49,25 @@ def read_metrics(run: str | Path) -> Metrics:
     return Metrics(tuple(rows[step] for step in sorted(rows)))
 
 
-def read_config(run: str | Path) -> dict[str, Any]:
-    """The resolved configuration of a run as a plain dictionary. Raises DataError when it cannot be read."""
-    path = Path(run) / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); give the folder of a run") from None
+def _row(line: bytes) -> dict[str, Any]:
+    row = json.loads(line)
+    if not isinstance(row["step"], int) or not 0 <= row["step"] < 1 << 63:
+        raise ValueError("no step")
+    for value in row.values():
+        if is_number(value):
+            float(value)  # a whole number of 400 digits has no place in a figure
+    return row
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred moving average of finite values over at most `window` points; shorter at both ends. Same length."""
-    half = max(window // 2, 0)
-    return np.array([values[max(i - half, 0) : i + half + 1].mean() for i in range(len(values))])
+    """Centred moving average of the finite values among at most `window` points; fewer at both ends. Same length."""
+    half, places = max(window // 2, 0), np.arange(len(values))
+    first, end = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    finite = np.isfinite(values)
+    sums, counts = (np.concatenate([[0], np.cumsum(part)]) for part in (np.where(finite, values, 0.0), finite))
+    with np.errstate(invalid="ignore"):
+        return (sums[end] - sums[first]) / (counts[end] - counts[first])

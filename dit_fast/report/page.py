@@ -72,6 +72,8 @@ def _what_you_see(main: RunStory) -> Section:
 
 
 def _samples(stories: Sequence[RunStory], info: DatasetInfo, png: bytes) -> Section:
+    texts = [story.samples.text for story in stories]
+    drawn = texts[0] if len(set(texts)) == 1 else "; ".join(f"{s.name}: {s.samples.text}" for s in stories)
     real = "as stored" if "image" in info.fields else "after a round trip through the autoencoder, the best it can show"
     return Section(
         "Samples beside real images",
@@ -83,7 +85,7 @@ def _samples(stories: Sequence[RunStory], info: DatasetInfo, png: bytes) -> Sect
             Picture(
                 png,
                 "Real images and samples, one row per class",
-                f"Real images {real}. Samples: {stories[0].samples.text}.",
+                f"Real images {real}. Samples: {drawn}.",
             )
         ],
     )

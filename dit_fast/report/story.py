@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from dit_fast.checkpoint.run import load_run
+from dit_fast.data import LatentDataset
+from dit_fast.options import to_dict
 from dit_fast.report.blocks import BlockStudy, study_blocks
-from dit_fast.report.metrics import Metrics, read_config, read_metrics
-from dit_fast.report.sampling import FILE_NAME, SampleOptions, Samples, sample_run
+from dit_fast.report.metrics import Metrics, read_metrics
+from dit_fast.report.sampling import FILE_NAME, SampleOptions, Samples, draw_samples
 
 METHOD_NAMES = {"diversedit": "DiverseDiT", "repa": "REPA"}
 TAIL = 0.1  # share of the run over which final values are averaged
@@ -17,7 +20,7 @@ TAIL = 0.1  # share of the run over which final values are averaged
 
 @dataclass(frozen=True)
 class RunStory:
-    """One run. `name` is what captions call it."""
+    """One run and the data set it was trained on. `name` is what captions call it."""
 
     name: str
     folder: Path
@@ -25,6 +28,7 @@ class RunStory:
     metrics: Metrics
     samples: Samples
     blocks: BlockStudy
+    dataset: LatentDataset
 
     @property
     def steps(self) -> int:
@@ -42,19 +46,21 @@ class RunStory:
         return float(np.median(values)) if len(values) else float("nan")
 
 
-def read_story(folder: Path, like: Samples | None = None) -> RunStory:
-    """Reads a run folder, draws samples unless RUN/samples.npz holds those of the newest step, and studies its blocks.
+def read_story(folder: Path, like: Samples | None = None, data: str | Path | None = None) -> RunStory:
+    """Reads a run folder, draws samples unless RUN/samples.npz holds those of its weights, and studies its blocks.
 
-    like: samples of another run; new ones are drawn of the same classes.
+    like: samples of another run; new ones are drawn of the same classes. data: where the data set lies now, if it
+    moved.
     """
-    config, metrics = read_config(folder), read_metrics(folder)
-    path = folder / FILE_NAME
-    if path.is_file() and (samples := Samples.load(path)).step >= metrics.rows[-1]["step"]:
+    metrics, loaded = read_metrics(folder), load_run(folder)
+    dataset, path = loaded.dataset(data), folder / FILE_NAME
+    if path.is_file() and (samples := Samples.load(path)).step == loaded.step:
         drawn = samples
     else:
         classes = tuple(dict.fromkeys(like.labels.tolist())) if like else ()
-        drawn = sample_run(folder, SampleOptions(classes=classes))
-    return RunStory(run_name(config), folder, config, metrics, drawn, study_blocks(folder))
+        drawn = draw_samples(loaded, dataset, SampleOptions(classes=classes))
+    config = to_dict(loaded.config)
+    return RunStory(run_name(config), folder, config, metrics, drawn, study_blocks(loaded, dataset), dataset)
 
 
 def run_name(config: Mapping[str, Any]) -> str:

@@ -90,11 +90,21 @@ def test_files_that_are_not_checkpoints_are_refused_in_one_line(tmp_path):
     torch.save({"steps": 3}, tmp_path / "bare.pt")
     (tmp_path / "folder").mkdir()
     reasons = {
-        "class.pt": "'test_foreign_files._Payload'", "legacy.pt": "'test_foreign_files._Payload'",
-        "protocol.pt": "protocol", "cut.pt": "", "text.pt": "", "text.safetensors": "safetensors", "cut.safetensors": "safetensors",
-        "model.safetensors.index.json": "several files", "empty.pt": "is empty", "archive.pt": "", "list.pt": "a list",
-        "bare.pt": "first keys: steps", "folder": "is a folder", "absent.pt": "no such",
-    }  # fmt: skip
+        "class.pt": "'test_foreign_files._Payload'",
+        "legacy.pt": "'test_foreign_files._Payload'",
+        "protocol.pt": "protocol",
+        "cut.pt": "",
+        "text.pt": "",
+        "text.safetensors": "safetensors",
+        "cut.safetensors": "safetensors",
+        "model.safetensors.index.json": "several files",
+        "empty.pt": "is empty",
+        "archive.pt": "",
+        "list.pt": "a list",
+        "bare.pt": "first keys: steps",
+        "folder": "is a folder",
+        "absent.pt": "no such",
+    }
     for name, reason in reasons.items():
         with pytest.raises(CheckpointError, match=f"{re.escape(name)}: .*{re.escape(reason)}") as caught:
             load_official(tmp_path / name, "repa", num_heads=4)

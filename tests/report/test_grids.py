@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dit_fast.errors import UserError
-from dit_fast.report.grids import GAP, HEADER, class_grid, save_png, to_uint8
+from dit_fast.report.grids import GAP, HEADER, class_grid, save_png
 
 
 def plain(labels, size=8):
@@ -13,13 +13,6 @@ def plain(labels, size=8):
     for number, label in enumerate(labels):
         images[number, ..., 0], images[number, ..., 1] = 20 * label, 3 * number
     return images, np.array(labels)
-
-
-def test_levels_are_rounded_and_cut():
-    values = np.array([-2.0, -1.0, 0.0, 1.0, 1.5, 2 / 255 * 3.6 - 1])
-    images = np.broadcast_to(values[:, None, None, None], (6, 3, 2, 2))
-    assert to_uint8(images)[:, 0, 0, 0].tolist() == [0, 0, 128, 255, 255, 4]
-    assert to_uint8(images).shape == (6, 2, 2, 3)
 
 
 def test_rows_are_classes_and_groups_stand_side_by_side():
@@ -59,3 +52,18 @@ def test_large_images_keep_their_size():
 def test_png_is_written_whole(tmp_path):
     save_png(class_grid({"a": plain([0])}, [0], ["zero"]), tmp_path / "deep" / "grid.png")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["grid.png"]
+
+
+def test_odd_names_are_one_short_line():
+    """Names come from folders: long, of several lines, with characters that no font or encoding has."""
+    names = ["x" * 5000, "two\nlines\tand a tab", "\udcff", "🦋" * 3, "<b>&amp;", ""]
+    images, labels = plain(list(range(len(names))))
+    assert class_grid({"a": (images, labels)}, range(len(names)), names).width < 700
+
+
+def test_what_does_not_fit_is_named():
+    small, large = plain([0]), plain([0], size=16)
+    with pytest.raises(UserError, match="'b' has images of"):
+        class_grid({"a": small, "b": large}, [0], ["zero"])
+    with pytest.raises(UserError, match=r"class 1 is not in this data set; labels are 0\.\.0"):
+        class_grid({"a": plain([0, 1])}, [0, 1], ["zero"])

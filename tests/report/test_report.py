@@ -1,6 +1,5 @@
 """Samples and the report of two tiny runs made by the real trainer on real shards."""
 
-import io
 import re
 import shutil
 
@@ -8,38 +7,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dit_fast.checkpoint.run import load_run
 from dit_fast.cli import main
-from dit_fast.data import build_shards, open_dataset
+from dit_fast.data import open_dataset
+from dit_fast.data.pixels import unscale
 from dit_fast.errors import UserError
-from dit_fast.recipes import load
 from dit_fast.report import story
 from dit_fast.report.blocks import real_images, scaled_means, study_blocks
-from dit_fast.report.sampling import SampleOptions, Samples, sample_run, unscale
+from dit_fast.report.sampling import SampleOptions, Samples, sample_run
 from dit_fast.report.story import read_story, run_name
-from dit_fast.train.loop import train
-from dit_fast.train.world import single
 
 STEPS = 4
 FAST = {"num_steps": 2, "cfg_scale": 1.0, "chunk": 4}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with shards of 3 classes, `diverse` (DiverseDiT) and `plain` (SiT), both trained for a few steps."""
-    folder = tmp_path_factory.mktemp("report")
-    rng = np.random.default_rng(0)
-    labels = np.arange(36) % 3
-    images = (rng.integers(0, 60, (36, 32, 32, 3)) + 60 * labels[:, None, None, None]).astype(np.uint8)
-    np.savez(folder / "toy.npz", images=images, labels=labels, class_names=np.array(["dark", "grey", "light"]))
-    build_shards(folder / "toy.npz", folder / "shards", autoencoder="pca", size=32, progress=False)
-    common = [
-        f"data.path={folder / 'shards'}", f"run.steps={STEPS}", "run.log_every=2", "run.checkpoint_every=2",
-        "engine.global_batch=12", "preview.every=0", "run.tensorboard=false",
-    ]  # fmt: skip
-    for name, changes in (("diverse", []), ("plain", ["methods=none", "model.skip_wiring=off"])):
-        train(load("quickstart", [*common, *changes, f"run.dir={folder / name}"]), single())
-        sample_run(folder / name, SampleOptions(per_class=2, **FAST)).save(folder / name / "samples.npz")
-    return folder
 
 
 def test_an_image_depends_on_seed_and_number_only(place):
@@ -87,8 +66,19 @@ def test_sample_command_writes_a_grid_or_an_archive(place, tmp_path, capsys):
     ("changes", "message"),
     [
         (["--out", "a.jpg"], "must end in .png or .npz"),
+        (["--out", "/proc/a.png"], "another place with --out"),
         (["--classes", "1,x"], "whole numbers"),
+        (["--classes", ","], "whole numbers"),
+        (["--classes", "1,0,1"], "class 1 is listed twice"),
+        (["--classes", "3"], "labels are 0..2"),
         (["--sampler", "ddim"], "unknown sampler 'ddim'"),
+        (["--cfg-scale", "nan"], "cfg_scale=nan"),
+        (["--guidance-high", "1.5"], "guidance_high=1.5"),
+        (["--per-class", "0"], "per_class=0"),
+        (["--num-steps", "0"], "num_steps=0"),
+        (["--batch", "0"], "chunk (--batch)=0"),
+        (["--seed", "-1"], "seed=-1"),
+        (["--data", "absent"], "absent: no such folder"),
     ],
 )
 def test_wrong_options_are_one_line(place, capsys, changes, message):
@@ -122,11 +112,14 @@ def test_scaling_and_its_inverse():
 
 
 def test_block_study_has_one_row_per_block(place):
-    study = study_blocks(place / "diverse", count=8)
+    study, plain = (
+        study_blocks(loaded, loaded.dataset(), count=8)
+        for loaded in (load_run(place / "diverse"), load_run(place / "plain"))
+    )
     assert study.cka.shape == study.cosine.shape == (6, 6)
     np.testing.assert_allclose(study.cka.diagonal(), 1, atol=1e-9)
     assert ((study.rank > 1) & (study.rank < 160)).all()
-    assert study.parameters > study_blocks(place / "plain", count=8).parameters > 1_000_000
+    assert study.parameters > plain.parameters > 1_000_000
 
 
 def test_report_stands_alone_and_shows_both_runs(place, tmp_path):
@@ -146,6 +139,12 @@ def test_report_stands_alone_and_shows_both_runs(place, tmp_path):
     assert one_group > 5 * 64 + 2 * 2 * 64
 
 
+def test_a_report_beside_itself_is_refused(place, tmp_path, capsys):
+    arguments = ["report", str(place / "plain"), "--baseline", str(place / "plain"), "--out", str(tmp_path)]
+    assert main(arguments) == 2
+    assert "is the run itself" in capsys.readouterr().err
+
+
 def test_report_of_a_plain_run_has_no_diversity_section(place, tmp_path):
     assert main(["report", str(place / "plain"), "--out", str(tmp_path)]) == 0
     assert not (tmp_path / "diversity.png").exists()
@@ -159,7 +158,7 @@ def test_samples_of_an_older_step_are_drawn_anew(place, tmp_path, monkeypatch, s
     Samples(images, labels, step, "kept").save(run / "samples.npz")
     drawn = Samples(images, labels, STEPS, "new")
     asked = []
-    monkeypatch.setattr(story, "sample_run", lambda folder, options: asked.append(options) or drawn)
+    monkeypatch.setattr(story, "draw_samples", lambda loaded, dataset, options: asked.append(options) or drawn)
     assert read_story(run, like=drawn).samples.text == text
     assert [options.classes for options in asked] == ([(2, 0)] if text == "new" else [])
 
@@ -174,6 +173,14 @@ def test_names_of_runs():
 
 
 def test_damaged_samples_are_named(tmp_path):
-    (tmp_path / "samples.npz").write_bytes(io.BytesIO(b"no archive").getvalue())
-    with pytest.raises(UserError, match=r"samples\.npz"):
-        Samples.load(tmp_path / "samples.npz")
+    path, images = tmp_path / "samples.npz", np.zeros((2, 4, 4, 3), np.uint8)
+    Samples(images, np.array([0, 1]), 1, "whole").save(path)
+    whole = path.read_bytes()
+    for content in (b"", b"no archive", whole[:-40], whole[:200] + b"damage" + whole[206:]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"samples\.npz"):
+            Samples.load(path)
+    for wrong in ((images[:1], np.array([0, 1])), (images + 0.0, np.array([0, 1])), (images[:0], np.array([], int))):
+        Samples(*wrong, 1, "wrong").save(path)
+        with pytest.raises(UserError, match=r"samples\.npz"):
+            Samples.load(path)

@@ -1,0 +1,58 @@
+"""From model-space latents to pixels: the one way out, which lets nothing pass that is not finite."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dit_fast.errors import DataError
+
+if TYPE_CHECKING:
+    from dit_fast.data.autoencoders import Autoencoder
+    from dit_fast.data.dataset import DatasetInfo
+
+
+def decode_images(
+    latents: Tensor, info: "DatasetInfo", autoencoder: "Autoencoder", batch: int, origin: str
+) -> np.ndarray:
+    """uint8 [N, H, W, 3] from model-space latents [N, C, h, w], `batch` images at a time.
+
+    origin: where they come from ("weights of step 100"), for messages. Raises DataError naming the first image that
+    holds NaN or Inf, as a latent or once decoded.
+    """
+    finite = latents.flatten(1).isfinite().all(1)
+    if not finite.all():
+        first = int(finite.logical_not().nonzero()[0])
+        raise DataError(
+            f"image {first} ({origin}): its latent holds NaN or Inf, as do {int((~finite).sum()) - 1} others of "
+            f"{len(finite)}; the weights have diverged, or a number of the sampler is too large"
+        )
+    parts = unscale(latents, info).float().split(batch)
+    decoded = (autoencoder.decode(part).float().cpu().numpy() for part in parts)
+    pictures = [to_uint8(part, origin, number * batch) for number, part in enumerate(decoded)]
+    return np.concatenate(pictures)
+
+
+def to_uint8(images: np.ndarray, origin: str, first: int = 0) -> np.ndarray:
+    """float [N, 3, H, W] in [-1, 1] -> uint8 [N, H, W, 3], rounded to the nearest level (values outside are cut).
+
+    first: number of the first image. Raises DataError naming the first image that holds NaN or Inf.
+    """
+    bad = np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))
+    if len(bad):
+        raise DataError(
+            f"image {first + int(bad[0])} ({origin}): its pixels hold NaN or Inf after decoding; the latents lie far "
+            "outside what the autoencoder was made for, or its weights are damaged"
+        )
+    levels = np.clip(np.round((images.astype(np.float64) + 1) * 127.5), 0, 255).astype(np.uint8)
+    return levels.transpose(0, 2, 3, 1)
+
+
+def unscale(latents: Tensor, info: "DatasetInfo") -> Tensor:
+    """Model-space latents [N, C, h, w] back to the autoencoder's: (x - shift) / scale."""
+    scale, shift = (
+        torch.tensor(value, dtype=latents.dtype, device=latents.device).reshape(-1, 1, 1)
+        for value in (info.scale, info.shift)
+    )
+    return (latents - shift) / scale

@@ -1,0 +1,25 @@
+"""Where samples and reports are written: checked before anything is computed, and errors of the disk as one line."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dit_fast.errors import UserError
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError, before anything is computed, where no file could be made in a folder that may not exist yet."""
+    with writing(folder):
+        existing = next(place for place in (folder, *folder.parents) if place.exists())
+        tempfile.TemporaryFile(dir=existing).close()
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Errors of the disk as one line."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"{place}: cannot be written ({reason}); name another place with --out") from None

@@ -1,0 +1,141 @@
+"""What leaves a run as images: guidance as captioned, nothing that is not finite, and data found where it lies now."""
+
+import dataclasses
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from dit_fast.checkpoint.run import load_run, model_from_config
+from dit_fast.cli import main
+from dit_fast.data import build_shards
+from dit_fast.data.pixels import to_uint8
+from dit_fast.errors import UserError
+from dit_fast.recipes import load
+from dit_fast.report.blocks import study_blocks
+from dit_fast.report.sampling import SampleOptions, draw_samples, sample_run
+from dit_fast.train import preview
+from dit_fast.train.loop import train
+from dit_fast.train.world import single
+
+
+def options(**changes):
+    return SampleOptions(**{"num_steps": 1, "per_class": 1, "chunk": 4, "sampler": "euler", **changes})
+
+
+@pytest.fixture(scope="module")
+def opened(place):
+    """A run with a model that draws something: its head is not zero, and its labels differ."""
+    loaded = load_run(place / "plain")
+    torch.manual_seed(0)
+    for name, parameter in loaded.model.named_parameters():
+        if name.startswith(("final_layer", "y_embedder")):
+            torch.nn.init.normal_(parameter, std=0.5)
+    return loaded, loaded.dataset()
+
+
+def test_every_guidance_scale_is_computed_and_captioned(opened):
+    drawn = {scale: draw_samples(*opened, options(cfg_scale=scale)) for scale in (-1.0, 0.0, 0.5, 1.0, 2.5, None)}
+    pictures = [samples.images for scale, samples in drawn.items() if scale is not None]
+    for i, first in enumerate(pictures):
+        assert all((first != second).any() for second in pictures[:i])
+    np.testing.assert_array_equal(drawn[None].images, drawn[2.5].images)
+    assert [drawn[scale].text for scale in (0.5, None)] == [
+        "euler, 1 steps, guidance 0.5, seed 0",
+        "euler, 1 steps, guidance 2.5, seed 0",
+    ]
+    unlabelled = draw_samples(*opened, options(cfg_scale=0.0, classes=(2, 1, 0))).images
+    np.testing.assert_array_equal(drawn[0.0].images, unlabelled)  # without the label the class does not matter
+
+
+def test_captions_say_what_was_computed(opened):
+    text = options(cfg_scale=1.0000001, guidance_high=0.7, cfg_channels="first_three", seed=3).resolved(opened[0].model)
+    assert text.text() == "euler, 1 steps, guidance 1.0000001 for t in [0, 0.7] on channels 0 to 2, seed 3"
+    plain = options(cfg_scale=1.0, guidance_high=0.7, cfg_channels="first_three", weights="model")
+    assert plain.resolved(opened[0].model).text() == "euler, 1 steps, guidance 1, seed 0, raw weights"
+
+
+def test_a_run_without_label_dropout_is_not_guided(opened):
+    loaded, dataset = opened
+    model = dataclasses.replace(loaded.config.model, label_dropout=0.0)
+    undropped = loaded._replace(model=model_from_config(model).eval())
+    assert draw_samples(undropped, dataset, options()).text == "euler, 1 steps, guidance 1, seed 0"
+    with pytest.raises(UserError, match="trained null_label"):
+        draw_samples(undropped, dataset, options(cfg_scale=2.0))
+    config = dataclasses.replace(loaded.config, model=model)
+    with pytest.raises(UserError, match=r"preview\.cfg_scale=1 "):
+        preview.Preview(config, dataset, single())
+
+
+def test_images_that_are_not_finite_are_an_error(place, opened, monkeypatch):
+    loaded, dataset = load_run(place / "plain"), opened[1]
+    with torch.no_grad():
+        loaded.model.final_layer.linear.bias[0] = float("nan")
+    with pytest.raises(UserError, match=r"image 0 \(weights of step 4\): its latent holds NaN or Inf, as do 2 others"):
+        draw_samples(loaded, dataset, options())
+    with torch.no_grad():
+        loaded.model.blocks[2].mlp.fc1.weight[0] = float("inf")
+    with pytest.raises(UserError, match="block 2 gives NaN or Inf with the weights of step 4"):
+        study_blocks(loaded, dataset, count=4)
+    pictures = np.zeros((4, 3, 2, 2), np.float32)
+    pictures[2, 1, 0, 0] = np.inf
+    with pytest.raises(UserError, match=r"image 6 \(here\): its pixels hold NaN or Inf"):
+        to_uint8(pictures, "here", first=4)
+
+
+def test_levels_are_rounded_and_cut():
+    values = np.array([-2.0, -1.0, 0.0, 1.0, 1.5, 2 / 255 * 3.6 - 1])
+    images = np.broadcast_to(values[:, None, None, None], (6, 3, 2, 2))
+    assert to_uint8(images, "here")[:, 0, 0, 0].tolist() == [0, 0, 128, 255, 255, 4]
+    assert to_uint8(images, "here").shape == (6, 2, 2, 3)
+
+
+def test_a_preview_that_is_not_finite_is_a_warning(place, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(preview, "sample", lambda model, noise, y, **_: noise * float("nan"))
+    changes = [
+        f"data.path={place / 'shards'}", f"run.dir={tmp_path}", "run.steps=1", "engine.global_batch=4",
+        "preview.every=1", "preview.count=2", "run.tensorboard=false",
+    ]  # fmt: skip
+    with caplog.at_level(logging.WARNING, "dit_fast"):
+        assert train(load("quickstart", changes), single()) == 1
+    (warning,) = [message for message in caplog.messages if "step_00000001.png" in message]
+    assert "image 0 (averaged weights of step 1)" in warning
+    assert not list(tmp_path.glob("samples/*.png"))
+    assert load_run(tmp_path).step == 1
+
+
+def test_data_that_moved_is_named_or_found(place, tmp_path, capsys, monkeypatch):
+    for name in ("shards", "plain"):
+        shutil.copytree(place / name, tmp_path / name)
+    loaded = load_run(tmp_path / "plain")
+    assert loaded.state["dataset_root"] == str(place / "shards")
+    relative = dataclasses.replace(loaded.config, data=dataclasses.replace(loaded.config.data, path="shards"))
+    with monkeypatch.context() as patched:
+        patched.chdir(tmp_path)
+        assert loaded._replace(config=relative).dataset().root == "shards"
+        patched.chdir("/")
+        assert loaded._replace(config=relative).dataset().root == str(place / "shards")
+        old = {key: value for key, value in loaded.state.items() if key != "dataset_root"}
+        with pytest.raises(UserError, match=r"shards: no such folder.*; if the data moved, .* --data"):
+            loaded._replace(config=relative, state=old).dataset()
+    moved = ["--data", str(tmp_path / "shards"), "--out"]
+    few = ["--per-class", "1", "--num-steps", "1"]
+    assert main(["sample", str(tmp_path / "plain"), *few, *moved, str(tmp_path / "a.png")]) == 0
+    assert main(["report", str(tmp_path / "plain"), *moved, str(tmp_path / "report")]) == 0
+    np.savez(tmp_path / "b.npz", images=np.zeros((4, 32, 32, 3), np.uint8), labels=np.arange(4) % 2)
+    build_shards(tmp_path / "b.npz", tmp_path / "other", autoencoder="pca", size=32, progress=False)
+    capsys.readouterr()
+    for command in ("sample", "report"):
+        assert main([command, str(tmp_path / "plain"), "--data", str(tmp_path / "other")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "another data set" in line
+        assert "--data" in line
+
+
+def test_samples_of_a_checkpoint_are_written_where_asked(place, tmp_path, capsys):
+    step = place / "plain" / "checkpoints" / "step_00000002"
+    assert main(["sample", str(step)]) == 2
+    assert "name a file with --out" in capsys.readouterr().err
+    assert sample_run(step, options()).step == 2
