@@ -1,5 +1,6 @@
 """Random configurations: overrides and JSON files of junk. Each must give a valid configuration or a one-line error."""
 
+import copy
 import json
 import random
 
@@ -58,7 +59,7 @@ def document(rng: random.Random) -> str:
         while isinstance(place[group], dict) and place[group] and rng.random() < 0.9:
             place = place[group]
             group = rng.choice(list(place))
-        place[group if rng.random() < 0.9 else rng.choice(NAMES)] = rng.choice(VALUES)
+        place[group if rng.random() < 0.9 else rng.choice(NAMES)] = copy.deepcopy(rng.choice(VALUES))
     text = json.dumps(tree)
     if rng.random() < 0.2:
         at = rng.randrange(len(text))
