@@ -15,7 +15,8 @@ for name, config in METHOD_CONFIGS.items():
 KEYS = list(DEFAULTS)
 JUNK = [
     "", " ", "0", "1", "-1", "2", "0.5", "1.5", "1e3", "1e400", "-1e400", "1e-400", "1e999999", "1_000", "0x10",
-    "nan", "inf", "none", "null", "true", "False", "yes", "[]", "{}", "[1,2]", "1,2", "all", "off", "input", "cosine", "adamw", "3.0",
+    "nan", "inf", "none", "null", "true", "False", "yes", "[]", "{}", "[1,2]", "1,2", "all", "off", "input", "cosine",
+    "adamw", "3.0",
     "9" * 5000, str(2**64), str(2**64 - 1), "\x1b[31mred", "two\nlines", "\0", "１２", "²", "é", "\udcff",
     "=", "a=b", "'", "x" * 300,
 ]  # fmt: skip
