@@ -41,10 +41,9 @@ class LoadedRun(NamedTuple):
                 return dataset
             errors.append(
                 f"{place}: another data set (fingerprint {dataset.info.fingerprint[:12]}) than the one this run was "
-                f"trained on ({str(self.state.get('dataset_fingerprint'))[:12]})"
+                f"trained on ({str(self.state.get('dataset_fingerprint'))[:12]}); name the place of that one with --data"
             )
-        fix = "if the data moved, name its folder with --data" if path is None else "name its folder with --data"
-        raise DataError(f"{errors[-1]}; {fix}")
+        raise DataError(errors[-1])
 
 
 def load_run(path: str | Path, weights: Literal["ema", "model"] = "ema") -> LoadedRun:

@@ -78,7 +78,7 @@ def test_sample_command_writes_a_grid_or_an_archive(place, tmp_path, capsys):
         (["--num-steps", "0"], "num_steps=0"),
         (["--batch", "0"], "chunk (--batch)=0"),
         (["--seed", "-1"], "seed=-1"),
-        (["--data", "absent"], "absent: no such folder"),
+        (["--data", "absent"], "no such folder"),
     ],
 )
 def test_wrong_options_are_one_line(place, capsys, changes, message):
