@@ -1,77 +1,235 @@
-"""One writer per run folder: a lock file with host, process and start time, renewed while the run lives."""
+"""One writer per run folder: a kernel lock held for the whole run, and beside it a record of who holds it.
 
+The lock is `flock` on RUN/lock.json. The kernel drops it when the process ends, however it ends, and it excludes every
+other process of this kernel, in other containers too; most shared file systems carry it to other hosts. Where one does
+not, the record decides: its holder renews the file's time, and one on another kernel that has not renewed it for
+`PATIENCE` seconds is dead. Clocks of hosts are never compared: the time is read off the file system itself.
+"""
+
+import contextlib
+import errno
 import fcntl
 import json
+import logging
 import os
 import socket
+import stat
+import tempfile
+import threading
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
 from dit_fast.errors import UserError
 
+logger = logging.getLogger("dit_fast")
+
 FILE = "lock.json"
-RENEW = 30.0  # seconds between signs of life
-FOREIGN = 900.0  # a holder on another host that gave none for so long counts as dead
+LEAVING = 10.0  # seconds granted to a holder that may be about to end
+BEAT = 10.0  # seconds between renewals
+PATIENCE = 60.0  # without a renewal for so long, a holder on another kernel counts as dead
+SETTLE = 2.0  # without locks: seconds until two starts at one moment have both written their record
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # what a file system without flock answers
+
+_open_locks: set[int] = set()
+
+
+def _close_in_child() -> None:
+    """A forked process (one that reads data, say) shares the lock and may live longer: it must not keep it."""
+    for fd in _open_locks:
+        os.close(fd)
+    _open_locks.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 class RunLock:
-    """Held from construction to `release`. Raises UserError naming the holder where another process holds the folder.
+    """Held from construction to `release` or to the end of the process.
 
-    A holder on this host is alive if its process is; one on another host, if it renewed the file lately.
+    Raises UserError where the file cannot be opened, and where another process holds the folder, naming it, after
+    waiting LEAVING seconds for one that is known to live and PATIENCE for one on another kernel that may be dead.
     """
 
     def __init__(self, run: Path):
-        run.mkdir(parents=True, exist_ok=True)
-        self.path, self._renewed = run / FILE, time.monotonic()
-        # the file is never unlinked, so the kernel's lock on it serialises those who look at its content
-        with self.path.open("a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            holder = _parse(file.read())
-            if holder and _alive(holder, self.path):
-                age = time.time() - self.path.stat().st_mtime
-                raise UserError(
-                    f"{run}: process {holder['pid']} on {holder['host']} is writing to this run folder (last sign of "
-                    f"life {age:.0f} s ago); stop it, set another run.dir, or remove {self.path} if it is gone"
-                )
-            file.truncate(0)
-            pid = os.getpid()
-            file.write(json.dumps({"host": socket.gethostname(), "pid": pid, "born": _birth(pid)}))
+        self.run, self.path = run, run / FILE
+        self._record = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "boot": _read_text("/proc/sys/kernel/random/boot_id") or socket.gethostname(),
+            "namespace": _namespace(),
+            "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "token": uuid.uuid4().hex,  # tells this holder from every other
+        }
+        self._fd: int | None = None
+        self._lost = ""
+        self._busy, self._ended = threading.Lock(), threading.Event()
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            self._acquire()
+        except OSError as error:
+            place = self.path if run.is_dir() else f"run.dir={run}"
+            raise UserError(f"{place}: cannot be written ({error.strerror}); mend it or set another run.dir") from None
+        threading.Thread(target=self._renew, daemon=True, name="run lock").start()
+
+    def _acquire(self) -> None:
+        deadline = time.monotonic() + LEAVING
+        said = False
+        while not self._try():
+            holder = _read(self.path)
+            if time.monotonic() >= deadline:
+                raise UserError(f"{self._who(holder)} (waited {LEAVING:.0f} s); stop it or set another run.dir")
+            if not said:
+                logger.info("%s; waiting up to %.0f s for it to end", self._who(holder), LEAVING)
+                said = True
+            time.sleep(0.2)
+
+    def _try(self) -> bool:
+        """Opens and locks the file that bears the name, and writes the record. False where another process holds it."""
+        self._fd = fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+        _open_locks.add(fd)
+        taken, has_locks = False, True
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                has_locks = False
+            if not _bears_the_name(fd, self.path):  # removed by somebody between open and lock
+                return False
+            holder = _parse(_content(fd))
+            if holder is not None and not (has_locks and holder.get("boot") == self._record["boot"]):
+                self._wait_for_signs_of_life(fd, holder)
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, json.dumps(self._record).encode(), 0)
+            if not has_locks:  # two may have come this far: the later record stays
+                time.sleep(SETTLE)
+            taken = self._is_mine(fd)
+            return taken
+        finally:
+            if not taken:
+                self._close()
+
+    def _wait_for_signs_of_life(self, fd: int, holder: dict[str, Any]) -> None:
+        """Raises UserError where this holder, on another kernel, renews its lock; returns where it is dead."""
+        seen = os.fstat(fd).st_mtime_ns
+        wait = PATIENCE - max((_file_system_time(self.run) - seen) / 1e9, 0.0)
+        if wait > 0:
+            logger.info("%s; waiting %.0f s to see whether it still lives", self._who(holder), wait)
+        deadline = time.monotonic() + wait
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, wait))
+            with self.path.open("rb") as fresh:  # opening, unlike stat, asks a file server anew
+                if os.fstat(fresh.fileno()).st_mtime_ns != seen:
+                    raise UserError(f"{self._who(holder)} and renews its lock; stop it or set another run.dir")
+
+    def _is_mine(self, fd: int) -> bool:
+        record = _parse(_content(fd))
+        return record is not None and record.get("token") == self._record["token"] and _bears_the_name(fd, self.path)
+
+    def _who(self, holder: dict[str, Any] | None) -> str:
+        if holder is None:
+            return f"{self.run}: another process is writing to this run folder"
+        host = "".join(letter for letter in str(holder["host"])[:64] if letter.isprintable())
+        other = holder.get("boot") == self._record["boot"] and holder.get("namespace") != self._record["namespace"]
+        inside = " (in another container)" if other else ""
+        return f"{self.run}: process {str(holder['pid'])[:20]} on {host}{inside} is writing to this run folder"
+
+    def _renew(self) -> None:
+        while not self._ended.wait(BEAT):
+            with self._busy, contextlib.suppress(OSError):  # a file server that does not answer may do so next time
+                self._look()
+
+    def _look(self) -> None:
+        if self._ended.is_set():
+            return
+        if self._fd is not None and self._is_mine(self._fd):
+            os.utime(self._fd)
+            return
+        holder = _read(self.path)
+        try:
+            if holder is not None:  # a process elsewhere believed this one dead
+                raise UserError(self._who(holder))
+            self._close()
+            self._acquire()  # the file was removed: put it back, unless another process was faster
+        except UserError as error:
+            self._lost = str(error)
+            self._ended.set()
 
     def renew(self) -> None:
-        if time.monotonic() - self._renewed > RENEW:
-            self._renewed = time.monotonic()
-            self.path.touch()
+        """Called between steps. Raises UserError once another process has taken the folder over."""
+        if self._lost:
+            raise UserError(f"{self._lost}; this process lost its lock and ends without writing more")
 
     def release(self) -> None:
-        if self.path.exists():
-            self.path.write_text("")
+        """Empties the record, if it is still this holder's, and lets the lock go."""
+        self._ended.set()
+        with self._busy:
+            if self._fd is not None:
+                with contextlib.suppress(OSError):
+                    if self._is_mine(self._fd):
+                        os.ftruncate(self._fd, 0)
+                self._close()
+
+    def _close(self) -> None:
+        if self._fd is not None:
+            _open_locks.discard(self._fd)
+            os.close(self._fd)
+            self._fd = None
 
 
-def _parse(text: str) -> dict[str, Any] | None:
+def _content(fd: int) -> bytes:
+    return os.pread(fd, 4096, 0)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The record at a path as `_parse` gives it; None too where it cannot be read."""
     try:
-        return json.loads(text)
-    except ValueError:
+        with path.open("rb") as file:
+            return _parse(file.read(4096))
+    except OSError:
         return None
 
 
-def _alive(holder: dict[str, Any], path: Path) -> bool:
-    if holder.get("host") != socket.gethostname():
-        return time.time() - path.stat().st_mtime < FOREIGN
-    pid = int(holder.get("pid", -1))
+def _parse(content: bytes) -> dict[str, Any] | None:
+    """A holder's record, or None for an empty or damaged one: nobody alive leaves such a file without its lock."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        record = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and {"host", "pid"} <= record.keys() else None
+
+
+def _bears_the_name(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
         return False
-    except PermissionError:
-        return True
-    return _birth(pid) == holder.get("born")  # else the number was given to another process
 
 
-def _birth(pid: int) -> str:
-    """Start time of a process in kernel ticks (Linux), "" elsewhere."""
+def _file_system_time(folder: Path) -> int:
+    """Now, in nanoseconds, by the clock that stamps the files of this folder."""
+    with tempfile.NamedTemporaryFile(prefix=".clock-", dir=folder) as file:
+        file.write(b"0")
+        file.flush()
+        return os.fstat(file.fileno()).st_mtime_ns
+
+
+def _namespace() -> str:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
         return ""

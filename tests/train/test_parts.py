@@ -1,10 +1,7 @@
-"""The small parts: guard, lock, stop flag, metrics file, clock, and what rank 0 decides."""
+"""The small parts: guard, stop flag, metrics file, clock, and what rank 0 decides."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +12,6 @@ from dit_fast.errors import UserError
 from dit_fast.train.checkpoints import TensorFile
 from dit_fast.train.guard import Diverged, Guard
 from dit_fast.train.journal import AppendedLines, truncate_metrics
-from dit_fast.train.lock import FOREIGN, RunLock
 from dit_fast.train.stop import StopRequest
 from dit_fast.train.throughput import Clock, matmul_ceiling
 from dit_fast.train.world import World
@@ -37,28 +33,6 @@ def test_guard_names_a_value_that_is_not_finite():
     guard.values(10, {"loss": 1.0})
     with pytest.raises(Diverged, match="repa/alignment is nan in the interval that ends at step 20; there is no check"):
         guard.values(20, {"loss": 1.0, "repa/alignment": float("nan")})
-
-
-def test_lock_of_a_dead_process_is_taken_over(tmp_path):
-    first = RunLock(tmp_path)
-    with pytest.raises(UserError, match=f"process {os.getpid()} on"):
-        RunLock(tmp_path)
-    first.release()
-    code = f"from pathlib import Path; from dit_fast.train.lock import RunLock; RunLock(Path({str(tmp_path)!r}))"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    assert json.loads((tmp_path / "lock.json").read_text())["pid"] != os.getpid()
-    RunLock(tmp_path)
-    assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
-
-
-def test_lock_of_another_host_lives_by_its_signs_of_life(tmp_path):
-    path = tmp_path / "lock.json"
-    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "born": ""}))
-    with pytest.raises(UserError, match=rf"process 1 on elsewhere is writing.*remove {path}"):
-        RunLock(tmp_path)
-    os.utime(path, (time.time() - FOREIGN - 1,) * 2)
-    RunLock(tmp_path).release()
-    assert path.read_text() == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
