@@ -1,37 +1,34 @@
 """`dit-fast`: the command line. Each command is built and run by the room that owns it."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
-from dit_fast import __version__
-from dit_fast.errors import UserError
+from dit_fast import __version__, terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Errors a user can fix are printed as one line; the exit status is then 2."""
+    """Runs one command and returns its exit status. Errors are one line (`dit_fast.terminal`)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["train"]:  # the trainer has its own command line, shared with `deepspeed --module`
-        from dit_fast.train.__main__ import main as train
+    if [argument for argument in arguments if argument != "--traceback"][:1] == ["train"]:
+        from dit_fast.train.__main__ import main as train  # shared with `deepspeed --module`
 
-        return train(arguments[1:])
+        arguments.remove("train")
+        return train(arguments)
+    return terminal.run(_work, arguments)
+
+
+def _work(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
-    try:
-        return options.run(options) or 0
-    except UserError as error:
-        print(f"dit-fast: error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader left (`dit-fast info | head`); nothing more can be written, at exit neither
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return options.run(options)
 
 
 def _parser() -> argparse.ArgumentParser:
     from dit_fast.data import command as shards
     from dit_fast.report import command as report
 
-    parser = argparse.ArgumentParser(prog="dit-fast", description="Train diffusion transformers, fast and exactly.")
+    parser = terminal.Parser(prog="dit-fast", description="Train diffusion transformers, fast and exactly.")
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised (any command)")
     parser.add_argument("--version", action="version", version=f"dit_fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     info = commands.add_parser("info", help="versions, devices, optional packages, and which backend each op uses")

@@ -14,7 +14,7 @@ FOLDERS = {
     "dit_fast.train": ROOT / "train",
     "dit_fast.benchmarks": ROOT / "benchmarks",
 }
-LOW = {"data", "config", "options", "backend", "philox", "errors", "display", "_C"}  # for all; they use each other only
+LOW = {"data", "config", "options", "backend", "philox", "errors", "display", "terminal", "_C"}  # for all
 FLOORS = [
     {"kernels"},
     {"ops"},

@@ -7,39 +7,47 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dit_fast.errors import UserError
-from dit_fast.options import to_dict
-from dit_fast.recipes import RECIPES, load
+from dit_fast import terminal
+from dit_fast.train import leash
+
+LOST = 4  # status of `peers.PeerLost`
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one process of a training run. Errors a user can fix are printed as one line; the exit status is then 2."""
-    options = _parser().parse_args(sys.argv[1:] if argv is None else argv)
-    rank = int(os.environ.get("RANK", 0))
+    """Runs one process of a training run and returns its exit status (`dit_fast.terminal`).
+
+    torch is imported only when the launcher is watched and errors are caught.
+    """
+    leash.arm()
+    rank = os.environ.get("RANK", "0")
+    return terminal.run(
+        _work,
+        argv,
+        rank=int(rank) if rank.isdecimal() else 0,
+        interrupted="interrupted; the same command goes on from the newest checkpoint",
+    )
+
+
+def _work(arguments: list[str]) -> None:
+    from dit_fast.options import to_dict
+    from dit_fast.recipes import load
+    from dit_fast.train.world import launch_place
+
+    options = _parser().parse_intermixed_args(arguments)
+    place = launch_place()
+    rank = place.rank if place else 0
     logging.basicConfig(format="dit-fast: %(message)s", stream=sys.stderr)
     logging.getLogger("dit_fast").setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    try:
-        config = load(options.recipe, options.overrides)
-        if options.print_config:
-            if rank == 0:
-                print(json.dumps(to_dict(config), indent=1))
-            return 0
+    config = load(options.recipe, options.overrides)
+    if not options.print_config:
         _train(config)
-    except UserError as error:
-        from dit_fast.train.loop import RankError
-
-        if rank == 0 or isinstance(error, RankError):
-            print(f"dit-fast: error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        if rank == 0:
-            print("dit-fast: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
-        return 130
-    return 0
+    elif rank == 0:
+        print(json.dumps(to_dict(config), indent=1))
 
 
 def _train(config: object) -> None:
     from dit_fast.train.loop import train
+    from dit_fast.train.peers import explain
     from dit_fast.train.world import launched, single
 
     if launched():
@@ -48,12 +56,20 @@ def _train(config: object) -> None:
         world = start_world()
     else:
         world = single()
-    train(config, world)  # type: ignore[arg-type]
-    world.close()
+    try:
+        train(config, world)  # type: ignore[arg-type]
+        world.close()
+    except Exception as error:
+        lost = explain(error, world.rank, world.size)
+        if lost is None:
+            raise
+        raise lost from error
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    from dit_fast.recipes import RECIPES
+
+    parser = terminal.Parser(
         prog="dit-fast train",
         description="Train a diffusion transformer. The same command, started again, resumes the run.",
         epilog=f"recipes: {', '.join(RECIPES)}",
@@ -61,9 +77,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", metavar="RECIPE", help="name of a recipe, or a .json configuration")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes, e.g. optimizer.lr=2e-4")
     parser.add_argument("--print-config", action="store_true", help="print the configuration and leave")
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == LOST:
+        os._exit(status)  # leaving the process group would wait for the dead
+    sys.exit(status)

@@ -40,6 +40,8 @@ Batch = dict[str, Tensor]
 class RankError(UserError):
     """An error that one rank met alone; the others cannot know of it."""
 
+    alone = True
+
 
 def train(config: TrainConfig, world: World) -> int:
     """Trains until config.run.steps or until asked to stop; returns the number of steps done. Resumes by itself.

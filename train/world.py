@@ -4,13 +4,13 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dit_fast.errors import UserError
+from dit_fast.errors import ConfigError, UserError
 
 T = TypeVar("T")
 
@@ -87,9 +87,39 @@ class Late:
         return self._host
 
 
+class Place(NamedTuple):
+    """Where a launcher (deepspeed, torchrun, srun with the variables set) put this process."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+
+def launch_place() -> Place | None:
+    """This process's place, None where no launcher started it. Raises ConfigError where its variables are no place."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    if not found:
+        return None
+    for name in (*names, "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise ConfigError(
+                f"the environment has {', '.join(found)} but no {name}: a launcher sets all of RANK, WORLD_SIZE, "
+                "LOCAL_RANK, MASTER_ADDR and MASTER_PORT; for one process, unset them"
+            )
+    for name in (*names, "MASTER_PORT"):
+        if not (os.environ[name].isascii() and os.environ[name].isdecimal()):
+            raise ConfigError(f"the environment variable {name}={os.environ[name]!r} is not a whole number")
+    place = Place(*(int(os.environ[name]) for name in names))
+    if place.rank >= place.size or place.local_rank >= place.size or not 0 < int(os.environ["MASTER_PORT"]) < 65536:
+        values = " ".join(f"{name}={os.environ[name]}" for name in (*names, "MASTER_PORT"))
+        raise ConfigError(f"the launcher's variables do not fit together: {values}")
+    return place
+
+
 def launched() -> bool:
-    """Whether a launcher (deepspeed, torchrun, srun with the variables set) started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Whether a launcher started this process."""
+    return launch_place() is not None
 
 
 def single() -> World:

@@ -20,7 +20,7 @@ from dit_fast.config import TrainConfig
 from dit_fast.errors import ConfigError
 from dit_fast.train.engine import Accumulator, Batch, Source, StepResult, clip_or_drop, own_parameters
 from dit_fast.train.optim import applied_steps, build_optimizer, set_applied_steps
-from dit_fast.train.world import World
+from dit_fast.train.world import World, launch_place
 
 NEVER = 2**31 - 1  # steps between DeepSpeed's own progress lines
 TIMEOUT = timedelta(minutes=30)  # of a collective: rank 0 draws previews and checks checkpoints while the others wait
@@ -49,7 +49,9 @@ class Fragment(NamedTuple):
 
 def start_world() -> World:
     """Joins the process group a launcher described in the environment: NCCL with CUDA, gloo without."""
-    rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    place = launch_place()
+    assert place is not None
+    rank, size, local = place
     cuda = torch.cuda.is_available()
     if cuda:
         if local >= torch.cuda.device_count():
