@@ -14,7 +14,7 @@ from toy_runs import arguments, losses, make_shards, rows, tensors
 
 from dit_fast.checkpoint.run import load_run
 from dit_fast.errors import CheckpointError
-from dit_fast.train import disk, loop
+from dit_fast.train import disk, lock, loop
 from dit_fast.train.__main__ import main
 
 
@@ -115,20 +115,14 @@ def test_another_data_set_is_refused(copied, capsys, tmp_path):
     assert "another data set (fingerprint" in message
 
 
-def test_two_writers_are_refused(copied, capsys):
-    lock = copied / "lock.json"
-    lock.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "born": _born()}))
+def test_two_writers_are_refused(copied, capsys, monkeypatch):
+    monkeypatch.setattr(lock, "LEAVING", 0)
+    held = lock.RunLock(copied)
     message = fails(capsys, *saved_command(copied, "run.steps=14"))
     assert f"process {os.getpid()} on {socket.gethostname()} is writing to this run folder" in message
-    assert lock.read_text()  # the holder's lock is left alone
-    lock.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "born": "long ago"}))
-    assert main(saved_command(copied, "run.steps=13")) == 0  # the number went to another process: the holder is dead
-
-
-def _born():
-    from dit_fast.train.lock import _birth
-
-    return _birth(os.getpid())
+    assert (copied / "lock.json").read_text()  # the holder's record is left alone
+    held.release()
+    assert main(saved_command(copied, "run.steps=13")) == 0
 
 
 def test_stop_file_and_signal_save_and_leave(shards, tmp_path, finished, monkeypatch):
