@@ -12,7 +12,7 @@ import torch
 from dit_fast.data.autoencoders import Autoencoder, load_autoencoder
 from dit_fast.data.dataset import LatentDataset
 from dit_fast.data.encoders import FeatureEncoder, load_encoder
-from dit_fast.data.files import check_utf8
+from dit_fast.data.files import check_output
 from dit_fast.data.patch_pca import PatchPCA, to_float
 from dit_fast.data.shards import FIELD_MEMBERS, npy_bytes
 from dit_fast.data.sources import FolderSource, ImageSource, open_source
@@ -120,8 +120,7 @@ def build_shards(
         raise ConfigError("device 'cuda': no CUDA device here; give --device cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = Path(out)
-    check_utf8(folder, "output folder")
+    folder = check_output(out)
     images: ImageSource
     if isinstance(source, str | Path):
         images = opened = open_source(source, out=folder, exif=exif, progress=progress)

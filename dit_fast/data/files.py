@@ -43,6 +43,14 @@ def check_utf8(name: str | Path, what: str) -> None:
         raise DataError(f"{what} '{shown(name)}': not UTF-8; rename it") from None
 
 
+def check_output(path: str | Path) -> Path:
+    """The folder to write to. Raises DataError for a name that no message or file could hold, and for none at all."""
+    if not str(path) or "\0" in str(path):
+        raise DataError(f"output folder '{shown(path)}': not a path; give one")
+    check_utf8(path, "output folder")
+    return Path(path)
+
+
 def reason(error: BaseException) -> str:
     """First line of an exception, or its type where it says nothing."""
     text = getattr(error, "strerror", None) or str(error)

@@ -4,7 +4,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
 from dit_fast.data.files import reason, shown
@@ -42,6 +42,10 @@ def read_image(path: Path, size: int, exif: bool = True) -> np.ndarray:
         return center_crop(pixels if turn is None else pixels.transpose(turn), size)
     except DataError as error:
         raise DataError(f"{shown(path)}: {error}") from None
+    except UnidentifiedImageError:
+        raise DataError(
+            f"{shown(path)}: not a readable image (none of {', '.join(FORMATS)}); replace or remove it"
+        ) from None
     except Exception as error:  # damaged files raise many kinds
         raise DataError(f"{shown(path)}: not a readable image ({reason(error)}); replace or remove it") from None
 

@@ -51,7 +51,9 @@ class FolderSource:
         sizes = [len(names) for names in walk.classes.values()]
         self.labels = np.repeat(np.arange(len(sizes), dtype=np.int64), sizes)
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(walk.skipped.items(), key=_by_count))
-        self.notes = [f"{shown(root)}: skipped {walk.skipped.total()} files: {kinds}"] if kinds else []
+        self.notes = walk.notes
+        if kinds:
+            self.notes.append(f"{shown(root)}: skipped {walk.skipped.total()} files: {kinds}")
         content = digest_files(root, self.files, progress)
         self.digest = hashlib.sha256(repr((self.class_names, sizes, content)).encode()).hexdigest()
 
@@ -66,7 +68,7 @@ class _Walk:
     """classes: name -> its images, relative to the root. skipped: kind of file -> how many."""
 
     def __init__(self, root: Path, out: Path | None):
-        self.root, self.skipped = root, Counter[str]()
+        self.root, self.skipped, self.notes = root, Counter[str](), list[str]()
         real = os.path.realpath(root)
         self._out = os.path.realpath(out) if out else None
         if real == self._out:
@@ -140,7 +142,11 @@ class _Walk:
     def _is_ignored(self, entry: os.DirEntry[str]) -> bool:
         if is_ignored(entry.name):
             return True
-        return self._out is not None and f"{os.path.realpath(entry.path)}/".startswith(f"{self._out}/")
+        if self._out is None or not f"{os.path.realpath(entry.path)}/".startswith(f"{self._out}/"):
+            return False
+        if any(os.path.splitext(item.name)[1].lower() in SUFFIXES for item in self._entries(entry.path)):
+            self.notes.append(f"{shown(entry.path)}: skipped as the output folder, although it holds images")
+        return True
 
     @staticmethod
     def _identity(folder: str) -> tuple[int, int]:
@@ -284,10 +290,12 @@ def open_source(
 ) -> FolderSource | ArraySource:
     """A folder of class folders (the options are for it), or an `.npz` file. Raises DataError for anything else."""
     location = Path(path)
+    if not str(path):
+        raise DataError("the source is an empty path; give a folder of class folders or an .npz file")
     try:
         if location.is_dir():
             return FolderSource(location, out=out, exif=exif, progress=progress)
-        if location.suffix == ".npz" and location.is_file():
+        if location.suffix.lower() == ".npz" and location.is_file():
             return ArraySource(location)
     except OSError as error:
         raise DataError(f"{shown(location)}: cannot be read ({reason(error)})") from None

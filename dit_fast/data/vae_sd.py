@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from dit_fast.data.dataset import LatentDataset
-from dit_fast.data.files import check_utf8, digest_files, read_npy, reason, shown
+from dit_fast.data.files import check_output, check_utf8, digest_files, read_npy, reason, shown
 from dit_fast.data.shards import LABEL_MEMBER, MOMENTS_MEMBER
 from dit_fast.data.writer import Sample, check_amounts, write_dataset
 from dit_fast.errors import ConfigError, DataError
@@ -87,8 +87,7 @@ def import_vae_sd(
     (a spec of `load_autoencoder`), "" if unknown. Raises DataError naming the file that is missing, listed twice, not
     listed, misshapen, not finite or holds log variances.
     """
-    root, folder = Path(src), Path(out)
-    check_utf8(folder, "output folder")
+    root, folder = Path(src), check_output(out)
     check_amounts(samples_per_shard, processes)
     if dtype not in ("float16", "float32"):
         raise ConfigError(f"dtype '{dtype}': valid are float16, float32")
@@ -177,10 +176,10 @@ def _entries(root: Path) -> list[tuple[str, int]]:
             raise DataError(f"{where}: names a file twice, as '{shown(spelled[path])}' and '{shown(name)}'; correct it")
         spelled[path] = name
     there = {path.relative_to(root).as_posix() for path in root.rglob("*.npy")}
-    for path in sorted(spelled.keys() - there):  # behind a link to a folder, or missing
+    for path in spelled:
         if not os.path.isfile(root / path):
             raise DataError(
-                f"{shown(root / path)}: named in dataset.json but missing; restore it or correct dataset.json"
+                f"{shown(root / path)}: named in dataset.json but missing or no file; restore it or correct the list"
             )
     if there - spelled.keys():
         extra = sorted(there - spelled.keys())

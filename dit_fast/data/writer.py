@@ -300,10 +300,10 @@ def one_line_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kept = len(list((out / STATE_FOLDER).glob("shard-*.json"))) if out.is_dir() else 0
+        kept = len(list((out / STATE_FOLDER).glob("shard-*.json"))) if os.path.isdir(out) else 0
         place = error.filename or out
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            there = next(folder for folder in (out, *out.resolve().parents) if folder.is_dir())
+            there = next(folder for folder in (out, *out.resolve().parents) if os.path.isdir(folder))
             full = f"no space left ({shutil.disk_usage(there).free / 2**20:.0f} MiB free)"
             raise DataError(
                 f"{place}: {full}; free some and run the same command again, {kept} finished shards are kept"

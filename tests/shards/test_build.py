@@ -287,6 +287,8 @@ def test_unusable_output_folders(array_file, built, tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"x")
     refused(tmp_path / "file", "file: cannot be written")
     refused(tmp_path / "file" / "out", "file/out: cannot be written")
+    refused("", "output folder '': not a path")
+    refused(tmp_path / ("long" * 99), "File name too long")
     refused(tmp_path / "bad\udcff", r"output folder '.*bad.udcff': not UTF-8")
     (tmp_path / "foreign").mkdir()
     shutil.copy(built / "shard-000000.tar", tmp_path / "foreign")

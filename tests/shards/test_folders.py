@@ -73,7 +73,9 @@ def test_the_output_is_no_data_wherever_it_lies(tree):
     for out in (tree / "aa", tree / "b" / "shards"):
         put(out / "1.png")
         (tree / "a" / "link").symlink_to(out)
-        assert open_source(tree, out=out).files == plain.files
+        source = open_source(tree, out=out)
+        assert source.files == plain.files
+        assert f"{out}: skipped as the output folder, although it holds images" in source.notes
         (tree / "a" / "link").unlink()
         os.remove(out / "1.png")
         out.rmdir()
@@ -102,6 +104,7 @@ def test_a_class_without_images_is_refused_by_name(tree):
     refused(tree, r"no images in class folder 'notes' \(1 such\)")
     refused(tree / "notes", "no images in class folders")
     refused(tree / "absent", "neither a folder")
+    refused("", "empty path")
 
 
 def test_what_cannot_be_read_is_an_error(tree, monkeypatch):
