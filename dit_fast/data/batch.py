@@ -96,8 +96,7 @@ def decode_png(data: bytes, shape: tuple[int, ...], where: str) -> np.ndarray:
             found = (image.mode, image.width, image.height)  # known before any pixel is decoded
             pixels = np.asarray(image) if found == ("RGB", shape[2], shape[1]) else None
     except Exception as error:  # Pillow raises many kinds for damaged files, among them its own for bombs
-        text = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{where} is not a readable PNG ({text}); rebuild the shard") from None
+        raise DataError(f"{where} is not a readable PNG ({type(error).__name__}); rebuild the shard") from None
     if pixels is None:
         raise DataError(
             f"{where} is {found[0]} of {found[1]}x{found[2]} pixels, expected RGB of {shape[2]}x{shape[1]}; "

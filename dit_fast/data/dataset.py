@@ -161,8 +161,21 @@ def _open_index(root: str, tar: str, idx: str, shard: ShardInfo, info: DatasetIn
             f"{tar}: sample {key_of(first_key + int(bad[0]))} has label {int(index.label[bad[0]])}, outside "
             f"0..{info.num_classes - 1} ({len(bad)} such samples); correct the labels and rebuild the shard"
         )
+    _check_labels(idx, index)
     _check_sizes(tar, index, info)
     return index
+
+
+def _check_labels(idx: str, index: ShardIndex) -> None:
+    """The index holds each label twice: as a number, and as the crc of the member it was taken from."""
+    labels, where = np.unique(index.label, return_inverse=True)
+    crcs = np.array([zlib.crc32(str(label).encode()) for label in labels.tolist()], np.uint32)
+    wrong = np.flatnonzero(crcs[where] != index.crc[:, index.members.index(LABEL_MEMBER)])
+    if len(wrong):
+        raise DataError(
+            f"{idx}: the label of sample {key_of(index.first_key + int(wrong[0]))} is not that of its member "
+            f"{LABEL_MEMBER}; rebuild it with `dit-fast shards index FOLDER`"
+        )
 
 
 def _check_sizes(tar: str, index: ShardIndex, info: DatasetInfo) -> None:

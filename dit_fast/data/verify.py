@@ -39,29 +39,29 @@ def verify_dataset(
     if is_remote(root):
         raise DataError(f"{root}: only local data sets are verified; download it first")
     problems: list[str] = []
+
+    def note(line: str) -> None:
+        problems.append(line)
+        if problem is not None:
+            problem(line)
+
     first_key = 0
     for shard in info.shards:
         before = len(problems)
         for line in _shard_problems(root, shard, info, first_key):
-            problems.append(line)
-            if problem is not None:
-                problem(line)
+            note(line)
         if len(problems) == before and progress is not None:
             progress(shard.name)
         first_key += shard.samples
-    if not problems:
-        dataset = open_dataset(root)
-        if Path(info.autoencoder.partition(":")[2]).parent != Path(root).resolve():
-            return dataset
-        try:  # it is part of the data set
-            dataset.load_autoencoder()
-            return dataset
+    if Path(info.autoencoder.partition(":")[2]).parent == Path(root).resolve():  # part of the data set
+        try:
+            LatentDataset(root, info, ()).load_autoencoder()
         except UserError as error:
-            problems.append(str(error))
-            if problem is not None:
-                problem(problems[-1])
-    more = f" (the first of {len(problems)} problems)" if len(problems) > 1 else ""
-    raise DataError(f"{problems[0]}{more}")
+            note(str(error))
+    if problems:
+        more = f" (the first of {len(problems)} problems)" if len(problems) > 1 else ""
+        raise DataError(f"{problems[0]}{more}")
+    return open_dataset(root)
 
 
 def _shard_problems(root: str, shard: ShardInfo, info: DatasetInfo, first_key: int) -> Iterator[str]:
