@@ -17,8 +17,9 @@ from dit_fast.errors import ConfigError, DataError, UserError
 
 PREFETCH = 4
 MOST_WORKERS = 256  # of one rank
-# a local batch that takes longer has met a disk that hangs; streams end by the time limits of their connections
-HANGING_SECONDS = 1800
+POLL_SECONDS = 5  # between looks at whether the workers live
+# whoever waits that long for a batch waits for ever: a disk that hangs, a full /dev/shm (connections have limits)
+HANGING_SECONDS = 3600
 
 
 class _Positions:
@@ -68,8 +69,10 @@ class _Streamed(IterableDataset):
         worker = get_worker_info()
         step, first = (worker.num_workers, worker.id) if worker else (1, 0)
         batches = self.reader.read(batch for number, batch in enumerate(self.positions) if number % step == first)
-        while True:
-            yield _or_error(lambda: next(batches))
+        item: dict[str, torch.Tensor] | UserError | None = None
+        while not isinstance(item, UserError):
+            item = _or_error(lambda: next(batches))
+            yield item
 
 
 def _or_error(read: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor] | UserError:
@@ -133,13 +136,13 @@ def build_loader(
         "pin_memory": torch.cuda.is_available(),
         "in_order": True,
         "prefetch_factor": PREFETCH if num_workers else None,
+        "timeout": POLL_SECONDS if num_workers else 0,
         "worker_init_fn": _start_worker,
     }
     if reader == "stream" or (reader == "auto" and dataset.remote):
         loader = DataLoader(_Streamed(StreamReader(dataset, plan, fields, check_crc), positions), **options)
     else:
         indexed = _Indexed(IndexedReader(dataset, fields, check_crc))
-        options["timeout"] = HANGING_SECONDS if num_workers else 0
         loader = DataLoader(indexed, sampler=_Planned(positions, plan), **options)  # type: ignore[arg-type]
     return _raising(loader)
 
@@ -150,17 +153,29 @@ def _start_worker(_: int) -> None:
 
 def _raising(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
     batches = _start(loader)
+    try:
+        while not isinstance(item := _next(batches, loader.num_workers), UserError):
+            yield item
+    finally:
+        del batches  # ends the workers now: a traceback would keep them
+    raise item
+
+
+def _next(batches: Iterator[Any], num_workers: int) -> dict[str, torch.Tensor] | UserError:
+    """The next batch, or the error that stands in its place."""
+    waited = 0
     while True:
         try:
-            item = next(batches)
-        except RuntimeError as error:
-            reason = _lost(batches, loader.num_workers)
-            if reason is None:
+            return next(batches)
+        except (RuntimeError, OSError, EOFError) as error:
+            dead, timed_out = _death(batches), "timed out" in str(error)
+            if dead is None and not timed_out:
                 raise
-            raise DataError(f"{reason} ({str(error).splitlines()[0]})") from None
-        if isinstance(item, UserError):
-            raise item
-        yield item
+            waited += POLL_SECONDS
+            if dead is None and waited < HANGING_SECONDS:
+                continue
+            hangs = f"no batch came in {HANGING_SECONDS} s; the disk or its server hangs, or /dev/shm is full"
+            return DataError(f"{dead or hangs}; use fewer than {num_workers} data.num_workers")
 
 
 def _start(loader: DataLoader) -> Iterator[Any]:
@@ -182,18 +197,13 @@ def _start(loader: DataLoader) -> Iterator[Any]:
             signal.signal(signal.SIGCHLD, before)
 
 
-def _lost(batches: Any, num_workers: int) -> str | None:
-    """Why no batch came from the workers, with what helps; None where they are not to blame."""
-    codes = [worker.exitcode for worker in getattr(batches, "_workers", [])]
-    dead = [code for code in codes if code is not None and code != 0]
-    if not codes:
-        return None
-    if not dead:
-        return f"no batch came from {num_workers} loader workers in {HANGING_SECONDS} s; the disk or its server hangs"
-    fewer = f"use fewer than {num_workers} data.num_workers, or smaller micro-batches"
-    if -signal.SIGKILL in dead:
-        return f"a loader worker was killed, most often because memory ran out; {fewer}"
-    if -signal.SIGBUS in dead:
-        return f"a loader worker ended by SIGBUS: /dev/shm is full; make it larger (docker: --shm-size) or {fewer}"
-    name = signal.Signals(-dead[0]).name if dead[0] < 0 else f"status {dead[0]}"
-    return f"a loader worker ended by {name}; start again, or {fewer}"
+def _death(batches: Any) -> str | None:
+    """How a worker ended, with the likely cause; None where all live."""
+    for code in (worker.exitcode for worker in getattr(batches, "_workers", [])):
+        if code == -signal.SIGKILL:
+            return "a loader worker was killed, most often because memory ran out"
+        if code == -signal.SIGBUS:
+            return "a loader worker ended by SIGBUS: /dev/shm is full (docker: give a larger --shm-size)"
+        if code:
+            return f"a loader worker ended by {signal.Signals(-code).name if code < 0 else f'exit status {code}'}"
+    return None

@@ -1,0 +1,94 @@
+"""Loader workers that die, hang or cannot start: one line from `next`, nowhere else, and no noise on Ctrl-C."""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from dit_fast.data import Plan, build_loader, loader, open_dataset
+from dit_fast.data.reader import IndexedReader
+from dit_fast.errors import ConfigError, DataError
+
+OPTIONS = {"global_batch": 4, "micro_batch": 4, "rank": 0, "world_size": 1, "start": 0}
+
+
+def batches(folder, **options):
+    dataset = open_dataset(folder)
+    return build_loader(dataset, Plan(dataset.info.shard_sizes, 0, 2), **{**OPTIONS, "num_workers": 2, **options})
+
+
+def workers():
+    return multiprocessing.active_children()
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (signal.SIGKILL, "a loader worker was killed, most often because memory ran out; use fewer than 2 data"),
+        (signal.SIGBUS, "/dev/shm is full"),
+        (signal.SIGSEGV, "a loader worker ended by SIGSEGV"),
+    ],
+)
+@pytest.mark.parametrize("reader", ["indexed", "stream"])
+def test_a_killed_worker_is_one_line_from_next(built, monkeypatch, number, words, reader):
+    if reader == "stream" and number != signal.SIGKILL:
+        pytest.skip("the same code")
+    monkeypatch.setattr(loader, "POLL_SECONDS", 1)
+    before = signal.getsignal(signal.SIGCHLD)
+    found = batches(built, reader=reader)
+    next(found)
+    assert signal.getsignal(signal.SIGCHLD) == before
+    os.kill(workers()[0].pid, number)
+    time.sleep(0.3)  # a signal handler of torch would raise here, in the middle of a step
+    with pytest.raises(DataError, match=words) as caught:
+        list(itertools.islice(found, 20))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.launch
+def test_ctrl_c_is_the_trainers(built, capfd):
+    found = batches(built)
+    next(found)
+    for worker in workers():
+        os.kill(worker.pid, signal.SIGINT)
+    time.sleep(0.2)
+    for _ in range(20):
+        next(found)
+    found.close()
+    assert "KeyboardInterrupt" not in capfd.readouterr().err
+
+
+@pytest.mark.launch
+def test_a_worker_that_hangs_and_one_that_runs_out_of_memory(built, monkeypatch):
+    monkeypatch.setattr(loader, "HANGING_SECONDS", 2)
+    monkeypatch.setattr(loader, "POLL_SECONDS", 1)
+    monkeypatch.setattr(IndexedReader, "read", lambda *_: time.sleep(3))
+    with pytest.raises(DataError, match=r"no batch came in 2 s; the disk or its server hangs"):
+        next(batches(built))
+
+    def hungry(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(IndexedReader, "read", hungry)
+    for num_workers in (0, 1):
+        with pytest.raises(DataError, match="out of memory while reading a batch"):
+            next(batches(built, num_workers=num_workers))
+
+
+def test_absurd_numbers_of_workers(built, monkeypatch):
+    with pytest.raises(ConfigError, match=r"data.num_workers is 100000; a rank takes at most 256"):
+        batches(built, num_workers=100_000)
+
+    def full(*_):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", full)
+    with pytest.raises(DataError, match=r"2 loader workers cannot be started \(Resource temporarily unavailable\)"):
+        next(batches(built))
+    monkeypatch.undo()
+    assert np.array_equal(next(batches(built, num_workers=0))["position"], np.arange(4))
