@@ -79,7 +79,10 @@ class EngineConfig:
     micro_batch: int = setting(
         0, "Samples per rank and backward pass; 0 = global_batch / ranks", "[0, 1e7]", resumes=True
     )
-    overlap_comm: bool = setting(True, "Reduce gradients during the backward pass", resumes=True)
+    # off: gradients are used before they are reduced, in silence (DeepSpeed issues 8061, 8080, 7965, 7898)
+    overlap_comm: bool = setting(
+        False, "Reduce gradients during the backward pass; not used in ZeRO stage 1, where it is wrong", resumes=True
+    )
     reduce_bucket_size: int = setting(500_000_000, "Elements reduced at once", "[1, 1e12]", resumes=True)
     allgather_bucket_size: int = setting(500_000_000, "Elements gathered at once", "[1, 1e12]", resumes=True)
     communication_dtype: Literal["fp32", "bf16"] = setting("fp32", "Type in which gradients are reduced")

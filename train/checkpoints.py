@@ -15,35 +15,18 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from dit_fast.checkpoint.step import (
-    FOLDER,
-    FORMAT,
-    MANIFEST,
-    STATE,
-    VERSION,
-    Checkpoint,
-    newest_checkpoint,
-    step_folders,
-    step_name,
-)
+from dit_fast.checkpoint.manifest import MANIFEST, STATE, WEIGHTS, State, optimizer_file, write_manifest
+from dit_fast.checkpoint.step import DTYPES, FOLDER, KINDS, Checkpoint, newest_checkpoint, step_folders, step_name
 from dit_fast.errors import CheckpointError
 from dit_fast.train import disk
 from dit_fast.train.engine import Engine
+from dit_fast.train.guard import Diverged, Finiteness
 from dit_fast.train.world import World
 
 logger = logging.getLogger("dit_fast")
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MARGIN = 1 << 20  # bytes for headers, state and manifest
-_DTYPES = {
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.bool: "BOOL",
-}
 Entry = tuple[str, torch.dtype, torch.Size]
 
 
@@ -54,7 +37,7 @@ class TensorFile:
         header, offset = {}, 0
         for name, dtype, shape in entries:
             end = offset + shape.numel() * dtype.itemsize
-            header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
         self._hash, self.bytes = hashlib.sha256(), 0
         self._file: BinaryIO = path.open("wb")
@@ -92,21 +75,23 @@ class Checkpoints:
     def newest(self) -> Checkpoint | None:
         """The newest complete checkpoint, on all ranks; None for a new run. Clears away what a killed save left.
 
-        A damaged newer one is set aside as `step_N.damaged`, with a warning. Raises CheckpointError where there are
-        checkpoints but none is whole: training never starts over in silence.
+        A newer one that is damaged, unreadable or not finite is set aside as `step_N.damaged`, with a warning. Raises
+        CheckpointError where there are checkpoints but none is whole: training never starts over in silence.
         """
         found = self.world.agree(self._find)
         if found is None:
             return None
-        path, step, files = found
-        return Checkpoint(Path(path), step, {name: (size, digest) for name, (size, digest) in files.items()})
+        path, step, files, content = found
+        state = State(content)
+        state.path = Path(path) / STATE
+        return Checkpoint(Path(path), step, {name: (size, digest) for name, (size, digest) in files.items()}, state)
 
     def _find(self) -> list[Any] | None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for partial in self.folder.glob("step_*.partial"):
             logger.info("%s: left by a save that did not finish; removed", partial)
             disk.remove_tree(partial)
-        checkpoint, complaints = newest_checkpoint(self.run)
+        checkpoint, complaints = newest_checkpoint(self.run, finite=True)
         if checkpoint is None:
             if complaints:
                 raise CheckpointError(
@@ -121,13 +106,14 @@ class Checkpoints:
                 aside = path.with_suffix(".damaged")
                 disk.remove_tree(aside)
                 disk.rename(path, aside)
-        return [str(checkpoint.path), checkpoint.step, checkpoint.files]
+        return [str(checkpoint.path), checkpoint.step, checkpoint.files, checkpoint.state]
 
-    def save(self, engine: Engine, frozen: Mapping[str, Tensor], state: Mapping[str, Any]) -> bool:
+    def save(self, engine: Engine, frozen: Mapping[str, Tensor], state: Mapping[str, Any], retire: bool = True) -> bool:
         """Writes the checkpoint of state["step"]; collective. False, with a warning, where the disk did not take it.
 
-        frozen: entries of the model's state dict that are not trained (CPU tensors). What was there before stays whole
-        whatever happens.
+        frozen: entries of the model's state dict that are not trained (CPU tensors). retire: whether those beyond
+        `keep` go then. Raises Diverged, on all ranks, where a tensor holds NaN or Inf. What was there before stays
+        whole whatever happens.
         """
         final = self.folder / step_name(state["step"])
         partial = final.with_suffix(".partial")
@@ -136,12 +122,17 @@ class Checkpoints:
             return False
         files = _layout(engine, frozen, self.world)
         digests = torch.zeros(len(files), 40, dtype=torch.int32)
-        error = _write_files(partial, files, engine, frozen, self.world.rank, digests)
+        finite = Finiteness(self.world)
+        error = _write_files(partial, files, engine, frozen, self.world.rank, digests, finite)
+        if (name := finite.first_exception()) is not None:
+            if self.world.rank == 0:
+                disk.remove_tree(partial)
+            raise Diverged(f"{name} is not finite after step {state['step']}, so no checkpoint was written")
         digests = self.world.reduce(digests.to(self.world.device), "sum").cpu()
         if self._report(error, partial):
             return False
         if self.world.rank == 0:
-            error = self._publish(partial, final, list(files), digests, state)
+            error = self._publish(partial, final, list(files), digests, state, retire)
         return not self._report(error, partial)
 
     def _prepare(self, partial: Path, engine: Engine, frozen: Mapping[str, Tensor]) -> str | None:
@@ -159,27 +150,29 @@ class Checkpoints:
         return None
 
     def _publish(
-        self, partial: Path, final: Path, names: list[str], digests: Tensor, state: Mapping[str, Any]
+        self, partial: Path, final: Path, names: list[str], digests: Tensor, state: Mapping[str, Any], retire: bool
     ) -> str | None:
         try:
             content = json.dumps(state, indent=1).encode()
             disk.write_synced(partial / STATE, content)
-            files = {STATE: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+            files: dict[str, dict[str, Any]] = {
+                STATE: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            }
             for name, row in zip(names, digests.to(torch.uint8), strict=True):
                 data = row.numpy().tobytes()
                 files[name] = {"bytes": int.from_bytes(data[:8], "little"), "sha256": data[8:].hex()}
-            manifest = {"format": FORMAT, "version": VERSION, "step": state["step"], "files": files}
-            disk.write_synced(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+            disk.write_synced(partial / MANIFEST, write_manifest(state["step"], files))
             disk.sync_folder(partial)
             disk.rename(partial, final)
-            disk.sync_folder(self.folder)
         except OSError as error:
             return str(error)
         try:
+            disk.sync_folder(self.folder)  # before this returns, the older ones are the only ones sure to be there
             disk.replace(self.folder / "LATEST", f"{final.name}\n".encode())
-            self._retire()
+            if retire:
+                self._retire()
         except OSError as error:
-            logger.warning("%s is written, but %s", final, error)
+            logger.warning("%s is written, but %s; older checkpoints stay", final, error)
         return None
 
     def _retire(self) -> None:
@@ -212,14 +205,14 @@ def _layout(
     weights = [(name, torch.float32, shape) for name, shape in trained] + rest
     count = min(world.size, len(trained))
     files: dict[str, tuple[int, dict[str, list[str]], list[Entry]]] = {
-        "model.safetensors": (0, {"model": names}, weights),
-        "ema.safetensors": (1 % world.size, {"ema": names}, weights),
+        file: (k % world.size, {kind: names}, weights)
+        for k, (file, kind) in enumerate(zip(WEIGHTS, ("model", "ema"), strict=True))
     }
     for k in range(count):
         mine = trained[k::count]
         entries = [(f"{kind}.{name}", torch.float32, shape) for kind in MOMENTS for name, shape in mine]
         chosen = [name for name, _ in mine]
-        files[f"optim-{k + 1:05d}-of-{count:05d}.safetensors"] = (k, dict.fromkeys(MOMENTS, chosen), entries)
+        files[optimizer_file(k, count)] = (k, dict.fromkeys(MOMENTS, chosen), entries)
     return files
 
 
@@ -230,6 +223,7 @@ def _write_files(
     frozen: Mapping[str, Tensor],
     rank: int,
     digests: Tensor,
+    finite: Finiteness,
 ) -> str | None:
     """Streams this rank's files while all ranks gather; an error on one rank does not leave the others waiting."""
     error: str | None = None
@@ -242,8 +236,11 @@ def _write_files(
                 wanted.update({(kind, name): opened[file] for kind, names in kinds.items() for name in names})
     except OSError as failure:
         error = str(failure)
-    for kind in ("model", "ema", *MOMENTS):
+    for name, tensor in frozen.items():
+        finite.look(f"'{name}'", tensor)
+    for kind in KINDS:
         for name, tensor in engine.full_state(kind):
+            finite.look(f"{kind} of '{name}'", tensor)
             if error is None and (kind, name) in wanted:
                 try:
                     wanted[kind, name].add(tensor)

@@ -1,5 +1,6 @@
 """Where bytes reach the disk for good: every write, flush and rename of a checkpoint passes through these functions."""
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -39,8 +40,13 @@ def write_synced(path: Path, data: bytes) -> None:
 def replace(path: Path, data: bytes) -> None:
     """New content for a file that others may read at any time: they see the old or the new, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    write_synced(temporary, data)
-    os.replace(temporary, path)
+    try:
+        write_synced(temporary, data)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
     sync_folder(path.parent)
 
 

@@ -5,12 +5,13 @@ so that logging never waits. An interval also ends at every checkpoint: a run th
 rows as one that was not.
 """
 
+import contextlib
 import json
 import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,7 @@ class Journal:
 
     def step(self, result: StepResult) -> None:
         """Adds one step; skipped ones (no finite gradient) are counted, their values are not averaged."""
-        if self._bar is not None:
-            self._bar.update(1)
+        self._show(lambda bar: bar.update(1))
         if not result.applied:
             self._skipped += 1
             return
@@ -101,23 +101,36 @@ class Journal:
             return
         safe = {key: value if math.isfinite(value) else None for key, value in row.items()}
         self._file.add(json.dumps(safe))
-        if self._bar is not None:
-            self._bar.show(row)
-        if self._writer is not None:
-            try:
-                for name, value in row.items():
-                    if name not in ("step", "samples", "epoch", "seconds"):
-                        self._writer.add_scalar(name, value, row["step"])
-            except OSError as error:
-                logger.warning("TensorBoard is switched off: %s; %s goes on", error, METRICS)
-                self._writer = None
+        self._show(lambda bar: bar.show(row))
+        scalars = {name: value for name, value in row.items() if name not in ("step", "samples", "epoch", "seconds")}
+        self._plot(lambda writer: [writer.add_scalar(name, value, row["step"]) for name, value in scalars.items()])
+
+    def _show(self, act: Callable[[Any], Any]) -> None:
+        """Progress goes to a terminal that may be gone; the run goes on without it."""
+        try:
+            if self._bar is not None:
+                act(self._bar)
+        except OSError:
+            self._bar = None
+
+    def _plot(self, act: Callable[[Any], Any]) -> None:
+        """TensorBoard writes from a thread of its own; what failed there is raised by a later call, of any kind."""
+        try:
+            if self._writer is not None:
+                act(self._writer)
+        except Exception as error:
+            logger.warning("TensorBoard is switched off: %s; %s goes on", error, METRICS)
+            self._writer = None
 
     def close(self) -> None:
         """Writes what is pending and closes all files."""
-        self.drain()
-        for part in (self._file, self._bar, self._writer):
-            if part is not None:
-                part.close()
+        try:
+            self.drain()
+        finally:
+            if self._file is not None:
+                self._file.close()
+            self._show(lambda bar: bar.close())
+            self._plot(lambda writer: writer.close())
 
 
 class AppendedLines:
@@ -129,34 +142,41 @@ class AppendedLines:
 
     def add(self, line: str) -> None:
         self._waiting += line.encode() + b"\n"
+        self._write()
+
+    def close(self) -> None:
+        """Tries once more what is still waiting."""
+        if self._waiting:
+            self._write()
+        self._file.close()
+
+    def _write(self) -> None:
         try:
+            self._file.truncate(self._size)  # a part of a line that an earlier failure may have left
             if self._file.write(self._waiting) == len(self._waiting):
                 self._size, self._waiting = self._size + len(self._waiting), b""
                 return
             reason = "no space left on the disk"
         except OSError as error:
             reason = str(error)
-        self._file.truncate(self._size)  # never leave a part of a line
+        with contextlib.suppress(OSError):
+            self._file.truncate(self._size)
         logger.warning("%s: %s; rows are kept until there is space", self._path, reason)
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def truncate_metrics(path: Path, step: int) -> None:
     """Drops rows after `step` and a last line cut short by a kill."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
+    kept, found = b"", path.read_bytes()
+    for line in found.splitlines():
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
+                kept += line + b"\n"
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
             continue
-    text = "".join(kept)
-    if text != path.read_text():
-        disk.replace(path, text.encode())
+    if kept != found:
+        disk.replace(path, kept)
 
 
 class _Lines:
@@ -217,4 +237,8 @@ def _tensorboard(run: Path, start: int) -> Any:
     except ImportError:
         logger.warning("TensorBoard is not installed (pip install tensorboard); metrics go to %s only", run / METRICS)
         return None
-    return SummaryWriter(run / "tensorboard", purge_step=start + 1 if start else None)
+    try:
+        return SummaryWriter(run / "tensorboard", purge_step=start + 1 if start else None)
+    except OSError as error:
+        logger.warning("TensorBoard is switched off: %s; metrics go to %s only", error, run / METRICS)
+        return None

@@ -3,7 +3,8 @@
 import logging
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from dit_fast import __version__
 from dit_fast.checkpoint.run import model_from_config
-from dit_fast.checkpoint.step import Checkpoint
+from dit_fast.checkpoint.step import FOLDER, KINDS, Checkpoint
 from dit_fast.config import TrainConfig
 from dit_fast.data import LatentDataset, Plan, build_loader, open_dataset
 from dit_fast.data.address import absolute
@@ -20,21 +21,20 @@ from dit_fast.errors import CheckpointError, UserError
 from dit_fast.methods import build_methods
 from dit_fast.models import SiT
 from dit_fast.options import to_dict
-from dit_fast.train.checkpoints import Checkpoints
+from dit_fast.train.checkpoints import MOMENTS, Checkpoints
 from dit_fast.train.engine import Engine, SingleEngine, own_parameters
-from dit_fast.train.guard import Guard
-from dit_fast.train.journal import Journal
+from dit_fast.train.feed import Batch, Feed
+from dit_fast.train.guard import Diverged, Guard
+from dit_fast.train.journal import CONFIG, METRICS, Journal
 from dit_fast.train.lock import RunLock
 from dit_fast.train.objective import TrainingObjective
-from dit_fast.train.optim import learning_rate
+from dit_fast.train.optim import STATES, learning_rate
 from dit_fast.train.prepare import check_fields, check_resume, fit_to_dataset, micro_batch
 from dit_fast.train.preview import Preview
 from dit_fast.train.stop import StopRequest
 from dit_fast.train.world import World, launched
 
 logger = logging.getLogger("dit_fast")
-
-Batch = dict[str, Tensor]
 
 
 class RankError(UserError):
@@ -56,6 +56,7 @@ def train(config: TrainConfig, world: World) -> int:
     held: list[RunLock] = []
     world.agree(lambda: held.append(RunLock(run)))
     try:
+        world.agree(lambda: clear_leftovers(run))
         return _Run(config, world, dataset, micro, held).train()
     finally:
         for lock in held:
@@ -88,8 +89,18 @@ class _Run:
         self.start = 0
         if checkpoint is not None:
             check_resume(checkpoint, config, dataset.info)
-            _load_weights(model, checkpoint)
             self.start = checkpoint.step
+            weights, moments = model.state_dict(), dict(own_parameters(objective))
+            world.agree(lambda: check_fits(checkpoint, weights, moments))
+            with self._alone():
+                model.load_state_dict(checkpoint.state_dict("model"))
+        state: Mapping[str, Any] = checkpoint.state if checkpoint is not None else {}
+        self.guard = Guard(
+            self.start or None,
+            skipped=self.start - (state["optimizer_step"] if state else 0),
+            recent=state.get("skipped_steps", ()),
+            batch=config.engine.global_batch,
+        )
         trained = {name for name, _ in own_parameters(objective)}
         self.frozen = {name: value.cpu().clone() for name, value in model.state_dict().items() if name not in trained}
         self.flops = model.flops_per_sample()
@@ -98,8 +109,9 @@ class _Run:
                 block.compile()
         self.engine = self._engine(objective)
         if checkpoint is not None:
-            for kind in ("ema", "exp_avg", "exp_avg_sq"):
-                self.engine.load_full_state(kind, checkpoint.source(kind))
+            with self._alone():
+                for kind in STATES:
+                    self.engine.load_full_state(kind, checkpoint.source(kind))
             self.engine.set_applied_steps(checkpoint.state["optimizer_step"])
         self.fields = methods.batch_fields()
         self._describe(model)
@@ -112,37 +124,51 @@ class _Run:
         return ZeroEngine(objective, self.config, self.world, self.micro)
 
     def train(self) -> int:
-        config, world = self.config, self.world
+        config, world, guard = self.config, self.world, self.guard
+        if self.start:
+            self._draw(self.start, missing=True)  # a kill may have come between the checkpoint and its preview
         if self.start >= config.run.steps:
+            StopRequest(Path(config.run.dir), world).clear()
             self._say(f"step {self.start} of {config.run.steps}: nothing left to do; raise run.steps to go on")
+            self._warn(guard.finish(self.start))
             return self.start
-        guard = Guard(self.start or None)
         journal = Journal(config, world, guard, self.start, len(self.dataset), self.flops)
         batches = self._batches()
+        per_step = config.engine.global_batch // (self.micro * world.size)
+        feed = Feed(batches, per_step, config.run.steps - self.start, world)
         try:
             with StopRequest(Path(config.run.dir), world) as stop:
+                feed.fetch()
+                if feed.dry():
+                    raise feed.failure()
+                stop.agreed(feed.error is not None)
                 for step in range(self.start, config.run.steps):
                     lr, done = learning_rate(config.optimizer, step), step + 1
-                    result = self.engine.train_step(self._next(batches), step, lr)
+                    result = self.engine.train_step(feed.take(), step, lr)
                     journal.step(result)
                     guard.after_step(done, result.applied)
-                    stopping, last = stop.agreed(), done == config.run.steps
-                    if done % config.run.log_every == 0 or last or stopping:
+                    feed.fetch()
+                    leaving, last = stop.agreed(feed.error is not None), done == config.run.steps
+                    failure = feed.failure() if stop.failed else None
+                    if done % config.run.log_every == 0 or last or leaving:
                         journal.close_interval(done, lr)
-                    if last or stopping or (config.run.checkpoint_every and done % config.run.checkpoint_every == 0):
+                        self._warn(guard.warning(done))
+                    if last or leaving or (config.run.checkpoint_every and done % config.run.checkpoint_every == 0):
                         journal.close_interval(done, lr)
                         journal.drain()
                         with journal.clock.away():
-                            self._save(done, guard, required=last or stopping)
-                    if self.preview is not None and (last or done % config.preview.every == 0):
-                        with journal.clock.away():
-                            self.preview.draw(self.engine, self.frozen, done)
-                    if stopping and not last:
-                        stop.clear()
+                            self._save(done, required=last or leaving, failure=failure)
+                    with journal.clock.away():
+                        self._draw(done)
+                    if failure is not None:
+                        self._say(f"saved step {done}, since there is no data to go on with")
+                        raise failure
+                    if leaving and not last:
                         self._say(f"stopped at step {done} as asked; the same command goes on from there")
                         return done
                     for lock in self.held:
                         lock.renew()
+                self._warn(guard.finish(config.run.steps))
             return config.run.steps
         finally:
             batches.close()  # type: ignore[attr-defined]
@@ -165,30 +191,50 @@ class _Run:
             check_crc=config.data.check_crc,
         )
 
-    def _next(self, batches: Iterator[Batch]) -> list[Batch]:
-        """This rank's micro-batches of one step, on the device."""
-        count = self.config.engine.global_batch // (self.micro * self.world.size)
-        try:
-            found = [next(batches) for _ in range(count)]
-        except UserError as error:
-            raise RankError(f"rank {self.world.rank}: {error}") from error
-        return [{k: v.to(self.world.device, non_blocking=True) for k, v in batch.items()} for batch in found]
+    def _draw(self, step: int, missing: bool = False) -> None:
+        """The preview of a step, where one is due; missing: only if there is none."""
+        preview, config = self.preview, self.config
+        if preview is None or (step % config.preview.every and step != config.run.steps):
+            return
+        if not missing or self.world.agree(lambda: not preview.path(step).exists()):
+            with self._advising():
+                preview.draw(self.engine, self.frozen, step)
 
-    def _save(self, step: int, guard: Guard, required: bool) -> None:
-        if self.checkpoints.save(self.engine, self.frozen, self._state(step)):
+    def _save(self, step: int, required: bool, failure: Exception | None) -> None:
+        """failure: what ends the run, named too where the disk does not take this last checkpoint."""
+        guard = self.guard
+        with self._advising():  # while steps are skipped, older checkpoints stay: they may be the better ones
+            saved = self.checkpoints.save(self.engine, self.frozen, self._state(step), retire=not guard.in_a_row(step))
+        if saved:
             guard.newest = step
         elif required:
-            newest = f"step {guard.newest}" if guard.newest else "step 0"
+            newest, cause = guard.newest or 0, f". The run ends: {failure}" if failure else ""
             raise CheckpointError(
                 f"{self.checkpoints.folder}: no checkpoint of step {step} could be written (see above); free space and "
-                f"start the same command again, it goes on from {newest}"
+                f"start the same command again, it goes on from step {newest}{cause}"
             )
+
+    @contextmanager
+    def _advising(self) -> Iterator[None]:
+        try:
+            yield
+        except Diverged as error:
+            raise Diverged(f"{error}{self.guard.advice()}") from None
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Around what every rank reads by itself."""
+        try:
+            yield
+        except UserError as error:
+            raise RankError(f"rank {self.world.rank}: {error}") from error
 
     def _state(self, step: int) -> dict[str, Any]:
         return {
             "step": step,
             "samples_seen": step * self.config.engine.global_batch,
             "optimizer_step": self.engine.applied_steps(),
+            "skipped_steps": self.guard.state(),
             "seed": self.config.run.seed,
             "dataset_fingerprint": self.dataset.info.fingerprint,
             "dataset_root": absolute(self.dataset.root),
@@ -217,10 +263,26 @@ class _Run:
         if self.world.rank == 0:
             logger.info(text)
 
+    def _warn(self, text: str | None) -> None:
+        if text and self.world.rank == 0:
+            logger.warning(text)
 
-def _load_weights(model: SiT, checkpoint: Checkpoint) -> None:
-    try:
-        model.load_state_dict(checkpoint.state_dict("model"))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise CheckpointError(f"{checkpoint.path}: does not fit this model: {reason}") from None
+
+def check_fits(checkpoint: Checkpoint, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError where names, shapes or dtypes of a checkpoint are not those of the model."""
+    for kind in KINDS:
+        expected = moments if kind in MOMENTS else weights
+        checkpoint.require(kind, expected)
+        for name in checkpoint.names(kind):
+            if name not in expected:
+                raise CheckpointError(
+                    f"{checkpoint.path}: holds {kind} of '{name}', unknown to this model; was it made by another?"
+                )
+
+
+def clear_leftovers(run: Path) -> None:
+    """Removes what a kill in the middle of a write left; `Checkpoints.newest` does so for unfinished checkpoints."""
+    for name in (f"{METRICS}.tmp", f"{CONFIG}.tmp", f"{FOLDER}/LATEST.tmp"):
+        (run / name).unlink(missing_ok=True)
+    for path in (run / "samples").glob(".step_*.partial.png"):
+        path.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from dit_fast.diffusion import Guidance, initial_noise, sample
 from dit_fast.diffusion.samplers import check_options
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.train.engine import Engine
+from dit_fast.train.guard import Diverged, Finiteness
 from dit_fast.train.world import World
 
 logger = logging.getLogger("dit_fast")
@@ -46,14 +47,21 @@ class Preview:
     def _load(self, dataset: LatentDataset) -> None:
         self._autoencoder = dataset.load_autoencoder()
 
+    def path(self, step: int) -> Path:
+        return Path(self.config.run.dir) / "samples" / f"step_{step:08d}.png"
+
     def draw(self, engine: Engine, frozen: Mapping[str, Tensor], step: int) -> None:
-        """Collective: all ranks gather, rank 0 samples and writes."""
+        """Collective: all ranks gather, rank 0 samples and writes. Raises Diverged, on all, for averages with NaN."""
         weights: dict[str, Tensor] = dict(frozen)
+        finite = Finiteness(self.world)
         for name, tensor in engine.full_state("ema"):
+            finite.look(f"ema of '{name}'", tensor)
             if self.world.rank == 0:
                 weights[name] = tensor.cpu().clone()
+        if (name := finite.first_exception()) is not None:
+            raise Diverged(f"{name} is not finite after step {step}, so no preview was drawn")
         if self.world.rank == 0:
-            path = Path(self.config.run.dir) / "samples" / f"step_{step:08d}.png"
+            path = self.path(step)
             try:
                 images = self._images(weights, step)
                 path.parent.mkdir(exist_ok=True)

@@ -1,5 +1,7 @@
-"""Stopping politely: a signal or a file asks, all ranks agree one step later, and the loop saves and leaves with 0."""
+"""Leaving politely: a signal, a file or a rank without data asks, all ranks agree one step later, the loop saves."""
 
+import logging
+import os
 import signal
 from pathlib import Path
 from types import FrameType
@@ -8,43 +10,63 @@ import torch
 
 from dit_fast.train.world import Late, World
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+logger = logging.getLogger("dit_fast")
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOP_FILE = "STOP"
 
 
 class StopRequest:
-    """Asked by SIGTERM or SIGUSR1 to any rank, or by a file RUN/STOP. Use as a context: handlers are put back after."""
+    """Asked by SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) to any rank, or by a file RUN/STOP. A second SIGINT raises
+    KeyboardInterrupt. Use as a context: at its end handlers are put back and RUN/STOP is removed.
+
+    failed: after `agreed()` was True, whether it was for a rank that has no data, and nobody asked to stop.
+    """
 
     def __init__(self, run: Path, world: World):
-        self._file, self._world = run / STOP_FILE, world
-        self._asked = False
+        self._file, self._world, self._process = run / STOP_FILE, world, os.getpid()
+        self._asked, self._interrupted, self.failed = False, False, False
         self._flag: Late | None = None
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
         for number in SIGNALS:
+            if number == signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # a shell's background job: Ctrl-C is meant for others
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        self.clear()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+            if self._world.rank == 0 and os.getpid() == self._process:  # workers of the loader inherit this handler
+                os.write(2, b"\ndit-fast: saving after this step; Ctrl-C again leaves at once\n")
         self._asked = True
 
-    def agreed(self) -> bool:
-        """Called by every rank after each step: whether some rank was asked before the call before this one.
+    def agreed(self, failed: bool = False) -> bool:
+        """Called by every rank after each step: whether some rank was asked before the call before this one, or had
+        said then that it has `failed` to get the data of the step after the next.
 
-        The flag reduced in one call is read in the next, when it has long arrived: nothing waits for the device.
+        The flags reduced in one call are read in the next, when they have long arrived: nothing waits for the device.
         """
-        last = self._flag is not None and bool(self._flag.read().item())
-        asked = self._asked or (self._world.rank == 0 and self._file.exists())
-        flag = torch.tensor([float(asked)]).to(self._world.device, non_blocking=True)
+        stopped, failing = self._flag.read().bool().tolist() if self._flag is not None else (False, False)
+        self.failed = failing and not stopped
+        asked = self._asked or (self._world.rank == 0 and os.path.exists(self._file))
+        flag = torch.tensor([float(asked), float(failed)]).to(self._world.device, non_blocking=True)
         self._flag = Late(self._world.reduce(flag, "max"))
-        return last
+        return stopped or failing
 
     def clear(self) -> None:
         """Removes RUN/STOP, so that the next start goes on."""
         if self._world.rank == 0:
-            self._file.unlink(missing_ok=True)
+            try:
+                self._file.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("%s cannot be removed (%s): the next start will stop again", self._file, error)

@@ -36,30 +36,30 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def agree(self, decide: Callable[[], T]) -> T:
-        """What rank 0's `decide` returned (JSON types), on every rank.
+    def agree(self, decide: Callable[[], T], rank: int = 0) -> T:
+        """What `decide` returned on rank `rank` (JSON types), on every rank.
 
         A UserError or OSError raised there is raised as a UserError on every rank, so that none waits for ever.
         """
         answer: dict[str, Any] = {}
-        if self.rank == 0:
+        if self.rank == rank:
             try:
                 answer = {"value": decide()}
             except (UserError, OSError) as error:
                 answer = {"error": str(error)}
         if self.size > 1:
-            answer = json.loads(self._broadcast(json.dumps(answer).encode()))
+            answer = json.loads(self._broadcast(json.dumps(answer).encode(), rank))
         if "error" in answer:
             raise UserError(answer["error"])
         return answer["value"]
 
-    def _broadcast(self, data: bytes) -> bytes:
+    def _broadcast(self, data: bytes, rank: int) -> bytes:
         length = torch.tensor([len(data)], device=self.device)
-        dist.broadcast(length, 0)
+        dist.broadcast(length, rank)
         content = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
-        if self.rank == 0:
+        if self.rank == rank:
             content.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        dist.broadcast(content, 0)
+        dist.broadcast(content, rank)
         return content.cpu().numpy().tobytes()
 
     def close(self) -> None:

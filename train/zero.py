@@ -22,6 +22,8 @@ from dit_fast.train.engine import Accumulator, Batch, Source, StepResult, clip_o
 from dit_fast.train.optim import applied_steps, build_optimizer, set_applied_steps
 from dit_fast.train.world import World, launch_place
 
+ours = logging.getLogger("dit_fast")
+
 NEVER = 2**31 - 1  # steps between DeepSpeed's own progress lines
 TIMEOUT = timedelta(minutes=30)  # of a collective: rank 0 draws previews and checks checkpoints while the others wait
 
@@ -80,7 +82,7 @@ def deepspeed_config(config: TrainConfig, world_size: int, micro_batch: int, num
         "steps_per_print": NEVER,
         "zero_optimization": {
             "stage": engine.zero_stage,
-            "overlap_comm": engine.overlap_comm,
+            "overlap_comm": engine.overlap_comm and engine.zero_stage > 1,
             "contiguous_gradients": True,
             "reduce_scatter": True,
             "reduce_bucket_size": min(engine.reduce_bucket_size, num_parameters),
@@ -98,6 +100,12 @@ class ZeroEngine:
         self._shapes = {name: parameter.shape for name, parameter in self._named}
         size = sum(parameter.numel() for _, parameter in self._named)
         optimizer = build_optimizer(config.optimizer, (p for _, p in self._named), world.device.type)
+        if config.engine.overlap_comm and self.stage < 2 and world.rank == 0:
+            ours.warning(
+                "engine.overlap_comm=true is not used in ZeRO stage %d: DeepSpeed's stage 1 then applies gradients "
+                "that were not reduced; set engine.overlap_comm=false, or engine.zero_stage=2",
+                self.stage,
+            )
         logger = logging.getLogger("DeepSpeed")
         logger.setLevel(logging.ERROR)  # "untested optimizer" and the like; ours is tested
         self._engine, *_ = deepspeed.initialize(

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from dit_fast.checkpoint.step import FOLDER, MANIFEST, STATE, Checkpoint, newest_checkpoint, open_checkpoint
+from dit_fast.checkpoint.manifest import MANIFEST, STATE
+from dit_fast.checkpoint.step import FOLDER, Checkpoint, newest_checkpoint, open_checkpoint
 from dit_fast.config import ModelConfig, TrainConfig
 from dit_fast.data import LatentDataset, open_dataset
 from dit_fast.errors import CheckpointError, ConfigError, DataError
@@ -62,12 +63,8 @@ def load_run(path: str | Path, weights: Literal["ema", "model"] = "ema") -> Load
     except ConfigError as error:
         raise CheckpointError(f"{checkpoint.path / STATE}: its configuration cannot be read: {error}") from None
     own = model.state_dict()
-    loaded = {name: tensor for name, tensor in checkpoint.state_dict(weights).items() if name in own}
-    try:
-        model.load_state_dict(loaded)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise CheckpointError(f"{checkpoint.path}: does not fit model '{config.model.name}': {reason}") from None
+    checkpoint.require(weights, own)
+    model.load_state_dict({name: tensor for name, tensor in checkpoint.state_dict(weights).items() if name in own})
     return LoadedRun(model.eval(), config, state)
 
 

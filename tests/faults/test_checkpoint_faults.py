@@ -1,19 +1,24 @@
 """A save that is killed, refused by the disk or damaged later never costs the checkpoint before it."""
 
 import errno
+import hashlib
 import json
 import logging
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
-from dit_fast.checkpoint.step import newest_checkpoint, open_checkpoint
+from dit_fast.checkpoint.manifest import write_manifest
+from dit_fast.checkpoint.step import newest_checkpoint, open_checkpoint, step_folders
 from dit_fast.errors import CheckpointError
 from dit_fast.train import disk
 from dit_fast.train.checkpoints import Checkpoints
+from dit_fast.train.guard import Diverged
+from dit_fast.train.loop import check_fits
 from dit_fast.train.world import World
 
 SHAPES = {"a.weight": (5, 3), "a.bias": (3,), "b": (), "empty": (0, 4)}
@@ -163,6 +168,170 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_message(tmp_path, caplog, fi
     assert_is_step(Checkpoints(tmp_path, WORLD).newest(), 8)
 
 
+def assert_passed_over(run, caplog, reason=""):
+    """The newest of two checkpoints is: with a line that says why, and without a traceback."""
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "dit_fast"):
+        assert_is_step(Checkpoints(run, WORLD).newest(), 4)
+    (line,) = caplog.messages
+    assert "going back to step 4" in line
+    assert reason in line
+    assert "\n" not in line
+
+
+def reseal(folder, file="state.json", **changes):
+    """Changes JSON files with hashes that are right again; without a digest, as older versions wrote."""
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    if file == "state.json":
+        data = json.dumps({**json.loads((folder / file).read_text()), **changes}).encode()
+        (folder / file).write_bytes(data)
+        manifest["files"][file] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    else:
+        manifest |= changes
+    manifest.pop("digest", None)
+    (folder / "MANIFEST.json").write_text(json.dumps(manifest))
+
+
+@pytest.fixture
+def two(tmp_path):
+    save(tmp_path, 4)
+    save(tmp_path, 8)
+    return tmp_path
+
+
+def test_every_flipped_bit_of_a_manifest_is_found(two, caplog):
+    manifest = two / "checkpoints/step_00000008/MANIFEST.json"
+    sound = manifest.read_bytes()
+    content = json.loads(sound)
+    for bit in range(0, 8 * len(sound), 11):
+        data = bytearray(sound)
+        data[bit // 8] ^= 1 << bit % 8
+        manifest.write_bytes(data)
+        try:
+            same = json.loads(data) == content  # white space
+        except ValueError:
+            same = False
+        found, complaints = newest_checkpoint(two, hashes=False)
+        assert (found.step, len(complaints)) == ((8, 0) if same else (4, 1)), data
+
+
+def test_the_step_is_said_in_three_places(two, caplog):
+    folder = two / "checkpoints/step_00000008"
+    for name in ("step_00000008", "step_00000072"):
+        shutil.copytree(folder, two / "aside", dirs_exist_ok=True)
+        folder.rename(two / "checkpoints" / name)
+        if name == "step_00000008":
+            reseal(folder, "MANIFEST.json", step=72)
+        assert_passed_over(two, caplog, "72")
+        shutil.rmtree(two / "checkpoints" / f"{name}.damaged")
+        (two / "aside").rename(folder)
+    reseal(folder, step=12)
+    assert_passed_over(two, caplog, "state.json says step 12")
+    (two / "checkpoints/step_00000008.damaged").rename(two / "copy")
+    reseal(two / "copy", step=8)
+    assert open_checkpoint(two / "copy").step == 8  # under any other name
+
+
+@pytest.mark.parametrize("value", [None, [], True, -1, 1e999, "8", {}, 10**400, [[]]])
+def test_wrong_values_anywhere_are_passed_over(two, caplog, value):
+    folder = two / "checkpoints/step_00000008"
+    sound = {file: (folder / file).read_bytes() for file in ("MANIFEST.json", "state.json")}
+    files = json.loads(sound["MANIFEST.json"])["files"]
+    entry = "model.safetensors"
+    cases = [("MANIFEST.json", {field: value}) for field in ("step", "files", "format", "version", "unknown")]
+    cases += [("MANIFEST.json", {"files": {**files, entry: {**files[entry], k: value}}}) for k in ("bytes", "sha256")]
+    cases += [("MANIFEST.json", {"files": {**files, entry: value}})]
+    cases += [("state.json", {field: value}) for field in ("step", "optimizer_step", "config", "dataset_fingerprint")]
+    cases += [("state.json", {"skipped_steps": [value]})]
+    for file, change in cases:
+        if change in ({"config": {}}, {"dataset_fingerprint": "8"}, {"version": True}):
+            continue
+        reseal(folder, file, **change)
+        found, complaints = newest_checkpoint(two)
+        assert (found.step, len(complaints)) == (4, 1), change
+        assert "\n" not in str(complaints[0])
+        for name, content in sound.items():
+            (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["../../../etc/passwd", "/etc/passwd", "a\0b", "more.safetensors", "optim-1-of-1"])
+def test_a_manifest_names_its_own_files_only(two, caplog, name):
+    folder = two / "checkpoints/step_00000008"
+    files = json.loads((folder / "MANIFEST.json").read_text())["files"]
+    reseal(folder, "MANIFEST.json", files={**files, name: files["state.json"]})
+    assert_passed_over(two, caplog, "damaged (the files it names are")
+
+
+def test_the_right_hash_of_something_else_is_passed_over(two, caplog):
+    folder = two / "checkpoints/step_00000008"
+    files = json.loads((folder / "MANIFEST.json").read_text())["files"]
+    sound = shutil.copytree(folder, two / "sound")
+    for file in ("model.safetensors", "optim-00001-of-00001.safetensors"):
+        for data in (b"", b"x" * 100, (1 << 60).to_bytes(8, "little") + b"{}", b"\2" + bytes(7) + b"[]"):
+            (folder / file).write_bytes(data)
+            entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            (folder / "MANIFEST.json").write_bytes(write_manifest(8, {**files, file: entry}))
+            found, (complaint,) = newest_checkpoint(two)
+            assert found.step == 4
+            assert f"{file}: cannot be read as safetensors" in str(complaint)
+        shutil.copy(sound / file, folder / file)
+
+
+@pytest.mark.parametrize("file", ["MANIFEST.json", "state.json", "ema.safetensors"])
+def test_a_file_the_disk_does_not_give_back_is_passed_over(two, caplog, monkeypatch, file):
+    real, number = Path.open, errno.EIO
+
+    def refuse(self, *arguments, **options):
+        if self.name == file and self.parent.name == "step_00000008":
+            raise OSError(number, os.strerror(number))
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert_passed_over(two, caplog, f"{file}: cannot be read (Input/output error)")
+
+
+@pytest.mark.parametrize("fault", ["missing", "shape", "dtype", "more"])
+@pytest.mark.parametrize("kind", ["model", "ema", "exp_avg", "exp_avg_sq"])
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, fault, kind):
+    save(tmp_path, 4)
+    checkpoint = Checkpoints(tmp_path, WORLD).newest()
+    moments = {name: torch.empty(shape) for name, shape in SHAPES.items()}
+    weights = {**moments, **FROZEN}
+    check_fits(checkpoint, weights, moments)
+    chosen = moments if kind.startswith("exp") else weights
+    if fault == "missing":
+        chosen["c"] = torch.empty(1)
+    elif fault == "more":
+        del chosen["a.bias"]
+    else:
+        chosen["a.bias"] = torch.empty(1) if fault == "shape" else torch.empty(3, dtype=torch.float64)
+    with pytest.raises(CheckpointError, match=r"'(c|a\.bias)'.* was it made by another"):
+        check_fits(checkpoint, weights, moments)
+
+
+@pytest.mark.parametrize("kind", ["model", "ema", "exp_avg", "exp_avg_sq", "frozen"])
+def test_what_is_not_finite_is_neither_saved_nor_read(two, kind, monkeypatch, caplog):
+    broken, frozen = Weights(12), {**FROZEN}
+    real = broken.full_state
+
+    def full_state(asked):
+        for name, tensor in real(asked):
+            yield name, torch.full_like(tensor, float("inf")) if (asked, name) == (kind, "b") else tensor
+
+    broken.full_state = full_state
+    if kind == "frozen":
+        frozen["pos"] = torch.full((2, 3), float("nan"))
+    with pytest.raises(Diverged, match=r"'(b|pos)' is not finite after step 12"):
+        Checkpoints(two, WORLD, keep=1).save(broken, frozen, {"step": 12})
+    assert sorted(path.name for path in (two / "checkpoints").glob("step_*")) == ["step_00000004", "step_00000008"]
+    monkeypatch.setattr(torch, "isfinite", lambda tensor: torch.ones(1, dtype=torch.bool))
+    Checkpoints(two, WORLD).save(broken, frozen, {"step": 12})  # as an older version did
+    monkeypatch.undo()
+    with caplog.at_level(logging.WARNING, "dit_fast"):
+        assert_is_step(Checkpoints(two, WORLD).newest(), 8)
+    assert "is not finite; going back to step 8" in caplog.text
+
+
 def test_never_starts_over_in_silence(tmp_path):
     save(tmp_path, 4)
     _damage(tmp_path / "checkpoints/step_00000004/ema.safetensors", "flip")
@@ -202,6 +371,22 @@ def test_a_full_disk_leaves_a_warning_and_no_debris(tmp_path, monkeypatch, caplo
     assert_is_step(Checkpoints(tmp_path, WORLD).newest(), 4)
     assert save(tmp_path, 12)
     assert_is_step(Checkpoints(tmp_path, WORLD).newest(), 12)
+
+
+@pytest.mark.parametrize("operation", ["sync_folder", "replace"])
+def test_what_fails_after_the_rename_costs_no_older_checkpoint(two, monkeypatch, caplog, operation):
+    """The new one is there, but perhaps not for good: it counts, and the others stay."""
+    real = getattr(disk, operation)
+
+    def refuse(path, *arguments):
+        if path.name in ("checkpoints", "LATEST"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, *arguments)
+
+    monkeypatch.setattr(disk, operation, refuse)
+    assert save(two, 12, keep=1)
+    assert "older checkpoints stay" in caplog.text
+    assert [step for step, _ in step_folders(two)] == [12, 8, 4]
 
 
 def test_free_space_is_looked_at_first(tmp_path, monkeypatch, caplog):

@@ -1,6 +1,8 @@
 """Whole runs in this process: resume, refusals, stop, previews, the journal, and reading the run back."""
 
+import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -10,17 +12,20 @@ import socket
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from toy_runs import arguments, losses, make_shards, rows, tensors
 
 from dit_fast.checkpoint.run import load_run
-from dit_fast.errors import CheckpointError
+from dit_fast.errors import CheckpointError, DataError
 from dit_fast.train import disk, lock, loop
 from dit_fast.train.__main__ import main
+from dit_fast.train.engine import SingleEngine
+from dit_fast.train.feed import Feed
 
 
-def fails(capsys, *command):
+def fails(capsys, *command, status=2):
     """The one line that a wrong command prints."""
-    assert main(list(command)) == 2
+    assert main(list(command)) == status
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dit-fast: error: ")]
     assert len(lines) == 1
     return lines[0]
@@ -157,22 +162,133 @@ def test_without_checkpoint_space_the_run_goes_on_and_says_so_at_its_end(shards,
 
 
 def test_a_nan_is_skipped_and_twenty_stop_the_run(shards, tmp_path, capsys, monkeypatch):
-    real = loop._Run._next
+    poison(monkeypatch, range(5, 40))
+    run = tmp_path / "run"
+    for _ in range(2):  # a restart goes on from a checkpoint inside the streak, and with the streak
+        message = fails(capsys, *arguments(shards, run, "run.steps=40", "run.keep_checkpoints=2"), status=3)
+        assert "no finite gradient in steps 6 to 25" in message
+        assert "newest checkpoint is step 24" in message
+    assert all(torch.isfinite(tensor).all() for tensor in tensors(run, 24).values())
+    assert (run / "checkpoints/step_00000004").is_dir()  # nothing from before the streak goes for what is inside it
+    assert rows(run)[5]["skipped"] == 1
+    assert "loss" not in rows(run)[5]
 
-    def poisoned(self, batches):
-        found = real(self, batches)
-        if found[0]["position"][0] >= 8 * 5:
+
+def poison(monkeypatch, steps):
+    """NaN in the data of these steps (from 0)."""
+    real = Feed.take
+
+    def take(self):
+        found = real(self)
+        if int(found[0]["position"][0]) // 8 in steps:
             found[0]["moments"].fill_(float("nan"))
         return found
 
-    monkeypatch.setattr(loop._Run, "_next", poisoned)
+    monkeypatch.setattr(Feed, "take", take)
+
+
+def test_skipped_steps_are_named_and_a_last_one_is_no_success(shards, tmp_path, capsys, caplog, monkeypatch):
     run = tmp_path / "run"
-    message = fails(capsys, *arguments(shards, run, "run.steps=40"))
-    assert "no finite gradient in steps 6 to 25" in message
-    assert "newest checkpoint is step 24" in message
-    assert all(torch.isfinite(tensor).all() for tensor in tensors(run, 24).values())
-    assert rows(run)[5]["skipped"] == 1
-    assert "loss" not in rows(run)[5]
+    poison(monkeypatch, [2, 5, 7])
+    message = fails(capsys, *arguments(shards, run, "run.steps=8", "run.log_every=4"), status=3)
+    assert "the last step, 8, had no finite gradient and was skipped; 3 of 8 steps" in message
+    assert "newest checkpoint is step 8" in message
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        "1 of the last 4 steps had no finite gradient and were skipped: step 3 (positions 16 to 23)",
+        "3 of the last 8 steps had no finite gradient and were skipped: step 6 (positions 40 to 47), "
+        "step 8 (positions 56 to 63)",
+    ]
+    assert json.loads((run / "checkpoints/step_00000008/state.json").read_text())["skipped_steps"] == [3, 6, 8]
+    assert "the last step, 8" in fails(capsys, *arguments(shards, run, "run.steps=8"), status=3)  # nor later
+    caplog.clear()
+    assert main(arguments(shards, run, "run.steps=10")) == 0
+    assert "3 of 10 steps had no finite gradient and were skipped, lately step 3" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"), [("model", "inf"), ("model", "nan"), ("ema", "inf"), ("exp_avg", "nan"), ("exp_avg_sq", "-inf")]
+)
+def test_what_is_not_finite_is_never_saved_or_drawn(finished, copied, capsys, monkeypatch, kind, value):
+    real, name = SingleEngine.train_step, "final_layer.linear.weight"
+
+    def train_step(self, batches, step, lr):
+        result = real(self, batches, step, lr)
+        if step == 13:
+            dict(self.full_state(kind))[name].view(-1)[3] = float(value)
+        return result
+
+    monkeypatch.setattr(SingleEngine, "train_step", train_step)
+    options = ["run.steps=16", "run.checkpoint_every=1", "run.keep_checkpoints=2", "preview.every=1"]
+    message = fails(capsys, *saved_command(copied, *options, "preview.count=1", "preview.num_steps=1"), status=3)
+    assert f"{kind} of '{name}' is not finite after step 14, so no checkpoint was written" in message
+    assert "the newest checkpoint is step 13" in message
+    kept = sorted(path.name for path in (copied / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000012", "step_00000013"]
+    assert not (copied / "samples/step_00000014.png").exists()
+
+
+def test_an_update_that_breaks_the_weights_ends_the_run(shards, tmp_path, capsys):
+    """Finite gradients, but a rate that gives Inf; the last step is the first to be saved."""
+    options = ["run.checkpoint_every=0", "optimizer.lr=1e30", "optimizer.warmup_steps=0", "optimizer.weight_decay=1e30"]
+    message = fails(capsys, *arguments(shards, tmp_path / "run", *options, "run.steps=2"), status=3)
+    assert "not finite after step 2" in message
+    assert "there is no checkpoint yet" in message
+    assert not list((tmp_path / "run/checkpoints").glob("step_*"))
+
+
+def test_a_preview_of_broken_averages_is_not_drawn(shards, tmp_path, capsys, monkeypatch):
+    real = SingleEngine.train_step
+
+    def train_step(self, batches, step, lr):
+        result = real(self, batches, step, lr)
+        next(self.full_state("ema"))[1].fill_(float("inf"))
+        return result
+
+    monkeypatch.setattr(SingleEngine, "train_step", train_step)
+    message = fails(capsys, *arguments(shards, tmp_path / "run", "preview.every=1"), status=3)
+    assert re.search("ema of '.*' is not finite after step 1, so no preview was drawn; there is no check", message)
+
+
+def test_checkpoints_that_an_older_version_saved_with_nan_are_passed_over(copied, caplog):
+    for kind in ("model", "ema"):
+        path = copied / "checkpoints/step_00000012" / f"{kind}.safetensors"
+        found = load_file(path)
+        found["pos_embed"][0, 0, 0] = float("nan")
+        reseal(path, lambda path=path, found=found: save_file(found, path))
+    assert main(saved_command(copied)) == 0
+    assert "model of 'pos_embed' is not finite; going back to step 8" in caplog.text
+
+
+def reseal(path, change):
+    """Changes a file of a checkpoint and makes the manifest right again, without a digest, as older versions did."""
+    change()
+    manifest = path.with_name("MANIFEST.json")
+    content = json.loads(manifest.read_text())
+    data = path.read_bytes()
+    content["files"][path.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    content.pop("digest", None)
+    manifest.write_text(json.dumps(content))
+
+
+def test_older_checkpoints_resume(copied, finished):
+    """Without a digest in the manifest and without the guard's memory in the state."""
+    shutil.rmtree(copied / "checkpoints/step_00000012")
+    path = copied / "checkpoints/step_00000008/state.json"
+    state = json.loads(path.read_text())
+    del state["skipped_steps"]
+    reseal(path, lambda: path.write_text(json.dumps(state)))
+    assert main(saved_command(copied)) == 0
+    assert same_tensors(copied, finished)
+
+
+def test_tensors_of_another_model_are_refused_before_anything_is_loaded(copied, capsys):
+    path = copied / "checkpoints/step_00000012/optim-00001-of-00001.safetensors"
+    found = load_file(path)
+    name = "exp_avg.final_layer.linear.bias"
+    found[name] = found[name][:1].clone()  # this would be broadcast
+    reseal(path, lambda: save_file(found, path))
+    message = fails(capsys, *saved_command(copied, "run.steps=13"))
+    assert "exp_avg of 'final_layer.linear.bias' is F32 [1], the model's is F32 [48]; was it made by ano" in message
 
 
 def test_previews_come_from_the_averaged_weights(shards, tmp_path):
@@ -255,6 +371,115 @@ def test_corrupt_data_stops_with_the_member_named(tmp_path, capsys):
     data = bytearray(tar.read_bytes())
     data[1024 + 200] ^= 255
     tar.write_bytes(data)
-    message = fails(capsys, *arguments(broken, tmp_path / "run"))
+    message = fails(capsys, *arguments(broken, tmp_path / "run", "run.checkpoint_every=0"))
     assert tar.name in message
     assert "rank 0" in message
+    (saved,) = (tmp_path / "run/checkpoints").glob("step_*")
+    assert len(rows(tmp_path / "run")) == int(saved.name[5:])  # not a step is lost
+
+
+@pytest.mark.parametrize(
+    ("first", "error"), [(0, DataError("no luck")), (1, DataError("no luck")), (3, RuntimeError("bug"))]
+)
+def test_data_that_ends_early_loses_no_step(shards, tmp_path, capsys, monkeypatch, first, error):
+    """The first step (from 0) without data: all before it are saved, then the error is told."""
+    real = loop.build_loader
+
+    def ending(*arguments, **options):
+        for number, batch in enumerate(real(*arguments, **options)):
+            if number == 4 * first + 2:
+                raise error
+            yield batch
+
+    monkeypatch.setattr(loop, "build_loader", ending)
+    command = arguments(shards, tmp_path / "run", "run.checkpoint_every=0", "run.steps=5")
+    if isinstance(error, DataError):
+        assert "rank 0: no luck" in fails(capsys, *command)
+    else:  # a fault of the program keeps its traceback
+        with pytest.raises(RuntimeError, match="bug"):
+            main(command)
+    saved = [path.name for path in (tmp_path / "run/checkpoints").glob("step_*")]
+    assert saved == ([f"step_{first:08d}"] if first else [])
+
+
+def test_a_killed_loader_process_loses_no_step(shards, tmp_path, capsys, monkeypatch):
+    """The death comes in the middle of a step; torch would raise from its handler there."""
+    real, killed = SingleEngine.train_step, []
+
+    def train_step(self, batches, step, lr):
+        if step == 4:
+            killed.extend(multiprocessing.active_children())
+            for process in killed:
+                process.kill()
+                process.join()
+        return real(self, batches, step, lr)
+
+    monkeypatch.setattr(SingleEngine, "train_step", train_step)
+    run, options = tmp_path / "run", ["run.checkpoint_every=0", "data.num_workers=1", "run.steps=40"]
+    message = fails(capsys, *arguments(shards, run, *options))
+    assert killed
+    assert re.search("rank 0: a data loading process died", message), message
+    (saved,) = (run / "checkpoints").glob("step_*")
+    assert len(rows(run)) == int(saved.name[5:]) >= 5
+
+
+def test_interrupt_saves_and_a_second_one_does_not(shards, tmp_path, monkeypatch, capsys):
+    run, real = tmp_path / "run", loop.learning_rate
+    times = {5: 1, 8: 2}
+
+    def at_step(config, step):
+        for _ in range(times.get(step, 0)):
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(config, step)
+
+    monkeypatch.setattr(loop, "learning_rate", at_step)
+    assert main(arguments(shards, run, "run.checkpoint_every=0")) == 0
+    assert (run / "checkpoints/step_00000007").is_dir()
+    assert main(arguments(shards, run, "run.checkpoint_every=0")) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_00000007"]
+
+
+@pytest.mark.parametrize("when", ["last step", "after the end"])
+def test_a_stop_file_does_not_outlive_the_run_it_was_for(shards, tmp_path, monkeypatch, when):
+    run, real = tmp_path / "run", loop.learning_rate
+
+    def at_step(config, step):
+        if step == 3:
+            (run / "STOP").touch()
+        return real(config, step)
+
+    if when == "last step":
+        monkeypatch.setattr(loop, "learning_rate", at_step)
+    assert main(arguments(shards, run, "run.steps=4")) == 0
+    if when == "after the end":
+        (run / "STOP").touch()
+        assert main(arguments(shards, run, "run.steps=4")) == 0
+    assert not (run / "STOP").exists()
+
+
+def test_a_preview_lost_to_a_kill_is_drawn_at_the_next_start(shards, tmp_path):
+    run = tmp_path / "run"
+    options = ["preview.every=4", "preview.count=1", "preview.num_steps=1", "run.steps=6"]
+    assert main(arguments(shards, run, *options)) == 0
+    samples = {path: path.read_bytes() for path in (run / "samples").iterdir()}
+    assert [path.name for path in sorted(samples)] == ["step_00000004.png", "step_00000006.png"]
+    shutil.copytree(run, tmp_path / "earlier")
+    shutil.rmtree(tmp_path / "earlier/checkpoints/step_00000006")
+    for folder in (run, tmp_path / "earlier"):  # killed before the last one, and before the one in the middle
+        shutil.rmtree(folder / "samples")
+        assert main(arguments(shards, folder, *options)) == 0
+    assert (run / "samples/step_00000006.png").read_bytes() == samples[run / "samples/step_00000006.png"]
+    assert all((tmp_path / "earlier/samples" / path.name).read_bytes() == data for path, data in samples.items())
+
+
+def test_leftovers_of_a_kill_go_at_the_next_start(copied):
+    left = ["config.json.tmp", "metrics.jsonl.tmp", "checkpoints/LATEST.tmp", "samples/.step_00000003.partial.png"]
+    (copied / "samples").mkdir()
+    (copied / "checkpoints/step_00000016.partial").mkdir()
+    for name in left:
+        (copied / name).write_text("half")
+    (copied / "mine.tmp").write_text("the user's own")
+    assert main(saved_command(copied)) == 0
+    assert not [name for name in (*left, "checkpoints/step_00000016.partial") if (copied / name).exists()]
+    assert (copied / "mine.tmp").exists()

@@ -35,7 +35,36 @@ def test_guard_names_a_value_that_is_not_finite():
         guard.values(20, {"loss": 1.0, "repa/alignment": float("nan")})
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_guard_goes_on_from_a_checkpoint():
+    """A streak is a streak across restarts; of all earlier skips only the recent ones are kept."""
+    guard = Guard(patience=4, batch=8)
+    for step in range(1, 201):
+        guard.after_step(step, step not in (5, 150, 199, 200))
+    assert guard.state() == [150, 199, 200]
+    again = Guard(newest=200, patience=4, skipped=4, recent=guard.state(), batch=8)
+    assert again.in_a_row(200) == 2
+    assert again.warning(200) is None  # reported before the restart
+    again.after_step(201, False)
+    with pytest.raises(Diverged, match="steps 199 to 202"):
+        again.after_step(202, False)
+
+
+def test_guard_warns_of_more_than_one_in_twenty():
+    guard = Guard(batch=8)
+    said = []
+    for step in range(1, 301):
+        guard.after_step(step, step not in (40, 80, 120, 160, *range(200, 205)))
+        if step % 20 == 0:
+            said.append((step, guard.warning(step)))
+    texts = {step: text for step, text in said if text}
+    assert list(texts) == [220]  # 7 of the last 100: 120, 160, 200 to 204
+    assert texts[220].startswith("7 of the last 100 steps")
+    assert "step 204 (positions 1624 to 1631)" in texts[220]
+    assert guard.finish(301) is None  # 9 of 301
+    assert "20 of 301 steps" in Guard(skipped=20, batch=8).finish(301)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_stop_is_agreed_one_call_later(tmp_path, number):
     before = signal.getsignal(number)
     with StopRequest(tmp_path, ALONE) as stop:
@@ -46,11 +75,36 @@ def test_stop_is_agreed_one_call_later(tmp_path, number):
 
 
 def test_stop_file_is_seen_and_cleared(tmp_path):
-    stop = StopRequest(tmp_path, ALONE)
-    (tmp_path / "STOP").touch()
-    assert [stop.agreed(), stop.agreed()] == [False, True]
-    stop.clear()
+    with StopRequest(tmp_path, ALONE) as stop:
+        (tmp_path / "STOP").touch()
+        assert [stop.agreed(), stop.agreed()] == [False, True]
     assert not (tmp_path / "STOP").exists()
+
+
+def test_a_second_interrupt_leaves_at_once(tmp_path, capfd):
+    with StopRequest(tmp_path, ALONE):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert "Ctrl-C again leaves at once" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_ignored_interrupt_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for jobs in the background
+    try:
+        with StopRequest(tmp_path, ALONE):
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_stop_beats_missing_data(tmp_path):
+    stop = StopRequest(tmp_path, ALONE)
+    assert [stop.agreed(failed=True), stop.agreed(), stop.failed] == [False, True, True]
+    (tmp_path / "STOP").touch()
+    stop = StopRequest(tmp_path, ALONE)
+    assert [stop.agreed(failed=True), stop.agreed(), stop.failed] == [False, True, False]
 
 
 def test_metrics_after_the_resumed_step_go(tmp_path):

@@ -1,0 +1,125 @@
+"""MANIFEST.json and state.json of a checkpoint: what stands in them, and reading them without believing them.
+
+A manifest names the step, bytes and sha256 of each file, and has a digest of itself; the first ones written have none.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dit_fast.errors import CheckpointError
+
+FORMAT = "dit_fast checkpoint"
+VERSION = 1
+MANIFEST, STATE = "MANIFEST.json", "state.json"
+WEIGHTS = ("model.safetensors", "ema.safetensors")
+_KEYS = {"format", "version", "step", "files"}
+_OPTIM = re.compile(r"optim-(\d{5})-of-(\d{5})\.safetensors", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_FIELDS: dict[str, type | tuple[type, ...]] = {  # of state.json, where they are there
+    "step": int,
+    "samples_seen": int,
+    "optimizer_step": int,
+    "seed": int,
+    "dataset_fingerprint": str,
+    "ema_decay": (int, float),
+    "config": dict,
+    "ranks": int,
+    "micro_batch": int,
+    "versions": dict,
+    "saved_at": str,
+    "skipped_steps": list,
+}
+
+
+class State(dict[str, Any]):
+    """The content of state.json. Reading a field that is not there raises CheckpointError."""
+
+    path: Path
+
+    def __missing__(self, key: str) -> Any:
+        raise CheckpointError(f"{self.path}: has no field '{key}'")
+
+
+def optimizer_file(k: int, count: int) -> str:
+    """Name of the moments' file k (from 0) of `count`."""
+    return f"optim-{k + 1:05d}-of-{count:05d}.safetensors"
+
+
+def write_manifest(step: int, files: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """MANIFEST.json; files: name -> {"bytes", "sha256"}."""
+    manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
+    return json.dumps({**manifest, "digest": _digest(manifest)}, indent=1).encode()
+
+
+def read_manifest(path: Path) -> tuple[int, dict[str, tuple[int, str]]]:
+    """(step, name -> (bytes, sha256)) of a MANIFEST.json. Raises CheckpointError saying what is wrong with it."""
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        found = f"format {manifest.get('format')!r:.40} version {manifest.get('version')!r:.40}"
+        raise CheckpointError(f"{path}: {found}; this dit_fast reads {FORMAT!r} version {VERSION}")
+    if manifest.keys() - {"digest"} != _KEYS:
+        raise CheckpointError(f"{path}: damaged (has the keys {', '.join(sorted(manifest)):.200})")
+    if "digest" in manifest and manifest["digest"] != _digest(manifest):
+        raise CheckpointError(f"{path}: damaged (its digest is of other content)")
+    step, files = manifest["step"], manifest["files"]
+    if not _is_count(step):
+        raise CheckpointError(f"{path}: damaged (step is {step!r:.40})")
+    _check_names(path, files)
+    for name, entry in files.items():
+        sound = isinstance(entry, dict) and _is_count(entry.get("bytes")) and isinstance(entry.get("sha256"), str)
+        if not (sound and _SHA256.fullmatch(entry["sha256"])):
+            raise CheckpointError(f"{path}: damaged (entry of {name})")
+    return step, {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+
+
+def read_state(path: Path) -> State:
+    """The content of a state.json. Raises CheckpointError naming a field whose type or value is wrong."""
+    state = State(read_json(path))
+    state.path = path
+    for name, kind in _FIELDS.items():
+        if name in state and not (_is_count(state[name]) if kind is int else isinstance(state[name], kind)):
+            raise CheckpointError(f"{path}: damaged ({name} is {state[name]!r:.40})")
+    step: int = state["step"]
+    applied: int = state.get("optimizer_step", 0)
+    skipped: list[Any] = state.get("skipped_steps", [])
+    if applied > step:
+        raise CheckpointError(f"{path}: damaged ({applied} updates in {step} steps)")
+    if not all(_is_count(number) and 0 < number <= step for number in skipped) or sorted({*skipped}) != skipped:
+        raise CheckpointError(f"{path}: damaged (skipped_steps is {skipped!r:.40})")
+    return state
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError where there is none."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: is missing, so {path.parent} is not a complete checkpoint") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: is not a JSON object")
+    return value
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """sha256 of everything else in a manifest, as JSON with sorted keys and without spaces."""
+    rest = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _check_names(path: Path, files: Any) -> None:
+    """Exactly the files of a checkpoint: what a manifest names is opened, so a path has no place in it."""
+    names = set(files) if isinstance(files, dict) else set()
+    parts = [match for name in names if (match := _OPTIM.fullmatch(name))]
+    count = int(parts[0][2]) if parts else 0
+    if names != {STATE, *WEIGHTS, *(optimizer_file(k, count) for k in range(count))}:
+        raise CheckpointError(f"{path}: damaged (the files it names are {', '.join(sorted(names)) or None!s:.200})")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
