@@ -25,6 +25,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {  # of state.json, where they are
     "optimizer_step": int,
     "seed": int,
     "dataset_fingerprint": str,
+    "dataset_root": str,
     "ema_decay": (int, float),
     "config": dict,
     "ranks": int,

@@ -41,8 +41,8 @@ class LoadedRun(NamedTuple):
             if dataset.info.fingerprint == self.state.get("dataset_fingerprint"):
                 return dataset
             errors.append(
-                f"{place}: another data set (fingerprint {dataset.info.fingerprint[:12]}) than the one this run was "
-                f"trained on ({str(self.state.get('dataset_fingerprint'))[:12]}); name the place of that one with --data"
+                f"{place}: another data set ({dataset.info.fingerprint[:12]}) than the one this run was trained on "
+                f"({self.state['dataset_fingerprint'][:12]}); name the place of that one with --data"
             )
         raise DataError(errors[-1])
 

@@ -419,7 +419,7 @@ def test_a_killed_loader_process_loses_no_step(shards, tmp_path, capsys, monkeyp
     run, options = tmp_path / "run", ["run.checkpoint_every=0", "data.num_workers=1", "run.steps=40"]
     message = fails(capsys, *arguments(shards, run, *options))
     assert killed
-    assert re.search("rank 0: a data loading process died", message), message
+    assert re.search("rank 0: a loader worker was killed", message), message
     (saved,) = (run / "checkpoints").glob("step_*")
     assert len(rows(run)) == int(saved.name[5:]) >= 5
 
