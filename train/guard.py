@@ -21,7 +21,9 @@ SHOWN = 10  # of them named in one message
 
 
 class Diverged(UserError):
-    """The run produces no finite numbers any more. What is in its checkpoints is finite. Exit status 3."""
+    """The run produces no finite numbers any more. What is in its checkpoints is finite."""
+
+    status = 3
 
 
 class Guard:
