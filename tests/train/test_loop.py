@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -228,8 +229,8 @@ def test_what_is_not_finite_is_never_saved_or_drawn(finished, copied, capsys, mo
 
 
 def test_an_update_that_breaks_the_weights_ends_the_run(shards, tmp_path, capsys, monkeypatch):
-    """Finite gradients, but a rate beyond float32; the last step is the first to be saved."""
-    monkeypatch.setattr(loop, "learning_rate", lambda config, step: 1e39)
+    """Finite gradients, but an update that is not; the last step is the first to be saved."""
+    monkeypatch.setattr(loop, "learning_rate", lambda config, step: math.inf)
     options = ["run.checkpoint_every=0", "run.steps=1"]
     message = fails(capsys, *arguments(shards, tmp_path / "run", *options), status=3)
     assert re.search("model of '.*' is not finite after step 1", message)
