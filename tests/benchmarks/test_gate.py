@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from cases import loop_over
 
 from dit_fast.benchmarks import __main__, cases, run
 from dit_fast.benchmarks.cases import BENCHMARKS
@@ -50,7 +51,7 @@ def test_tests_that_hang_or_are_not_there_show_no_speed(checkout):
         run_tests("op", ["tests/test_op.py"], root=checkout, seconds=0.3)
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("content", "message"),
     [
         (RECORD.format("tests.test_op", "<failure/>"), "tests/test_op.py::test_x fails"),
@@ -89,14 +90,13 @@ def test_equal_sides_agree():
     assert errors == {"outputs": 0, "gradients": 0}
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("other", "kind"),
     [
         (lambda x: (x[0].square() * 1.001,), "outputs"),
         (lambda x: (x[0].square() * x[0].detach().new_tensor(float("nan")),), "outputs"),
         (lambda x: (x[0].detach() * x[0],), "gradients"),
     ],
-    ids=["value", "nan", "gradient"],
 )
 def test_a_side_that_computes_something_else_shows_no_speed(other, kind):
     wrong = case(other)

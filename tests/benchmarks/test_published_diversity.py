@@ -1,7 +1,7 @@
 """The restated baselines compute what they stand for: values equal ours to 1e-5, gradients to 1e-4."""
 
-import pytest
 import torch
+from cases import loop_over
 from golden import assert_close, golden, golden_names
 
 from dit_fast.benchmarks.baselines.published_diversity import published_diversity_loss
@@ -20,8 +20,8 @@ def features(blocks=7, seed=0):
     return [(sign * common + torch.randn(3, 11, 24, generator=generator)).requires_grad_() for sign in signs]
 
 
-@pytest.mark.parametrize("checks", [True, False])
-@pytest.mark.parametrize(("blocks", "depth"), [(12, None), (12, 8), (12, 4), (7, None), (2, None), (3, None)])
+@loop_over("checks", [True, False])
+@loop_over(("blocks", "depth"), [(12, None), (12, 8), (12, 4), (7, None), (2, None), (3, None)])
 def test_values_and_gradients_equal_ours(blocks, depth, checks):
     x = features(blocks)
     pairs = select_pairs("release", blocks, encoder_depth=depth)
@@ -33,7 +33,7 @@ def test_values_and_gradients_equal_ours(blocks, depth, checks):
     assert_close(torch.stack(torch.autograd.grad(ours.total, x)), expected, 1e-4)
 
 
-@pytest.mark.parametrize("name", golden_names("diversity_"))
+@loop_over("name", golden_names("diversity_"))
 def test_equals_the_recorded_values_of_the_original(name):
     data = golden(name)
     theirs = published_diversity_loss(list(data.tensor("in/features")), start=data.meta["pairs"][0][0])
@@ -48,7 +48,7 @@ def test_blocks_that_are_not_finite_are_passed_over():
     assert torch.equal(published_diversity_loss(x, max_pairs=6).total, published_diversity_loss(without).total)
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.4, 4.0])
+@loop_over("scale", [0.0, 0.4, 4.0])
 def test_the_published_weight_is_ours_undetached(scale):
     generator = torch.Generator().manual_seed(1)
     common = scale * torch.randn(2, 16, 160, generator=generator)

@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from cases import loop_over
 
 from dit_fast.benchmarks.timing import MINIMUM_ROUNDS, HostClock, interleave, sets_to_rotate, summarise
 
@@ -26,7 +27,7 @@ class FakeClock:
         return self.ticks
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 50])
+@loop_over("count", [1, 2, 5, 50])
 def test_median_and_quartiles(count):
     samples = np.random.default_rng(0).exponential(size=count).tolist()
     found = summarise(samples)
@@ -59,7 +60,7 @@ def test_sides_take_turns_and_inputs_move_on_with_every_call():
     assert result == {name: [[0.25, 0.25]] * 4 for name in "ABC"}
 
 
-@pytest.mark.parametrize(("seconds", "rounds"), [(0, MINIMUM_ROUNDS), (10, MINIMUM_ROUNDS + 10), (1e9, 40)])
+@loop_over(("seconds", "rounds"), [(0, MINIMUM_ROUNDS), (10, MINIMUM_ROUNDS + 10), (1e9, 40)])
 def test_time_ends_a_measurement_but_never_before_the_minimum(seconds, rounds):
     now = itertools.count().__next__  # one second per look at the clock, which is taken after the minimum only
     result = interleave(sides([]), FakeClock(), samples=40, seconds=seconds, now=now)
@@ -85,7 +86,7 @@ def test_garbage_collection_is_on_again_after_an_error():
     assert gc.isenabled()
 
 
-@pytest.mark.parametrize(("each", "cache", "count"), [(100, 10, 2), (100, 100, 4), (30, 100, 14), (0, 8, 32)])
+@loop_over(("each", "cache", "count"), [(100, 10, 2), (100, 100, 4), (30, 100, 14), (0, 8, 32)])
 def test_enough_sets_to_leave_the_cache(each, cache, count):
     assert sets_to_rotate(each, cache) == count
     assert count == 2 or count * max(each, 1) >= 4 * cache

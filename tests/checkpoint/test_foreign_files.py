@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pytest
 import torch
+from cases import loop_over
 from deterministic_fill import tiny_state
 from safetensors.torch import save_file
 
@@ -124,7 +125,7 @@ def test_plain_values_beside_the_weights_are_no_obstacle(tmp_path):
     assert read_published(tmp_path / "a.pt")["args"].dir == PurePosixPath("/data")
 
 
-@pytest.mark.parametrize("where", ["state_dict", "module"])
+@loop_over("where", ["state_dict", "module"])
 def test_state_dicts_of_other_trainers(where):
     """Lightning and DeepSpeed; a trainer that is itself a module puts its attribute's name before each parameter."""
     content = _training_checkpoint()
@@ -137,7 +138,7 @@ def test_state_dicts_of_other_trainers(where):
         load_official({where: {**owned, "vae": torch.zeros(1)}}, "repa", num_heads=4)
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("change", "reason"),
     [
         (lambda state: {**state, 3: torch.zeros(1)}, "entry 3 is named by int"),

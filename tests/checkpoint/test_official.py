@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from cases import loop_over
 from deterministic_fill import tiny_state
 from golden import assert_close, golden, golden_names
 
@@ -54,7 +55,7 @@ def test_import_copies_and_leaves_the_source_alone():
     _same(state, before)
 
 
-@pytest.mark.parametrize("family", ["sit", "repa", "diversedit"])
+@loop_over("family", ["sit", "repa", "diversedit"])
 def test_mixed_dtypes_and_shuffled_order_survive(family):
     if family == "sit":
         state, arguments = _sit_state(), {"num_heads": 4}
@@ -151,13 +152,13 @@ def test_diversedit_without_wiring_is_refused_with_the_reason():
         load_official(tiny_state("off"), "repa", num_heads=4, skip_wiring="input")
 
 
-@pytest.mark.parametrize("family", ["dit", "reg", "sra", "mean_flow", "self_transcendence", "repa_e", "rape"])
+@loop_over("family", ["dit", "reg", "sra", "mean_flow", "self_transcendence", "repa_e", "rape"])
 def test_other_families_say_what_is_supported(family):
     with pytest.raises(ConfigError, match="repa, sit, diversedit"):
         load_official(tiny_state("off"), family, num_heads=4)
 
 
-@pytest.mark.parametrize(
+@loop_over(
     "key",
     [
         "pos_embed",
@@ -182,9 +183,7 @@ def test_missing_and_misshapen_keys_are_named(key):
         load_official({**state, key: state[key][..., :-1]}, **arguments)
 
 
-@pytest.mark.parametrize(
-    "key", ["skip_linears.2.linear.weight", "factorization_head.weight", "blocks.0.attn.qkv.scale"]
-)
+@loop_over("key", ["skip_linears.2.linear.weight", "factorization_head.weight", "blocks.0.attn.qkv.scale"])
 def test_extra_keys_are_named(key):
     with pytest.raises(CheckpointError, match=f"extra key '{key}'"):
         load_official({**tiny_state("output"), key: torch.zeros(3)}, "diversedit", num_heads=4, skip_wiring="output")

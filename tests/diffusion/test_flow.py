@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cases import loop_over
 from golden import assert_close
 
 from dit_fast.diffusion import Path, flow_loss, logit_normal, lognormal, time_sampler, uniform, velocity_error
@@ -14,7 +15,7 @@ def random(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine"])
+@loop_over("name", ["linear", "cosine"])
 def test_velocity_is_the_derivative_of_the_path(name):
     path, x, noise = Path(name), random(3, 4, 5, 5), random(3, 4, 5, 5, seed=1)
     t = torch.tensor([0.0, 0.37, 1.0], dtype=torch.float64)
@@ -26,7 +27,7 @@ def test_velocity_is_the_derivative_of_the_path(name):
     assert_close(x_t[2], noise[2], 1e-15)
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine"])
+@loop_over("name", ["linear", "cosine"])
 def test_coefficients_of_floats_and_tensors_agree(name):
     for t in (0.0, 0.3, 1.0):
         tensors = Path(name).coefficients(torch.tensor([t], dtype=torch.float64))
@@ -39,7 +40,7 @@ def test_known_values_of_the_cosine_path():
     assert (alpha, sigma, d_alpha, d_sigma) == pytest.approx((half, half, -math.pi / 2 * half, math.pi / 2 * half))
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("call", "message"),
     [
         (lambda: Path("gvp"), "path 'gvp'.*linear, cosine"),
@@ -86,7 +87,7 @@ def test_draws_repeat_by_generator_and_by_position():
     assert not torch.equal(times.keyed(8, torch.arange(10)), whole)
 
 
-@pytest.mark.parametrize("path", ["linear", "cosine"])
+@loop_over("path", ["linear", "cosine"])
 def test_loss_is_the_mean_squared_error_per_sample(path):
     x, noise, t, y = (
         random(3, 2, 4, 4),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import loop_over
 from deterministic_fill import fill, tiny_model
 from golden import assert_close, golden, golden_names
 
@@ -25,7 +26,7 @@ def test_published_samples(name):
         assert_close(ours, data.tensor(f"out64/{call}"), 1e-6)
 
 
-@pytest.mark.parametrize("name", golden_names("officialsit_"))
+@loop_over("name", golden_names("officialsit_"))
 def test_samples_of_the_official_sit(name):
     """Three of four channels are guided by default; n points of its Euler grid are n - 1 steps."""
     data = golden(name)
@@ -44,7 +45,7 @@ def test_samples_of_the_official_sit(name):
         assert_close(ours, data.tensor(f"out/{call}"), 1e-5)
 
 
-@pytest.mark.parametrize("name", golden_names("sit_", "repa_", "diversedit_"))
+@loop_over("name", golden_names("sit_", "repa_", "diversedit_"))
 def test_published_denoising_loss(name):
     data = golden(name)
     meta = data.meta
@@ -88,7 +89,7 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("wiring", list(ROWS))
+@loop_over("wiring", list(ROWS))
 def test_loss_rows_of_the_deterministic_fill(wiring):
     model, x, noise = tiny_model(wiring), fill("golden.x", SHAPE, 4), fill("golden.eps", SHAPE, 4)
     t, y = torch.tensor([0.3, 0.85], dtype=torch.float64), torch.tensor([7, 1000])
@@ -113,7 +114,7 @@ def test_sampler_rows_of_the_deterministic_fill(wiring, call, monkeypatch):
     assert ours.norm().item() == pytest.approx(norm, rel=1e-6)
 
 
-@pytest.mark.parametrize("wiring", list(ROWS))
+@loop_over("wiring", list(ROWS))
 def test_projector_row_of_the_deterministic_fill(wiring):
     model, x = tiny_model(wiring), fill("golden.x", SHAPE, 4)
     _, features = model(x, torch.tensor([0.3, 0.85], dtype=torch.float64), torch.tensor([7, 1000]), taps=(1,))

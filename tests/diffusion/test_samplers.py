@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import loop_over
 from golden import assert_close
 from torch import nn
 
@@ -43,7 +44,7 @@ def labels(count):
     return torch.arange(count) % 3
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("sampler", "num_steps", "slope"),
     [
         ("euler", 10, 0.4307826049),
@@ -59,7 +60,7 @@ def test_ode_on_gaussian_data(sampler, num_steps, slope):
     assert_close(sample(Exact(), noise, labels(3), sampler, num_steps), 0.5 + slope * noise, 1e-9)
 
 
-@pytest.mark.parametrize(("num_steps", "std"), [(50, 0.4920546895), (250, 0.4943431060)])
+@loop_over(("num_steps", "std"), [(50, 0.4920546895), (250, 0.4943431060)])
 def test_sde_on_gaussian_data(num_steps, std):
     """The exact velocity is affine, so one unit impulse per source of noise gives the exact standard deviation."""
     impulses = torch.eye(num_steps + 1, dtype=torch.float64)[:, :num_steps]  # the last row: no noise at all
@@ -85,7 +86,7 @@ def test_sde_on_the_cosine_path_reaches_the_data():
     assert abs(draws[1].std().item() - 0.5) > 0.05
 
 
-@pytest.mark.parametrize(("sampler", "evaluations"), [("euler", 250), ("heun", 499), ("sde", 250)])
+@loop_over(("sampler", "evaluations"), [("euler", 250), ("heun", 499), ("sde", 250)])
 def test_number_of_evaluations(sampler, evaluations):
     model = Small()
     sample(model, torch.zeros(1, 2, 3, 3), labels(1), sampler, 250, generator=torch.Generator())
@@ -112,7 +113,7 @@ def test_heun_keeps_the_decision_of_the_first_evaluation():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("scale", [1.8, 0.5, 0.0, -1.0])
+@loop_over("scale", [1.8, 0.5, 0.0, -1.0])
 def test_every_scale_but_one_mixes_label_and_null_label(scale):
     """One Euler step over the whole path shows the velocity."""
     model, x, y = Small(), torch.randn(2, 2, 3, 3), labels(2)
@@ -139,7 +140,7 @@ def test_first_three_channels_are_guided_where_the_model_says_so():
     assert torch.equal(sample(model, x, y, num_steps=1, cfg_scale=3.0, cfg_channels="all"), every)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@loop_over("dtype", [torch.float32, torch.float64])
 def test_state_is_float64_and_the_model_sees_its_own_dtype(dtype):
     model = Small().to(dtype)
     assert sample(model, torch.ones(1, 2, 3, 3), labels(1), num_steps=2).dtype == torch.float64
@@ -163,8 +164,8 @@ def test_generator_gives_one_normal_of_the_state_per_noisy_step():
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("sampler", list(SAMPLERS))
-@pytest.mark.parametrize("chunk", [4, 7])
+@loop_over("sampler", list(SAMPLERS))
+@loop_over("chunk", [4, 7])
 def test_image_k_does_not_depend_on_the_split(sampler, chunk):
     """methods.md §7.5, item 22: the same bytes for any order and any share of the indices, at equal chunk size."""
     model, count = Small(), 11
@@ -202,7 +203,7 @@ def test_progress_counts_every_step_of_every_chunk():
     assert seen == [(i, 6) for i in range(1, 7)]
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("change", "message"),
     [
         ({"sampler": "dopri5"}, "'dopri5'.*euler, heun, sde"),

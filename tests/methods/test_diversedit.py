@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import loop_over
 from golden import assert_close, golden, golden_names
 
 from dit_fast.checkpoint import load_official
@@ -21,7 +22,7 @@ def run(first, *seconds):
     return [(first, second) for second in seconds]
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("depth", "blocks", "expected"),
     [
         (8, 12, run(1, *range(2, 12))),
@@ -65,7 +66,7 @@ def test_random_layers_are_redrawn_each_step_and_repeat():
     assert select_pairs("random_layers", 6, k=10) == list(combinations(range(6), 2))
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("arguments", "message"),
     [
         (("release", 12, 10), "starts at block -1.*encoder_depth <= 9"),
@@ -96,7 +97,7 @@ WEIGHTS = [
 ]
 
 
-@pytest.mark.parametrize(("value", "weight", "multiplier", "continuous"), WEIGHTS)
+@loop_over(("value", "weight", "multiplier", "continuous"), WEIGHTS)
 def test_adaptive_weight(value, weight, multiplier, continuous):
     for detach, slope in ((True, weight), (False, multiplier)):
         loss = torch.tensor(value, dtype=torch.float64, requires_grad=True)
@@ -108,7 +109,7 @@ def test_adaptive_weight(value, weight, multiplier, continuous):
     assert adaptive_weight(loss, form="continuous").item() == pytest.approx(continuous, abs=1e-12)
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("loss", "weight"),
     [(0.0016018489, 0), (0.3677005898, 0.5354011795), (0.4437101009, 0.6874202019), (0.1015913237, 0.0031826474)],
 )
@@ -116,7 +117,7 @@ def test_adaptive_weight_of_the_table(loss, weight):
     assert adaptive_weight(torch.tensor(loss, dtype=torch.float64)).item() == pytest.approx(weight, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", golden_names("diversity_"))
+@loop_over("name", golden_names("diversity_"))
 def test_published_pairs_and_weight(name):
     data = golden(name)
     meta, features = data.meta, data.tensor("in/features")
@@ -162,7 +163,7 @@ def test_term_carries_loss_weight_and_logs():
     }
 
 
-@pytest.mark.parametrize(("pairs", "blocks"), [("release", range(4, 12)), ("anchor", range(4, 8))])
+@loop_over(("pairs", "blocks"), [("release", range(4, 12)), ("anchor", range(4, 8))])
 def test_paper_variant_asks_for_and_reads_only_the_blocks_in_the_pairs(pairs, blocks):
     method = DiverseDiT(DiverseDiT.Config(pairs=pairs, encoder_depth=5, k=3, variant="paper"))
     taps = method.taps(FACTS)
@@ -179,7 +180,7 @@ def test_release_variant_and_random_layers_ask_for_all_blocks():
         assert DiverseDiT(config).taps(FACTS) == set(range(12))
 
 
-@pytest.mark.parametrize("variant", ["release", "paper"])
+@loop_over("variant", ["release", "paper"])
 def test_random_layers_follow_the_step(variant):
     method = DiverseDiT(DiverseDiT.Config(pairs="random_layers", k=3, variant=variant))
     features = random_features(range(12))
@@ -248,9 +249,9 @@ def test_published_training_loss_and_gradients(name):
         assert_close(gradients[key].norm(), value.reshape(()), 1e-4, extra=1e-7 * whole)
 
 
-@pytest.mark.parametrize("wiring", ["off", "input", "output"])
-@pytest.mark.parametrize("pairs", ["release", "all"])
-@pytest.mark.parametrize("checkpoint_blocks", [False, True])
+@loop_over("wiring", ["off", "input", "output"])
+@loop_over("pairs", ["release", "all"])
+@loop_over("checkpoint_blocks", [False, True])
 def test_taps_in_the_model_give_the_gradients_of_the_plain_loss(wiring, pairs, checkpoint_blocks):
     """The collector folds the loss into each block's backward; without it the loss reads the features. fp64 to 1e-9."""
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from cases import loop_over
 from torch import nn
 
 from dit_fast.config import TrainConfig
@@ -133,7 +134,7 @@ class Deep(Brightness):
         return frozenset({facts.depth})
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("call", "message"),
     [
         (

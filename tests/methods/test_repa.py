@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import loop_over
 from golden import assert_close
 
 from dit_fast.errors import ConfigError
@@ -72,7 +73,7 @@ def test_term_aligns_the_block_counted_from_one():
     assert term.weight == 0.7
 
 
-@pytest.mark.parametrize("depth", [0, 5])
+@loop_over("depth", [0, 5])
 def test_depth_outside_the_model_is_named(depth):
     with pytest.raises(ConfigError, match=rf"repa.encoder_depth={depth}.*1\.\.4"):
         REPA(REPA.Config(encoder_depth=depth)).taps(ModelFacts.of(small()))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import loop_over
 from deterministic_fill import fill, tiny_model
 
 from dit_fast.diffusion import flow_loss
@@ -37,7 +38,7 @@ def test_velocity_and_projector_tap(wiring):
     torch.testing.assert_close(torch.stack(ours), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize(("wiring", "path"), LOSS)
+@loop_over(("wiring", "path"), LOSS)
 def test_denoising_loss(wiring, path):
     x, noise = fill("golden.x", (2, 4, 8, 8), 4), fill("golden.eps", (2, 4, 8, 8), 4)
     with torch.no_grad():
@@ -54,7 +55,7 @@ def test_position_embedding_is_the_published_one():
     torch.testing.assert_close(row, torch.tensor([0.9092974, -0.4161468, 0.8414710, 0.5403023]), rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@loop_over("dtype", [torch.float32, torch.float64])
 def test_time_frequencies_are_the_published_ones(dtype):
     features = TimestepEmbedder.frequencies(torch.tensor([0.3], dtype=dtype))
     assert features.shape == (1, 256)

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from cases import loop_over
 from golden import assert_close
 
 from dit_fast.errors import ConfigError, UserError
@@ -37,7 +38,7 @@ def _inputs(model, n=3, dtype=torch.float32):
     return x, t, torch.randint(0, model.num_classes + 1, (n,), generator=generator)
 
 
-@pytest.mark.parametrize("wiring", WIRINGS)
+@loop_over("wiring", WIRINGS)
 def test_wiring_follows_its_definition(wiring):
     """The two definitions written out with the model's own modules."""
     model = _model(skip_wiring=wiring, depth=6)
@@ -110,7 +111,7 @@ def test_parameters_and_flops_of_the_published_sizes(name, parameters, skips, gm
     assert len(fused.state_dict()) == 12 + 12 * plain.depth
 
 
-@pytest.mark.parametrize("wiring", WIRINGS)
+@loop_over("wiring", WIRINGS)
 def test_flops_equal_what_torch_counts(wiring):
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -120,7 +121,7 @@ def test_flops_equal_what_torch_counts(wiring):
     assert model.flops_per_sample() == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("patch", [2, 4, 8])
+@loop_over("patch", [2, 4, 8])
 def test_small_sizes_run_at_any_patch_latent_size_and_channel_count(patch):
     model = build_model(f"SiT-S/{patch}", input_size=24, in_channels=7, num_classes=3, depth=2, skip_wiring="input")
     assert model.num_tokens == (24 // patch) ** 2
@@ -150,7 +151,7 @@ def test_taps_hand_out_only_what_was_asked_for():
         model(*inputs, taps=[-1])
 
 
-@pytest.mark.parametrize("wiring", WIRINGS)
+@loop_over("wiring", WIRINGS)
 def test_activation_checkpointing_changes_neither_taps_nor_gradients(wiring):
     plain = _model(skip_wiring=wiring)
     saving = _model(skip_wiring=wiring, checkpoint_blocks=True)
@@ -202,7 +203,7 @@ def test_compiles_in_train_mode_with_label_dropout_and_checkpointing():
     assert model.blocks[0].attn.qkv.weight.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("wiring", WIRINGS)
+@loop_over("wiring", WIRINGS)
 def test_float64_model_agrees_with_float32(wiring):
     single = _model(skip_wiring=wiring, qk_norm=True)
     double = copy.deepcopy(single).double()
@@ -211,7 +212,7 @@ def test_float64_model_agrees_with_float32(wiring):
     assert_close(single(*_inputs(single)), v, 1e-5)
 
 
-@pytest.mark.parametrize("wiring", ["input", "output"])
+@loop_over("wiring", ["input", "output"])
 def test_residual_stream_dtype_under_autocast(wiring):
     """The published code keeps fp32 until the first fusion and half precision from there on (methods.md §2.7)."""
     for residual, late in (("autocast", torch.bfloat16), ("fp32", torch.float32)):
@@ -282,7 +283,7 @@ def test_added_modules_stand_before_the_head():
         model.add_extra("projectors", torch.nn.Identity())
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("arguments", "named"),
     [
         ({"depth": 5, "skip_wiring": "input"}, "depth 5 is odd"),

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from cases import loop_over
 from golden import assert_close
 from torch import nn
 
@@ -69,7 +70,7 @@ def test_explicit_drop_decides_in_train_mode_and_draws_nothing():
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
+@loop_over("qk_norm", [False, True])
 def test_attention_matches_the_equation_and_plain_products(qk_norm):
     module = _randomise(Attention(12, 3, qk_norm, "sdpa")).double()
     x = torch.randn(2, 5, 12, dtype=torch.float64)

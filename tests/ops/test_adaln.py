@@ -1,5 +1,6 @@
 import pytest
 import torch
+from cases import loop_over
 from golden import assert_close
 
 from dit_fast.errors import ConfigError, UserError
@@ -17,7 +18,7 @@ def _norm(x, eps=1e-6):
     return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
 
 
-@pytest.mark.parametrize("sizes", [(2, 5, 6), (1, 1, 3), (3, 16, 160)])
+@loop_over("sizes", [(2, 5, 6), (1, 1, 3), (3, 16, 160)])
 def test_match_the_equations(sizes):
     x, y, gate, shift, scale = _inputs(*sizes)
     x_new = x + gate[:, None] * y
@@ -49,8 +50,8 @@ def test_strided_inputs_as_the_block_passes_them():
         assert_close(ours, reference, 1e-14)
 
 
-@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("branch", [torch.float32, torch.bfloat16])
+@loop_over("stream", [torch.float32, torch.bfloat16, torch.float16])
+@loop_over("branch", [torch.float32, torch.bfloat16])
 def test_results_keep_the_dtype_of_the_stream_and_round_once(stream, branch):
     x, y, gate, shift, scale = _inputs(dtype=torch.float32)
     x = (x + 32).to(stream)

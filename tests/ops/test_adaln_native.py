@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import loop_over
 from golden import assert_close
 
 from dit_fast import _C
@@ -77,9 +78,9 @@ def matches(ours, expected, tolerance, extra=0.0):
             assert_close(mine, theirs.detach(), tolerance, extra)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("shape", SHAPES)
+@loop_over("dtype", DTYPES)
+@loop_over("part", PARTS)
+@loop_over("shape", SHAPES)
 def test_values_statistics_and_gradients(level, shape, part, dtype):
     """fp32 to 1e-6, bf16 to 6e-3, fp16 to 1e-3; statistics, of x_new as stored, to 1e-6."""
     tensors, grads = inputs(shape, part, dtype)
@@ -97,7 +98,7 @@ def test_values_statistics_and_gradients(level, shape, part, dtype):
         assert gradient is None or (gradient.dtype, gradient.shape) == (dtype, tensor.shape)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@loop_over("part", PARTS)
 def test_bfloat16_error_is_at_most_that_of_eager(level, part):
     """Against fp64 on the same rounded inputs: within 1.25 times the error of eager bf16 (kernels.md §7)."""
     tensors, grads = inputs((3, 150, 384), part, torch.bfloat16)
@@ -110,7 +111,7 @@ def test_bfloat16_error_is_at_most_that_of_eager(level, part):
             assert error <= 1.25 * allowed
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@loop_over("dtype", [torch.bfloat16, torch.float16])
 def test_the_residual_is_rounded_once_to_nearest_even(level, dtype):
     """gate * y of two 16-bit numbers is exact in fp32, so x_new has one right value; ties are among the inputs."""
     x, y, gate, _, _ = inputs((4, 40, 37), "residual", dtype)[0]
@@ -121,7 +122,7 @@ def test_the_residual_is_rounded_once_to_nearest_even(level, dtype):
     assert set(x_new[0].unique().tolist()) == {1.0, 1 + 2 * step}
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("stream", "branch", "vectors", "out"),
     [
         (torch.float32, torch.bfloat16, torch.bfloat16, torch.bfloat16),
@@ -141,7 +142,7 @@ def test_mixed_types(level, stream, branch, vectors, out):
         assert_close(mine, theirs.detach(), max(ROUNDING[mine.dtype], ROUNDING[stream]))
 
 
-@pytest.mark.parametrize("width", [48, 45])
+@loop_over("width", [48, 45])
 def test_strides_are_followed(level, width):
     """Chunks of one [N, 6D] tensor, sliced, transposed and expanded streams and gradients: the bits of plain copies."""
     wide = random((5, 2, 70, 3 * width), torch.float32, 0)
@@ -204,8 +205,8 @@ def test_rows_far_from_zero_keep_their_variance(level):
     assert_close(out, expected, 3e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@loop_over("dtype", DTYPES)
+@loop_over("bad", [float("nan"), float("inf"), -float("inf")])
 def test_not_a_number_spreads_where_it_must_and_no_further(level, bad, dtype):
     tensors, grads = inputs((3, 70, 35), "both", dtype)
     tensors[0][1, 66, 34] = bad
@@ -251,7 +252,7 @@ def test_a_row_does_not_depend_on_its_neighbours(level):
             assert torch.equal(whole[:, part], one)
 
 
-@pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8)])
+@loop_over("shape", [(0, 4, 8), (2, 0, 8)])
 def test_an_empty_batch_and_samples_without_tokens(level, shape):
     results, gradients = run(*inputs(shape, "both"))
     assert results[0].shape == results[1].shape == gradients[0].shape == shape

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import loop_over
 from golden import assert_close
 from torch.autograd import forward_ad
 from torch.func import grad, jvp
@@ -95,7 +96,7 @@ def slope(function, tensors, directions, step=1e-5):
     return (up - down) / (2 * step), sum((g * d).sum() for g, d in zip(grads, directions, strict=True))
 
 
-@pytest.mark.parametrize("name", REFERENCES)
+@loop_over("name", REFERENCES)
 def test_references_differentiate_twice_in_every_combination(name):
     tensors = inputs(name)
     tangents, directions = tuple(x.roll(1, -1) for x in tensors), [x.flip(-1) for x in tensors]
@@ -109,7 +110,7 @@ def test_references_differentiate_twice_in_every_combination(name):
     assert_close(jvp(once, tuple(tensors), tangents)[1], (plus - minus) / 2e-5, 1e-6)
 
 
-@pytest.mark.parametrize("name", FUSED)
+@loop_over("name", FUSED)
 def test_fused_tangents_have_a_gradient(name):
     tensors = inputs(name)
     tangents, directions = [x.roll(1, -1) for x in tensors], [x.flip(-1) for x in tensors]
@@ -119,7 +120,7 @@ def test_fused_tangents_have_a_gradient(name):
     assert_close(sum((g * d).sum() for g, d in zip(with_func(*tensors), directions, strict=True)), difference, 1e-6)
 
 
-@pytest.mark.parametrize("name", ["layer_norm_modulate", "gate_residual", "gate_residual_modulate", "diversity_loss"])
+@loop_over("name", ["layer_norm_modulate", "gate_residual", "gate_residual_modulate", "diversity_loss"])
 def test_tangents_of_the_cpp_ops_have_a_gradient(name):
     op = {"diversity_loss": lambda *x: ops.diversity_loss(x, backend="cpp").total}.get(
         name, lambda *x: getattr(ops, name)(*x, backend="cpp")
@@ -135,7 +136,7 @@ def test_tangents_of_the_cpp_ops_have_a_gradient(name):
         assert_close(ours, exact, 1e-4)
 
 
-@pytest.mark.parametrize("name", FUSED)
+@loop_over("name", FUSED)
 def test_fused_second_derivatives_are_refused_in_one_line(name):
     tensors = tuple(inputs(name))
     loss = lambda *x: FUSED[name](*x).square().sum()  # noqa: E731
@@ -199,7 +200,7 @@ def test_written_out_layer_norm_equals_torch():
         assert_close(ours, exact, bound)
 
 
-@pytest.mark.parametrize("wiring", ["input", "output"])
+@loop_over("wiring", ["input", "output"])
 def test_gradient_of_a_models_tangent(wiring):
     torch.manual_seed(0)
     model = SiT(

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
+from cases import loop_over
 from golden import assert_close, golden, golden_names
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,8 +40,8 @@ def random_features(k=5, n=3, t=7, d=6, dtype=torch.float32, seed=0):
     return torch.randn(k, n, t, d, generator=generator, dtype=dtype)
 
 
-@pytest.mark.parametrize("variant", ["release", "paper"])
-@pytest.mark.parametrize("name", golden_names("diversity_"))
+@loop_over("variant", ["release", "paper"])
+@loop_over("name", golden_names("diversity_"))
 def test_published_values_and_gradients(name, variant):
     data, prefix = golden(name), "paper_" if variant == "paper" else ""
     features = data.tensor("in/features").requires_grad_()
@@ -57,7 +58,7 @@ E8, E5 = [(1, j) for j in range(2, 12)], [(4, j) for j in range(5, 12)] + [(5, 6
 E4, NONE = [(5, j) for j in range(6, 12)] + [(6, j) for j in range(7, 11)], [(0, j) for j in range(1, 11)]
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("pairs", "orth", "mi", "total", "norm", "element", "norms"),
     [
         (E8, -0.4133543198, 0.4189475112, 0.0016018489, 0.1097661020, -0.0019856138, (0.3267877238, 0.0606290225)),
@@ -82,16 +83,14 @@ def test_table_of_the_release_variant(pairs, orth, mi, total, norm, element, nor
     assert gradient(loss.dispersion).norm().item() == pytest.approx(0.0029539503, abs=2e-10)
 
 
-@pytest.mark.parametrize(
-    ("pairs", "mi"), [(E8, -0.1262278973), (E5, 0.2856924454), (E4, 0.4587105661), (NONE, -0.0550981702)]
-)
+@loop_over(("pairs", "mi"), [(E8, -0.1262278973), (E5, 0.2856924454), (E4, 0.4587105661), (NONE, -0.0550981702)])
 def test_paper_variant_keeps_the_sign(pairs, mi):
     assert diversity_loss(table_features(), pairs, "paper").mutual_information.item() == pytest.approx(mi, abs=2e-10)
 
 
-@pytest.mark.parametrize("variant", ["release", "paper"])
-@pytest.mark.parametrize("pairs", ["all", [(0, 1)], [(3, 1), (0, 4), (0, 4)]])
-@pytest.mark.parametrize("shape", [(5, 3, 7, 6), (5, 1, 1, 3), (5, 2, 33, 17)])
+@loop_over("variant", ["release", "paper"])
+@loop_over("pairs", ["all", [(0, 1)], [(3, 1), (0, 4), (0, 4)]])
+@loop_over("shape", [(5, 3, 7, 6), (5, 1, 1, 3), (5, 2, 33, 17)])
 def test_statistics_equal_materialised_features(shape, pairs, variant):
     """fp32 to 1e-5, fp64 to 1e-12, values and gradients (methods.md §7.5, item 8)."""
     listed = list(itertools.combinations(range(5), 2)) if pairs == "all" else pairs
@@ -121,7 +120,7 @@ def test_sequences_stacks_and_strided_features_agree():
     assert_close(diversity_loss([f[..., ::2].transpose(0, 1) for f in wide]).total, expected, 1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@loop_over("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_features_are_computed_in_fp32(dtype):
     features = random_features().to(dtype).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -136,7 +135,7 @@ def test_all_pairs_are_listed_in_order():
     assert diversity_loss(random_features(4)).pairs == ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 
 
-@pytest.mark.parametrize("variant", ["release", "paper"])
+@loop_over("variant", ["release", "paper"])
 def test_identical_blocks_give_the_maximum(variant):
     loss = diversity_loss([random_features(1)[0]] * 4, "all", variant)
     assert loss.orthogonality.item() == pytest.approx(1, abs=1e-6)
@@ -164,8 +163,8 @@ def test_zero_features_and_zero_channels_have_finite_gradients():
     assert torch.isfinite(features.grad).all()
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("variant", ["release", "paper"])
+@loop_over("bad", [float("nan"), float("inf")])
+@loop_over("variant", ["release", "paper"])
 def test_non_finite_features_make_the_total_nan(bad, variant):
     features = random_features()
     features[2, 0, 0, 0] = bad
@@ -179,7 +178,7 @@ def test_fewer_than_two_blocks_give_zero():
         assert loss.pairs == ()
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("change", "message"),
     [
         ({"pairs": []}, "empty"),

@@ -6,21 +6,23 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from cases import loop_over
 from golden import assert_close, golden, golden_names
 
-from dit_fast import _C, kernels
+from dit_fast import _C
 from dit_fast.errors import ConfigError
 from dit_fast.ops import DiversityTaps, diversity_loss, diversity_op, diversity_stats
 from dit_fast.ops.diversity_op import backward_op, forward_op
 
 native = pytest.mark.skipif(_C.unavailable() is not None, reason=str(_C.unavailable()))
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1" or kernels.unavailable() is not None,
-    reason="runs where Triton is installed, with TRITON_INTERPRET=1",
-)
-BACKENDS = ["torch", "auto", pytest.param("cpp", marks=native), pytest.param("triton", marks=interpreted)]
-FUSED = ["auto", pytest.param("cpp", marks=native)]
+BACKENDS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["torch", "auto"]  # test_interpreter.py sets it
 SHAPES = [(1, 1, 1), (2, 5, 7), (3, 256, 16), (5, 257, 33), (4, 300, 64), (7, 530, 100), (12, 40, 768)]
+
+
+@pytest.fixture
+def backend():
+    """ "cpp" where the library is built, which `test_auto_is_the_library` asks for; else torch's twin of it."""
+    return "auto"
 
 
 def blocks(count, tokens, width, dtype=torch.float32, seed=0):
@@ -44,9 +46,9 @@ def in_float64(features, statistics_weight, pair_weight):
     return statistics.detach(), pair_sums.detach(), torch.autograd.grad(value, wide)
 
 
-@pytest.mark.parametrize("variant", ["release", "paper"])
+@loop_over("variant", ["release", "paper"])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", golden_names("diversity_"))
+@loop_over("name", golden_names("diversity_"))
 def test_published_values_and_gradients(name, backend, variant):
     data, prefix = golden(name), "paper_" if variant == "paper" else ""
     pairs = [tuple(pair) for pair in data.meta["pairs"]]
@@ -67,9 +69,8 @@ def test_published_values_and_gradients(name, backend, variant):
         assert_close(grads, data.tensor(f"grad/{prefix}features"), 1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("backend", FUSED)
+@loop_over("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@loop_over("shape", SHAPES)
 def test_statistics_and_their_gradient(backend, shape, dtype):
     """fp32 sums to 1e-6; gradients to the rounding of their own dtype. Outputs start as NaN, see below."""
     features = blocks(*shape, dtype)
@@ -89,6 +90,17 @@ def test_statistics_and_their_gradient(backend, shape, dtype):
 
 
 @native
+def test_auto_is_the_library(monkeypatch):
+    used = []
+    forward = torch.ops.dit_fast_native.diversity_forward
+    monkeypatch.setattr(torch.ops.dit_fast_native, "diversity_forward", lambda *a: used.append(a) or forward(*a))
+    features = blocks(3, 20, 8)
+    for ours, same in zip(forward_op(features, True, "auto"), forward_op(features, True, "cpp"), strict=True):
+        assert torch.equal(ours, same)
+    assert len(used) == 2
+
+
+@native
 def test_every_output_element_is_written(monkeypatch):
     real = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: real(*args, **kwargs).fill_(float("nan")))
@@ -100,7 +112,6 @@ def test_every_output_element_is_written(monkeypatch):
     assert all(torch.isfinite(g).all() for g in backward_op(features, outputs[2], *weights, [], [2, 0], "cpp"))
 
 
-@pytest.mark.parametrize("backend", FUSED)
 def test_wanted_blocks_and_the_gradient_from_above(backend):
     features, above = blocks(4, 90, 20, torch.bfloat16), blocks(2, 90, 20, torch.bfloat16, seed=5)
     weights = weights_of_the_outputs(4, 20)
@@ -114,7 +125,6 @@ def test_wanted_blocks_and_the_gradient_from_above(backend):
         )
 
 
-@pytest.mark.parametrize("backend", FUSED)
 def test_strided_mixed_and_expanded_tensors(backend):
     """Features sliced, transposed, expanded and of three dtypes; upstream gradients transposed and expanded."""
     wide = torch.randn(50, 96, generator=torch.Generator().manual_seed(3))
@@ -142,7 +152,6 @@ def test_strided_mixed_and_expanded_tensors(backend):
         assert grad.dtype == x.dtype
 
 
-@pytest.mark.parametrize("backend", FUSED)
 def test_strided_features_and_expanded_gradients_through_autograd(backend):
     base = torch.randn(3, 4, 10, 40, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
@@ -157,7 +166,6 @@ def test_strided_features_and_expanded_gradients_through_autograd(backend):
     assert_close(ours, reference, 1e-6)
 
 
-@pytest.mark.parametrize("backend", FUSED)
 def test_zero_tokens_and_tiny_norms(backend):
     """Norms below 1e-8 are a constant: the gradient is V / 1e-8 there, as F.normalize has it."""
     features = blocks(3, 20, 8)
@@ -173,8 +181,7 @@ def test_zero_tokens_and_tiny_norms(backend):
         assert_close(grad, reference, 1e-6)
 
 
-@pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("variant", ["release", "paper"])
+@loop_over("variant", ["release", "paper"])
 def test_bfloat16_error_is_at_most_that_of_eager(backend, variant):
     """Against fp64 on the same rounded inputs: gradient error within 1.25 times eager's (kernels.md §7)."""
     features = [x.view(2, 150, 48) for x in blocks(6, 300, 48, torch.bfloat16)]
@@ -194,7 +201,7 @@ def test_bfloat16_error_is_at_most_that_of_eager(backend, variant):
 
 
 @native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@loop_over("dtype", [torch.float32, torch.bfloat16])
 def test_bits_do_not_depend_on_threads_or_on_the_instruction_set(dtype):
     """AVX2 and AVX-512 agree bit for bit; the portable version, without fused multiply-add, to 1e-6 (bf16: 4e-3)."""
     features, weights = blocks(5, 1500, 72, dtype), weights_of_the_outputs(5, 72)
@@ -252,7 +259,6 @@ def test_a_backend_that_cannot_take_the_tensors_says_why():
     assert diversity_stats(features).sums.dtype == torch.float64
 
 
-@pytest.mark.parametrize("backend", FUSED)
 def test_opcheck(backend):
     features = blocks(3, 9, 5)
     torch.library.opcheck(forward_op, (features, True, backend))
@@ -262,13 +268,9 @@ def test_opcheck(backend):
     )
 
 
-@pytest.mark.parametrize(
-    ("compiler", "dynamic"),
-    [("aot_eager", False), ("aot_eager", True), pytest.param("inductor", False, marks=pytest.mark.long)],
-)
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 @pytest.mark.parametrize("tapped", [False, True])
-@pytest.mark.parametrize("backend", FUSED)
-def test_compiled_values_equal_eager_ones(backend, tapped, compiler, dynamic):
+def test_compiled_values_equal_eager_ones(backend, tapped, compiler):
     def function(*features):
         if not tapped:
             return diversity_loss(features, backend=backend).total
@@ -277,7 +279,7 @@ def test_compiled_values_equal_eager_ones(backend, tapped, compiler, dynamic):
         return taps.loss().total + sum(x.square().sum() for x in outputs)
 
     torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, backend=compiler, dynamic=dynamic)
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
     for tokens in (12, 20):
         features = [x.view(2, tokens // 2, 6).requires_grad_() for x in blocks(3, tokens, 6)]
         ours, reference = compiled(*features), function(*features)
@@ -288,7 +290,6 @@ def test_compiled_values_equal_eager_ones(backend, tapped, compiler, dynamic):
             assert_close(grad, expected, 1e-5)
 
 
-@pytest.mark.parametrize("backend", FUSED)
 def test_statistics_ignore_autocast(backend):
     features = [x.view(1, 8, 5).requires_grad_() for x in blocks(3, 8, 5)]
     with torch.autocast("cpu", torch.bfloat16):
@@ -301,7 +302,6 @@ def test_statistics_ignore_autocast(backend):
         assert_close(ours, expected, 1e-6)
 
 
-@pytest.mark.parametrize("backend", FUSED)
 def test_inside_an_activation_checkpoint(backend):
     x = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
@@ -321,8 +321,8 @@ def test_both_modes_of_differentiation_in_float64():
         )
 
 
-@pytest.mark.parametrize("tapped", [False, True])
-@pytest.mark.parametrize("variant", ["release", "paper"])
+@loop_over("tapped", [False, True])
+@loop_over("variant", ["release", "paper"])
 def test_forward_mode_over_a_function_whose_primal_is_trained(variant, tapped):
     """What mean flow does: a directional derivative, with reverse mode on the primal; both against differences."""
     matrix = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()

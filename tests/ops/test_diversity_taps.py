@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from cases import loop_over
 from golden import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -220,7 +221,7 @@ def test_misuse_is_named():
         uneven.loss()
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch"])
+@loop_over("backend", ["auto", "torch"])
 def test_known_row_statistics_are_checked_and_change_nothing_here(backend):
     features = [data() + k for k in range(3)]
     stats = [row_statistics(x) for x in features]

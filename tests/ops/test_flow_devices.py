@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import loop_over
 from devices import TOLERANCE
 from golden import assert_close
 
@@ -18,8 +19,8 @@ def make(dtype):
     return torch.randn(latents.shape, generator=generator).to(dtype), latents
 
 
-@pytest.mark.parametrize("path", ["linear", "cosine"])
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@loop_over("path", ["linear", "cosine"])
+@loop_over("dtype", list(TOLERANCE))
 def test_values_and_gradients(dtype, path, device):
     prediction, latents = make(dtype)
     noise = normal(9, POSITIONS, Stream.NOISE, tuple(latents.shape[1:])).double()

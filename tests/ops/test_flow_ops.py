@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from cases import loop_over
 from golden import assert_close
 
 from dit_fast import philox
@@ -42,7 +43,7 @@ def noised_through_op(latents, t, positions, seed, path, function=flow_op._Noise
     return function.apply(latents.flatten(1), *key).view(latents.shape)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@loop_over("path", PATHS)
 def test_the_reference_is_path_and_velocity_error_to_the_bit(path):
     """The trainer may change from one to the other without changing a run."""
     p, x = make(torch.bfloat16, torch.float32)
@@ -54,7 +55,7 @@ def test_the_reference_is_path_and_velocity_error_to_the_bit(path):
     assert torch.equal(torch.autograd.grad(ours.mean(), leaf)[0], torch.autograd.grad(plain.mean(), other)[0])
 
 
-@pytest.mark.parametrize("seed", [0, 2**63 - 1, 2**63, 2**64 - 1])
+@loop_over("seed", [0, 2**63 - 1, 2**63, 2**64 - 1])
 def test_every_seed_reaches_the_generator(seed):
     (x,) = make(torch.float32)
     expected = Path("linear").interpolate(x, noise(x, seed), TIMES)[0]
@@ -82,8 +83,8 @@ def test_error_and_gradients(dtypes, loss, path):
         assert_close(grad, reference, rounding)
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("function", [flow_noised, noised_through_op])
+@loop_over("path", PATHS)
+@loop_over("function", [flow_noised, noised_through_op])
 def test_interpolant_and_its_gradient(function, path):
     for dtype in (torch.float32, torch.bfloat16):
         (x,) = make(dtype)
@@ -99,7 +100,7 @@ def test_interpolant_and_its_gradient(function, path):
         assert_close(grad, expected, 1e-6 if dtype == torch.float32 else 4e-3)
 
 
-@pytest.mark.parametrize("loss", [flow_error, error_through_op])
+@loop_over("loss", [flow_error, error_through_op])
 def test_gradients_that_nobody_needs_are_not_computed(loss):
     p, x = make(torch.float32, torch.float32)
     both = torch.autograd.grad(loss(p.requires_grad_(), x.requires_grad_(), *key("cosine")).sum(), (p, x))
@@ -114,7 +115,7 @@ def test_gradients_that_nobody_needs_are_not_computed(loss):
         assert len(grads) == sum(needs)
 
 
-@pytest.mark.parametrize("loss", [flow_error, error_through_op])
+@loop_over("loss", [flow_error, error_through_op])
 def test_strided_inputs_and_an_expanded_gradient(loss):
     p = torch.randn(5, 8, 4, 4, generator=torch.Generator().manual_seed(1))[:, :3]
     x = make(torch.float32, shape=(4, 4, 3))[0].permute(0, 3, 1, 2)
@@ -147,17 +148,14 @@ def test_opcheck(path):
         torch.library.opcheck(error_backward_op, (torch.ones(len(TIMES)), p, x, *key(path), needs, "auto"))
 
 
-@pytest.mark.parametrize(
-    ("compiler", "dynamic"),
-    [("aot_eager", False), ("aot_eager", True), pytest.param("inductor", False, marks=pytest.mark.long)],
-)
-def test_compiled_values_equal_eager_ones(compiler, dynamic):
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_compiled_values_equal_eager_ones(compiler):
     def function(x, weight, t, positions):
         noised = flow_noised(x, t, positions, 2**64 - 5, "cosine")
         return flow_error((weight * noised).sin(), x, t, positions, 2**64 - 5, "cosine")
 
     torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, backend=compiler, dynamic=dynamic)
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
     for count in (5, 3):
         x, weight = (each[:count].requires_grad_() for each in make(torch.float32, torch.float32))
         inputs = (x.detach().requires_grad_(), weight.detach().requires_grad_())
@@ -168,7 +166,7 @@ def test_compiled_values_equal_eager_ones(compiler, dynamic):
             assert_close(grad, expected, 1e-6)
 
 
-@pytest.mark.parametrize("loss", [flow_error, error_through_op])
+@loop_over("loss", [flow_error, error_through_op])
 def test_autocast_changes_nothing(loss):
     p, x = make(torch.float32, torch.float32)
     p.requires_grad_()
@@ -182,7 +180,7 @@ def test_autocast_changes_nothing(loss):
     assert torch.equal(*grads)
 
 
-@pytest.mark.parametrize("loss", [flow_error, error_through_op])
+@loop_over("loss", [flow_error, error_through_op])
 def test_inside_an_activation_checkpoint(loss):
     p, x = make(torch.float32, torch.float32)
     p.requires_grad_()
@@ -204,8 +202,8 @@ def test_both_modes_of_differentiation_in_float64(path):
     assert torch.autograd.gradgradcheck(lambda p, x: flow_error(p, x, *draw), (p, x))
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("behind", [False, True])
+@loop_over("path", PATHS)
+@loop_over("behind", [False, True])
 def test_forward_mode_over_a_function_whose_primal_is_trained(behind, path):
     """A directional derivative, with reverse mode on the primal; both against differences."""
     generator = torch.Generator().manual_seed(0)
@@ -243,7 +241,7 @@ Z = torch.zeros(2, 3, 4, 4)
 T, N = torch.zeros(2), torch.arange(2)
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("call", "message"),
     [
         (lambda: flow_noised(Z, T, N, 0, "cos"), "unknown path 'cos'; valid: linear, cosine"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import loop_over
 from golden import assert_close
 from torch.nn import functional as F
 
@@ -56,7 +57,7 @@ def test_gradcheck_in_float64(backend):
     assert torch.autograd.gradcheck(lambda *x: gelu_mlp(*x, backend=backend), leaves(inputs), check_forward_ad=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@loop_over("backend", BACKENDS)
 def test_values_do_not_depend_on_whether_gradients_are_recorded(backend):
     inputs = make()
     with torch.no_grad():
@@ -101,8 +102,8 @@ def test_nothing_is_kept_without_gradients():
         assert saved(lambda: gelu_mlp(*inputs, backend="recompute")) == []
 
 
-@pytest.mark.parametrize("backend", ["torch", "recompute"])
-@pytest.mark.parametrize("wanted", [[0], [1], [2], [3], [4], [0, 4], [2, 3], [1, 3]], ids=str)
+@loop_over("backend", ["torch", "recompute"])
+@loop_over("wanted", [[0], [1], [2], [3], [4], [0, 4], [2, 3], [1, 3]])
 def test_only_some_gradients_are_needed(backend, wanted):
     inputs = make()
     every = leaves(inputs)
@@ -123,7 +124,7 @@ def test_parts_that_nobody_needs_are_not_computed():
     assert sizes == [[48, 48, 8], [48, 48, 0], [0, 48, 8], [0, 48, 0]]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@loop_over("backend", BACKENDS)
 def test_strided_inputs_and_gradients(backend):
     """x sliced, transposed and expanded, weights transposed; gradients transposed and expanded."""
     wide = torch.randn(T, N, D + 3, generator=torch.Generator().manual_seed(1))
@@ -147,8 +148,8 @@ def test_strided_inputs_and_gradients(backend):
                 assert_close(each, same, 1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(D,), (7, D), (0, T, D), (N, 0, D), (2, 1, 3, D)], ids=str)
+@loop_over("backend", BACKENDS)
+@loop_over("shape", [(D,), (7, D), (0, T, D), (N, 0, D), (2, 1, 3, D)])
 def test_any_leading_shape_and_empty_batches(backend, shape):
     inputs = make(shapes=[shape, *SHAPES[1:]])
     ours, reference = leaves(inputs), leaves(inputs)
@@ -159,8 +160,8 @@ def test_any_leading_shape_and_empty_batches(backend, shape):
         assert_close(each, same, 1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@loop_over("backend", BACKENDS)
+@loop_over("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_parameters(backend, dtype):
     inputs, wide = make(), leaves([x.to(dtype).double() for x in make()])
     for x_dtype in (torch.float32, dtype):
@@ -177,7 +178,7 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_parameters(ba
             assert_close(each, same, limit)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@loop_over("backend", BACKENDS)
 def test_autocast_leaves_float64_alone_and_does_not_reach_the_backward(backend):
     ours = leaves(make(torch.float64))
     with torch.autocast("cpu", torch.bfloat16):
@@ -192,7 +193,7 @@ def test_autocast_leaves_float64_alone_and_does_not_reach_the_backward(backend):
             assert_close(each, same, 1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@loop_over("backend", BACKENDS)
 def test_x_is_cast_to_the_parameters(backend):
     """An fp32 stream into a half-precision MLP and the reverse."""
     for stream, dtype in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
@@ -210,17 +211,14 @@ def test_opcheck():
             torch.library.opcheck(gelu_backward_op, (hidden, grad, *wanted, "auto"))
 
 
-@pytest.mark.parametrize(
-    ("compiler", "dynamic"),
-    [("aot_eager", False), ("aot_eager", True), pytest.param("inductor", False, marks=pytest.mark.long)],
-)
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 @pytest.mark.parametrize("backend", ["auto", "recompute"])
-def test_compiled_values_and_gradients_equal_eager_ones(backend, compiler, dynamic):
+def test_compiled_values_and_gradients_equal_eager_ones(backend, compiler):
     def function(*x):
         return gelu_mlp(*x, backend=backend).sin()
 
     torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, backend=compiler, dynamic=dynamic)
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
     for tokens in (T, T + 3):
         inputs = make(shapes=[(N, tokens, D), *SHAPES[1:]])
         ours, reference = leaves(inputs), leaves(inputs)
@@ -233,8 +231,8 @@ def test_compiled_values_and_gradients_equal_eager_ones(backend, compiler, dynam
             assert_close(compiled(*inputs), expected.detach(), 1e-6)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
+@loop_over("reentrant", [False, True])
+@loop_over("backend", BACKENDS)
 def test_inside_an_activation_checkpoint(backend, reentrant):
     ours, reference = leaves(make()), leaves(make())
     again = torch.utils.checkpoint.checkpoint(gelu_mlp, *ours, backend, use_reentrant=reentrant)
@@ -243,9 +241,9 @@ def test_inside_an_activation_checkpoint(backend, reentrant):
     assert all(torch.equal(each.grad, same.grad) for each, same in zip(ours, reference, strict=True))
 
 
-@pytest.mark.parametrize("moved", [[0], [1, 2], [3], [4], [0, 1, 2, 3, 4]], ids=str)
-@pytest.mark.parametrize("trained", [True, False])
-@pytest.mark.parametrize("backend", BACKENDS)
+@loop_over("moved", [[0], [1, 2], [3], [4], [0, 1, 2, 3, 4]])
+@loop_over("trained", [True, False])
+@loop_over("backend", BACKENDS)
 def test_forward_mode_against_differences_and_reverse_mode_over_the_primal(backend, trained, moved):
     inputs, directions = make(torch.float64), make(torch.float64, seed=8)
     inputs = leaves(inputs) if trained else inputs
@@ -292,7 +290,7 @@ def test_backward_without_a_kept_hidden_tensor():
         assert_close(each, same, 1e-6)
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("change", "message"),
     [
         ({"x": torch.zeros(())}, r"x must be \[\.\.\., D\], not a number"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import loop_over
 from devices import STREAM, TOLERANCE, check_no_wait, check_values_and_gradients, make
 from golden import assert_close
 
@@ -21,7 +22,7 @@ def test_values_and_gradients(backend, dtype, device):
     check_values_and_gradients(mlp(backend), SHAPES, dtype, device)
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@loop_over("dtype", list(TOLERANCE))
 def test_values_without_gradients(dtype, device):
     """CUDA runs the GELU in the epilogue there; the erf form would differ by 1e-4 and more in fp32."""
     inputs = [x.to(device) for x in make(SHAPES, dtype)]

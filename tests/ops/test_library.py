@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import loop_over
 
 from dit_fast.ops import diversity_op, long_skip_op
 
@@ -64,7 +65,7 @@ def test_all_ops_are_here():
     assert names == set(ARGUMENTS)
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
+@loop_over("name", ARGUMENTS)
 @pytest.mark.filterwarnings("ignore:.*autograd kernel was not registered")
 def test_opcheck_with_inputs_that_need_a_gradient(name):
     torch.library.opcheck(getattr(torch.ops.dit_fast, name).default, ARGUMENTS[name]())

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import loop_over
 from golden import assert_close
 
 from dit_fast.errors import ConfigError, UserError
@@ -24,7 +25,7 @@ def _by_hand(x, skip, norm_weight, norm_bias, weight, bias, eps=1e-6):
     return torch.einsum("...i,oi->...o", normalised * norm_weight + norm_bias, weight) + bias
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 6), (1, 1, 2), (3, 7), (2, 3, 4, 5)])
+@loop_over("shape", [(2, 5, 6), (1, 1, 2), (3, 7), (2, 3, 4, 5)])
 def test_matches_the_equation(shape):
     inputs = _inputs(shape)
     assert_close(long_skip(*inputs), _by_hand(*inputs), 1e-13)
@@ -85,7 +86,7 @@ def test_eps_reaches_the_norm():
     assert_close(long_skip(x, skip, *rest, eps=0.5), _by_hand(x, skip, *rest, eps=0.5), 1e-13)
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("position", "replacement", "named"),
     [
         (1, torch.zeros(2, 5, 7), "skip"),

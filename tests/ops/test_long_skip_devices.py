@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+from cases import loop_over
 from devices import STREAM, TOLERANCE, D, check_no_wait, check_values_and_gradients, several
 
 from dit_fast import ops
@@ -20,6 +21,6 @@ def test_values_and_gradients(name, dtype, device):
     check_values_and_gradients(*CASES[name], dtype, device)
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@loop_over("name", list(CASES))
 def test_no_wait_for_the_device(name, device):
     check_no_wait(*CASES[name], device)

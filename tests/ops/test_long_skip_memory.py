@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import loop_over
 from long_skip_cases import autocast, inputs
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
@@ -51,7 +52,7 @@ def _saved(backend, rows, width, skip_dtype):
     return count(*leaves[2:]), count(*leaves[1:], y)
 
 
-@pytest.mark.parametrize(("rows", "width"), [(8192, 768), (8192, 1152), (65536, 1152)])
+@loop_over(("rows", "width"), [(8192, 768), (8192, 1152), (65536, 1152)])
 def test_memory_saved_for_the_backward_pass(rows, width):
     """At least 6 times below the released formulation: fp32 LayerNorm under bf16 autocast, x bf16, skip fp32.
 

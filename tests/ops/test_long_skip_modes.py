@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import loop_over
 from golden import assert_close
 from long_skip_cases import autocast, inputs, upstream_like
 from long_skip_cases import backend as backend
@@ -27,18 +28,15 @@ def test_opcheck():
             torch.library.opcheck(backward_op, (torch.ones_like(y), y, mean, rstd, *tensors, "gemm", needs))
 
 
-@pytest.mark.parametrize(
-    ("compiler", "dynamic"),
-    [("aot_eager", False), ("aot_eager", True), pytest.param("inductor", False, marks=pytest.mark.long)],
-)
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 @pytest.mark.parametrize("cast", [None, torch.bfloat16], ids=str)
-def test_compiled_values_and_gradients_equal_eager_ones(compiler, dynamic, cast):
+def test_compiled_values_and_gradients_equal_eager_ones(compiler, cast):
     def function(stats, *tensors):
         with autocast(cast):
             return long_skip(*tensors, backend="gemm", x_stats=stats)
 
     torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, backend=compiler, dynamic=dynamic)
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
     for rows in (12, 20):
         tensors = inputs((2, rows), 6, torch.float32)
         stats = row_statistics(tensors[0])
@@ -53,7 +51,7 @@ def test_compiled_values_and_gradients_equal_eager_ones(compiler, dynamic, cast)
             assert_close(grad, expected, 1e-6)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@loop_over("reentrant", [False, True])
 def test_inside_an_activation_checkpoint(backend, reentrant):
     tensors = [x.bfloat16().requires_grad_() for x in inputs((2, 6), 8)]
     run = lambda *tensors: long_skip(*tensors, backend=backend).sin()  # noqa: E731
@@ -62,8 +60,8 @@ def test_inside_an_activation_checkpoint(backend, reentrant):
     assert all(torch.equal(x.grad, g) for x, g in zip(tensors, expected, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["auto", "gemm"])
-@pytest.mark.parametrize("given", [False, True])
+@loop_over("backend", ["auto", "gemm"])
+@loop_over("given", [False, True])
 def test_forward_mode_over_a_function_whose_primal_is_trained(backend, given):
     """What mean flow does: a directional derivative, with reverse mode on the primal; both against differences."""
     x, skip, *parameters = inputs((2, 3), 4)
@@ -94,7 +92,7 @@ def test_forward_mode_over_a_function_whose_primal_is_trained(backend, given):
         assert_close((gradient * other).sum(), (turned[0] - turned[1]) / (2 * step), 1e-6)
 
 
-@pytest.mark.parametrize("cast", [None, torch.bfloat16], ids=str)
+@loop_over("cast", [None, torch.bfloat16])
 def test_forward_mode_in_lower_precision(backend, cast):
     tensors = [x.bfloat16() for x in inputs((5,), 8)] if cast is None else inputs((5,), 8, torch.float32)
     directions = [upstream_like(x.shape, x.dtype, seed) for seed, x in enumerate(tensors)]

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from cases import loop_over
 from golden import assert_close
 from long_skip_cases import INTERPRETED, NAMES, autocast, errors, everything, inputs, stressed, upstream_like
 from long_skip_cases import backend as backend
@@ -24,7 +25,7 @@ def test_analytic_gradients_in_float64():
             assert_close(ours, expected, 1e-12, extra=1e-13)
 
 
-@pytest.mark.parametrize("kind", ["plain", "mean 100", "massive"])
+@loop_over("kind", ["plain", "mean 100", "massive"])
 def test_float32_error_is_at_most_that_of_eager(kind):
     """1e-6 on plain inputs; in all cases within 1.25 times eager's against fp64 (kernels.md section 7)."""
     tensors = [x.float() for x in stressed(kind, inputs((300,), 48))]
@@ -40,7 +41,7 @@ STREAMS = (
 )
 
 
-@pytest.mark.parametrize("streams", STREAMS)
+@loop_over("streams", STREAMS)
 def test_half_precision_error_is_at_most_that_of_eager(backend, streams):
     """y and all six gradients within 1.25 times eager's error, for every mix of dtypes.
 

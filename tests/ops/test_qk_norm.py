@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+from cases import loop_over
 from golden import assert_close
 from torch.nn import functional as F
 
@@ -67,7 +68,7 @@ def test_values_and_gradients(op, dtype, parameters):
         assert_close(each, reference, rounding[x.dtype])
 
 
-@pytest.mark.parametrize("op", [plain, through_op])
+@loop_over("op", [plain, through_op])
 def test_attention_takes_the_parts_without_a_copy(op):
     """Heads are contiguous in [N, T, H, d], the layout of flash-attn; value is a view of the projection."""
     qkv, *parameters = make()
@@ -92,7 +93,7 @@ def test_float64_stays_float64(op):
         assert_close(ours, reference, 1e-13)
 
 
-@pytest.mark.parametrize("op", [plain, through_op])
+@loop_over("op", [plain, through_op])
 def test_strided_projection_and_strided_gradients(op):
     """Transposed, sliced and expanded inputs; gradients as attention hands them over, sliced, expanded."""
     row = 3 * H * D
@@ -117,8 +118,8 @@ def test_strided_projection_and_strided_gradients(op):
             assert_close(each, wanted, 1e-6, extra=1e-5)
 
 
-@pytest.mark.parametrize("op", [plain, through_op])
-@pytest.mark.parametrize("wanted", [[0], [1], [4], [0, 2], [1, 2, 3, 4]], ids=str)
+@loop_over("op", [plain, through_op])
+@loop_over("wanted", [[0], [1], [4], [0, 2], [1, 2, 3, 4]])
 def test_only_some_gradients_are_needed(op, wanted):
     inputs = make()
     every = leaves(inputs)
@@ -152,7 +153,7 @@ def test_the_backward_asks_for_what_is_needed(wanted, needs, monkeypatch):
     assert asked == [needs]
 
 
-@pytest.mark.parametrize("op", [plain, through_op])
+@loop_over("op", [plain, through_op])
 def test_one_part_alone_has_a_gradient(op):
     inputs = make()
     for place in range(3):
@@ -169,7 +170,7 @@ def test_what_is_saved_is_the_projection_and_the_weights():
     assert sorted(x.data_ptr() for x in saved) == sorted(inputs[place].data_ptr() for place in (0, 1, 3))
 
 
-@pytest.mark.parametrize("op", [plain, through_op])
+@loop_over("op", [plain, through_op])
 def test_empty_batches(op):
     _, *parameters = make()
     for shape in ((0, T, 3 * H * D), (N, 0, 3 * H * D)):
@@ -190,16 +191,13 @@ def test_opcheck():
             torch.library.opcheck(backward_op, (*grads, qkv, parameters[0], parameters[2], EPS, *needs, "auto"))
 
 
-@pytest.mark.parametrize(
-    ("compiler", "dynamic"),
-    [("aot_eager", False), ("aot_eager", True), pytest.param("inductor", False, marks=pytest.mark.long)],
-)
-def test_compiled_values_and_gradients_equal_eager_ones(compiler, dynamic):
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_compiled_values_and_gradients_equal_eager_ones(compiler):
     def attend(qkv, *parameters):
         return F.scaled_dot_product_attention(*plain(qkv * 1.5, *parameters)).sin()
 
     torch._dynamo.reset()
-    compiled = torch.compile(attend, fullgraph=True, backend=compiler, dynamic=dynamic)
+    compiled = torch.compile(attend, fullgraph=True, backend=compiler)
     for tokens in (T, T + 4):
         generator = torch.Generator().manual_seed(tokens)
         inputs = [torch.randn(N, tokens, 3 * H * D, generator=generator), *make()[1:]]
@@ -214,8 +212,8 @@ def test_compiled_values_and_gradients_equal_eager_ones(compiler, dynamic):
             assert_close(compiled(*inputs), expected.detach(), 1e-6)
 
 
-@pytest.mark.parametrize("op", [plain, through_op])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@loop_over("op", [plain, through_op])
+@loop_over("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_keeps_the_dtype_of_the_projection(op, dtype):
     """fp32 parameters and a half-precision projection, as under autocast: one rounding, and nothing is cast up."""
     inputs = make(dtype, torch.float32)
@@ -231,8 +229,8 @@ def test_autocast_keeps_the_dtype_of_the_projection(op, dtype):
         assert {x.dtype for x in op(*wide)} == {torch.float32}
 
 
-@pytest.mark.parametrize("op", [plain, through_op])
-@pytest.mark.parametrize("reentrant", [False, True])
+@loop_over("op", [plain, through_op])
+@loop_over("reentrant", [False, True])
 def test_inside_an_activation_checkpoint(op, reentrant):
     inputs = make()
     ours, reference = leaves(inputs), leaves(inputs)
@@ -281,7 +279,7 @@ def test_forward_mode_against_differences_and_reverse_mode_over_the_primal():
                     assert_close(each, same, 1e-9, 1e-12)
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("change", "message"),
     [
         ({"qkv": torch.zeros(2, 72)}, r"qkv must be \[N, T, 3 \* 3 \* d\] for 3 heads, not \(2, 72\)"),

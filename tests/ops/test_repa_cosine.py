@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from cases import loop_over
 from golden import assert_close
 from torch.nn import functional as F
 
@@ -34,8 +35,8 @@ def through_op(p, q, function=_Cosine):
     return function.apply(p.flatten(0, 1), q.flatten(0, 1), "auto")[0]
 
 
-@pytest.mark.parametrize("loss", [repa_cosine, through_op])
-@pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES for b in DTYPES], ids=str)
+@loop_over("loss", [repa_cosine, through_op])
+@loop_over("dtypes", [(a, b) for a in DTYPES for b in DTYPES])
 def test_value_and_gradients(loss, dtypes):
     p, q = (x.requires_grad_() for x in make(3, 37, 50, dtypes=dtypes))
     value = loss(p, q)
@@ -55,7 +56,7 @@ def test_auto_is_the_reference_to_the_bit_on_the_cpu():
     assert torch.equal(torch.autograd.grad(value, leaf)[0], torch.autograd.grad(plain, other)[0])
 
 
-@pytest.mark.parametrize("loss", [repa_cosine, through_op])
+@loop_over("loss", [repa_cosine, through_op])
 def test_tokens_below_the_norm_floor(loss):
     p, q = make(1, 12, 8)
     with torch.no_grad():
@@ -71,7 +72,7 @@ def test_tokens_below_the_norm_floor(loss):
         assert ((ours - wanted).norm(dim=-1) <= 1e-6 * wanted.norm(dim=-1)).all()
 
 
-@pytest.mark.parametrize("loss", [repa_cosine, through_op])
+@loop_over("loss", [repa_cosine, through_op])
 def test_gradients_that_nobody_needs_are_not_computed(loss):
     p, q = make(2, 9, 6)
     exact = in_float64(p, q)
@@ -85,7 +86,7 @@ def test_gradients_that_nobody_needs_are_not_computed(loss):
         assert len(backward_op(torch.ones(()), p[0], q[0], saved, needs, "auto")) == sum(needs)
 
 
-@pytest.mark.parametrize("loss", [repa_cosine, through_op])
+@loop_over("loss", [repa_cosine, through_op])
 def test_strided_inputs_and_an_expanded_gradient(loss):
     base = torch.randn(4, 10, 40, generator=torch.Generator().manual_seed(0))
     for p, q in (
@@ -117,14 +118,11 @@ def test_opcheck():
     torch.library.opcheck(backward_op, (torch.ones(()), p, q, saved, [False, True], "auto"))
 
 
-@pytest.mark.parametrize(
-    ("compiler", "dynamic"),
-    [("aot_eager", False), ("aot_eager", True), pytest.param("inductor", False, marks=pytest.mark.long)],
-)
-def test_compiled_values_equal_eager_ones(compiler, dynamic):
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_compiled_values_equal_eager_ones(compiler):
     torch._dynamo.reset()
     function = lambda p, q: repa_cosine(p.sin(), q) * 2  # noqa: E731
-    compiled = torch.compile(function, fullgraph=True, backend=compiler, dynamic=dynamic)
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
     for tokens in (6, 10):
         p, q = make(2, tokens, 7)
         p.requires_grad_()
@@ -133,7 +131,7 @@ def test_compiled_values_equal_eager_ones(compiler, dynamic):
         assert_close(torch.autograd.grad(ours, p)[0], torch.autograd.grad(reference, p)[0], 1e-6)
 
 
-@pytest.mark.parametrize("loss", [repa_cosine, through_op])
+@loop_over("loss", [repa_cosine, through_op])
 def test_autocast_changes_nothing(loss):
     p, q = make(2, 8, 5)
     p.requires_grad_()
@@ -144,7 +142,7 @@ def test_autocast_changes_nothing(loss):
     assert torch.equal(torch.autograd.grad(inside, p)[0], torch.autograd.grad(outside, p)[0])
 
 
-@pytest.mark.parametrize("loss", [repa_cosine, through_op])
+@loop_over("loss", [repa_cosine, through_op])
 def test_inside_an_activation_checkpoint(loss):
     p, q = make(2, 8, 5)
     p.requires_grad_()
@@ -161,7 +159,7 @@ def test_both_modes_of_differentiation_in_float64():
     assert torch.autograd.gradgradcheck(repa_cosine, (p, q))
 
 
-@pytest.mark.parametrize("loss", [repa_cosine, lambda p, q: through_op(p, q, _CosineWithTangent)])
+@loop_over("loss", [repa_cosine, lambda p, q: through_op(p, q, _CosineWithTangent)])
 def test_forward_mode_over_a_function_whose_primal_is_trained(loss):
     generator = torch.Generator().manual_seed(0)
     matrix, other = (torch.randn(4, 4, dtype=torch.float64, generator=generator) for _ in range(2))
@@ -179,7 +177,7 @@ def test_forward_mode_over_a_function_whose_primal_is_trained(loss):
     assert_close((gradient * other).sum(), slope, 1e-6)
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("p", "q", "message"),
     [
         (torch.zeros(2, 3, 4), torch.zeros(2, 3, 5), r"\[2, 3, 4\] and \[2, 3, 5\]"),

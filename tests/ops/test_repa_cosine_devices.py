@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import loop_over
 from devices import STREAM, TOLERANCE, check_no_wait, check_values_and_gradients, several
 
 from dit_fast import ops
@@ -9,7 +10,7 @@ from dit_fast import ops
 CASE = (several(ops.repa_cosine), [STREAM, STREAM])
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@loop_over("dtype", list(TOLERANCE))
 def test_values_and_gradients(dtype, device):
     check_values_and_gradients(*CASE, dtype, device)
 

@@ -1,7 +1,7 @@
 """Outputs, losses and gradients of the official implementations, through public functions only."""
 
-import pytest
 import torch
+from cases import loop_over
 from golden import Golden, assert_close, golden, golden_names
 
 from dit_fast.checkpoint import load_official
@@ -25,7 +25,7 @@ def _forward(reference: Golden, model, taps=()):
     return model(x_t, t, y, taps=taps)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@loop_over("name", NAMES)
 def test_velocity_projection_and_block_features(name):
     reference = golden(name)
     model = _load(reference)
@@ -40,7 +40,7 @@ def test_velocity_projection_and_block_features(name):
             assert_close(features[index], published[index], 1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@loop_over("name", NAMES)
 def test_loss_and_every_gradient(name):
     reference = golden(name)
     meta = reference.meta

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from cases import loop_over
 
 from dit_fast import patch
 
@@ -72,7 +73,7 @@ def _pair(build, **options):
     return model, copy.deepcopy(model)
 
 
-@pytest.mark.parametrize("build", [_dit, _hunyuan])
+@loop_over("build", [_dit, _hunyuan])
 def test_fifty_steps_have_the_same_losses(build):
     model, patched = _pair(build)
     handle = patch.apply(patched)
@@ -87,7 +88,7 @@ def test_fifty_steps_have_the_same_losses(build):
     assert (ours - theirs).norm() <= WEIGHT_TOLERANCE * theirs.norm()
 
 
-@pytest.mark.parametrize("build", [_dit, _hunyuan])
+@loop_over("build", [_dit, _hunyuan])
 def test_bf16_autocast_trains_alike(build):
     model, patched = _pair(build)
     patch.apply(patched)
@@ -95,7 +96,7 @@ def test_bf16_autocast_trains_alike(build):
     assert (ours - theirs).norm() <= BF16_TOLERANCE * theirs.norm()
 
 
-@pytest.mark.parametrize("build", [_dit, _hunyuan])
+@loop_over("build", [_dit, _hunyuan])
 def test_weights_in_bf16(build):
     model, patched = (module.bfloat16().eval() for module in _pair(build))
     patch.apply(patched)
@@ -118,7 +119,7 @@ def test_a_subclass_with_a_forward_of_its_own_stays():
     assert "differ on a small input" in refused["transformer_blocks.1.ff"]
 
 
-@pytest.mark.parametrize("build", [_dit, _hunyuan])
+@loop_over("build", [_dit, _hunyuan])
 def test_gradients_also_with_checkpointing_and_undo(build):
     model, patched = _pair(build)
     handle = patch.apply(patched)

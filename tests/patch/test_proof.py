@@ -2,9 +2,9 @@
 
 import re
 
-import pytest
 import torch
 import torch.nn.functional as F
+from cases import loop_over
 from patch.published_models import Block, Mlp, SwappedBlock, Transformer, inputs, leaves
 from torch import nn
 
@@ -54,7 +54,7 @@ class OtherEpsBlock(Block):
         return out
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("block", "reason"),
     [
         (SwappedBlock, "differ on a small input"),
@@ -86,8 +86,8 @@ def test_dropout_that_is_no_module_is_seen():
     assert "draw different random numbers" in refused["blocks.1.mlp"]
 
 
-@pytest.mark.parametrize("later", [False, True])
-@pytest.mark.parametrize("kind", ["input", "output"])
+@loop_over("later", [False, True])
+@loop_over("kind", ["input", "output"])
 def test_wiring_and_collected_features_are_told_apart(kind, later):
     torch.manual_seed(0)
     model = Transformer(kind, later=later)
@@ -106,7 +106,7 @@ def test_wiring_and_collected_features_are_told_apart(kind, later):
                 torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "wrong"), [("input", "output"), ("output", "input")])
+@loop_over(("kind", "wrong"), [("input", "output"), ("output", "input")])
 def test_a_given_wiring_must_be_the_right_one(kind, wrong):
     reason = patch.apply(Transformer(kind), skip_wiring=wrong).report.refused[""]
     assert f"'{wrong}' is not the wiring of its forward" in reason

@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from cases import loop_over
 from patch.published_models import KINDS, Transformer, inputs, leaves, loss_of
 from torch import nn
 
@@ -42,7 +43,7 @@ def _check_weights(ours, theirs, tolerance):
     assert (ours - theirs).norm() <= tolerance * theirs.norm()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@loop_over("kind", KINDS)
 def test_fifty_steps_have_the_same_losses(kind):
     model, patched = _pair(kind, qk_norm=kind == "sit")
     handle = patch.apply(patched)
@@ -55,7 +56,7 @@ def test_fifty_steps_have_the_same_losses(kind):
     _check_weights(patched, model, WEIGHT_TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", ["repa", "input", "output"])
+@loop_over("kind", ["repa", "input", "output"])
 def test_bf16_autocast_trains_alike(kind):
     model, patched = _pair(kind, qk_norm=True)
     patch.apply(patched)
@@ -63,7 +64,7 @@ def test_bf16_autocast_trains_alike(kind):
     assert (ours - theirs).norm() <= BF16_TOLERANCE * theirs.norm()
 
 
-@pytest.mark.parametrize("kind", ["repa", "output"])
+@loop_over("kind", ["repa", "output"])
 def test_weights_in_bf16(kind):
     model, patched = (module.bfloat16().eval() for module in _pair(kind, qk_norm=True))
     patch.apply(patched)
@@ -73,7 +74,7 @@ def test_weights_in_bf16(kind):
         assert (ours - theirs).float().norm() <= 2e-2 * theirs.float().norm()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@loop_over("kind", KINDS)
 def test_fp64_gradients_of_every_parameter(kind):
     model, patched = (module.double() for module in _pair(kind, qk_norm=True))
     patch.apply(patched)
@@ -84,7 +85,7 @@ def test_fp64_gradients_of_every_parameter(kind):
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["repa", "input"])
+@loop_over("kind", ["repa", "input"])
 def test_undo_is_exact_and_a_second_apply_changes_nothing(kind):
     model, patched = _pair(kind)
     before = [set(vars(module)) for module in patched.modules()]
@@ -215,9 +216,7 @@ def _odd(model):
     return "", "4 blocks do not go with 2 skip_norms and 1 skip_linears"
 
 
-@pytest.mark.parametrize(
-    "spoil", [_hook, _dropout, _adapter, _other_gelu, _affine, _own_forward, _skip_hook, _odd], ids=lambda f: f.__name__
-)
+@loop_over("spoil", [_hook, _dropout, _adapter, _other_gelu, _affine, _own_forward, _skip_hook, _odd])
 def test_refuses_with_the_reason(spoil):
     _, model = _pair("input")
     path, reason = spoil(model)

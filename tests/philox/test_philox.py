@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from cases import loop_over
 
 from dit_fast import philox
 from dit_fast.errors import UserError
@@ -41,7 +42,7 @@ TRITON = [
 ]
 
 
-@pytest.mark.parametrize(("counter", "key", "expected"), PUBLISHED)
+@loop_over(("counter", "key", "expected"), PUBLISHED)
 def test_published_known_answers(counter, key, expected):
     seed = key[0] + (key[1] << 32)
     ours = philox.philox4x32(seed, *(torch.tensor([word]) for word in counter))
@@ -50,7 +51,7 @@ def test_published_known_answers(counter, key, expected):
     assert [int(word[0]) for word in twin] == expected
 
 
-@pytest.mark.parametrize(("key", "words", "uniforms", "normals"), TRITON)
+@loop_over(("key", "words", "uniforms", "normals"), TRITON)
 def test_triton_known_answers(key, words, uniforms, normals):
     seed, position, stream = key
     positions = torch.tensor([position])
@@ -62,8 +63,8 @@ def test_triton_known_answers(key, words, uniforms, normals):
     )
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 64, 1023])
-@pytest.mark.parametrize("seed", [0, 2**32 + 1, 2**64 - 1])
+@loop_over("count", [1, 2, 3, 4, 5, 64, 1023])
+@loop_over("seed", [0, 2**32 + 1, 2**64 - 1])
 def test_numpy_twin_gives_the_same_bits(seed, count):
     positions = np.array([0, 1, 2**31, 2**32 - 1, 2**32, 2**62 + 5])
     twin = torch.from_numpy(positions)
@@ -73,7 +74,7 @@ def test_numpy_twin_gives_the_same_bits(seed, count):
     assert np.array_equal(philox.uniform_numpy(seed, positions, 3, (count,)), ours)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5, 5), (4, 16, 16)])
+@loop_over("shape", [(), (1,), (7,), (3, 5, 5), (4, 16, 16)])
 def test_draws_depend_on_their_position_alone(shape):
     positions = torch.arange(37)
     whole = philox.normal(5, positions, philox.Stream.NOISE, shape)
@@ -118,7 +119,7 @@ def test_streams_do_not_overlap():
     assert philox.Stream.SAMPLER + 10_000 < philox.Stream.METHOD
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("arguments", "message"),
     [
         ((-1, torch.arange(2), 0, 4), "seed -1"),
