@@ -17,8 +17,8 @@ from dit_fast.errors import ConfigError, UserError
 from dit_fast.models.sit import SiT
 from dit_fast.patch import diffusers_dit, diversedit, hunyuan, published
 from dit_fast.patch.diversedit import SkipWiring
-from dit_fast.patch.proof import refusal
-from dit_fast.patch.replacement import Candidate, install, installed, uninstall
+from dit_fast.patch.proof import Proofs
+from dit_fast.patch.replacement import Candidate, Forward, foreign_forward, install, installed, uninstall
 
 logger = logging.getLogger("dit_fast")
 
@@ -55,15 +55,25 @@ class Handle:
     """What `apply` did, and the way back."""
 
     report: Report
-    _modules: list[nn.Module] = field(repr=False)
+    _installed: list[tuple[str, nn.Module, Forward]] = field(repr=False)
 
     def __str__(self) -> str:
         return str(self.report)
 
     def undo(self) -> None:
-        """Gives every module its own forward back; nothing is left on it. A second call does nothing."""
-        for module in self._modules:
-            uninstall(module)
+        """Gives every module its own forward back; nothing is left on it. A second call does nothing.
+
+        What something else has put a forward of its own over is left as it is: it may call the patched one. All others
+        are undone, and UserError names it and whose that forward is; take it off and call undo() again.
+        """
+        self._installed = [entry for entry in self._installed if not uninstall(*entry[1:])]
+        if self._installed:
+            path, module, _ = self._installed[0]
+            more = f" (and {len(self._installed) - 1} more)" if len(self._installed) > 1 else ""
+            raise UserError(
+                f"undo: the forward of {path or 'the model'}{more} is now {foreign_forward(module)}; all else is undone"
+                ". Take that off (accelerate: unwrap_model(model, keep_fp32_wrapper=False)), then call undo() again"
+            )
 
 
 def apply(
@@ -88,7 +98,7 @@ def apply(
     if any(isinstance(module, SiT) for module in model.modules()):
         raise UserError("patch.apply: a dit_fast SiT uses the ops already; patch models of other codebases")
     _check_backend(model, chosen, backend)
-    report, modules, accepted = Report(), [], []
+    report, done, accepted, proofs = Report(), [], [], Proofs()
     for path, module in model.named_modules():
         mark = installed(module)
         if mark is not None:
@@ -97,30 +107,32 @@ def apply(
                     f"patch.apply: '{path}' is patched with backend '{mark.backend}'; undo that before '{backend}'"
                 )
             report.replaced[path] = mark.op
-            modules.append(module)
+            done.append((path, module, vars(module)["forward"].__func__))
             continue
-        for candidate in _find(path, module, backend, skip_wiring):
+        for candidate in _find(path, module, backend, skip_wiring, proofs):
             if candidate.op not in chosen:
                 continue
-            reason = refusal(candidate)
+            reason = proofs.refusal(candidate)
             if reason is None:
                 accepted.append(candidate)
             else:
                 report.refused[path] = f"{candidate.op}: {reason}"
-    if not accepted and not modules:
+    if not accepted and not done:
         raise UserError(f"patch.apply: nothing to replace in {type(model).__name__}; {_why_nothing(report)}")
+    said: set[str] = set()
     for candidate in accepted:
-        install(candidate, backend)
+        done.append((candidate.path, candidate.module, install(candidate, backend, said)))
         report.replaced[candidate.path] = candidate.op
-        modules.append(candidate.module)
     for path, reason in report.refused.items():
         logger.warning("patch.apply: %s stays as it is: %s", path or "the model", reason)
-    return Handle(report, modules)
+    return Handle(report, done)
 
 
-def _find(path: str, module: nn.Module, backend: str, skip_wiring: SkipWiring | None) -> Iterator[Candidate]:
+def _find(
+    path: str, module: nn.Module, backend: str, skip_wiring: SkipWiring | None, proofs: Proofs
+) -> Iterator[Candidate]:
     yield from published.find(path, module, backend)
-    yield from diversedit.find(path, module, backend, skip_wiring)
+    yield from diversedit.find(path, module, backend, skip_wiring, proofs)
     yield from diffusers_dit.find(path, module, backend)
     yield from hunyuan.find(path, module, backend)
 

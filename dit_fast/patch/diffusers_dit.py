@@ -7,15 +7,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from dit_fast.ops import gate_residual, gate_residual_modulate, gelu_mlp, layer_norm_modulate
-from dit_fast.patch.replacement import (
-    Candidate,
-    Forward,
+from dit_fast.patch.parts import (
     dropout_reasons,
+    is_tokens,
     linear_reasons,
     modulated_dtype,
+    one_dtype,
     plain_norm_reasons,
-    require_plain,
+    widened,
 )
+from dit_fast.patch.replacement import Candidate, Forward, rest
 
 LOOKED_FOR = 'diffusers\' BasicTransformerBlock with norm_type "ada_norm_zero" and FeedForward'
 
@@ -35,21 +36,19 @@ def find(path: str, module: nn.Module, backend: str) -> Iterator[Candidate]:
 
 
 def _block(path: str, module: Any, backend: str) -> Candidate:
-    bypassed = {"norm1.norm": module.norm1.norm, "norm3": module.norm3}
+    bypassed = rest(module, "norm1.emb", "norm1.silu", "norm1.linear", "attn1", "ff")
     reasons = plain_norm_reasons(norm1_norm=module.norm1.norm, norm3=module.norm3)
     for name in ("attn2", "pos_embed", "fuser"):
         if getattr(module, name, None) is not None:
             reasons.append(f"it has {name}")
     if module.norm1.emb is None:
         reasons.append("norm1 embeds no labels")
-    if len(module.norm1._forward_hooks) + len(module.norm1._forward_pre_hooks):
-        reasons.append("norm1 has hooks, which would no longer run")
 
     def arguments(source: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = source.tokens(module.dim)
         return (x,), {
-            "timestep": source.integers(1000, 2),
-            "class_labels": source.integers(module.num_embeds_ada_norm, 2),
+            "timestep": source.integers(1000),
+            "class_labels": source.integers(module.num_embeds_ada_norm),
         }
 
     return Candidate(path, module, "adaln", bypassed, tuple(reasons), _block_forward(backend), arguments)
@@ -59,48 +58,43 @@ def _block_forward(backend: str) -> Forward:
     def forward(
         self: Any,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        timestep: Tensor | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        class_labels: Tensor | None = None,
-        added_cond_kwargs: dict[str, Tensor] | None = None,
+        attention_mask: Tensor | None,
+        encoder_hidden_states: Tensor | None,
+        encoder_attention_mask: Tensor | None,
+        timestep: Tensor | None,
+        cross_attention_kwargs: dict[str, Any] | None,
+        class_labels: Tensor | None,
+        added_cond_kwargs: dict[str, Tensor] | None,
     ) -> Tensor:
-        if cross_attention_kwargs or self._chunk_size is not None or hidden_states.dim() != 3:
-            return type(self).forward(
-                self,
-                hidden_states,
-                attention_mask,
-                encoder_hidden_states,
-                encoder_attention_mask,
-                timestep,
-                cross_attention_kwargs,
-                class_labels,
-                added_cond_kwargs,
-            )
-        norm1 = self.norm1
-        embedded = norm1.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
+        each = hidden_states.shape[:1]  # one time and one label per sample, not one for all
+        if cross_attention_kwargs or not is_tokens(hidden_states) or not isinstance(class_labels, Tensor):
+            return NotImplemented
+        if not isinstance(timestep, Tensor) or timestep.shape != each or class_labels.shape != each:
+            return NotImplemented
+        norm1, x = self.norm1, hidden_states
+        embedded = norm1.emb(timestep, class_labels, hidden_dtype=x.dtype)
         parts = norm1.linear(norm1.silu(embedded)).chunk(6, dim=1)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
-        dtype = modulated_dtype(hidden_states)
-        modulated = layer_norm_modulate(hidden_states, shift_a, scale_a, norm1.norm.eps, backend, out_dtype=dtype)
+        modulated = layer_norm_modulate(
+            x, shift_a, scale_a, norm1.norm.eps, backend, out_dtype=modulated_dtype(x, shift_a)
+        )
         attended = self.attn1(
             modulated,
             encoder_hidden_states=encoder_hidden_states if self.only_cross_attention else None,
             attention_mask=attention_mask,
         )
-        hidden_states, modulated = gate_residual_modulate(
-            hidden_states, attended, gate_a, shift_m, scale_m, self.norm3.eps, backend, out_dtype=dtype
+        x = widened(x, gate_a, attended)
+        x, modulated = gate_residual_modulate(
+            x, attended, gate_a, shift_m, scale_m, self.norm3.eps, backend, out_dtype=modulated_dtype(x, shift_m)
         )
-        return gate_residual(hidden_states, self.ff(modulated), gate_m, backend)
+        mapped = self.ff(modulated)
+        return gate_residual(widened(x, gate_m, mapped), mapped, gate_m, backend)
 
     return forward
 
 
 def _feed_forward(path: str, module: Any, backend: str) -> Candidate:
     into, out = module.net[0], module.net[2]
-    bypassed = {f"net.{index}": child for index, child in enumerate(module.net)}
     reasons = linear_reasons(net_0_proj=getattr(into, "proj", None), net_2=out)
     if type(into).__name__ != "GELU" or getattr(into, "approximate", "") != "tanh":
         reasons.append(f"its activation is {type(into).__name__}, not GELU in its tanh form")
@@ -110,7 +104,7 @@ def _feed_forward(path: str, module: Any, backend: str) -> Candidate:
         path,
         module,
         "gelu_mlp",
-        bypassed,
+        rest(module),
         tuple(reasons),
         _feed_forward_forward(backend),
         lambda source: ((source.tokens(width),), {}),
@@ -118,12 +112,11 @@ def _feed_forward(path: str, module: Any, backend: str) -> Candidate:
 
 
 def _feed_forward_forward(backend: str) -> Forward:
-    def forward(self: Any, hidden_states: Tensor, *others: Any, **named: Any) -> Tensor:
-        if others or named:
-            return type(self).forward(self, hidden_states, *others, **named)
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
         fc1, fc2 = self.net[0].proj, self.net[2]
-        require_plain(fc1)
-        require_plain(fc2)
-        return gelu_mlp(hidden_states, fc1.weight, fc1.bias, fc2.weight, fc2.bias, backend)
+        parameters = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        return (
+            gelu_mlp(hidden_states, *parameters, backend) if one_dtype(hidden_states, *parameters) else NotImplemented
+        )
 
     return forward

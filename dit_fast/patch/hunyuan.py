@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from dit_fast.ops import long_skip
 from dit_fast.patch.diffusers_dit import known
-from dit_fast.patch.replacement import Candidate, Forward, linear_reasons, require_plain
+from dit_fast.patch.parts import is_tokens, linear_reasons
+from dit_fast.patch.replacement import Candidate, Forward, rest
 
 LOOKED_FOR = "diffusers' HunyuanDiTBlock with skip_norm, skip_linear"
 
@@ -23,10 +24,10 @@ def find(path: str, module: Any, backend: str) -> Iterator[Candidate]:
     width = 0 if reasons else module.skip_linear.out_features
 
     def arguments(source: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        text = source.normal(2, 3, module.attn2.cross_attention_dim)
-        return (source.tokens(width), text, source.normal(2, width)), {"skip": source.tokens(width)}
+        text = source.normal(source.samples, 3, module.attn2.cross_attention_dim)
+        return (source.tokens(width), text, source.vectors(width)), {"skip": source.tokens(width)}
 
-    bypassed = {"skip_norm": norm, "skip_linear": module.skip_linear}
+    bypassed = rest(module, "norm1", "attn1", "norm2", "attn2", "norm3", "ff")
     yield Candidate(path, module, "long_skip", bypassed, tuple(reasons), _block_forward(backend), arguments)
 
 
@@ -34,13 +35,14 @@ def _block_forward(backend: str) -> Forward:
     def forward(
         self: Any,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        temb: Tensor | None = None,
-        image_rotary_emb: Any = None,
-        skip: Any = None,
+        encoder_hidden_states: Tensor | None,
+        temb: Tensor | None,
+        image_rotary_emb: Any,
+        skip: Any,
     ) -> Tensor:
+        if not is_tokens(hidden_states) or not is_tokens(skip) or skip.shape != hidden_states.shape:
+            return NotImplemented
         norm, linear = self.skip_norm, self.skip_linear
-        require_plain(linear)
         x = long_skip(hidden_states, skip, norm.weight, norm.bias, linear.weight, linear.bias, norm.eps, backend)
         x = x + self.attn1(self.norm1(x, temb), image_rotary_emb=image_rotary_emb)
         x = x + self.attn2(

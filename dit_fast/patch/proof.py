@@ -1,106 +1,252 @@
 """The proof before a replacement is installed: recognition is by structure, so it could be wrong.
 
 Both forwards run on copies whose parameters are drawn at random (a freshly made block is the identity whatever stands
-in it), in fp32, in eval and in train mode, from one seed. A replacement is refused where a row of a result differs by
-more than TOLERANCE of its norm, where one of the two draws random numbers that the other does not (stochastic depth,
-dropout, however small its rate), and where one leaves something on the modules that the other does not (a recorded
-feature, a counter).
+in it), from one seed, in eval and in train mode, on the inputs of TRIALS: short and long, one sample and several, rows
+from a thousandth to a thousand, fp32 and half precision. A replacement is refused where a row of a result differs by
+more than the trial allows, where a gradient differs, where one of the two draws random numbers that the other does not
+(stochastic depth, dropout, however small its rate), and where one leaves something on the modules that the other does
+not (a recorded feature, a counter). Modules that differ in nothing but the values of their parameters share one proof.
 """
 
 import copy
+import sys
+import time
 import types
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dit_fast.patch.replacement import Candidate, foreign_forward, uninstall
+from dit_fast.patch.parts import HOOKS, odd_parameter, plain_attributes
+from dit_fast.patch.replacement import Candidate, dispatch, foreign_forward, uninstall
 
 TOLERANCE = 2e-5  # of a row's norm, fp32
 TF32_TOLERANCE = 5e-3  # where the library rounds the factors of fp32 products
-_SAMPLES, _TOKENS = 2, 4
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GRADIENT_TOLERANCE = 1e-3  # of the norm of each gradient, fp32
+_SILENT_SECONDS = 0.5  # after which apply says what it is doing
+
+
+class Trial(NamedTuple):
+    """Inputs [samples, tokens, ...], the first token's entries of size 10**first, the last one's of 10**last."""
+
+    samples: int
+    tokens: int
+    first: float
+    last: float
+    dtype: torch.dtype = torch.float32
+    tolerance: float = TOLERANCE
+    modes: tuple[bool, ...] = (False, True)
+    gradients: bool = False
+
+
+TRIALS = (
+    Trial(2, 4, 0, -3, gradients=True),  # every token a tenth of the one before, so that a wrong eps shows
+    Trial(1, 256, -3, 3),
+    Trial(3, 1, 0, 0, modes=(False,)),
+    Trial(2, 4, 0, 0, torch.bfloat16, 5e-2, modes=(False,)),
+    Trial(2, 4, 0, 0, torch.float16, 1e-2, modes=(False,)),
+)
 
 
 class Source:
     """Random tensors on the module's device that leave torch's global random state alone."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, trial: Trial):
+        self.device, self.trial = device, trial
+        self.samples = trial.samples
         self.generator = torch.Generator().manual_seed(0)
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator).to(self.device)
+        return torch.randn(*shape, generator=self.generator).to(self.device, self.trial.dtype)
 
-    def integers(self, high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=self.generator).to(self.device)
+    def vectors(self, width: int) -> Tensor:
+        return self.normal(self.samples, width)
+
+    def integers(self, high: int) -> Tensor:
+        return torch.randint(high, (self.samples,), generator=self.generator).to(self.device)
 
     def tokens(self, width: int) -> Tensor:
-        """[2, 4, width]: every token a tenth of the one before, so that a wrong eps shows."""
-        decay = 10.0 ** -torch.arange(_TOKENS).view(-1, 1)
-        return (torch.randn(_SAMPLES, _TOKENS, width, generator=self.generator) * decay).to(self.device)
+        """[samples, tokens, width]."""
+        sizes = 10.0 ** torch.linspace(self.trial.first, self.trial.last, self.trial.tokens).view(-1, 1)
+        tokens = torch.randn(self.samples, self.trial.tokens, width, generator=self.generator) * sizes
+        return tokens.to(self.device, self.trial.dtype)
 
 
-def refusal(candidate: Candidate) -> str | None:
-    """Why the candidate stays as it is, or None."""
+class Proofs:
+    """The proofs of one `apply`: each kind of module once."""
+
+    def __init__(self) -> None:
+        self._verdicts: dict[Any, tuple[str | None, Candidate]] = {}
+        self._started = time.monotonic()
+
+    def refusal(self, candidate: Candidate) -> str | None:
+        """Why the candidate stays as it is, or None."""
+        return obstacle(candidate) or self.disagreement(candidate)
+
+    def disagreement(self, candidate: Candidate) -> str | None:
+        """How the two forwards of the candidate, or of its like, differ; None if they do not."""
+        key = _likeness(candidate)
+        if key not in self._verdicts:
+            if time.monotonic() - self._started > _SILENT_SECONDS:
+                name = f"{candidate.path or 'the model'} ({candidate.op})"
+                print(f"patch.apply: comparing {name} and its like with their own forwards", file=sys.stderr)
+            self._verdicts[key] = disagreement(candidate), candidate
+        return self._verdicts[key][0]
+
+
+def obstacle(candidate: Candidate) -> str | None:
+    """What stands on this very module that forbids a replacement, found without running it."""
     reasons = [*candidate.reasons]
-    if foreign_forward(candidate.module):
-        reasons.append("its forward is already replaced on the instance, by something else")
+    theirs = foreign_forward(candidate.module)
+    if theirs is not None:
+        reasons.append(f"its forward is already replaced on the instance, by {theirs}")
     for name, module in candidate.bypassed.items():
-        if any(len(getattr(inner, table)) for inner in module.modules() for table in _HOOKS):
+        if any(len(getattr(module, table)) for table in HOOKS):
             reasons.append(f"{name} has hooks, which would no longer run")
-        if foreign_forward(module):
+        if foreign_forward(module) is not None:
             reasons.append(f"{name} has a forward of its own on the instance, which would no longer run")
-    return "; ".join(reasons) or disagreement(candidate)
+    odd = odd_parameter(candidate.module)
+    if odd is not None:
+        reasons.append(f"{odd}; apply the patch before sharding or quantising")
+    return "; ".join(reasons) or None
+
+
+def _likeness(candidate: Candidate) -> Any:
+    """Equal for modules that the same proof is good for: all but the values of parameters enters it."""
+    if candidate.stand_ins:
+        return id(candidate)
+    numbers: dict[int, int] = {}
+    rows: list[Any] = [candidate.op]
+    for path, module in candidate.module.named_modules():
+        plain = dict(plain_attributes(module))
+        rows += [path, type(module), *sorted(plain.items())]
+        rows += [(name, id(value)) for name, value in vars(module).items() if name not in {*plain, *_MANAGED}]
+        rows += [(name, id(value)) for name, value in module._buffers.items()]
+        for name, value in module._parameters.items():
+            rows.append(name)
+            if value is not None:
+                rows += [value.shape, value.dtype, value.device, numbers.setdefault(id(value), len(numbers))]
+    return tuple(rows)
+
+
+# What nn.Module keeps on every instance: compared above where it matters, or taken off the copies.
+_MANAGED = frozenset(vars(nn.Module()))
 
 
 def disagreement(candidate: Candidate) -> str | None:
     """Runs both forwards on copies; returns how they differ, or None."""
-    device = next(iter(candidate.module.parameters())).device
+    tensors = (*candidate.module.parameters(), *candidate.module.buffers())
+    device = tensors[0].device if tensors else torch.device("cpu")
     if device.type == "meta":
         return "its parameters are on the meta device; give them values first"
     forked = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(forked), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            twin = _randomised_copy(candidate, device)
-            for setting in candidate.settings:
-                for training in (False, True):
-                    reason = _disagreement_in_mode(candidate, twin, setting, training, device)
-                    if reason is not None:
-                        return f"{reason}, in {'train' if training else 'eval'} mode"
+            twin = _randomised_copy(candidate)
+            for trial in TRIALS:
+                # The settings are about what the forward does, not about numbers.
+                for setting in candidate.settings if trial is TRIALS[0] else candidate.settings[:1]:
+                    for training in trial.modes:
+                        twin.to(trial.dtype)
+                        reason = _disagreement_in_mode(candidate, twin, trial, setting, training, device)
+                        if reason is not None:
+                            return f"{reason}, in {'train' if training else 'eval'} mode"
     except Exception as error:
         # Whatever a foreign module raises here says that it is not what its structure says.
         return f"it does not run on a small input as recognised: {(str(error) or repr(error)).splitlines()[0]}"
     return None
 
 
+def _otherwise(why: str) -> None:
+    raise TypeError(why)
+
+
 def _disagreement_in_mode(
-    candidate: Candidate, twin: nn.Module, setting: Mapping[str, Any], training: bool, device: torch.device
+    candidate: Candidate,
+    twin: nn.Module,
+    trial: Trial,
+    setting: Mapping[str, Any],
+    training: bool,
+    device: torch.device,
 ) -> str | None:
-    results, states, changes = [], [], []
+    results, states, changes, gradients = [], [], [], []
+    names: list[str] = []
     for replaced in (False, True):
         run = copy.deepcopy(twin, {id(parameter): parameter for parameter in twin.parameters()}).train(training)
         vars(run).update(setting)
-        positional, named = candidate.arguments(Source(device))
+        if candidate.shorten is not None:
+            candidate.shorten(run, trial.tokens)
+        positional, named = candidate.arguments(Source(device, trial))
+        inputs = [value for value in (*positional, *named.values()) if value.is_floating_point()]
         if replaced:
-            vars(run)["forward"] = types.MethodType(candidate.forward, run)
+            vars(run)["forward"] = types.MethodType(dispatch(candidate, _otherwise), run)
         before = _attributes(run)
         torch.manual_seed(0)
-        results.append(run(*positional, **named))
+        try:
+            with torch.set_grad_enabled(trial.gradients and training):
+                for value in inputs:
+                    value.requires_grad_(torch.is_grad_enabled())
+                result = run(*positional, **named)
+        except Exception:
+            if trial.dtype == torch.float32 or replaced:
+                raise
+            return None  # it does not run in half precision at all
         states.append(torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state())
         after = _attributes(run)
         changes.append({name for name in {**before, **after} if not _same(before.get(name), after.get(name))})
+        if trial.gradients and training:
+            leaves = {f"input {place}": value for place, value in enumerate(inputs)}
+            leaves |= {name: value for name, value in run.named_parameters() if value.is_floating_point()}
+            gradients.append(_gradients(result, list(leaves.values())))
+            names = list(leaves)
+        results.append(result)
     if changes[0] != changes[1]:
         return f"only one of its own forward and the replacement changes {min(changes[0] ^ changes[1])}"
     if not torch.equal(*states):
         return "its own forward and the replacement draw different random numbers"
     reduced = torch.backends.cuda.matmul.allow_tf32 and device.type == "cuda"
-    tolerance = TF32_TOLERANCE if reduced else TOLERANCE
+    tolerance = max(trial.tolerance, TF32_TOLERANCE if reduced else 0)
+    if candidate.stand_ins and trial.dtype != torch.float32:
+        tolerance = 1e9  # stand-ins multiply rounding; structure and dtypes are compared all the same
     difference = _difference(*results)
-    if difference <= tolerance:
-        return None
-    return f"its own forward and the replacement differ on a small input ({difference:.1e}, allowed {tolerance:.0e})"
+    size = f"{trial.samples} x {trial.tokens} tokens in {str(trial.dtype).removeprefix('torch.')}"
+    both = "its own forward and the replacement"
+    if difference > tolerance:
+        return f"{both} differ on a small input ({size}: {difference:.1e}, allowed {tolerance:.0e})"
+    for name, theirs, ours in zip(names, *gradients, strict=True) if gradients else ():
+        if not _same_gradient(theirs, ours, max(map(_norm, gradients[0]))):
+            return f"{both} give {name} different gradients on a small input ({size})"
+    return None
+
+
+def _gradients(result: Any, leaves: list[Tensor]) -> list[Tensor | None]:
+    """Of a random combination of all results with respect to leaves; None where there is none."""
+    generator = torch.Generator().manual_seed(2)
+    outputs = [output for output in _tensors(result) if output.requires_grad]
+    if not outputs:
+        return [None] * len(leaves)
+    weights = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
+    return list(torch.autograd.grad(outputs, leaves, weights, allow_unused=True))
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, (Mapping, list, tuple)):
+        for entry in result.values() if isinstance(result, Mapping) else result:
+            yield from _tensors(entry)
+
+
+def _norm(gradient: Tensor | None) -> float:
+    return 0.0 if gradient is None else float(gradient.norm())
+
+
+def _same_gradient(theirs: Tensor | None, ours: Tensor | None, largest: float) -> bool:
+    if theirs is None or ours is None:
+        return theirs is ours
+    # Some gradients are zero but for rounding (of what softmax ignores), hence the largest one as a measure.
+    return float((ours - theirs).norm()) <= GRADIENT_TOLERANCE * max(float(theirs.norm()), 1e-3 * largest)
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, int]]:
@@ -120,20 +266,29 @@ def _same(before: tuple[Any, int] | None, after: tuple[Any, int] | None) -> bool
     return before is not None and after is not None and before[0] is after[0] and before[1] == after[1]
 
 
-def _randomised_copy(candidate: Candidate, device: torch.device) -> nn.Module:
+def _randomised_copy(candidate: Candidate) -> nn.Module:
+    """The module without hooks and replacements, in fp32, its parameters drawn at random."""
     generator = torch.Generator().manual_seed(1)
-    twin = copy.deepcopy(candidate.module, dict(candidate.stand_ins))
+    shared = {id(parameter): parameter for parameter in candidate.module.parameters()}
+    twin = copy.deepcopy(candidate.module, {**shared, **candidate.stand_ins})
+    drawn: dict[int, nn.Parameter] = {}
     for module in twin.modules():
-        for table in _HOOKS:
+        for table in HOOKS:
             getattr(module, table).clear()
         uninstall(module)
-    twin = twin.float()
-    for parameter in twin.parameters():
-        if parameter.is_floating_point():
-            # variance 1 per output for maps, 1/4 for vectors, which for norm weights is around 0 as well as any
-            spread = (3 * parameter.shape[0] / parameter.numel()) ** 0.5 if parameter.dim() > 1 else 0.75**0.5
-            parameter.copy_(torch.rand(parameter.shape, generator=generator) * (2 * spread) - spread)
-    return twin
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_floating_point():
+                if id(parameter) not in drawn:
+                    drawn[id(parameter)] = _draw(parameter, generator)
+                module._parameters[name] = drawn[id(parameter)]
+    return twin.float()
+
+
+def _draw(parameter: Tensor, generator: torch.Generator) -> nn.Parameter:
+    # variance 1 per output for maps, 1/4 for vectors, which for norm weights is around 0 as well as any
+    spread = (3 * parameter.shape[0] / parameter.numel()) ** 0.5 if parameter.dim() > 1 else 0.75**0.5
+    values = torch.empty(parameter.shape).uniform_(-spread, spread, generator=generator)
+    return nn.Parameter(values.to(parameter.device))
 
 
 def _difference(theirs: Any, ours: Any) -> float:

@@ -7,15 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_fast.ops import gate_residual, gate_residual_modulate, gelu_mlp, layer_norm_modulate, qk_norm
-from dit_fast.patch.replacement import (
-    Candidate,
-    Forward,
+from dit_fast.patch.parts import (
     dropout_reasons,
+    is_tokens,
     linear_reasons,
     modulated_dtype,
+    one_dtype,
     plain_norm_reasons,
-    require_plain,
+    widened,
 )
+from dit_fast.patch.replacement import Candidate, Forward, rest
 
 LOOKED_FOR = (
     "blocks with norm1, attn, norm2, mlp, adaLN_modulation; heads with norm_final, linear, adaLN_modulation; "
@@ -36,53 +37,61 @@ def find(path: str, module: nn.Module, backend: str) -> Iterator[Candidate]:
 
 
 def _block(path: str, module: Any, backend: str) -> Candidate:
-    bypassed = {"norm1": module.norm1, "norm2": module.norm2}
-    reasons = plain_norm_reasons(**bypassed) + _modulation_reasons(module.adaLN_modulation, module.norm1, 6)
+    reasons = plain_norm_reasons(norm1=module.norm1, norm2=module.norm2)
+    reasons += _modulation_reasons(module.adaLN_modulation, module.norm1, 6)
     width = 0 if reasons else module.norm1.normalized_shape[-1]
     return Candidate(
         path,
         module,
         "adaln",
-        bypassed,
+        rest(module, "attn", "mlp", "adaLN_modulation"),
         tuple(reasons),
         _block_forward(backend),
-        lambda source: ((source.tokens(width), source.normal(2, module.adaLN_modulation[1].in_features)), {}),
+        lambda source: ((source.tokens(width), source.vectors(module.adaLN_modulation[1].in_features)), {}),
     )
 
 
 def _block_forward(backend: str) -> Forward:
     def forward(self: Any, x: Tensor, c: Tensor) -> Tensor:
+        if not is_tokens(x, c):
+            return NotImplemented
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
-        dtype = modulated_dtype(x)
-        attended = self.attn(layer_norm_modulate(x, shift_a, scale_a, self.norm1.eps, backend, out_dtype=dtype))
-        x, modulated = gate_residual_modulate(
-            x, attended, gate_a, shift_m, scale_m, self.norm2.eps, backend, out_dtype=dtype
+        modulated = layer_norm_modulate(
+            x, shift_a, scale_a, self.norm1.eps, backend, out_dtype=modulated_dtype(x, shift_a)
         )
-        return gate_residual(x, self.mlp(modulated), gate_m, backend)
+        attended = self.attn(modulated)
+        x = widened(x, gate_a, attended)
+        x, modulated = gate_residual_modulate(
+            x, attended, gate_a, shift_m, scale_m, self.norm2.eps, backend, out_dtype=modulated_dtype(x, shift_m)
+        )
+        mapped = self.mlp(modulated)
+        return gate_residual(widened(x, gate_m, mapped), mapped, gate_m, backend)
 
     return forward
 
 
 def _final_layer(path: str, module: Any, backend: str) -> Candidate:
-    bypassed = {"norm_final": module.norm_final}
-    reasons = plain_norm_reasons(**bypassed) + _modulation_reasons(module.adaLN_modulation, module.norm_final, 2)
+    reasons = plain_norm_reasons(norm_final=module.norm_final)
+    reasons += _modulation_reasons(module.adaLN_modulation, module.norm_final, 2)
     width = 0 if reasons else module.norm_final.normalized_shape[-1]
     return Candidate(
         path,
         module,
         "adaln",
-        bypassed,
+        rest(module, "linear", "adaLN_modulation"),
         tuple(reasons),
         _final_forward(backend),
-        lambda source: ((source.tokens(width), source.normal(2, module.adaLN_modulation[1].in_features)), {}),
+        lambda source: ((source.tokens(width), source.vectors(module.adaLN_modulation[1].in_features)), {}),
     )
 
 
 def _final_forward(backend: str) -> Forward:
     def forward(self: Any, x: Tensor, c: Tensor) -> Tensor:
+        if not is_tokens(x, c):
+            return NotImplemented
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(
-            layer_norm_modulate(x, shift, scale, self.norm_final.eps, backend, out_dtype=modulated_dtype(x))
+            layer_norm_modulate(x, shift, scale, self.norm_final.eps, backend, out_dtype=modulated_dtype(x, shift))
         )
 
     return forward
@@ -100,20 +109,20 @@ def _modulation_reasons(modulation: nn.Module, norm: nn.Module, parts: int) -> l
 
 
 def _mlp(path: str, module: Any, backend: str) -> Candidate:
-    bypassed = dict(module.named_children())
     reasons = linear_reasons(fc1=module.fc1, fc2=module.fc2)
     if type(module.act) is not nn.GELU or module.act.approximate != "tanh":
         reasons.append(f"act is {module.act!r}, not GELU in its tanh form")
-    others = {name: child for name, child in bypassed.items() if name not in ("fc1", "act", "fc2", "norm")}
+    children = dict(module.named_children())
+    others = {name: child for name, child in children.items() if name not in ("fc1", "act", "fc2", "norm")}
     reasons += dropout_reasons(**others)
-    if not isinstance(bypassed.get("norm", nn.Identity()), nn.Identity):
+    if not isinstance(children.get("norm", nn.Identity()), nn.Identity):
         reasons.append("it has a norm between its maps")
     width = 0 if reasons else module.fc1.in_features
     return Candidate(
         path,
         module,
         "gelu_mlp",
-        bypassed,
+        rest(module),
         tuple(reasons),
         _mlp_forward(backend),
         lambda source: ((source.tokens(width),), {}),
@@ -122,18 +131,15 @@ def _mlp(path: str, module: Any, backend: str) -> Candidate:
 
 def _mlp_forward(backend: str) -> Forward:
     def forward(self: Any, x: Tensor) -> Tensor:
-        fc1, fc2 = self.fc1, self.fc2
-        require_plain(fc1)
-        require_plain(fc2)
-        return gelu_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, backend)
+        parameters = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        return gelu_mlp(x, *parameters, backend) if one_dtype(x, *parameters) else NotImplemented
 
     return forward
 
 
 def _attention(path: str, module: Any, backend: str) -> Candidate:
-    bypassed = {"q_norm": module.q_norm, "k_norm": module.k_norm}
     reasons = []
-    for name, norm in bypassed.items():
+    for name, norm in {"q_norm": module.q_norm, "k_norm": module.k_norm}.items():
         if type(norm) is not nn.LayerNorm:
             reasons.append(f"{name} is {type(norm).__name__}, not nn.LayerNorm")
         elif norm.weight is None or norm.bias is None:
@@ -142,14 +148,13 @@ def _attention(path: str, module: Any, backend: str) -> Candidate:
         reasons.append("q_norm and k_norm have two eps")
     if not isinstance(getattr(module, "num_heads", None), int):
         reasons.append("it does not say num_heads")
-    bypassed |= {name: module.get_submodule(name) for name in ("attn_drop",) if hasattr(module, name)}
-    reasons += dropout_reasons(attn_drop=bypassed.get("attn_drop"))
+    reasons += dropout_reasons(attn_drop=getattr(module, "attn_drop", None))
     width = getattr(module.qkv, "in_features", 0)
     return Candidate(
         path,
         module,
         "qk_norm",
-        bypassed,
+        rest(module, "qkv", "proj", "proj_drop"),
         tuple(reasons),
         _attention_forward(backend),
         lambda source: ((source.tokens(width),), {}),
@@ -157,9 +162,9 @@ def _attention(path: str, module: Any, backend: str) -> Candidate:
 
 
 def _attention_forward(backend: str) -> Forward:
-    def forward(self: Any, x: Tensor, *others: Any, **named: Any) -> Tensor:
-        if any(value is not None and value is not False for value in (*others, *named.values())):
-            return type(self).forward(self, x, *others, **named)  # masks and positions are the module's own affair
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if not is_tokens(x):
+            return NotImplemented
         q_norm, k_norm = self.q_norm, self.k_norm
         query, key, value = qk_norm(
             self.qkv(x), self.num_heads, q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, q_norm.eps, backend

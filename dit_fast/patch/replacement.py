@@ -1,27 +1,37 @@
-"""One module's replaced forward: what it bypasses, how it goes in and out, and what its parts must be like."""
+"""One module's replaced forward: how it goes in and out, what it takes and what the class's own forward gets."""
 
+import inspect
+import logging
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from dit_fast.errors import UserError
+from dit_fast.patch.parts import Part, changed, part_of
 
 if TYPE_CHECKING:
     from dit_fast.patch.proof import Source
+
+logger = logging.getLogger("dit_fast")
 
 Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Mark:
-    """What an installed forward carries, so that a second `apply` knows it."""
+    """What is known of an installed forward, so that a second `apply` and `undo` recognise it."""
 
     op: str
     backend: str
+
+
+# By the function itself: functools.wraps copies attributes, and the deep copy of a module shares the function.
+_INSTALLED: WeakKeyDictionary[Forward, Mark] = WeakKeyDictionary()
+_MISSING = object()
 
 
 @dataclass(frozen=True)
@@ -29,9 +39,11 @@ class Candidate:
     """A module that an op could run.
 
     bypassed: its submodules that will not be called any more. reasons: why it cannot be taken, from its structure.
-    forward: the new unbound forward. arguments: keyword or positional arguments for the proof, given a random source.
-    stand_ins: submodules that the copy for the proof replaces, because they are large and called as they are.
-    settings: attributes to set on that copy; the proof runs once with each.
+    forward: the new unbound forward. Its parameters are the leading ones of the module's own; for values that it cannot
+    take it returns NotImplemented, before it calls anything. arguments: keyword or positional arguments for the proof,
+    given a random source. stand_ins: submodules that the copy for the proof replaces, because they are large and called
+    as they are. settings: attributes to set on that copy; the proof runs once with each, so `forward` may read them.
+    shorten: makes that copy work on so many tokens, where its inputs do not say how many they are.
     """
 
     path: str
@@ -43,74 +55,126 @@ class Candidate:
     arguments: Callable[["Source"], tuple[tuple[Any, ...], dict[str, Any]]]
     stand_ins: Mapping[int, nn.Module] = field(default_factory=dict)
     settings: tuple[Mapping[str, Any], ...] = ({},)
+    shorten: Callable[[nn.Module, int], None] | None = None
+
+    def parts(self) -> tuple[Part, ...]:
+        """What must be as it was proven whenever the new forward runs: the module itself and what is bypassed."""
+        varying = frozenset(name for setting in self.settings for name in setting)
+        return (part_of("", self.module, varying), *(part_of(*entry) for entry in self.bypassed.items()))
+
+
+def rest(module: nn.Module, *called: str) -> dict[str, nn.Module]:
+    """The submodules, by path, that do not run when only these are called."""
+    inside = tuple(f"{path}." for path in called)
+    return {path: part for path, part in module.named_modules() if path and not f"{path}.".startswith(inside)}
 
 
 def installed(module: nn.Module) -> Mark | None:
     own = vars(module).get("forward")
-    return getattr(own, "dit_fast_mark", None)
+    if not isinstance(own, types.MethodType) or own.__self__ is not module:
+        return None
+    return _INSTALLED.get(own.__func__) if isinstance(own.__func__, types.FunctionType) else None
 
 
-def install(candidate: Candidate, backend: str) -> None:
-    candidate.forward.dit_fast_mark = Mark(candidate.op, backend)  # type: ignore[attr-defined]
+def install(candidate: Candidate, backend: str, said: set[str]) -> Forward:
+    """Puts the new forward on the instance and returns its function. said: what was logged once already."""
+
+    def log(why: str) -> None:
+        text = f"{type(candidate.module).__name__} runs its own forward, not {candidate.op}: {why}"
+        if text not in said:
+            said.add(text)
+            logger.warning("patch: %s (%s; said once for all like it)", text, candidate.path or "the model")
+
+    function = dispatch(candidate, log)
+    _INSTALLED[function] = Mark(candidate.op, backend)
     # A bound method: copy.deepcopy binds the copy's to the copy.
-    vars(candidate.module)["forward"] = types.MethodType(candidate.forward, candidate.module)
+    vars(candidate.module)["forward"] = types.MethodType(function, candidate.module)
+    return function
 
 
-def uninstall(module: nn.Module) -> None:
-    if installed(module) is not None:
+def uninstall(module: nn.Module, function: Forward | None = None) -> bool:
+    """Takes an installed forward off, only this one if given. False where a foreign one stands in its place."""
+    if installed(module) is None:
+        return foreign_forward(module) is None
+    if function in (None, vars(module)["forward"].__func__):
         del vars(module)["forward"]
+    return True
 
 
-def foreign_forward(module: nn.Module) -> bool:
-    """Whether somebody else put a forward on the instance. What a pickle brings back is the class's own."""
+def foreign_forward(module: nn.Module) -> str | None:
+    """Whose forward stands on the instance, if it is neither ours nor what a pickle brings back, the class's own."""
     own = vars(module).get("forward")
-    return own is not None and installed(module) is None and getattr(own, "__func__", None) is not type(module).forward
+    if own is None or installed(module) is not None or getattr(own, "__func__", None) is type(module).forward:
+        return None
+    layers = list(_layers(own))
+    around = any(isinstance(layer, types.FunctionType) and layer in _INSTALLED for layer in layers)
+    return _described(layers[0]) + (" around that of patch.apply" if around else "")
 
 
-def linear_reasons(**linears: nn.Module | None) -> list[str]:
-    """Why these maps cannot lend their weights to an op: adapters, quantised or bias-free ones."""
-    reasons = []
-    for name, linear in linears.items():
-        if type(linear) is not nn.Linear:
-            reasons.append(f"{name} is {type(linear).__module__}.{type(linear).__name__}, not exactly nn.Linear")
-        elif linear.bias is None:
-            reasons.append(f"{name} has no bias")
-    return reasons
+def _layers(forward: Any) -> Iterator[Any]:
+    """The function of a forward, and what it says that it wraps."""
+    seen = []
+    while forward is not None and forward not in seen:
+        seen.append(forward)
+        if isinstance(forward, types.MethodType):
+            forward = forward.__func__
+        yield forward
+        forward = getattr(forward, "__wrapped__", None)
 
 
-def require_plain(linear: nn.Module) -> None:
-    """Adapters put in after `apply` would be left out without a word."""
-    if type(linear) is not nn.Linear:
-        raise UserError(
-            f"a linear layer became {type(linear).__name__} after patch.apply; undo the patch, then apply it again"
-        )
+def _described(function: Any) -> str:
+    """Where it was written: functools.wraps gives a wrapper the name of what it wraps."""
+    if isinstance(function, types.FunctionType):
+        return f"{function.__globals__.get('__name__', '?')}.{function.__code__.co_qualname}"
+    return f"{type(function).__module__}.{type(function).__qualname__}"
 
 
-def dropout_reasons(**dropouts: nn.Module | None) -> list[str]:
-    reasons = []
-    for name, dropout in dropouts.items():
-        if isinstance(dropout, nn.Dropout):
-            if dropout.p > 0:
-                reasons.append(f"{name} has p = {dropout.p}, which the op does not apply")
-        elif dropout is not None and not isinstance(dropout, nn.Identity):
-            reasons.append(f"{name} is {type(dropout).__name__}, not nn.Dropout")
-    return reasons
+def dispatch(candidate: Candidate, otherwise: Callable[[str], None]) -> Forward:
+    """The new forward where it takes the call and its parts are as proven; else otherwise(why) and the class's own."""
+    new, own, parts = candidate.forward, type(candidate.module).forward, candidate.parts()
+    signature = inspect.signature(own)
+    entries = signature.parameters.values()
+    names = [entry.name for entry in entries if entry.kind <= inspect.Parameter.POSITIONAL_OR_KEYWORD][1:]
+    defaults = {entry.name: entry.default for entry in entries if entry.default is not inspect.Parameter.empty}
+    count = len(inspect.signature(new).parameters) - 1
+    taken = names[:count]
+    # What it does is no part of a compiled graph.
+    otherwise = torch.compiler.assume_constant_result(otherwise)
+
+    def forward(self: Any, *arguments: Any, **named: Any) -> Any:
+        why = changed(self, parts) if type(self).forward is own else "its class has another forward now"
+        if why is None:
+            values = leading(arguments, named) if named or len(arguments) != count else arguments
+            result = NotImplemented if values is None else new(self, *values)
+            if result is not NotImplemented:
+                return result
+            why = f"called with {_shown(arguments, named)}"
+        otherwise(why)
+        return type(self).forward(self, *arguments, **named)
+
+    def leading(arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """What the new forward's parameters get; None if the call gives another one something besides its default."""
+        given = dict(zip(names, arguments, strict=False))
+        if len(arguments) > len(names) or any(name in given for name in named):
+            return None
+        given.update(named)
+        for name, value in given.items():
+            if name not in taken and value is not defaults.get(name, _MISSING):
+                return None
+        values = [given.get(name, defaults.get(name, _MISSING)) for name in taken]
+        return None if len(values) < count or any(value is _MISSING for value in values) else values
+
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    forward.__doc__ = own.__doc__
+    return forward
 
 
-def plain_norm_reasons(**norms: nn.Module) -> list[str]:
-    """For norms whose modulation comes from the conditioning: LayerNorm without affine parameters."""
-    reasons = []
-    for name, norm in norms.items():
-        if type(norm) is not nn.LayerNorm:
-            reasons.append(f"{name} is {type(norm).__name__}, not nn.LayerNorm")
-        elif norm.weight is not None or norm.bias is not None:
-            reasons.append(f"{name} has affine parameters")
-    return reasons
+def _shown(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> str:
+    shown = [_kind(value) for value in arguments] + [f"{name}={_kind(value)}" for name, value in named.items()]
+    return f"({', '.join(shown)})"
 
 
-def modulated_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which the linear map after a modulated norm runs."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    return "None" if value is None else type(value).__name__
