@@ -69,7 +69,7 @@ def changed(module: Any, parts: tuple[Part, ...]) -> str | None:
             parameter = held.get(name)
             if (parameter is not None) is not there:
                 return f"{path or 'it'} {'lost' if there else 'got'} a {name}"
-            if hasattr(parameter.__class__, "__tensor_flatten__"):
+            if there and hasattr(parameter.__class__, "__tensor_flatten__"):
                 return f"{path or 'its'} {name} is a {parameter.__class__.__name__}"
     return None
 
@@ -117,11 +117,11 @@ def plain_norm_reasons(**norms: nn.Module) -> list[str]:
     return reasons
 
 
-def is_tokens(x: Any, c: Any = None) -> bool:
-    """Whether x is [N, T, D] and c, where there is one, [N, any]."""
+def is_tokens(x: Any, *vectors: Any) -> bool:
+    """Whether x is [N, T, D] and each of vectors [N, any]."""
     if not isinstance(x, Tensor) or x.dim() != 3:
         return False
-    return c is None or (isinstance(c, Tensor) and c.dim() == 2 and c.shape[0] == x.shape[0])
+    return all(isinstance(c, Tensor) and c.dim() == 2 and c.shape[0] == x.shape[0] for c in vectors)
 
 
 def one_dtype(x: Tensor, *weights: Tensor) -> bool:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from dit_fast.patch.parts import Part, changed, part_of
@@ -138,8 +137,9 @@ def dispatch(candidate: Candidate, otherwise: Callable[[str], None]) -> Forward:
     defaults = {entry.name: entry.default for entry in entries if entry.default is not inspect.Parameter.empty}
     count = len(inspect.signature(new).parameters) - 1
     taken = names[:count]
-    # What it does is no part of a compiled graph.
-    otherwise = torch.compiler.assume_constant_result(otherwise)
+    # What it does is no part of a compiled graph: torch.compiler.assume_constant_result without its import of dynamo,
+    # which takes longer than the proofs.
+    otherwise._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def forward(self: Any, *arguments: Any, **named: Any) -> Any:
         why = changed(self, parts) if type(self).forward is own else "its class has another forward now"

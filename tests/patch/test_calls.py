@@ -1,0 +1,222 @@
+"""Calls that an op does not know, and parts that change after `apply`: the class's own forward runs, and says so."""
+
+import copy
+import logging
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from patch.published_models import Attention, Block, FinalLayer, Mlp, Transformer, inputs, leaves
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from dit_fast import patch
+
+
+class RopeBlock(Block):
+    """LightningDiT's signature, with names of its own."""
+
+    def forward(self, tokens, cond, feat_rope=None):
+        out = super().forward(tokens, cond)
+        return out if feat_rope is None else out + feat_rope
+
+
+class AnyBlock(Block):
+    def forward(self, x, *conditions, **options):
+        out = super().forward(x, conditions[0] if conditions else options["c"])
+        return out * options.get("gain", 1)
+
+
+class BroadBlock(Block):
+    """Takes a condition for all samples, one for each, or one for each token; and none."""
+
+    def forward(self, x, c=None):
+        c = x.new_zeros(1, x.shape[-1]) if c is None else c
+        parts = self.adaLN_modulation(c).chunk(6, dim=-1)
+        parts = [part.unsqueeze(1) if part.dim() == 2 else part for part in parts]
+        x = x + parts[2] * self.attn(self.norm1(x) * (1 + parts[1]) + parts[0])
+        return x + parts[5] * self.mlp(self.norm2(x) * (1 + parts[4]) + parts[3])
+
+
+class RopeAttention(Attention):
+    def forward(self, x, rope=None, *, scale=1.0):
+        return super().forward(x if rope is None else x + rope) * scale
+
+
+class MaskedMlp(Mlp):
+    def forward(self, x, mask=None, **options):
+        return super().forward(x) * options.get("gain", 1) * (1 if mask is None else mask)
+
+
+class TokenFinal(FinalLayer):
+    def forward(self, x, c, skip_norm=False):
+        return self.linear(x) if skip_norm else super().forward(x, c)
+
+
+def _single(module):
+    """The module patched, and its twin as it was."""
+    torch.manual_seed(0)
+    holder = nn.ModuleDict({"only": module})
+    for parameter in holder.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    twin = copy.deepcopy(module)
+    assert patch.apply(holder).report.replaced["only"]
+    return module, twin
+
+
+def _same(ours, theirs, rtol=1e-4, atol=1e-5):
+    for left, right in zip(leaves(ours), leaves(theirs), strict=True):
+        torch.testing.assert_close(left, right, rtol=rtol, atol=atol)
+
+
+N, T, D = 2, 5, 32
+X, C, EACH = torch.randn(3, N, T, D).unbind(0)
+C = C[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("build", "positional", "named", "taken"),
+    [
+        (lambda: RopeBlock(D, 4, False), (X, C), {}, True),
+        (lambda: RopeBlock(D, 4, False), (X, C, None), {}, True),
+        (lambda: RopeBlock(D, 4, False), (X,), {"cond": C, "feat_rope": None}, True),
+        (lambda: RopeBlock(D, 4, False), (X, C, EACH), {}, False),
+        (lambda: RopeBlock(D, 4, False), (X,), {"cond": C, "feat_rope": EACH}, False),
+        (lambda: AnyBlock(D, 4, False), (X, C), {}, True),
+        (lambda: AnyBlock(D, 4, False), (X,), {"c": C}, False),
+        (lambda: AnyBlock(D, 4, False), (X, C), {"gain": 2}, False),
+        (lambda: BroadBlock(D, 4, False), (X, C), {}, True),
+        (lambda: BroadBlock(D, 4, False), (X, C[:1]), {}, False),
+        (lambda: BroadBlock(D, 4, False), (X, EACH), {}, False),
+        (lambda: BroadBlock(D, 4, False), (X,), {}, False),
+        (lambda: RopeAttention(D, 4, True), (X,), {"scale": 1.5}, False),
+        (lambda: RopeAttention(D, 4, True), (X, EACH), {}, False),
+        (lambda: MaskedMlp(D), (X[0],), {"mask": None}, True),
+        (lambda: MaskedMlp(D), (X, EACH), {"gain": 3}, False),
+        (lambda: TokenFinal(D, 8), (X, C), {"skip_norm": True}, False),
+    ],
+)
+def test_a_call_gets_the_result_of_the_classs_own_forward(build, positional, named, taken, caplog):
+    module, twin = _single(build())
+    with caplog.at_level(logging.WARNING, "dit_fast"):
+        for _ in range(2):
+            _same(module(*positional, **named), twin(*positional, **named))
+    assert [f"{type(module).__name__} runs its own forward" in line for line in caplog.messages] == [True] * (not taken)
+
+
+def test_a_call_that_the_class_refuses_gets_its_own_error():
+    module, twin = _single(RopeBlock(D, 4, False))
+    for positional, named in (((X,), {}), ((X, C), {"tokens": X}), ((X, C), {"rope": 1}), ((X, C, None, None), {})):
+        for one in (module, twin):
+            with pytest.raises(TypeError, match=r"RopeBlock\.forward"):
+                one(*positional, **named)
+
+
+def _prune(model):
+    prune.l1_unstructured(model.blocks[0].mlp.fc1, "weight", 0.5)
+    return "fc1 has hooks"
+
+
+def _spectral_norm(model):
+    parametrizations.spectral_norm(model.blocks[0].mlp.fc2)
+    return "fc2 became .*ParametrizedLinear"
+
+
+def _old_weight_norm(model):
+    nn.utils.weight_norm(model.blocks[0].mlp.fc1)
+    return "fc1 has hooks"
+
+
+def _adapter(model):
+    class Adapter(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.down = base, nn.Linear(base.in_features, base.out_features)
+
+        def forward(self, x):
+            return self.base(x) + self.down(x)
+
+    model.blocks[0].mlp.fc1 = Adapter(model.blocks[0].mlp.fc1)
+    return "fc1 became .*Adapter"
+
+
+def _quantised(model):
+    torch.ao.quantization.quantize_dynamic(model.blocks[0].mlp, {nn.Linear}, torch.qint8, inplace=True)
+    return "fc1 became .*quantized"
+
+
+def _hook(model):
+    model.blocks[0].norm1.register_forward_hook(lambda module, given, out: 2 * out)
+    return "norm1 has hooks"
+
+
+def _dropout(model):
+    model.blocks[0].mlp.drop1.p = 0.5
+    return "drop1 p changed"
+
+
+def _affine(model):
+    model.blocks[0].norm2 = nn.LayerNorm(D, eps=1e-6)
+    nn.init.normal_(model.blocks[0].norm2.weight)
+    return "norm2 elementwise_affine changed"
+
+
+def _own_forward(model):
+    model.blocks[0].mlp.act.forward = F.relu
+    return "act has a forward of its own"
+
+
+def _other_activation(model):
+    model.blocks[0].mlp.act.approximate = "none"
+    return "act approximate changed"
+
+
+def _class_forward(model):
+    model.blocks[0].mlp.__class__ = type("Doubled", (Mlp,), {"forward": lambda self, x: 2 * Mlp.forward(self, x)})
+    return "another forward now"
+
+
+def _skip_hook(model):
+    model.skip_linears[0].linear.register_forward_pre_hook(lambda module, given: (2 * given[0],))
+    return "skip_linears.0.linear has hooks"
+
+
+CHANGES = (_prune, _spectral_norm, _old_weight_norm, _adapter, _quantised, _hook, _dropout, _affine, _own_forward)
+CHANGES += (_other_activation, _class_forward, _skip_hook)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_what_changes_after_apply_takes_effect_and_is_named(change, caplog):
+    torch.manual_seed(0)
+    model = Transformer("input").train()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    twin = copy.deepcopy(model)
+    patch.apply(model)
+    before = leaves(model(*inputs()))[0]
+    results = []
+    for one in (model, twin):
+        torch.manual_seed(1)
+        reason = change(one)
+        torch.manual_seed(2)
+        with caplog.at_level(logging.WARNING, "dit_fast"):
+            results.append(one(*inputs()))
+    _same(*results)
+    assert not torch.allclose(before, leaves(results[0])[0], rtol=1e-3)
+    (message,) = caplog.messages
+    assert re.search(reason, message)
+
+
+def test_hooks_on_all_modules_run(caplog):
+    model = Transformer("sit", depth=1)
+    patch.apply(model)
+    seen = []
+    with caplog.at_level(logging.WARNING, "dit_fast"):
+        handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+        try:
+            model(*inputs())
+        finally:
+            handle.remove()
+    assert {"LayerNorm", "GELU"} <= set(seen)
+    assert "hooks on all modules" in caplog.messages[0]
