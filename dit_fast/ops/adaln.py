@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dit_fast.errors import UserError
 from dit_fast.ops import adaln_op
+from dit_fast.ops._arguments import require_statistics, require_tensors
 from dit_fast.ops.layer_norm import layer_norm
 from dit_fast.ops.row_statistics import RowStatistics, row_statistics
 
@@ -36,6 +37,8 @@ def layer_norm_modulate(
     take these tensors.
     """
     name = "layer_norm_modulate"
+    require_tensors(name, x=x, shift=shift, scale=scale)
+    require_statistics(name, "stats", stats)
     _check(name, x, {"shift": shift, "scale": scale}, out_dtype=out_dtype, stats=stats)
     out_dtype = out_dtype or x.dtype
     if _takes_reference(name, backend, x, None, None, shift, scale):
@@ -49,6 +52,7 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor, backend: str = "auto", ret
     Returns [N, T, D] in x's dtype, and with return_stats the RowStatistics of that result as well. Raises as above.
     """
     name = "gate_residual"
+    require_tensors(name, x=x, y=y, gate=gate)
     _check(name, x, {"gate": gate}, y)
     if _takes_reference(name, backend, x, y, gate):
         x_new = _residual(x, y, gate)
@@ -75,6 +79,7 @@ def gate_residual_modulate(
     above.
     """
     name = "gate_residual_modulate"
+    require_tensors(name, x=x, y=y, gate=gate, shift=shift, scale=scale)
     _check(name, x, {"gate": gate, "shift": shift, "scale": scale}, y, out_dtype=out_dtype)
     out_dtype = out_dtype or x.dtype
     if _takes_reference(name, backend, x, y, gate, shift, scale):

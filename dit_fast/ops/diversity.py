@@ -7,7 +7,7 @@ torch, float32 inside (float64 stays float64). No backend synchronises with the 
 A NaN or infinity in any feature makes the total NaN; the caller decides what a step with such a loss does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dit_fast.errors import UserError
 from dit_fast.ops import diversity_op
+from dit_fast.ops._arguments import require_statistics, require_tensors
 from dit_fast.ops.diversity_op import EPS
 from dit_fast.ops.row_statistics import RowStatistics
 
@@ -49,12 +50,17 @@ class DiversityLoss:
     pairs: tuple[tuple[int, int], ...]
 
 
+# Block features, and what is known of their rows: in block order, or by block index.
+Features = Sequence[Tensor] | Tensor | Mapping[int, Tensor]
+Statistics = Sequence[RowStatistics | None] | Mapping[int, RowStatistics | None]
+
+
 def diversity_stats(
-    features: Sequence[Tensor] | Tensor,
+    features: Features,
     backend: str = "auto",
-    stats: Sequence[RowStatistics | None] | None = None,
+    stats: Statistics | None = None,
 ) -> DiversityStats:
-    """Statistics of K block features [N, T, D] (a sequence, or stacked [K, N, T, D]), all of one shape.
+    """Statistics of K block features [N, T, D] of one shape: a sequence, stacked [K, N, T, D], or by block index.
 
     Dtypes may differ from block to block. Token norms below 1e-8 count as 1e-8. Every backend differentiates in forward
     mode and, once, in reverse mode, of the statistics or of their forward-mode derivative; "torch", the reference, any
@@ -66,9 +72,10 @@ def diversity_stats(
     float32 rounding and gradients follow the same rule. Other backends and torch.compile do not use them. Raises
     UserError naming the block for statistics of another shape, dtype or device.
     """
-    check_features(features)
-    known = known_rows(features, stats)
-    blocks = [feature.flatten(0, 1) for feature in features]
+    ordered = in_block_order("features", features)
+    check_features(ordered)
+    known = known_rows(ordered, None if stats is None else in_block_order("stats", stats))
+    blocks = [feature.flatten(0, 1) for feature in ordered]
     if backend == "torch":
         return _reference(blocks)
     return stats_from_sums(*diversity_op.statistics(backend, blocks, known), len(blocks[0]))
@@ -83,6 +90,7 @@ def known_rows(
     if len(stats) != len(features):
         raise UserError(f"stats has {len(stats)} entries for {len(features)} blocks; give one, or None, per block")
     for block, (feature, given) in enumerate(zip(features, stats, strict=True)):
+        require_statistics("diversity", f"stats[{block}]", given)
         shape, dtype = feature.shape[:-1], torch.promote_types(feature.dtype, torch.float32)
         for name, value in zip(RowStatistics._fields, given or (), strict=False):
             if value.shape != shape or value.dtype != dtype or value.device != feature.device:
@@ -112,16 +120,17 @@ def _reference(blocks: Sequence[Tensor]) -> DiversityStats:
 
 
 def diversity_loss(
-    features: Sequence[Tensor] | Tensor,
+    features: Features,
     pairs: Literal["all"] | Sequence[tuple[int, int]] = "all",
     variant: Literal["release", "paper"] = "release",
     scope: Literal["rank", "global"] = "rank",
     backend: str = "auto",
-    stats: Sequence[RowStatistics | None] | None = None,
+    stats: Statistics | None = None,
 ) -> DiversityLoss:
     """Mean cosine of block means, mean token cosine, and minus the spread of channel usage.
 
-    features: K tensors [N, T, D], as a sequence or stacked. pairs: "all", or block indices (i, j) into `features`.
+    features: K tensors [N, T, D], as a sequence, stacked, or as a mapping {block index: feature} such as DiverseDiT's
+    "block_feas", taken in the order of its keys. pairs: "all", or places (i, j) in that sequence, from 0.
     variant "release" (published code): |mean token cosine| per pair, spread over all blocks clamp(4 Var, 0, 1), total =
     sum / 3.
     variant "paper" (Eq. 10-15): signed mean cosine, spread over the blocks that occur in the pairs, Var without factor
@@ -134,10 +143,11 @@ def diversity_loss(
     Fewer than two blocks give zeros. Raises UserError for wrong shapes, for an unknown variant, scope or backend, and
     for pairs that are empty, out of range, or join a block with itself.
     """
-    chosen = check_options(pairs, len(features), variant, scope)
-    if not len(features):
+    ordered = in_block_order("features", features)
+    chosen = check_options(pairs, len(ordered), variant, scope)
+    if not len(ordered):
         return _no_loss(torch.zeros(()))
-    return loss_from_stats(diversity_stats(features, backend, stats), chosen, variant, scope)
+    return loss_from_stats(diversity_stats(ordered, backend, stats), chosen, variant, scope)
 
 
 def loss_from_stats(
@@ -235,10 +245,35 @@ def check_options(
     return chosen
 
 
+def in_block_order(name: str, given: Any) -> Any:
+    """The values of a mapping in the order of its keys, which are block indices; a sequence or tensor as it is."""
+    if isinstance(given, Mapping):
+        for key in given:
+            if not isinstance(key, int) or isinstance(key, bool):
+                inner = next((key for key, value in given.items() if isinstance(value, Mapping)), None)
+                hint = "" if inner is None else f"; the block features are under {inner!r}"
+                raise UserError(f"diversity: the keys of {name} must be block indices, not {key!r}{hint}")
+        if not given:
+            raise UserError(f"diversity: {name} is an empty mapping; give {{block index: value}}")
+        return [given[key] for key in sorted(given)]
+    if not isinstance(given, (Tensor, Sequence)) or isinstance(given, str):
+        raise UserError(f"diversity: {name} must be a sequence, a tensor or a mapping, not {type(given).__name__}")
+    return given
+
+
 def check_features(features: Sequence[Tensor] | Tensor) -> None:
-    """Raises UserError unless features are one or more non-empty [N, T, D] of one shape."""
+    """Raises UserError unless features are one or more non-empty [N, T, D], floating point, of one shape and device."""
     if not len(features):
         raise UserError("features is empty; give K block features [N, T, D]")
+    for block, feature in enumerate(features):
+        require_tensors("diversity", **{f"features[{block}]": feature})
+        if not feature.is_floating_point():
+            raise UserError(f"diversity: features[{block}] must be floating point, not {feature.dtype}")
+        if feature.device != features[0].device:
+            raise UserError(
+                f"diversity: features[{block}] is on {feature.device}, features[0] on {features[0].device}; "
+                "move them to one device"
+            )
     shapes = {tuple(feature.shape) for feature in features}
     if len(shapes) > 1 or features[0].dim() != 3 or not features[0].numel():
         listed = ", ".join(str(list(shape)) for shape in sorted(shapes))

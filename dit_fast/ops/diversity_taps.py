@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dit_fast.errors import UserError
 from dit_fast.ops import _library, diversity_op
+from dit_fast.ops._arguments import require_tensors
 from dit_fast.ops.diversity import (
     DiversityLoss,
     DiversityStats,
@@ -184,6 +185,7 @@ class DiversityTaps:
         """
         if self._stats is not None:
             raise UserError("these taps were already summed; make new DiversityTaps for each forward pass")
+        require_tensors("diversity tap", x=x)
         self._count += 1
         if torch.compiler.is_compiling():
             self._outputs.append(x)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dit_fast.errors import UserError
 from dit_fast.ops import flow_op, flow_reference
+from dit_fast.ops._arguments import require_tensors
 from dit_fast.ops.flow_op import choose_for
 from dit_fast.ops.flow_reference import PATHS
 
@@ -27,6 +28,7 @@ def flow_noised(
     does); t may not. Raises UserError for shapes, dtypes, devices, seeds or paths that do not fit, ConfigError for a
     backend that is unknown or cannot run.
     """
+    require_tensors("flow_noised", latents=latents, t=t, positions=positions)
     _check("flow_noised", latents, t, positions, seed, path)
     if _takes_reference("flow_noised", backend, latents=latents):
         return flow_reference.noised(latents, t, positions, seed, path)
@@ -50,6 +52,7 @@ def flow_error(
     differentiates in forward mode and, once, in reverse mode, of the error or of its forward-mode derivative. Raises as
     `flow_noised`.
     """
+    require_tensors("flow_error", prediction=prediction, latents=latents, t=t, positions=positions)
     _check("flow_error", latents, t, positions, seed, path, prediction)
     if _takes_reference("flow_error", backend, prediction=prediction, latents=latents):
         return flow_reference.error(prediction, latents, t, positions, seed, path)
@@ -73,6 +76,8 @@ def _check(
 ) -> None:
     if path not in PATHS:
         raise UserError(f"{op}: unknown path '{path}'; valid: {', '.join(PATHS)}")
+    if not isinstance(seed, int):
+        raise UserError(f"{op}: seed must be an integer, not {type(seed).__name__}")
     if not 0 <= seed < 1 << 64:
         raise UserError(f"{op}: seed {seed} is out of range; use 0 <= seed < 2^64")
     if latents.dim() < 2 or not latents.numel():

@@ -17,6 +17,7 @@ from dit_fast import kernels
 from dit_fast.backend import Implementation, choose, register
 from dit_fast.errors import UserError
 from dit_fast.ops import _library
+from dit_fast.ops._arguments import require_tensors
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -42,6 +43,7 @@ def gelu_mlp(
     take these tensors.
     """
     parameters = {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
+    require_tensors("gelu_mlp", x=x, **parameters)
     _check(x, parameters)
     dtype = fc1_weight.dtype
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dit_fast.errors import UserError
 from dit_fast.ops import long_skip_op
+from dit_fast.ops._arguments import require_statistics, require_tensors
 from dit_fast.ops.layer_norm import layer_norm
 from dit_fast.ops.row_statistics import RowStatistics
 
@@ -41,6 +42,10 @@ def long_skip(
     Raises UserError for shapes, dtypes or devices that do not fit, ConfigError for a backend that is unknown or cannot
     take these tensors.
     """
+    named = {"x": x, "skip": skip, "norm_weight": norm_weight, "norm_bias": norm_bias, "weight": weight, "bias": bias}
+    require_tensors("long_skip", **named)
+    require_statistics("long_skip", "x_stats", x_stats)
+    require_statistics("long_skip", "skip_stats", skip_stats)
     _check(x, skip, norm_weight, norm_bias, weight, bias)
     parameters = (norm_weight, norm_bias, weight, bias)
     if long_skip_op.takes_reference(backend, x, skip, *parameters):

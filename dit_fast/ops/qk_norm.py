@@ -15,6 +15,7 @@ from dit_fast import kernels
 from dit_fast.backend import Implementation, choose, register
 from dit_fast.errors import UserError
 from dit_fast.ops import _library
+from dit_fast.ops._arguments import require_tensors
 from dit_fast.ops.layer_norm import layer_norm
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -43,6 +44,7 @@ def qk_norm(
     take these tensors.
     """
     parameters = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
+    require_tensors("qk_norm", qkv=qkv, **parameters)
     _check(qkv, num_heads, parameters)
     if qkv.stride(-1) != 1:
         qkv = qkv.contiguous()
@@ -242,6 +244,8 @@ class _QkNormWithTangent(_QkNorm):
 
 
 def _check(qkv: Tensor, num_heads: int, parameters: dict[str, Tensor]) -> None:
+    if not isinstance(num_heads, int) or isinstance(num_heads, bool):
+        raise UserError(f"qk_norm: num_heads must be an integer, not {type(num_heads).__name__}")
     if qkv.dim() != 3 or num_heads < 1 or qkv.shape[-1] % (3 * num_heads) or not qkv.shape[-1]:
         raise UserError(
             f"qk_norm: qkv must be [N, T, 3 * {num_heads} * d] for {num_heads} heads, not {tuple(qkv.shape)}"

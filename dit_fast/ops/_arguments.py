@@ -1,0 +1,29 @@
+"""What every op asks of its arguments before anything else, and how it says so."""
+
+from typing import Any
+
+from torch import Tensor
+
+from dit_fast.errors import UserError
+
+
+def require_tensors(op: str, **arguments: Any) -> None:
+    """Raises UserError naming the first argument that is no tensor, and what to give where a layer lacks a part."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            given = "None" if value is None else type(value).__name__
+            instead = ""
+            if value is None and name.endswith("bias"):
+                instead = "; for a layer without one give zeros"
+            elif value is None and name.endswith(("norm_weight", "q_weight", "k_weight")):
+                instead = "; for a norm without one give ones"
+            raise UserError(f"{op}: {name} must be a tensor, not {given}{instead}")
+
+
+def require_statistics(op: str, name: str, stats: Any) -> None:
+    """Raises UserError unless stats, where given, are the two tensors of `row_statistics`."""
+    if stats is None:
+        return
+    if not isinstance(stats, tuple) or len(stats) != 2:
+        raise UserError(f"{op}: {name} must be what row_statistics returns, not {type(stats).__name__}")
+    require_tensors(op, **{f"{name}.mean": stats[0], f"{name}.variance": stats[1]})

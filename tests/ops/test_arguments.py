@@ -1,0 +1,109 @@
+"""Whatever is no tensor gets one line that names it, from every public op; features may come by block index."""
+
+from collections import OrderedDict
+
+import pytest
+import torch
+
+from dit_fast import ops
+from dit_fast.errors import UserError
+
+_TOKENS, _VECTOR = torch.randn(2, 3, 8), torch.randn(2, 8)
+_CALLS = {
+    ops.layer_norm_modulate: {"x": _TOKENS, "shift": _VECTOR, "scale": _VECTOR},
+    ops.gate_residual: {"x": _TOKENS, "y": _TOKENS, "gate": _VECTOR},
+    ops.gate_residual_modulate: {"x": _TOKENS, "y": _TOKENS, "gate": _VECTOR, "shift": _VECTOR, "scale": _VECTOR},
+    ops.row_statistics: {"x": _TOKENS},
+    ops.long_skip: {
+        "x": _TOKENS,
+        "skip": _TOKENS,
+        "norm_weight": torch.ones(16),
+        "norm_bias": torch.ones(16),
+        "weight": torch.ones(8, 16),
+        "bias": torch.ones(8),
+    },
+    ops.gelu_mlp: {
+        "x": _TOKENS,
+        "fc1_weight": torch.ones(4, 8),
+        "fc1_bias": torch.ones(4),
+        "fc2_weight": torch.ones(8, 4),
+        "fc2_bias": torch.ones(8),
+    },
+    ops.qk_norm: {
+        "qkv": torch.randn(2, 3, 24),
+        "num_heads": 2,
+        **{name: torch.ones(4) for name in ("q_weight", "q_bias", "k_weight", "k_bias")},
+    },
+    ops.repa_cosine: {"prediction": _TOKENS, "target": _TOKENS},
+    ops.flow_noised: {"latents": _TOKENS, "t": torch.rand(2), "positions": torch.arange(2), "seed": 0},
+    ops.flow_error: {
+        "prediction": _TOKENS,
+        "latents": _TOKENS,
+        "t": torch.rand(2),
+        "positions": torch.arange(2),
+        "seed": 0,
+    },
+    ops.diversity_stats: {"features": [_TOKENS, _TOKENS]},
+    ops.diversity_loss: {"features": [_TOKENS, _TOKENS]},
+    ops.diversity_tap: {"x": _TOKENS},
+}
+
+
+def test_every_argument_that_is_missing_is_named():
+    functions = [value for value in vars(ops).values() if type(value).__name__ == "function"]
+    assert set(functions) == set(_CALLS)
+    for function, arguments in _CALLS.items():
+        function(**arguments)
+        for name in arguments:
+            for wrong in (None, "text"):
+                with pytest.raises(UserError, match=rf"\b{name} must be ") as caught:
+                    function(**{**arguments, name: wrong})
+                assert "\n" not in str(caught.value)
+
+
+def test_a_layer_without_a_bias_is_told_what_to_give():
+    with pytest.raises(UserError, match="long_skip: bias must be a tensor, not None; for a layer without one give zer"):
+        ops.long_skip(**{**_CALLS[ops.long_skip], "bias": None})
+
+
+@pytest.mark.parametrize("stats", [(None, None), torch.ones(2, 3), (torch.ones(2, 3),)])
+def test_statistics_that_are_none(stats):
+    calls = [
+        lambda: ops.layer_norm_modulate(**_CALLS[ops.layer_norm_modulate], stats=stats),
+        lambda: ops.long_skip(**_CALLS[ops.long_skip], x_stats=stats),
+        lambda: ops.diversity_loss([_TOKENS, _TOKENS], stats=[stats, None]),
+    ]
+    for call in calls:
+        with pytest.raises(UserError, match="stats"):
+            call()
+
+
+def test_features_by_block_index_are_taken_in_the_order_of_their_keys():
+    torch.manual_seed(0)
+    features = [torch.randn(2, 3, 8) for _ in range(3)]
+    statistics = [ops.row_statistics(feature) for feature in features]
+    mixed = OrderedDict((block, features[place]) for place, block in ((2, 11), (0, 2), (1, 3)))
+    known = {11: statistics[2], 2: statistics[0], 3: statistics[1]}
+    expected = ops.diversity_loss(features, pairs=[(0, 2)], variant="paper")
+    for stats in (None, known):
+        given = ops.diversity_loss(mixed, pairs=[(0, 2)], variant="paper", stats=stats)
+        assert torch.equal(given.total, expected.total)
+    assert torch.equal(ops.diversity_stats(mixed).pair_sums, ops.diversity_stats(features).pair_sums)
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ({}, "empty mapping"),
+        ({"x": _TOKENS, "block_feas": {0: _TOKENS}}, "not 'x'; the block features are under 'block_feas'"),
+        ({0: _TOKENS, "1": _TOKENS}, "not '1'"),
+        ({True: _TOKENS}, "not True"),
+        ({0: _TOKENS, 1: None}, r"features\[1\] must be a tensor, not None"),
+        ([_TOKENS, _TOKENS.long()], r"features\[1\] must be floating point"),
+        ([_TOKENS, _TOKENS.to("meta")], r"features\[1\] is on meta"),
+    ],
+)
+def test_features_that_do_not_fit_are_named(features, message):
+    for function in (ops.diversity_loss, ops.diversity_stats):
+        with pytest.raises(UserError, match=message):
+            function(features)
