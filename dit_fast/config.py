@@ -36,7 +36,7 @@ class DataConfig:
         "auto", "indexed: local files; stream: WebDataset; auto: by the path; the order is the same", resumes=True
     )
     shuffle_group: int = setting(64, "Shards shuffled together; 0 = all of them (exact shuffle)", "[0, 1e6]")
-    num_workers: int = setting(4, "Reading processes of each rank; 0 = none", "[0, 512]", resumes=True)
+    num_workers: int = setting(4, "Reading processes of each rank; 0 = none", "[0, 256]", resumes=True)
     check_crc: bool = setting(True, "Check every sample against its checksum", resumes=True)
 
 

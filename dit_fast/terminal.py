@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +55,9 @@ def run(
                 print(f"dit-fast: {interrupted}", file=sys.stderr)
             return 130
         except Exception as error:
-            if not isinstance(error, BrokenPipeError) or _can_flush(sys.stdout):  # else the reader left: `... | head`
+            if not isinstance(error, BrokenPipeError) or _has_reader(
+                sys.stdout
+            ):  # else it left: `dit-fast info | head`
                 place = f"rank {rank}: " if rank else ""
                 _report(f"{place}{type(error).__name__}: {one_line(error)} ({ADVICE})", show_traceback)
             return 1
@@ -129,6 +132,15 @@ def _can_flush(stream: TextIO) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def _has_reader(stream: TextIO) -> bool:
+    try:
+        poller = select.poll()
+        poller.register(stream.fileno(), select.POLLOUT)
+        return not any(events & select.POLLERR for _, events in poller.poll(0))
+    except (OSError, ValueError):  # no file at all
+        return True
 
 
 def _settle(stream: Any) -> None:

@@ -38,7 +38,7 @@ def explain(error: Exception, rank: int, size: int) -> PeerLost | None:
     dead = [other for other in range(size) if other not in alive]
     who = f"rank{'s' * (len(dead) > 1)} {', '.join(map(str, dead))} died or was cut off"
     text = re.sub(r"^\[[^\]]*\]:?\s*", "", str(error).strip())  # without the library's source line
-    reason = text.splitlines()[0][:160] if text else type(error).__name__
+    reason = re.split(r"\. |\n", text)[0][:160] if text else type(error).__name__
     return PeerLost(
         f"{who if dead else 'a connection between ranks broke'} ({reason}); the same command goes on from the newest "
         "checkpoint",

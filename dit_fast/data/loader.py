@@ -149,6 +149,8 @@ def build_loader(
 
 def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer decides, and ends its workers
+    # DeepSpeed's launcher sends SIGTERM to all descendants of a rank, whose last steps need its workers: the second ends
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def _raising(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:

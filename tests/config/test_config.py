@@ -78,7 +78,7 @@ def test_round_trip_through_json():
         ("optimizer.lr=inf", "'optimizer.lr' must be of type float, not 'inf'"),
         ("optimizer.lr=1e999", "finite"),
         ("optimizer.lr=1e-999", "type float"),  # would be 0
-        ("data.num_workers=100000", r"must lie in \[0, 512\]"),
+        ("data.num_workers=100000", r"must lie in \[0, 256\]"),
         ("run.seed=18446744073709551616", r"must lie in \[0, 2\^64\)"),
         ("run.seed=1e19999", "type int"),
         ("run.steps=0x10", "type int"),

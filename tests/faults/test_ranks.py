@@ -149,14 +149,3 @@ def test_two_nodes_without_ssh(shards, tmp_path):
     texts = [job.communicate(timeout=300)[0] for job in jobs]
     assert main(arguments(shards, tmp_path / "one", *options)) == 0
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-6), texts
-
-
-@pytest.mark.long
-def test_a_dead_rank_does_not_leave_the_other_waiting(shards, tmp_path):
-    command = arguments(shards, tmp_path / "run", "run.steps=5000")
-    with Ranks(command, tmp_path / "log") as ranks:
-        wait_for(lambda: len(rows_so_far(tmp_path / "run")) >= 3)
-        ranks.processes[1].kill()
-        assert ranks.processes[0].wait(60) != 0
-    finish(arguments(shards, tmp_path / "run", "run.steps=20"), tmp_path / "log")
-    assert load_run(tmp_path / "run").step >= 20

@@ -1,0 +1,98 @@
+"""Ranks end with their launcher, and say in one line when one of them has died. Each start costs seconds."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from toy_runs import Ranks, arguments, environment, free_port, wait_for
+
+from dit_fast.checkpoint.run import load_run
+
+pytestmark = pytest.mark.launch
+
+SCRIPTS = Path(sys.executable).parent
+LAUNCHERS = {
+    "deepspeed": lambda: [SCRIPTS / "deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "--module"],
+    "torchrun": lambda: [SCRIPTS / "torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), "-m"],
+}
+
+
+def processes(run):
+    """{pid: command line} of all processes that name this run folder: launchers, ranks and their loader workers."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            except OSError:
+                continue
+            if f"run.dir={run}" in words:
+                found[int(entry.name)] = words
+    return found
+
+
+def rows(run):
+    path = run / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.mark.parametrize(
+    ("launcher", "victim", "number"),
+    [
+        ("deepspeed", "deepspeed", signal.SIGTERM),
+        ("torchrun", "torchrun", signal.SIGKILL),
+        # this one passes the signal on, to loader workers too
+        pytest.param("deepspeed", "deepspeed.launcher.launch", signal.SIGTERM, marks=pytest.mark.long),
+        pytest.param("deepspeed", "deepspeed.launcher.launch", signal.SIGKILL, marks=pytest.mark.long),
+    ],
+)
+def test_ranks_end_with_their_launcher_and_save(shards, tmp_path, launcher, victim, number):
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = arguments(shards, run, "run.steps=100000", "run.checkpoint_every=0", "data.num_workers=1")
+    with log.open("wb") as file:
+        job = subprocess.Popen(
+            [*LAUNCHERS[launcher](), "dit_fast.train", *command], env=environment(), stdout=file, stderr=file, cwd="/"
+        )
+    try:
+        wait_for(lambda: rows(run) >= 3 or job.poll() is not None)
+        (pid,) = (pid for pid, words in processes(run).items() if victim in map(os.path.basename, words))
+        os.kill(pid, number)
+        wait_for(lambda: job.poll() is not None)
+        wait_for(lambda: not processes(run), timeout=60)
+    finally:
+        for pid in processes(run):
+            os.kill(pid, signal.SIGKILL)
+        job.wait()
+    stopped = load_run(run).step
+    assert 3 <= stopped < 100000
+    text = log.read_text()
+    assert f"stopped at step {stopped} as asked" in text
+    assert text.count("the launcher died; this run saves and ends") == (number != signal.SIGTERM or pid == job.pid)
+
+
+def test_a_rank_without_its_launcher_ends_before_it_begins(shards, tmp_path):
+    """Its parent has died before it looked: what took it in (process 1 here, by way of a shell that leaves) is none."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    words = [sys.executable, "-m", "dit_fast.train", *arguments(shards, run)]
+    script = '(sleep 1; exec "$@") > "$LOG" 2>&1 & exit'
+    subprocess.run(["sh", "-c", script, "sh", *words], env=environment(CROSS_RANK="0", LOG=str(log)), check=True)
+    wait_for(lambda: log.exists() and log.read_text())
+    wait_for(lambda: not processes(run))
+    assert log.read_text() == "dit-fast: rank ?: the launcher died before this process began\n"
+    assert not run.exists()
+
+
+def test_the_death_of_a_rank_is_one_line(shards, tmp_path):
+    run = tmp_path / "run"
+    with Ranks(arguments(shards, run, "run.steps=100000", "engine.global_batch=6"), tmp_path / "log", size=3) as ranks:
+        wait_for(lambda: rows(run) >= 3 or ranks.processes[0].poll() is not None)
+        ranks.processes[1].kill()
+        codes = [ranks.processes[number].wait(60) for number in (0, 2)]
+        said = [line for line in ranks.text().splitlines() if not re.match(r"step \d|dit-fast: (?!error)", line)]
+    assert codes == [4, 4], said
+    (line,) = said
+    assert re.match(r"dit-fast: error: rank 1 died or was cut off \(.+\); the same command goes on from", line)
