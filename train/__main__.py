@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"recipes: {', '.join(RECIPES)}",
     )
     parser.add_argument("recipe", metavar="RECIPE", help="name of a recipe, or a .json configuration")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes, e.g. optimizer.lr=2e-4")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes, e.g. optimizer.lr=2e-4")
     parser.add_argument("--print-config", action="store_true", help="print the configuration and leave")
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
