@@ -25,8 +25,8 @@ def decode_images(
     if not finite.all():
         first = int(finite.logical_not().nonzero()[0])
         raise DataError(
-            f"image {first} ({origin}): its latent holds NaN or Inf, as do {int((~finite).sum()) - 1} others of "
-            f"{len(finite)}; the weights have diverged, or a number of the sampler is too large"
+            f"image {first} ({origin}): its latent holds NaN or Inf ({int((~finite).sum())} of {len(finite)} images); "
+            "the weights have diverged, or a number of the sampler is too large"
         )
     parts = unscale(latents, info).float().split(batch)
     decoded = (autoencoder.decode(part).float().cpu().numpy() for part in parts)

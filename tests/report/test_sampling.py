@@ -73,7 +73,7 @@ def test_images_that_are_not_finite_are_an_error(place, opened, monkeypatch):
     loaded, dataset = load_run(place / "plain"), opened[1]
     with torch.no_grad():
         loaded.model.final_layer.linear.bias[0] = float("nan")
-    with pytest.raises(UserError, match=r"image 0 \(weights of step 4\): its latent holds NaN or Inf, as do 2 others"):
+    with pytest.raises(UserError, match=r"image 0 \(weights of step 4\): its latent holds NaN or Inf \(3 of 3 images"):
         draw_samples(loaded, dataset, options())
     with torch.no_grad():
         loaded.model.blocks[2].mlp.fc1.weight[0] = float("inf")
