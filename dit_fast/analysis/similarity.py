@@ -26,6 +26,7 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
             raise UserError(
                 f"linear_cka: {name} has shape {tuple(value.shape)}; both must be [n, features] with one n >= 2"
             )
+        _check_finite(f"linear_cka: {name}", value)
     return _cka(_centred(x), _centred(y))
 
 
@@ -60,8 +61,9 @@ def effective_rank(feature: Tensor) -> Tensor:
     """exp of the entropy of the normalised singular values (Roy and Vetterli 2007): in how many directions x varies.
 
     feature: [..., D], flattened to rows and centred. Returns a 0-d float64 tensor in [1, min(rows, D)], or 0 when all
-    rows are equal.
+    rows are equal. Raises UserError for NaN or Inf.
     """
+    _check_finite("effective_rank: the feature", feature)
     rows = feature.double().reshape(-1, feature.shape[-1])
     values = torch.linalg.svdvals(rows - rows.mean(dim=0))
     share = values / values.sum().clamp_min(torch.finfo(torch.float64).tiny)
@@ -90,3 +92,9 @@ def _check(features: Sequence[Tensor], same_width: bool = False) -> None:
             raise UserError(
                 f"feature {index} has shape {tuple(feature.shape)}; expected [N, T, D] like {tuple(first.shape)}"
             )
+        _check_finite(f"feature {index}", feature)
+
+
+def _check_finite(name: str, value: Tensor) -> None:
+    if not value.isfinite().all():
+        raise UserError(f"{name} holds NaN or Inf, so nothing can be said about its similarity or rank")

@@ -12,6 +12,7 @@ from dit_fast.report import figures
 from dit_fast.report.blocks import real_images
 from dit_fast.report.grids import class_grid
 from dit_fast.report.html import render
+from dit_fast.report.metrics import read_metrics
 from dit_fast.report.output import check_writable, writing
 from dit_fast.report.page import compose
 from dit_fast.report.story import RunStory, read_story
@@ -31,6 +32,9 @@ def write_report(
     check_writable(out)
     if baseline is not None and baseline.resolve() == run.resolve():
         raise UserError(f"--baseline {baseline}: is the run itself; name another run")
+    for folder in (run, baseline):
+        if folder is not None:
+            read_metrics(folder)  # a wrong folder is found before minutes are spent on the other one
     stories = [read_story(run, data=data)]
     dataset = stories[0].dataset
     if baseline is not None:

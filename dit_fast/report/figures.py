@@ -77,7 +77,7 @@ def diversity_figure(metrics: Metrics, low: float | None = None, high: float | N
     top.set(ylabel="diversity loss")
     top.legend(loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=4, frameon=False)
     bottom.plot(steps, weight, color=WEIGHT_COLOUR, linewidth=1.8)
-    top_weight = max(float(weight.max(initial=0.0)), 1e-3)
+    top_weight = max(float(weight[np.isfinite(weight)].max(initial=0.0)), 1e-3)
     bottom.set(xlabel="step", ylabel="weight", ylim=(-0.05 * top_weight, 1.08 * top_weight))
     for start, stop in acting_spans(steps, weight):
         for axes in (top, bottom):

@@ -33,7 +33,7 @@ def read_metrics(run: str | Path) -> Metrics:
     """
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
-        raise DataError(f"{path}: missing; give the folder of a run (it holds config.json and metrics.jsonl)")
+        raise DataError(f"{path}: missing; give the folder of a run, which holds that file")
     rows: dict[int, dict[str, Any]] = {}
     lines = path.read_bytes().rstrip(b"\n").split(b"\n")
     for number, line in enumerate(lines, start=1):

@@ -104,3 +104,18 @@ def test_features_of_different_sample_counts_are_refused():
         token_cosine_matrix([draw(4, 2, 3), draw(4, 2, 2)])
     with pytest.raises(UserError, match="at least one"):
         cka_matrix([])
+
+
+def test_features_that_are_not_finite_are_refused():
+    """NaN would pass as a CKA of 0, or end inside the singular values."""
+    broken = draw(4, 2, 3)
+    broken[1, 0, 2] = float("nan")
+    calls = [
+        lambda: linear_cka(draw(4, 6), broken.flatten(1)),
+        lambda: cka_matrix([draw(4, 2, 3), broken]),
+        lambda: token_cosine_matrix([draw(4, 2, 3), broken]),
+        lambda: effective_rank(broken),
+    ]
+    for call in calls:
+        with pytest.raises(UserError, match="NaN or Inf"):
+            call()

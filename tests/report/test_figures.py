@@ -38,8 +38,15 @@ def test_loss_of_both_runs_is_drawn_raw_and_smoothed():
     assert is_picture(figure)
 
 
-def test_loss_figure_survives_a_run_of_one_row():
-    assert is_picture(figures.loss_figure({"short": logged(1)}))
+@pytest.mark.parametrize("rows", [logged(1).rows, ({"step": 1, "flow": None},), tuple(
+    {"step": step, "flow": float("nan"), "samples_per_s": float("inf"), "diversedit/weight": float("nan")}
+    for step in range(30)
+)])  # fmt: skip
+def test_figures_of_runs_that_logged_little_or_nothing_finite(rows):
+    metrics = Metrics(rows)
+    assert is_picture(figures.loss_figure({"a folder $x^$": metrics}))
+    assert is_picture(figures.diversity_figure(metrics, 0.1, 0.5))
+    assert is_picture(figures.throughput_figure({"a folder $x^$": metrics}))
 
 
 def test_diversity_figure_shades_where_the_weight_acts():
