@@ -278,11 +278,9 @@ class ArraySource:
             self._refuse(f"{member.filename} claims {member.file_size} bytes in {held}; write it again")
         with archive.open(member) as stream:
             try:
-                array = read_npy(stream, member.file_size)
+                return read_npy(stream, member.file_size)  # at whose end the checksum is compared
             except ValueError as error:
                 raise DataError(f"{shown(self.path)}: {member.filename} {error}; write it again") from None
-            stream.read()  # to the end, where the checksum is compared
-        return array
 
 
 def open_source(

@@ -86,7 +86,7 @@ def test_grey_with_a_transparent_value_is_put_on_white(tmp_path, depth, row, key
         ("float.tif", saved(Image.fromarray(RAMP.astype(np.float32)), "TIFF"), "float values, whose range"),
         ("key.png", png(16, 2, [bytes(6)], (b"tRNS", bytes(6))), "16-bit colour with a transparent colour"),
         ("strip.png", saved(Image.new("L", (20_000, 1)), "PNG"), "would be 5120000 x 256"),
-        ("postscript.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a readable image"),
+        ("icon.png", saved(Image.new("RGB", (32, 32)), "ICO"), "not a readable image .none of PNG, JPEG"),
     ],
 )
 def test_what_has_no_known_range_is_refused(tmp_path, name, data, message):
