@@ -97,12 +97,12 @@ def _eight_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
         opacity = np.asarray(image) != key * GREY_STEPS[raw]
         image = Image.fromarray(np.asarray(image))
     elif image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image)
         opacity = values != key
         largest = (1 << int(bits[0])) - 1  # Pillow scales a PGM's own maximum to 65535
         if values.min() < 0 or values.max() > largest:
             raise DataError(f"has values outside 0..{largest}; save it as 8-bit or full-range 16-bit")
-        grey = ((values * 255 + largest // 2) // largest).astype(np.uint8)
+        grey = ((values.astype(np.uint32) * 255 + largest // 2) // largest).astype(np.uint8)
         image = Image.fromarray(255 - grey if photometric == MIN_IS_WHITE else grey)
     elif image.mode in ("I", "F"):
         kind = "32-bit integer" if image.mode == "I" else "float"
