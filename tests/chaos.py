@@ -30,11 +30,12 @@ from dit_fast.train.__main__ import main as train
 
 sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("config", "shards")]
 
+from damage import attack  # noqa: E402
 from fuzz import attempt  # noqa: E402
 
 STEPS = 8
 OPTIONS = [f"run.steps={STEPS}", "run.checkpoint_every=2", "engine.micro_batch=8", "data.num_workers=0"]
-FINE, KILLED, REFUSED = 0, -signal.SIGKILL, 2
+FINE, REFUSED = 0, 2
 
 
 def start(shards: Path, run: Path, prepare: Callable[[], object] = lambda: None) -> int:
@@ -184,7 +185,10 @@ def damage_file(rng: random.Random, path: Path) -> None:
 
 
 def shards(trial: Trial, rng: random.Random, folder: Path) -> None:
-    """A file of the data set is damaged in the same ways: equal bits, or a refusal in one line."""
+    """Five damages to a data set: every reader gives the right samples, or DataError. Then a run on one that has a file
+    damaged: equal bits, or a refusal in one line."""
+    found = attack(trial.shards, folder, [rng.randrange(2**32) for _ in range(5)])
+    assert not found, "\n".join(found)
     damaged = shutil.copytree(trial.shards, folder / "shards")
     damage_file(rng, rng.choice(sorted(path for path in damaged.rglob("*") if path.is_file())))
     trial.finish(folder / "run", damaged, refused=True)
@@ -197,7 +201,8 @@ def configurations(trial: Trial, rng: random.Random, folder: Path) -> None:
 
 
 def locks(trial: Trial, rng: random.Random, folder: Path) -> None:
-    """Two or three processes start the same run: one trains, the others name it in one line, and the bits are equal."""
+    """Two or three processes start the same run: one trains, the others wait until it is done or name it in one line,
+    and the bits are equal."""
     run = folder / "run"
     children = []
     for _ in range(rng.randint(2, 3)):
@@ -206,7 +211,7 @@ def locks(trial: Trial, rng: random.Random, folder: Path) -> None:
     codes = sorted(wait(child) for child in children)
     assert codes[0] == FINE, f"exit statuses {codes}"
     assert set(codes) <= {FINE, REFUSED}, f"exit statuses {codes}"
-    assert (folder / "log.txt").read_text().count("is writing to this run folder") == codes.count(REFUSED)
+    assert (folder / "log.txt").read_text().count("dit-fast: error: ") == codes.count(REFUSED)
     trial.finish(run)
 
 
