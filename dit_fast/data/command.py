@@ -1,6 +1,8 @@
 """`dit-fast shards build | index | verify | import-vae-sd | info`."""
 
 import argparse
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,22 +85,23 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-progress", dest="progress", action="store_false", default=ABSENT, help="no progress bar")
 
 
-def _arguments(options: argparse.Namespace) -> dict[str, Any]:
-    skip = {"command", "shards_command", "run", "source", "out"}
-    return {key: value for key, value in vars(options).items() if key not in skip}
+def _arguments(options: argparse.Namespace, function: Callable[..., Any]) -> dict[str, Any]:
+    """The options that are the function's; others belong to the command line as a whole."""
+    mine = inspect.signature(function).parameters.keys() - {"source", "src", "out"}
+    return {key: value for key, value in vars(options).items() if key in mine}
 
 
 def _build(options: argparse.Namespace) -> int:
     from dit_fast.data.build import build_shards
 
-    print(describe(build_shards(options.source, options.out, **_arguments(options))))
+    print(describe(build_shards(options.source, options.out, **_arguments(options, build_shards))))
     return 0
 
 
 def _import(options: argparse.Namespace) -> int:
     from dit_fast.data.vae_sd import import_vae_sd
 
-    print(describe(import_vae_sd(options.source, options.out, **_arguments(options))))
+    print(describe(import_vae_sd(options.source, options.out, **_arguments(options, import_vae_sd))))
     return 0
 
 
