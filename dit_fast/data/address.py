@@ -40,7 +40,7 @@ def check_address(root: str) -> str:
         if scheme.lower() in SCHEMES:
             raise DataError(f"'{root}' is not an address; write it as {scheme.lower()}://HOST/FOLDER")
         raise DataError(
-            f"'{root}': only folders and http(s) addresses are read, '{scheme}:' would run or open another program"
+            f"'{root}': only folders and http(s) addresses are read; '{scheme}:' could run or open another program"
         )
     return root.rstrip("/") or "/"
 

@@ -19,6 +19,7 @@ FILE_NAME = "dataset.json"
 Affine = float | tuple[float, ...]
 # bounds, far from what anybody needs; what is beyond them is damage and would take memory until there is none
 MAX_SAMPLES = 10**12
+MAX_SHARD_SAMPLES = 1 << 24
 MAX_CLASSES = 10**7
 MAX_SIDE = 1 << 16
 MAX_VALUES = 1 << 26  # of one array of one sample
@@ -242,7 +243,7 @@ def parse_description(data: bytes, where: str, root: str) -> DatasetInfo:
         shards=tuple(
             ShardInfo(
                 name=check_file_name(shard.text("name"), where),
-                samples=shard.whole("samples", MAX_SAMPLES),
+                samples=shard.whole("samples", MAX_SHARD_SAMPLES),
                 bytes=shard.whole("bytes", 1 << 62),
                 sha256=shard.text("sha256"),
             )

@@ -78,11 +78,25 @@ class _Streamed(IterableDataset):
 def _or_error(read: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor] | UserError:
     """A batch, or what the user can mend; other errors are ours and keep their traceback."""
     try:
-        return read()
+        batch = read()
+        if (
+            get_worker_info()
+        ):  # here, where a full /dev/shm can be told; else a thread of torch meets it and goes silent
+            for tensor in batch.values():
+                tensor.share_memory_()
+        return batch
     except UserError as error:
         return error
-    except MemoryError:
-        return DataError("out of memory while reading a batch; use a smaller data.shuffle_group or fewer workers")
+    except (MemoryError, RuntimeError) as error:  # torch's allocators raise RuntimeError
+        text = (str(error).splitlines() or [""])[0]
+        if isinstance(error, RuntimeError) and not any(
+            words in text for words in ("allocate", "unable to", "No space")
+        ):
+            raise
+        return DataError(
+            f"no memory for a batch ({text or 'MemoryError'}); use fewer data.num_workers, a smaller "
+            "data.shuffle_group (streams) or a larger /dev/shm (docker: --shm-size)"
+        )
 
 
 def _as_is(item: Any) -> Any:
@@ -148,7 +162,8 @@ def build_loader(
 
 
 def _start_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer decides, and ends its workers
+    """What goes to a whole group of processes is the trainer's to answer; it ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # DeepSpeed's launcher sends SIGTERM to all descendants of a rank, whose last steps need its workers: the second ends
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 

@@ -15,6 +15,7 @@ from dit_fast.data.shards import scan_tar, write_atomic
 from dit_fast.errors import DataError, UserError
 
 CHUNK_BYTES = 1 << 22
+CHUNK_SAMPLES = 64
 
 
 def file_sha256(path: str | Path) -> str:
@@ -89,11 +90,17 @@ def _value_problems(root: str, shard: ShardInfo, info: DatasetInfo, index: Shard
     """The first sample of a shard that cannot be read or holds values that no autoencoder gives, and how many do."""
     alone = LatentDataset(root, replace(info, shards=(shard,)), (index,))
     reader, bad = IndexedReader(alone, info.fields), []
-    for sample in index.first_key + np.arange(len(index)):
-        try:
-            reader.read(np.zeros(1, np.int64), np.array([sample]))
-        except DataError as error:
-            bad.append(str(error))
+    for first in range(0, len(index), CHUNK_SAMPLES):
+        samples = index.first_key + np.arange(first, min(first + CHUNK_SAMPLES, len(index)))
+        for part in (samples, *samples[:, None]):  # all at once, and one by one where that fails
+            try:
+                reader.read(part, part)
+            except DataError as error:
+                if len(part) == 1:
+                    bad.append(str(error))
+            else:
+                if part is samples:
+                    break
     if bad:
         yield bad[0] + (f" ({len(bad)} such samples in this shard)" if len(bad) > 1 else "")
 

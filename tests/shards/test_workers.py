@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from dit_fast.data import Plan, build_loader, loader, open_dataset
 from dit_fast.data.reader import IndexedReader
@@ -51,15 +52,17 @@ def test_a_killed_worker_is_one_line_from_next(built, monkeypatch, number, words
 
 
 @pytest.mark.launch
-def test_ctrl_c_is_the_trainers(built, capfd):
+def test_signals_to_the_whole_group_are_the_trainers(built, capfd):
     found = batches(built)
     next(found)
-    for worker in workers():
-        os.kill(worker.pid, signal.SIGINT)
+    mine = workers()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        for worker in mine:
+            os.kill(worker.pid, number)
     time.sleep(0.2)
-    for _ in range(20):
-        next(found)
+    assert len(list(itertools.islice(found, 20))) == 20
     found.close()
+    assert not any(worker.is_alive() for worker in mine)
     assert "KeyboardInterrupt" not in capfd.readouterr().err
 
 
@@ -76,8 +79,16 @@ def test_a_worker_that_hangs_and_one_that_runs_out_of_memory(built, monkeypatch)
 
     monkeypatch.setattr(IndexedReader, "read", hungry)
     for num_workers in (0, 1):
-        with pytest.raises(DataError, match="out of memory while reading a batch"):
+        with pytest.raises(DataError, match="no memory for a batch"):
             next(batches(built, num_workers=num_workers))
+    monkeypatch.undo()
+
+    def full(*_):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(DataError, match=r"No space left on device .*--shm-size"):
+        next(batches(built))
 
 
 def test_absurd_numbers_of_workers(built, monkeypatch):
