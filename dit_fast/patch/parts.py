@@ -69,15 +69,20 @@ def changed(module: Any, parts: tuple[Part, ...]) -> str | None:
             parameter = held.get(name)
             if (parameter is not None) is not there:
                 return f"{path or 'it'} {'lost' if there else 'got'} a {name}"
-            if there and hasattr(parameter.__class__, "__tensor_flatten__"):
+            if there and parameter.__class__ is not nn.Parameter and _is_odd(parameter):
                 return f"{path or 'its'} {name} is a {parameter.__class__.__name__}"
     return None
+
+
+def _is_odd(parameter: Any) -> bool:
+    """Whether it is a tensor made of others, which torch tells by this method."""
+    return hasattr(parameter.__class__, "__tensor_flatten__")
 
 
 def odd_parameter(module: nn.Module) -> str | None:
     """The first parameter that is no plain tensor: sharded (DTensor) or quantised."""
     for name, parameter in module.named_parameters():
-        if hasattr(type(parameter), "__tensor_flatten__"):
+        if _is_odd(parameter):
             return f"{name} is a {type(parameter).__name__}, not a plain tensor"
     return None
 

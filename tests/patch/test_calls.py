@@ -7,11 +7,15 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import loop_over
 from patch.published_models import Attention, Block, FinalLayer, Mlp, Transformer, inputs, leaves
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, prune
 
-from dit_fast import patch
+from dit_fast import _C, patch
+from dit_fast.errors import UserError
 
 
 class RopeBlock(Block):
@@ -220,3 +224,85 @@ def test_hooks_on_all_modules_run(caplog):
             handle.remove()
     assert {"LayerNorm", "GELU"} <= set(seen)
     assert "hooks on all modules" in caplog.messages[0]
+
+
+@loop_over("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@loop_over(("batch", "tokens", "size"), [(1, 1, 1e-3), (3, 256, 1e3), (1, 256, 1.0)])
+def test_inputs_that_occur(dtype, batch, tokens, size):
+    module, twin = (one.to(dtype) for one in _single(Block(D, 4, True)))
+    torch.manual_seed(3)
+    x = (size * torch.randn(tokens, batch, D)).to(dtype)
+    c = torch.randn(batch, 2 * D).to(dtype)[:, ::2]
+    weights = torch.randn(batch, tokens, D)
+    results = []
+    for one in (module, twin):
+        one.adaLN_modulation.requires_grad_(False)
+        one.mlp.fc1.weight.requires_grad_(False)
+        given = x.clone().requires_grad_()
+        out = one(given.transpose(0, 1), c)  # not contiguous
+        (out.float() * weights).sum().backward()
+        results.append((out, given.grad, one.mlp.fc1.bias.grad, one.attn.qkv.weight.grad))
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).double().norm() <= tolerance * theirs.double().norm()
+
+
+def test_a_head_in_fp32_after_blocks_in_bf16():
+    module, twin = _single(FinalLayer(D, 8))
+    _same(module(X.bfloat16(), C), twin(X.bfloat16(), C), rtol=2e-2, atol=2e-2)
+    block, plain = _single(Block(D, 4, False))
+    for one in (block, plain):  # maps in bf16, conditioning in fp32
+        for part in (one.attn, one.mlp):
+            part.bfloat16().register_forward_pre_hook(lambda module, given: (given[0].bfloat16(),))
+    _same(block(X.bfloat16(), C), plain(X.bfloat16(), C), rtol=5e-2, atol=5e-2)
+
+
+def test_autocast_with_parameters_of_two_dtypes():
+    module, twin = _single(Mlp(D))
+    for one in (module, twin):
+        one.fc2.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        _same(module(X), twin(X), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(_C.unavailable() is not None, reason="needs the C++ operators")
+def test_transforms_are_right_or_refused():
+    """torch.func.grad and reverse mode once: right. vmap and second derivatives: an error that names the op."""
+    model = Transformer("input", depth=2, qk_norm=True).eval()
+    twin = copy.deepcopy(model)
+    patch.apply(model)
+    x, t, y = inputs()
+
+    def loss(one, parameters, x):
+        return torch.func.functional_call(one, parameters, (x, t, y))["x"].square().sum()
+
+    parameters = dict(twin.named_parameters())
+    ours, theirs = (torch.func.grad(loss, 1)(one, parameters, x) for one in (model, twin))
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="vmap over AdaLN"):
+        torch.func.vmap(lambda one: model(one[None], t[:1], y[:1])["x"])(x)
+    x.requires_grad_()
+    (first,) = torch.autograd.grad(loss(model, {}, x), x, create_graph=True)
+    with pytest.raises(UserError, match="no second derivative"):
+        torch.autograd.grad(first.square().sum(), x)
+
+
+def test_sharded_first_is_named_and_sharded_later_runs(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        first, later, model = (Transformer("sit", depth=1).eval() for _ in range(3))
+        for one in (first, later):
+            one.load_state_dict(model.state_dict())
+        fully_shard(first, mesh=mesh)
+        with pytest.raises(UserError, match="is a DTensor, not a plain tensor; apply the patch before sharding"):
+            patch.apply(first)
+        patch.apply(later)
+        for part in (later.blocks[0].mlp.fc1, later.blocks[0], later):
+            fully_shard(part, mesh=mesh)
+        _same(later(*inputs()), model(*inputs()))
+    finally:
+        torch.distributed.destroy_process_group()

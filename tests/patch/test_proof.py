@@ -9,6 +9,7 @@ from patch.published_models import Block, Mlp, SwappedBlock, Transformer, inputs
 from torch import nn
 
 from dit_fast import patch
+from dit_fast.patch import proof
 
 
 class DropPath(nn.Module):
@@ -54,9 +55,45 @@ class OtherEpsBlock(Block):
         return out
 
 
+class StoppedBlock(Block):
+    def forward(self, x, c):
+        return super().forward(x, c.detach())
+
+
+class LongBlock(Block):
+    def forward(self, x, c):
+        return super().forward(x, c) * (2 if x.shape[1] > 64 else 1)
+
+
+class AloneBlock(Block):
+    def forward(self, x, c):
+        return super().forward(x, c) * (2 if len(x) == 1 else 1)
+
+
+class ClampedBlock(Block):
+    def forward(self, x, c):
+        return super().forward(x.clamp(-100, 100), c)
+
+
+class HalfBlock(Block):
+    def forward(self, x, c):
+        return super().forward(x, c) * (1 if x.dtype == torch.float32 else 0.5)
+
+
+class WideningBlock(Block):
+    def forward(self, x, c):
+        return super().forward(x, c).float()
+
+
 @loop_over(
     ("block", "reason"),
     [
+        (StoppedBlock, "give input 1 different gradients"),
+        (LongBlock, "differ on a small input .1 x 256 tokens"),
+        (AloneBlock, "differ on a small input .1 x"),
+        (ClampedBlock, "differ on a small input .1 x 256"),
+        (HalfBlock, "tokens in bfloat16"),
+        (WideningBlock, "tokens in bfloat16"),
         (SwappedBlock, "differ on a small input"),
         (OtherEpsBlock, "differ on a small input"),
         (TrainingBlock, "differ on a small input .* in train mode"),
@@ -84,6 +121,27 @@ def test_dropout_that_is_no_module_is_seen():
     refused = patch.apply(model).report.refused
     assert list(refused) == ["blocks.1.mlp"]
     assert "draw different random numbers" in refused["blocks.1.mlp"]
+
+
+def test_modules_share_a_proof_only_if_all_but_their_parameters_is_equal(monkeypatch):
+    class Scaled(Mlp):
+        scale = 1.0
+
+        def forward(self, x):
+            return super().forward(x) * self.scale
+
+    ran = []
+    disagreement = proof.disagreement
+    monkeypatch.setattr(proof, "disagreement", lambda entry: ran.append(entry.path) or disagreement(entry))
+    model = Transformer("sit", depth=5)
+    for block in model.blocks:
+        block.mlp = Scaled(32)
+    model.blocks[1].mlp.scale = 2.0
+    model.blocks[2].mlp.table = [3]
+    model.blocks[3].mlp.drop1 = nn.Identity()
+    report = patch.apply(model, ops={"gelu_mlp"}).report
+    assert ran == [f"blocks.{block}.mlp" for block in (0, 1, 2, 3)]
+    assert list(report.refused) == ["blocks.1.mlp"]
 
 
 @loop_over("later", [False, True])
