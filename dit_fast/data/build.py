@@ -189,7 +189,7 @@ def _place_autoencoder(
         fitted = PatchPCA.load(spec.partition(":")[2])
     if target.is_file() and fitted.file_bytes() != target.read_bytes():
         raise DataError(
-            f"{target}: another autoencoder lies there (patch, channels or images differ); "
+            f"{target}: another autoencoder lies there (patch, channels, exif or images differ); "
             "use another folder or delete it"
         )
     out.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,8 @@ class FolderSource:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(walk.skipped.items(), key=_by_count))
         self.notes = walk.notes
         if kinds:
-            self.notes.append(f"{shown(root)}: skipped {walk.skipped.total()} files: {kinds}")
+            count = walk.skipped.total()
+            self.notes.append(f"{shown(root)}: skipped {count} file{'s' * (count > 1)}: {kinds}")
         content = digest_files(root, self.files, progress)
         self.digest = hashlib.sha256(repr((self.class_names, sizes, content)).encode()).hexdigest()
 
