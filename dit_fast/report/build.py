@@ -38,7 +38,10 @@ def write_report(
     stories = [read_story(run, data=data)]
     dataset = stories[0].dataset
     if baseline is not None:
-        stories.append(read_story(baseline, stories[0].samples, dataset.root))
+        try:
+            stories.append(read_story(baseline, stories[0].samples, dataset.root))
+        except UserError as error:
+            raise UserError(f"--baseline {baseline}: {error}") from None
         if stories[0].name == stories[1].name:
             distinct = run.name != baseline.name
             stories = [

@@ -41,18 +41,23 @@ def class_grid(
     step_x, step_y = width * factor + GAP, height * factor + GAP
     names = [_shown(class_names[label]) for label in classes]
     margin = 16 + max(int(_font(14).getlength(name)) for name in names)
-    total = margin + sum(group.shape[1] * step_x for group in groups.values()) + GUTTER * (len(groups) - 1) + 8
+    titles = [_line(title) for title in groups]  # a caption is never cut, though its pictures be few
+    widths = [
+        max(group.shape[1] * step_x, int(_font(14).getlength(title)) + 1)
+        for title, group in zip(titles, groups.values(), strict=True)
+    ]
+    total = margin + sum(widths) + GUTTER * (len(groups) - 1) + 8
     canvas = Image.new("RGB", (total, HEADER + len(names) * step_y + 8), PAPER)
     draw, x = ImageDraw.Draw(canvas), margin
     for row, name in enumerate(names):
         draw.text((8, HEADER + row * step_y + step_y // 2), name, fill=INK, font=_font(14), anchor="lm")
-    for title, group in groups.items():
+    for title, width_of_group, group in zip(titles, widths, groups.values(), strict=True):
         draw.text((x, HEADER // 2), title, fill=INK, font=_font(14), anchor="lm")
         for row, column in np.ndindex(group.shape[:2]):
             picture = Image.fromarray(group[row, column])
             picture = picture.resize((width * factor, height * factor), Image.Resampling.NEAREST)
             canvas.paste(picture, (x + column * step_x, HEADER + row * step_y))
-        x += group.shape[1] * step_x + GUTTER
+        x += width_of_group + GUTTER
     return canvas
 
 
@@ -76,8 +81,12 @@ def _by_class(title: str, images: np.ndarray, labels: np.ndarray, classes: Seque
 
 def _shown(name: str) -> str:
     """A class name as one line that leaves room for pictures."""
-    line = " ".join(name.encode(errors="replace").decode().split())
+    line = _line(name)
     return line if len(line) <= LONGEST_NAME else line[: LONGEST_NAME - 1] + "…"
+
+
+def _line(text: str) -> str:
+    return " ".join(text.encode(errors="replace").decode().split())
 
 
 def _font(size: int) -> "ImageFont.FreeTypeFont | ImageFont.ImageFont":

@@ -39,6 +39,12 @@ def test_every_group_shows_as_many_as_its_rarest_class():
     assert narrow.width < wide.width
 
 
+def test_captions_are_never_cut():
+    images = plain([0])
+    widths = [class_grid({title: images}, [0], ["zero"]).width for title in ("a", "heun, 20 steps\n" * 9, "b" * 300)]
+    assert widths[0] < 200 < 800 < widths[1] < widths[2]
+
+
 def test_a_class_without_images_is_named():
     with pytest.raises(UserError, match="no image of class 1"):
         class_grid({"a": plain([0, 0])}, [0, 1], ["zero", "one"])
