@@ -33,10 +33,10 @@ class Guidance:
 
     def __post_init__(self) -> None:
         if not _is_number(self.scale) or not math.isfinite(self.scale):
-            raise UserError(f"cfg_scale={self.scale} must be a finite number; 1 = no guidance, 0 = without the label")
+            raise UserError(f"cfg_scale={self.scale!r} must be a finite number; 1 = no guidance, 0 = without the label")
         for name, value in (("guidance_low", self.low), ("guidance_high", self.high)):
             if not _is_number(value) or not 0 <= value <= 1:
-                raise UserError(f"{name}={value} must be a time in [0, 1] (0 is data, 1 is noise)")
+                raise UserError(f"{name}={value!r} must be a time in [0, 1] (0 is data, 1 is noise)")
         if self.low > self.high:
             raise UserError(f"guidance_low={self.low} lies above guidance_high={self.high}; swap them")
         if self.channels not in get_args(Channels):
@@ -84,11 +84,14 @@ class Velocity:
     def _evaluate(self, x: Tensor, t: float, y: Tensor) -> Tensor:
         times = torch.full((len(x),), t, dtype=torch.promote_types(self.dtype, torch.float32), device=x.device)
         value = self.model(x.to(self.dtype), times, y)
-        if value.shape != x.shape:
-            raise UserError(
-                f"the model returned {list(value.shape)} for a state {list(x.shape)}; it must be a velocity"
-            )
+        if not isinstance(value, Tensor) or value.shape != x.shape:
+            raise UserError(f"the model returned {described(value)} for a state {list(x.shape)}; it must be a velocity")
         return value.double()
+
+
+def described(value: object) -> str:
+    """Dtype and shape of a tensor, the type of anything else."""
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def _is_number(value: object) -> bool:

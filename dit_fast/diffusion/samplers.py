@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_fast import philox
-from dit_fast.diffusion.guidance import Channels, Guidance, Velocity
+from dit_fast.diffusion.guidance import Channels, Guidance, Velocity, described
 from dit_fast.diffusion.paths import Path, as_path
 from dit_fast.errors import UserError
 
@@ -72,8 +72,8 @@ def sample(
     of randomness where one is needed, and repeated indices.
     """
     check_options(sampler, num_steps, chunk, seed)
-    if not noise.is_floating_point() or noise.dim() < 2:
-        raise UserError(f"noise must be floating point [N, C, ...], not {noise.dtype} {list(noise.shape)}")
+    if not isinstance(noise, Tensor) or not noise.is_floating_point() or noise.dim() < 2:
+        raise UserError(f"noise must be a floating point tensor [N, C, ...], not {described(noise)}")
     if sum(source is not None for source in (generator, draws, index if seed is None else seed)) > 1:
         raise UserError("give one source of noise: generator=, or draws=, or seed= and index=; not both")
     if (seed is None) != (index is None):
@@ -117,12 +117,12 @@ def check_options(sampler: str, num_steps: int, chunk: int = 1, seed: int | None
 def check_whole(name: str, value: object, least: int, most: int) -> None:
     """Raises UserError unless the value is a whole number in [least, most]."""
     if not isinstance(value, Integral) or isinstance(value, bool) or not least <= int(value) <= most:
-        raise UserError(f"{name}={value} must be a whole number from {least} to {most}")
+        raise UserError(f"{name}={value!r} must be a whole number from {least} to {most}")
 
 
 def _check_labels(model: object, y: Tensor, count: int) -> None:
-    if y.shape != (count,) or y.dtype not in (torch.int64, torch.int32):
-        raise UserError(f"labels y must be int64 [{count}], one for each row of noise, not {y.dtype} {list(y.shape)}")
+    if not isinstance(y, Tensor) or y.shape != (count,) or y.dtype not in (torch.int64, torch.int32):
+        raise UserError(f"labels y must be int64 [{count}], one for each row of noise, not {described(y)}")
     classes = getattr(model, "num_classes", None)
     if not isinstance(classes, int):
         return

@@ -235,6 +235,9 @@ def test_progress_counts_every_step_of_every_chunk():
         ({"sampler": "sde", "num_steps": 3, "draws": torch.zeros(1, 2, 2, 3, 3)}, "2 tensors"),
         ({"draws": torch.zeros(1), "seed": 0, "index": torch.arange(2)}, "not both"),
         ({"model": lambda x, t, y: x[:, :1]}, "returned"),
+        ({"model": lambda x, t, y: (x, {})}, "returned a tuple"),
+        ({"noise": [0.0]}, "not a list"),
+        ({"y": [0, 1]}, "not a list"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
