@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_runs import ROOT, Ranks, arguments, environment, free_port, losses, rows, tensors, wait_for
+from toy_runs import ROOT, Ranks, arguments, environment, free_port, losses, make_shards, rows, tensors, wait_for
 
 from dit_fast.checkpoint.run import load_run
 from dit_fast.train.__main__ import main
@@ -118,6 +119,22 @@ def test_deepspeed_launcher_sigterm_and_script_form(shards, tmp_path):
     assert load_run(run).step == stopped + 2, text
     assert f"from step {stopped} to {stopped + 2}" in text
     assert "WARNING" not in text.split("from step")[1]
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.long)])
+def test_damaged_data_on_one_rank_loses_no_step(tmp_path, stage):
+    """One sample, so one rank has no batch for some step: all save at the step before it, and one line says why."""
+    broken, run = make_shards(tmp_path), tmp_path / "run"
+    tar = sorted(broken.glob("*.tar"))[1]
+    data = bytearray(tar.read_bytes())
+    data[1024 + 200] ^= 255
+    tar.write_bytes(data)
+    with Ranks(arguments(broken, run, "run.checkpoint_every=0", f"engine.zero_stage={stage}"), tmp_path / "log") as job:
+        assert job.wait() == [2, 2], job.text()[-3000:]
+        lines = [line for line in job.text().splitlines() if " error: " in line]
+        assert len(lines) == 1, job.text()
+    assert re.search(rf"error: rank [01]: .*{tar.name}", lines[0])
+    assert [row["step"] for row in rows(run)] == list(range(1, load_run(run).step + 1))
 
 
 def test_an_error_is_one_line_on_one_rank(shards, tmp_path):

@@ -15,6 +15,7 @@ from dit_fast.methods import METHODS, build_methods
 from dit_fast.models import build_model
 from dit_fast.train.checkpoints import Checkpoints
 from dit_fast.train.engine import SingleEngine
+from dit_fast.train.guard import Diverged
 from dit_fast.train.objective import TrainingObjective
 from dit_fast.train.world import launched, single
 
@@ -90,11 +91,25 @@ def run(scenario, world, folder):
         result["applied"].append(outcome.applied)
     result["optimizer_step"] = engine.applied_steps()
     result["finite"] = all(tensor.isfinite().all().item() for _, tensor in engine.full_state("model"))
-    saved = Checkpoints(folder / scenario["name"], world).save(
-        engine, frozen, {"step": scenario["steps"], "optimizer_step": engine.applied_steps()}
-    )
-    assert saved
+    checkpoints = Checkpoints(folder / scenario["name"], world)
+    state = {"step": scenario["steps"], "optimizer_step": engine.applied_steps()}
+    if "broken" in scenario:
+        result["diverged"] = diverged(checkpoints, engine, frozen, state, scenario["broken"])
+    else:
+        assert checkpoints.save(engine, frozen, state)
     return result
+
+
+def diverged(checkpoints, engine, frozen, state, kind):
+    """What a save says on every rank when one number of the last rank's share is Inf."""
+    if engine.world.rank == engine.world.size - 1:
+        flat = engine._flats()[0]
+        (flat.data if kind == "model" else engine._optimizer.state[flat][kind]).view(-1)[0] = float("inf")
+    try:
+        checkpoints.save(engine, frozen, state)
+    except Diverged as error:
+        return str(error)
+    return None
 
 
 def main():

@@ -22,6 +22,10 @@ TWO_RANKS = [
     *({"name": f"fp32-{stage}", "stage": stage, "steps": 6, "micro": 2} for stage in STAGES),
     *({"name": f"bf16-{stage}", "stage": stage, "steps": 6, "precision": "bf16"} for stage in STAGES),
     *({"name": f"nan-{stage}", "stage": stage, "steps": 4, "poisoned": [2]} for stage in STAGES),
+    *(
+        {"name": f"inf-{kind}-{stage}", "stage": stage, "steps": 1, "broken": kind}
+        for stage, kind in [(0, "model"), (1, "exp_avg_sq"), (2, "model"), (3, "ema")]
+    ),
     {"name": "global", "stage": 1, "steps": 3, "methods": DIVERSE},
     {"name": "half-1", "stage": 1, "steps": 3},
     {"name": "half-3", "stage": 3, "steps": 3},
@@ -128,6 +132,15 @@ def test_a_step_without_finite_gradient_is_not_applied(results, folder, stage):
     assert result["finite"]
     assert result["optimizer_step"] == 3
     assert all(tensor.isfinite().all() for tensor in _state(folder, f"nan-{stage}", 4).values())
+
+
+@pytest.mark.parametrize(("stage", "kind"), [(0, "model"), (1, "exp_avg_sq"), (2, "model"), (3, "ema")])
+def test_what_is_not_finite_on_one_rank_is_saved_by_none(results, folder, stage, kind):
+    """Rank 0 says so too, though it is rank 1's share (stage 0: its copy) that is broken."""
+    name = f"inf-{kind}-{stage}"
+    assert results[name]["diverged"].startswith(f"{kind} of '")
+    assert results[name]["diverged"].endswith("is not finite after step 1, so no checkpoint was written")
+    assert not list((folder / name / "checkpoints").iterdir())
 
 
 def test_global_statistics_equal_the_whole_batch(results):
