@@ -108,7 +108,9 @@ def shell(command, code, **environment):
     """`command` with "$@" a Python process that runs `code` behind the door of the command lines."""
     lines = f"import sys\nfrom dit_fast import terminal\ndef work(_):\n    {code}\nsys.exit(terminal.run(work, []))"
     words = ["sh", "-c", command, "sh", sys.executable, "-c", lines]
-    return subprocess.run(words, capture_output=True, text=True, env={**os.environ, **environment})
+    return subprocess.run(
+        words, capture_output=True, text=True, env={**os.environ, "PYTHONUNBUFFERED": "", **environment}
+    )
 
 
 def test_closed_and_full_streams_change_no_status():

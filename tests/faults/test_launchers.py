@@ -74,13 +74,22 @@ def test_ranks_end_with_their_launcher_and_save(shards, tmp_path, launcher, vict
     assert text.count("the launcher died; this run saves and ends") == (number != signal.SIGTERM or pid == job.pid)
 
 
-def test_a_rank_without_its_launcher_ends_before_it_begins(shards, tmp_path):
-    """Its parent has died before it looked: what took it in (process 1 here, by way of a shell that leaves) is none."""
+@pytest.mark.parametrize(
+    ("shell", "script"),
+    [
+        ("sh", '(sleep 1; exec "$@") & exit'),  # its parent has left: process 1 takes it in
+        ("deepspeed.launcher.launch", '"$@"; true'),  # it has a parent, but there is no `deepspeed` above that
+    ],
+)
+def test_a_rank_whose_launcher_has_died_ends_before_it_begins(shards, tmp_path, shell, script):
     run, log = tmp_path / "run", tmp_path / "log"
     words = [sys.executable, "-m", "dit_fast.train", *arguments(shards, run)]
-    script = '(sleep 1; exec "$@") > "$LOG" 2>&1 & exit'
-    subprocess.run(["sh", "-c", script, "sh", *words], env=environment(CROSS_RANK="0", LOG=str(log)), check=True)
-    wait_for(lambda: log.exists() and log.read_text())
+    with log.open("wb") as file:
+        command = [shell, "-c", script, "sh", *words]
+        subprocess.run(
+            command, executable="/bin/sh", env=environment(CROSS_RANK="0"), stdout=file, stderr=file, check=True
+        )
+    wait_for(log.read_text)
     wait_for(lambda: not processes(run))
     assert log.read_text() == "dit-fast: rank ?: the launcher died before this process began\n"
     assert not run.exists()
