@@ -79,9 +79,9 @@ class RunLock:
         while not self._try():
             holder = _read(self.path)
             if time.monotonic() >= deadline:
-                raise UserError(f"{self._who(holder)} (waited {LEAVING:.0f} s); stop it or set another run.dir")
+                raise UserError(f"{self._writing(holder)} (waited {LEAVING:.0f} s); stop it or set another run.dir")
             if not said:
-                logger.info("%s; waiting up to %.0f s for it to end", self._who(holder), LEAVING)
+                logger.info("%s: in use; waiting up to %.0f s for %s to end", self.run, LEAVING, self._who(holder))
                 said = True
             time.sleep(0.2)
 
@@ -121,13 +121,13 @@ class RunLock:
         seen = os.fstat(fd).st_mtime_ns
         wait = PATIENCE - max((_file_system_time(self.run) - seen) / 1e9, 0.0)
         if wait > 0:
-            logger.info("%s; waiting %.0f s to see whether it still lives", self._who(holder), wait)
+            logger.info("%s: waiting %.0f s to see whether %s still lives", self.run, wait, self._who(holder))
         deadline = time.monotonic() + wait
         while time.monotonic() < deadline:
             time.sleep(min(1.0, wait))
             with self.path.open("rb") as fresh:  # opening, unlike stat, asks a file server anew
                 if os.fstat(fresh.fileno()).st_mtime_ns != seen:
-                    raise UserError(f"{self._who(holder)} and renews its lock; stop it or set another run.dir")
+                    raise UserError(f"{self._writing(holder)} and renews its lock; stop it or set another run.dir")
 
     def _is_mine(self, fd: int) -> bool:
         record = _parse(_content(fd))
@@ -135,11 +135,14 @@ class RunLock:
 
     def _who(self, holder: dict[str, Any] | None) -> str:
         if holder is None:
-            return f"{self.run}: another process is writing to this run folder"
+            return "another process"
         host = "".join(letter for letter in str(holder["host"])[:64] if letter.isprintable())
         other = holder.get("boot") == self._record["boot"] and holder.get("namespace") != self._record["namespace"]
         inside = " (in another container)" if other else ""
-        return f"{self.run}: process {str(holder['pid'])[:20]} on {host}{inside} is writing to this run folder"
+        return f"process {str(holder['pid'])[:20]} on {host}{inside}"
+
+    def _writing(self, holder: dict[str, Any] | None) -> str:
+        return f"{self.run}: {self._who(holder)} is writing to this run folder"
 
     def _renew(self) -> None:
         while not self._ended.wait(BEAT):
@@ -155,7 +158,7 @@ class RunLock:
         holder = _read(self.path)
         try:
             if holder is not None:  # a process elsewhere believed this one dead
-                raise UserError(self._who(holder))
+                raise UserError(self._writing(holder))
             self._close()
             self._acquire()  # the file was removed: put it back, unless another process was faster
         except UserError as error:
