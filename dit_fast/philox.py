@@ -76,7 +76,7 @@ def uint32(seed: int, positions: Tensor, stream: int, count: int) -> Tensor:
     if positions.dtype != torch.int64 or positions.dim() != 1:
         raise UserError(f"positions must be int64 [N], not {positions.dtype} {list(positions.shape)}")
     size, blocks = positions.shape[0], -(-count // 4)
-    c0 = torch.arange(blocks, device=positions.device).expand(size, blocks)
+    c0 = torch.arange(blocks, dtype=torch.int64, device=positions.device).expand(size, blocks)
     c1 = torch.full_like(c0, int(stream), memory_format=torch.contiguous_format)
     c2 = (positions & _MASK)[:, None].expand(size, blocks)
     c3 = ((positions >> 32) & _MASK)[:, None].expand(size, blocks)

@@ -200,9 +200,9 @@ def forward(features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     blocks, (tokens, width) = len(features), features[0].shape
     addresses, strides = address_table(features)
 
-    inverse_norms = torch.empty(blocks, tokens, device=device)
+    inverse_norms = torch.empty(blocks, tokens, dtype=torch.float32, device=device)
     chunks = triton.cdiv(tokens, CHUNK)
-    partials = torch.empty(chunks, 3 * blocks * width, device=device)
+    partials = torch.empty(chunks, 3 * blocks * width, dtype=torch.float32, device=device)
     block_sums[(blocks, chunks)](
         addresses, strides, partials, inverse_norms, tokens, *plan.masks,
         **plan.constants, **_block_options(width), enable_fp_fusion=True,
@@ -211,7 +211,7 @@ def forward(features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
     pair_options = _pair_options(blocks, plan.kind, plan.config)
     groups = triton.cdiv(tokens, GROUP)
-    pair_partials = torch.empty(groups, blocks * blocks, device=device)
+    pair_partials = torch.empty(groups, blocks * blocks, dtype=torch.float32, device=device)
     pair_sums[(groups,)](
         addresses, strides, inverse_norms, pair_partials, tokens, *plan.masks,
         **plan.constants, **pair_options, enable_fp_fusion=True,
@@ -229,8 +229,8 @@ def forward_with_norms(features: Sequence[Tensor], inverse_norms: Tensor) -> tup
     blocks, (tokens, width) = len(features), features[0].shape
     options = _known_options(blocks, plan.kind, plan.config)
     strips, chunks = triton.cdiv(width, KNOWN_STRIP[plan.kind]), triton.cdiv(tokens, CHUNK)
-    partials = torch.empty(chunks, 3 * blocks * width, device=device)
-    pair_partials = torch.empty(chunks * strips, blocks * blocks, device=device)
+    partials = torch.empty(chunks, 3 * blocks * width, dtype=torch.float32, device=device)
+    pair_partials = torch.empty(chunks * strips, blocks * blocks, dtype=torch.float32, device=device)
     sums_with_norms[(strips, chunks)](
         *address_table(features), inverse_norms, partials, pair_partials, tokens, *plan.masks,
         **plan.constants, **options, enable_fp_fusion=True,
@@ -242,7 +242,7 @@ def mixture(features: Sequence[Tensor], inverse_norms: Tensor) -> Tensor:
     """float32 [M, D]: sum of the features' directions, for features as in `forward` and its inverse_norms [K, M]."""
     features = list(features)
     plan, (tokens, width) = _plan(features, features), features[0].shape
-    out = torch.empty(tokens, width, device=features[0].device)
+    out = torch.empty(tokens, width, dtype=torch.float32, device=features[0].device)
     add_directions[(triton.cdiv(tokens, ROW_STEP),)](
         *address_table(features), inverse_norms, out, tokens, *plan.masks,
         **plan.constants, **_mixture_options(width), enable_fp_fusion=True,

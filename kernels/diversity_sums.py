@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from dit_fast.kernels.rows import has_bit, read_rows
+from dit_fast.kernels.rows import has_bit, inverse_or_floor, read_rows
 
 
 @triton.jit(do_not_specialize=("wide_blocks", "half_blocks"))
@@ -28,8 +28,7 @@ def block_sums(addresses, strides, partials, inverse_norms, tokens, wide_blocks,
         x = read_rows((base + token * stride)[:, None], channel[None, :], inside, wide, half, TYPE, ALIGNED, True)
         square = x * x
         norm = tl.sqrt(tl.sum(square, axis=1))
-        floored = tl.maximum(norm, 1e-8, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(inverse_norms + block * tokens + token, 1.0 / floored, mask=token < last)
+        tl.store(inverse_norms + block * tokens + token, inverse_or_floor(norm, 1e-8), mask=token < last)
         sums += tl.sum(x, axis=0)
         abs_sums += tl.sum(tl.abs(x), axis=0)
         square_sums += tl.sum(square, axis=0)

@@ -99,7 +99,7 @@ def backward(
     chunks = triton.cdiv(rows, CHUNK)
     out = torch.empty_like(hidden)
     activation = torch.empty_like(hidden) if want_activation else None
-    partials = torch.empty(chunks, width, device=hidden.device) if want_bias else None
+    partials = torch.empty(chunks, width, dtype=torch.float32, device=hidden.device) if want_bias else None
     gelu_gradient[(triton.cdiv(width, BLOCK), chunks)](
         hidden, grad, out if activation is None else activation, out, out if partials is None else partials, rows,
         WIDTH=width, ACTIVATION=want_activation, BIAS=want_bias, **_options(), enable_fp_fusion=True,

@@ -213,7 +213,9 @@ def backward(
     batch, tokens, heads, width = grad_query.shape
     chunks = triton.cdiv(tokens * heads, CHUNK)
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device) if need_input else None
-    partials = torch.empty(batch * chunks, 4 * width, device=qkv.device) if need_parameters else None
+    partials = (
+        torch.empty(batch * chunks, 4 * width, dtype=torch.float32, device=qkv.device) if need_parameters else None
+    )
     grads = [grad_query, grad_key, grad_value]
     gradient[(batch, chunks)](
         qkv, *grads, qkv if grad_qkv is None else grad_qkv, q_weight if partials is None else partials,

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_fast.kernels.aot import Case
-from dit_fast.kernels.rows import store_rounded
+from dit_fast.kernels.rows import inverse_or_floor, store_rounded
 
 MAX_WIDTH = 4096
 CHUNK = 16  # tokens per partial sum
@@ -38,8 +38,7 @@ _tickets: dict[tuple[int, int], Tensor] = {}
 
 @triton.jit
 def _inverse(square_sum):
-    norm = tl.sqrt(square_sum)
-    return tl.where(norm <= 1e-12, 1e12, 1.0 / norm)
+    return inverse_or_floor(tl.sqrt(square_sum), 1e-12)
 
 
 @triton.jit
@@ -139,7 +138,7 @@ def _ticket(device: torch.device) -> Tensor:
     """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
-    key = (torch.cuda.current_device(), torch.cuda.current_stream(device).cuda_stream)
+    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
     if key not in _tickets:
         _tickets.setdefault(key, torch.zeros(1, dtype=torch.int32, device=device))
     return _tickets[key]

@@ -28,6 +28,15 @@ def store_rounded(pointer, value, inside, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def inverse_or_floor(norm, FLOOR: tl.constexpr):
+    """1 / max(norm, FLOOR), and exactly 1 / FLOOR at the floor: a division is approximate, and backward passes compare.
+
+    NaN stays NaN.
+    """
+    return tl.where(norm <= FLOOR, 1.0 / FLOOR, 1.0 / norm)
+
+
+@triton.jit
 def has_bit(mask, index):
     return ((mask >> index) & 1) != 0
 

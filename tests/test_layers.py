@@ -112,3 +112,25 @@ def test_files_stay_readable():
         if (lines := len(path.read_text().splitlines())) > 400
     }
     assert not long
+
+
+_MAKERS = {"empty", "zeros", "ones", "full", "arange", "linspace", "tensor", "eye", "rand", "randn"}
+
+
+def _undeclared(tree):
+    """Calls of torch's makers without a dtype: what they make follows torch.set_default_dtype."""
+    for node in ast.walk(tree):
+        named = isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{maker}" for maker in _MAKERS}
+        if named and all(keyword.arg not in ("dtype", None) for keyword in node.keywords):
+            yield node.lineno
+
+
+def test_new_tensors_name_their_dtype():
+    found = [
+        f"{path}:{line}"
+        for package, path, _ in _files()
+        if package != "dit_fast.benchmarks"  # processes of their own
+        for line in _undeclared(ast.parse(path.read_text()))
+    ]
+    assert not found, "without dtype:\n" + "\n".join(found)
+    assert list(_undeclared(ast.parse("torch.empty(3)\ntorch.empty(3, dtype=a)\nnp.empty(3)"))) == [1]

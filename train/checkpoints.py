@@ -185,7 +185,7 @@ class Checkpoints:
 
     def _report(self, error: str | None, partial: Path) -> bool:
         """Whether any rank failed; the partial folder is then gone and the reason logged where it arose."""
-        failed = torch.tensor([float(error is not None)], device=self.world.device)
+        failed = torch.tensor([float(error is not None)], dtype=torch.float32, device=self.world.device)
         if not self.world.reduce(failed, "max").item():
             return False
         if error is not None:

@@ -153,7 +153,7 @@ def with_step_per_group(base: type[torch.optim.Optimizer]) -> type[Any]:
                     self.init_states(moved)
                     group["step"] = max(int(self.state[p]["step"]) for p in moved)
                     self._set_step(moved, group["step"])
-                    counted.append((moved, torch.tensor(group["step"] + 1.0)))
+                    counted.append((moved, torch.tensor(group["step"] + 1.0, dtype=torch.float32)))
             super().step()
             for moved, count in counted:
                 self._set_step(moved, count)
@@ -180,7 +180,7 @@ def set_applied_steps(optimizer: torch.optim.Optimizer, count: int) -> None:
 def _fresh_states(parameter: Tensor) -> dict[str, Tensor]:
     weight = parameter.detach()
     return {
-        "step": torch.tensor(0.0),
+        "step": torch.tensor(0.0, dtype=torch.float32),
         "exp_avg": torch.zeros_like(weight),
         "exp_avg_sq": torch.zeros_like(weight),
         "ema": weight.clone(),

@@ -76,7 +76,7 @@ class Preview:
             model = model_from_config(config.model)
         model.load_state_dict({name: weights[name] for name in model.state_dict()})
         model.to(device).eval()
-        index = torch.arange(config.preview.count, device=device)
+        index = torch.arange(config.preview.count, dtype=torch.int64, device=device)
         noise = initial_noise(config.run.seed, index, (model.in_channels, model.input_size, model.input_size))
         with torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
             latents = sample(

@@ -89,7 +89,8 @@ class PatchPCA:
             raise DataError(
                 f"{path}: not a patch PCA autoencoder; make one with `dit-fast shards build --autoencoder pca`"
             )
-        mean, basis, std = (tensors.get(name, torch.zeros(())) for name in ("mean", "basis", "std"))
+        absent = torch.zeros((), dtype=torch.float32)
+        mean, basis, std = (tensors.get(name, absent) for name in ("mean", "basis", "std"))
         patch, channels = round((mean.numel() / 3) ** 0.5), std.numel()
         dim = 3 * patch * patch
         if (mean.shape, basis.shape, std.shape) != ((dim,), (channels, dim), (channels,)) or not all(

@@ -99,7 +99,9 @@ def sample(
         for first, (rows, places) in slots.items():
             x, labels = state.new_zeros(chunk, *state.shape[1:]), y.new_zeros(chunk)
             x[places], labels[places] = state[rows], y[rows]
-            draw = _keyed(seed, torch.arange(first, first + chunk, device=state.device), state.shape[1:])
+            draw = _keyed(
+                seed, torch.arange(first, first + chunk, dtype=torch.int64, device=state.device), state.shape[1:]
+            )
             result[rows] = solver(velocity, x, labels, num_steps, path, draw, report)[places]
         return result
 

@@ -94,7 +94,7 @@ class LabelEmbedder(nn.Module):
     def forward(self, labels: Tensor, drop: Tensor | None = None) -> Tensor:
         """drop: bool [N], rows that become the null label; None draws them (train mode) or keeps all (eval mode)."""
         if drop is None and self.training and self.dropout > 0:
-            drop = torch.rand(labels.shape[0], device=labels.device) < self.dropout
+            drop = torch.rand(labels.shape[0], dtype=torch.float32, device=labels.device) < self.dropout
         if drop is not None:
             if self.null_label == self.embedding_table.num_embeddings:
                 raise UserError("drop: this model's label table has no row for the null label; pass no drop")

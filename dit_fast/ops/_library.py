@@ -4,11 +4,11 @@ An op is a schema, a Python function that picks the implementation when it is ca
 to none), and a fake implementation that gives shapes without data. Gradients do not live here: a thin
 autograd.Function calls a forward op and a backward op, which costs half of what `torch.library.custom_op` does and
 compiles with fullgraph=True. `once_differentiable` and `once_in_forward_mode` say no where a second derivative would
-come out as zero.
+come out as zero. Every kernel is launched inside an op, on the device of its tensors.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,15 +31,22 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     _library.define(schema)
 
     @functools.wraps(implementation)
-    def without_gradients(*args: Any, **options: Any) -> Any:
-        # Inputs that need a gradient, or have a tangent, reach an op that is called alone or inside a level of forward
-        # mode; its steps write into results (out=), which autograd refuses.
-        with torch._C._AutoDispatchBelowAutograd():
+    def run(*args: Any, **options: Any) -> Any:
+        # Kernels are launched on the current device, which need not be that of the tensors. Inputs that need a gradient
+        # or have a tangent reach an op that is called alone or inside a level of forward mode; its steps write into
+        # results (out=), which autograd refuses.
+        with torch.cuda.device_of(_first_tensor(args)), torch._C._AutoDispatchBelowAutograd():
             return implementation(*args, **options)
 
-    _library.impl(name, without_gradients, "CompositeExplicitAutograd")
+    _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     return getattr(torch.ops.dit_fast, name).default
+
+
+def _first_tensor(args: Sequence[Any]) -> Tensor:
+    """Of an op's arguments, which lie on one device; a list of tensors counts by its first."""
+    firsts = (arg[0] if isinstance(arg, list) and arg else arg for arg in args)
+    return next(arg for arg in firsts if isinstance(arg, Tensor))
 
 
 class _OneDerivative(torch.autograd.Function):

@@ -35,7 +35,7 @@ def forward(
     x_new = None if y is None else torch.empty(x.shape, dtype=x.dtype)
     out = None if shift is None else torch.empty(x.shape, dtype=out_dtype)
     measured = stats is None and want_stats
-    mean, variance = (torch.empty(x.shape[:2]) if measured else None for _ in range(2))
+    mean, variance = (torch.empty(x.shape[:2], dtype=torch.float32) if measured else None for _ in range(2))
     inputs = (_rows(x), _rows(y), _rows(gate), _rows(shift), _rows(scale), *known)
     if out is not None or x_new is not None or measured:
         torch.ops.dit_fast_native.adaln_forward(*inputs, eps, x_new, out, mean, variance, _BEST_LEVEL)

@@ -143,7 +143,7 @@ def _through_mixture(
     rows: list[Tensor], inverse_norms: Tensor, mixture: Tensor, grad_statistics: Tensor, grad_pair_sums: Tensor
 ) -> tuple[list[Tensor], Tensor, Tensor, Sequence[Tensor]]:
     """The mixture as one more source, of norm one, and for each block its weights towards all sources."""
-    count, index = len(rows), torch.arange(len(rows), device=mixture.device)
+    count, index = len(rows), torch.arange(len(rows), dtype=torch.int64, device=mixture.device)
     weights = grad_pair_sums + grad_pair_sums.T
     partners = weights.flatten()[1:].view(count - 1, count + 1)[:, :-1].reshape(count, count - 1)
     common = partners.mode(dim=1).values

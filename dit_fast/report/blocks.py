@@ -42,7 +42,7 @@ def study_blocks(
     batch = _read(dataset, chosen)
     latents = scaled_means(batch["moments"], dataset)
     noise = initial_noise(seed, torch.from_numpy(chosen), tuple(latents.shape[1:])).float()
-    times = torch.full((len(chosen),), t)
+    times = torch.full((len(chosen),), t, dtype=torch.float32)
     noised, _ = FlowPath(loaded.config.flow.path).interpolate(latents, noise, times)
     with torch.no_grad():
         _, taps = model(noised.to(device), times.to(device), batch["label"].to(device), taps=range(model.depth))

@@ -140,6 +140,7 @@ def test_some_blocks_and_a_subset_of_pairs():
             assert error(ours, exact[k]) < LIMITS[BF16]
 
 
+@pytest.mark.usefixtures("approximate_division")
 def test_tokens_below_the_norm_floor():
     features = make(20, 32, [FP32] * 3)
     features[0][4] = 0

@@ -117,6 +117,7 @@ def test_what_lies_beyond_the_rows_is_not_read():
     assert all(torch.isfinite(x).all() for x in ours)
 
 
+@pytest.mark.usefixtures("approximate_division")
 def test_tokens_below_the_norm_floor():
     p, q = make(20, 32, FP32, FP32)
     p[4] = 0

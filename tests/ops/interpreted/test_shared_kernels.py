@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dit_fast import philox
+from dit_fast.kernels import adaln_rows, qk_norm
 from dit_fast.kernels import philox as kernel
 from dit_fast.kernels.ordered_sum import GROUP, ordered_sum
 from dit_fast.kernels.tables import address_table, is_aligned
@@ -27,11 +28,41 @@ def test_rows_are_added_in_index_order(rows, columns):
 
 def test_the_table_holds_addresses_and_byte_strides():
     buffer = torch.zeros(6, 40, dtype=torch.bfloat16)
-    tensors = [buffer[:, 8:16], buffer[1:, 3:5], torch.zeros(5, 7)]
+    tensors = [buffer[:, 8:16], buffer[1:, 3:5], torch.zeros(5, 7), torch.zeros(5, 4)]
     addresses, strides = address_table(tensors)
     assert addresses.tolist() == [tensor.data_ptr() for tensor in tensors]
-    assert strides.tolist() == [80, 80, 28]
-    assert [is_aligned([tensor]) for tensor in tensors] == [True, False, False]
+    assert strides.tolist() == [80, 80, 28, 16]
+    assert [is_aligned([tensor]) for tensor in tensors] == [True, False, False, True]
+    assert not is_aligned(tensors)
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+LAYOUTS = {  # dtype, sizes, strides, offset, whether every row of the last dimension is whole 16-byte pieces
+    "contiguous": (BF16, (2, 3, 16), (48, 16, 1), 0, True),
+    "behind 16 bytes": (BF16, (2, 3, 16), (48, 16, 1), 8, True),
+    "behind 14 bytes": (BF16, (2, 3, 16), (48, 16, 1), 7, False),
+    "row of 24 bytes": (BF16, (2, 3, 12), (36, 12, 1), 0, False),
+    "row of 24 bytes, steps of 32": (BF16, (2, 3, 12), (48, 16, 1), 0, False),
+    "the same numbers in float32": (FP32, (2, 3, 12), (36, 12, 1), 0, True),
+    "token step of 40 bytes": (BF16, (2, 3, 16), (80, 20, 1), 0, False),
+    "sample step of 104 bytes": (BF16, (2, 3, 16), (52, 16, 1), 0, False),
+    "one sample, whose step is never taken": (BF16, (1, 3, 16), (52, 16, 1), 0, True),
+    "one token, whose step is never taken": (BF16, (2, 1, 16), (48, 20, 1), 0, True),
+    "part of a modulation": (BF16, (2, 16), (48, 1), 16, True),
+    "odd part of a modulation": (BF16, (2, 16), (48, 1), 12, False),
+    "heads": (FP32, (2, 3, 2, 4), (24, 8, 4, 1), 0, True),
+    "heads of 24 bytes": (FP32, (2, 3, 2, 6), (40, 12, 6, 1), 0, False),
+    "heads apart by 24 bytes": (FP32, (2, 3, 2, 4), (40, 16, 6, 1), 0, False),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_wide_accesses_only_where_every_row_starts_at_16_bytes(name):
+    dtype, sizes, strides, offset, whole = LAYOUTS[name]
+    tensor, aligned = torch.zeros(200, dtype=dtype).as_strided(sizes, strides, offset), torch.zeros(4, 16, dtype=dtype)
+    assert adaln_rows.is_aligned([None, aligned, tensor]) == whole
+    assert qk_norm._vector(sizes[-1], [tensor]) == (16 // tensor.element_size() if whole else 1)
+    assert qk_norm._vector(16, [aligned, tensor]) == qk_norm._vector(16, [tensor])
 
 
 @pytest.mark.parametrize("seed", [0, 1234, 2**63 - 1, 2**63, 2**64 - 1])
