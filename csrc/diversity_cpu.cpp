@@ -86,6 +86,7 @@ std::vector<Block> read_blocks(const std::vector<Tensor>& tensors, const Shape& 
 Shape read_shape(const std::vector<Tensor>& features) {
   STD_TORCH_CHECK(!features.empty() && features[0].dim() == 2, "features must be at least one tensor [M, D]");
   const int64_t width = features[0].size(1);
+  STD_TORCH_CHECK(features[0].size(0) > 0 && width > 0, "features have no elements");
   return {static_cast<int64_t>(features.size()), features[0].size(0), width, (width + kLanes - 1) / kLanes * kLanes};
 }
 

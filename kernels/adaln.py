@@ -29,7 +29,6 @@ from dit_fast.kernels.adaln_gradients import backward as backward
 from dit_fast.kernels.adaln_rows import (
     AUTOCAST,
     HALF,
-    MAX_CHUNKS,
     MAX_WIDTH,
     PURE,
     SINGLE,
@@ -46,7 +45,7 @@ from dit_fast.kernels.adaln_rows import (
     tile_of,
 )
 from dit_fast.kernels.aot import Case
-from dit_fast.kernels.rows import store_rounded
+from dit_fast.kernels.rows import MAX_CHUNKS, store_rounded
 
 
 @triton.jit(do_not_specialize=("tokens",))

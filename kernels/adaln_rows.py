@@ -15,7 +15,6 @@ from torch import Tensor
 from dit_fast.kernels.rows import to_bfloat16
 
 MAX_WIDTH = 2048
-MAX_CHUNKS = 65535  # along the second axis of a grid
 TOKENS = 8  # rows of a program of the forward, no less than those of a tile
 TILE = 1024  # elements of a tile where rows are short
 PER_WARP = 256  # 8 per thread: 16 bytes of a 16-bit type

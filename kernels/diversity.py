@@ -45,6 +45,7 @@ from dit_fast.kernels.diversity_gradients import gradients, projections, row_gra
 from dit_fast.kernels.diversity_mixture import add_directions
 from dit_fast.kernels.diversity_sums import block_sums, pair_sums, sums_with_norms
 from dit_fast.kernels.ordered_sum import ordered_sum
+from dit_fast.kernels.rows import MAX_CHUNKS
 from dit_fast.kernels.tables import address_table, is_aligned
 
 MAX_BLOCKS = 32
@@ -92,6 +93,9 @@ def supports(features: Sequence[Tensor]) -> list[str]:
         reasons.append(f"{len(features)} blocks are more than {MAX_BLOCKS}")
     if features[0].shape[-1] > MAX_WIDTH:
         reasons.append(f"width {features[0].shape[-1]} is more than {MAX_WIDTH}")
+    tokens = features[0].shape[:-1].numel()
+    if tokens > GRADIENT_TOKENS * MAX_CHUNKS:
+        reasons.append(f"{tokens} tokens are more than {GRADIENT_TOKENS * MAX_CHUNKS}")
     for dtype in sorted({str(feature.dtype) for feature in features if feature.dtype not in _TYPES}):
         reasons.append(f"{dtype} is not float32, bfloat16 or float16")
     if any(feature.stride(-1) != 1 and feature.shape[-1] > 1 for feature in features):

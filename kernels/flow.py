@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dit_fast.kernels.aot import Case
 from dit_fast.kernels.philox import interleave, normal_pair, words
-from dit_fast.kernels.rows import store_rounded
+from dit_fast.kernels.rows import MAX_CHUNKS, store_rounded
 
 BLOCK = 256  # counters per program, four elements each, where elements are independent
 WARPS = 4
@@ -132,9 +132,11 @@ def gradients(upstream, prediction, latents, t, positions, prediction_grad, late
 
 def supports(**tensors: Tensor) -> list[str]:
     """Why these rows [N, E], under the caller's names, cannot go through the kernels; empty if they can."""
-    return [
+    reasons = [
         f"{name} is {x.dtype}, not float32, bfloat16 or float16" for name, x in tensors.items() if x.dtype not in _TYPES
     ]
+    count, most = next(iter(tensors.values())).shape[1:].numel(), 4 * BLOCK * MAX_CHUNKS
+    return [*reasons, f"{count} elements of a sample are more than {most}"] if count > most else reasons
 
 
 def _draw(seed: int, stream: int) -> tuple[int, int]:

@@ -22,13 +22,12 @@ from torch import Tensor
 
 from dit_fast.kernels.aot import Case
 from dit_fast.kernels.ordered_sum import ordered_sum
-from dit_fast.kernels.rows import store_rounded
+from dit_fast.kernels.rows import MAX_CHUNKS, store_rounded
 
 CHUNK = 64  # rows per partial sum
 UNROLL = 4  # rows whose loads are in flight together
 BLOCK = 512  # columns of a program: 8 per thread, a 128-bit access for 16-bit types
 WARPS = 2
-MAX_CHUNKS = 65535  # along the second axis of a grid
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _ROOT = tl.constexpr(math.sqrt(2 / math.pi))
 _CUBIC = tl.constexpr(0.044715)

@@ -25,11 +25,10 @@ from torch import Tensor
 
 from dit_fast.kernels.aot import Case
 from dit_fast.kernels.ordered_sum import ordered_sum
-from dit_fast.kernels.rows import store_rounded
+from dit_fast.kernels.rows import MAX_CHUNKS, store_rounded
 
 MAX_WIDTH = 256
 CHUNK = 128  # head rows per partial sum
-MAX_CHUNKS = 65535  # along the second axis of a grid
 WARPS = 4
 FORWARD_TILE = 4096  # elements of one part that a program of the forward has in flight
 BACKWARD_TILE = 2048
@@ -152,8 +151,9 @@ def supports(qkv: Tensor, num_heads: int) -> list[str]:
         reasons.append(f"head width {width} is more than {MAX_WIDTH}")
     if qkv.dtype not in _TYPES:
         reasons.append(f"{qkv.dtype} is not float32, bfloat16 or float16")
-    if qkv.shape[1] * num_heads > CHUNK * MAX_CHUNKS:
-        reasons.append(f"{qkv.shape[1]} tokens of {num_heads} heads are more than {CHUNK * MAX_CHUNKS} head rows")
+    most = _tile(width, FORWARD_TILE)["ROWS"] * MAX_CHUNKS
+    if qkv.shape[1] * num_heads > most:
+        reasons.append(f"{qkv.shape[1]} tokens of {num_heads} heads are more than {most} head rows")
     return reasons
 
 
@@ -169,7 +169,7 @@ def _vector(width: int, tensors: list[Tensor]) -> int:
 
 def _tile(width: int, elements: int) -> dict[str, int]:
     padded = max(16, triton.next_power_of_2(width))
-    return {"PADDED": padded, "ROWS": min(CHUNK, elements // padded)}
+    return {"PADDED": padded, "ROWS": max(1, min(CHUNK, elements // padded))}
 
 
 def _options() -> dict[str, object]:

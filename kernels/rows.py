@@ -7,6 +7,8 @@ bfloat16. UPCAST is true under the interpreter, which has no bfloat16 arithmetic
 import triton
 import triton.language as tl
 
+MAX_CHUNKS = 65535  # programs along the second axis of a grid
+
 
 @triton.jit
 def to_bfloat16(x, INTERPRETED: tl.constexpr):

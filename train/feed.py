@@ -41,13 +41,13 @@ class Feed:
 
     def dry(self) -> bool:
         """Whether some rank has nothing for the next step; collective, waits for the device."""
-        flag = torch.tensor([float(not self._ready)], device=self._world.device)
+        flag = torch.tensor([float(not self._ready)], dtype=torch.float32, device=self._world.device)
         return bool(self._world.reduce(flag, "max").item())
 
     def failure(self) -> Exception:
         """The error of the first rank that has one, named, on all ranks; collective."""
         failed = self._world.size - self._world.rank if self.error is not None else 0
-        first = self._world.reduce(torch.tensor([failed], device=self._world.device), "max")
+        first = self._world.reduce(torch.tensor([failed], dtype=torch.int64, device=self._world.device), "max")
         rank = self._world.size - int(first.item())
         text = self._world.agree(lambda: _text(self.error), rank)
         if rank == self._world.rank and not isinstance(self.error, UserError):

@@ -59,7 +59,9 @@ class StopRequest:
         stopped, failing = self._flag.read().bool().tolist() if self._flag is not None else (False, False)
         self.failed = failing and not stopped
         asked = self._asked or (self._world.rank == 0 and os.path.exists(self._file))
-        flag = torch.tensor([float(asked), float(failed)]).to(self._world.device, non_blocking=True)
+        flag = torch.tensor([float(asked), float(failed)], dtype=torch.float32).to(
+            self._world.device, non_blocking=True
+        )
         self._flag = Late(self._world.reduce(flag, "max"))
         return stopped or failing
 

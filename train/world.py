@@ -54,7 +54,7 @@ class World:
         return answer["value"]
 
     def _broadcast(self, data: bytes, rank: int) -> bytes:
-        length = torch.tensor([len(data)], device=self.device)
+        length = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
         dist.broadcast(length, rank)
         content = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
         if self.rank == rank:

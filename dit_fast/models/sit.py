@@ -132,7 +132,8 @@ class SiT(nn.Module):
         """
         wanted = sorted(set(taps))
         self._check(x, t, y, wanted, drop)
-        tokens = self.x_embedder(x) + self.pos_embed
+        # A sum has the strides of its first term: those of the convolution would make every reader of a row copy.
+        tokens = self.pos_embed + self.x_embedder(x)
         c = self.t_embedder(t) + self.y_embedder(y, drop)
         stream = Stream(tokens)
         features: dict[int, Tensor] = {}

@@ -146,7 +146,7 @@ def diversity_loss(
     ordered = in_block_order("features", features)
     chosen = check_options(pairs, len(ordered), variant, scope)
     if not len(ordered):
-        return _no_loss(torch.zeros(()))
+        return _no_loss(torch.zeros((), dtype=torch.float32))
     return loss_from_stats(diversity_stats(ordered, backend, stats), chosen, variant, scope)
 
 

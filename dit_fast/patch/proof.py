@@ -58,7 +58,7 @@ class Source:
         self.generator = torch.Generator().manual_seed(0)
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator).to(self.device, self.trial.dtype)
+        return torch.randn(*shape, dtype=torch.float32, generator=self.generator).to(self.device, self.trial.dtype)
 
     def vectors(self, width: int) -> Tensor:
         return self.normal(self.samples, width)
@@ -68,8 +68,12 @@ class Source:
 
     def tokens(self, width: int) -> Tensor:
         """[samples, tokens, width]."""
-        sizes = 10.0 ** torch.linspace(self.trial.first, self.trial.last, self.trial.tokens).view(-1, 1)
-        tokens = torch.randn(self.samples, self.trial.tokens, width, generator=self.generator) * sizes
+        sizes = 10.0 ** torch.linspace(self.trial.first, self.trial.last, self.trial.tokens, dtype=torch.float32).view(
+            -1, 1
+        )
+        tokens = (
+            torch.randn(self.samples, self.trial.tokens, width, dtype=torch.float32, generator=self.generator) * sizes
+        )
         return tokens.to(self.device, self.trial.dtype)
 
 
@@ -228,7 +232,7 @@ def _gradients(result: Any, leaves: list[Tensor]) -> list[Tensor | None]:
     outputs = [output for output in _tensors(result) if output.requires_grad]
     if not outputs:
         return [None] * len(leaves)
-    weights = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
+    weights = [torch.randn(output.shape, dtype=torch.float32, generator=generator).to(output) for output in outputs]
     return list(torch.autograd.grad(outputs, leaves, weights, allow_unused=True))
 
 
@@ -289,7 +293,7 @@ def _randomised_copy(candidate: Candidate) -> nn.Module:
 def _draw(parameter: Tensor, generator: torch.Generator) -> nn.Parameter:
     # variance 1 per output for maps, 1/4 for vectors, which for norm weights is around 0 as well as any
     spread = (3 * parameter.shape[0] / parameter.numel()) ** 0.5 if parameter.dim() > 1 else 0.75**0.5
-    values = torch.empty(parameter.shape).uniform_(-spread, spread, generator=generator)
+    values = torch.empty(parameter.shape, dtype=torch.float32).uniform_(-spread, spread, generator=generator)
     return nn.Parameter(values.to(parameter.device))
 
 

@@ -132,8 +132,8 @@ def draw_samples(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, autoencoder = loaded.model.to(device), dataset.load_autoencoder().to(device)
     options = options.resolved(model)
-    index = torch.arange(options.per_class * len(classes))
-    labels = torch.tensor(classes).repeat(options.per_class)
+    index = torch.arange(options.per_class * len(classes), dtype=torch.int64)
+    labels = torch.tensor(classes, dtype=torch.int64).repeat(options.per_class)
     noise = initial_noise(options.seed, index, (model.in_channels, model.input_size, model.input_size))
     assert options.cfg_scale is not None
     latents = sample(

@@ -234,6 +234,16 @@ def test_bf16_model_runs_without_autocast():
     assert_close(half(x.bfloat16(), t, y), exact, 5e-2)
 
 
+@pytest.mark.parametrize("samples", [1, 2])
+def test_the_first_tokens_lie_row_by_row_like_all_others(samples):
+    model, layouts = _model(), []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: layouts.append(inputs[0].is_contiguous()))
+    x = torch.randn(samples, model.in_channels, model.input_size, model.input_size)
+    model(x, torch.rand(samples), torch.zeros(samples, dtype=torch.int64))
+    assert layouts == [True] * model.depth
+
+
 def test_strided_and_channels_last_latents():
     model = _model(skip_wiring="output")
     x, t, y = _inputs(model)

@@ -112,6 +112,22 @@ def test_every_output_element_is_written(monkeypatch):
     assert all(torch.isfinite(g).all() for g in backward_op(features, outputs[2], *weights, [], [2, 0], "cpp"))
 
 
+@native
+@loop_over("backend", ["cpp", "torch"])
+def test_a_token_with_nan_has_no_norm_and_no_part_in_the_mixture(backend):
+    features = blocks(2, 6, 21)
+    features[1][3, 5] = torch.nan
+    norms, mixture = forward_op(features, True, backend)[2:]
+    assert norms[1].isnan().tolist() == mixture.isnan().all(1).tolist() == [token == 3 for token in range(6)]
+
+
+@native
+def test_tensors_without_elements_are_refused():
+    for shape in ((0, 8), (8, 0)):
+        with pytest.raises(RuntimeError, match="no elements"):
+            forward_op([torch.zeros(shape)], False, "cpp")
+
+
 def test_wanted_blocks_and_the_gradient_from_above(backend):
     features, above = blocks(4, 90, 20, torch.bfloat16), blocks(2, 90, 20, torch.bfloat16, seed=5)
     weights = weights_of_the_outputs(4, 20)

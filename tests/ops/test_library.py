@@ -1,9 +1,15 @@
 """What holds for every op that torch knows."""
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from cases import loop_over
+from op_cases import FUSED, REFERENCES, inputs
 
+from dit_fast import ops, philox
 from dit_fast.ops import diversity_op, long_skip_op
 
 F32 = torch.float32
@@ -69,3 +75,75 @@ def test_all_ops_are_here():
 @pytest.mark.filterwarnings("ignore:.*autograd kernel was not registered")
 def test_opcheck_with_inputs_that_need_a_gradient(name):
     torch.library.opcheck(getattr(torch.ops.dit_fast, name).default, ARGUMENTS[name]())
+
+
+def test_every_op_runs_on_the_device_of_its_tensors(monkeypatch):
+    """Kernels go to the current device, whatever their arguments: each op makes it that of its first tensor."""
+    entered = []
+
+    class Guard(torch.cuda.device_of):
+        def __init__(self, tensor):
+            entered.append(tensor)
+            super().__init__(tensor)
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    for name, arguments in ARGUMENTS.items():
+        arguments, entered[:] = arguments(), []
+        with torch.no_grad():
+            getattr(torch.ops.dit_fast, name)(*arguments)
+        first = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
+        assert [tensor.data_ptr() for tensor in entered] == [first.data_ptr()], name
+
+
+def test_kernels_are_launched_inside_ops_alone():
+    """Nothing but an op's implementation calls a launcher; elsewhere a module of kernels only says what it supports."""
+    root = Path(ops.__file__).parents[1]
+    loose = []
+    for path in sorted(root.rglob("*.py")):
+        tree, source = ast.parse(path.read_text()), path.read_text()
+        registered = {
+            ast.unparse(argument)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "_library.define"
+            for argument in node.args
+        }
+        for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+            body = ast.unparse(function)
+            imports = re.search(r"from dit_fast\.kernels import (\w+)(?: as (\w+))?", body)
+            if imports and function.name not in registered:
+                used = set(re.findall(rf"\b{imports[2] or imports[1]}\.(\w+)", body))
+                loose += [f"{path.name}:{function.name} {name}" for name in used - {"supports"}]
+        assert path.parent.name in ("ops", "kernels") or "dit_fast.kernels import" not in source, path
+    assert not loose
+
+
+def with_statistics(*tensors):
+    x_new, stats = ops.gate_residual(*tensors, backend="cpp", return_stats=True)
+    return torch.cat([x.flatten() for x in (x_new, *stats)])
+
+
+CPP = {
+    "layer_norm_modulate": lambda *x: ops.layer_norm_modulate(*x, backend="cpp"),
+    "gate_residual": with_statistics,
+    "diversity_loss": lambda *x: ops.diversity_loss(x, backend="cpp").total,
+}
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_torchs_default_dtype_changes_no_bit(default):
+    def everything():
+        results = [philox.normal(3, torch.arange(5), 0, (7,)), philox.uniform(3, torch.arange(5), 1, (7,))]
+        for table in (REFERENCES, FUSED, CPP):
+            for name, op in table.items():
+                tensors = [x.float().requires_grad_() for x in inputs(name)]
+                results.append(op(*tensors))
+                results += torch.autograd.grad(results[-1].square().sum(), tensors)
+        return results
+
+    expected = everything()
+    torch.set_default_dtype(default)
+    try:
+        found = everything()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(ours, same) and ours.dtype == same.dtype for ours, same in zip(found, expected, strict=True))

@@ -182,6 +182,8 @@ def test_supports_names_what_it_refuses():
     refused = diversity.supports([torch.zeros(4, 5000, dtype=torch.float64)] * 33)
     assert [reason.split()[0] for reason in refused] == ["33", "width", "torch.float64"]
     assert "contiguous" in diversity.supports([torch.zeros(8, 8).T])[0]
+    assert diversity.supports([torch.zeros(1, 8).expand(64 * 65535, 8)]) == []
+    assert "4194241 tokens" in diversity.supports([torch.zeros(1, 8).expand(64 * 65535 + 1, 8)])[0]
 
 
 def means_and_variances(features):

@@ -190,6 +190,9 @@ def test_derivatives_along_a_direction(path):
 
 def test_supports_names_what_it_refuses():
     assert kernel.supports(prediction=torch.zeros(2, 3, dtype=BF16), latents=torch.zeros(2, 3)) == []
+    long = torch.zeros(2, 1).expand(2, 1024 * 65535 + 1)
+    assert kernel.supports(latents=long[:, 1:]) == []
+    assert "67107841 elements" in kernel.supports(latents=long)[0]
     assert kernel.supports(latents=torch.zeros(2, 3).double()) == [
         "latents is torch.float64, not float32, bfloat16 or float16"
     ]

@@ -161,9 +161,11 @@ def test_the_op_through_the_kernels(dtype, channels_last):
 
 def test_supports_names_what_it_refuses():
     assert kernel.supports(torch.zeros(1, 2, 18, dtype=BF16), 2) == []
-    long = torch.zeros(1, 1, dtype=torch.float64).expand(1, kernel.CHUNK * kernel.MAX_CHUNKS + 1, 3 * 257)
+    most = 8 * 65535  # head rows: as many as a program of the forward has, along the second axis of a grid
+    assert kernel.supports(torch.zeros(1, 1, dtype=BF16).expand(1, 2 * most, 3 * 256), 1) == []
+    long = torch.zeros(1, 1, dtype=torch.float64).expand(1, most + 1, 3 * 257)
     assert [reason.split()[0] for reason in kernel.supports(long, 1)] == [
         "head",
         "torch.float64",
-        str(kernel.CHUNK * kernel.MAX_CHUNKS + 1),
+        str(most + 1),
     ]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dit_fast import philox
-from dit_fast.kernels import adaln_rows, qk_norm
+from dit_fast.kernels import adaln, adaln_gradients, adaln_rows, diversity, qk_norm
 from dit_fast.kernels import philox as kernel
 from dit_fast.kernels.ordered_sum import GROUP, ordered_sum
 from dit_fast.kernels.tables import address_table, is_aligned
@@ -63,6 +63,69 @@ def test_wide_accesses_only_where_every_row_starts_at_16_bytes(name):
     assert adaln_rows.is_aligned([None, aligned, tensor]) == whole
     assert qk_norm._vector(sizes[-1], [tensor]) == (16 // tensor.element_size() if whole else 1)
     assert qk_norm._vector(16, [aligned, tensor]) == qk_norm._vector(16, [tensor])
+
+
+def shifted(tensor):
+    """The same values and strides, four bytes further on."""
+    base = torch.zeros(tensor.numel() + 1)[1:].view(tensor.shape)
+    return base.copy_(tensor)
+
+
+STREAM, VECTOR, HEADS, ROWS = (2, 3, 16), (2, 16), (2, 3, 2, 4), (6, 16)
+LAUNCHES = {  # shapes of what a launcher reads in wide pieces, how to call it with them, who decides
+    "adaln forward": (
+        [STREAM, STREAM, VECTOR, VECTOR, VECTOR],
+        lambda *x: adaln.forward(*x, 1e-6, None, FP32, True),
+        (adaln, "is_aligned"),
+    ),
+    "adaln backward": (
+        [STREAM, STREAM, STREAM, STREAM, VECTOR, VECTOR],
+        lambda *x: adaln.backward(*x, torch.zeros(2, 3), torch.ones(2, 3), 1e-6, FP32, FP32, [FP32] * 3),
+        (adaln_gradients, "is_aligned"),
+    ),
+    "qk_norm forward": (
+        [(2, 3, 24)],
+        lambda qkv: qk_norm.forward(qkv, 2, *torch.ones(4, 4), 1e-5),
+        (qk_norm, "_vector"),
+    ),
+    "qk_norm backward": (
+        [HEADS, HEADS, HEADS, (2, 3, 24)],
+        lambda *x: qk_norm.backward(*x, *torch.ones(2, 4), 1e-5, True, True),
+        (qk_norm, "_vector"),
+    ),
+    "diversity forward": ([ROWS] * 2, lambda *x: diversity.forward(x), (diversity, "is_aligned")),
+    "diversity backward": (
+        [ROWS] * 4,
+        lambda a, b, *above: diversity.backward(
+            [a, b], torch.ones(2, 6), torch.ones(3, 2, 16), torch.ones(2, 2), above, [0, 1]
+        ),
+        (diversity, "is_aligned"),
+    ),
+    "diversity backward of one block": (
+        [ROWS] * 3,
+        lambda a, b, *above: diversity.backward(
+            [a, b], torch.ones(2, 6), torch.ones(3, 2, 16), torch.ones(2, 2), above, [1]
+        ),
+        (diversity, "is_aligned"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_every_tensor_that_is_read_counts(name, monkeypatch):
+    shapes, launch, (module, rule) = LAUNCHES[name]
+    answers, decide = [], getattr(module, rule)
+
+    def recorded(*arguments):
+        answers.append(decide(*arguments))
+        return answers[-1]
+
+    monkeypatch.setattr(module, rule, recorded)
+    tensors = [torch.randn(shape) for shape in shapes]
+    launch(*tensors)
+    for place in range(len(tensors)):
+        launch(*(shifted(x) if i == place else x for i, x in enumerate(tensors)))
+    assert [bool(answer > 1 if rule == "_vector" else answer) for answer in answers] == [True] + [False] * len(tensors)
 
 
 @pytest.mark.parametrize("seed", [0, 1234, 2**63 - 1, 2**63, 2**64 - 1])
