@@ -164,7 +164,7 @@ def build_loader(
 def _start_worker(_: int) -> None:
     """What goes to a whole group of processes is the trainer's to answer; it ends its workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # DeepSpeed's launcher sends SIGTERM to all descendants of a rank, whose last steps need them: the second one ends it
+    # DeepSpeed's launcher sends SIGTERM to all descendants of a rank, whose last steps need them: the second one ends
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 

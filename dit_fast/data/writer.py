@@ -199,7 +199,12 @@ def _run(tasks: Sequence[_Task], processes: int) -> Iterator[int]:
     workers = min(processes, len(tasks))
     with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(stop,)) as pool:
         waiting = iter(tasks)
-        running = {pool.submit(_work, task) for task in islice(waiting, 2 * workers)}
+        # Ctrl-C goes to the whole group: workers that still import would answer with a traceback each
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # workers inherit it
+        try:
+            running = {pool.submit(_work, task) for task in islice(waiting, 2 * workers)}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             while running:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
