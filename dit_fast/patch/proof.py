@@ -8,6 +8,7 @@ more than the trial allows, where a gradient differs, where one of the two draws
 not (a recorded feature, a counter). Modules that differ in nothing but the values of their parameters share one proof.
 """
 
+import contextlib
 import copy
 import sys
 import time
@@ -24,6 +25,7 @@ from dit_fast.patch.replacement import Candidate, dispatch, foreign_forward, uni
 TOLERANCE = 2e-5  # of a row's norm, fp32
 TF32_TOLERANCE = 5e-3  # where the library rounds the factors of fp32 products
 GRADIENT_TOLERANCE = 1e-3  # of the norm of each gradient, fp32
+_CPU: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
 _SILENT_SECONDS = 0.5  # after which apply says what it is doing
 
 
@@ -58,22 +60,18 @@ class Source:
         self.generator = torch.Generator().manual_seed(0)
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float32, generator=self.generator).to(self.device, self.trial.dtype)
+        return torch.randn(*shape, generator=self.generator, **_CPU).to(self.device, self.trial.dtype)
 
     def vectors(self, width: int) -> Tensor:
         return self.normal(self.samples, width)
 
     def integers(self, high: int) -> Tensor:
-        return torch.randint(high, (self.samples,), generator=self.generator).to(self.device)
+        return torch.randint(high, (self.samples,), generator=self.generator, device="cpu").to(self.device)
 
     def tokens(self, width: int) -> Tensor:
         """[samples, tokens, width]."""
-        sizes = 10.0 ** torch.linspace(self.trial.first, self.trial.last, self.trial.tokens, dtype=torch.float32).view(
-            -1, 1
-        )
-        tokens = (
-            torch.randn(self.samples, self.trial.tokens, width, dtype=torch.float32, generator=self.generator) * sizes
-        )
+        sizes = 10.0 ** torch.linspace(self.trial.first, self.trial.last, self.trial.tokens, **_CPU).view(-1, 1)
+        tokens = torch.randn(self.samples, self.trial.tokens, width, generator=self.generator, **_CPU) * sizes
         return tokens.to(self.device, self.trial.dtype)
 
 
@@ -146,7 +144,12 @@ def disagreement(candidate: Candidate) -> str | None:
         return "its parameters are on the meta device; give them values first"
     forked = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(forked), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(forked))
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(device)  # whatever torch.device(...) stands around apply
             twin = _randomised_copy(candidate)
             for trial in TRIALS:
                 # The settings are about what the forward does, not about numbers.
@@ -232,7 +235,7 @@ def _gradients(result: Any, leaves: list[Tensor]) -> list[Tensor | None]:
     outputs = [output for output in _tensors(result) if output.requires_grad]
     if not outputs:
         return [None] * len(leaves)
-    weights = [torch.randn(output.shape, dtype=torch.float32, generator=generator).to(output) for output in outputs]
+    weights = [torch.randn(output.shape, generator=generator, **_CPU).to(output) for output in outputs]
     return list(torch.autograd.grad(outputs, leaves, weights, allow_unused=True))
 
 
@@ -293,7 +296,8 @@ def _randomised_copy(candidate: Candidate) -> nn.Module:
 def _draw(parameter: Tensor, generator: torch.Generator) -> nn.Parameter:
     # variance 1 per output for maps, 1/4 for vectors, which for norm weights is around 0 as well as any
     spread = (3 * parameter.shape[0] / parameter.numel()) ** 0.5 if parameter.dim() > 1 else 0.75**0.5
-    values = torch.empty(parameter.shape, dtype=torch.float32).uniform_(-spread, spread, generator=generator)
+    values = torch.empty(parameter.shape, **_CPU)
+    values.uniform_(-spread, spread, generator=generator)
     return nn.Parameter(values.to(parameter.device))
 
 

@@ -192,3 +192,10 @@ def test_without_its_skips_the_model_runs_its_own_forward():
     model.skip_layer_connection = False
     for ours, theirs in zip(leaves(model(*inputs())), leaves(Switched.forward(model, *inputs())), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_it_does_not_matter_what_stands_around_apply():
+    for around in (torch.inference_mode(), torch.device("meta"), torch.autocast("cpu", torch.bfloat16)):
+        model = Transformer("output", depth=2)
+        with around:
+            assert not patch.apply(model).report.refused, around
