@@ -1,5 +1,6 @@
 """Micro-batches for one rank: the plan's order, cut the same way for every world size, resumed by one integer."""
 
+import multiprocessing.util
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -170,11 +171,14 @@ def _start_worker(_: int) -> None:
 
 def _raising(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
     batches = _start(loader)
+    # at exit multiprocessing waits for what it sent one SIGTERM, and the first does not end a worker
+    at_exit = multiprocessing.util.Finalize(None, _kill, (getattr(batches, "_workers", []),), exitpriority=0)
     try:
         while not isinstance(item := _next(batches, loader.num_workers), UserError):
             yield item
     finally:
         del batches  # ends the workers now: a traceback would keep them
+        at_exit.cancel()
     raise item
 
 
@@ -193,6 +197,11 @@ def _next(batches: Iterator[Any], num_workers: int) -> dict[str, torch.Tensor] |
                 continue
             hangs = f"no batch came in {HANGING_SECONDS} s; the disk or its server hangs, or /dev/shm is full"
             return DataError(f"{dead or hangs}; use fewer than {num_workers} data.num_workers")
+
+
+def _kill(workers: list[Any]) -> None:
+    for worker in workers:
+        worker.kill()
 
 
 def _start(loader: DataLoader) -> Iterator[Any]:

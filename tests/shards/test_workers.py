@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import time
 
 import numpy as np
@@ -15,6 +16,8 @@ from dit_fast.data.reader import IndexedReader
 from dit_fast.errors import ConfigError, DataError
 
 OPTIONS = {"global_batch": 4, "micro_batch": 4, "rank": 0, "world_size": 1, "start": 0}
+
+KEPT = []
 
 
 def batches(folder, **options):
@@ -64,6 +67,22 @@ def test_signals_to_the_whole_group_are_the_trainers(built, capfd):
     found.close()
     assert not any(worker.is_alive() for worker in mine)
     assert "KeyboardInterrupt" not in capfd.readouterr().err
+
+
+def leave_one_open(folder):
+    KEPT.append(batches(folder))
+    next(KEPT[0])
+    sys.exit(7)
+
+
+@pytest.mark.launch
+def test_a_program_ends_though_its_loader_was_not_closed(built):
+    process = multiprocessing.get_context("fork").Process(target=leave_one_open, args=(built,))
+    process.start()
+    process.join(30)
+    code = process.exitcode
+    process.kill()
+    assert code == 7
 
 
 @pytest.mark.launch
