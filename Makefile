@@ -55,7 +55,7 @@ test: $(INSTALLED)
 	@$(MAKE) --no-print-directory --jobs 2 lint pytest
 
 pytest:
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -rs
+	$(BIN)/python -m pytest -n 2 -rs
 
 # make test-kernels RECORD=1 also records the sources as proved (tests/ops/proved.json, to be committed).
 test-kernels: $(INSTALLED)

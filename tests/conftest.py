@@ -1,5 +1,6 @@
 """One thread per test process: results and timings then depend neither on the machine nor on xdist's worker count."""
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -13,8 +14,18 @@ import torch
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items):
-    """Tests that start processes of their own run one at a time: on one worker of `--dist loadgroup`."""
-    for item in items:
-        if item.get_closest_marker("launch"):
-            item.add_marker(pytest.mark.xdist_group("launch"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Files that start processes of their own run one test at a time, on one worker, while the others do the rest."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Launches(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "launch" if _launches(config.rootpath / nodeid.split("::")[0]) else nodeid
+
+    return Launches(config, log) if config.getvalue("dist") == "load" else None
+
+
+@functools.cache
+def _launches(path: Path) -> bool:
+    return "pytest.mark.launch" in path.read_text()
