@@ -167,3 +167,13 @@ def test_frozen_parameters_stay_and_have_no_moments(results, folder):
     assert torch.equal(state["model/pos_embed"], state["ema/pos_embed"])
     assert "optim/exp_avg.pos_embed" not in state
     assert torch.equal(state["model/pos_embed"], _state(folder, "fp32-single", 6)["model/pos_embed"])
+
+
+def test_overlapped_reduction_is_off_and_never_in_stage_1():
+    from dit_fast.config import EngineConfig, TrainConfig
+    from dit_fast.train.zero import deepspeed_config
+
+    assert EngineConfig().overlap_comm is False
+    for stage, used in [(0, False), (1, False), (2, True), (3, True)]:
+        config = TrainConfig(engine=EngineConfig(zero_stage=stage, overlap_comm=True))
+        assert deepspeed_config(config, 2, 4, 1000)["zero_optimization"]["overlap_comm"] is used
