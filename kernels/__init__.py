@@ -4,11 +4,16 @@ import importlib.util
 import os
 
 
+def devices() -> tuple[str, ...]:
+    """Types of device whose tensors the kernels take in this process: CUDA, and under TRITON_INTERPRET=1 the CPU."""
+    return ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
+
 def unavailable() -> str | None:
     """Why no Triton kernel can run in this process, or None. Under TRITON_INTERPRET=1 they run on CPU tensors."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if "cpu" in devices():
         return None
     import torch
 

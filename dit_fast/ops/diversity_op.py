@@ -20,7 +20,6 @@ The fused implementations sum over fixed chunks of 256 tokens and add the chunks
 neither on the number of threads nor on the size of the device.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,8 +48,6 @@ def supports(features: Sequence[Tensor], backend: str) -> list[str]:
     if backend == "triton":
         from dit_fast.kernels import diversity
 
-        if features[0].device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            reasons.append("on CPU tensors Triton only runs interpreted (TRITON_INTERPRET=1)")
         reasons += diversity.supports(features)
     return reasons
 
@@ -62,7 +59,7 @@ def _wide(features: Sequence[Tensor]) -> torch.dtype:
 register(
     "diversity_loss",
     Implementation("cpp", ("cpu",), _C.unavailable),
-    Implementation("triton", ("cuda", "cpu"), kernels.unavailable),
+    Implementation("triton", kernels.devices(), kernels.unavailable),
 )
 
 

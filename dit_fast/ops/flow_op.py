@@ -4,7 +4,6 @@ d error_n / d prediction = (2/E) (prediction - v),     d error_n / d latents = -
 d noised / d latents = alpha(t).
 """
 
-import os
 from typing import Any
 
 import torch
@@ -18,18 +17,14 @@ from dit_fast.ops.flow_reference import path_coefficients, per_sample, velocity,
 from dit_fast.philox import Stream
 
 for _op in ("flow_noised", "flow_error"):
-    register(_op, Implementation("triton", ("cuda", "cpu"), kernels.unavailable))
+    register(_op, Implementation("triton", kernels.devices(), kernels.unavailable))
 
 
 def supports(backend: str = "triton", **tensors: Tensor) -> list[str]:
     """Reasons why the fused implementation cannot take latents=... and prediction=...; empty if it can."""
     from dit_fast.kernels import flow as kernel
 
-    reasons = kernel.supports(**tensors)
-    on_cpu = any(x.device.type == "cpu" for x in tensors.values())
-    if on_cpu and os.environ.get("TRITON_INTERPRET") != "1":
-        reasons.append("on CPU tensors Triton only runs interpreted (TRITON_INTERPRET=1)")
-    return reasons
+    return kernel.supports(**tensors)
 
 
 def choose_for(op: str, backend: str, **tensors: Tensor) -> str:

@@ -6,7 +6,6 @@ products are the library's. Without gradients nothing is kept, and on CUDA the G
 product (the CPU's version of that function has the erf form and is never used).
 """
 
-import os
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 register(
     "gelu_mlp",
-    Implementation("triton", ("cuda", "cpu"), kernels.unavailable),
+    Implementation("triton", kernels.devices(), kernels.unavailable),
     Implementation("recompute", (), lambda: None, automatic=()),
 )
 
@@ -65,10 +64,7 @@ def supports(x: Tensor, backend: str = "triton") -> list[str]:
         return []
     from dit_fast.kernels import gelu as kernel
 
-    reasons = kernel.supports(x)
-    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        reasons.append("on CPU tensors Triton only runs interpreted (TRITON_INTERPRET=1)")
-    return reasons
+    return kernel.supports(x)
 
 
 def _choose(x: Tensor, backend: str) -> str:

@@ -21,7 +21,6 @@ is kept and engines that free parameters between the passes can.
 
 import functools
 import logging
-import os
 from typing import Any
 
 import torch
@@ -42,7 +41,7 @@ _AUTOMATIC = ("cuda",)
 register(
     "long_skip",
     Implementation("gemm", (), lambda: None, _AUTOMATIC),
-    Implementation("triton", ("cuda", "cpu"), kernels.unavailable, _AUTOMATIC),
+    Implementation("triton", kernels.devices(), kernels.unavailable, _AUTOMATIC),
     remarks={"cuda": "long_skip_table.json names the shapes that take triton"},
 )
 
@@ -67,8 +66,6 @@ def supports(x: Tensor, skip: Tensor, parameters: tuple[Tensor, ...], dtype: tor
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         return ["some inputs are float64"]
     reasons = []
-    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        reasons.append("on CPU tensors Triton only runs interpreted (TRITON_INTERPRET=1)")
     if kernels.unavailable() is None:
         from dit_fast.kernels import long_skip as kernel
 

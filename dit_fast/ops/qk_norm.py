@@ -5,7 +5,6 @@ gradient of the projection is written once, values included: split by autograd, 
 Nothing is saved besides the projection and the weights; statistics are taken again.
 """
 
-import os
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from dit_fast.ops.layer_norm import layer_norm
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-register("qk_norm", Implementation("triton", ("cuda", "cpu"), kernels.unavailable))
+register("qk_norm", Implementation("triton", kernels.devices(), kernels.unavailable))
 
 
 def qk_norm(
@@ -64,10 +63,7 @@ def supports(qkv: Tensor, num_heads: int) -> list[str]:
     """Reasons why the Triton kernels cannot take qkv [N, T, 3 * H * d]; empty if they can."""
     from dit_fast.kernels import qk_norm as kernel
 
-    reasons = kernel.supports(qkv, num_heads)
-    if qkv.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        reasons.append("on CPU tensors Triton only runs interpreted (TRITON_INTERPRET=1)")
-    return reasons
+    return kernel.supports(qkv, num_heads)
 
 
 def _choose(qkv: Tensor, num_heads: int, backend: str) -> str:

@@ -8,7 +8,6 @@ without the second term where a norm is at its floor, a constant. The fused forw
 12 bytes per token; the backward reads both tensors once and writes each gradient that is needed once.
 """
 
-import os
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from dit_fast.ops._arguments import require_tensors
 
 EPS = 1e-12
 
-register("repa_cosine", Implementation("triton", ("cuda", "cpu"), kernels.unavailable))
+register("repa_cosine", Implementation("triton", kernels.devices(), kernels.unavailable))
 
 
 def repa_cosine(prediction: Tensor, target: Tensor, backend: str = "auto") -> Tensor:
@@ -48,10 +47,7 @@ def supports(prediction: Tensor, target: Tensor, backend: str = "triton") -> lis
     """Reasons why the fused implementation cannot take these tensors [..., Z]; empty if it can."""
     from dit_fast.kernels import repa_cosine as kernel
 
-    reasons = kernel.supports(prediction, target)
-    if prediction.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        reasons.append("on CPU tensors Triton only runs interpreted (TRITON_INTERPRET=1)")
-    return reasons
+    return kernel.supports(prediction, target)
 
 
 def _choose(prediction: Tensor, target: Tensor, backend: str) -> str:

@@ -4,7 +4,6 @@ Both are of the row as it is stored, after rounding, and two rows' statistics jo
 and LeVeque 1983), so the long skip needs no pass over its inputs when their producers know them.
 """
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from dit_fast.errors import UserError
 from dit_fast.ops import _library
 from dit_fast.ops._arguments import require_tensors
 
-register("row_statistics", Implementation("triton", ("cuda", "cpu"), kernels.unavailable))
+register("row_statistics", Implementation("triton", kernels.devices(), kernels.unavailable))
 
 
 class RowStatistics(NamedTuple):
@@ -41,8 +40,6 @@ def row_statistics(x: Tensor, backend: str = "auto") -> RowStatistics:
 
 def supports(x: Tensor) -> list[str]:
     """Reasons why the Triton kernel cannot take these rows [M, D]; empty if it can."""
-    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return ["on CPU tensors Triton only runs interpreted (TRITON_INTERPRET=1)"]
     from dit_fast.kernels import row_statistics as kernel
 
     return kernel.supports(x)

@@ -66,6 +66,16 @@ def test_every_op_is_explained_as_it_is_chosen(device_type):
         assert used == [choose(name, "auto", device_type)]
 
 
+def test_a_run_on_the_cpu_says_nothing_of_triton(monkeypatch, caplog):
+    import dit_fast.ops  # noqa: F401  registers every op
+
+    monkeypatch.setattr(backend, "_LOGGED", set())
+    with caplog.at_level(logging.INFO, logger="dit_fast"):
+        for name in backend.ops():
+            choose(name, "auto", "cpu")
+    assert "triton" not in caplog.text
+
+
 def test_how_the_long_skip_and_the_mlp_are_chosen():
     import dit_fast.ops  # noqa: F401  registers every op
 

@@ -274,7 +274,7 @@ def test_backends_that_cannot_run_say_why():
     ):
         with pytest.raises(ConfigError, match="unknown backend 'cuda'; valid: auto, triton, torch"):
             call("cuda")
-        with pytest.raises(ConfigError, match=r"'triton' cannot run: (triton is not installed|no CUDA device|on CPU)"):
+        with pytest.raises(ConfigError, match=r"'triton' cannot run: made for cuda tensors, not cpu"):
             call("triton")
 
 
@@ -282,4 +282,3 @@ def test_supports_gives_reasons():
     pytest.importorskip("triton")
     reasons = supports(prediction=Z.double(), latents=Z)
     assert reasons[0] == "prediction is torch.float64, not float32, bfloat16 or float16"
-    assert "only runs interpreted" in reasons[1]

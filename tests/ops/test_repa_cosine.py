@@ -197,9 +197,7 @@ def test_backends_that_cannot_run_say_why():
     p, q = make(1, 4, 3)
     with pytest.raises(ConfigError, match="unknown backend 'cuda'; valid: auto, triton, torch"):
         repa_cosine(p, q, backend="cuda")
-    with pytest.raises(
-        ConfigError, match=r"backend 'triton' cannot run: (triton is not installed|no CUDA device|on CPU)"
-    ):
+    with pytest.raises(ConfigError, match=r"backend 'triton' cannot run: made for cuda tensors, not cpu"):
         repa_cosine(p, q, backend="triton")
 
 
@@ -208,4 +206,3 @@ def test_supports_gives_reasons():
     p, q = make(1, 4, 3)
     reasons = supports(p.double(), q)
     assert reasons[0] == "prediction is torch.float64, not float32, bfloat16 or float16"
-    assert "only runs interpreted" in reasons[1]
