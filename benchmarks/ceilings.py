@@ -1,4 +1,4 @@
-"""What this machine reaches at best, measured in the run whose results are held against it."""
+"""Measured ceilings of this machine (copy, read, matrix product), taken in the same run as the results."""
 
 import time
 from collections.abc import Callable

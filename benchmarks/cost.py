@@ -1,4 +1,4 @@
-"""What a piece of work costs beside time: peak memory, bytes that its operators move, waits for the device."""
+"""Costs other than time: peak memory, bytes that operators move, waits for the device."""
 
 import json
 import tempfile

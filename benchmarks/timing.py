@@ -1,4 +1,4 @@
-"""Time of several implementations ("sides") that take turns in one process, on inputs that no cache still holds.
+"""Time of several implementations ("sides") run alternately in one process, on inputs that are in no cache.
 
 A B A B ...: a change of clock, temperature or load then meets all sides alike, and the ratio of two sides within one
 round means something even on a busy machine.
@@ -111,7 +111,7 @@ def _cpu_cache_files() -> list[Path]:
 
 
 def sets_to_rotate(bytes_per_set: int, cache: int) -> int:
-    """How many input sets, at least two, make a set leave the cache before its turn comes again."""
+    """Number of input sets, at least two, so that a set has left the cache when it is used again."""
     return max(2, -(-CACHE_MULTIPLE * cache // max(bytes_per_set, 1)))
 
 

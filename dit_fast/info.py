@@ -1,4 +1,4 @@
-"""What `dit-fast info` prints: versions, devices, optional packages, and the backend of each op with the reason."""
+"""Output of `dit-fast info`: versions, devices, optional packages, and the backend of each op with the reason."""
 
 import importlib
 import importlib.util

@@ -131,7 +131,7 @@ def train_command(machine: Machine, shards: Path, run: Path, steps: int | None, 
 
 
 def _free_port() -> int:
-    """A port nobody listens on, so that two runs on one machine do not meet."""
+    """A free port, so that two runs on one machine do not meet."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What a kernel file says about itself so that it can be compiled and checked on a machine without a GPU."""
+"""Declarations by which a kernel file is compiled and checked on a machine without a GPU."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -104,7 +104,7 @@ def supports(features: Sequence[Tensor]) -> list[str]:
 
 
 class _Plan(NamedTuple):
-    """What the launches of one call share."""
+    """Arguments shared by the launches of one call."""
 
     config: Config
     kind: str

@@ -194,7 +194,7 @@ def backward(
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed else None
         for x, needed in zip((prediction, latents), needs, strict=True)
     ]
-    # A gradient that nobody needs is not written; any pointer of the type stands in.
+    # A gradient that is not needed is not written; any pointer of the type stands in.
     places = [x if grad is None else grad for x, grad in zip((prediction, latents), grads, strict=True)]
     options = _options(path, WARPS, BLOCK)
     gradients[(samples, triton.cdiv(count, 4 * BLOCK))](

@@ -153,7 +153,7 @@ def backward_input(
     tiles = long_skip_tiles.choose(arch, _kind(x.dtype, skip.dtype), rows, halves * width, x.device)
     bulk, weights = arch >= 90, (tiles.block_k, tiles.block_n)
     count = triton.cdiv(rows, tiles.block_m) * triton.cdiv(width, tiles.block_n) * halves
-    # A gradient that nobody needs is not written; any pointer of its type stands in.
+    # A gradient that is not needed is not written; any pointer of its type stands in.
     places = [half if grad is None else grad for half, grad in zip((x, skip), grads, strict=True)]
     input_gradients[(min(count, long_skip_tiles.processors(x.device)),)](
         operand(grad_y, (tiles.block_m, tiles.block_k), bulk), operand(folded, weights, bulk), x, skip, mean, rstd, c1,

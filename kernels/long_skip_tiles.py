@@ -1,4 +1,4 @@
-"""What the long skip's two GEMMs share: block sizes per GPU family, the order of tiles, how a program loads a tile."""
+"""Shared by the long skip's two GEMMs: block sizes per GPU family, the order of tiles, how a program loads a tile."""
 
 from typing import NamedTuple
 

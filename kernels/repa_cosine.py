@@ -71,8 +71,8 @@ def cosines(prediction, target, saved, partials, value, ticket, tokens, predicti
     tl.store(partials + program, tl.sum(total, axis=0))
 
     # Order of memory. The barrier puts this program's store, whichever thread made it, before the ticket. The ticket's
-    # release makes the store visible to whoever draws a later one, and its acquire, which the compiler spreads to all
-    # threads with the ticket's value, puts the loads below after every release that came before. Tickets are
+    # release makes the store visible to programs that draw a later one, and its acquire, which the compiler spreads to
+    # all threads with the ticket's value, puts the loads below after every release that came before. Tickets are
     # read-modify-writes of one word, so the last of them has all the others before it, directly or through one another.
     tl.debug_barrier()
     programs = tl.num_programs(0).to(tl.int64)
@@ -172,7 +172,7 @@ def backward(
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed else None
         for x, needed in zip((prediction, target), needs, strict=True)
     ]
-    # A gradient that nobody needs is not written; any pointer of the type stands in.
+    # A gradient that is not needed is not written; any pointer of the type stands in.
     places = [x if grad is None else grad for x, grad in zip((prediction, target), grads, strict=True)]
     gradients[(triton.cdiv(tokens, STEP),)](
         upstream, prediction, target, saved, *places, tokens, prediction.stride(0), target.stride(0),

@@ -1,4 +1,4 @@
-"""Where bytes reach the disk for good: every write, flush and rename of a checkpoint passes through these functions."""
+"""Durable file operations: every write, flush and rename of a checkpoint goes through these functions."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Who runs the step. The loop knows `Engine`; `SingleEngine` is one process, `zero.ZeroEngine` DeepSpeed's ranks."""
+"""Engines run a step: `SingleEngine` in one process, `zero.ZeroEngine` in DeepSpeed's ranks, behind one protocol."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -76,7 +76,7 @@ class Guard:
 
     def finish(self, step: int) -> str | None:
         """At the end of the run: what to say if more than TOLERATED of all its steps were skipped. Raises Diverged if
-        the last one was: then nobody knows whether the run still learns."""
+        the last one was: then it is unknown whether the run still learns."""
         if self.skipped > TOLERATED * step:
             text = f"{self.skipped} of {step} steps had no finite gradient and were skipped"
             text += f", lately {self._list(self._recent)}" if self._recent else ""

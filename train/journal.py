@@ -1,4 +1,4 @@
-"""What a run tells about itself: progress bar, metrics.jsonl, TensorBoard, and the resolved configuration.
+"""Records of a run: progress bar, metrics.jsonl, TensorBoard, and the resolved configuration.
 
 Means over ranks and over the steps of an interval are reduced on the device and, with CUDA, read one interval late,
 so that logging never waits. An interval also ends at every checkpoint: a run that was killed and resumed logs the same

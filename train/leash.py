@@ -1,7 +1,7 @@
 """Ranks end with their launcher. Standard library only: armed before torch is imported, which takes seconds.
 
 `deepspeed` starts a second process that starts the ranks, and torchrun's agent starts them itself. A signal that kills
-one of these does not reach the ranks, and they would train on with nobody to stop them. So each rank watches them. When
+one of these does not reach the ranks, and they would train on. So each rank watches them. When
 one has died, the rank gets SIGTERM, as if it had been asked to stop: it saves and leaves, or ends at once where it has
 not begun to train. What is left after GRACE seconds is killed; DeepSpeed's launcher grants as many to what it stops.
 """

@@ -201,7 +201,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _parse(content: bytes) -> dict[str, Any] | None:
-    """A holder's record, or None for an empty or damaged one: nobody alive leaves such a file without its lock."""
+    """A holder's record, or None for an empty or damaged one: no living holder leaves such a file without its lock."""
     try:
         record = json.loads(content)
     except (ValueError, RecursionError):

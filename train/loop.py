@@ -64,7 +64,7 @@ def train(config: TrainConfig, world: World) -> int:
 
 
 class _Run:
-    """What the steps of one process share."""
+    """One process of a run: everything built before the first step, and the steps."""
 
     def __init__(self, config: TrainConfig, world: World, dataset: LatentDataset, micro: int, held: list[RunLock]):
         self.config, self.world, self.dataset, self.micro, self.held = config, world, dataset, micro, held

@@ -1,4 +1,4 @@
-"""What is measured: op -> shapes, inputs, sides. One more op is one more file here and one more line below."""
+"""Benchmarks by op: shapes, inputs, sides. A further op is one file here and one line below."""
 
 from dit_fast.benchmarks.cases import adaln, diversity, flow, gelu_mlp, long_skip, qk_norm, repa_cosine
 from dit_fast.benchmarks.cases.case import Benchmark, Case

@@ -1,4 +1,4 @@
-"""What a benchmark is made of: cases with shapes, inputs and sides, and the bytes and FLOPs that nobody can avoid.
+"""Parts of a benchmark: cases with shapes, inputs and sides, and the minimum of bytes and FLOPs.
 
 A side computes outputs from inputs; the harness differentiates them. The first side of a case is the baseline, and
 every other one must equal it (or its own `expected`) before any of them is timed.

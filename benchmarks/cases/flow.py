@@ -1,4 +1,4 @@
-"""What flow matching does around the model: noise, interpolant, velocity target, error, and the error's gradient."""
+"""Flow matching around the model: noise, interpolant, velocity target, error, and the error's gradient."""
 
 from dataclasses import replace
 

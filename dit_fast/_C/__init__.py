@@ -1,4 +1,4 @@
-"""What is compiled, loaded when first asked for, absent without failing.
+"""Compiled libraries, loaded on first use; without them the plain implementations run.
 
 The CPU library's operators live in `torch.ops.dit_fast_native`; only `dit_fast.ops` calls them. The host module, which
 knows no torch, reads members of latent shards; only `dit_fast.data` calls it.

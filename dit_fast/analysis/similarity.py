@@ -1,4 +1,4 @@
-"""How alike the blocks of a transformer are: linear CKA, mean token cosine, effective rank.
+"""Similarity of the blocks of a transformer: linear CKA, mean token cosine, effective rank.
 
 DiverseDiT (arXiv 2603.04239, Sec. 2) compares blocks by the centred kernel alignment of their features. The paper shows
 an RBF kernel whose width it does not give; the linear kernel needs no width and is what the authors' own analysis code

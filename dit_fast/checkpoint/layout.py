@@ -1,4 +1,4 @@
-"""What the names and shapes of a published state_dict say about its model, and the order of its parameters."""
+"""Model sizes read from the names and shapes of a published state_dict, and the order of its parameters."""
 
 import logging
 import math

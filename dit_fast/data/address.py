@@ -1,4 +1,4 @@
-"""Where a data set lies: a local folder or an http(s) address. Nothing that starts a command is accepted."""
+"""Address of a data set: a local folder or http(s). Addresses that would start a command are refused."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Files that come from outside: names fit for a message, arrays whose header is not believed, a digest of content."""
+"""Files that come from outside: names fit for a message, arrays whose header is checked, a digest of content."""
 
 import hashlib
 import math

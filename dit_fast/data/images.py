@@ -13,7 +13,7 @@ from dit_fast.errors import DataError
 SUFFIXES = {
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff",
 }  # fmt: skip
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF")  # by content; the suffix is not believed
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "PPM", "TIFF")  # judged by content, not by suffix
 MAX_PIXELS = 1 << 28  # of the image resized for the crop: a strip of 1 x 100000 would take gigabytes
 ORIENTATION = 0x0112  # the tag of EXIF and TIFF
 TURNS = {

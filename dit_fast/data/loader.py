@@ -19,7 +19,7 @@ from dit_fast.errors import ConfigError, DataError, UserError
 PREFETCH = 4
 MOST_WORKERS = 256  # of one rank
 POLL_SECONDS = 5  # between looks at whether the workers live
-# whoever waits that long for a batch waits for ever: a disk that hangs, a full /dev/shm (connections have limits)
+# a wait this long for a batch never ends: a disk that hangs, a full /dev/shm (connections have limits)
 HANGING_SECONDS = 3600
 
 

@@ -62,7 +62,7 @@ def sample(
     `draws` (those num_steps - 1 tensors themselves), or `seed` and `index` int64 [N] (Philox per seed, index and step).
 
     With seed and index the work is cut into the fixed chunks [c * chunk, (c + 1) * chunk) of the index space; index k
-    is always row k % chunk of a batch of `chunk` rows, and rows nobody asked for are computed on zeros. Image k is then
+    is always row k % chunk of a batch of `chunk` rows, and rows that fill it up are computed on zeros. Image k is then
     the same bytes however the indices are spread over calls and ranks; hand out whole chunks, so that no row is wasted.
     Otherwise all N rows are one batch.
 

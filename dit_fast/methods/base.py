@@ -1,6 +1,6 @@
-"""What a training method is: the block outputs it reads, the modules it adds, and its named loss terms.
+"""Training methods: the block outputs they read, the modules they add, and their named loss terms.
 
-The trainer knows no method by name. It asks the composition of the configured ones which blocks to hand out and which
+The trainer names no method. It asks the composition of the configured ones which blocks to hand out and which
 shard fields to read, lets them add modules, and adds `weight * value` of their terms to the flow loss.
 `docs/methods.md` shows how to write one.
 """
@@ -33,7 +33,7 @@ class Term:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the choice of block outputs may depend on: sizes, never weights."""
+    """Model sizes, on which the choice of block outputs may depend; weights are not among them."""
 
     depth: int
     hidden_size: int

@@ -23,7 +23,7 @@ Through = Callable[[int, Tensor, RowStatistics | None], Tensor]
 
 
 class Stream(NamedTuple):
-    """Tokens [N, T, D] between two blocks, and their row statistics if whoever wrote them took them on the way."""
+    """Tokens [N, T, D] between two blocks, and their row statistics if the op that wrote them returned any."""
 
     tokens: Tensor
     stats: RowStatistics | None = None

@@ -1,4 +1,4 @@
-"""What the tokens and the conditioning vector start from: patches, positions, time, class label."""
+"""Embeddings of patches, positions, time and class label."""
 
 import math
 from typing import cast

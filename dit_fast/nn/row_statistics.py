@@ -1,4 +1,4 @@
-"""What a layer tells the next about its output, and in which dtype the next linear map wants it."""
+"""Row statistics that a layer passes to the next, and the dtype that the next linear map needs."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ def linear_dtype(x: Tensor) -> torch.dtype:
 
 
 def worth_handing_on(x: Tensor) -> bool:
-    """Whether whoever writes the stream x has its row statistics at no cost; the plain reference would take a pass."""
+    """Whether the op that writes the stream x returns its row statistics for free; the reference needs another pass."""
     if torch.compiler.is_compiling():  # the op chooses when the graph runs
         return x.is_cuda
     return adaln_op.choose_backend("gate_residual", "auto", x) != "torch"

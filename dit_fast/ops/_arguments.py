@@ -1,4 +1,4 @@
-"""What every op asks of its arguments before anything else, and how it says so."""
+"""Checks that every op makes of its arguments first, and their messages."""
 
 from typing import Any
 

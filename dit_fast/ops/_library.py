@@ -1,4 +1,4 @@
-"""How an op becomes known to torch: `diversity_op.py` is the example to copy.
+"""Registration of an op with torch; `diversity_op.py` is the example to copy.
 
 An op is a schema, a Python function that picks the implementation when it is called (so that a compiled graph is tied
 to none), and a fake implementation that gives shapes without data. Gradients do not live here: a thin

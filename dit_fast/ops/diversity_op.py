@@ -247,7 +247,7 @@ class Statistics(torch.autograd.Function):
 def with_zeros(
     grad_statistics: Tensor | None, grad_pair_sums: Tensor | None, inverse_norms: Tensor, features: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Both gradients, of features [..., D]; zeros for a result that nobody used."""
+    """Both gradients, of features [..., D]; zeros for a result that was not used."""
     count, width = len(features), features[0].shape[-1]
     return (
         inverse_norms.new_zeros(3, count, width) if grad_statistics is None else grad_statistics,

@@ -46,7 +46,7 @@ FEW = 3  # blocks that a tap reads one by one; for more, the mixture of all dire
 
 
 class Shared:
-    """What the taps of one forward pass have in common. `features` are detached and live until they are summed."""
+    """State shared by the taps of one forward pass. `features` are detached and live until they are summed."""
 
     def __init__(self, backend: str) -> None:
         self.backend = backend

@@ -1,4 +1,4 @@
-"""Mean and variance of every row, which whoever writes a row can hand to the next LayerNorm.
+"""Mean and variance of every row; ops that write rows return them for the next LayerNorm.
 
 Both are of the row as it is stored, after rounding, and two rows' statistics join without their elements (Chan, Golub
 and LeVeque 1983), so the long skip needs no pass over its inputs when their producers know them.

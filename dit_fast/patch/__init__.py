@@ -52,7 +52,7 @@ def _by_value(named: dict[str, str], shown: int = 3) -> Iterator[tuple[str, str]
 
 @dataclass
 class Handle:
-    """What `apply` did, and the way back."""
+    """The result of `apply`: what was replaced, and `undo`."""
 
     report: Report
     _installed: list[tuple[str, nn.Module, Forward]] = field(repr=False)

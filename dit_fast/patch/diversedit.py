@@ -1,6 +1,6 @@
 """DiverseDiT's long skips: their concatenation stands in the model's forward, so that forward is replaced whole.
 
-The two published wirings have the same parameters. Which one a model has is told by running it: its own forward on a
+The two published wirings have the same parameters. A model's wiring is detected by running it: its own forward on a
 small input, against both. Its result is {"x": velocity, "block_feas": {block: its output}, "zs": projected tokens},
 where "block_feas" is there if the attribute block_diversity_loss is set; in later versions only in train mode.
 """

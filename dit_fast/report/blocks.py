@@ -1,4 +1,4 @@
-"""What the blocks of a trained model make of real images: their similarity and how many directions they use."""
+"""Block outputs of a trained model on real images: their similarity and effective rank."""
 
 from dataclasses import dataclass
 

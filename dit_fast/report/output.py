@@ -1,4 +1,4 @@
-"""Where samples and reports are written: checked before anything is computed, and errors of the disk as one line."""
+"""Output files of samples and reports: checked before anything is computed; disk errors become one line."""
 
 import tempfile
 from collections.abc import Iterator

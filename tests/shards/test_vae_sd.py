@@ -25,9 +25,17 @@ def test_importing_the_published_tree(tmp_path):
     np.save(path, np.load(path) / 2)  # same size
     with pytest.raises(DataError, match=r"begun with other settings \(source: "):
         import_vae_sd(tmp_path / "vae-sd", tmp_path / "out", **options)
-    for extra, message in (({"scale": float("nan")}, "scale nan"), ({"num_classes": 10**12}, "num_classes=10")):
-        with pytest.raises((DataError, ConfigError), match=message):
+    for extra in (
+        {"scale": float("nan")},
+        {"scale": 0.0},
+        {"scale": -1.0},
+        {"shift": float("inf")},
+        {"num_classes": 10**12},
+    ):
+        (name,) = extra
+        with pytest.raises(ConfigError, match=f"{name}="):
             import_vae_sd(tmp_path / "vae-sd", tmp_path / "other", **{**options, **extra})
+        assert not (tmp_path / "other").exists()
 
 
 def test_bad_trees_are_refused(tmp_path):
