@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return terminal.run(
         _work,
         argv,
-        rank=int(rank) if rank.isdecimal() else 0,
+        rank=int(rank) if rank.isdecimal() and len(rank) < 10 else 0,
         interrupted="interrupted; the same command goes on from the newest checkpoint",
     )
 

@@ -32,9 +32,12 @@ def rename(source: Path, target: Path) -> None:
 
 def write_synced(path: Path, data: bytes) -> None:
     """A whole small file, on the disk when this returns."""
-    with path.open("wb") as file:
-        write(file, data)
-        sync(file)
+    try:
+        with path.open("wb") as file:
+            write(file, data)
+            sync(file)
+    except OSError as error:  # of a write the system does not say which file it was
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def replace(path: Path, data: bytes) -> None:
@@ -55,4 +58,9 @@ def free_bytes(path: Path) -> int:
 
 
 def remove_tree(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
+    """Whatever bears this name; a link itself, not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()

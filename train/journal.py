@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dit_fast.config import TrainConfig
 from dit_fast.display import percent, rate
+from dit_fast.errors import UserError
 from dit_fast.options import to_dict
 from dit_fast.train import disk
 from dit_fast.train.engine import StepResult
@@ -168,6 +169,8 @@ def truncate_metrics(path: Path, step: int) -> None:
     """Drops rows after `step` and a last line cut short by a kill."""
     if not path.exists():
         return
+    if not path.is_file():  # reading a pipe or a device would not end
+        raise UserError(f"{path}: is not a regular file; remove it")
     kept, found = b"", path.read_bytes()
     for line in found.splitlines():
         try:

@@ -210,7 +210,7 @@ class _Run:
         elif required:
             newest, cause = guard.newest or 0, f". The run ends: {failure}" if failure else ""
             raise CheckpointError(
-                f"{self.checkpoints.folder}: no checkpoint of step {step} could be written (see above); free space and "
+                f"{self.checkpoints.folder}: no checkpoint of step {step} could be written (see above); mend that and "
                 f"start the same command again, it goes on from step {newest}{cause}"
             )
 

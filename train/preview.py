@@ -109,5 +109,8 @@ def write_grid(images: np.ndarray, path: Path) -> None:
     factor = max(SMALLEST // max(height, width), 1)
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     partial = path.with_name(f".{path.stem}.partial.png")
-    picture.save(partial)
-    partial.replace(path)
+    try:
+        picture.save(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

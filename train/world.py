@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -45,8 +46,10 @@ class World:
         if self.rank == rank:
             try:
                 answer = {"value": decide()}
-            except (UserError, OSError) as error:
+            except UserError as error:
                 answer = {"error": str(error)}
+            except OSError as error:
+                answer = {"error": f"{error}; mend it and start the same command again"}
         if self.size > 1:
             answer = json.loads(self._broadcast(json.dumps(answer).encode(), rank))
         if "error" in answer:
@@ -108,7 +111,7 @@ def launch_place() -> Place | None:
                 "LOCAL_RANK, MASTER_ADDR and MASTER_PORT; for one process, unset them"
             )
     for name in (*names, "MASTER_PORT"):
-        if not (os.environ[name].isascii() and os.environ[name].isdecimal()):
+        if not re.fullmatch("[0-9]{1,9}", os.environ[name]):
             raise ConfigError(f"the environment variable {name}={os.environ[name]!r} is not a whole number")
     place = Place(*(int(os.environ[name]) for name in names))
     if place.rank >= place.size or place.local_rank >= place.size or not 0 < int(os.environ["MASTER_PORT"]) < 65536:

@@ -64,7 +64,14 @@ def start_world() -> World:
         torch.cuda.set_device(local)
     # The shared-memory collective is compiled at this point on CPUs; a training run shall not need a compiler.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=TIMEOUT, verbose=False)
+    try:
+        deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=TIMEOUT, verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConfigError(
+            f"rank {rank} cannot meet the others at {where} ({str(error).split('. ')[-1]}); use another MASTER_PORT "
+            "(deepspeed, torchrun: --master_port)"
+        ) from None
     return World(rank, size, torch.device("cuda", local) if cuda else torch.device("cpu"))
 
 

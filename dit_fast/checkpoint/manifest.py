@@ -16,6 +16,7 @@ FORMAT = "dit_fast checkpoint"
 VERSION = 1
 MANIFEST, STATE = "MANIFEST.json", "state.json"
 WEIGHTS = ("model.safetensors", "ema.safetensors")
+LARGEST = 1 << 28  # bytes of a JSON file
 _KEYS = {"format", "version", "step", "files"}
 _OPTIM = re.compile(r"optim-(\d{5})-of-(\d{5})\.safetensors", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -89,7 +90,8 @@ def read_state(path: Path) -> State:
     skipped: list[Any] = state.get("skipped_steps", [])
     if applied > step:
         raise CheckpointError(f"{path}: damaged ({applied} updates in {step} steps)")
-    if not all(_is_count(number) and 0 < number <= step for number in skipped) or sorted({*skipped}) != skipped:
+    sound = all(_is_count(number) and 0 < number <= step for number in skipped) and sorted({*skipped}) == skipped
+    if not sound or len(skipped) > step - applied:
         raise CheckpointError(f"{path}: damaged (skipped_steps is {skipped!r:.40})")
     return state
 
@@ -97,7 +99,13 @@ def read_state(path: Path) -> State:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError where there is none."""
     try:
+        if path.exists() and not path.is_file():  # reading a pipe or a device would not end
+            raise CheckpointError(f"{path}: is not a regular file")
+        if path.stat().st_size > LARGEST:
+            raise CheckpointError(f"{path}: damaged (has {path.stat().st_size} bytes)")
         value = json.loads(path.read_text())
+    except CheckpointError:
+        raise
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing, so {path.parent} is not a complete checkpoint") from None
     except (OSError, ValueError, RecursionError) as error:

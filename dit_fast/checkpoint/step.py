@@ -8,6 +8,7 @@ the folder's name, in the manifest and in state.json is the same. A folder witho
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ DTYPES = {
     torch.int32: "I32",
     torch.bool: "BOOL",
 }
-_NAME = re.compile(r"step_(\d{8,})", re.ASCII)
+_NAME = re.compile(r"step_(\d{8}|[1-9]\d{8,})", re.ASCII)
 
 
 def step_name(step: int) -> str:
@@ -144,7 +145,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     step, files = read_manifest(path / MANIFEST)
     state = read_state(path / STATE)
-    named = _NAME.fullmatch(path.resolve().name)  # a copy may bear any other name
+    # a copy may bear any other name; a link under the name of another step counts as that step's
+    named = _NAME.fullmatch(os.path.basename(os.path.abspath(path)))
     for said, by in [(state["step"], STATE), *([(int(named[1]), "the folder's name")] if named else [])]:
         if said != step:
             raise CheckpointError(f"{path / MANIFEST}: is of step {step}, but {by} says step {said}: one is damaged")
@@ -155,7 +157,7 @@ def step_folders(run: str | Path) -> list[tuple[int, Path]]:
     """(step, folder) of everything that bears the name of a checkpoint of a run folder, newest first, unverified."""
     folder = Path(run) / FOLDER
     found = [(_NAME.fullmatch(entry.name), entry) for entry in folder.iterdir()] if folder.is_dir() else []
-    return sorted(((int(match[1]), entry) for match, entry in found if match and entry.is_dir()), reverse=True)
+    return sorted(((int(match[1]), entry) for match, entry in found if match), reverse=True)
 
 
 def newest_checkpoint(

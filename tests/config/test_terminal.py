@@ -87,6 +87,7 @@ def test_wrong_arguments_are_one_line_too(capsys, arguments):
         ({"RANK": "-1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK='-1'"),
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "x"}, "MASTER_PORT='x'"),
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": ""}, "no MASTER_ADDR"),
+        ({"RANK": "9" * 5000, "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "is not a whole number"),
     ],
 )
 def test_a_launchers_variables_are_checked(monkeypatch, capsys, environment, message):

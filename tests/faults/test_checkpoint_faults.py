@@ -242,7 +242,7 @@ def test_wrong_values_anywhere_are_passed_over(two, caplog, value):
     cases += [("MANIFEST.json", {"files": {**files, entry: {**files[entry], k: value}}}) for k in ("bytes", "sha256")]
     cases += [("MANIFEST.json", {"files": {**files, entry: value}})]
     cases += [("state.json", {field: value}) for field in ("step", "optimizer_step", "config", "dataset_fingerprint")]
-    cases += [("state.json", {"skipped_steps": [value]})]
+    cases += [("state.json", {"skipped_steps": [value]}), ("state.json", {"skipped_steps": [8], "optimizer_step": 8})]
     for file, change in cases:
         if change in ({"config": {}}, {"dataset_fingerprint": "8"}, {"version": True}):
             continue
@@ -288,6 +288,33 @@ def test_a_file_the_disk_does_not_give_back_is_passed_over(two, caplog, monkeypa
 
     monkeypatch.setattr(Path, "open", refuse)
     assert_passed_over(two, caplog, f"{file}: cannot be read (Input/output error)")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.touch, lambda path: path.symlink_to("/nowhere")])
+@pytest.mark.parametrize("name", ["MANIFEST.json", "state.json", "ema.safetensors", ""])
+def test_what_is_no_file_or_folder_is_passed_over(two, caplog, make, name):
+    """Without waiting for somebody who writes into a pipe; an older thing set aside or left half-written may be odd."""
+    folder = two / "checkpoints/step_00000008"
+    disk.remove_tree(folder / name)
+    make(folder / name)
+    for suffix in (".damaged", ".partial"):
+        make(folder.with_suffix(suffix))
+    assert_passed_over(two, caplog, "step_00000008")
+    assert save(two, 8)
+    assert_is_step(Checkpoints(two, WORLD).newest(), 8)
+
+
+def test_a_link_bears_the_name_of_the_step_it_leads_to(two, caplog):
+    folder = two / "checkpoints/step_00000008"
+    folder.rename(two / "elsewhere")
+    folder.symlink_to(two / "elsewhere")
+    (two / "checkpoints/step_00000072").symlink_to(two / "elsewhere")
+    with caplog.at_level(logging.WARNING, "dit_fast"):
+        assert_is_step(Checkpoints(two, WORLD).newest(), 8)
+    assert "is of step 8, but the folder's name says step 72" in caplog.text
+    save(two, 12, keep=1)
+    assert not [path.name for path in folder.parent.iterdir() if path.name.startswith("step_00000008")]
+    assert (two / "elsewhere/MANIFEST.json").exists()
 
 
 @pytest.mark.parametrize("fault", ["missing", "shape", "dtype", "more"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dit_fast.errors import UserError
+from dit_fast.train import disk
 from dit_fast.train.checkpoints import TensorFile
 from dit_fast.train.guard import Diverged, Guard
 from dit_fast.train.journal import AppendedLines, truncate_metrics
@@ -116,6 +117,12 @@ def test_metrics_after_the_resumed_step_go(tmp_path):
     assert path.read_text() == ""
 
 
+def test_metrics_that_are_no_file_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match="metrics.jsonl: is not a regular file"):
+        truncate_metrics(tmp_path / "metrics.jsonl", 2)
+
+
 def test_rows_a_full_disk_refuses_are_kept(tmp_path, caplog):
     lines = AppendedLines(tmp_path / "metrics.jsonl")
     lines.add("one")
@@ -155,6 +162,8 @@ def test_ceiling_is_a_rate():
 def test_errors_of_rank_zero_become_user_errors():
     with pytest.raises(UserError, match="No such file"):
         ALONE.agree(lambda: Path("/nowhere/at/all").read_text())
+    with pytest.raises(UserError, match="left on device: '/dev/full'; mend it"):  # a failed write too is named
+        ALONE.agree(lambda: disk.write_synced(Path("/dev/full"), b"x"))
     assert ALONE.agree(lambda: [1, "a"]) == [1, "a"]
 
 
