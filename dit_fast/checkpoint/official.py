@@ -64,7 +64,7 @@ def load_official(
     """
     _check_family(family)
     state, facts, ordered = read_state(source, weights)
-    state = rename_legacy(state, encoder_depth)
+    state = rename_legacy(state, _whole("encoder_depth", encoder_depth))
     recorded = facts.get("skip_wiring")
     wiring = _wiring(family, skip_wiring, recorded if isinstance(recorded, str) else None)
     dropout = next((facts[name] for name in LABEL_DROPOUT if facts.get(name) is not None), None)
@@ -72,7 +72,7 @@ def load_official(
         state,
         _whole("num_heads", facts.get("num_heads") if num_heads is None else num_heads),
         _whole("num_classes", facts.get("num_classes") if num_classes is None else num_classes),
-        None if dropout is None else _number("label dropout", dropout),
+        None if dropout is None else _probability(dropout),
     )
     try:
         with torch.device("meta"):
@@ -151,8 +151,15 @@ def _natural_family(model: SiT) -> str:
 def _number(name: str, value: Any) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
-        raise CheckpointError(f"{name}={value!r} of the checkpoint is not a number") from None
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several values
+        raise CheckpointError(f"{name}={str(value)[:50]!r}, as given or in the checkpoint, is not a number") from None
+
+
+def _probability(value: Any) -> float:
+    number = _number("label dropout", value)
+    if not 0 <= number <= 1:
+        raise CheckpointError(f"label dropout={value!r} in the checkpoint is no probability; correct it there")
+    return number
 
 
 def _whole(name: str, value: Any) -> int | None:

@@ -17,12 +17,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dit_fast.errors import CheckpointError, ConfigError
+from dit_fast.terminal import one_line
 
 # What DDP, torch.compile, FSDP (old and new) and activation checkpointing put into names, in any order and place.
 WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|_forward_module)\."
 )
 WEIGHTS = ("ema", "model")
+# Under which names files hold them. What Lightning, DeepSpeed and the like hold alone is what there is.
+NAMES = {
+    "ema": ("ema", "ema_state_dict", "state_dict_ema", "model_ema"),
+    "model": ("state_dict", "model_state_dict", "module", "model"),
+}
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -50,7 +56,7 @@ def read_published(path: str | Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # torch warns of what then becomes an error
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise whatever the unpickler stumbles over
-        raise CheckpointError(f"{path}: {_reason(error)}") from error
+        raise CheckpointError(f"{path}: {one_line(_reason(error))}") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a state_dict")
     return dict(content)
@@ -64,6 +70,8 @@ def read_state(source: str | Path | Mapping[str, Any], weights: str = "ema") -> 
     """
     if weights not in WEIGHTS:
         raise ConfigError(f"weights must be 'ema' or 'model', not '{weights}'")
+    if not isinstance(source, (str, Path, Mapping)):
+        raise CheckpointError(f"a {type(source).__name__} is no checkpoint; give a path or a state_dict")
     if isinstance(source, Mapping):
         content, where = source, "state_dict"
     elif _is_safetensors(path := _existing(source)):
@@ -79,17 +87,25 @@ def read_state(source: str | Path | Mapping[str, Any], weights: str = "ema") -> 
 
 
 def _pick(content: Mapping[Any, Any], weights: str, where: str) -> Mapping[Any, Any]:
-    for key in ("state_dict", "module"):  # Lightning's and DeepSpeed's name for the one state_dict of a file
-        if isinstance(content.get(key), Mapping):
-            return content[key]
-    nested = [key for key in WEIGHTS if isinstance(content.get(key), Mapping)]
-    if nested and weights not in nested:
-        raise CheckpointError(f"{where}: holds no '{weights}' weights; pass weights='{nested[0]}'")
-    if nested:
-        return content[weights]
+    found = {
+        kind: name
+        for kind, names in NAMES.items()
+        for name in reversed(names)
+        if isinstance(content.get(name), Mapping) and any(isinstance(entry, Tensor) for entry in content[name].values())
+    }
+    name = found.get(weights)
+    if name is None and found.get("model") not in (None, "model"):
+        name = found["model"]
+    if name is not None:
+        return content[name]
+    if found:
+        raise CheckpointError(f"{where}: holds no '{weights}' weights; pass weights='{next(iter(found))}'")
     if not any(isinstance(value, Tensor) for value in content.values()):
-        keys = ", ".join(map(str, list(content)[:10])) or "none"
-        raise CheckpointError(f"{where}: holds neither tensors nor 'ema' nor 'model' (its first keys: {keys})")
+        keys = one_line(", ".join(map(str, list(content)[:10])) or "none")
+        looked = ", ".join(repr(name) for names in NAMES.values() for name in names)
+        raise CheckpointError(
+            f"{where}: holds tensors neither itself nor under {looked} (its first keys: {keys}); give its state_dict"
+        )
     return content
 
 
@@ -100,6 +116,8 @@ def _plain(state: Mapping[Any, Any]) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"entry {name!r} is named by {type(name).__name__}, not by text; this is no state_dict"
             )
+        if not name.isprintable():
+            raise CheckpointError(f"entry {name!r} is not named like a parameter; rename or remove it")
         plain = WRAPPERS.sub("", name)
         if not isinstance(value, Tensor):
             raise CheckpointError(f"entry '{name}' is {type(value).__name__}, not a tensor; remove it")
@@ -155,7 +173,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _harmless() -> list[Any]:
-    """Classes and functions that only hold values. Files name some of them by the module of another version."""
+    """Classes and functions that only hold values. Files name some of them by the module of another version.
+
+    Not range: a few bytes of `list(range(10**12))` would take all memory.
+    """
     paths = [pathlib.PurePosixPath, pathlib.PureWindowsPath]
     named: list[Any] = [(paths[0], f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")]
     named += [(paths[1], f"{module}.WindowsPath") for module in ("pathlib", "pathlib._local")]
@@ -164,7 +185,7 @@ def _harmless() -> list[Any]:
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         named += [(function, f"{module}.{name}") for name, function in made_by.items()]
     numpy = [np.ndarray, np.dtype, *(getattr(np.dtypes, name) for name in np.dtypes.__all__)]
-    values = [argparse.Namespace, types.SimpleNamespace, collections.defaultdict, frozenset, range, slice]
+    values = [argparse.Namespace, types.SimpleNamespace, collections.defaultdict, frozenset, slice]
     dates = [datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone]
     return [*named, *numpy, *values, *dates, int, float, str, bool, list, dict, tuple]
 

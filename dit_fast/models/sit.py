@@ -16,6 +16,7 @@ from dit_fast.nn.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, 
 from dit_fast.nn.final_layer import FinalLayer
 from dit_fast.nn.long_skip import SkipLinear, SkipNorm
 from dit_fast.ops import RowStatistics
+from dit_fast.ops.autocast import autocast_dtype
 
 SkipWiring = Literal["off", "input", "output"]
 ResidualDtype = Literal["fp32", "autocast"]
@@ -190,7 +191,7 @@ class SiT(nn.Module):
         if y.is_floating_point():
             raise UserError(f"y must hold integer labels, not {y.dtype}")
         weight = self.x_embedder.proj.weight
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != weight.dtype and autocast_dtype(x) is None:
             raise UserError(
                 f"x is {x.dtype} but the model's weights are {weight.dtype}; convert one of them or use autocast"
             )

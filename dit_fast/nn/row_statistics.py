@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 from dit_fast.ops import adaln_op
+from dit_fast.ops.autocast import autocast_dtype
 
 
 def linear_dtype(x: Tensor) -> torch.dtype:
     """Dtype in which a linear map after x runs: autocast's where it is on (it leaves float64 alone), else x's."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
+    if x.dtype != torch.float64 and (dtype := autocast_dtype(x)) is not None:
+        return dtype
     return x.dtype
 
 

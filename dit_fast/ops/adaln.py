@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_fast.errors import UserError
 from dit_fast.ops import adaln_op
-from dit_fast.ops._arguments import require_statistics, require_tensors
+from dit_fast.ops._arguments import require_settings, require_statistics, require_tensors
 from dit_fast.ops.layer_norm import layer_norm
 from dit_fast.ops.row_statistics import RowStatistics, row_statistics
 
@@ -38,6 +38,7 @@ def layer_norm_modulate(
     """
     name = "layer_norm_modulate"
     require_tensors(name, x=x, shift=shift, scale=scale)
+    require_settings(name, backend, eps)
     require_statistics(name, "stats", stats)
     _check(name, x, {"shift": shift, "scale": scale}, out_dtype=out_dtype, stats=stats)
     out_dtype = out_dtype or x.dtype
@@ -53,6 +54,7 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor, backend: str = "auto", ret
     """
     name = "gate_residual"
     require_tensors(name, x=x, y=y, gate=gate)
+    require_settings(name, backend)
     _check(name, x, {"gate": gate}, y)
     if _takes_reference(name, backend, x, y, gate):
         x_new = _residual(x, y, gate)
@@ -80,6 +82,7 @@ def gate_residual_modulate(
     """
     name = "gate_residual_modulate"
     require_tensors(name, x=x, y=y, gate=gate, shift=shift, scale=scale)
+    require_settings(name, backend, eps)
     _check(name, x, {"gate": gate, "shift": shift, "scale": scale}, y, out_dtype=out_dtype)
     out_dtype = out_dtype or x.dtype
     if _takes_reference(name, backend, x, y, gate, shift, scale):

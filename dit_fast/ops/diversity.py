@@ -7,6 +7,7 @@ torch, float32 inside (float64 stays float64). No backend synchronises with the 
 A NaN or infinity in any feature makes the total NaN; the caller decides what a step with such a loss does.
 """
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from dit_fast.errors import UserError
 from dit_fast.ops import diversity_op
-from dit_fast.ops._arguments import require_statistics, require_tensors
+from dit_fast.ops._arguments import require_settings, require_statistics, require_tensors
+from dit_fast.ops.autocast import without_autocast
 from dit_fast.ops.diversity_op import EPS
 from dit_fast.ops.row_statistics import RowStatistics
 
@@ -74,7 +76,8 @@ def diversity_stats(
     """
     ordered = in_block_order("features", features)
     check_features(ordered)
-    known = known_rows(ordered, None if stats is None else in_block_order("stats", stats))
+    require_settings("diversity", backend)
+    known = known_rows(ordered, _stats_in_order(stats, features))
     blocks = [feature.flatten(0, 1) for feature in ordered]
     if backend == "torch":
         return _reference(blocks)
@@ -112,7 +115,7 @@ def stats_from_sums(statistics: Tensor, pair_sums: Tensor, count: int) -> Divers
 
 def _reference(blocks: Sequence[Tensor]) -> DiversityStats:
     x = torch.stack(tuple(blocks))
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         directions = (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS)).flatten(1)
         sums = torch.stack([x.sum(1), x.abs().sum(1), x.square().sum(1)])
@@ -147,7 +150,8 @@ def diversity_loss(
     chosen = check_options(pairs, len(ordered), variant, scope)
     if not len(ordered):
         return _no_loss(torch.zeros((), dtype=torch.float32))
-    return loss_from_stats(diversity_stats(ordered, backend, stats), chosen, variant, scope)
+    known = _stats_in_order(stats, features)
+    return loss_from_stats(diversity_stats(ordered, backend, known), chosen, variant, scope)
 
 
 def loss_from_stats(
@@ -188,7 +192,7 @@ def _combine(stats: DiversityStats, pairs: tuple[tuple[int, int], ...], variant:
     weights, members = _pair_weights(pairs, stats.sums)
     means = stats.sums / stats.count
     directions = means / torch.linalg.vector_norm(means, dim=-1, keepdim=True).clamp_min(EPS)
-    with torch.autocast(means.device.type, enabled=False):
+    with without_autocast(means):
         orthogonality = (weights * (directions @ directions.T)).sum()
     cosines = stats.pair_sums / stats.count
     # sqrt(max(x, eps^2)) is max(sqrt(x), eps) with a finite gradient at a channel that is zero everywhere.
@@ -236,7 +240,10 @@ def check_options(
         if pairs != "all":
             raise UserError(f"pairs='{pairs}' is not a list of (i, j); valid name here: all (others: select_pairs)")
         return tuple((i, j) for i in range(count) for j in range(i + 1, count))
-    chosen = tuple((int(i), int(j)) for i, j in pairs)
+    try:
+        chosen = tuple((operator.index(i), operator.index(j)) for i, j in pairs)
+    except (TypeError, ValueError, RuntimeError):  # what an entry that cannot be unpacked or is no integer raises
+        raise UserError('pairs must be "all" or a list of places (i, j), whole numbers from 0') from None
     if not chosen:
         raise UserError('pairs is empty; give at least one (i, j) or "all"')
     for i, j in chosen:
@@ -256,9 +263,22 @@ def in_block_order(name: str, given: Any) -> Any:
         if not given:
             raise UserError(f"diversity: {name} is an empty mapping; give {{block index: value}}")
         return [given[key] for key in sorted(given)]
-    if not isinstance(given, (Tensor, Sequence)) or isinstance(given, str):
+    if (
+        not isinstance(given, (Tensor, Sequence))
+        or isinstance(given, str)
+        or (isinstance(given, Tensor) and not given.dim())
+    ):
         raise UserError(f"diversity: {name} must be a sequence, a tensor or a mapping, not {type(given).__name__}")
     return given
+
+
+def _stats_in_order(stats: Statistics | None, features: Features) -> Sequence[RowStatistics | None] | None:
+    """A mapping of statistics must be of the blocks that the features are of."""
+    if isinstance(stats, Mapping):
+        blocks = list(features) if isinstance(features, Mapping) else list(range(len(features)))
+        if set(stats) != set(blocks):
+            raise UserError(f"diversity: stats are of blocks {list(stats)}, features of {blocks}; give the same ones")
+    return None if stats is None else in_block_order("stats", stats)
 
 
 def check_features(features: Sequence[Tensor] | Tensor) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor
 from dit_fast import _C, kernels
 from dit_fast.backend import Implementation, choose, register
 from dit_fast.ops import _library
+from dit_fast.ops.autocast import without_autocast
 
 EPS = 1e-8
 _BEST_LEVEL = -1
@@ -70,7 +71,7 @@ def _choose(features: Sequence[Tensor], backend: str) -> str:
 
 def _torch_forward(features: list[Tensor], mix: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = _wide(features)
-    with torch.autocast(features[0].device.type, enabled=False):
+    with without_autocast(features[0]):
         statistics, directions, inverse_norms = [], [], []
         for feature in features:
             x = feature.to(wide)
@@ -279,7 +280,7 @@ def tangent(features: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> tu
         along = torch.where(norm > EPS, (dx * direction).sum(1, keepdim=True), 0)
         directions.append(direction.flatten())
         turns.append(((dx - along * direction) / norm.clamp_min(EPS)).flatten())
-    with torch.autocast(features[0].device.type, enabled=False):
+    with without_autocast(features[0]):
         half = torch.stack(turns) @ torch.stack(directions).T
     return torch.stack(columns, 1), half + half.T
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dit_fast.errors import UserError
 from dit_fast.ops import _library, diversity_op
-from dit_fast.ops._arguments import require_tensors
+from dit_fast.ops._arguments import require_settings, require_tensors
 from dit_fast.ops.diversity import (
     DiversityLoss,
     DiversityStats,
@@ -170,6 +170,7 @@ class DiversityTaps:
     """
 
     def __init__(self, backend: str = "auto"):
+        require_settings("DiversityTaps", backend)
         self._shared = Shared(backend)
         self._outputs: list[Tensor] = []
         self._tokens: list[Tensor] = []

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dit_fast.errors import UserError
 from dit_fast.ops import flow_op, flow_reference
-from dit_fast.ops._arguments import require_tensors
+from dit_fast.ops._arguments import require_settings, require_tensors
 from dit_fast.ops.flow_op import choose_for
 from dit_fast.ops.flow_reference import PATHS
 
@@ -29,6 +29,7 @@ def flow_noised(
     backend that is unknown or cannot run.
     """
     require_tensors("flow_noised", latents=latents, t=t, positions=positions)
+    require_settings("flow_noised", backend)
     _check("flow_noised", latents, t, positions, seed, path)
     if _takes_reference("flow_noised", backend, latents=latents):
         return flow_reference.noised(latents, t, positions, seed, path)
@@ -53,6 +54,7 @@ def flow_error(
     `flow_noised`.
     """
     require_tensors("flow_error", prediction=prediction, latents=latents, t=t, positions=positions)
+    require_settings("flow_error", backend)
     _check("flow_error", latents, t, positions, seed, path, prediction)
     if _takes_reference("flow_error", backend, prediction=prediction, latents=latents):
         return flow_reference.error(prediction, latents, t, positions, seed, path)

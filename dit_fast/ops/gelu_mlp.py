@@ -16,7 +16,8 @@ from dit_fast import kernels
 from dit_fast.backend import Implementation, choose, register
 from dit_fast.errors import UserError
 from dit_fast.ops import _library
-from dit_fast.ops._arguments import require_tensors
+from dit_fast.ops._arguments import require_settings, require_tensors
+from dit_fast.ops.autocast import autocast_dtype, without_autocast
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -43,10 +44,11 @@ def gelu_mlp(
     """
     parameters = {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
     require_tensors("gelu_mlp", x=x, **parameters)
+    require_settings("gelu_mlp", backend)
     _check(x, parameters)
     dtype = fc1_weight.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype != torch.float64:
+        dtype = autocast_dtype(x) or dtype
     x, *cast = (tensor.to(dtype) for tensor in (x, *parameters.values()))
     # Compiled code is tied to no implementation: there the op chooses when it runs.
     compiling = torch.compiler.is_compiling()
@@ -159,7 +161,7 @@ class _GeluMlp(torch.autograd.Function):
         x, hidden, fc1_weight, fc1_bias, fc2_weight = ctx.saved_tensors
         needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = ctx.needs_input_grad[:5]
         grads: list[Tensor | None] = [None] * 7
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             if not ctx.keep:
                 hidden = torch.addmm(fc1_bias, x, fc1_weight.t())
             if needs_x or needs_w1 or needs_b1:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dit_fast.errors import UserError
 from dit_fast.ops import long_skip_op
-from dit_fast.ops._arguments import require_statistics, require_tensors
+from dit_fast.ops._arguments import require_settings, require_statistics, require_tensors
+from dit_fast.ops.autocast import autocast_dtype
 from dit_fast.ops.layer_norm import layer_norm
 from dit_fast.ops.row_statistics import RowStatistics
 
@@ -44,6 +45,7 @@ def long_skip(
     """
     named = {"x": x, "skip": skip, "norm_weight": norm_weight, "norm_bias": norm_bias, "weight": weight, "bias": bias}
     require_tensors("long_skip", **named)
+    require_settings("long_skip", backend, eps)
     require_statistics("long_skip", "x_stats", x_stats)
     require_statistics("long_skip", "skip_stats", skip_stats)
     _check(x, skip, norm_weight, norm_bias, weight, bias)
@@ -56,10 +58,7 @@ def long_skip(
 
 
 def _map_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return weight.dtype
+    return weight.dtype if weight.dtype == torch.float64 else autocast_dtype(x) or weight.dtype
 
 
 def _reference(
@@ -70,7 +69,7 @@ def _reference(
     statistics = torch.promote_types(joined.dtype, torch.float32)
     affine = norm_weight.to(statistics), norm_bias.to(statistics)
     normalised = layer_norm(joined.to(statistics), eps, *affine).to(joined.dtype)
-    if not torch.is_autocast_enabled(x.device.type):
+    if autocast_dtype(x) is None:
         normalised = normalised.to(weight.dtype)
     return F.linear(normalised, weight, bias)
 

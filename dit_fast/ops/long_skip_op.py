@@ -30,6 +30,7 @@ from torch.utils.flop_counter import register_flop_formula
 from dit_fast import kernels
 from dit_fast.backend import Implementation, choose, register, resolve
 from dit_fast.ops import _library, long_skip_table
+from dit_fast.ops.autocast import without_autocast
 from dit_fast.ops.row_statistics import join, of_rows
 
 logger = logging.getLogger("dit_fast")
@@ -104,7 +105,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, skip, parameters = _rows(x), _rows(skip), (norm_weight, norm_bias, weight, bias)
     backend = _choose(backend, x, skip, parameters, dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         mean, rstd = join(_statistics(x, *stats[:2]), _statistics(skip, *stats[2:]), eps)
         if backend == "triton":
             from dit_fast.kernels import long_skip as kernel
@@ -163,7 +164,7 @@ def _backward(
     grad, x, skip, parameters = _rows(grad), _rows(x), _rows(skip), (norm_weight, norm_bias, weight, bias)
     chosen, width, wide = _choose(backend, x, skip, parameters, y.dtype), x.shape[1], mean.dtype
     grads: list[Tensor | None] = [None] * 6
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         product = torch.empty_like(weight, dtype=wide) if needs[2] or needs[4] else None
         if chosen == "triton":
             if any(needs[:2]):
@@ -328,7 +329,7 @@ class LongSkipWithTangent(LongSkip):
 def tangent(inputs: list[Tensor], tangents: tuple[Tensor | None, ...], eps: float, dtype: torch.dtype) -> Tensor:
     """Directional derivative of y [M, D] along tangents of the six inputs (None: zero), in `dtype`."""
     x, skip, norm_weight, norm_bias, weight, _ = inputs
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         z = torch.cat([x, skip], 1)
         wide = torch.promote_types(z.dtype, torch.float32)
         variance, mean = torch.var_mean(z.to(wide), 1, correction=0, keepdim=True)

@@ -14,7 +14,7 @@ from dit_fast import kernels
 from dit_fast.backend import Implementation, choose, register
 from dit_fast.errors import UserError
 from dit_fast.ops import _library
-from dit_fast.ops._arguments import require_tensors
+from dit_fast.ops._arguments import require_settings, require_tensors
 from dit_fast.ops.layer_norm import layer_norm
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -44,6 +44,7 @@ def qk_norm(
     """
     parameters = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
     require_tensors("qk_norm", qkv=qkv, **parameters)
+    require_settings("qk_norm", backend, eps)
     _check(qkv, num_heads, parameters)
     if qkv.stride(-1) != 1:
         qkv = qkv.contiguous()

@@ -18,7 +18,7 @@ from dit_fast import kernels
 from dit_fast.backend import Implementation, choose, register
 from dit_fast.errors import UserError
 from dit_fast.ops import _library
-from dit_fast.ops._arguments import require_tensors
+from dit_fast.ops._arguments import require_settings, require_tensors
 
 EPS = 1e-12
 
@@ -35,6 +35,7 @@ def repa_cosine(prediction: Tensor, target: Tensor, backend: str = "auto") -> Te
     fit and for empty tensors, ConfigError for a backend that is unknown or cannot run.
     """
     require_tensors("repa_cosine", prediction=prediction, target=target)
+    require_settings("repa_cosine", backend)
     _check(prediction, target)
     # Compiled code is tied to no implementation: there the op chooses when it runs.
     if backend == "torch" or (not torch.compiler.is_compiling() and _choose(prediction, target, backend) == "torch"):

@@ -13,7 +13,7 @@ from dit_fast import kernels
 from dit_fast.backend import Implementation, choose, register
 from dit_fast.errors import UserError
 from dit_fast.ops import _library
-from dit_fast.ops._arguments import require_tensors
+from dit_fast.ops._arguments import require_settings, require_tensors
 
 register("row_statistics", Implementation("triton", kernels.devices(), kernels.unavailable))
 
@@ -32,6 +32,7 @@ def row_statistics(x: Tensor, backend: str = "auto") -> RowStatistics:
     an unknown backend or one that cannot take x.
     """
     require_tensors("row_statistics", x=x)
+    require_settings("row_statistics", backend)
     if x.dim() == 0 or x.shape[-1] == 0 or not x.is_floating_point():
         raise UserError(f"row_statistics: x must be floating point [..., D], not {x.dtype} {tuple(x.shape)}")
     mean, variance = op(x.detach().reshape(-1, x.shape[-1]), backend)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from dit_fast.ops.autocast import autocast_dtype
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
 _EVERY_MODULE_HAS = frozenset(vars(nn.Module())) | {"forward"}
@@ -132,15 +134,13 @@ def is_tokens(x: Any, *vectors: Any) -> bool:
 def one_dtype(x: Tensor, *weights: Tensor) -> bool:
     """Whether products of x with these weights are of one dtype by themselves; autocast sees to parameters of one."""
     dtypes = {weight.dtype for weight in weights}
-    return len(dtypes) == 1 and (x.dtype in dtypes or torch.is_autocast_enabled(x.device.type))
+    return len(dtypes) == 1 and (x.dtype in dtypes or autocast_dtype(x) is not None)
 
 
 def modulated_dtype(x: Tensor, shift: Tensor) -> torch.dtype:
     """The dtype in which the linear map after a norm of x that shift modulates runs."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return torch.promote_types(x.dtype, shift.dtype)
+    wide = torch.promote_types(x.dtype, shift.dtype)
+    return wide if x.dtype == torch.float64 else autocast_dtype(x) or wide
 
 
 def widened(x: Tensor, *added: Tensor) -> Tensor:

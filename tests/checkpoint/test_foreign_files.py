@@ -76,6 +76,7 @@ def test_files_that_are_not_checkpoints_are_refused_in_one_line(tmp_path):
     whole = _training_checkpoint()
     torch.save({"model": _Payload()}, tmp_path / "class.pt")
     torch.save({**whole, "args": _Payload()}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    torch.save({**whole, "args": range(3)}, tmp_path / "range.pt")
     torch.save(whole, tmp_path / "protocol.pt", pickle_protocol=4)
     torch.save(whole, tmp_path / "whole.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:5000])
@@ -93,6 +94,7 @@ def test_files_that_are_not_checkpoints_are_refused_in_one_line(tmp_path):
     reasons = {
         "class.pt": "'test_foreign_files._Payload'",
         "legacy.pt": "'test_foreign_files._Payload'",
+        "range.pt": "range'",
         "protocol.pt": "protocol",
         "cut.pt": "",
         "text.pt": "",
@@ -138,11 +140,44 @@ def test_state_dicts_of_other_trainers(where):
         load_official({where: {**owned, "vae": torch.zeros(1)}}, "repa", num_heads=4)
 
 
+def test_averaged_weights_are_found_beside_a_state_dict():
+    """The weights that were asked for are never those that merely stand under a better known name."""
+    content = _training_checkpoint()
+    for average, raw in (("ema", "state_dict"), ("ema", "module"), ("state_dict_ema", "state_dict"),
+                         ("ema_state_dict", "model_state_dict"), ("model_ema", "model")):  # fmt: skip
+        file = {raw: content["model"], average: content["ema"]}
+        for weights in ("ema", "model"):
+            model = load_official(file, "repa", num_heads=4, weights=weights)
+            _same(export_official(model), content[weights])
+    settings = {"state_dict": content["model"], "ema": {"decay": 0.999}}
+    _same(export_official(load_official(settings, "repa", num_heads=4)), content["model"])
+    with pytest.raises(CheckpointError, match=r"nor under .*first keys: net"):
+        load_official({"net": content["model"]}, "repa", num_heads=4)
+
+
+@loop_over(
+    ("arguments", "reason"),
+    [
+        ({"source": None}, "a NoneType is no checkpoint"),
+        ({"num_heads": 10**400}, "num_heads='1000"),
+        ({"num_classes": "many"}, "num_classes='many'"),
+        ({"encoder_depth": "two"}, "encoder_depth='two'"),
+        ({"source": {"ema": tiny_state("off"), "args": {"cfg_prob": float("nan")}}}, "label dropout=nan"),
+        ({"source": {"ema": tiny_state("off"), "args": {"cfg_prob": -1}}}, "label dropout=-1"),
+    ],
+)
+def test_arguments_that_cannot_be_meant(arguments, reason):
+    given = {"source": tiny_state("off"), "family": "repa", "num_heads": 4, **arguments}
+    with pytest.raises(CheckpointError, match=reason):
+        load_official(**given)
+
+
 @loop_over(
     ("change", "reason"),
     [
         (lambda state: {**state, 3: torch.zeros(1)}, "entry 3 is named by int"),
         (lambda state: {**state, "epoch": 3}, "'epoch' is int"),
+        (lambda state: {**state, "a\x1b[31m\nb": torch.zeros(1)}, r"entry 'a\\x1b\[31m\\nb' is not named"),
         (lambda state: {**state, "pos_embed": state["pos_embed"].to("meta")}, "'pos_embed' is on the meta device"),
         (lambda state: {**state, "pos_embed": state["pos_embed"].to_sparse()}, "'pos_embed' is stored as"),
         (lambda state: {**state, "pos_embed": state["pos_embed"].to(torch.int8)}, "'pos_embed' is torch.int8"),

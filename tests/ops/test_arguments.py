@@ -1,5 +1,6 @@
 """Whatever is no tensor gets one line that names it, from every public op; features may come by block index."""
 
+import inspect
 from collections import OrderedDict
 
 import pytest
@@ -59,6 +60,57 @@ def test_every_argument_that_is_missing_is_named():
                 with pytest.raises(UserError, match=rf"\b{name} must be ") as caught:
                     function(**{**arguments, name: wrong})
                 assert "\n" not in str(caught.value)
+
+
+def test_every_setting_that_cannot_be_meant_is_named():
+    for function, arguments in _CALLS.items():
+        names = inspect.signature(function).parameters
+        wrong = [("eps", None), ("eps", "1e-6"), ("eps", float("nan")), ("eps", -1e-6), ("eps", True)]
+        for name, value in [("backend", None), ("backend", 1), *wrong]:
+            if name in names:
+                with pytest.raises(UserError, match=rf": {name} must be "):
+                    function(**arguments, **{name: value})
+    for pairs in (None, 3, [1], [(0, 1, 1)], [(0.9, 1)], [("0", 1)], torch.ones(2)):
+        with pytest.raises(UserError, match="pairs must be"):
+            ops.diversity_loss([_TOKENS, _TOKENS], pairs)
+    known = ops.row_statistics(_TOKENS)
+    with pytest.raises(UserError, match=r"stats are of blocks \[1, 5\], features of \[1, 4\]"):
+        ops.diversity_loss({1: _TOKENS, 4: _TOKENS}, stats={1: known, 5: known})
+
+
+@pytest.mark.parametrize(
+    ("convert", "reason"),
+    [(torch.Tensor.to_sparse, "dense tensor"), (lambda x: x.to(torch.float8_e4m3fn), "16, 32 or 64 bits")],
+)
+def test_tensors_that_no_op_can_take_are_named(convert, reason):
+    for function, arguments in _CALLS.items():
+        name = next(iter(arguments))
+        given = arguments[name]
+        wrong = [convert(entry) for entry in given] if isinstance(given, list) else convert(given)
+        with pytest.raises(UserError, match=rf"{name}(\[0\])? must be .*{reason}"):
+            function(**{**arguments, name: wrong})
+
+
+def test_every_op_runs_without_values():
+    """On the meta device, where shapes and FLOPs are found before anything is allocated."""
+
+    def there(value):
+        if isinstance(value, list):
+            return [there(entry) for entry in value]
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+    for function, arguments in _CALLS.items():
+        for backend in ("auto", "torch"):
+            result = function(**{name: there(value) for name, value in arguments.items()}, backend=backend)
+            expected = function(**arguments, backend=backend)
+            assert _shapes(result) == _shapes(expected), function
+
+
+def _shapes(result):
+    if isinstance(result, torch.Tensor):
+        return result.shape, result.dtype
+    parts = result if isinstance(result, tuple) else vars(result).values()
+    return [_shapes(part) for part in parts if not isinstance(part, int)]
 
 
 def test_a_layer_without_a_bias_is_told_what_to_give():
