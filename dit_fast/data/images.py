@@ -25,7 +25,8 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-BITS_PER_SAMPLE, PHOTOMETRIC, MIN_IS_WHITE = 258, 262, 0  # TIFF
+BITS_PER_SAMPLE, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 258, 262, 284, 339  # tags of TIFF
+MIN_IS_WHITE, SEPARATE, SIGNED = 0, 2, 2
 GREY_STEPS = {"L;2": 85, "L;4": 17}  # PNG grey of few bits: Pillow spreads the pixels over 0..255, not the colour key
 
 
@@ -37,6 +38,9 @@ def read_image(path: Path, size: int, exif: bool = True) -> np.ndarray:
     """
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
+            if image.format == "PNG":  # Pillow decodes without looking at the checksums of the pixels
+                with Image.open(path, formats=("PNG",)) as checked:
+                    checked.verify()
             pixels = to_rgb(image)
             turn = TURNS.get(_orientation(image)) if exif else None
         return center_crop(pixels if turn is None else pixels.transpose(turn), size)
@@ -86,9 +90,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _eight_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """The image with 8 bits a channel, and the opacity (mode L) where Pillow's own colour key would go wrong."""
     # how the file stores its values; gone once they are loaded
-    raw = str(image.tile[0][3]) if isinstance(image, ImageFile) and image.tile else ""
+    codec, raw = (image.tile[0][0], str(image.tile[0][3])) if isinstance(image, ImageFile) and image.tile else ("", "")
     tags = getattr(image, "tag_v2", {})
     bits, photometric = tags.get(BITS_PER_SAMPLE, (16,)), tags.get(PHOTOMETRIC)
+    if tags.get(PLANAR) == SEPARATE and max(bits) > 8 and codec == "raw":  # Pillow takes each byte for a value
+        raise DataError("uncompressed channels of more than 8 bits, one after the other; save them interleaved")
     image.load()
     key = image.info.get("transparency")
     if image.mode == "RGB" and key is not None and raw.startswith("RGB;16"):
@@ -107,6 +113,8 @@ def _eight_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     elif image.mode in ("I", "F"):
         kind = "32-bit integer" if image.mode == "I" else "float"
         raise DataError(f"{kind} values, whose range no one can know; save it as 8-bit or 16-bit PNG")
+    elif image.mode == "L" and SIGNED in tags.get(SAMPLE_FORMAT, ()):
+        raise DataError("signed 8-bit values, whose range no one can know; save it as unsigned 8-bit")
     else:
         return image, None
     return image, Image.fromarray((opacity * 255).astype(np.uint8)) if key is not None else None

@@ -79,9 +79,32 @@ def test_grey_with_a_transparent_value_is_put_on_white(tmp_path, depth, row, key
     assert read_image(path, width)[0].tolist() == [[value] * 3 for value in expected]
 
 
+def tiff(samples, tags):
+    """An uncompressed little-endian TIFF, where Pillow cannot write one. tags: number -> values, as 16-bit."""
+    tags = {256: [4], 257: [4], 259: [1], **tags, 273: [0], 279: [len(samples)]}
+    extra, entries, start = b"", b"", 8 + 2 + 12 * len(tags) + 4
+    for tag, values in sorted(tags.items()):
+        packed = struct.pack(f"<{len(values)}H", *values)
+        place = struct.pack("<I", start + len(extra)) if len(packed) > 4 else packed.ljust(4, b"\0")
+        extra += packed if len(packed) > 4 else b""
+        entries += struct.pack("<HHI", tag, 3, len(values)) + place
+    first = struct.pack("<HHII", 273, 4, 1, start + len(extra))
+    entries = entries.replace(struct.pack("<HHII", 273, 3, 1, 0), first)
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4) + extra + samples
+
+
+PLANES = tiff(bytes(96), {258: [16, 16, 16], 262: [2], 277: [3], 284: [2]})
+SIGNED = tiff(bytes(range(248, 256)) + bytes(8), {258: [8], 262: [1], 277: [1], 339: [2]})
+FLIPPED = bytearray(png(8, 0, [bytes(16)] * 16))
+FLIPPED[-13] ^= 16  # the checksum of its pixels, at which Pillow does not look
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
+        ("planes.tif", PLANES, "channels of more than 8 bits, one after the other"),
+        ("signed.tif", SIGNED, "signed 8-bit values"),
+        ("flipped.png", FLIPPED, "not a readable image"),
         ("int.tif", saved(Image.fromarray(RAMP.astype(np.int32)), "TIFF"), "32-bit integer values, whose range"),
         ("float.tif", saved(Image.fromarray(RAMP.astype(np.float32)), "TIFF"), "float values, whose range"),
         ("key.png", png(16, 2, [bytes(6)], (b"tRNS", bytes(6))), "16-bit colour with a transparent colour"),
