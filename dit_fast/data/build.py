@@ -187,13 +187,14 @@ def _place_autoencoder(
             )
     else:
         fitted = PatchPCA.load(spec.partition(":")[2])
-    if target.is_file() and fitted.file_bytes() != target.read_bytes():
+    if not target.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        fitted.save(target)
+    elif fitted.file_bytes() != target.read_bytes():
         raise DataError(
             f"{target}: another autoencoder lies there (patch, channels, exif or images differ); "
             "use another folder or delete it"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    fitted.save(target)
     return f"pca:{target.resolve()}", f"pca:./{AUTOENCODER_FILE}"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dit_fast.data.address import is_remote
 from dit_fast.errors import DataError
 
 ABSENT = argparse.SUPPRESS  # the function's own default holds, and none is shown
@@ -106,13 +107,22 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _index(options: argparse.Namespace) -> int:
+    from dit_fast.data.dataset import read_description
     from dit_fast.data.verify import rebuild_index
 
-    tars = sorted(Path(options.path).glob("*.tar"))
-    if not tars:
-        raise DataError(f"{options.path}: no .tar files there; give the folder of the data set")
-    for tar in tars:
-        print(f"{tar}: {len(rebuild_index(tar))} samples")
+    root, info = read_description(options.path)
+    if is_remote(root):
+        raise DataError(f"{root}: only local data sets are indexed; download it first")
+    problems: list[str] = []
+    for shard in info.shards:  # a damaged one does not keep the others from their index
+        try:
+            print(f"{root}/{shard.name}: {len(rebuild_index(Path(root) / shard.name))} samples", flush=True)
+        except DataError as error:
+            problems.append(str(error))
+            print(error, flush=True)
+    if problems:
+        more = f" (the first of {len(problems)} shards without an index)" if len(problems) > 1 else ""
+        raise DataError(f"{problems[0]}{more}")
     return 0
 
 

@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 
+from dit_fast.data.files import shown
 from dit_fast.errors import DataError
 
 logger = logging.getLogger("dit_fast")
@@ -90,7 +91,7 @@ class HttpStream:
             error.close()
             if error.code in (408, 429) or error.code >= 500:
                 raise
-            raise _FinalError(f"the server answers {error.code} {error.reason}; check the address") from None
+            raise _FinalError(f"the server answers {_words(error)}; check the address") from None
         except urllib.error.URLError as error:
             reason = error.reason
             unknown = isinstance(reason, socket.gaierror) and reason.errno != socket.EAI_AGAIN
@@ -108,7 +109,9 @@ class HttpStream:
 
     def _begin(self, response: http.client.HTTPResponse) -> None:
         """Compares the length with what is known and goes to the byte that is to be read next."""
-        start = 0
+        start, packed = 0, response.headers.get("Content-Encoding", "identity")
+        if packed != "identity":
+            raise _FinalError(f"the server sends it packed ({shown(packed)}); have it send the file as it is")
         if response.status == 206:
             span = (response.headers.get("Content-Range") or "").removeprefix("bytes ").partition("/")
             first = span[0].partition("-")[0]
@@ -159,10 +162,10 @@ class HttpStream:
 def _words(error: object) -> str:
     """An error in a few words of one line."""
     if isinstance(error, urllib.error.HTTPError):
-        return f"{error.code} {error.reason}"
+        return shown(f"{error.code} {error.reason}".splitlines()[0])
     if isinstance(error, urllib.error.URLError):
         error = error.reason
     if isinstance(error, http.client.IncompleteRead):
         return "the answer ended early"
     text = str(getattr(error, "strerror", None) or error).splitlines()
-    return text[0] if text and text[0] else type(error).__name__
+    return shown(text[0]) if text and text[0] else type(error).__name__

@@ -11,6 +11,7 @@ from typing import NoReturn, Protocol
 import numpy as np
 from PIL import Image
 
+from dit_fast.data.address import one_line
 from dit_fast.data.files import check_utf8, digest_files, is_ignored, read_npy, reason, shown
 from dit_fast.data.images import SUFFIXES, center_crop, read_image
 from dit_fast.errors import DataError
@@ -74,7 +75,7 @@ class _Walk:
         self._out = os.path.realpath(out) if out else None
         if real == self._out:
             raise DataError(f"{shown(root)}: is both source and output; choose another folder for the output")
-        if self._out is None or f"{real}/".startswith(f"{self._out}/"):
+        if self._is_in(real, self._out):
             self._out = None  # everything here lies in the output, so no folder below can be it
         self.classes: dict[str, list[str]] = {}
         above, prefix = (self._identity(str(root)),), os.path.join(root, "")
@@ -82,6 +83,8 @@ class _Walk:
             if self._is_folder(entry):
                 if not self._is_ignored(entry):
                     found = sorted(self._images(entry.path, above))
+                    if not found and self._is_in(self._out, entry.path):
+                        continue  # made for the output, or it would be a class without images
                     self.classes[entry.name] = [os.path.join(folder, name)[len(prefix) :] for folder, name in found]
             else:
                 kind = os.path.splitext(entry.name)[1].lower() or "without suffix"
@@ -143,11 +146,19 @@ class _Walk:
     def _is_ignored(self, entry: os.DirEntry[str]) -> bool:
         if is_ignored(entry.name):
             return True
-        if self._out is None or not f"{os.path.realpath(entry.path)}/".startswith(f"{self._out}/"):
+        if not self._is_in(entry.path, self._out):
             return False
-        if any(os.path.splitext(item.name)[1].lower() in SUFFIXES for item in self._entries(entry.path)):
+        names = (name for _, _, files in os.walk(entry.path) for name in files)
+        if any(os.path.splitext(name)[1].lower() in SUFFIXES for name in names):
             self.notes.append(f"{shown(entry.path)}: skipped as the output folder, although it holds images")
         return True
+
+    @staticmethod
+    def _is_in(path: str | None, folder: str | None) -> bool:
+        """Whether the path is that folder or lies in it, links followed; False where one of them is None."""
+        if path is None or folder is None:
+            return False
+        return f"{os.path.realpath(path)}/".startswith(f"{os.path.realpath(folder)}/")
 
     @staticmethod
     def _identity(folder: str) -> tuple[int, int]:
@@ -257,8 +268,10 @@ class ArraySource:
     def _load(self, *names: str) -> dict[str, np.ndarray]:
         """Those of the arrays that are there; nothing is allocated on the word of a header alone."""
         arrays = {}
+        with one_line(shown(self.path)):
+            file = open(self.path, "rb")  # noqa: SIM115
         try:
-            with zipfile.ZipFile(self.path) as archive:
+            with file, zipfile.ZipFile(file) as archive:
                 members = {member.filename: member for member in archive.infolist()}
                 for name in names:
                     if f"{name}.npy" in members:

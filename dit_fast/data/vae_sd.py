@@ -7,7 +7,6 @@ position, so one file too many shifts every label after it; here files are found
 
 import hashlib
 import json
-import math
 import os
 import posixpath
 from collections.abc import Iterator
@@ -92,9 +91,11 @@ def import_vae_sd(
     check_amounts(samples_per_shard, processes)
     if dtype not in ("float16", "float32"):
         raise ConfigError(f"dtype '{dtype}': valid are float16, float32")
-    if not (math.isfinite(scale) and scale > 0 and math.isfinite(shift)):
+    with np.errstate(over="ignore"):
+        rounded = np.array([scale, shift], np.float32)  # as the model will see them
+    if not (np.isfinite(rounded).all() and rounded[0] > 0):
         raise ConfigError(
-            f"scale={scale}, shift={shift}: both must be finite and scale above 0; correct --scale, --shift"
+            f"scale={scale}, shift={shift}: both must be finite and scale above 0 in float32; correct --scale, --shift"
         )
     if folder.resolve() == root.resolve():
         raise DataError(f"{shown(root)}: is both source and output; choose another folder for the output")

@@ -9,6 +9,7 @@ import numpy as np
 
 from dit_fast.data.address import is_remote, one_line
 from dit_fast.data.dataset import DatasetInfo, LatentDataset, ShardInfo, open_dataset, open_index, read_description
+from dit_fast.data.files import reason
 from dit_fast.data.index import ShardIndex, index_path, index_to_bytes
 from dit_fast.data.reader import IndexedReader
 from dit_fast.data.shards import scan_tar, write_atomic
@@ -67,11 +68,12 @@ def verify_dataset(
 
 def _shard_problems(root: str, shard: ShardInfo, info: DatasetInfo, first_key: int) -> Iterator[str]:
     """What is wrong with a shard, one line each."""
-    tar, index = Path(root) / shard.name, None
+    tar, index, said = Path(root) / shard.name, None, ""
     try:
         index = open_index(root, shard, info, first_key)
     except DataError as error:
-        yield str(error)
+        said = str(error)
+        yield said
     try:
         if not tar.is_file() or tar.stat().st_size != shard.bytes:
             return  # said by then
@@ -83,7 +85,8 @@ def _shard_problems(root: str, shard: ShardInfo, info: DatasetInfo, first_key: i
             else:
                 yield from _value_problems(root, shard, info, index)
     except DataError as error:
-        yield str(error)
+        if str(error) != said:
+            yield str(error)
 
 
 def _value_problems(root: str, shard: ShardInfo, info: DatasetInfo, index: ShardIndex) -> Iterator[str]:
@@ -121,8 +124,9 @@ def rebuild_index(tar: str | Path) -> ShardIndex:
     names: an index of a damaged tar would make the damage legal.
     """
     path = Path(tar)
-    if not path.is_file():
-        raise DataError(f"{path}: no such shard; rebuild it with `dit-fast shards build`")
+    with one_line(str(path)):
+        if not path.is_file():
+            raise DataError(f"{path}: no such shard; restore it or rebuild it with `dit-fast shards build`")
     _, info = read_description(path.parent)
     shard = next((shard for shard in info.shards if shard.name == path.name), None)
     if shard is None:
@@ -132,6 +136,8 @@ def rebuild_index(tar: str | Path) -> ShardIndex:
             f"{path}: sha256 differs from dataset.json, the file is damaged and gets no index; restore or rebuild it"
         )
     index = scan_tar(path)
-    with one_line(str(path)):
+    try:
         write_atomic(index_path(path), index_to_bytes(index))
+    except OSError as error:
+        raise DataError(f"{index_path(path)}: cannot be written ({reason(error)})") from None
     return index

@@ -6,6 +6,7 @@ are recorded under `.build`; `dataset.json` comes last, and `.build` goes.
 
 import errno
 import fcntl
+import glob
 import json
 import multiprocessing
 import os
@@ -67,16 +68,18 @@ def write_dataset(
     settings in the same folder is refused with the difference. Raises DataError, one line, with finished shards kept.
     """
     check_amounts(samples_per_shard, processes)
-    for name in ("scale", "shift"):
-        value = np.array(info[name])
-        if not np.isfinite(value).all() or (name == "scale" and (value == 0).any()):
-            raise DataError(f"{name} {info[name]} is not a usable number; correct it or the autoencoder")
+    for name in ("scale", "shift"):  # as the reader will demand
+        with np.errstate(over="ignore"):
+            value = np.array(info[name], np.float32)
+        if not np.isfinite(value).all() or (name == "scale" and (value <= 0).any()):
+            what = "finite number above 0" if name == "scale" else "finite number"
+            raise DataError(f"{name} {info[name]} is not a {what} in float32; correct it or the autoencoder")
     with one_line_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    if (out / FILE_NAME).is_file():
-        found = _read_json(out / FILE_NAME).get("settings")
-        _refuse_other(out, found if isinstance(found, dict) else {}, settings)
-        return open_dataset(out)
+        if (out / FILE_NAME).is_file():
+            found = _read_json(out / FILE_NAME).get("settings")
+            _refuse_other(out, found if isinstance(found, dict) else {}, settings)
+            return open_dataset(out)
     with one_line_errors(out), _locked(out):
         state = out / STATE_FOLDER
         if (state / "settings.json").is_file():
@@ -270,6 +273,8 @@ def _refuse_other(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({reason(error)})") from None
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
@@ -305,8 +310,7 @@ def one_line_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kept = len(list((out / STATE_FOLDER).glob("shard-*.json"))) if os.path.isdir(out) else 0
-        place = error.filename or out
+        kept, place = len(glob.glob("shard-*.json", root_dir=out / STATE_FOLDER)), error.filename or out
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             there = next(folder for folder in (out, *out.resolve().parents) if os.path.isdir(folder))
             full = f"no space left ({shutil.disk_usage(there).free / 2**20:.0f} MiB free)"

@@ -300,6 +300,17 @@ def test_unusable_output_folders(array_file, built, tmp_path, monkeypatch):
         refused(tmp_path / "locked", "locked: cannot be written .Permission denied")
 
 
+def test_a_finished_folder_may_be_read_only(array_file, copied, monkeypatch):
+    def fail(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("dit_fast.data.patch_pca.PatchPCA.save", fail)
+    assert build(array_file, copied).info == open_dataset(copied).info
+    monkeypatch.setattr("dit_fast.data.writer._read_json", fail)
+    with pytest.raises(DataError, match="cannot be written .Permission denied"):
+        build(array_file, copied)
+
+
 def test_an_edited_source_is_another_source(tmp_path):
     for number, label in enumerate("aabb"):
         path = tmp_path / "in" / label / f"{number}.bmp"
@@ -360,4 +371,4 @@ def test_command_line(array_file, built, tmp_path, capsys):
     assert "(default: 2048)" in text
     assert "(default: float16)" in text
     assert main(["shards", "index", str(tmp_path)]) != 0
-    assert "no .tar files" in capsys.readouterr().err
+    assert "dataset.json: missing" in capsys.readouterr().err

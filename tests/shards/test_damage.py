@@ -204,9 +204,15 @@ def test_an_index_of_a_damaged_tar_is_never_made(copied, capsys):
     index, before = open_dataset(copied).indexes[1], (copied / SHARD).with_suffix(".idx").read_bytes()
     flip(copied / SHARD, 8 * (int(index.offset[3, 0]) + 300))
     (copied / SHARD).with_suffix(".idx").unlink()
+    (copied / "shard-000000.tar").unlink()
+    (copied / "shard-000002.idx").unlink()
     assert "sha256 differs from dataset.json" in refused(rebuild_index, copied / SHARD)
     assert main(["shards", "index", str(copied)]) != 0
-    assert SHARD in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "shard-000000.tar: no such shard" in err
+    assert "the first of 2 shards" in err
+    assert f"{SHARD}: sha256 differs" in out
+    assert (copied / "shard-000002.idx").exists()  # the others get theirs
     assert not (copied / SHARD).with_suffix(".idx").exists()
     flip(copied / SHARD, 8 * (int(index.offset[3, 0]) + 300))
     rebuild_index(copied / SHARD)

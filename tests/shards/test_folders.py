@@ -79,6 +79,11 @@ def test_the_output_is_no_data_wherever_it_lies(tree):
         (tree / "a" / "link").unlink()
         os.remove(out / "1.png")
         out.rmdir()
+    put(tree / "aa" / "deep" / "1.png")
+    assert len(open_source(tree, out=tree / "aa").notes) == 1
+    os.remove(tree / "aa" / "deep" / "1.png")
+    assert open_source(tree, out=tree / "aa" / "deep").files == plain.files  # a folder made for the output is no class
+    os.removedirs(tree / "aa" / "deep")
     assert open_source(tree, out=tree.parent).files == plain.files  # shards around the images
     (tree.parent / "same").symlink_to(tree)
     refused(tree, "both source and output", out=tree.parent / "same")

@@ -47,6 +47,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Retry-After", "7")
             self.end_headers()
             return None
+        if fault == "loop":
+            self.send_response(302, "Found\x1b[31m")
+            self.send_header("Location", self.path)
+            return self.end_headers()
         if not (server.folder / name).is_file():
             return self.send_error(404)
         data, start = (server.folder / name).read_bytes(), 0
@@ -58,6 +62,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(200)
         body = data[start:]
         self.send_header("Content-Length", str(len(body) + (fault == "longer")))
+        if fault == "packed":
+            self.send_header("Content-Encoding", "gzip")
         self.end_headers()
         self.wfile.write(body[: len(body) // 3] if fault == "cut" else body)
         return None
@@ -115,6 +121,15 @@ def test_other_answers_are_final(server, code):
     server.faults = {"dataset.json": [code]}
     with pytest.raises(DataError, match=f"dataset.json: the server answers {code}"):
         open_dataset(server.address)
+    assert not server.pauses
+
+
+@pytest.mark.parametrize(("fault", "words"), [("loop", "the server answers 302"), ("packed", "packed .gzip.")])
+def test_answers_that_are_not_the_file_are_final_and_one_line(server, fault, words):
+    server.faults = {"dataset.json": [fault] * 99}
+    with pytest.raises(DataError, match=f"dataset.json: .*{words}") as caught:
+        open_dataset(server.address)
+    assert str(caught.value).isprintable()
     assert not server.pauses
 
 

@@ -29,7 +29,10 @@ def test_importing_the_published_tree(tmp_path):
         {"scale": float("nan")},
         {"scale": 0.0},
         {"scale": -1.0},
+        {"scale": 1e-50},  # 0 in float32
+        {"scale": 1e39},
         {"shift": float("inf")},
+        {"shift": -1e39},
         {"num_classes": 10**12},
     ):
         (name,) = extra
