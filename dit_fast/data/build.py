@@ -192,7 +192,7 @@ def _place_autoencoder(
         fitted.save(target)
     elif fitted.file_bytes() != target.read_bytes():
         raise DataError(
-            f"{target}: another autoencoder lies there (patch, channels, exif or images differ); "
+            f"{target}: another autoencoder lies there (size, patch, channels, exif or images differ); "
             "use another folder or delete it"
         )
     return f"pca:{target.resolve()}", f"pca:./{AUTOENCODER_FILE}"

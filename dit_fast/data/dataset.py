@@ -138,10 +138,12 @@ def _open_index(root: str, tar: str, idx: str, shard: ShardInfo, info: DatasetIn
     reindex = f"rebuild it with `dit-fast shards index {root}`"
     if not is_remote(root):
         if not Path(tar).is_file():
-            raise DataError(f"{tar}: shard is missing; restore it or rebuild with `dit-fast shards build`")
+            raise DataError(f"{tar}: shard is missing; restore it or build again in another folder")
         size = Path(tar).stat().st_size
         if size != shard.bytes:
-            raise DataError(f"{tar}: has {size} bytes where dataset.json says {shard.bytes}; restore it or rebuild it")
+            raise DataError(
+                f"{tar}: has {size} bytes where dataset.json says {shard.bytes}; restore it or build again elsewhere"
+            )
         if not Path(idx).is_file():
             raise DataError(f"{idx}: index is missing; {reindex}")
     wanted = (MOMENTS_MEMBER, LABEL_MEMBER, *(FIELD_MEMBERS[name] for name in info.fields))

@@ -203,7 +203,7 @@ class ArraySource:
         if 0 in images.shape:
             self._refuse(f"images {images.shape} hold no pixels; write them again")
         if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-            self._refuse(f"labels are {labels.dtype} {labels.shape}, expected integers [{len(images)}]")
+            self._refuse(f"labels are {labels.dtype} {labels.shape}, expected integers [{len(images)}]; convert them")
         smallest, largest = int(labels.min()), int(labels.max())
         names = self._names(arrays["class_names"]) if "class_names" in arrays else None
         # a label may be huge, so nothing is allocated by it: without names there are at most as many classes as images
@@ -274,6 +274,8 @@ class ArraySource:
             with file, zipfile.ZipFile(file) as archive:
                 members = {member.filename: member for member in archive.infolist()}
                 for name in names:
+                    if archive.namelist().count(f"{name}.npy") > 1:
+                        self._refuse(f"holds {name}.npy more than once; write it again with numpy.savez")
                     if f"{name}.npy" in members:
                         arrays[name] = self._array(archive, members[f"{name}.npy"])
         except DataError:

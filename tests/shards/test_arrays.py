@@ -121,6 +121,15 @@ def test_a_header_is_not_believed(tmp_path, shape, message):
         open_source(tmp_path / "a.npz")
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_array_that_is_there_twice_is_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", images=GREY, labels=LABELS)
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+        archive.writestr("labels.npy", archive.read("labels.npy"))
+    with pytest.raises(DataError, match=r"a.npz: holds labels\.npy more than once"):
+        open_source(tmp_path / "a.npz")
+
+
 def test_a_member_that_claims_more_than_it_can_hold_is_refused_unread(tmp_path):
     np.savez_compressed(tmp_path / "a.npz", images=GREY, labels=LABELS)
     with zipfile.ZipFile(tmp_path / "a.npz") as archive:

@@ -307,7 +307,7 @@ def test_a_finished_folder_may_be_read_only(array_file, copied, monkeypatch):
     monkeypatch.setattr("dit_fast.data.patch_pca.PatchPCA.save", fail)
     assert build(array_file, copied).info == open_dataset(copied).info
     monkeypatch.setattr("dit_fast.data.writer._read_json", fail)
-    with pytest.raises(DataError, match="cannot be written .Permission denied"):
+    with pytest.raises(DataError, match=r"cannot be written \(Permission denied"):
         build(array_file, copied)
 
 
