@@ -201,7 +201,7 @@ def test_bad_data_sets_are_refused_at_once(copied):
     (copied / "shard-000002.idx").unlink()
     refused("shard-000002.idx: index is missing; rebuild it with `dit-fast shards index")
     (copied / "shard-000002.tar").unlink()
-    refused("shard-000002.tar: shard is missing; restore it or rebuild")
+    refused("shard-000002.tar: shard is missing; restore it or build")
     (copied / "dataset.json").unlink()
     refused("dataset.json: missing; finish the data set with `dit-fast shards build")
 
