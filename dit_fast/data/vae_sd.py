@@ -182,10 +182,16 @@ def _entries(root: Path) -> list[tuple[str, int]]:
             raise DataError(f"{where}: names a file twice, as '{shown(spelled[path])}' and '{shown(name)}'; correct it")
         spelled[path] = name
     there = {path.relative_to(root).as_posix() for path in root.rglob("*.npy")}
+    real: dict[str, str] = {}  # without links -> as listed
     for path in spelled:
         if not os.path.isfile(root / path):
             raise DataError(
                 f"{shown(root / path)}: named in dataset.json but missing or no file; restore it or correct the list"
+            )
+        first = real.setdefault(os.path.realpath(root / path), path)
+        if first != path:
+            raise DataError(
+                f"{where}: names a file twice, as '{shown(first)}' and, by a link, '{shown(path)}'; correct it"
             )
     if there - spelled.keys():
         extra = sorted(there - spelled.keys())

@@ -71,11 +71,17 @@ def test_bad_trees_are_refused(tmp_path):
     refused("00000099.npy: not listed in dataset.json")
     (tree / "00000" / "img-mean-std-00000099.npy").unlink()
     content = json.loads((tree / "dataset.json").read_text())
+    (tree / "linked").symlink_to("00000")
     name, good_labels = content["labels"][0][0], [list(pair) for pair in content["labels"]]
     content["labels"][0][1] = -1
     (tree / "dataset.json").write_text(json.dumps(content))
     refused(r"dataset.json: .* has label -1, outside 0..")
     for first, second, message in (
+        (
+            ["linked/img-mean-std-00000001.npy", 1],
+            None,
+            "names a file twice, as 'linked/.*' and, by a link, '00000/img",
+        ),
         (["./00000/img-mean-std-00000001.npy", 1], None, "names a file twice, as './0.*' and '00000/img"),
         (["00000/../00000/img-mean-std-00000001.npy", 1], None, "names a file twice"),
         ([f"{tree}/00000/img-mean-std-00000000.npy", 0], None, "leaves the folder"),
