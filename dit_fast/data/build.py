@@ -1,6 +1,7 @@
 """From labelled images to latent shards: crop, encode, write."""
 
 import io
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from dit_fast.data.autoencoders import Autoencoder, load_autoencoder
 from dit_fast.data.dataset import LatentDataset
 from dit_fast.data.encoders import FeatureEncoder, load_encoder
 from dit_fast.data.files import check_output
+from dit_fast.data.images import MAX_PIXELS
 from dit_fast.data.patch_pca import PatchPCA, to_float
 from dit_fast.data.shards import FIELD_MEMBERS, npy_bytes
 from dit_fast.data.sources import FolderSource, ImageSource, open_source
@@ -50,7 +52,7 @@ class _ImageProducer:
         autoencoder, encoder = self._loaded[device]
         for first in range(0, len(numbers), self.batch_size):
             chunk = numbers[first : first + self.batch_size].tolist()
-            images = np.stack([self.source.read(number, self.size) for number in chunk])
+            images = np.stack([_read(self.source, number, self.size) for number in chunk])
             pixels = to_float(images)
             mean, std = autoencoder.encode(pixels.to(device))
             moments = torch.stack([mean, std], 1).float().cpu().numpy()
@@ -115,6 +117,8 @@ def build_shards(
             raise ConfigError(f"{name}={value} must be at least 1")
     if token_grid is not None and (encoder is None or token_grid < 1):
         raise ConfigError(f"token_grid={token_grid} must be at least 1 and needs an encoder; give --encoder")
+    if size * size > MAX_PIXELS:
+        raise ConfigError(f"size={size} is more than {math.isqrt(MAX_PIXELS)} pixels a side; give a smaller --size")
     check_amounts(samples_per_shard, processes)
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device 'cuda': no CUDA device here; give --device cpu")
@@ -128,6 +132,7 @@ def build_shards(
             print(note, file=sys.stderr)
     else:
         images = source
+        _check_labels(images)
     order = np.arange(len(images.labels), dtype=np.int64)
     if shuffle:
         order = np.argsort(uint32_numpy(ORDER_SEED, order, Stream.SAMPLE_ORDER, 1)[:, 0], kind="stable")
@@ -170,6 +175,27 @@ def build_shards(
     return write_dataset(folder, producer, order, info, settings, samples_per_shard, processes, progress)
 
 
+def _check_labels(source: ImageSource) -> None:
+    """Raises DataError unless the labels of a source that others wrote are numbers of its classes."""
+    labels, classes = np.asarray(source.labels), len(source.class_names)
+    if labels.ndim != 1 or not len(labels) or labels.dtype.kind not in "iu":
+        raise DataError(f"labels of the source are {labels.dtype} {labels.shape}, expected integers [N]; correct them")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise DataError(f"labels of the source lie in {low}..{high}, but it names {classes} classes; correct them")
+
+
+def _read(source: ImageSource, number: int, size: int) -> np.ndarray:
+    """One image, checked: a float image, for instance, would be taken for one in 0..255."""
+    image = source.read(number, size)
+    if image.dtype != np.uint8 or image.shape != (size, size, 3):
+        raise DataError(
+            f"{source.name(number)}: is {image.dtype} {image.shape} where the source must give uint8 "
+            f"{(size, size, 3)}; correct its read()"
+        )
+    return image
+
+
 def _place_autoencoder(
     spec: str, out: Path, images: ImageSource, order: np.ndarray, size: int, patch: int, channels: int
 ) -> tuple[str, str]:
@@ -183,7 +209,7 @@ def _place_autoencoder(
         count = min(len(order), FIT_IMAGES, max(1, FIT_BYTES // (3 * size * size)))
         with one_thread():
             fitted = PatchPCA.fit(
-                np.stack([images.read(int(number), size) for number in order[:count]]), patch, channels
+                np.stack([_read(images, int(number), size) for number in order[:count]]), patch, channels
             )
     else:
         fitted = PatchPCA.load(spec.partition(":")[2])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -298,6 +299,26 @@ def test_unusable_output_folders(array_file, built, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
         refused(tmp_path / "locked", "locked: cannot be written .Permission denied")
+
+
+@pytest.mark.parametrize(
+    ("labels", "image", "message"),
+    [
+        ([0, 2], np.zeros((8, 8, 3), np.uint8), r"lie in 0\.\.2, but it names 2 classes"),
+        ([-1, 0], np.zeros((8, 8, 3), np.uint8), r"lie in -1\.\.0"),
+        ([0, 1.7], np.zeros((8, 8, 3), np.uint8), "labels of the source are float64"),
+        ([], np.zeros((8, 8, 3), np.uint8), "labels of the source are float64 .0,"),
+        ([0, 1], np.zeros((8, 8, 3)), "one: is float64 .8, 8, 3. where"),
+        ([0, 1], np.zeros((4, 4, 3), np.uint8), "one: is uint8 .4, 4, 3. where"),
+    ],
+)
+def test_sources_of_others_are_checked_before_anything_is_written(tmp_path, labels, image, message):
+    source = SimpleNamespace(
+        labels=np.array(labels), class_names=("a", "b"), digest="", read=lambda *_: image, name=lambda _: "one"
+    )
+    with pytest.raises(DataError, match=message):
+        build(source, tmp_path / "out", size=8)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_finished_folder_may_be_read_only(array_file, copied, monkeypatch):
