@@ -97,7 +97,7 @@ class Guard:
 
     def advice(self) -> str:
         resume = f"the newest checkpoint is step {self.newest}" if self.newest else "there is no checkpoint yet"
-        return f"; {resume}. Lower optimizer.lr or set optimizer.grad_clip, or look at the data of these steps"
+        return f"; {resume}. Look at the data of these steps, or lower optimizer.lr and grad_clip in a new run.dir"
 
     def _list(self, steps: Sequence[int]) -> str:
         shown = [f"step {n} (positions {(n - 1) * self._batch} to {n * self._batch - 1})" for n in steps[-SHOWN:]]
