@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -89,8 +90,11 @@ class Checkpoints:
     def _find(self) -> list[Any] | None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for partial in self.folder.glob("step_*.partial"):
-            logger.info("%s: left by a save that did not finish; removed", partial)
             disk.remove_tree(partial)
+            left = "cannot be removed" if os.path.lexists(partial) else "removed"
+            logger.info("%s: left by a save that did not finish; %s", partial, left)
+        if not os.access(self.folder, os.W_OK):  # no step is done that could not be saved
+            raise CheckpointError(f"{self.folder}: cannot be written; mend its permissions or set another run.dir")
         checkpoint, complaints = newest_checkpoint(self.run, finite=True)
         if checkpoint is None:
             if complaints:

@@ -16,6 +16,10 @@ def check_fields(config: TrainConfig) -> TrainConfig:
     config = checked(config)
     if not config.run.dir:
         raise ConfigError("run.dir is not set; give the folder of this run, e.g. run.dir=runs/first")
+    try:
+        config.run.dir.encode()
+    except UnicodeEncodeError:  # safetensors would write there and never read it back
+        raise ConfigError(f"run.dir={config.run.dir}: the name is not UTF-8; rename the folder") from None
     if not config.data.path:
         raise ConfigError("data.path is not set; give the folder that holds dataset.json (`dit-fast shards build`)")
     return config

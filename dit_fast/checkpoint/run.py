@@ -71,11 +71,14 @@ def load_run(path: str | Path, weights: Literal["ema", "model"] = "ema") -> Load
 def find_checkpoint(path: str | Path) -> Checkpoint:
     """The checkpoint a run or step folder stands for, its content verified against the manifest."""
     path = Path(path)
-    if (path / MANIFEST).is_file():
-        given = open_checkpoint(path)
-        given.verify()
-        return given
-    checkpoint, complaints = newest_checkpoint(path)
+    try:
+        if (path / MANIFEST).is_file():
+            given = open_checkpoint(path)
+            given.verify()
+            return given
+        checkpoint, complaints = newest_checkpoint(path)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
     if checkpoint is None:
         reason = complaints[0] if complaints else f"{path / FOLDER}: holds no checkpoint"
         raise CheckpointError(f"{reason}; give the folder of a run that has saved at least once")

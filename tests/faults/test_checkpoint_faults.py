@@ -14,7 +14,7 @@ import torch
 
 from dit_fast.checkpoint.manifest import write_manifest
 from dit_fast.checkpoint.step import newest_checkpoint, open_checkpoint, step_folders
-from dit_fast.errors import CheckpointError
+from dit_fast.errors import CheckpointError, UserError
 from dit_fast.train import disk
 from dit_fast.train.checkpoints import Checkpoints
 from dit_fast.train.guard import Diverged
@@ -302,6 +302,12 @@ def test_what_is_no_file_or_folder_is_passed_over(two, caplog, make, name):
     assert_passed_over(two, caplog, "step_00000008")
     assert save(two, 8)
     assert_is_step(Checkpoints(two, WORLD).newest(), 8)
+
+
+def test_a_folder_that_takes_no_checkpoint_is_refused_before_any_step(two, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match="checkpoints: cannot be written"):
+        Checkpoints(two, WORLD).newest()
 
 
 def test_a_link_bears_the_name_of_the_step_it_leads_to(two, caplog):

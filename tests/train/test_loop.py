@@ -321,6 +321,8 @@ def test_load_run_gives_model_configuration_and_state(finished):
 def test_load_run_says_what_is_wrong(tmp_path, copied):
     with pytest.raises(CheckpointError, match="holds no checkpoint; give the folder of a run"):
         load_run(tmp_path)
+    with pytest.raises(CheckpointError, match="a: cannot be read .File name too long"):
+        load_run(tmp_path / ("a" * 300))
     broken = copied / "checkpoints/step_00000012/ema.safetensors"
     broken.write_bytes(broken.read_bytes()[:-1])
     assert load_run(copied).step == 8
@@ -332,6 +334,7 @@ def test_load_run_says_what_is_wrong(tmp_path, copied):
     ("overrides", "message"),
     [
         (["run.dir="], "run.dir is not set"),
+        (["run.dir=r\udcff"], "the name is not UTF-8"),
         (["data.path="], "data.path is not set"),
         (["data.path=/nowhere"], "/nowhere: no such folder"),
         (["model.input_size=32"], "model.input_size=32, but the latents of .* have 4"),
