@@ -80,10 +80,15 @@ def sample(
         raise UserError("seed= and index= belong together; one of them is missing")
     if sampler == "sde" and generator is None and seed is None and draws is None:
         raise UserError("sampler 'sde' draws noise; give generator=, or draws=, or seed= and index=")
-    if sampler == "sde" and draws is not None and [d.shape for d in draws] != [noise.shape] * (num_steps - 1):
-        raise UserError(f"draws must be num_steps - 1 = {num_steps - 1} tensors {list(noise.shape)}, like the noise")
+    if not isinstance(generator, torch.Generator | None):
+        raise UserError(f"generator must be a torch.Generator, not {described(generator)}")
+    if sampler == "sde" and draws is not None:
+        _check_draws(draws, noise, num_steps - 1)
     channels: Channels = getattr(model, "cfg_channels", "all") if cfg_channels is None else cfg_channels
     guidance = Guidance(cfg_scale, guidance_low, guidance_high, channels)
+    for name, tensor in {"noise": noise, "y": y}.items():
+        if isinstance(tensor, Tensor) and (tensor.is_meta or tensor.layout != torch.strided):
+            raise UserError(f"{name} must be a dense tensor with values, not {tensor.layout} on {tensor.device}")
     _check_labels(model, y, len(noise))
     if not (finite := noise.flatten(1).isfinite().all(1)).all():
         raise UserError(f"noise row {int(finite.logical_not().nonzero()[0])} holds NaN or Inf")
@@ -120,6 +125,12 @@ def check_whole(name: str, value: object, least: int, most: int) -> None:
     """Raises UserError unless the value is a whole number in [least, most]."""
     if not isinstance(value, Integral) or isinstance(value, bool) or not least <= int(value) <= most:
         raise UserError(f"{name}={value!r} must be a whole number from {least} to {most}")
+
+
+def _check_draws(draws: object, noise: Tensor, count: int) -> None:
+    entries = draws if isinstance(draws, Tensor | Sequence) and not isinstance(draws, str) else ()
+    if [each.shape if isinstance(each, Tensor) else None for each in entries] != [noise.shape] * count:
+        raise UserError(f"draws must be num_steps - 1 = {count} tensors {list(noise.shape)}, like the noise")
 
 
 def _check_labels(model: object, y: Tensor, count: int) -> None:
@@ -207,8 +218,8 @@ def _keyed(seed: int, index: Tensor, shape: tuple[int, ...]) -> Draw:
 
 def _chunks(index: Tensor, count: int, chunk: int) -> dict[int, tuple[list[int], list[int]]]:
     """First index of each chunk -> (rows of the caller's batch, their rows in the chunk), ascending."""
-    if index.shape != (count,) or index.dtype != torch.int64:
-        raise UserError(f"index must be int64 [{count}], not {index.dtype} {list(index.shape)}")
+    if not isinstance(index, Tensor) or index.shape != (count,) or index.dtype != torch.int64 or index.is_meta:
+        raise UserError(f"index must be int64 [{count}], not {described(index)}")
     numbers = index.tolist()
     if len(set(numbers)) != count or (count and not 0 <= min(numbers) <= max(numbers) < 1 << 62):
         raise UserError("index must hold different numbers >= 0 and < 2^62")

@@ -238,6 +238,13 @@ def test_progress_counts_every_step_of_every_chunk():
         ({"model": lambda x, t, y: (x, {})}, "returned a tuple"),
         ({"noise": [0.0]}, "not a list"),
         ({"y": [0, 1]}, "not a list"),
+        ({"y": labels(2).to("meta")}, "y must be a dense tensor with values"),
+        ({"noise": torch.zeros(2, 2, 3, 3).to_sparse()}, "noise must be a dense tensor"),
+        ({"cfg_scale": 10**400}, "cfg_scale=1000"),
+        ({"seed": 0, "index": [0, 1]}, "index must be int64"),
+        ({"sampler": "sde", "generator": 3}, "generator must be a torch.Generator, not a int"),
+        ({"sampler": "sde", "num_steps": 3, "draws": iter([])}, "draws must be num_steps - 1 = 2 tensors"),
+        ({"sampler": "sde", "num_steps": 3, "draws": [None, None]}, "draws must be num_steps - 1 = 2 tensors"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
