@@ -276,11 +276,15 @@ def _same(before: tuple[Any, int] | None, after: tuple[Any, int] | None) -> bool
 
 
 def _randomised_copy(candidate: Candidate) -> nn.Module:
-    """The module without hooks and replacements, in fp32, its parameters drawn at random."""
+    """The module without hooks and replacements, in fp32, its parameters drawn at random and other tensors moved.
+
+    A buffer of ones or zeros may be a factor or a term that stands still today.
+    """
     generator = torch.Generator().manual_seed(1)
     shared = {id(parameter): parameter for parameter in candidate.module.parameters()}
     twin = copy.deepcopy(candidate.module, {**shared, **candidate.stand_ins})
     drawn: dict[int, nn.Parameter] = {}
+    moved: dict[int, Tensor] = {}
     for module in twin.modules():
         for table in HOOKS:
             getattr(module, table).clear()
@@ -290,6 +294,11 @@ def _randomised_copy(candidate: Candidate) -> nn.Module:
                 if id(parameter) not in drawn:
                     drawn[id(parameter)] = _draw(parameter, generator)
                 module._parameters[name] = drawn[id(parameter)]
+        for table in (module._buffers, vars(module)):
+            for name, value in table.items():
+                if isinstance(value, Tensor) and value.is_floating_point() and id(value) not in moved:
+                    table[name] = _move(value, generator)
+                    moved[id(table[name])] = table[name]
     return twin.float()
 
 
@@ -299,6 +308,12 @@ def _draw(parameter: Tensor, generator: torch.Generator) -> nn.Parameter:
     values = torch.empty(parameter.shape, **_CPU)
     values.uniform_(-spread, spread, generator=generator)
     return nn.Parameter(values.to(parameter.device))
+
+
+def _move(value: Tensor, generator: torch.Generator) -> Tensor:
+    """What is positive (a variance) stays so."""
+    factor, term = (torch.rand(value.shape, generator=generator, **_CPU).to(value) for _ in range(2))
+    return value.detach() * (0.5 + factor) + 0.1 * term
 
 
 def _difference(theirs: Any, ours: Any) -> float:

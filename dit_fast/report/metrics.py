@@ -35,7 +35,10 @@ def read_metrics(run: str | Path) -> Metrics:
     if not path.is_file():
         raise DataError(f"{path}: missing; give the folder of a run, which holds that file")
     rows: dict[int, dict[str, Any]] = {}
-    lines = path.read_bytes().rstrip(b"\n").split(b"\n")
+    try:
+        lines = path.read_bytes().rstrip(b"\n").split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     for number, line in enumerate(lines, start=1):
         try:
             row = _row(line)

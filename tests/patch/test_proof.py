@@ -42,6 +42,26 @@ class CountingBlock(Block):
         return super().forward(x, c)
 
 
+class ScaledBlock(Block):
+    """By one, until a checkpoint says otherwise."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.register_buffer("layer_scale", torch.ones(1))
+
+    def forward(self, x, c):
+        return x + self.layer_scale * (super().forward(x, c) - x)
+
+
+class ShiftedBlock(Block):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.offset = torch.zeros(1)  # no buffer
+
+    def forward(self, x, c):
+        return super().forward(x, c) + self.offset
+
+
 class TrainingBlock(Block):
     def forward(self, x, c):
         return super().forward(x, c) * (0.5 if self.training else 1)
@@ -96,6 +116,8 @@ class WideningBlock(Block):
         (WideningBlock, "tokens in bfloat16"),
         (SwappedBlock, "differ on a small input"),
         (OtherEpsBlock, "differ on a small input"),
+        (ScaledBlock, "differ on a small input"),
+        (ShiftedBlock, "differ on a small input"),
         (TrainingBlock, "differ on a small input .* in train mode"),
         (StochasticDepthBlock, "draw different random numbers, in train mode"),
         (RecordingBlock, "only one of .* changes feature"),

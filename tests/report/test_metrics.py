@@ -56,3 +56,9 @@ def test_smoothing_keeps_length_and_constants_and_averages_neighbours():
     np.testing.assert_array_equal(smooth(values, 1), values)
     np.testing.assert_allclose(smooth(np.full(7, 2.5), 4), 2.5)
     np.testing.assert_allclose(smooth(np.array([1.0, np.nan, 3.0, np.inf]), 3), [1, 2, 3, 3])
+
+
+def test_a_file_that_the_disk_does_not_give_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/proc/self/mem")  # its first byte is an error of input and output
+    with pytest.raises(DataError, match=r"metrics\.jsonl: cannot be read \(Input/output error\)"):
+        read_metrics(tmp_path)
