@@ -20,6 +20,7 @@ SYSTEM_FOLDERS = {
     "system volume information", "lost+found", "network trash folder", "temporary items",
 }  # fmt: skip
 CHUNK = 1 << 24  # bytes read at a time
+LONGEST_REASON = 400  # characters: torch lists every key of a network
 
 
 def is_ignored(name: str) -> bool:
@@ -52,9 +53,11 @@ def check_output(path: str | Path) -> Path:
 
 
 def reason(error: BaseException) -> str:
-    """First line of an exception, or its type where it says nothing."""
-    text = getattr(error, "strerror", None) or str(error)
-    return shown(text.splitlines()[0]) if text else type(error).__name__
+    """First line of an exception, with the next where that one ends in a colon; its type where it says nothing."""
+    lines = (getattr(error, "strerror", None) or str(error)).splitlines()
+    count = 2 if lines and lines[0].rstrip().endswith(":") else 1
+    text = shown(" ".join(line.strip() for line in lines[:count])) or type(error).__name__
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
 
 
 def read_npy(stream: IO[bytes], size: int) -> np.ndarray:
