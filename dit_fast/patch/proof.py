@@ -284,7 +284,6 @@ def _randomised_copy(candidate: Candidate) -> nn.Module:
     shared = {id(parameter): parameter for parameter in candidate.module.parameters()}
     twin = copy.deepcopy(candidate.module, {**shared, **candidate.stand_ins})
     drawn: dict[int, nn.Parameter] = {}
-    moved: dict[int, Tensor] = {}
     for module in twin.modules():
         for table in HOOKS:
             getattr(module, table).clear()
@@ -294,11 +293,11 @@ def _randomised_copy(candidate: Candidate) -> nn.Module:
                 if id(parameter) not in drawn:
                     drawn[id(parameter)] = _draw(parameter, generator)
                 module._parameters[name] = drawn[id(parameter)]
-        for table in (module._buffers, vars(module)):
-            for name, value in table.items():
-                if isinstance(value, Tensor) and value.is_floating_point() and id(value) not in moved:
-                    table[name] = _move(value, generator)
-                    moved[id(table[name])] = table[name]
+        others: tuple[dict[str, Any], ...] = (module._buffers, vars(module))
+        for attributes in others:
+            for name, value in attributes.items():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    attributes[name] = _move(value, generator)
     return twin.float()
 
 
