@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -145,6 +146,16 @@ def test_an_error_is_one_line_on_one_rank(shards, tmp_path):
     assert lines == [
         "dit-fast: error: engine.global_batch=7 does not divide over 2 ranks; use a multiple of 2 (6) or 1 processes"
     ]
+
+
+def test_a_port_in_use_is_named(shards, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, "-m", "dit_fast.train", *arguments(shards, tmp_path / "run")]
+        done = subprocess.run(command, env=environment(**place), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert f"rank 0 cannot meet the others at 127.0.0.1:{port}" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.long
