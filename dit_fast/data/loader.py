@@ -1,5 +1,6 @@
 """Micro-batches for one rank: the plan's order, cut the same way for every world size, resumed by one integer."""
 
+import multiprocessing.connection
 import multiprocessing.util
 import signal
 import threading
@@ -189,6 +190,10 @@ def _next(batches: Iterator[Any], num_workers: int) -> dict[str, torch.Tensor] |
         try:
             return next(batches)
         except (RuntimeError, OSError, EOFError) as error:
+            if not isinstance(error, RuntimeError):  # a connection ends a little before its dying worker does
+                workers = {worker.sentinel: worker for worker in getattr(batches, "_workers", [])}
+                for ended in multiprocessing.connection.wait(list(workers), timeout=5):
+                    workers[ended].join(5)
             dead, timed_out = _death(batches), "timed out" in str(error)
             if dead is None and not timed_out:
                 raise

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 
 import numpy as np
@@ -27,6 +28,19 @@ def batches(folder, **options):
 
 def workers():
     return multiprocessing.active_children()
+
+
+@pytest.mark.launch
+def test_a_connection_that_ends_before_its_worker_does():
+    worker = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    worker.start()
+
+    def reset(_):
+        raise ConnectionResetError
+
+    threading.Timer(0.3, worker.kill).start()
+    found = type("Batches", (), {"_workers": [worker], "__next__": reset})()
+    assert "a loader worker was killed" in str(loader._next(found, 2))
 
 
 @pytest.mark.launch
