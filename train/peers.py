@@ -47,7 +47,10 @@ def explain(error: Exception, rank: int, size: int) -> PeerLost | None:
 
 
 def _survivors(rank: int, size: int) -> list[int]:
-    """Ranks that met the failure. The store lies in rank 0 or in torchrun's agent: if it is gone, so is rank 0."""
+    """Ranks that met the failure. The store lies in rank 0 or in torchrun's agent: if it is gone, so is rank 0.
+
+    Rank 0 returns last: a store that ends while others read it makes torch print a stack trace in each of them.
+    """
     alive, deadline = [rank], time.monotonic() + ANSWER
     try:
         store = dist.distributed_c10d._get_default_store()
@@ -56,6 +59,10 @@ def _survivors(rank: int, size: int) -> list[int]:
         while len(alive) < size - 1 and time.monotonic() < deadline:
             time.sleep(0.1)
             alive = [other for other in range(size) if store.check([f"dit_fast/alive/{other}"])]
+        store.set(f"dit_fast/left/{rank}", "1")
+        left = [f"dit_fast/left/{other}" for other in alive]
+        while rank == 0 and not store.check(left) and time.monotonic() < deadline:
+            time.sleep(0.1)
         return alive
     except RuntimeError:
         return list(range(1, size))
