@@ -195,6 +195,8 @@ def _next(batches: Iterator[Any], num_workers: int) -> dict[str, torch.Tensor] |
                 for ended in multiprocessing.connection.wait(list(workers), timeout=5):
                     workers[ended].join(5)
             dead, timed_out = _death(batches), "timed out" in str(error)
+            if dead is None and "exited unexpectedly" in str(error):  # with status 0: interrupted while it started
+                dead = "a loader worker ended before its work was done"
             if dead is None and not timed_out:
                 raise
             waited += POLL_SECONDS
