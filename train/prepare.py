@@ -8,7 +8,8 @@ from dit_fast.checkpoint.step import Checkpoint
 from dit_fast.config import EngineConfig, ModelConfig, TrainConfig
 from dit_fast.data import DatasetInfo
 from dit_fast.errors import CheckpointError, ConfigError
-from dit_fast.options import checked, diff, keys, to_dict
+from dit_fast.options import checked, diff, from_dict, keys, to_dict
+from dit_fast.recipes import METHOD_CONFIGS
 
 
 def check_fields(config: TrainConfig) -> TrainConfig:
@@ -69,7 +70,9 @@ def fit_to_dataset(config: TrainConfig, info: DatasetInfo) -> TrainConfig:
 def check_resume(checkpoint: Checkpoint, config: TrainConfig, info: DatasetInfo) -> None:
     """Raises ConfigError with every difference that would change the training, CheckpointError for other data."""
     state = checkpoint.state
-    lines = forbidden_changes(state["config"], to_dict(config))
+    methods = {**METHOD_CONFIGS, **{method.name: type(method) for method in config.methods}}
+    before = from_dict(TrainConfig, state["config"], methods)  # a key that is newer than the run has its default
+    lines = forbidden_changes(to_dict(before), to_dict(config))
     if lines:
         raise ConfigError(
             f"{config.run.dir}: the configuration differs from the one this run was started with ({'; '.join(lines)}); "

@@ -1,5 +1,6 @@
 """Opening a data set: its description, every shard's index, and the checks made before a run starts."""
 
+import json
 import math
 import zlib
 from dataclasses import dataclass
@@ -85,6 +86,12 @@ class LatentDataset:
                 f"{self.info.autoencoder}: is {autoencoder.identity}, but the latents of {self.root} were made with "
                 f"{self.info.autoencoder_identity}; restore that one"
             )
+        for key, value in json.loads(json.dumps(dict(autoencoder.config))).items():
+            if self.info.autoencoder_config.get(key, value) != value:
+                raise DataError(
+                    f"{self.info.autoencoder}: its {key} is {value}, but the latents of {self.root} were made with "
+                    f"{self.info.autoencoder_config[key]}; restore it"
+                )
         return autoencoder
 
 

@@ -41,8 +41,9 @@ class DatasetInfo:
 
     channels, size: latents are [channels, size, size]. scale, shift: one number or one per channel. fields: names a
     batch can have besides moments and label ("image", "features"). autoencoder: what `load_autoencoder` takes ("" when
-    unknown). feature_shape: (tokens, width) or None. image_size: pixels of the cropped image, or None. statistics: mean
-    and std per channel of sampled, unscaled latents, or None.
+    unknown), autoencoder_config: what besides its weights decides the latents, where known. feature_shape: (tokens,
+    width) or None. image_size: pixels of the cropped image, or None. statistics: mean and std per channel of sampled,
+    unscaled latents, or None.
     """
 
     num_samples: int
@@ -57,6 +58,7 @@ class DatasetInfo:
     image_size: int | None
     autoencoder: str
     autoencoder_identity: str
+    autoencoder_config: dict[str, Any]
     encoder: str
     feature_shape: tuple[int, int] | None
     statistics: dict[str, list[float]] | None
@@ -237,6 +239,7 @@ def parse_description(data: bytes, where: str, root: str) -> DatasetInfo:
         image_size=fields.whole("image_size", MAX_SIDE) if has_images else None,
         autoencoder=_beside(autoencoder.text("spec"), root),
         autoencoder_identity=autoencoder.text("identity"),
+        autoencoder_config=_mapping(_mapping(raw.get("settings")).get("autoencoder_config")),
         encoder=features.text("encoder") if features else "",
         feature_shape=features.wholes("shape", 2, MAX_VALUES) if features else None,  # type: ignore[arg-type]
         statistics={name: list(statistics.numbers(name, channels)) for name in ("mean", "std")} if statistics else None,
@@ -259,6 +262,10 @@ def parse_description(data: bytes, where: str, root: str) -> DatasetInfo:
             f"{where}: shards hold {sum(info.shard_sizes)} samples, num_samples is {info.num_samples}; rebuild it"
         )
     return info
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _beside(spec: str, root: str) -> str:

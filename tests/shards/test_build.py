@@ -211,6 +211,10 @@ def test_real_vae_to_shards(array_file, tmp_path):
     assert (batch["moments"][:, 1] > 0).all()
     total = (mean.var((0, 2, 3), correction=0) + std.square().mean((0, 2, 3))).sqrt()  # of sampled latents
     np.testing.assert_allclose(dataset.info.statistics["std"], total, rtol=1e-3)
+    config = tmp_path / "vae/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "act_fn": "relu"}))
+    with pytest.raises(DataError, match=r"its act_fn is relu, but the latents of .* were made with silu; restore it"):
+        dataset.load_autoencoder()
 
 
 def test_latents_that_overflow_name_the_fix(array_file, tmp_path, monkeypatch):
