@@ -19,6 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch is imported only when the launcher is watched and errors are caught.
     """
     leash.arm()
+    # torch's C++ prints a stack trace for every connection that breaks; the error itself is caught and named
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     rank = os.environ.get("RANK", "0")
     return terminal.run(
         _work,

@@ -56,6 +56,8 @@ def _survivors(rank: int, size: int) -> list[int]:
         store = dist.distributed_c10d._get_default_store()
         store.set_timeout(timedelta(seconds=ANSWER))
         store.set(f"dit_fast/alive/{rank}", "1")
+        for group in list(dist.distributed_c10d._world.pg_map):
+            group.abort()  # a rank that waits for this one, not for the dead one, has met nothing yet
         while len(alive) < size - 1 and time.monotonic() < deadline:
             time.sleep(0.1)
             alive = [other for other in range(size) if store.check([f"dit_fast/alive/{other}"])]

@@ -74,8 +74,13 @@ def _same(ours, theirs, rtol=1e-4, atol=1e-5):
         torch.testing.assert_close(left, right, rtol=rtol, atol=atol)
 
 
+def _near(ours, theirs, tolerance):
+    """Half precision: single elements may differ by more, the norm of the difference may not."""
+    assert (ours - theirs).double().norm() <= tolerance * theirs.double().norm()
+
+
 N, T, D = 2, 5, 32
-X, C, EACH = torch.randn(3, N, T, D).unbind(0)
+X, C, EACH = torch.randn(3, N, T, D, generator=torch.Generator().manual_seed(0)).unbind(0)
 C = C[:, 0]
 
 
@@ -246,17 +251,17 @@ def test_inputs_that_occur(dtype, batch, tokens, size):
     for ours, theirs in zip(*results, strict=True):
         assert ours.dtype == theirs.dtype
         assert ours.shape == theirs.shape
-        assert (ours - theirs).double().norm() <= tolerance * theirs.double().norm()
+        _near(ours, theirs, tolerance)
 
 
 def test_a_head_in_fp32_after_blocks_in_bf16():
     module, twin = _single(FinalLayer(D, 8))
-    _same(module(X.bfloat16(), C), twin(X.bfloat16(), C), rtol=2e-2, atol=2e-2)
+    _near(module(X.bfloat16(), C), twin(X.bfloat16(), C), 2e-2)
     block, plain = _single(Block(D, 4, False))
     for one in (block, plain):  # maps in bf16, conditioning in fp32
         for part in (one.attn, one.mlp):
             part.bfloat16().register_forward_pre_hook(lambda module, given: (given[0].bfloat16(),))
-    _same(block(X.bfloat16(), C), plain(X.bfloat16(), C), rtol=5e-2, atol=5e-2)
+    _near(block(X.bfloat16(), C), plain(X.bfloat16(), C), 2e-2)
 
 
 def test_autocast_with_parameters_of_two_dtypes():
@@ -264,7 +269,7 @@ def test_autocast_with_parameters_of_two_dtypes():
     for one in (module, twin):
         one.fc2.bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        _same(module(X), twin(X), rtol=2e-2, atol=2e-2)
+        _near(module(X), twin(X), 2e-2)
 
 
 @pytest.mark.skipif(_C.unavailable() is not None, reason="needs the C++ operators")
