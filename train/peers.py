@@ -1,10 +1,12 @@
 """The death of a rank as the others meet it, a failed collective: one of them says in one line which is missing."""
 
 import contextlib
+import os
 import re
 import signal
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -27,14 +29,15 @@ class PeerLost(UserError):
 def explain(error: Exception, rank: int, size: int) -> PeerLost | None:
     """The same failure in plain words; None where it is not a lost connection between ranks.
 
-    Every survivor writes its number into the job's store; those that are missing there after a while are named.
+    Ranks whose process has ended are named at once, where this machine can see them. On other machines, every survivor
+    writes its number into the job's store, and those that are missing there after a while are named.
     """
     library = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and GLOO.search(str(error)))
     if size < 2 or not dist.is_initialized() or not library:
         return None
     with contextlib.suppress(ValueError):  # only the main thread may; the launcher, too, has seen the death
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    alive = _survivors(rank, size)
+    alive, first = _survivors(rank, size)
     dead = [other for other in range(size) if other not in alive]
     who = f"rank{'s' * (len(dead) > 1)} {', '.join(map(str, dead))} died or was cut off"
     text = re.sub(r"^\[[^\]]*\]:?\s*", "", str(error).strip())  # without the library's source line
@@ -42,29 +45,53 @@ def explain(error: Exception, rank: int, size: int) -> PeerLost | None:
     return PeerLost(
         f"{who if dead else 'a connection between ranks broke'} ({reason}); the same command goes on from the newest "
         "checkpoint",
-        speaks=rank == min(alive),
+        speaks=first,
     )
 
 
-def _survivors(rank: int, size: int) -> list[int]:
-    """Ranks that met the failure. The store lies in rank 0 or in torchrun's agent: if it is gone, so is rank 0.
+def announce(rank: int) -> None:
+    """Writes into the job's store which process this rank is, so that the others can see whether it lives."""
+    dist.distributed_c10d._get_default_store().set(f"dit_fast/process/{rank}", f"{_machine()} {os.getpid()}")
 
-    Rank 0 returns last: a store that ends while others read it makes torch print a stack trace in each of them.
+
+def _machine() -> str:
+    """The kernel and the process numbers that this process sees; "" where the system does not tell."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _has_ended(process: str) -> bool:
+    """Whether an announced process is seen to have ended; False for one of another machine."""
+    machine, _, pid = process.rpartition(" ")
+    if not machine or machine != _machine():
+        return False
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+def _survivors(rank: int, size: int) -> tuple[list[int], bool]:
+    """(ranks that live or that met the failure, whether this one is to say which do not: the lowest, and only one).
+
+    The store lies in rank 0 or in torchrun's agent: if it is gone, so is rank 0.
     """
     alive, deadline = [rank], time.monotonic() + ANSWER
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set_timeout(timedelta(seconds=ANSWER))
         store.set(f"dit_fast/alive/{rank}", "1")
-        for group in list(dist.distributed_c10d._world.pg_map):
-            group.abort()  # a rank that waits for this one, not for the dead one, has met nothing yet
+        processes = [store.get(f"dit_fast/process/{other}").decode() for other in range(size)]
         while len(alive) < size - 1 and time.monotonic() < deadline:
             time.sleep(0.1)
+            ended = [other for other in range(size) if _has_ended(processes[other])]
             alive = [other for other in range(size) if store.check([f"dit_fast/alive/{other}"])]
-        store.set(f"dit_fast/left/{rank}", "1")
-        left = [f"dit_fast/left/{other}" for other in alive]
-        while rank == 0 and not store.check(left) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        return alive
+            if set(ended) - set(alive):  # those that met the failure may have left by now
+                alive = sorted(set(range(size)) - set(ended) | set(alive))
+                break
+        return alive, rank == min(alive) and store.add("dit_fast/named", 1) == 1
     except RuntimeError:
-        return list(range(1, size))
+        return list(range(1, size)), rank == 1

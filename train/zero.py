@@ -20,6 +20,7 @@ from dit_fast.config import TrainConfig
 from dit_fast.errors import ConfigError
 from dit_fast.train.engine import Accumulator, Batch, Source, StepResult, clip_or_drop, own_parameters
 from dit_fast.train.optim import applied_steps, build_optimizer, set_applied_steps
+from dit_fast.train.peers import announce
 from dit_fast.train.world import World, launch_place
 
 ours = logging.getLogger("dit_fast")
@@ -72,6 +73,7 @@ def start_world() -> World:
             f"rank {rank} cannot meet the others at {where} ({str(error).split('. ')[-1]}); use another MASTER_PORT "
             "(deepspeed, torchrun: --master_port)"
         ) from None
+    announce(rank)
     return World(rank, size, torch.device("cuda", local) if cuda else torch.device("cpu"))
 
 
