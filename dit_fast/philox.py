@@ -12,6 +12,7 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
 
 import math
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -40,6 +41,8 @@ class Stream(IntEnum):
     LABEL_DROP = 5
     FLIP = 6
     INITIAL_NOISE = 7
+    CLASS_TOKEN = 8  # noise of the class token
+    SECOND_TIME = 9
     SAMPLER = 1024  # + sampling step
     METHOD = 65536  # first one free for methods
 
@@ -101,6 +104,22 @@ def normal(
     angle = second.mul(_TWO_PI).double()
     pairs = torch.stack((radius * angle.cos().float(), radius * angle.sin().float()), dim=-1)
     return pairs.flatten(1)[:, :count].reshape(-1, *shape)
+
+
+@dataclass(frozen=True)
+class Key:
+    """What all random numbers of a batch depend on: the run's seed and each sample's position in the run, int64 [N]."""
+
+    seed: int
+    position: Tensor
+
+    def normal(self, stream: int, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal float32 [N, *shape] of a use of its own; on the positions' device."""
+        return normal(self.seed, self.position, stream, shape)
+
+    def uniform(self, stream: int, shape: tuple[int, ...]) -> Tensor:
+        """Uniform float32 [N, *shape] in [0, 1), otherwise as `normal`."""
+        return uniform(self.seed, self.position, stream, shape)
 
 
 def uint32_numpy(seed: int, positions: np.ndarray, stream: int, count: int) -> np.ndarray:

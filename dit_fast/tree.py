@@ -1,0 +1,36 @@
+"""What is denoised: an image, or several tensors by name of which one is the image."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from dit_fast.errors import UserError
+
+# [N, C, H, W], or flat: {"image": [N, C, H, W], "class_token": [N, Z], ...}
+Tree = Tensor | dict[str, Tensor]
+
+
+def each(function: Callable[..., Tensor], *trees: Tree) -> Tree:
+    """function of the trees' leaves of one name, in the first tree's order; a tensor for tensors.
+
+    Raises UserError where the trees do not have the same leaves.
+    """
+    if all(isinstance(tree, Tensor) for tree in trees):
+        return function(*trees)
+    named = [leaves(tree) for tree in trees]
+    if any(tree.keys() != named[0].keys() for tree in named):
+        raise UserError(f"trees with different leaves: {' and '.join(', '.join(tree) for tree in named)}")
+    return {name: function(*(tree[name] for tree in named)) for name in named[0]}
+
+
+def leaves(tree: Tree) -> dict[str, Tensor]:
+    """The tree's tensors by name; a bare tensor is the image."""
+    return {"image": tree} if isinstance(tree, Tensor) else tree
+
+
+def image(tree: Tree) -> Tensor:
+    """The image [N, C, H, W]. Raises UserError where the tree has none."""
+    named = leaves(tree)
+    if "image" not in named:
+        raise UserError(f"a tree without an image: {', '.join(named) or 'it is empty'}")
+    return named["image"]
