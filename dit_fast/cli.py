@@ -24,7 +24,7 @@ def _work(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from dit_fast.data import command as shards
+    from dit_fast.preparation import command as shards
     from dit_fast.report import command as report
 
     parser = terminal.Parser(prog="dit-fast", description="Train diffusion transformers, fast and exactly.")

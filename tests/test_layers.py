@@ -20,8 +20,8 @@ FLOORS = [
     {"ops"},
     {"nn"},
     {"models"},
-    {"methods", "diffusion", "evaluation", "analysis", "checkpoint", "patch"},
-    {"train", "benchmarks", "report", "recipes"},
+    {"methods", "diffusion", "autoencoders", "encoders", "evaluation", "analysis", "checkpoint", "patch"},
+    {"train", "benchmarks", "report", "recipes", "preparation"},
     {"cli", "info"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

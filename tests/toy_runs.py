@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dit_fast.data.build import build_shards
+from dit_fast.preparation.build import build_shards
 
 ROOT = Path(__file__).parents[1]
 CLASSES = ("ant", "bee", "cat")

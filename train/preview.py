@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dit_fast import autoencoders
+from dit_fast.autoencoders import Autoencoder
+from dit_fast.autoencoders.pixels import decode_images
 from dit_fast.checkpoint.run import model_from_config
 from dit_fast.config import TrainConfig
-from dit_fast.data import Autoencoder, LatentDataset
-from dit_fast.data.pixels import decode_images
+from dit_fast.data import LatentDataset
 from dit_fast.diffusion import Guidance, initial_noise, sample
 from dit_fast.diffusion.samplers import check_options
 from dit_fast.errors import ConfigError, DataError
@@ -45,7 +47,7 @@ class Preview:
         world.agree(lambda: self._load(dataset))
 
     def _load(self, dataset: LatentDataset) -> None:
-        self._autoencoder = dataset.load_autoencoder()
+        self._autoencoder = autoencoders.of(dataset)
 
     def path(self, step: int) -> Path:
         return Path(self.config.run.dir) / "samples" / f"step_{step:08d}.png"

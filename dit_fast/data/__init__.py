@@ -1,4 +1,4 @@
-"""Latent shards: format, order, readers, building. Names are loaded when first asked for, so importing stays light."""
+"""Latent shards: format, order, writers, readers. Names are loaded when first asked for, so importing stays light."""
 
 import importlib
 from typing import Any
@@ -7,16 +7,8 @@ _HOME = {
     "LatentDataset": "dataset",
     "DatasetInfo": "description",
     "open_dataset": "dataset",
-    "verify_dataset": "verify",
-    "rebuild_index": "verify",
     "Plan": "plan",
     "build_loader": "loader",
-    "load_autoencoder": "autoencoders",
-    "Autoencoder": "autoencoders",
-    "PatchPCA": "patch_pca",
-    "build_shards": "build",
-    "import_vae_sd": "vae_sd",
-    "load_encoder": "encoders",
 }
 
 __all__ = sorted(_HOME)

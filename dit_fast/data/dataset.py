@@ -1,11 +1,9 @@
 """Opening a data set: its description, every shard's index, and the checks made before a run starts."""
 
-import json
 import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,9 +19,6 @@ from dit_fast.data.description import (
 from dit_fast.data.index import ShardIndex, index_bytes, index_from_bytes, index_name
 from dit_fast.data.shards import FIELD_MEMBERS, LABEL_MEMBER, MOMENTS_MEMBER, key_of, parse_npy
 from dit_fast.errors import DataError
-
-if TYPE_CHECKING:
-    from dit_fast.data.autoencoders import Autoencoder
 
 __all__ = [
     "FILE_NAME", "DatasetInfo", "LatentDataset", "ShardInfo", "description_bytes", "make_description", "open_dataset",
@@ -67,32 +62,6 @@ class LatentDataset:
                 option = {"image": "--store-images", "features": "--encoder"}.get(name)
                 fix = f"; rebuild with `dit-fast shards build {option}`" if option else ""
                 raise DataError(f"{self.root}: has no field '{name}' (extra fields here: {known}){fix}")
-
-    def load_autoencoder(self) -> "Autoencoder":
-        """The autoencoder the latents were made with. Raises DataError when it is unknown or another one lies there."""
-        from dit_fast.data.autoencoders import load_autoencoder
-
-        if not self.info.autoencoder:
-            raise DataError(f"{self.root}: does not say where its autoencoder lies; give one, e.g. diffusers:DIR")
-        kind, _, place = self.info.autoencoder.partition(":")
-        if is_remote(place) and kind != "pca":
-            raise DataError(
-                f"{self.root}: its autoencoder {self.info.autoencoder} cannot be read over http; download it and put "
-                "its place into autoencoder.spec of a local copy of dataset.json"
-            )
-        autoencoder = load_autoencoder(self.info.autoencoder)
-        if autoencoder.identity != self.info.autoencoder_identity:
-            raise DataError(
-                f"{self.info.autoencoder}: is {autoencoder.identity}, but the latents of {self.root} were made with "
-                f"{self.info.autoencoder_identity}; restore that one"
-            )
-        for key, value in json.loads(json.dumps(dict(autoencoder.config))).items():
-            if self.info.autoencoder_config.get(key, value) != value:
-                raise DataError(
-                    f"{self.info.autoencoder}: its {key} is {value}, but the latents of {self.root} were made with "
-                    f"{self.info.autoencoder_config[key]}; restore it"
-                )
-        return autoencoder
 
 
 def open_dataset(path_or_url: str | Path) -> LatentDataset:

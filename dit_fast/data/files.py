@@ -108,6 +108,16 @@ def digest_files(root: Path, names: Sequence[str], progress: bool) -> str:
     return total.hexdigest()
 
 
+def weights_identity(kind: str, files: Sequence[Path]) -> str:
+    """`kind:` and 16 hex digits of the sha256 over the files."""
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return f"{kind}:{digest.hexdigest()[:16]}"
+
+
 def _digest_file(path: Path) -> bytes:
     try:
         with open(path, "rb") as file:

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dit_fast import autoencoders
 from dit_fast.analysis.similarity import cka_matrix, effective_rank, token_cosine_matrix
+from dit_fast.autoencoders.pixels import to_uint8
 from dit_fast.checkpoint.run import LoadedRun
 from dit_fast.data import LatentDataset
-from dit_fast.data.pixels import to_uint8
 from dit_fast.data.reader import IndexedReader
 from dit_fast.diffusion import Path as FlowPath
 from dit_fast.diffusion.samplers import LAST_STOCHASTIC_TIME, initial_noise
@@ -69,7 +70,7 @@ def real_images(dataset: LatentDataset, classes: tuple[int, ...], per_class: int
         pictures = _read(dataset, chosen, ("image",))["image"].permute(0, 2, 3, 1).numpy()
     else:
         means = _read(dataset, chosen)["moments"][:, 0]
-        pictures = to_uint8(dataset.load_autoencoder().decode(means).float().numpy(), f"data set {dataset.root}")
+        pictures = to_uint8(autoencoders.of(dataset).decode(means).float().numpy(), f"data set {dataset.root}")
     return pictures, labels[chosen]
 
 

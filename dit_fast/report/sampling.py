@@ -8,9 +8,10 @@ from typing import Literal
 import numpy as np
 import torch
 
+from dit_fast import autoencoders
+from dit_fast.autoencoders.pixels import decode_images
 from dit_fast.checkpoint.run import LoadedRun, load_run
 from dit_fast.data import LatentDataset
-from dit_fast.data.pixels import decode_images
 from dit_fast.diffusion import Guidance, initial_noise, sample
 from dit_fast.diffusion.guidance import Channels
 from dit_fast.diffusion.samplers import MOST_ROWS, check_options, check_whole
@@ -130,7 +131,7 @@ def draw_samples(
     """
     classes = check_classes(options.classes, dataset)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, autoencoder = loaded.model.to(device), dataset.load_autoencoder().to(device)
+    model, autoencoder = loaded.model.to(device), autoencoders.of(dataset).to(device)
     options = options.resolved(model)
     index = torch.arange(options.per_class * len(classes), dtype=torch.int64)
     labels = torch.tensor(classes, dtype=torch.int64).repeat(options.per_class)

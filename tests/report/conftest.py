@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dit_fast.data import build_shards
+from dit_fast.preparation.build import build_shards
 from dit_fast.recipes import load
 from dit_fast.report.sampling import SampleOptions, sample_run
 from dit_fast.train.loop import train

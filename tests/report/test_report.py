@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dit_fast.autoencoders.pixels import unscale
 from dit_fast.checkpoint.run import load_run
 from dit_fast.cli import main
 from dit_fast.data import open_dataset
-from dit_fast.data.pixels import unscale
 from dit_fast.errors import UserError
 from dit_fast.report import story
 from dit_fast.report.blocks import real_images, scaled_means, study_blocks

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from dit_fast.autoencoders.pixels import to_uint8
 from dit_fast.checkpoint.run import load_run, model_from_config
 from dit_fast.cli import main
-from dit_fast.data import build_shards
-from dit_fast.data.pixels import to_uint8
 from dit_fast.errors import UserError
+from dit_fast.preparation.build import build_shards
 from dit_fast.recipes import load
 from dit_fast.report.blocks import study_blocks
 from dit_fast.report.sampling import SampleOptions, draw_samples, sample_run

@@ -15,13 +15,14 @@ from unittest import mock
 
 import numpy as np
 
-from dit_fast import _C
-from dit_fast.data import Plan, open_dataset, verify_dataset
+from dit_fast import _C, autoencoders
+from dit_fast.data import Plan, open_dataset
 from dit_fast.data.dataset import description_bytes
 from dit_fast.data.index import index_from_bytes, index_to_bytes
 from dit_fast.data.reader import IndexedReader
 from dit_fast.data.stream import StreamReader
 from dit_fast.errors import DataError, UserError
+from dit_fast.preparation.verify import verify_dataset
 
 READERS = ("python", "compiled", "stream")
 JUNK = (
@@ -60,7 +61,7 @@ def problems(folder: Path, truth: dict[str, np.ndarray]) -> list[str]:
     for check_crc in (True, False):
         if said.get(("python", check_crc)) != said.get(("compiled", check_crc)):
             found.append(f"Python and compiled code differ: {said}")
-    for call in (verify_dataset, lambda path: open_dataset(path).load_autoencoder()):
+    for call in (verify_dataset, lambda path: autoencoders.of(open_dataset(path))):
         try:
             call(folder)
             if call is verify_dataset and said.keys() & {(reader, True) for reader in READERS}:

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 
-from dit_fast.data.build import build_shards
 from dit_fast.data.dataset import description_bytes, open_dataset
 from dit_fast.data.reader import IndexedReader
+from dit_fast.preparation.build import build_shards
 
 CLASSES = ("ant", "bee", "cat")
 COUNT, SIZE, PER_SHARD = 43, 16, 8

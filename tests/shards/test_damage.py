@@ -15,12 +15,13 @@ from shard_sets import CLASSES, rewrite
 
 from dit_fast import _C
 from dit_fast.cli import main
-from dit_fast.data import open_dataset, rebuild_index, verify_dataset
+from dit_fast.data import open_dataset
 from dit_fast.data.dataset import ShardInfo, description_bytes, make_description
 from dit_fast.data.index import index_from_bytes, index_to_bytes
 from dit_fast.data.reader import IndexedReader
 from dit_fast.data.shards import ShardWriter, npy_bytes, scan_tar
 from dit_fast.errors import DataError
+from dit_fast.preparation.verify import rebuild_index, verify_dataset
 
 SHARD = "shard-000001.tar"
 

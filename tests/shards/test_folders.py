@@ -5,8 +5,8 @@ import os
 import pytest
 from PIL import Image
 
-from dit_fast.data.sources import open_source
 from dit_fast.errors import DataError
+from dit_fast.preparation.sources import open_source
 
 
 def put(path, value=0):

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from shard_sets import COUNT, build, contents, make_images, rewrite
 
-from dit_fast.data import Plan, build_loader, open_dataset, rebuild_index, verify_dataset
+from dit_fast import autoencoders
+from dit_fast.data import Plan, build_loader, open_dataset
 from dit_fast.data.index import index_from_bytes, index_to_bytes
 from dit_fast.data.reader import IndexedReader
 from dit_fast.data.shards import ShardWriter, npy_bytes, parse_npy
 from dit_fast.errors import DataError
+from dit_fast.preparation.verify import rebuild_index, verify_dataset
 
 
 def read_all(folder):
@@ -60,7 +62,7 @@ def test_samples_hold_what_was_encoded(array_file, built):
     assert sorted(order) == list(range(COUNT))
     assert order != sorted(order)  # shuffled when written
     assert batch["label"].tolist() == labels[order].tolist()
-    mean, std = dataset.load_autoencoder().encode(batch["image"].float() / 127.5 - 1)
+    mean, std = autoencoders.of(dataset).encode(batch["image"].float() / 127.5 - 1)
     np.testing.assert_allclose(batch["moments"][:, 0].numpy(), mean.numpy(), rtol=2e-3, atol=2e-3)
     assert not std.any()
     assert not batch["moments"][:, 1].any()
@@ -215,11 +217,11 @@ def test_the_place_of_the_autoencoder_may_be_edited(copied):
 
 
 def test_another_autoencoder_in_its_place_is_refused(copied):
-    from dit_fast.data import PatchPCA
+    from dit_fast.autoencoders.patch_pca import PatchPCA
 
     PatchPCA.fit(make_images(seed=3)[0]).save(copied / "autoencoder.safetensors")
     with pytest.raises(DataError, match="but the latents of"):
-        open_dataset(copied).load_autoencoder()
+        autoencoders.of(open_dataset(copied))
 
 
 @pytest.mark.parametrize("address", ["pipe:cat x", "exec:ls", "s3://bucket/x", "ftp://host/x"])

@@ -11,6 +11,7 @@ import torch
 from damage import read
 from shard_sets import COUNT, rewrite
 
+from dit_fast import autoencoders
 from dit_fast.data import open_dataset, remote
 from dit_fast.data.address import check_address, join
 from dit_fast.data.remote import HttpStream
@@ -173,17 +174,17 @@ def test_the_autoencoder_is_taken_from_beside_the_shards(server, built, copied, 
     monkeypatch.chdir(tmp_path)  # nothing lies here
     server.query = "sig=1"
     server.faults = {"autoencoder.safetensors": [503, "cut"]}
-    theirs = open_dataset(f"{server.address}/?sig=1").load_autoencoder()
+    theirs = autoencoders.of(open_dataset(f"{server.address}/?sig=1"))
     images = torch.rand(2, 3, 16, 16)
-    assert torch.equal(theirs.encode(images)[0], open_dataset(built).load_autoencoder().encode(images)[0])
+    assert torch.equal(theirs.encode(images)[0], autoencoders.of(open_dataset(built)).encode(images)[0])
     server.folder = copied
     for data, words in ((b"", "cannot be read as a patch PCA"), (None, "the server answers 404")):
         (copied / "autoencoder.safetensors").unlink()
         if data is not None:
             (copied / "autoencoder.safetensors").write_bytes(data)
         with pytest.raises(DataError, match=words):
-            open_dataset(f"{server.address}?sig=1").load_autoencoder()
+            autoencoders.of(open_dataset(f"{server.address}?sig=1"))
     rewrite(copied, lambda content: content["autoencoder"].update(spec="diffusers:./vae"))
     with pytest.raises(DataError, match="cannot be read over http; download it"):
-        open_dataset(f"{server.address}?sig=1").load_autoencoder()
+        autoencoders.of(open_dataset(f"{server.address}?sig=1"))
     assert len(open_dataset(built)) == COUNT

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_fast.data.images import read_image
 from dit_fast.errors import DataError
+from dit_fast.preparation.images import read_image
 
 RAMP = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)

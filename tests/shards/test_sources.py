@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 from shard_sets import make_images
 
-from dit_fast.data import PatchPCA, load_autoencoder, load_encoder
-from dit_fast.data.images import center_crop
+from dit_fast.autoencoders import load_autoencoder
+from dit_fast.autoencoders.patch_pca import PatchPCA
+from dit_fast.encoders import load_encoder
 from dit_fast.errors import ConfigError, DataError
+from dit_fast.preparation.images import center_crop
 
 TAEF2 = os.environ.get("DIT_FAST_TAEF2", "")
 

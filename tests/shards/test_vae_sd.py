@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from shard_sets import everything, make_tree
 
-from dit_fast.data import import_vae_sd
+from dit_fast import autoencoders
 from dit_fast.errors import ConfigError, DataError
+from dit_fast.preparation.vae_sd import import_vae_sd
 
 
 def test_importing_the_published_tree(tmp_path):
@@ -20,7 +21,7 @@ def test_importing_the_published_tree(tmp_path):
     assert batch["label"].tolist() == labels
     assert (dataset.info.scale, dataset.info.num_classes, dataset.info.shard_sizes) == (0.18215, 5, (4, 4, 1))
     with pytest.raises(DataError, match="does not say where its autoencoder lies"):
-        dataset.load_autoencoder()
+        autoencoders.of(dataset)
     path = tmp_path / "vae-sd" / "00000" / "img-mean-std-00000000.npy"
     np.save(path, np.load(path) / 2)  # same size
     with pytest.raises(DataError, match=r"begun with other settings \(source: "):

@@ -10,17 +10,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from dit_fast.data.autoencoders import Autoencoder, load_autoencoder
+from dit_fast.autoencoders import Autoencoder, load_autoencoder
+from dit_fast.autoencoders.patch_pca import PatchPCA, to_float
 from dit_fast.data.dataset import LatentDataset
-from dit_fast.data.encoders import FeatureEncoder, load_encoder
 from dit_fast.data.files import check_output
-from dit_fast.data.images import MAX_PIXELS
-from dit_fast.data.patch_pca import PatchPCA, to_float
 from dit_fast.data.shards import FIELD_MEMBERS, npy_bytes
-from dit_fast.data.sources import FolderSource, ImageSource, open_source
 from dit_fast.data.writer import Sample, check_amounts, one_line_errors, one_thread, write_dataset
+from dit_fast.encoders import FeatureEncoder, load_encoder
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.philox import Stream, uint32_numpy
+from dit_fast.preparation.images import MAX_PIXELS
+from dit_fast.preparation.sources import FolderSource, ImageSource, open_source
 
 AUTOENCODER_FILE = "autoencoder.safetensors"
 FIT_IMAGES, FIT_BYTES = 10_000, 1 << 28  # patch PCA is fitted on as many images as both allow

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from dit_fast.data.autoencoders import weights_identity
+from dit_fast.data.files import weights_identity
 from dit_fast.errors import ConfigError, DataError
 
 FORMS = "efficientnet-lite0 (stride 16, width 112), efficientnet-lite0:32 (stride 32, width 320)"

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dit_fast.data.autoencoders import weights_identity
-from dit_fast.data.files import reason
+from dit_fast.data.files import reason, weights_identity
 from dit_fast.errors import DataError
 
 WIDTH, CHANNELS, FACTOR, NORM_GROUPS = 64, 32, 8, 4

@@ -1,73 +1,13 @@
-"""Autoencoders behind one interface, chosen by a spec: `pca:FILE`, `diffusers:DIR`, `taef2:DIR`."""
+"""The autoencoders of diffusers, from a local folder."""
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 
-from dit_fast.data.files import reason
-from dit_fast.errors import ConfigError, DataError
-
-FORMS = "pca:FILE (patch PCA), diffusers:DIR (AutoencoderKL or AutoencoderTiny), taef2:DIR (FLUX.2's tiny autoencoder)"
-
-
-class Autoencoder(Protocol):
-    """Images to latents and back. Model-space latents are (mean + std * noise) * scale + shift.
-
-    factor: pixels per latent along a side. scale, shift: one number or one per channel. identity: kind and hash of the
-    weights. config: what else decides the latents, as JSON; equal identities and configs give equal latents.
-    """
-
-    identity: str
-    factor: int
-    channels: int
-    config: Mapping[str, Any]
-
-    @property
-    def scale(self) -> float | Sequence[float]: ...
-
-    @property
-    def shift(self) -> float | Sequence[float]: ...
-
-    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """images float [N, 3, S, S] in [-1, 1] -> mean, std [N, channels, S/factor, S/factor], unscaled."""
-        ...
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Unscaled latents [N, channels, h, w] -> images [N, 3, h * factor, w * factor] in [-1, 1]."""
-        ...
-
-    def to(self, device: torch.device | str) -> Self:
-        """Moves the weights; returns itself."""
-        ...
-
-
-def load_autoencoder(spec: str) -> Autoencoder:
-    """The autoencoder a spec names. Raises ConfigError for an unknown form, DataError for missing or damaged files."""
-    kind, separator, path = spec.partition(":")
-    if not separator or kind not in ("pca", "diffusers", "taef2") or not path:
-        raise ConfigError(f"unknown autoencoder '{spec}'; valid forms: {FORMS}")
-    if kind == "pca":
-        from dit_fast.data.patch_pca import PatchPCA
-
-        return PatchPCA.load(path)
-    if kind == "taef2":
-        from dit_fast.data.taef2 import TinyFlux2
-
-        return TinyFlux2.load(path)
-    return DiffusersAutoencoder(path)
-
-
-def weights_identity(kind: str, files: Sequence[Path]) -> str:
-    """`kind:` and 16 hex digits of the sha256 over the files."""
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-    return f"{kind}:{digest.hexdigest()[:16]}"
+from dit_fast.data.files import reason, weights_identity
+from dit_fast.errors import DataError
 
 
 class DiffusersAutoencoder:

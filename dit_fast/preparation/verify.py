@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dit_fast import autoencoders
 from dit_fast.data.address import is_remote, one_line
 from dit_fast.data.dataset import DatasetInfo, LatentDataset, ShardInfo, open_dataset, open_index, read_description
 from dit_fast.data.files import reason
@@ -57,7 +58,7 @@ def verify_dataset(
         first_key += shard.samples
     if Path(info.autoencoder.partition(":")[2]).parent == Path(root).resolve():  # part of the data set
         try:
-            LatentDataset(root, info, ()).load_autoencoder()
+            autoencoders.of(LatentDataset(root, info, ()))
         except UserError as error:
             note(str(error))
     if problems:

@@ -9,7 +9,7 @@ from torch import Tensor
 from dit_fast.errors import DataError
 
 if TYPE_CHECKING:
-    from dit_fast.data.autoencoders import Autoencoder
+    from dit_fast.autoencoders import Autoencoder
     from dit_fast.data.dataset import DatasetInfo
 
 

@@ -105,7 +105,7 @@ def import_vae_sd(
     _, channels, height, width = producer.shape
     identity = "sd-vae (imported tree)"
     if autoencoder:
-        from dit_fast.data.autoencoders import load_autoencoder
+        from dit_fast.autoencoders import load_autoencoder
 
         identity = load_autoencoder(autoencoder).identity
     settings = {

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from dit_fast.data.address import read_bytes
-from dit_fast.data.autoencoders import weights_identity
-from dit_fast.data.files import reason
+from dit_fast.data.files import reason, weights_identity
 from dit_fast.data.shards import write_atomic
 from dit_fast.errors import DataError
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from dit_fast.data.address import one_line
 from dit_fast.data.files import check_utf8, digest_files, is_ignored, read_npy, reason, shown
-from dit_fast.data.images import SUFFIXES, center_crop, read_image
 from dit_fast.errors import DataError
+from dit_fast.preparation.images import SUFFIXES, center_crop, read_image
 
 MAX_DEFLATE = 1032  # deflate cannot pack more bytes than this into one
 

@@ -93,14 +93,14 @@ def _arguments(options: argparse.Namespace, function: Callable[..., Any]) -> dic
 
 
 def _build(options: argparse.Namespace) -> int:
-    from dit_fast.data.build import build_shards
+    from dit_fast.preparation.build import build_shards
 
     print(describe(build_shards(options.source, options.out, **_arguments(options, build_shards))))
     return 0
 
 
 def _import(options: argparse.Namespace) -> int:
-    from dit_fast.data.vae_sd import import_vae_sd
+    from dit_fast.preparation.vae_sd import import_vae_sd
 
     print(describe(import_vae_sd(options.source, options.out, **_arguments(options, import_vae_sd))))
     return 0
@@ -108,7 +108,7 @@ def _import(options: argparse.Namespace) -> int:
 
 def _index(options: argparse.Namespace) -> int:
     from dit_fast.data.dataset import read_description
-    from dit_fast.data.verify import rebuild_index
+    from dit_fast.preparation.verify import rebuild_index
 
     root, info = read_description(options.path)
     if is_remote(root):
@@ -127,7 +127,7 @@ def _index(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from dit_fast.data.verify import verify_dataset
+    from dit_fast.preparation.verify import verify_dataset
 
     dataset = verify_dataset(
         options.path, lambda name: print(f"{name}: ok", flush=True), lambda line: print(line, flush=True)

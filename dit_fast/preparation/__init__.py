@@ -1,0 +1,1 @@
+"""Making and checking data sets: image folders and published trees to latent shards; `dit-fast shards`."""
