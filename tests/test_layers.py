@@ -20,7 +20,7 @@ FLOORS = [
     {"ops"},
     {"nn"},
     {"models"},
-    {"methods", "diffusion", "autoencoders", "encoders", "evaluation", "analysis", "checkpoint", "patch"},
+    {"objectives", "methods", "diffusion", "autoencoders", "encoders", "evaluation", "analysis", "checkpoint", "patch"},
     {"train", "benchmarks", "report", "recipes", "preparation"},
     {"cli", "info"},
 ]

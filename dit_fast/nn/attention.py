@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from dit_fast.errors import ConfigError
 from dit_fast.nn.lending import LendingNorm
@@ -38,8 +39,8 @@ class Attention(nn.Module):
     """Self-attention over tokens [N, T, D] with fused query-key-value projection.
 
     kind: "auto" (flash-attn where it is installed and the tensors allow it, else "sdpa"), "sdpa" (torch's
-    `scaled_dot_product_attention`), "flash" (flash-attn or an error), "math" (plain matrix products and softmax: the
-    one that supports forward-mode differentiation).
+    `scaled_dot_product_attention`), "flash" (flash-attn or an error), "math" (plain matrix products and softmax). In
+    forward-mode differentiation, for which the others have no rule, every kind is "math".
     qk_norm: affine LayerNorm (eps 1e-5) on queries and keys, per head.
     Raises ConfigError for an unknown kind, a width that the heads do not divide, or flash-attn asked for but absent.
     """
@@ -68,11 +69,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
         query, key, value = self._heads(self.qkv(x))
-        if self._use_flash(value):
+        if self.kind == "math" or _has_tangent(value):
+            mixed = _plain_attention(query, key, value).transpose(1, 2)
+        elif self._use_flash(value):
             mixed = self._flash(*(part.transpose(1, 2) for part in (query, key, value)))  # type: ignore[misc]
         else:
-            attend = _plain_attention if self.kind == "math" else F.scaled_dot_product_attention
-            mixed = attend(query, key, value).transpose(1, 2)
+            mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
         return self.proj(mixed.reshape(batch, tokens, width))
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
@@ -103,6 +105,10 @@ class Attention(nn.Module):
         """Forward FLOPs of one sample, multiply-add = 2."""
         products = 4 * num_tokens**2 * self.proj.in_features
         return linear_flops(self.qkv, num_tokens) + linear_flops(self.proj, num_tokens) + products
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and unpack_dual(x).tangent is not None
 
 
 def _plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

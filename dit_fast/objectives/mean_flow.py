@@ -1,4 +1,4 @@
-"""Mean flow (arXiv 2505.13447): the network learns the mean velocity u(z, t, r) between two times, and one step samples.
+"""Mean flow (arXiv 2505.13447): the network learns the mean velocity u(z, t, r) between two times.
 
 Along the path dz/dt = v, so (t - r) u = integral of v from r to t, and by differentiation in t
 
@@ -94,7 +94,7 @@ def guided_velocity(
     interval: tuple[float, float] = (0.0, 1.0),
     dropped: Tensor | None = None,
 ) -> Tree:
-    """omega v + (1 - omega - kappa) u(z, t, t, null) + kappa u(z, t, t, y) inside the interval, v outside or dropped."""
+    """omega v + (1 - omega - kappa) u(z, t, t, null) + kappa u(z, t, t, y); v outside the interval or dropped."""
     if omega == 1 and kappa == 0:
         return velocity
     times = torch.stack((t, t), 1)
@@ -132,7 +132,7 @@ def squared_error(u: Tree, dudt: Tree, velocity: Tree, t: Tensor, r: Tensor) -> 
 
 
 def normalised(error: Tensor, norm_p: float, norm_eps: float) -> Tensor:
-    """error / stop(error + norm_eps)^norm_p, [N]: with norm_p 1 near 1 whatever the error, with its relative gradient."""
+    """error / stop(error + norm_eps)^norm_p, [N]; with norm_p 1 it is near 1, only its gradient tells."""
     return error / (error.detach() + norm_eps) ** norm_p
 
 

@@ -1,0 +1,56 @@
+"""Losses and gradients of mean flow from published code (diffusion-bench) and from the published equations."""
+
+import torch
+from cases import loop_over
+from golden import assert_close, golden, golden_names
+
+from dit_fast.objectives.mean_flow import mean_flow_losses
+
+CASES = [
+    (name, prediction, kind)
+    for name in golden_names("benchmeanflow_")
+    for prediction in ("velocity", "x")
+    for kind in ("fm", "mf")
+]
+
+
+def small_network(weights, skip):
+    """The network N3 of the golden numbers: a function of x, (t, r) and labels, in float64."""
+
+    def network(x, times, y):
+        span = (times[:, 0] - times[:, 1])[:, None] * weights["uh"]
+        shift = times[:, :1] * weights["ut"] + span + weights["E"][y]
+        inner = torch.einsum("hc,ncij->nhij", weights["W0"], x) + shift[:, :, None, None]
+        return skip * x + torch.einsum("ch,nhij->ncij", weights["W1"], inner.tanh())
+
+    return network
+
+
+@loop_over(("name", "prediction", "kind"), CASES)
+def test_guided_losses_of_a_small_network(name, prediction, kind):
+    reference = golden(name)
+    meta = reference.meta
+    weights = {key: value.double().requires_grad_() for key, value in reference.group("state/").items()}
+    given = {key: value.double() for key, value in reference.group("in/").items()}
+    first, second = (torch.sigmoid(given[key] + meta["mu"]) for key in ("time_normals", "time_normals_2"))
+    t, r = (first, first) if kind == "fm" else (torch.maximum(first, second), torch.minimum(first, second))
+    dropped, null = given["dropped"].bool(), meta["num_classes"]
+    losses = mean_flow_losses(
+        small_network(weights, meta["skip"][prediction]),
+        given["x"],
+        torch.where(dropped, null, reference.tensor("in/y")),
+        t,
+        r,
+        given["noise"],
+        dropped=dropped,
+        null_label=null,
+        prediction=prediction,
+        **{key: meta[key] for key in ("omega", "kappa", "interval", "t_eps", "norm_p", "norm_eps")},
+    )
+    assert_close(losses.squared_error, reference.tensor(f"out/sq_error_{prediction}_{kind}"), 1e-6)
+    assert_close(losses.loss, reference.tensor(f"out/loss_{prediction}_{kind}").mean(), 1e-6)
+    if kind == "mf":
+        assert_close(losses.dudt.flatten(1).norm(dim=1), reference.tensor(f"out/dudt_norm_{prediction}_mf"), 1e-5)
+    losses.loss.backward()
+    for key, gradient in reference.group(f"grad_{prediction}_{kind}/").items():
+        assert_close(weights[key].grad, gradient, 1e-6)
