@@ -45,6 +45,7 @@ class Stream(IntEnum):
     SECOND_TIME = 9
     SAMPLER = 1024  # + sampling step
     METHOD = 65536  # first one free for methods
+    SAMPLED_CLASS_TOKEN = 1 << 24  # + the image's stream, for a class token sampled with it
 
 
 def philox4x32(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -12,7 +12,8 @@ from dit_fast.checkpoint.run import LoadedRun
 from dit_fast.data import LatentDataset
 from dit_fast.data.reader import IndexedReader
 from dit_fast.diffusion import Path as FlowPath
-from dit_fast.diffusion.samplers import LAST_STOCHASTIC_TIME, initial_noise
+from dit_fast.diffusion import initial_noise
+from dit_fast.diffusion.solvers import LAST_STOCHASTIC_TIME
 from dit_fast.errors import UserError
 
 

@@ -6,7 +6,7 @@ from cases import loop_over
 from golden import assert_close
 from torch import nn
 
-from dit_fast.diffusion import SAMPLERS, initial_noise, sample
+from dit_fast.diffusion import SOLVERS, initial_noise, sample
 from dit_fast.diffusion.guidance import Guidance, Velocity
 from dit_fast.diffusion.paths import Path
 from dit_fast.errors import UserError
@@ -40,6 +40,10 @@ class Small(nn.Module):
         return (torch.tanh(self.mix(x.flatten(1))) * (1 + t[:, None]) + self.table(y)).view_as(x)
 
 
+class SingleTime(Small):
+    times = 1
+
+
 def labels(count):
     return torch.arange(count) % 3
 
@@ -64,11 +68,9 @@ def test_ode_on_gaussian_data(sampler, num_steps, slope):
 def test_sde_on_gaussian_data(num_steps, std):
     """The exact velocity is affine, so one unit impulse per source of noise gives the exact standard deviation."""
     impulses = torch.eye(num_steps + 1, dtype=torch.float64)[:, :num_steps]  # the last row: no noise at all
+    sde, velocity = SOLVERS["sde"], Velocity(Exact(), labels(num_steps + 1), Guidance())
     draw = lambda step: impulses[:, step + 1 : step + 2]  # noqa: E731
-    velocity = Velocity(Exact(), Guidance())
-    rows = SAMPLERS["sde"](
-        velocity, impulses[:, :1], labels(num_steps + 1), num_steps, Path("linear"), draw, lambda: None
-    )
+    *_, rows = sde(velocity, impulses[:, :1], sde.grid(num_steps), Path("linear"), draw)
     mean, responses = rows[-1], rows[:-1] - rows[-1]
     assert mean.item() == pytest.approx(0.5, abs=1e-12)
     assert responses.norm().item() == pytest.approx(std, abs=1e-10)
@@ -164,7 +166,7 @@ def test_generator_gives_one_normal_of_the_state_per_noisy_step():
     assert torch.equal(ours, theirs)
 
 
-@loop_over("sampler", list(SAMPLERS))
+@loop_over("sampler", ["euler", "heun", "sde"])
 @loop_over("chunk", [4, 7])
 def test_image_k_does_not_depend_on_the_split(sampler, chunk):
     """methods.md §7.5, item 22: the same bytes for any order and any share of the indices, at equal chunk size."""
@@ -194,19 +196,59 @@ def test_seed_and_index_decide_the_noise():
     assert not torch.equal(drawn[0][0], drawn[0][1])
 
 
-def test_progress_counts_every_step_of_every_chunk():
+def test_solvers_yield_the_state_after_each_step():
+    times = [1.0, 0.7, 0.0]
+    states = list(SOLVERS["euler"](lambda x, t, s: x / t, torch.ones(1, 2), times))
+    assert_close(torch.stack(states), torch.tensor(times[1:])[:, None, None].expand(2, 1, 2), 1e-6)
+
+
+class Joint(nn.Module):
+    """Denoises an image and a class token, each alone, so that a tree must give what two tensors give."""
+
+    null_label = 3
+
+    def forward(self, x, t, y):
+        label = (1.0 + y).double()
+        rates = {"image": label[:, None, None, None], "class_token": -2 * label[:, None]}
+        if isinstance(x, torch.Tensor):
+            x = {"image" if x.dim() == 4 else "class_token": x}
+            return next(iter({name: leaf * rates[name] for name, leaf in x.items()}.values()))
+        return {name: leaf * rates[name] for name, leaf in x.items()}
+
+
+@loop_over("sampler", ["euler", "heun", "sde"])
+def test_trees_are_sampled_leaf_by_leaf_with_scales_and_streams_of_their_own(sampler):
+    index, shapes = torch.arange(5), {"image": (2, 3, 3), "class_token": (7,)}
+    noise = initial_noise(1, index, shapes)
+    assert torch.equal(noise["image"], initial_noise(1, index, (2, 3, 3)))
+    keyed = {"seed": 1, "index": index, "chunk": 4, "guidance_high": 0.8}
+    both = sample(Joint(), noise, labels(5), sampler, 4, 2.0, class_token_cfg_scale=0.5, **keyed)
+    assert torch.equal(both["image"], sample(Joint(), noise["image"], labels(5), sampler, 4, 2.0, **keyed))
+    token = {"class_token": noise["class_token"]}
+    assert torch.equal(both["class_token"], sample(Joint(), token, labels(5), sampler, 4, 0.5, **keyed)["class_token"])
+    assert not torch.equal(both["class_token"].flatten(), both["image"].flatten()[:35])
+
+
+def test_mean_flow_gives_the_model_both_times():
     seen = []
-    noise, index = torch.zeros(6, 2, 3, 3), torch.arange(6)
-    sample(
-        Small(), noise, labels(6), num_steps=3, seed=0, index=index, chunk=4, callback=lambda *step: seen.append(step)
-    )
-    assert seen == [(i, 6) for i in range(1, 7)]
+
+    def model(x, t, y):  # the mean of v = 2 t between t and r
+        seen.append(t.tolist())
+        return (t[:, 0] + t[:, 1])[:, None].expand_as(x)
+
+    done = sample(model, torch.zeros(1, 2), labels(1), "mean_flow", 2)
+    assert seen == [[[1.0, 0.5]], [[0.5, 0.0]]]
+    assert_close(done, torch.full((1, 2), -1.0), 1e-12)
 
 
 @loop_over(
     ("change", "message"),
     [
         ({"sampler": "dopri5"}, "'dopri5'.*euler, heun, sde"),
+        ({"sampler": "mean_flow", "model": SingleTime()}, "'mean_flow' does not fit .*fitting: euler, heun, sde"),
+        ({"noise": {"image": torch.zeros(2, 2, 3, 3), "text": torch.zeros(2, 5)}}, "unknown leaf 'text'"),
+        ({"noise": {"image": torch.zeros(2, 2, 3, 3), "class_token": torch.zeros(3, 5)}}, "equally many rows"),
+        ({"class_token_cfg_scale": float("inf")}, "class_token_cfg_scale=inf"),
         ({"sampler": "sde"}, "generator="),
         ({"seed": 1, "index": torch.arange(2), "generator": torch.Generator()}, "not both"),
         ({"seed": 1}, "belong together"),
