@@ -20,6 +20,7 @@ from dit_fast.errors import ConfigError, DataError
 from dit_fast.train.engine import Engine
 from dit_fast.train.guard import Diverged, Finiteness
 from dit_fast.train.world import World
+from dit_fast.tree import image
 
 logger = logging.getLogger("dit_fast")
 
@@ -95,7 +96,7 @@ class Preview:
             )
         assert self._autoencoder is not None
         autoencoder, origin = self._autoencoder.to(device), f"averaged weights of step {step}"
-        return decode_images(latents, self.info, autoencoder, config.preview.count, origin)
+        return decode_images(image(latents), self.info, autoencoder, config.preview.count, origin)
 
 
 def write_grid(images: np.ndarray, path: Path) -> None:

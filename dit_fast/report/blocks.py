@@ -15,6 +15,7 @@ from dit_fast.diffusion import Path as FlowPath
 from dit_fast.diffusion import initial_noise
 from dit_fast.diffusion.solvers import LAST_STOCHASTIC_TIME
 from dit_fast.errors import UserError
+from dit_fast.tree import image
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def study_blocks(
     chosen = np.arange(min(count, len(dataset)), dtype=np.int64)
     batch = _read(dataset, chosen)
     latents = scaled_means(batch["moments"], dataset)
-    noise = initial_noise(seed, torch.from_numpy(chosen), tuple(latents.shape[1:])).float()
+    noise = image(initial_noise(seed, torch.from_numpy(chosen), tuple(latents.shape[1:]))).float()
     times = torch.full((len(chosen),), t, dtype=torch.float32)
     noised, _ = FlowPath(loaded.config.flow.path).interpolate(latents, noise, times)
     with torch.no_grad():

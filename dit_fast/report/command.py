@@ -109,7 +109,7 @@ class _Bar:
         from tqdm import tqdm
 
         if self._bar is None:
-            self._bar = tqdm(total=total, desc=self._title, unit="step", disable=None)
+            self._bar = tqdm(total=total, desc=self._title, unit="image", disable=None)
         self._bar.update(done - self._bar.n)
 
     def __exit__(self, *details: object) -> None:

@@ -17,6 +17,7 @@ from dit_fast.diffusion.guidance import Channels
 from dit_fast.diffusion.samplers import MOST_ROWS, check_options, check_whole
 from dit_fast.errors import DataError, UserError
 from dit_fast.models import SiT
+from dit_fast.tree import each, image
 
 FILE_NAME = "samples.npz"
 SHOWN_CLASSES = 10
@@ -127,7 +128,7 @@ def draw_samples(
     """As `sample_run`, of a run (read with options.weights) and its data set that are open already.
 
     Image k has class classes[k % len(classes)] and depends on the seed, on k and on that class, not on how many are
-    drawn or on the device's batch; equal `chunk` gives equal bytes. progress(done, total) counts sampler steps.
+    drawn or on the device's batch; equal `chunk` gives equal bytes. progress(done, total) counts images.
     """
     classes = check_classes(options.classes, dataset)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -135,24 +136,29 @@ def draw_samples(
     options = options.resolved(model)
     index = torch.arange(options.per_class * len(classes), dtype=torch.int64)
     labels = torch.tensor(classes, dtype=torch.int64).repeat(options.per_class)
-    noise = initial_noise(options.seed, index, (model.in_channels, model.input_size, model.input_size))
     assert options.cfg_scale is not None
-    latents = sample(
-        model,
-        noise.to(device),
-        labels.to(device),
-        sampler=options.sampler,
-        num_steps=options.num_steps,
-        cfg_scale=options.cfg_scale,
-        guidance_low=options.guidance_low,
-        guidance_high=options.guidance_high,
-        cfg_channels=options.cfg_channels,
-        seed=options.seed,
-        index=index.to(device),
-        path=loaded.config.flow.path,
-        chunk=options.chunk,
-        callback=progress,
-    )
+    done = []
+    for rows in index.split(options.chunk):
+        noise = initial_noise(options.seed, rows, (model.in_channels, model.input_size, model.input_size))
+        latents = sample(
+            model,
+            each(lambda leaf: leaf.to(device), noise),
+            labels[rows].to(device),
+            sampler=options.sampler,
+            num_steps=options.num_steps,
+            cfg_scale=options.cfg_scale,
+            guidance_low=options.guidance_low,
+            guidance_high=options.guidance_high,
+            cfg_channels=options.cfg_channels,
+            seed=options.seed,
+            index=rows.to(device),
+            path=loaded.config.flow.path,
+            chunk=options.chunk,
+        )
+        done.append(image(latents))
+        if progress is not None:
+            progress(sum(map(len, done)), len(index))
+    latents = torch.cat(done)
     origin = f"weights of step {loaded.step}"
     images = decode_images(latents, dataset.info, autoencoder, options.chunk, origin)
     return Samples(images, labels.numpy(), loaded.step, options.text())
