@@ -1,13 +1,21 @@
-"""Engines run a step: `SingleEngine` in one process, `zero.ZeroEngine` in DeepSpeed's ranks, behind one protocol."""
+"""Engines run a step: `SingleEngine` in one process, `zero.ZeroEngine` in DeepSpeed's ranks; `Engine` is both.
 
+What an objective must keep to, the same for both: all trained parameters lie in its model before the engine is made,
+none is 0-dim, and nothing but the engine runs a backward that reaches them (DeepSpeed's stages 1 to 3 would lose a part
+of the gradient in silence). A parameter without a gradient has the gradient zero.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dit_fast.config import TrainConfig
+from dit_fast.errors import ConfigError
 from dit_fast.train.optim import STATES, applied_steps, build_optimizer, set_applied_steps
 from dit_fast.train.world import World
 
@@ -27,105 +35,98 @@ class StepResult:
     applied: bool
 
 
-class Engine(Protocol):
-    """One training step and access to the whole state, whatever the sharding."""
+class Engine(ABC):
+    """One training step and access to the whole state, whatever the sharding. Here: parameters that lie whole.
 
-    world: World
-    objective: nn.Module
+    Raises ConfigError for an objective that breaks the rules above, at the latest in the first step.
+    """
+
+    def __init__(self, objective: nn.Module, config: TrainConfig, world: World):
+        self.objective, self.config, self.world = objective, config, world
+        self._named = own_parameters(objective)
+        self._shapes = {name: parameter.shape for name, parameter in self._named}
+        self._optimizer = build_optimizer(config.optimizer, (p for _, p in self._named), world.device.type)
+        self._checked = self._in_backward = False
+        for _, parameter in self._named:
+            parameter.register_post_accumulate_grad_hook(self._accumulated)
 
     def train_step(self, micro_batches: Sequence[Batch], step: int, lr: float) -> StepResult:
         """Forward and backward over the micro-batches of this rank, then one clipped update."""
+        if not self._checked:
+            self._refuse_unknown(parameter for _, parameter in own_parameters(self.objective))
+        sums: dict[str, Tensor] = {}
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        for batch in micro_batches:
+            loss, logs = self._forward(batch, step)
+            if not self._checked:
+                self._refuse_unknown(leaves_of_graph(loss))
+                self._checked = True
+            self._in_backward = True
+            self._backward(loss, len(micro_batches))
+            self._in_backward = False
+            for name, value in logs.items():
+                value = value.float() / len(micro_batches)
+                sums[name] = sums[name] + value if name in sums else value
+        return StepResult(sums, *self._update())
+
+    @abstractmethod
+    def _forward(self, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]: ...
+
+    @abstractmethod
+    def _backward(self, loss: Tensor, count: int) -> None:
+        """Adds the gradient of loss / count."""
+
+    @abstractmethod
+    def _update(self) -> tuple[Tensor | float, bool]:
+        """Norm of the gradient, and whether it was applied."""
+
+    def _accumulated(self, parameter: Tensor) -> None:
+        if not self._in_backward:
+            raise ConfigError(
+                f"a forward ran a backward of its own, to {self._label(parameter)}: it would be lost in ZeRO stages 1 "
+                "to 3; return the sum of all losses, the engine runs the one backward of each micro-batch"
+            )
+
+    def _refuse_unknown(self, parameters: Iterator[nn.Parameter]) -> None:
+        known = {id(parameter) for _, parameter in self._named}
+        for parameter in parameters:
+            if id(parameter) not in known:
+                raise ConfigError(
+                    f"the loss depends on {self._label(parameter)}, which is not in the optimizer and would never be "
+                    "trained; a method's constructor must register its modules on the model"
+                )
+
+    def _label(self, parameter: Tensor) -> str:
+        named = (name for name, each in self.objective.named_parameters() if each is parameter)
+        return f"the parameter '{next(named, 'outside of the model')}' {list(parameter.shape)}"
 
     def trainable(self) -> list[tuple[str, torch.Size]]:
         """Names (of the model) and shapes of the trained parameters, in the model's order; the same on every rank."""
+        return list(self._shapes.items())
+
+    def untrained(self) -> dict[str, Tensor]:
+        """The other entries of the model's state dict (buffers, frozen parameters), whole and as they are now.
+
+        Collective. They are the live tensors, but in ZeRO stage 3, where they are copies.
+        """
+        state: dict[str, Tensor] = self.objective.model.state_dict()  # type: ignore[union-attr, operator]
+        return {name: tensor for name, tensor in state.items() if name not in self._shapes}
+
+    def whole(self) -> AbstractContextManager[Any]:
+        """Within, every parameter of the objective can be read whole on every rank; collective."""
+        return nullcontext()
 
     def full_state(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """(name, float32 tensor) of "model", "ema", "exp_avg" or "exp_avg_sq" for every trained parameter.
 
         Collective: all ranks iterate to the end, and all get every tensor whole. Not for use after it is advanced.
         """
-
-    def load_full_state(self, kind: str, source: Source) -> None:
-        """Puts `source(name)` into the moments or EMA of every trained parameter; weights are loaded earlier."""
-
-    def applied_steps(self) -> int: ...
-
-    def set_applied_steps(self, count: int) -> None: ...
-
-
-class Accumulator:
-    """Mean of the logs of the micro-batches of a step."""
-
-    def __init__(self, count: int):
-        self.count, self.sums = count, {}  # type: ignore[var-annotated]
-
-    def add(self, logs: Mapping[str, Tensor]) -> None:
-        for name, value in logs.items():
-            value = value.float() / self.count
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-
-def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Global L2 norm of the gradients, 0-d float32 on their device."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-
-
-def clip_or_drop(parameters: Sequence[nn.Parameter], limit: float) -> tuple[Tensor, bool]:
-    """Scales gradients to a global norm of at most `limit` (0: as they are); drops all where the norm is not finite.
-
-    An optimizer leaves parameters without a gradient alone, so a dropped step changes nothing. The test waits for the
-    device once a step, as DeepSpeed's own does in stages 1 to 3.
-    """
-    norm = gradient_norm(parameters)
-    if not torch.isfinite(norm):
-        for parameter in parameters:
-            parameter.grad = None
-        return norm, False
-    if limit > 0:
-        scale = torch.clamp(limit / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_([parameter.grad for parameter in parameters if parameter.grad is not None], scale)
-    return norm, True
-
-
-def own_parameters(objective: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Trained parameters of the objective's model, by the model's names."""
-    model: Any = objective.model
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-class SingleEngine:
-    """One process, no DeepSpeed. The objective is moved to the world's device."""
-
-    def __init__(self, objective: nn.Module, config: TrainConfig, world: World):
-        self.world, self.config = world, config
-        self.objective = objective.to(world.device)
-        self._named = own_parameters(objective)
-        self._parameters = [parameter for _, parameter in self._named]
-        self._optimizer = build_optimizer(config.optimizer, self._parameters, world.device.type)
-        self._optimizer.init_states()
-
-    def train_step(self, micro_batches: Sequence[Batch], step: int, lr: float) -> StepResult:
-        logs = Accumulator(len(micro_batches))
-        for batch in micro_batches:
-            loss, values = self.objective(batch, step)
-            (loss / len(micro_batches)).backward()
-            logs.add(values)
-        norm, applied = clip_or_drop(self._parameters, self.config.optimizer.grad_clip)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(logs.sums, norm, applied)
-
-    def trainable(self) -> list[tuple[str, torch.Size]]:
-        return [(name, parameter.shape) for name, parameter in self._named]
-
-    def full_state(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._named:
             yield name, parameter.detach() if kind == "model" else self._optimizer.state[parameter][kind]
 
     def load_full_state(self, kind: str, source: Source) -> None:
+        """Puts `source(name)` into the moments or EMA of every trained parameter; weights are loaded earlier."""
         for name, parameter in self._named:
             self._optimizer.state[parameter][kind].copy_(source(name))
 
@@ -134,3 +135,66 @@ class SingleEngine:
 
     def set_applied_steps(self, count: int) -> None:
         set_applied_steps(self._optimizer, count)
+
+
+class SingleEngine(Engine):
+    """One process, no DeepSpeed. The objective is moved to the world's device."""
+
+    def __init__(self, objective: nn.Module, config: TrainConfig, world: World):
+        super().__init__(objective.to(world.device), config, world)
+        self._optimizer.init_states()
+
+    def _forward(self, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return self.objective(batch, step)
+
+    def _backward(self, loss: Tensor, count: int) -> None:
+        (loss / count).backward()
+
+    def _update(self) -> tuple[Tensor, bool]:
+        norm, applied = clip_or_drop([p for _, p in self._named], self.config.optimizer.grad_clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm, applied
+
+
+def clip_or_drop(parameters: Sequence[nn.Parameter], limit: float) -> tuple[Tensor, bool]:
+    """Scales gradients to a global norm of at most `limit` (0: as they are); drops all where the norm is not finite.
+
+    Missing gradients become zeros. An optimizer leaves parameters without a gradient alone, so a dropped step changes
+    nothing. The test waits for the device once a step, as DeepSpeed's own does in stages 1 to 3.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients: list[Tensor] = [parameter.grad for parameter in parameters]  # type: ignore[misc]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    if not torch.isfinite(norm):
+        for parameter in parameters:
+            parameter.grad = None
+        return norm, False
+    if limit > 0:
+        torch._foreach_mul_(gradients, torch.clamp(limit / (norm + 1e-6), max=1.0))
+    return norm, True
+
+
+def own_parameters(objective: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Trained parameters of the objective's model, by the model's names. Raises ConfigError for a 0-dim one."""
+    model: Any = objective.model
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for name, parameter in named:
+        if not getattr(parameter, "ds_shape", parameter.shape):
+            raise ConfigError(f"the parameter '{name}' is 0-dim, which ZeRO cannot share out; give it the shape [1]")
+    return named
+
+
+def leaves_of_graph(loss: Tensor) -> Iterator[nn.Parameter]:
+    """The parameters to which a backward from `loss` would carry a gradient."""
+    stack, seen = [loss.grad_fn], set[Any]([None])
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(after for after, _ in node.next_functions)  # type: ignore[union-attr]
+            variable = getattr(node, "variable", None)
+            if isinstance(variable, nn.Parameter):
+                yield variable

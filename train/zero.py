@@ -9,7 +9,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -18,8 +19,7 @@ from torch import Tensor, nn
 
 from dit_fast.config import TrainConfig
 from dit_fast.errors import ConfigError
-from dit_fast.train.engine import Accumulator, Batch, Source, StepResult, clip_or_drop, own_parameters
-from dit_fast.train.optim import applied_steps, build_optimizer, set_applied_steps
+from dit_fast.train.engine import Batch, Engine, Source, clip_or_drop
 from dit_fast.train.peers import announce
 from dit_fast.train.world import World, launch_place
 
@@ -100,60 +100,68 @@ def deepspeed_config(config: TrainConfig, world_size: int, micro_batch: int, num
     }
 
 
-class ZeroEngine:
+class ZeroEngine(Engine):
     """DeepSpeed ranks. The objective's weights must be in place before; optimizer states are restored after."""
 
     def __init__(self, objective: nn.Module, config: TrainConfig, world: World, micro_batch: int):
-        self.world, self.config, self.stage = world, config, config.engine.zero_stage
-        self._named = own_parameters(objective)
-        self._shapes = {name: parameter.shape for name, parameter in self._named}
-        size = sum(parameter.numel() for _, parameter in self._named)
-        optimizer = build_optimizer(config.optimizer, (p for _, p in self._named), world.device.type)
+        super().__init__(objective, config, world)
+        self.stage = config.engine.zero_stage
+        size = sum(shape.numel() for shape in self._shapes.values())
         if config.engine.overlap_comm and self.stage < 2 and world.rank == 0:
             ours.warning(
                 "engine.overlap_comm=true is not used in ZeRO stage %d: DeepSpeed's stage 1 then applies gradients "
                 "that were not reduced; set engine.overlap_comm=false, or engine.zero_stage=2",
                 self.stage,
             )
+        if self.stage == 3:
+            register_reads(objective)
         logger = logging.getLogger("DeepSpeed")
         logger.setLevel(logging.ERROR)  # "untested optimizer" and the like; ours is tested
         self._engine, *_ = deepspeed.initialize(
             model=objective,
-            optimizer=optimizer,
+            optimizer=self._optimizer,
             config=deepspeed_config(config, world.size, micro_batch, size),
             dist_init_required=False,
         )
         logger.setLevel(logging.WARNING)
-        self.objective, self._optimizer = objective, optimizer
         self._optimizer.init_states(self._flats())
 
-    def train_step(self, micro_batches: Sequence[Batch], step: int, lr: float) -> StepResult:
-        logs = Accumulator(len(micro_batches))
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        for number, batch in enumerate(micro_batches):
-            loss, values = self._engine(batch, step)
-            self._engine.backward(loss)
-            logs.add(values)
-            if number < len(micro_batches) - 1:
-                self._engine.step()
-        if self.stage:
-            self._engine.step()
-            applied = self._engine.was_step_applied()
-            norm = self._engine.get_global_grad_norm()
-        else:
-            norm, applied = clip_or_drop([p for _, p in self._named], self.config.optimizer.grad_clip)
-            self._engine.step()
-        return StepResult(logs.sums, float("inf") if norm is None else norm, applied)
+    def _forward(self, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        return self._engine(batch, step)
 
-    def trainable(self) -> list[tuple[str, torch.Size]]:
-        return list(self._shapes.items())
+    def _backward(self, loss: Tensor, count: int) -> None:
+        self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+
+    def _update(self) -> tuple[Tensor | float, bool]:
+        if self.stage == 0:
+            result = clip_or_drop([p for _, p in self._named], self.config.optimizer.grad_clip)
+            self._engine.step()
+            return result
+        self._engine.step()
+        if self.stage == 3:  # a parameter without a gradient would be moved by its last one again
+            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
+        norm = self._engine.get_global_grad_norm()
+        return float("inf") if norm is None else norm, self._engine.was_step_applied()
+
+    def untrained(self) -> dict[str, Tensor]:
+        with self._gathered(lambda parameter: not parameter.requires_grad):
+            state = super().untrained()
+            return {name: tensor.clone() for name, tensor in state.items()} if self.stage == 3 else state
+
+    def whole(self) -> AbstractContextManager[Any]:
+        return self._gathered(lambda parameter: True)
+
+    def _gathered(self, wanted: Callable[[nn.Parameter], bool]) -> AbstractContextManager[Any]:
+        parameters = [parameter for parameter in self.objective.parameters() if wanted(parameter)]
+        return deepspeed.zero.GatheredParameters(parameters, enabled=self.stage == 3)
 
     def full_state(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        if self.stage == 0:
+            yield from super().full_state(kind)
+            return
         for name, parameter in self._named:
-            if self.stage == 0:
-                yield name, parameter.detach() if kind == "model" else self._optimizer.state[parameter][kind]
-                continue
             whole = torch.zeros(self._shapes[name].numel(), dtype=torch.float32, device=self.world.device)
             fragment = self._fragment(parameter)
             if fragment is not None:
@@ -165,21 +173,15 @@ class ZeroEngine:
             yield name, whole.view(self._shapes[name])
 
     def load_full_state(self, kind: str, source: Source) -> None:
+        if self.stage == 0:
+            super().load_full_state(kind, source)
+            return
         for name, parameter in self._named:
-            if self.stage == 0:
-                self._optimizer.state[parameter][kind].copy_(source(name))
-                continue
             fragment = self._fragment(parameter)
             if fragment is not None:
                 part = source(name).flatten()[fragment.offset : fragment.offset + fragment.length]
                 target = self._optimizer.state[fragment.flat][kind]
                 target[fragment.start : fragment.start + fragment.length].copy_(part)
-
-    def applied_steps(self) -> int:
-        return applied_steps(self._optimizer)
-
-    def set_applied_steps(self, count: int) -> None:
-        set_applied_steps(self._optimizer, count)
 
     def _flats(self) -> list[Tensor]:
         """The tensors the optimizer updates: whole parameters in stage 0, this rank's flat float32 partitions above."""
@@ -202,6 +204,14 @@ class ZeroEngine:
         flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
         inside, outside = mapping.hp_fragment_address, mapping.lp_fragment_address
         return Fragment(flat, inside.start, outside.start, outside.numel)
+
+
+def register_reads(objective: nn.Module) -> None:
+    """Tells DeepSpeed which modules read parameters of others; it finds out by itself, but not in compiled blocks."""
+    for module in objective.modules():
+        for reader, owner in getattr(module, "reads", list)():
+            for parameter in owner.parameters():
+                deepspeed.zero.register_external_parameter(reader, parameter)
 
 
 def deepspeed_fused_adam() -> type[torch.optim.Optimizer]:

@@ -14,6 +14,7 @@ from dit_fast.nn.attention import AttentionKind
 from dit_fast.nn.block import Block
 from dit_fast.nn.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_position_embedding
 from dit_fast.nn.final_layer import FinalLayer
+from dit_fast.nn.linear import Reads
 from dit_fast.nn.long_skip import SkipLinear, SkipNorm
 from dit_fast.ops import RowStatistics
 from dit_fast.ops.autocast import autocast_dtype
@@ -210,6 +211,9 @@ class SiT(nn.Module):
         del self.final_layer
         self.add_module(name, module)
         self.final_layer = head
+
+    def reads(self) -> Reads:
+        return [] if self.skip_wiring == "off" else list(zip(self.skip_norms, self.skip_linears, strict=True))
 
     def flops_per_sample(self) -> int:
         """Forward FLOPs of one sample, multiply-add = 2; without modules added by methods."""

@@ -4,7 +4,7 @@ import importlib
 import logging
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 from dit_fast.errors import ConfigError
-from dit_fast.nn.lending import LendingNorm
-from dit_fast.nn.linear import linear_flops, xavier_linear
+from dit_fast.nn.linear import Reads, linear_flops, xavier_linear
 from dit_fast.ops import qk_norm as normalise_heads
 
 logger = logging.getLogger("dit_fast")
@@ -60,8 +59,8 @@ class Attention(nn.Module):
         head_width = hidden_size // num_heads
         self.qkv = xavier_linear(hidden_size, 3 * hidden_size)
         if qk_norm:
-            self.q_norm: nn.Module = LendingNorm(head_width, eps=QK_EPS)
-            self.k_norm: nn.Module = LendingNorm(head_width, eps=QK_EPS)
+            self.q_norm: nn.Module = nn.LayerNorm(head_width, eps=QK_EPS)
+            self.k_norm: nn.Module = nn.LayerNorm(head_width, eps=QK_EPS)
         else:
             self.q_norm = self.k_norm = nn.Identity()
         self.proj = xavier_linear(hidden_size, hidden_size)
@@ -79,16 +78,13 @@ class Attention(nn.Module):
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """query, key, value [N, H, T, d], the first two normalised if the model has QK-norm."""
-        if isinstance(self.q_norm, nn.Identity):
-            return qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm, self.k_norm
+        if isinstance(q, nn.LayerNorm) and isinstance(k, nn.LayerNorm):
+            return normalise_heads(qkv, self.num_heads, q.weight, q.bias, k.weight, k.bias, QK_EPS)
+        return qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
-        def with_query(qkv: Tensor, q_weight: Tensor, q_bias: Tensor) -> Any:
-            def with_both(qkv: Tensor, k_weight: Tensor, k_bias: Tensor) -> tuple[Tensor, ...]:
-                return normalise_heads(qkv, self.num_heads, q_weight, q_bias, k_weight, k_bias, QK_EPS)
-
-            return self.k_norm(qkv, with_both)
-
-        return self.q_norm(qkv, with_query)
+    def reads(self) -> Reads:
+        return [(self, self.q_norm), (self, self.k_norm)]
 
     def _use_flash(self, value: Tensor) -> bool:
         if self._flash is None:

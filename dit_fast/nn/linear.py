@@ -1,13 +1,18 @@
 """Linear layers with the initial values of the DiT family (arXiv 2212.09748), and what they cost."""
 
+from collections.abc import Iterable
 from typing import cast
 
 from torch import nn
 
+# What a module's `reads()` gives: (reader, owner) where the reader's forward uses the owner's parameters, not its call.
+# Engines that hold parameters only while their owner runs (ZeRO-3) need to know.
+Reads = Iterable[tuple[nn.Module, nn.Module]]
 
-def xavier_linear(in_features: int, out_features: int, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
-    """Xavier-uniform weight, zero bias. kind: the class to make it of."""
-    layer = kind(in_features, out_features)
+
+def xavier_linear(in_features: int, out_features: int) -> nn.Linear:
+    """Xavier-uniform weight, zero bias."""
+    layer = nn.Linear(in_features, out_features)
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

@@ -2,8 +2,7 @@
 
 from torch import Tensor, nn
 
-from dit_fast.nn.lending import LendingLinear
-from dit_fast.nn.linear import linear_flops, xavier_linear
+from dit_fast.nn.linear import Reads, linear_flops, xavier_linear
 from dit_fast.ops import gelu_mlp
 
 MLP_RATIO = 4
@@ -14,11 +13,14 @@ class Mlp(nn.Module):
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.fc1 = xavier_linear(hidden_size, MLP_RATIO * hidden_size, LendingLinear)
-        self.fc2 = xavier_linear(MLP_RATIO * hidden_size, hidden_size, LendingLinear)
+        self.fc1 = xavier_linear(hidden_size, MLP_RATIO * hidden_size)
+        self.fc2 = xavier_linear(MLP_RATIO * hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc1(x, lambda x, *of_fc1: self.fc2(x, lambda x, *of_fc2: gelu_mlp(x, *of_fc1, *of_fc2)))
+        return gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+    def reads(self) -> Reads:
+        return [(self, self.fc1), (self, self.fc2)]
 
     def flops(self, num_tokens: int) -> int:
         """Forward FLOPs of one sample, multiply-add = 2."""

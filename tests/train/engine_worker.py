@@ -11,6 +11,7 @@ import torch
 
 from dit_fast.checkpoint.step import open_checkpoint
 from dit_fast.config import EngineConfig, FlowConfig, OptimizerConfig, RunConfig, TrainConfig
+from dit_fast.errors import ConfigError
 from dit_fast.methods import METHODS, build_methods
 from dit_fast.models import build_model
 from dit_fast.train.checkpoints import Checkpoints
@@ -59,7 +60,14 @@ def run(scenario, world, folder):
     config = config_of(scenario)
     micro = config.engine.micro_batch or BATCH // world.size
     torch.manual_seed(0)
-    model = build_model("SiT-Nano/2", input_size=4, in_channels=12, num_classes=3, skip_wiring="input")
+    options = {
+        "input_size": 4,
+        "in_channels": 12,
+        "num_classes": 3,
+        "skip_wiring": "input",
+        **scenario.get("model", {}),
+    }
+    model = build_model("SiT-Nano/2", **options)
     for parameter in model.parameters():  # zero-initialised gates would leave most gradients at zero
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.03)
@@ -72,12 +80,10 @@ def run(scenario, world, folder):
         model.load_state_dict(checkpoint.state_dict("model"))
         first = checkpoint.step
     frozen = {"pos_embed": model.pos_embed.detach().clone()}
-    if launched():
-        from dit_fast.train.zero import ZeroEngine
-
-        engine = ZeroEngine(objective, config, world, micro)
-    else:
-        engine = SingleEngine(objective, config, world)
+    if scenario.get("compile"):
+        for block in model.blocks:
+            block.compile(backend="aot_eager")
+    engine = engine_of(objective, config, world)
     if checkpoint is not None:
         for kind in ("ema", "exp_avg", "exp_avg_sq"):
             engine.load_full_state(kind, checkpoint.source(kind))
@@ -98,6 +104,55 @@ def run(scenario, world, folder):
     else:
         assert checkpoints.save(engine, frozen, state)
     return result
+
+
+class Toy(torch.nn.Module):
+    """An objective of two layers of which `b` is used in chosen steps alone; with `twice`, it breaks the rules."""
+
+    def __init__(self, steps_of_b, twice):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 4), "b": torch.nn.Linear(4, 4)})
+        self.steps_of_b, self.twice = steps_of_b, twice
+
+    def forward(self, batch, step):
+        hidden = self.model["a"](batch["x"])
+        if self.twice:
+            hidden.sum().backward(retain_graph=True)
+        loss = (self.model["b"](hidden) if step in self.steps_of_b else hidden).square().mean()
+        return loss, {"loss": loss.detach()}
+
+
+def run_toy(scenario, world):
+    """Weights and averages at the end, and the error that ended it."""
+    config, per_rank = config_of(scenario), BATCH // world.size
+    micro = config.engine.micro_batch or per_rank
+    engine = engine_of(Toy(scenario["steps_of_b"], scenario.get("twice", False)), config, world)
+    for step in range(scenario["steps"]):
+        x = torch.randn(BATCH, 4, generator=torch.Generator().manual_seed(step))[world.rank :: world.size]
+        try:
+            engine.train_step([{"x": x[i : i + micro]} for i in range(0, per_rank, micro)], step, 1e-2)
+        except ConfigError as error:
+            return {"error": str(error)}
+    return {kind: {name: x.flatten().tolist() for name, x in engine.full_state(kind)} for kind in ("model", "ema")}
+
+
+def engine_of(objective, config, world):
+    """Stage 3 holds no parameter longer than it must: its defaults would hide errors with models of this size."""
+    if not launched():
+        return SingleEngine(objective, config, world)
+    from dit_fast.train import zero
+
+    def strict(*arguments):
+        options = json_of(*arguments)
+        options["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+        return options
+
+    json_of, zero.deepspeed_config = zero.deepspeed_config, strict
+    try:
+        return zero.ZeroEngine(objective, config, world, config.engine.micro_batch or BATCH // world.size)
+    finally:
+        zero.deepspeed_config = json_of
 
 
 def diverged(checkpoints, engine, frozen, state, kind):
@@ -121,7 +176,10 @@ def main():
         world = start_world()
     else:
         world = single()
-    results = {scenario["name"]: run(scenario, world, folder) for scenario in scenarios}
+    results = {}
+    for scenario in scenarios:
+        toy = "steps_of_b" in scenario
+        results[scenario["name"]] = run_toy(scenario, world) if toy else run(scenario, world, folder)
     if world.rank == 0:
         out.write_text(json.dumps(results))
     world.close()

@@ -17,6 +17,9 @@ WORKER = Path(__file__).with_name("engine_worker.py")
 STAGES = (0, 1, 2, 3)
 DIVERSE = {"diversedit": {"pairs": "all", "scope": "global", "weight": "continuous", "low": 0.0}}
 
+QK = {"qk_norm": True}
+READS = [("plain", False, False), ("checkpointed", False, True), ("compiled", True, False), ("both", True, True)]
+
 BEFORE = [{"name": "fp32-single", "steps": 6}]
 TWO_RANKS = [
     *({"name": f"fp32-{stage}", "stage": stage, "steps": 6, "micro": 2} for stage in STAGES),
@@ -25,6 +28,18 @@ TWO_RANKS = [
     *(
         {"name": f"inf-{kind}-{stage}", "stage": stage, "steps": 1, "broken": kind}
         for stage, kind in [(0, "model"), (1, "exp_avg_sq"), (2, "model"), (3, "ema")]
+    ),
+    *({"name": f"unused-{stage}", "stage": stage, "steps": 4, "micro": 2, "steps_of_b": [0]} for stage in STAGES),
+    *({"name": f"twice-{stage}", "stage": stage, "steps": 1, "steps_of_b": [0], "twice": True} for stage in STAGES),
+    *(
+        {
+            "name": f"reads-{name}",
+            "stage": 3,
+            "steps": 3,
+            "compile": compiled,
+            "model": {**QK, "checkpoint_blocks": saves},
+        }
+        for name, compiled, saves in READS
     ),
     {"name": "global", "stage": 1, "steps": 3, "methods": DIVERSE},
     {"name": "half-1", "stage": 1, "steps": 3},
@@ -39,6 +54,9 @@ AFTER = [
     {"name": "accumulated", "steps": 6, "micro": 2},
     {"name": "clipless", "steps": 6, "clip": 0.0},
     {"name": "nan-single", "steps": 4, "poisoned": [2]},
+    {"name": "unused-single", "steps": 4, "steps_of_b": [0]},
+    {"name": "twice-single", "steps": 1, "steps_of_b": [0], "twice": True},
+    {"name": "reads-single", "steps": 3, "model": QK},
     {"name": "global-single", "steps": 3, "methods": DIVERSE},
     {"name": "2-ranks-to-one", "steps": 6, "load": "half-1/checkpoints/step_00000003"},
     {"name": "3-sharded-to-one", "steps": 6, "load": "half-3/checkpoints/step_00000003"},
@@ -141,6 +159,28 @@ def test_what_is_not_finite_on_one_rank_is_saved_by_none(results, folder, stage,
     assert results[name]["diverged"].startswith(f"{kind} of '")
     assert results[name]["diverged"].endswith("is not finite after step 1, so no checkpoint was written")
     assert not list((folder / name / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_missing_gradient_is_zero(results, stage):
+    """In one process and in every stage: a layer that is used no more keeps moving by its moments, and its average
+    follows. DeepSpeed's stage 3 alone would apply the layer's last gradient again and again."""
+    for kind in ("model", "ema"):
+        for name, values in results["unused-single"][kind].items():
+            assert results[f"unused-{stage}"][kind][name] == pytest.approx(values, rel=1e-5, abs=1e-7), (kind, name)
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "single"])
+def test_a_second_backward_is_refused(results, stage):
+    """DeepSpeed's stages 1 to 3 would keep the last one's gradient alone."""
+    assert "a forward ran a backward of its own, to the parameter 'model.a." in results[f"twice-{stage}"]["error"]
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in READS])
+def test_parameters_that_another_module_reads_are_there_in_stage_3(results, name):
+    """MLP, QK-norm and long skips hand them to one op; compiled blocks and recomputed ones need them too."""
+    assert results[f"reads-{name}"]["losses"] == pytest.approx(results["reads-single"]["losses"], rel=1e-6)
+    assert results[f"reads-{name}"]["norms"] == pytest.approx(results["reads-single"]["norms"], rel=1e-5)
 
 
 def test_global_statistics_equal_the_whole_batch(results):

@@ -1,4 +1,4 @@
-"""Layers that lend their parameters: held while the op runs, and the plain layer otherwise."""
+"""A block: who holds the parameters that an op reads, the published names, attention's parts, compilation."""
 
 import pytest
 import torch
@@ -6,49 +6,56 @@ from golden import assert_close
 from torch import nn
 from torch.nn import functional as F
 
-from dit_fast.nn import attention, mlp
+from dit_fast.models import build_model
+from dit_fast.models.sit import SiT
+from dit_fast.nn import attention, long_skip, mlp
 from dit_fast.nn.attention import Attention
 from dit_fast.nn.block import Block
-from dit_fast.nn.lending import LendingLinear, LendingNorm
 from dit_fast.nn.mlp import Mlp
 
 
 def hold_parameters_during_calls(module: nn.Module) -> set[int]:
     """What ZeRO-3 does around forward; returns the identities of what is held at any time."""
     held: set[int] = set()
+    needs = {child: {id(p) for p in child.parameters(recurse=False)} for child in module.modules()}
     for child in module.modules():
-        own = {id(parameter) for parameter in child.parameters(recurse=False)}
+        for reader, owner in getattr(child, "reads", list)():
+            needs[reader] |= {id(p) for p in owner.parameters()}
+    for child, own in needs.items():
         child.register_forward_pre_hook(lambda *_, own=own: held.update(own))
         child.register_forward_hook(lambda *_, own=own: held.difference_update(own))
     return held
 
 
 @pytest.mark.parametrize(
-    ("module", "place", "op", "count"),
-    [(Mlp(8), mlp, "gelu_mlp", 4), (Attention(8, 2, qk_norm=True), attention, "normalise_heads", 4)],
-    ids=["mlp", "attention"],
+    ("module", "place", "op"),
+    [
+        (Mlp(8), mlp, "gelu_mlp"),
+        (Attention(8, 2, qk_norm=True), attention, "normalise_heads"),
+        (None, long_skip, "long_skip"),
+    ],
+    ids=["mlp", "attention", "long skips"],
 )
-def test_every_parameter_is_held_while_the_op_runs(monkeypatch, module, place, op, count):
+def test_every_parameter_is_held_while_the_op_runs(monkeypatch, module, place, op):
+    """By the calls of its module, or because `reads` says that another's forward uses it."""
+    module = module or build_model("SiT-Nano/2", input_size=2, in_channels=8, skip_wiring="input")
     held, real, calls = hold_parameters_during_calls(module), getattr(place, op), []
 
     def checked(*arguments, **options):
         given = [x for x in arguments if isinstance(x, nn.Parameter)]
-        assert len(given) == count
+        assert len(given) == 4
         assert {id(x) for x in given} <= held
         calls.append(op)
         return real(*arguments, **options)
 
     monkeypatch.setattr(place, op, checked)
-    module(torch.randn(2, 3, 8)).sum().backward()
-    assert calls == [op]
+    if isinstance(module, SiT):
+        module(torch.randn(2, 8, 2, 2), torch.ones(2), torch.zeros(2).long())
+    else:
+        module(torch.randn(2, 3, 8)).sum().backward()
+        assert all(parameter.grad is not None for parameter in module.parameters())
+    assert calls
     assert not held
-    assert all(parameter.grad is not None for parameter in module.parameters())
-
-
-def test_a_lending_layer_called_alone_is_the_plain_one():
-    x, linear, norm = torch.randn(3, 6), LendingLinear(6, 4), LendingNorm(6)
-    assert torch.equal(linear(x), F.linear(x, linear.weight, linear.bias))
-    assert torch.equal(norm(x), F.layer_norm(x, (6,), norm.weight, norm.bias))
 
 
 def test_the_names_of_a_block_are_the_published_ones():
