@@ -1,0 +1,52 @@
+"""What an engine refuses: parameters that would never be trained, or that ZeRO could not share out."""
+
+import pytest
+import torch
+from torch import nn
+
+from dit_fast.config import TrainConfig
+from dit_fast.errors import ConfigError
+from dit_fast.train.engine import SingleEngine
+from dit_fast.train.world import World
+
+
+class Objective(nn.Module):
+    """An objective whose loss is what the test says."""
+
+    def __init__(self, loss, **modules):
+        super().__init__()
+        self.model, self.loss = nn.ModuleDict({"a": nn.Linear(2, 2), **modules}), loss
+
+    def forward(self, batch, step):
+        loss = self.loss(self.model, self.model["a"](batch["x"]))
+        return loss, {"loss": loss.detach()}
+
+
+def first_step(objective, before=lambda model: None):
+    engine = SingleEngine(objective, TrainConfig(), World(0, 1, torch.device("cpu")))
+    before(objective.model)
+    engine.train_step([{"x": torch.ones(3, 2)}], 0, 1e-3)
+
+
+@pytest.mark.parametrize("place", ["method", "objective", "model, late"])
+def test_a_head_outside_of_the_optimizer_is_refused(place):
+    head = nn.Linear(2, 1)
+    objective = Objective(lambda model, x: head(x).mean())
+    if place == "objective":
+        objective.head = head
+    late = (lambda model: model.update({"head": head})) if place == "model, late" else (lambda model: None)
+    name = {"method": "outside of the model", "objective": "head.", "model, late": "model.head."}[place]
+    with pytest.raises(ConfigError, match=rf"the parameter '{name}.*not in the optimizer and would never be trained"):
+        first_step(objective, late)
+
+
+def test_a_parameter_without_dimension_is_refused():
+    scale = nn.ParameterDict({"scale": nn.Parameter(torch.tensor(1.0))})
+    with pytest.raises(ConfigError, match=r"the parameter 'b\.scale' is 0-dim.*give it the shape \[1\]"):
+        first_step(Objective(lambda model, x: x.mean(), b=scale))
+
+
+def test_gradients_of_inputs_and_frozen_modules_are_no_parameters():
+    """A loss may differentiate with respect to its own inputs and read modules that do not train."""
+    frozen = nn.Linear(2, 1).requires_grad_(False)
+    first_step(Objective(lambda model, x: frozen(x).mean() * torch.ones(1, requires_grad=True).sum()))
