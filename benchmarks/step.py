@@ -27,7 +27,7 @@ from dit_fast.models import build_model
 from dit_fast.ops import diversity_loss
 from dit_fast.train.engine import SingleEngine
 from dit_fast.train.objective import TrainingObjective
-from dit_fast.train.world import World
+from dit_fast.world import World
 
 PUBLISHED, OURS, WITHOUT = "as published", "dit_fast, all pairs", "dit_fast, no diversity loss"
 ALONE = "diversity loss alone"

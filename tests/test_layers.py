@@ -14,7 +14,7 @@ FOLDERS = {
     "dit_fast.train": ROOT / "train",
     "dit_fast.benchmarks": ROOT / "benchmarks",
 }
-LOW = {"data", "config", "options", "backend", "philox", "tree", "errors", "display", "terminal", "_C"}  # for all
+LOW = {"data", "config", "options", "backend", "philox", "tree", "errors", "display", "terminal", "world", "_C"}
 FLOORS = [
     {"kernels"},
     {"ops"},

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _work(arguments: list[str]) -> None:
     from dit_fast.options import to_dict
     from dit_fast.recipes import load
-    from dit_fast.train.world import launch_place
+    from dit_fast.world import launch_place
 
     options = _parser().parse_intermixed_args(arguments)
     place = launch_place()
@@ -50,7 +50,7 @@ def _work(arguments: list[str]) -> None:
 def _train(config: object) -> None:
     from dit_fast.train.loop import train
     from dit_fast.train.peers import explain
-    from dit_fast.train.world import launched, single
+    from dit_fast.world import launched, single
 
     if launched():
         from dit_fast.train.zero import start_world

@@ -22,7 +22,7 @@ from dit_fast.errors import CheckpointError
 from dit_fast.train import disk
 from dit_fast.train.engine import Engine
 from dit_fast.train.guard import Diverged, Finiteness
-from dit_fast.train.world import World
+from dit_fast.world import World
 
 logger = logging.getLogger("dit_fast")
 

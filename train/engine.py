@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dit_fast.config import TrainConfig
 from dit_fast.errors import ConfigError
 from dit_fast.train.optim import STATES, applied_steps, build_optimizer, set_applied_steps
-from dit_fast.train.world import World
+from dit_fast.world import World
 
 KINDS = ("model", *reversed(STATES))  # "model", "ema", "exp_avg_sq", "exp_avg"
 Batch = Mapping[str, Tensor]

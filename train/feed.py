@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dit_fast.errors import DataError, UserError
-from dit_fast.train.world import World
+from dit_fast.world import World
 
 Batch = dict[str, Tensor]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_fast.errors import UserError
-from dit_fast.train.world import World
+from dit_fast.world import World
 
 PATIENCE = 20  # consecutive steps without a finite gradient
 WINDOW = 100  # steps over which the share of skipped ones is taken while training

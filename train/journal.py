@@ -26,7 +26,7 @@ from dit_fast.train import disk
 from dit_fast.train.engine import StepResult
 from dit_fast.train.guard import Guard
 from dit_fast.train.throughput import Clock, matmul_ceiling
-from dit_fast.train.world import Late, World
+from dit_fast.world import Late, World
 
 logger = logging.getLogger("dit_fast")
 

@@ -32,7 +32,7 @@ from dit_fast.train.optim import STATES, learning_rate
 from dit_fast.train.prepare import check_fields, check_resume, fit_to_dataset, micro_batch
 from dit_fast.train.preview import Preview
 from dit_fast.train.stop import StopRequest
-from dit_fast.train.world import World, launched
+from dit_fast.world import World, launched
 
 logger = logging.getLogger("dit_fast")
 

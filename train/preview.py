@@ -19,8 +19,8 @@ from dit_fast.diffusion.samplers import check_options
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.train.engine import Engine
 from dit_fast.train.guard import Diverged, Finiteness
-from dit_fast.train.world import World
 from dit_fast.tree import image
+from dit_fast.world import World
 
 logger = logging.getLogger("dit_fast")
 

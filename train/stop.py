@@ -8,7 +8,7 @@ from types import FrameType
 
 import torch
 
-from dit_fast.train.world import Late, World
+from dit_fast.world import Late, World
 
 logger = logging.getLogger("dit_fast")
 

@@ -21,7 +21,7 @@ from dit_fast.config import TrainConfig
 from dit_fast.errors import ConfigError
 from dit_fast.train.engine import Batch, Engine, Source, clip_or_drop
 from dit_fast.train.peers import announce
-from dit_fast.train.world import World, launch_place
+from dit_fast.world import World, here
 
 ours = logging.getLogger("dit_fast")
 
@@ -52,29 +52,21 @@ class Fragment(NamedTuple):
 
 def start_world() -> World:
     """Joins the process group a launcher described in the environment: NCCL with CUDA, gloo without."""
-    place = launch_place()
-    assert place is not None
-    rank, size, local = place
-    cuda = torch.cuda.is_available()
-    if cuda:
-        if local >= torch.cuda.device_count():
-            raise ConfigError(
-                f"rank {rank} wants cuda:{local}, but this machine has {torch.cuda.device_count()} devices; "
-                "start fewer processes"
-            )
-        torch.cuda.set_device(local)
+    world = here()
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
     # The shared-memory collective is compiled at this point on CPUs; a training run shall not need a compiler.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     try:
-        deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=TIMEOUT, verbose=False)
+        deepspeed.init_distributed("nccl" if world.device.type == "cuda" else "gloo", timeout=TIMEOUT, verbose=False)
     except torch.distributed.DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConfigError(
-            f"rank {rank} cannot meet the others at {where} ({str(error).split('. ')[-1]}); use another MASTER_PORT "
-            "(deepspeed, torchrun: --master_port)"
+            f"rank {world.rank} cannot meet the others at {where} ({str(error).split('. ')[-1]}); use another "
+            "MASTER_PORT (deepspeed, torchrun: --master_port)"
         ) from None
-    announce(rank)
-    return World(rank, size, torch.device("cuda", local) if cuda else torch.device("cpu"))
+    announce(world.rank)
+    return world
 
 
 def deepspeed_config(config: TrainConfig, world_size: int, micro_batch: int, num_parameters: int) -> dict[str, Any]:

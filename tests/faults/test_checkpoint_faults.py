@@ -19,7 +19,7 @@ from dit_fast.train import disk
 from dit_fast.train.checkpoints import Checkpoints
 from dit_fast.train.guard import Diverged
 from dit_fast.train.loop import check_fits
-from dit_fast.train.world import World
+from dit_fast.world import World
 
 SHAPES = {"a.weight": (5, 3), "a.bias": (3,), "b": (), "empty": (0, 4)}
 FROZEN = {"pos": torch.linspace(0, 1, 6).reshape(2, 3), "count": torch.arange(4)}

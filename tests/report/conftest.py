@@ -7,7 +7,7 @@ from dit_fast.preparation.build import build_shards
 from dit_fast.recipes import load
 from dit_fast.report.sampling import SampleOptions, sample_run
 from dit_fast.train.loop import train
-from dit_fast.train.world import single
+from dit_fast.world import single
 
 STEPS = 4
 FAST = {"num_steps": 2, "cfg_scale": 1.0, "chunk": 4}

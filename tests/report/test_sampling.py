@@ -18,7 +18,7 @@ from dit_fast.report.blocks import study_blocks
 from dit_fast.report.sampling import SampleOptions, draw_samples, sample_run
 from dit_fast.train import preview
 from dit_fast.train.loop import train
-from dit_fast.train.world import single
+from dit_fast.world import single
 
 
 def options(**changes):

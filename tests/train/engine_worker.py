@@ -18,7 +18,7 @@ from dit_fast.train.checkpoints import Checkpoints
 from dit_fast.train.engine import SingleEngine
 from dit_fast.train.guard import Diverged
 from dit_fast.train.objective import TrainingObjective
-from dit_fast.train.world import launched, single
+from dit_fast.world import launched, single
 
 BATCH = 8
 

@@ -15,7 +15,7 @@ from dit_fast.train.guard import Diverged, Guard
 from dit_fast.train.journal import AppendedLines, truncate_metrics
 from dit_fast.train.stop import StopRequest
 from dit_fast.train.throughput import Clock, matmul_ceiling
-from dit_fast.train.world import World
+from dit_fast.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
 

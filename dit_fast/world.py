@@ -1,4 +1,4 @@
-"""The processes of a run as one small object: rank, size, device, and the few things ranks say to each other."""
+"""The processes of a job as one small object: rank, size, device, and the few things ranks say to each other."""
 
 import json
 import os
@@ -125,6 +125,23 @@ def launched() -> bool:
     return launch_place() is not None
 
 
+def here() -> World:
+    """This process: one of those that a launcher started, or the only one; the first CUDA device, or the CPU.
+
+    No process group is joined, so ranks can share work by their numbers, but not talk. Raises ConfigError where there
+    are fewer devices than processes.
+    """
+    place = launch_place() or Place(0, 1, 0)
+    if not torch.cuda.is_available():
+        return World(place.rank, place.size, torch.device("cpu"))
+    if place.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"rank {place.rank} wants cuda:{place.local_rank}, but this machine has {torch.cuda.device_count()} "
+            "devices; start fewer processes"
+        )
+    return World(place.rank, place.size, torch.device("cuda", place.local_rank))
+
+
 def single() -> World:
-    """The world of one process: the first CUDA device, or the CPU."""
+    """The world of one process, whoever started it."""
     return World(0, 1, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
