@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from dit_fast.checkpoint import export_official, load_official
-from dit_fast.models import SiT
+from dit_fast.models import Backbone, build_model
 from dit_fast.nn.projector import projector
 
 TINY = {"input_size": 8, "hidden_size": 64, "depth": 4, "num_heads": 4}
@@ -20,8 +20,8 @@ def fill(key: str, shape: tuple[int, ...], scale: float) -> torch.Tensor:
 
 def tiny_state(skip_wiring: str) -> dict[str, torch.Tensor]:
     """float64 state_dict of the tiny model, position embedding by formula."""
-    model = SiT(**TINY, skip_wiring=skip_wiring)
-    model.add_extra("projectors", torch.nn.ModuleList([projector(64, 32, 16)]))
+    model = build_model("SiT-S/2", **TINY, skip_wiring=skip_wiring)
+    model.add_head("projectors", torch.nn.ModuleList([projector(64, 32, 16)]))
     state = {}
     for key, value in export_official(model).items():
         filled = value.double() if key == "pos_embed" else fill(key, tuple(value.shape), 0.2)
@@ -29,7 +29,7 @@ def tiny_state(skip_wiring: str) -> dict[str, torch.Tensor]:
     return state
 
 
-def tiny_model(skip_wiring: str) -> SiT:
+def tiny_model(skip_wiring: str) -> Backbone:
     if skip_wiring == "off":
         return load_official(tiny_state("off"), "repa", num_heads=4)
     return load_official(tiny_state(skip_wiring), "diversedit", num_heads=4, skip_wiring=skip_wiring)

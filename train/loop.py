@@ -19,7 +19,7 @@ from dit_fast.data import LatentDataset, Plan, build_loader, open_dataset
 from dit_fast.data.address import absolute
 from dit_fast.errors import CheckpointError, UserError
 from dit_fast.methods import build_methods
-from dit_fast.models import SiT
+from dit_fast.models import Backbone
 from dit_fast.options import to_dict
 from dit_fast.train.checkpoints import MOMENTS, Checkpoints
 from dit_fast.train.engine import Engine, SingleEngine, own_parameters
@@ -246,7 +246,7 @@ class _Run:
             "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
 
-    def _describe(self, model: SiT) -> None:
+    def _describe(self, model: Backbone) -> None:
         config, world = self.config, self.world
         millions = sum(shape.numel() for _, shape in self.engine.trainable()) / 1e6
         kind = f"ZeRO-{config.engine.zero_stage}" if launched() else "one process"

@@ -15,6 +15,7 @@ from dit_fast import philox
 from dit_fast.config import FlowConfig
 from dit_fast.diffusion import Path, time_sampler, velocity_error
 from dit_fast.methods import Methods, ModelFacts, StepContext, StepInputs
+from dit_fast.models.base import Backbone
 from dit_fast.ops import flow_error, flow_noised
 from dit_fast.ops.flow import draws_noise_in_registers
 from dit_fast.philox import Stream
@@ -25,7 +26,7 @@ Affine = float | Sequence[float]
 class TrainingObjective(nn.Module):
     """`forward(batch, step)` -> (loss 0-d, logs of detached 0-d tensors).
 
-    model: SiT or alike, on any device; it is the only thing here that has parameters. scale, shift: of the data set,
+    model: on any device; it is the only thing here that has parameters. scale, shift: of the data set,
     one number or one per channel. seed: of the run. precision "bf16": the forward runs under autocast, weights and
     losses stay float32. label_dropout: probability of the null label. Block outputs are taken only where a method
     asked for them. Raises ConfigError where a method does not fit the model.
@@ -36,7 +37,7 @@ class TrainingObjective(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Backbone,
         methods: Methods,
         flow: FlowConfig,
         *,
@@ -83,26 +84,25 @@ class TrainingObjective(nn.Module):
             noised, target = flow_noised(*draw), partial(self._target, inputs)
         else:
             noised, target = self.path.interpolate(inputs.latents, inputs.noise, inputs.t)
-        collectors = self.methods.collectors(self.facts)
-        through = {"through": collectors} if collectors else {}
-        output = self.model(noised, inputs.t, inputs.labels, taps=self.taps, drop=inputs.drop, **through)
-        prediction, features = output if self.taps else (output, {})
-        null: Any = self.model.null_label
+        taps, labels = self.methods.tapping(self.facts), inputs.labels
+        if self.label_dropout:
+            labels = torch.where(inputs.drop, self.model.null(labels), labels)
+        prediction = self.model(noised, inputs.t, labels, taps=taps)
         noise: Any = partial(getattr, inputs, "noise")
         context = StepContext(
             model=self.model,
             latents=inputs.latents,
             noise=noise,
             t=inputs.t,
-            labels=torch.where(inputs.drop, null, inputs.labels),
+            labels=labels,
             noised=noised,
             target=target,
             prediction=prediction,
-            features=features,
+            features=taps.features,
             batch=inputs.batch,
             step=inputs.step,
             seed=inputs.seed,
-            collectors=collectors,
+            collectors=taps.collectors,
         )
         return context, flow_error(prediction, *draw) if fused else velocity_error(prediction, target)
 

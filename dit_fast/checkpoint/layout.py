@@ -43,9 +43,10 @@ class Layout:
     qk_norm: bool
     projectors: tuple[tuple[int, int], ...]
 
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of `SiT`."""
-        return {key: value for key, value in vars(self).items() if key not in ("head_channels", "projectors")}
+    def settings(self) -> dict[str, Any]:
+        """Fields of `SiT.Config`."""
+        beside = ("head_channels", "null_row", "projectors")
+        return {"name": "", **{key: value for key, value in vars(self).items() if key not in beside}}
 
 
 def read_layout(

@@ -21,6 +21,7 @@ from dit_fast.checkpoint.published import read_state
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.models.reversed_sit import ReversedSiT
 from dit_fast.models.sit import SiT
+from dit_fast.nn.embeddings import LabelEmbedder
 from dit_fast.nn.projector import projector
 
 FAMILIES = ("repa", "sit", "diversedit")
@@ -107,7 +108,7 @@ def export_official(model: nn.Module, family: str | None = None) -> dict[str, Te
     names = official_parameter_order(model, family)
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     if family == "sit" and not isinstance(model, ReversedSiT):
-        state = reversed_state(state, sit.patch_size)
+        state = reversed_state(state, sit.config.patch_size)
     elif family != "sit" and isinstance(model, ReversedSiT):
         raise CheckpointError(f"final_layer.linear.weight: an official SiT head cannot be exported as '{family}'")
     if source and source.ordered and source.family == family and set(source.dtypes) == set(names):
@@ -126,9 +127,9 @@ def save_official(model: nn.Module, path: str | Path, family: str | None = None)
     state = export_official(model, family)
     partial = path.with_name(path.name + ".partial")
     if path.suffix == ".safetensors":
-        sit = cast(SiT, model)
-        facts = {"num_heads": sit.num_heads, "num_classes": sit.num_classes, "label_dropout": sit.label_dropout}
-        header = {"format": "pt", "skip_wiring": sit.skip_wiring, **{name: str(value) for name, value in facts.items()}}
+        config = cast(SiT, model).config
+        facts = ("skip_wiring", "num_heads", "num_classes", "label_dropout")
+        header = {"format": "pt", **{name: str(getattr(config, name)) for name in facts}}
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, metadata=header)
     elif path.suffix == ".pt":
         torch.save(state, partial)
@@ -145,7 +146,7 @@ def _check_family(family: str) -> None:
 def _natural_family(model: SiT) -> str:
     if isinstance(model, ReversedSiT):
         return "sit"
-    return "repa" if model.skip_wiring == "off" else "diversedit"
+    return "repa" if model.config.skip_wiring == "off" else "diversedit"
 
 
 def _number(name: str, value: Any) -> float:
@@ -191,23 +192,29 @@ def _wiring(family: str, given: str | None, recorded: str | None) -> str:
 
 
 def _empty_model(layout: Layout, family: str, wiring: str) -> SiT:
-    arguments: dict[str, Any] = {**layout.arguments(), "skip_wiring": wiring}
+    config = SiT.Config(**layout.settings(), skip_wiring=cast(Any, wiring))
     if family == "sit":
         if layout.head_channels not in (layout.in_channels, 2 * layout.in_channels):
             raise CheckpointError(
                 f"final_layer.linear.weight: {layout.head_channels} output channels; an official SiT on "
                 f"{layout.in_channels}-channel latents has {layout.in_channels} or {2 * layout.in_channels}"
             )
-        return ReversedSiT(head_channels=layout.head_channels, **arguments)
+        return _with_labels(ReversedSiT(config, layout.head_channels), layout)
     if layout.head_channels != layout.in_channels:
         raise CheckpointError(
             f"final_layer.linear.weight: {layout.head_channels} output channels, but family '{family}' has as many as "
             f"the latents ({layout.in_channels}); an official SiT file needs family='sit'"
         )
-    model = SiT(**arguments)
+    model = _with_labels(SiT(config), layout)
     if layout.projectors:
         heads = [projector(layout.hidden_size, width, features) for width, features in layout.projectors]
-        model.add_extra("projectors", nn.ModuleList(heads))
+        model.add_head("projectors", nn.ModuleList(heads))
+    return model
+
+
+def _with_labels(model: SiT, layout: Layout) -> SiT:
+    """The model with a label table like the checkpoint's: without a row for the null label where that has none."""
+    model.y_embedder = LabelEmbedder(layout.num_classes, layout.hidden_size, layout.null_row)
     return model
 
 

@@ -8,7 +8,7 @@ from dit_fast.checkpoint.step import FOLDER, Checkpoint, newest_checkpoint, open
 from dit_fast.config import ModelConfig, TrainConfig
 from dit_fast.data import LatentDataset, open_dataset
 from dit_fast.errors import CheckpointError, ConfigError, DataError
-from dit_fast.models import SiT, build_model
+from dit_fast.models import Backbone, build_model
 from dit_fast.options import from_dict
 from dit_fast.recipes import METHOD_CONFIGS
 
@@ -16,7 +16,7 @@ from dit_fast.recipes import METHOD_CONFIGS
 class LoadedRun(NamedTuple):
     """model: on the CPU, in eval mode. state: what the checkpoint says about itself (step, samples_seen, ...)."""
 
-    model: SiT
+    model: Backbone
     config: TrainConfig
     state: dict[str, Any]
 
@@ -85,17 +85,6 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
     return checkpoint
 
 
-def model_from_config(config: ModelConfig) -> SiT:
+def model_from_config(config: ModelConfig) -> Backbone:
     """The bare model of a resolved configuration (no field left at "as the data set says"), newly initialised."""
-    return build_model(
-        config.name,
-        input_size=config.input_size,
-        in_channels=config.in_channels,
-        num_classes=config.num_classes,
-        label_dropout=config.label_dropout,
-        skip_wiring=config.skip_wiring,
-        qk_norm=config.qk_norm,
-        attention=config.attention,
-        residual_dtype=config.residual_dtype,
-        checkpoint_blocks=config.checkpoint_blocks,
-    )
+    return build_model(**vars(config))

@@ -5,16 +5,15 @@ shard fields to read, lets them add modules, and adds `weight * value` of their 
 `docs/methods.md` shows how to write one.
 """
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from dit_fast.errors import ConfigError
-from dit_fast.ops import RowStatistics
+from dit_fast.models.base import Collector, Taps
 
 T = TypeVar("T")
 
@@ -95,35 +94,6 @@ class StepInputs:
     seed: int
 
 
-class Collector(Protocol):
-    """Takes the block outputs that its method asked for, in ascending order, during one forward of the model."""
-
-    def tap(self, x: Tensor) -> Tensor:
-        """Identity [N, T, D]; the returned tensor takes the place of x.
-
-        A `tap(x, stats=None)` is also given x's `RowStatistics` where the model knows them.
-        """
-        ...
-
-
-class Collectors(dict[str, Collector]):
-    """Collectors of one forward by method name; as a function, what `SiT.forward` calls `through`."""
-
-    def __init__(self, collectors: Mapping[str, Collector], taps: Mapping[str, frozenset[int]]):
-        super().__init__(collectors)
-        self._taps = taps
-        self._informed = frozenset(
-            name for name, each in collectors.items() if "stats" in inspect.signature(each.tap).parameters
-        )
-
-    def __call__(self, index: int, feature: Tensor, stats: RowStatistics | None = None) -> Tensor:
-        for name, collector in self.items():
-            if index in self._taps[name]:
-                known = {"stats": stats} if name in self._informed else {}
-                feature = collector.tap(feature, **known)
-        return feature
-
-
 @_on_demand("noise", "target")
 @dataclass
 class StepContext:
@@ -176,7 +146,7 @@ class Method(ABC):
         return None
 
     def attach(self, model: nn.Module, dataset_info: Any) -> None:  # noqa: B027 (most methods add nothing)
-        """Adds its modules with `model.add_extra(name, module)`; called once, before the optimizer is built."""
+        """Adds its modules with `model.add_head(name, module)`; called once, before the optimizer is built."""
 
     def forward(self, inputs: StepInputs, taps: tuple[int, ...]) -> tuple[StepContext, Tensor]:
         """Runs the model its own way (`own_forward`): the context that all methods' terms read, and losses [N].
@@ -227,11 +197,11 @@ class Methods(Sequence[Method]):
                     )
         return tuple(sorted({block for method in self for block in method.taps(facts)}))
 
-    def collectors(self, facts: ModelFacts) -> Collectors:
-        """New ones for one forward of a model with these facts; empty if no method has any."""
-        fresh = {method.name: method.collector() for method in self}
-        present = {name: collector for name, collector in fresh.items() if collector is not None}
-        return Collectors(present, {method.name: method.taps(facts) for method in self if method.name in present})
+    def tapping(self, facts: ModelFacts) -> Taps:
+        """New taps for one forward of a model with these facts, through the collectors of the methods that have any."""
+        fresh = {method.name: (method.collector(), method.taps(facts)) for method in self}
+        present = {name: (collector, blocks) for name, (collector, blocks) in fresh.items() if collector is not None}
+        return Taps(self.taps(facts), present)
 
     def attach(self, model: nn.Module, dataset_info: Any) -> None:
         for method in self:

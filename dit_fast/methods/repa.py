@@ -66,7 +66,7 @@ class REPA(Method):
                 "use a patch size or an encoder grid that agree"
             )
         head = projector(facts.hidden_size, self.config.projector_width, width)
-        model.add_extra("projectors", nn.ModuleList([head]))
+        model.add_head("projectors", nn.ModuleList([head]))
 
     def terms(self, context: StepContext) -> dict[str, Term]:
         projectors: Any = context.model.projectors

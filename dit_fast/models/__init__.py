@@ -1,4 +1,6 @@
 """Models: the transformer, its sizes by name."""
 
+from dit_fast.models.base import Backbone as Backbone
+from dit_fast.models.base import Taps as Taps
 from dit_fast.models.registry import build_model as build_model
 from dit_fast.models.sit import SiT as SiT

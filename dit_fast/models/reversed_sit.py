@@ -1,11 +1,9 @@
 """The original SiT (arXiv 2401.08740) behind our conventions: its time runs from noise (0) to data (1)."""
 
-from collections.abc import Iterable
-from typing import Any
-
 from torch import Tensor
 
-from dit_fast.models.sit import SiT, Through
+from dit_fast.models.base import Taps
+from dit_fast.models.sit import SiT
 from dit_fast.nn.final_layer import FinalLayer
 
 
@@ -19,23 +17,11 @@ class ReversedSiT(SiT):
 
     cfg_channels = "first_three"
 
-    def __init__(self, *, head_channels: int, **arguments: Any):
-        super().__init__(**arguments)
+    def __init__(self, config: SiT.Config, head_channels: int):
+        super().__init__(config)
         self.head_channels = head_channels
-        self.final_layer = FinalLayer(self.hidden_size, self.patch_size, head_channels)
+        self.final_layer = FinalLayer(self.hidden_size, self.config.patch_size, head_channels)
 
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        y: Tensor,
-        taps: Iterable[int] = (),
-        drop: Tensor | None = None,
-        through: Through | None = None,
-    ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
-        """As `SiT.forward`."""
-        result = super().forward(x, 1 - t, y, taps, drop, through)
-        if isinstance(result, tuple):
-            output, features = result
-            return -output[:, : self.in_channels], features
-        return -result[:, : self.in_channels]
+    def compute(self, x: Tensor, t: Tensor, y: Tensor, taps: Taps, stop: int | None) -> Tensor | None:
+        output = super().compute(x, 1 - t, y, taps, stop)
+        return None if output is None else -output[:, : self.in_channels]

@@ -6,14 +6,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dit_fast.errors import ConfigError, UserError
+from dit_fast.errors import ConfigError
 from dit_fast.nn.linear import linear_flops
 
 TIME_FREQUENCIES = 256
 
 
-def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions, float32 [1, grid_size**2, hidden_size], tokens row-major.
+def sincos_position_embedding(hidden_size: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed 2-D sine-cosine positions, float32 [1, h * w, hidden_size] for a grid (h, w) of tokens, row-major.
 
     The first half of the channels encodes the column, the second half the row; each half is sin, then cos, of
     `p * 10000 ** (-k / (D / 4))`, k = 0 .. D/4 - 1. Computed in float64 (DiT, arXiv 2212.09748; ViT's scheme).
@@ -23,11 +23,11 @@ def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:
         raise ConfigError(f"hidden_size {hidden_size} must be a multiple of 4 (2-D sine-cosine positions)")
     quarter = hidden_size // 4
     omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega
+    angles = torch.arange(max(grid), dtype=torch.float64)[:, None] * omega
     line = torch.cat([angles.sin(), angles.cos()], dim=1)
-    columns = line[None, :, :].expand(grid_size, -1, -1)
-    rows = line[:, None, :].expand(-1, grid_size, -1)
-    return torch.cat([columns, rows], dim=2).reshape(1, grid_size**2, hidden_size).float()
+    columns = line[None, : grid[1]].expand(grid[0], -1, -1)
+    rows = line[: grid[0], None].expand(-1, grid[1], -1)
+    return torch.cat([columns, rows], dim=2).reshape(1, -1, hidden_size).float()
 
 
 class PatchEmbed(nn.Module):
@@ -81,22 +81,13 @@ class TimestepEmbedder(nn.Module):
 class LabelEmbedder(nn.Module):
     """Class label [N] to a vector [N, D]; a further row of the table is the null label of classifier-free guidance.
 
-    null_row=False: there is no such row, and no label can be dropped (UserError).
+    null_row=False: there is no such row.
     """
 
-    def __init__(self, num_classes: int, hidden_size: int, dropout: float, null_row: bool = True):
+    def __init__(self, num_classes: int, hidden_size: int, null_row: bool = True):
         super().__init__()
-        self.null_label = num_classes
-        self.dropout = dropout
         self.embedding_table = nn.Embedding(num_classes + null_row, hidden_size)
         nn.init.normal_(self.embedding_table.weight, std=0.02)
 
-    def forward(self, labels: Tensor, drop: Tensor | None = None) -> Tensor:
-        """drop: bool [N], rows that become the null label; None draws them (train mode) or keeps all (eval mode)."""
-        if drop is None and self.training and self.dropout > 0:
-            drop = torch.rand(labels.shape[0], dtype=torch.float32, device=labels.device) < self.dropout
-        if drop is not None:
-            if self.null_label == self.embedding_table.num_embeddings:
-                raise UserError("drop: this model's label table has no row for the null label; pass no drop")
-            labels = torch.where(drop, self.null_label, labels)
+    def forward(self, labels: Tensor) -> Tensor:
         return self.embedding_table(labels)

@@ -16,7 +16,7 @@ from dit_fast.diffusion import Guidance, initial_noise, sample
 from dit_fast.diffusion.guidance import Channels
 from dit_fast.diffusion.samplers import MOST_ROWS, check_options, check_whole
 from dit_fast.errors import DataError, UserError
-from dit_fast.models import SiT
+from dit_fast.models import Backbone
 from dit_fast.tree import each, image
 
 FILE_NAME = "samples.npz"
@@ -55,7 +55,7 @@ class SampleOptions:
         if twice:
             raise UserError(f"class {twice[0]} is listed twice; raise per_class for more images of each class")
 
-    def resolved(self, model: SiT) -> "SampleOptions":
+    def resolved(self, model: Backbone) -> "SampleOptions":
         """The same with what the model decides filled in."""
         guided = GUIDED if model.null_label >= 0 else 1.0
         scale = guided if self.cfg_scale is None else self.cfg_scale

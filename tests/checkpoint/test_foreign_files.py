@@ -215,8 +215,8 @@ def test_a_label_table_without_a_null_row(tmp_path):
         sample(model, noise, y, num_steps=1)
         with pytest.raises(UserError, match="null_label"):
             sample(model, noise, y, num_steps=1, cfg_scale=0.0)
-        with pytest.raises(UserError, match="no row for the null label"):
-            model(noise, torch.zeros(1), y, drop=torch.tensor([True]))
+        with pytest.raises(UserError, match="no trained null label"):
+            model.null(y)
         assert torch.equal(
             export_official(model)["y_embedder.embedding_table.weight"], state["y_embedder.embedding_table.weight"]
         )

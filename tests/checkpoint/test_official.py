@@ -8,7 +8,7 @@ from golden import assert_close, golden, golden_names
 
 from dit_fast.checkpoint import export_official, load_official, save_official
 from dit_fast.errors import CheckpointError, ConfigError
-from dit_fast.models import SiT
+from dit_fast.models import SiT, build_model
 from dit_fast.models.reversed_sit import ReversedSiT
 
 SIZES = {"input_size": 8, "in_channels": 4, "hidden_size": 32, "depth": 4, "num_heads": 4, "num_classes": 10}
@@ -22,7 +22,7 @@ def _random_state(model, seed=0):
 
 def _sit_state():
     """An official SiT state_dict: eight output channels for four latent ones."""
-    return _random_state(ReversedSiT(head_channels=8, **SIZES))
+    return _random_state(ReversedSiT(SiT.Config(name="SiT-S/2", **SIZES), 8))
 
 
 def _same(left, right):
@@ -41,7 +41,7 @@ def test_import_then_export_returns_the_same_bits_order_and_dtypes(name):
         state, "diversedit" if wiring else "repa", num_heads=reference.meta["num_heads"], skip_wiring=wiring
     )
     _same(export_official(model), state)
-    assert model.qk_norm is reference.meta["qk_norm"]
+    assert model.config.qk_norm is reference.meta["qk_norm"]
     assert model.depth == reference.meta["depth"]
     assert not model.training
 
@@ -75,7 +75,7 @@ def test_mixed_dtypes_and_shuffled_order_survive(family):
 def test_sit_takes_our_time_and_returns_our_velocity():
     state = _sit_state()
     model = load_official(state, "sit", num_heads=4)
-    plain = SiT(**SIZES).eval()
+    plain = build_model("SiT-S/2", **SIZES).eval()
     weight, bias = state["final_layer.linear.weight"], state["final_layer.linear.bias"]
     # Rows are (patch row, patch column, channel): of each pixel's eight channels the first four are the velocity.
     rows = [pixel * 8 + channel for pixel in range(4) for channel in range(4)]
@@ -103,14 +103,14 @@ def test_training_an_official_sit_leaves_the_unused_head_alone():
 
 
 def test_official_sit_without_learned_sigma():
-    state = _random_state(SiT(**SIZES))
+    state = _random_state(build_model("SiT-S/2", **SIZES))
     model = load_official(state, "sit", num_heads=4)
     assert model.head_channels == 4
     _same(export_official(model), state)
 
 
 def test_a_model_made_here_exports_to_the_official_sit_convention():
-    model = SiT(**SIZES)
+    model = build_model("SiT-S/2", **SIZES)
     model.load_state_dict(_random_state(model))
     state = export_official(model.eval(), "sit")
     assert state["final_layer.linear.weight"].shape == (32, 32)
@@ -120,7 +120,7 @@ def test_a_model_made_here_exports_to_the_official_sit_convention():
 
 
 def test_models_made_here_export_in_official_order():
-    model = SiT(**SIZES, skip_wiring="output")
+    model = build_model("SiT-S/2", **SIZES, skip_wiring="output")
     names = list(export_official(model))
     groups = list(dict.fromkeys(name.split(".")[0] for name in names))
     expected = ["pos_embed", "skip_linears", "skip_norms", "x_embedder", "t_embedder", "y_embedder", "blocks"]
@@ -128,14 +128,14 @@ def test_models_made_here_export_in_official_order():
     with pytest.raises(CheckpointError, match=r"skip_linears\.0"):
         export_official(model, "repa")
     with pytest.raises(CheckpointError, match=r"skip_linears\.0"):
-        export_official(SiT(**SIZES), "diversedit")
+        export_official(build_model("SiT-S/2", **SIZES), "diversedit")
     with pytest.raises(CheckpointError, match=r"final_layer\.linear\.weight"):
-        export_official(ReversedSiT(head_channels=8, **SIZES), "repa")
+        export_official(ReversedSiT(SiT.Config(name="SiT-S/2", **SIZES), 8), "repa")
 
 
 def test_modules_of_other_methods_have_no_place_in_a_family():
     model = load_official(tiny_state("off"), "repa", num_heads=4)
-    model.add_extra("teacher_head", torch.nn.Linear(2, 2))
+    model.add_head("teacher_head", torch.nn.Linear(2, 2))
     with pytest.raises(CheckpointError, match=r"teacher_head\.weight"):
         export_official(model)
     with pytest.raises(CheckpointError, match=r"projectors\.0"):
@@ -195,8 +195,8 @@ def test_heads_are_inferred_where_the_width_allows():
     state = tiny_state("off")
     assert load_official(state, "repa").num_heads == 1
     with pytest.raises(CheckpointError, match="pass num_heads"):
-        load_official(_random_state(SiT(**SIZES)), "repa")
-    normed = _random_state(SiT(**SIZES, qk_norm=True))
+        load_official(_random_state(build_model("SiT-S/2", **SIZES)), "repa")
+    normed = _random_state(build_model("SiT-S/2", **SIZES, qk_norm=True))
     assert load_official(normed, "repa").num_heads == 4
     for wrong in (5, 0, -4):
         with pytest.raises(CheckpointError, match=f"num_heads {wrong} does not divide"):
@@ -223,7 +223,7 @@ def test_saved_files_load_back_and_safetensors_remember_the_wiring(tmp_path, suf
         again = load_official(path, "diversedit", num_heads=4, skip_wiring="output")
     else:
         again = load_official(path, "diversedit")
-        assert (again.skip_wiring, again.num_heads) == ("output", 4)
+        assert (again.config.skip_wiring, again.num_heads) == ("output", 4)
         with pytest.raises(CheckpointError, match="header says 'output'"):
             load_official(path, "diversedit", skip_wiring="input")
     exported = export_official(again)
@@ -235,7 +235,6 @@ def test_saved_files_load_back_and_safetensors_remember_the_wiring(tmp_path, suf
 
 
 def test_full_sizes_have_the_published_keys():
-    from dit_fast.models import build_model
     from dit_fast.nn.projector import projector
 
     for name, keys, total in (
@@ -245,6 +244,6 @@ def test_full_sizes_have_the_published_keys():
     ):
         with torch.device("meta"):
             model = build_model(name, skip_wiring="input")
-            model.add_extra("projectors", torch.nn.ModuleList([projector(model.hidden_size, 2048, 768)]))
+            model.add_head("projectors", torch.nn.ModuleList([projector(model.hidden_size, 2048, 768)]))
         assert len(model.state_dict()) == keys
         assert sum(value.numel() for value in model.state_dict().values()) == total

@@ -10,7 +10,7 @@ from dit_fast.diffusion import SOLVERS, initial_noise, sample
 from dit_fast.diffusion.guidance import Guidance, Velocity
 from dit_fast.diffusion.paths import Path
 from dit_fast.errors import UserError
-from dit_fast.models import SiT
+from dit_fast.models import build_model
 
 
 class Exact(nn.Module):
@@ -298,9 +298,9 @@ def test_bad_arguments_are_named(change, message):
 def test_labels_that_the_model_does_not_have_are_named():
     sizes = {"input_size": 4, "patch_size": 2, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
     noise = torch.zeros(2, 4, 4, 4)
-    sample(SiT(**sizes), noise, torch.tensor([0, 3]), num_steps=1)  # 3 is the null label
-    undropped = SiT(**sizes, label_dropout=0.0)
-    for model, label in ((SiT(**sizes), 4), (SiT(**sizes), -1), (undropped, 3)):
+    sample(build_model("SiT-S/2", **sizes), noise, torch.tensor([0, 3]), num_steps=1)  # 3 is the null label
+    undropped = build_model("SiT-S/2", **sizes, label_dropout=0.0)
+    for model, label in ((build_model("SiT-S/2", **sizes), 4), (build_model("SiT-S/2", **sizes), -1), (undropped, 3)):
         with pytest.raises(UserError, match=rf"y\[1\] = {label} is no label of this model; its labels are 0\.\.2"):
             sample(model, noise, torch.tensor([0, label]), num_steps=1)
     with pytest.raises(UserError, match=r"cfg_scale=0\.5 needs a model with a trained null_label"):

@@ -14,7 +14,7 @@ from dit_fast.errors import ConfigError, UserError
 from dit_fast.methods import Methods, ModelFacts, StepContext, build_methods
 from dit_fast.methods.diversedit import DiverseDiT, adaptive_weight, select_pairs
 from dit_fast.methods.repa import REPA
-from dit_fast.models import SiT
+from dit_fast.models import Taps, build_model
 from dit_fast.ops import diversity_loss
 
 
@@ -256,7 +256,7 @@ def test_taps_in_the_model_give_the_gradients_of_the_plain_loss(wiring, pairs, c
     """The collector folds the loss into each block's backward; without it the loss reads the features. fp64 to 1e-9."""
     torch.manual_seed(0)
     sizes = {"input_size": 4, "hidden_size": 24, "depth": 6, "num_heads": 2, "num_classes": 3}
-    model = SiT(**sizes, skip_wiring=wiring, checkpoint_blocks=checkpoint_blocks).double()
+    model = build_model("SiT-S/2", **sizes, skip_wiring=wiring, checkpoint_blocks=checkpoint_blocks).double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     methods = Methods([DiverseDiT(DiverseDiT.Config(pairs=pairs, weight="constant", weight_constant=2.0))])
@@ -264,10 +264,9 @@ def test_taps_in_the_model_give_the_gradients_of_the_plain_loss(wiring, pairs, c
     x, t, y = torch.randn(3, 4, 4, 4, dtype=torch.float64), torch.rand(3, dtype=torch.float64), torch.tensor([0, 1, 2])
     sides = []
     for tapped in (False, True):
-        collectors = methods.collectors(facts) if tapped else {}
-        through = {"through": collectors} if tapped else {}
-        v, features = model(x, t, y, taps=methods.taps(facts), drop=torch.zeros(3, dtype=torch.bool), **through)
-        context = StepContext(model, x, x, t, y, x, x, v, features, {}, 0, 0, collectors)
+        taps = methods.tapping(facts) if tapped else Taps(methods.taps(facts))
+        v = model(x, t, y, taps=taps)
+        context = StepContext(model, x, x, t, y, x, x, v, taps.features, {}, 0, 0, taps.collectors)
         term = methods.terms(context)["diversedit/total"]
         model.zero_grad()
         (v.square().mean() + term.weight * term.value).backward()

@@ -15,7 +15,7 @@ from dit_fast.errors import ConfigError
 from dit_fast.methods import METHODS, Method, ModelFacts, StepContext, StepInputs, Term, build_methods
 from dit_fast.methods.diversedit import DiverseDiT
 from dit_fast.methods.repa import REPA
-from dit_fast.models import SiT
+from dit_fast.models import build_model
 from dit_fast.options import apply_overrides, from_dict, to_dict
 
 
@@ -36,7 +36,7 @@ class Brightness(Method):
         return frozenset({facts.depth - 1})
 
     def attach(self, model, dataset_info):
-        model.add_extra("brightness_head", nn.Linear(model.hidden_size, 1))
+        model.add_head("brightness_head", nn.Linear(model.hidden_size, 1))
 
     def terms(self, context):
         guess = context.model.brightness_head(context.features[context.model.depth - 1].mean(1))[:, 0]
@@ -51,7 +51,8 @@ def registered(monkeypatch):
 
 def small():
     torch.manual_seed(0)
-    model = SiT(input_size=8, in_channels=2, hidden_size=32, depth=4, num_heads=2, num_classes=5, skip_wiring="input")
+    sizes = {"input_size": 8, "in_channels": 2, "hidden_size": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+    model = build_model("SiT-S/2", **sizes, skip_wiring="input")
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
     return model

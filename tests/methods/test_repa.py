@@ -10,11 +10,13 @@ from golden import assert_close
 from dit_fast.errors import ConfigError
 from dit_fast.methods import ModelFacts, StepContext, build_methods
 from dit_fast.methods.repa import REPA, repa_loss
-from dit_fast.models import SiT
+from dit_fast.models import build_model
 
 
 def small(**changes):
-    return SiT(**{"input_size": 8, "hidden_size": 32, "depth": 4, "num_heads": 2, "num_classes": 5, **changes})
+    return build_model(
+        "SiT-S/2", **{"input_size": 8, "hidden_size": 32, "depth": 4, "num_heads": 2, "num_classes": 5, **changes}
+    )
 
 
 def shards(feature_shape=(16, 12)):

@@ -47,7 +47,7 @@ def test_denoising_loss(wiring, path):
 
 
 def test_position_embedding_is_the_published_one():
-    embedding = sincos_position_embedding(64, 4)
+    embedding = sincos_position_embedding(64, (4, 4))
     assert embedding.dtype == torch.float32
     assert embedding.shape == (1, 16, 64)
     assert embedding.double().sum().item() == pytest.approx(525.9784436, rel=1e-7)

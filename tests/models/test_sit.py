@@ -6,7 +6,7 @@ from cases import loop_over
 from golden import assert_close
 
 from dit_fast.errors import ConfigError, UserError
-from dit_fast.models import SiT, build_model
+from dit_fast.models import SiT, Taps, build_model
 
 TINY = {
     "input_size": 8,
@@ -22,7 +22,7 @@ WIRINGS = ("off", "input", "output")
 def _model(seed=0, **arguments) -> SiT:
     """A model whose zero-initialised layers are filled, so that every part shows in the output."""
     torch.manual_seed(seed)
-    model = SiT(**{**TINY, **arguments})
+    model = build_model("SiT-S/2", **{**TINY, **arguments})
     generator = torch.Generator().manual_seed(seed + 1)
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.abs().max() == 0:
@@ -253,13 +253,60 @@ def test_strided_and_channels_last_latents():
     assert_close(model(x[:0], t[:0], y[:0]), expected[:0], 0.0)
 
 
-def test_null_label_and_explicit_drop():
-    model = _model()
-    assert model.null_label == 10
-    x, t, _ = _inputs(model)
-    y = torch.tensor([1, 2, 3])
-    dropped = model(x, t, y, drop=torch.tensor([True, False, True]))
-    assert torch.equal(dropped, model(x, t, torch.tensor([10, 2, 10])))
+def test_the_null_label_is_the_last_row_where_it_was_trained():
+    y = torch.tensor([1, 2])
+    assert _model().null(y).tolist() == [10, 10]
+    never = _model(label_dropout=0.0)
+    assert never.null_label == -1
+    with pytest.raises(UserError, match="no trained null label"):
+        never.null(y)
+
+
+def test_nothing_in_the_forward_is_random():
+    model = _model(skip_wiring="input", label_dropout=0.9).train()
+    before = torch.get_rng_state()
+    assert torch.equal(model(*_inputs(model)), model.eval()(*_inputs(model)))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+class _Doubler:
+    def __init__(self):
+        self.seen = []
+
+    def tap(self, x, stats):
+        self.seen.append((x, stats))
+        return 2 * x
+
+
+def test_blocks_pass_the_collectors_that_want_them_on_their_way_to_the_next():
+    model, doubler = _model(), _Doubler()
+    taps = Taps([3], {"doubler": (doubler, frozenset({1}))})
+    v = model(*_inputs(model), taps=taps)
+    assert (list(taps.features), taps.collectors) == ([1, 3], {"doubler": doubler})
+    _, plain = model(*_inputs(model), taps=(1, 3))
+    assert torch.equal(doubler.seen[0][0], plain[1])
+    assert torch.equal(taps.features[1], 2 * plain[1])
+    assert not torch.equal(taps.features[3], plain[3])
+    assert not torch.equal(v, model(*_inputs(model)))
+
+
+@loop_over("wiring", WIRINGS)
+@loop_over("checkpoint_blocks", [False, True])
+def test_an_early_exit_runs_the_first_blocks_alone(wiring, checkpoint_blocks):
+    model, ran = _model(skip_wiring=wiring, depth=6, checkpoint_blocks=checkpoint_blocks), []
+    _, whole = model(*_inputs(model), taps=range(6))
+    for index, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, index=index: ran.append(index))
+    for stop in (0, 2, 4):
+        taps = Taps([0, stop])
+        ran.clear()
+        assert model(*_inputs(model), taps=taps, stop=stop) is None
+        assert ran == list(range(stop + 1))
+        assert torch.equal(taps.features[stop], whole[stop])
+    assert model(*_inputs(model), taps=[1], stop=1)[0] is None
+    for call, named in (({"stop": 6}, "stop=6"), ({"stop": -1}, "stop=-1"), ({"stop": 1, "taps": [2]}, "tap 2")):
+        with pytest.raises(UserError, match=named):
+            model(*_inputs(model), **call)
 
 
 def test_forward_mode_through_the_whole_model_with_plain_attention():
@@ -277,7 +324,7 @@ def test_forward_mode_through_the_whole_model_with_plain_attention():
 
 def test_added_modules_stand_before_the_head():
     model = _model(skip_wiring="input")
-    model.add_extra("projectors", torch.nn.ModuleList([torch.nn.Linear(32, 2)]))
+    model.add_head("projectors", torch.nn.ModuleList([torch.nn.Linear(32, 2)]))
     assert [name for name, _ in model.named_children()] == [
         "skip_linears",
         "skip_norms",
@@ -290,7 +337,11 @@ def test_added_modules_stand_before_the_head():
     ]
     assert next(iter(model.named_parameters()))[0] == "pos_embed"
     with pytest.raises(ConfigError, match="projectors"):
-        model.add_extra("projectors", torch.nn.Identity())
+        model.add_head("projectors", torch.nn.Identity())
+    assert (model.block(4, "a.depth"), model.block(1, "a.depth")) == (3, 0)
+    for depth in (0, 5):
+        with pytest.raises(ConfigError, match=rf"a\.depth={depth} is not one of this model's blocks 1\.\.4"):
+            model.block(depth, "a.depth")
 
 
 @loop_over(
@@ -303,7 +354,7 @@ def test_added_modules_stand_before_the_head():
         ({"label_dropout": 1.5}, "label_dropout"),
         ({"num_classes": 0}, "num_classes"),
         ({"num_heads": 5}, "num_heads 5"),
-        ({"skip_layer_connection": True}, "unknown model argument 'skip_layer_connection'"),
+        ({"skip_layer_connection": True}, "unknown model setting 'skip_layer_connection'"),
         ({"cross_layer_connection": True}, "cross_layer_connection"),
         ({"skip_wirings": "input"}, "did you mean 'skip_wiring'"),
         ({"qknorm": True}, "did you mean 'qk_norm'"),
@@ -311,8 +362,21 @@ def test_added_modules_stand_before_the_head():
 )
 def test_bad_arguments_raise_one_line(arguments, named):
     with pytest.raises(ConfigError, match=named) as caught:
-        SiT(**{**TINY, **arguments})
+        build_model("SiT-S/2", **{**TINY, **arguments})
     assert "\n" not in str(caught.value)
+
+
+def test_a_configuration_makes_its_model_alone():
+    """`SiT(SiT.Config(...))`: sizes from the name, or given; what only a data set knows has no default."""
+    data = {"input_size": 8, "in_channels": 4, "num_classes": 3}
+    config = SiT(SiT.Config(name="SiT-S/4", depth=2, **data)).config
+    assert (config.hidden_size, config.patch_size, config.depth, config.num_heads) == (384, 4, 2, 6)
+    for config, named in (
+        (SiT.Config(name="SiT-S/4"), "input_size must be at least 1, not 0"),
+        (SiT.Config(name="SiT-T/4", **data), "patch_size must be at least 1, not 0; 'SiT-T/4' names no sizes"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            SiT(config)
 
 
 def test_odd_depth_is_fine_without_skips():
@@ -337,7 +401,6 @@ def test_bad_inputs_raise_one_line():
         (lambda: model(x, t[:1], y), "t must be"),
         (lambda: model(x, t, y[:, None]), "y must be"),
         (lambda: model(x, t, y.float()), "integer labels"),
-        (lambda: model(x, t, y, drop=torch.zeros(3)), "drop must be bool"),
         (lambda: model(x.double(), t, y), "float64"),
     ]
     for call, named in cases:

@@ -6,7 +6,7 @@ from golden import assert_close
 
 from dit_fast import backend
 from dit_fast.diffusion import flow_loss
-from dit_fast.models import SiT
+from dit_fast.models import build_model
 from dit_fast.ops import diversity_loss
 
 STEPS = 50
@@ -14,8 +14,8 @@ STEPS = 50
 
 def train(wiring, autocast):
     torch.manual_seed(0)
-    model = SiT(
-        input_size=8, hidden_size=48, depth=4, num_heads=2, num_classes=5, skip_wiring=wiring, qk_norm=True,
+    model = build_model(
+        "SiT-S/2", input_size=8, hidden_size=48, depth=4, num_heads=2, num_classes=5, skip_wiring=wiring, qk_norm=True,
         label_dropout=0.0,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, eps=1e-6)

@@ -10,7 +10,7 @@ from dit_fast.errors import ConfigError
 from dit_fast.nn import attention as attention_module
 from dit_fast.nn.attention import Attention
 from dit_fast.nn.block import Block
-from dit_fast.nn.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_position_embedding
+from dit_fast.nn.embeddings import PatchEmbed, TimestepEmbedder, sincos_position_embedding
 from dit_fast.nn.final_layer import FinalLayer
 
 
@@ -35,7 +35,7 @@ def test_patch_embedding_reads_channels_slowest_and_rows_outer():
 
 def test_position_embedding_needs_a_multiple_of_four():
     with pytest.raises(ConfigError, match="hidden_size 30"):
-        sincos_position_embedding(30, 4)
+        sincos_position_embedding(30, (4, 4))
 
 
 def test_time_embedding_keeps_its_precision_in_half_models():
@@ -46,28 +46,6 @@ def test_time_embedding_keeps_its_precision_in_half_models():
     assert TimestepEmbedder.frequencies(torch.tensor([3])).dtype == torch.float32
     embedder = TimestepEmbedder(8).bfloat16()
     assert embedder(t).dtype == torch.bfloat16
-
-
-def test_labels_drop_in_train_mode_only_and_at_the_given_rate():
-    embedder = LabelEmbedder(10, 4, dropout=0.1)
-    labels = torch.zeros(20_000, dtype=torch.int64)
-    null = embedder.embedding_table.weight[10]
-    torch.manual_seed(0)
-    rate = (embedder(labels) == null).all(1).float().mean().item()
-    assert abs(rate - 0.1) < 3 * math.sqrt(0.1 * 0.9 / len(labels))
-    assert not (embedder.eval()(labels) == null).all(1).any()
-    drop = torch.tensor([True, False])
-    given = embedder(torch.tensor([3, 3]), drop)
-    assert torch.equal(given, embedder.embedding_table.weight[[10, 3]])
-
-
-def test_explicit_drop_decides_in_train_mode_and_draws_nothing():
-    embedder, never = LabelEmbedder(10, 4, dropout=0.9).train(), LabelEmbedder(10, 4, dropout=0.0).train()
-    before = torch.get_rng_state()
-    kept = embedder(torch.tensor([1, 2]), torch.tensor([False, False]))
-    assert torch.equal(kept, embedder.embedding_table.weight[[1, 2]])
-    assert torch.equal(never(torch.tensor([1])), never.embedding_table.weight[[1]])
-    assert torch.equal(before, torch.get_rng_state())
 
 
 @loop_over("qk_norm", [False, True])

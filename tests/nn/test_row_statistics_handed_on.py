@@ -5,7 +5,7 @@ import torch
 from golden import assert_close
 
 from dit_fast import _C
-from dit_fast.models import SiT
+from dit_fast.models import Taps, build_model
 from dit_fast.nn import block as block_file
 from dit_fast.nn.block import Block
 from dit_fast.nn.row_statistics import linear_dtype
@@ -16,7 +16,8 @@ needs_library = pytest.mark.skipif(_C.unavailable() is not None, reason=f"{_C.un
 
 def model(wiring, **options):
     torch.manual_seed(0)
-    made = SiT(input_size=8, hidden_size=32, depth=4, num_heads=2, num_classes=5, skip_wiring=wiring, **options)
+    sizes = {"input_size": 8, "hidden_size": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+    made = build_model("SiT-S/2", **sizes, skip_wiring=wiring, **options)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_(0, 0.2)
@@ -28,14 +29,15 @@ def run(made, autocast=False):
     x, t = torch.randn(3, 4, 8, 8, generator=generator), torch.rand(3, generator=generator)
     seen = []
 
-    def through(index, feature, stats):
-        seen.append((feature.detach(), stats))
-        return feature.view_as(feature)
+    class Seeing:
+        def tap(self, feature, stats):
+            seen.append((feature.detach(), stats))
+            return feature.view_as(feature)
 
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        drop = torch.zeros(3, dtype=torch.bool)
-        v, features = made(x, t, torch.tensor([0, 1, 4]), taps=range(4), drop=drop, through=through)
-    loss = v.float().square().mean() + sum(f.float().square().mean() for f in features.values())
+        taps = Taps(collectors={"seeing": (Seeing(), frozenset(range(4)))})
+        v = made(x, t, torch.tensor([0, 1, 4]), taps=taps)
+    loss = v.float().square().mean() + sum(f.float().square().mean() for f in taps.features.values())
     grads = torch.autograd.grad(loss, [p for p in made.parameters() if p.requires_grad])
     return [v.detach(), *grads], seen
 

@@ -10,7 +10,7 @@ from torch.func import grad, jvp
 
 from dit_fast import ops
 from dit_fast.errors import UserError
-from dit_fast.models import SiT
+from dit_fast.models import build_model
 
 
 def along(op, tensors, tangents):
@@ -135,8 +135,8 @@ def test_written_out_layer_norm_equals_torch():
 @loop_over("wiring", ["input", "output"])
 def test_gradient_of_a_models_tangent(wiring):
     torch.manual_seed(0)
-    model = SiT(
-        input_size=4, hidden_size=8, depth=2, num_heads=2, num_classes=3, skip_wiring=wiring, qk_norm=True,
+    model = build_model(
+        "SiT-S/2", input_size=4, hidden_size=8, depth=2, num_heads=2, num_classes=3, skip_wiring=wiring, qk_norm=True,
         attention="math", label_dropout=0,
     ).double()  # fmt: skip
     parameters = {name: torch.randn_like(x) * 0.3 for name, x in model.named_parameters() if x.requires_grad}

@@ -13,7 +13,7 @@ from dit_fast.config import FlowConfig
 from dit_fast.diffusion import velocity_error
 from dit_fast.errors import ConfigError
 from dit_fast.methods import METHODS, Method, Methods, StepContext, Term, build_methods
-from dit_fast.models import SiT
+from dit_fast.models import build_model
 from dit_fast.train import objective as objective_module
 from dit_fast.train.objective import TrainingObjective
 
@@ -30,7 +30,7 @@ class Jumps(Method):
         width: float = 0.3  # t - r at most
 
     def attach(self, model, dataset_info):
-        model.add_extra("width_embedder", nn.Linear(1, model.hidden_size))
+        model.add_head("width_embedder", nn.Linear(1, model.hidden_size))
         nn.init.normal_(model.width_embedder.weight, std=0.5)
 
     def forward(self, inputs, taps):
@@ -44,7 +44,7 @@ class Jumps(Method):
 
         def average(x, t, h):
             shift = inputs.model.width_embedder(h[:, None])
-            output = inputs.model(x, t, inputs.labels, taps=taps, drop=inputs.drop)
+            output = inputs.model(x, t, null, taps=taps)
             output, tapped = output if taps else (output, {})
             features.update(tapped)
             return output * (1 + shift.mean(1))[:, None, None, None]
@@ -90,7 +90,8 @@ class Spy(Method):
 
 def small():
     torch.manual_seed(0)
-    model = SiT(
+    model = build_model(
+        "SiT-S/2",
         input_size=8,
         in_channels=2,
         hidden_size=32,

@@ -207,7 +207,7 @@ class Scale(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.linspace(0.1, 1, 8))
 
-    def forward(self, x, t, y, taps, drop):
+    def forward(self, x, t, y, taps):
         return self.weight * x
 
 

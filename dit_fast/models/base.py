@@ -1,0 +1,161 @@
+"""What every backbone offers: its facts as attributes, one signature of `forward`, and block outputs through `Taps`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, overload
+
+import torch
+from torch import Tensor, nn
+
+from dit_fast.errors import ConfigError, UserError
+from dit_fast.ops import RowStatistics
+from dit_fast.ops.autocast import autocast_dtype
+
+HEAD = "final_layer"
+PRESETS: dict[str, dict[str, int]] = {}  # sizes by model name; the file of each backbone adds its own
+
+
+class Collector(Protocol):
+    """Takes the block outputs that its method asked for, in ascending order, during one forward of the model."""
+
+    def tap(self, x: Tensor, stats: RowStatistics | None) -> Tensor:
+        """Identity [N, T, D]; the returned tensor takes the place of x. stats: x's, where the model knows them."""
+        ...
+
+
+class Taps:
+    """What one forward hands out: the outputs [N, T, D] of some blocks, on their way through collectors.
+
+    blocks: indices from 0 to record. collectors: by name, with the blocks that each takes; those are recorded too.
+    features: block -> output, in ascending order once the forward ran. Make a new object for each forward.
+    """
+
+    def __init__(
+        self, blocks: Iterable[int] = (), collectors: Mapping[str, tuple[Collector, frozenset[int]]] | None = None
+    ):
+        self._through = tuple((collectors or {}).values())
+        self.blocks = frozenset(blocks).union(*(wanted for _, wanted in self._through))
+        self.collectors = {name: collector for name, (collector, _) in (collectors or {}).items()}
+        self.features: dict[int, Tensor] = {}
+
+    def __contains__(self, block: int) -> bool:
+        return block in self.blocks
+
+    def __call__(self, block: int, x: Tensor, stats: RowStatistics | None = None) -> Tensor:
+        """x, the output of `block`, recorded after it passed the collectors that want it: what the next block reads."""
+        for collector, wanted in self._through:
+            if block in wanted:
+                x = collector.tap(x, stats)
+        self.features[block] = x
+        return x
+
+
+class Backbone(nn.Module, ABC):
+    """A diffusion transformer; time runs from data (0) to noise (1).
+
+    A subclass sets `Config` and the attributes below and defines `compute`; its file adds sizes to `PRESETS`, under
+    names that start with the class's, and one line in `models.registry` makes it known. Its head is `final_layer`.
+
+    config: as built, with all sizes. num_tokens, grid: patch tokens, and their rows and columns. null_label: the label
+    that stands for none, -1 where none was trained. cfg_channels: what the released sampler of its weights guides.
+    """
+
+    Config: ClassVar[type]
+    cfg_channels: Literal["all", "first_three"] = "all"
+
+    config: Any
+    blocks: nn.ModuleList
+    depth: int
+    hidden_size: int
+    num_heads: int
+    num_tokens: int
+    grid: tuple[int, int]
+    input_size: int
+    in_channels: int
+    num_classes: int
+    null_label: int
+
+    @abstractmethod
+    def compute(self, x: Tensor, t: Tensor, y: Tensor, taps: Taps, stop: int | None) -> Tensor | None:
+        """`forward`, its inputs checked. The output of each block in `taps` is replaced by `taps(block, x, stats)`."""
+
+    @abstractmethod
+    def flops_per_sample(self) -> int:
+        """Forward FLOPs of one sample, multiply-add = 2; without modules added by methods."""
+
+    @overload
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, taps: Taps, stop: None = None) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, taps: Taps, stop: int) -> None: ...
+    @overload
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, taps: Iterable[int]) -> tuple[Tensor, dict[int, Tensor]]: ...
+    @overload
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, taps: Iterable[int], stop: int
+    ) -> tuple[None, dict[int, Tensor]]: ...
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, taps: Taps | Iterable[int] = (), stop: int | None = None
+    ) -> Tensor | tuple[Tensor | None, dict[int, Tensor]] | None:
+        """Output at x [N, C, H, W], times t [N] in [0, 1], labels y [N] int64; nothing is drawn at random.
+
+        taps: a `Taps`, filled on the way; or indices (from 0) of blocks, whose outputs [N, T, D] are then returned as
+        (output, {block: feature}) if there are any. A feature is what the published code records: in "output" wiring,
+        after the fusion. stop: the last block that runs; there is then no output, but None.
+        Raises UserError for bad input.
+        """
+        asked = taps if isinstance(taps, Taps) else Taps(taps)
+        self._check(x, t, y)
+        last = self.depth - 1 if stop is None else stop
+        if not 0 <= last < self.depth:
+            raise UserError(f"stop={stop} is not a block of this model (0 .. {self.depth - 1})")
+        for block in sorted(asked.blocks):
+            if not 0 <= block <= last:
+                where = f"a block of this model (0 .. {last})" if stop is None else f"run with stop={stop}"
+                raise UserError(f"tap {block} is not {where}")
+        output = self.compute(x, t, y, asked, stop)
+        return (output, asked.features) if asked is not taps and asked.blocks else output
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def null(self, y: Tensor) -> Tensor:
+        """The null label in the place of each y. Raises UserError where the model has none."""
+        if self.null_label < 0:
+            raise UserError("this model has no trained null label (label dropout 0): drop no labels")
+        return torch.full_like(y, self.null_label)
+
+    def block(self, depth: int, key: str) -> int:
+        """Index of the block that a configuration counts from 1. Raises ConfigError naming its key."""
+        if not 1 <= depth <= self.depth:
+            raise ConfigError(f"{key}={depth} is not one of this model's blocks 1..{self.depth}")
+        return depth - 1
+
+    def add_head(self, name: str, module: nn.Module) -> None:
+        """Registers a module of a training method where the published code has it: after the blocks, before the head.
+
+        Raises ConfigError if the name is taken.
+        """
+        if hasattr(self, name):
+            raise ConfigError(f"the model already has '{name}'; two methods cannot add a module of one name")
+        self.add_module(name, module)
+        names = list(self._modules)
+        for later in names[names.index(HEAD) : -1]:
+            self._modules[later] = self._modules.pop(later)
+
+    def _check(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+        expected = (self.in_channels, self.input_size, self.input_size)
+        if x.dim() != 4 or tuple(x.shape[1:]) != expected:
+            raise UserError(f"x must be [N, {', '.join(map(str, expected))}] for this model, not {tuple(x.shape)}")
+        for name, vector in {"t": t, "y": y}.items():
+            if tuple(vector.shape) != (x.shape[0],):
+                raise UserError(f"{name} must be [N] = ({x.shape[0]},), not {tuple(vector.shape)}")
+        if y.is_floating_point():
+            raise UserError(f"y must hold integer labels, not {y.dtype}")
+        weight = next(self.parameters())
+        if x.dtype != weight.dtype and autocast_dtype(x) is None:
+            raise UserError(
+                f"x is {x.dtype} but the model's weights are {weight.dtype}; convert one of them or use autocast"
+            )
