@@ -20,11 +20,12 @@ from dit_fast.benchmarks.ceilings import Ceilings
 from dit_fast.benchmarks.cost import host_waits, peak_memory
 from dit_fast.benchmarks.measure import SAMPLES, part_entry
 from dit_fast.benchmarks.timing import Call, clock_for, interleave
-from dit_fast.config import FlowConfig, TrainConfig
+from dit_fast.config import FlowConfig
 from dit_fast.methods import Method, Methods
 from dit_fast.methods.diversedit import DiverseDiT
 from dit_fast.models import build_model
 from dit_fast.ops import diversity_loss
+from dit_fast.runs import TrainConfig
 from dit_fast.train.engine import SingleEngine
 from dit_fast.train.objective import TrainingObjective
 from dit_fast.world import World

@@ -12,6 +12,7 @@ from dit_fast import _C, __version__, backend
 OPTIONAL = {
     "triton": ("fused GPU kernels", "comes with the CUDA build of torch"),
     "flash_attn": ("attention=flash", "pip install flash-attn --no-build-isolation (needs nvcc)"),
+    "pydantic": ("training: it checks the configuration", "pip install 'dit_fast[train]'"),
     "deepspeed": ("several processes, ZeRO", "pip install 'dit_fast[train]'"),
     "webdataset": ("streaming shards over http(s)", "pip install 'dit_fast[train]'"),
     "tensorboard": ("TensorBoard logs", "pip install 'dit_fast[train]'"),

@@ -20,19 +20,14 @@ FLOORS = [
     {"ops"},
     {"nn"},
     {"models"},
-    {"objectives", "methods", "diffusion", "autoencoders", "encoders", "evaluation", "analysis", "checkpoint", "patch"},
-    {"train", "benchmarks", "report", "recipes", "preparation"},
+    {"objectives", "methods", "diffusion", "autoencoders", "encoders", "patch"},
+    {"runs"},
+    {"recipes", "checkpoint", "evaluation", "analysis"},
+    {"train", "benchmarks", "report", "preparation"},
     {"cli", "info"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-# Within one floor. A finished run is read back through the registry of method configurations that recipes hold.
-ALLOWED = {
-    ("checkpoint", "recipes"),
-    ("train", "recipes"),
-    ("report", "recipes"),
-    ("benchmarks", "train"),
-    ("cli", "info"),
-}
+ALLOWED = {("benchmarks", "train"), ("cli", "info")}  # within one floor
 HOME_OF = {"deepspeed": {"train/zero.py", "train/reshard.py"}, "webdataset": {"dit_fast/data/stream.py"}}
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_fast.config import TrainConfig
 from dit_fast.errors import ConfigError
+from dit_fast.runs import TrainConfig
 from dit_fast.train.optim import STATES, applied_steps, build_optimizer, set_applied_steps
 from dit_fast.world import World
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_fast.config import TrainConfig
 from dit_fast.display import percent, rate
 from dit_fast.errors import UserError
 from dit_fast.options import to_dict
+from dit_fast.runs import TrainConfig
 from dit_fast.train import disk
 from dit_fast.train.engine import StepResult
 from dit_fast.train.guard import Guard

@@ -14,13 +14,13 @@ from torch import Tensor
 from dit_fast import __version__
 from dit_fast.checkpoint.run import model_from_config
 from dit_fast.checkpoint.step import FOLDER, KINDS, Checkpoint
-from dit_fast.config import TrainConfig
 from dit_fast.data import LatentDataset, Plan, build_loader, open_dataset
 from dit_fast.data.address import absolute
 from dit_fast.errors import CheckpointError, UserError
 from dit_fast.methods import build_methods
 from dit_fast.models import Backbone
 from dit_fast.options import to_dict
+from dit_fast.runs import TrainConfig
 from dit_fast.train.checkpoints import MOMENTS, Checkpoints
 from dit_fast.train.engine import Engine, SingleEngine, own_parameters
 from dit_fast.train.feed import Batch, Feed

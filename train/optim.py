@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_fast.config import OptimizerConfig
 from dit_fast.errors import ConfigError
+from dit_fast.runs import OptimizerConfig
 
 STATES = ("exp_avg", "exp_avg_sq", "ema")
 

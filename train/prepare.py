@@ -1,15 +1,13 @@
 """Checks made before anything is built, and the configuration with every "as the data set says" filled in."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from dit_fast.checkpoint.step import Checkpoint
-from dit_fast.config import EngineConfig, ModelConfig, TrainConfig
+from dit_fast.config import ModelConfig
 from dit_fast.data import DatasetInfo
 from dit_fast.errors import CheckpointError, ConfigError
-from dit_fast.options import checked, diff, from_dict, keys, to_dict
-from dit_fast.recipes import METHOD_CONFIGS
+from dit_fast.options import diff, groups, keys, to_dict
+from dit_fast.runs import EngineConfig, TrainConfig, checked, stored
 
 
 def check_fields(config: TrainConfig) -> TrainConfig:
@@ -70,9 +68,7 @@ def fit_to_dataset(config: TrainConfig, info: DatasetInfo) -> TrainConfig:
 def check_resume(checkpoint: Checkpoint, config: TrainConfig, info: DatasetInfo) -> None:
     """Raises ConfigError with every difference that would change the training, CheckpointError for other data."""
     state = checkpoint.state
-    methods = {**METHOD_CONFIGS, **{method.name: type(method) for method in config.methods}}
-    before = from_dict(TrainConfig, state["config"], methods)  # a key that is newer than the run has its default
-    lines = forbidden_changes(to_dict(before), to_dict(config))
+    lines = forbidden_changes(stored(state["config"]), config)
     if lines:
         raise ConfigError(
             f"{config.run.dir}: the configuration differs from the one this run was started with ({'; '.join(lines)}); "
@@ -85,11 +81,11 @@ def check_resume(checkpoint: Checkpoint, config: TrainConfig, info: DatasetInfo)
         )
 
 
-def forbidden_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def forbidden_changes(old: TrainConfig, new: TrainConfig) -> list[str]:
     """The differences ("key: old -> new") between two configurations that a resumed run may not have.
 
     Where and how a run is done may change, what it computes may not. Micro-batch and ranks may, because elastic
     restarts need it, although statistics over a rank's micro-batch change with them.
     """
-    free = {key.path for key in keys(TrainConfig) if key.resumes}
-    return [line for line in diff(old, new) if line.partition(": ")[0] not in free]
+    free = {key.path for path, group in groups(TrainConfig) for key in keys(group, path) if key.resumes}
+    return [line for line in diff(to_dict(old), to_dict(new)) if line.partition(": ")[0] not in free]

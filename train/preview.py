@@ -12,11 +12,11 @@ from dit_fast import autoencoders
 from dit_fast.autoencoders import Autoencoder
 from dit_fast.autoencoders.pixels import decode_images
 from dit_fast.checkpoint.run import model_from_config
-from dit_fast.config import TrainConfig
 from dit_fast.data import LatentDataset
 from dit_fast.diffusion import Guidance, initial_noise, sample
 from dit_fast.diffusion.samplers import check_options
 from dit_fast.errors import ConfigError, DataError
+from dit_fast.runs import TrainConfig
 from dit_fast.train.engine import Engine
 from dit_fast.train.guard import Diverged, Finiteness
 from dit_fast.tree import image

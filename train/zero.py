@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dit_fast.config import TrainConfig
 from dit_fast.errors import ConfigError
+from dit_fast.runs import TrainConfig
 from dit_fast.train.engine import Batch, Engine, Source, clip_or_drop
 from dit_fast.train.peers import announce
 from dit_fast.world import World, here

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dit_fast.benchmarks.baselines.published_diversity import published_diversity_loss
-from dit_fast.config import OptimizerConfig
 from dit_fast.methods import Method, ModelFacts, StepContext, Term
+from dit_fast.runs import OptimizerConfig
 
 
 class PublishedDiversity(Method):

@@ -5,12 +5,11 @@ from typing import Any, Literal, NamedTuple
 
 from dit_fast.checkpoint.manifest import MANIFEST, STATE
 from dit_fast.checkpoint.step import FOLDER, Checkpoint, newest_checkpoint, open_checkpoint
-from dit_fast.config import ModelConfig, TrainConfig
+from dit_fast.config import ModelConfig
 from dit_fast.data import LatentDataset, open_dataset
 from dit_fast.errors import CheckpointError, ConfigError, DataError
 from dit_fast.models import Backbone, build_model
-from dit_fast.options import from_dict
-from dit_fast.recipes import METHOD_CONFIGS
+from dit_fast.runs import TrainConfig, stored
 
 
 class LoadedRun(NamedTuple):
@@ -58,7 +57,7 @@ def load_run(path: str | Path, weights: Literal["ema", "model"] = "ema") -> Load
     checkpoint = find_checkpoint(path)
     state = checkpoint.state
     try:
-        config = from_dict(TrainConfig, state.get("config"), METHOD_CONFIGS)
+        config = stored(state.get("config"))
         model = model_from_config(config.model)
     except ConfigError as error:
         raise CheckpointError(f"{checkpoint.path / STATE}: its configuration cannot be read: {error}") from None

@@ -4,14 +4,12 @@ import copy
 import json
 import random
 
-from dit_fast.config import TrainConfig
 from dit_fast.errors import UserError
-from dit_fast.options import checked, keys, to_dict
-from dit_fast.recipes import METHOD_CONFIGS, RECIPES, load
+from dit_fast.options import groups, keys, to_dict
+from dit_fast.recipes import RECIPES, load
+from dit_fast.runs import TrainConfig, checked
 
-DEFAULTS = {key.path: key.default for key in keys(TrainConfig)}
-for name, config in METHOD_CONFIGS.items():
-    DEFAULTS |= {key.path: key.default for key in keys(config, f"methods.{name}.")}
+DEFAULTS = {key.path: key.default for path, group in groups(TrainConfig) for key in keys(group, path)}
 KEYS = list(DEFAULTS)
 JUNK = [
     "", " ", "0", "1", "-1", "2", "0.5", "1.5", "1e3", "1e400", "-1e400", "1e-400", "1e999999", "1_000", "0x10",

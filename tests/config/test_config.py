@@ -2,33 +2,40 @@
 
 import json
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import fuzz
 import pytest
 
-from dit_fast.config import DataConfig, OptimizerConfig, TrainConfig
 from dit_fast.errors import ConfigError
+from dit_fast.methods import METHODS
 from dit_fast.methods.diversedit import DiverseDiT
-from dit_fast.options import apply_overrides, checked, diff, from_dict, keys, to_dict
-from dit_fast.recipes import METHOD_CONFIGS, load, reference
+from dit_fast.options import diff, groups, keys, to_dict
+from dit_fast.recipes import load, reference
+from dit_fast.runs import DataConfig, OptimizerConfig, TrainConfig, _adapters, changed, checked, stored
 from dit_fast.train.prepare import forbidden_changes
 
 
-@dataclass(frozen=True, kw_only=True)
 class Toy:
-    name = "toy"
-    weight: float = 0.5
-    layers: tuple[int, ...] = (1, 2)
-    depth: int | None = None
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        name: ClassVar[str] = "toy"
+        weight: float = 0.5
+        layers: tuple[int, ...] = (1, 2)
+        depth: int | None = None
 
 
-METHODS = {"toy": Toy}
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.setitem(METHODS, "toy", Toy)
 
 
+@pytest.mark.usefixtures("toy")
 def test_overrides_reach_every_kind_of_field():
-    config = apply_overrides(
+    config = changed(
         TrainConfig(),
         [
             "optimizer.lr=2e-4",
@@ -39,20 +46,20 @@ def test_overrides_reach_every_kind_of_field():
             "methods.toy.layers=3,4,5",
             "methods.toy.depth=7",
         ],
-        METHODS,
     )
     assert (config.optimizer.lr, config.engine.zero_stage, config.run.steps) == (2e-4, 2, 1000)
     assert config.run.tensorboard is False
-    assert config.methods == (Toy(layers=(3, 4, 5), depth=7),)
-    kept = apply_overrides(config, ["methods=toy", "methods.toy.depth=none"], METHODS)
-    assert kept.methods == (Toy(layers=(3, 4, 5), depth=None),)
-    assert apply_overrides(config, ["run.seed=18446744073709551615"], METHODS).run.seed == 2**64 - 1  # exact
-    assert apply_overrides(config, ["methods=none"], METHODS).methods == ()
+    assert config.methods == (Toy.Config(layers=(3, 4, 5), depth=7),)
+    kept = changed(config, ["methods=toy", "methods.toy.depth=none"])
+    assert kept.methods == (Toy.Config(layers=(3, 4, 5), depth=None),)
+    assert changed(config, ["run.seed=18446744073709551615"]).run.seed == 2**64 - 1  # exact
+    assert changed(config, ["methods=none"]).methods == ()
 
 
+@pytest.mark.usefixtures("toy")
 def test_round_trip_through_json():
-    config = apply_overrides(TrainConfig(), ["methods=toy", "methods.toy.weight=0.25", "flow.path=cosine"], METHODS)
-    assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config))), METHODS) == config
+    config = changed(TrainConfig(), ["methods=toy", "methods.toy.weight=0.25", "flow.path=cosine"])
+    assert stored(json.loads(json.dumps(to_dict(config)))) == config
 
 
 @pytest.mark.parametrize(
@@ -64,19 +71,19 @@ def test_round_trip_through_json():
         ("run.steps=many", "type int"),
         ("run.steps=1.5", "type int"),
         ("run.tensorboard=maybe", "type bool"),
-        ("model=3", "group of keys"),
+        ("data=3", "group of keys"),
         ("run.steps.x=3", "single value"),
         ("methods=tov", "did you mean 'toy'"),
         ("methods.toy.weight=1", "in this run"),
         ("run.steps", "key=value"),
         ("=1", "key=value"),
-        ("a.b.c=1", "unknown configuration key 'a.b.c'"),
+        ("a.b.c=1", "unknown configuration key 'a'"),
         ("methods=toy,toy", "'toy' is listed twice"),
         ("methods=", "unknown method ''.*methods=none"),
         ("optimizer.beta1=1.5", r"optimizer.beta1=1.5 must lie in \[0, 1\)"),
         ("optimizer.eps=0", r"optimizer.eps=0.0 must lie in \[1e-30, 1\]"),
         ("optimizer.lr=inf", "'optimizer.lr' must be of type float, not 'inf'"),
-        ("optimizer.lr=1e999", "finite"),
+        ("optimizer.lr=1e999", r"optimizer.lr=inf must lie in \[0, 1e30\]"),
         ("optimizer.lr=1e-999", "type float"),  # would be 0
         ("data.num_workers=100000", r"must lie in \[0, 256\]"),
         ("run.seed=18446744073709551616", r"must lie in \[0, 2\^64\)"),
@@ -88,9 +95,10 @@ def test_round_trip_through_json():
         ("model.attention=\x1b[31m\n", r"not '\\x1b\[31m'"),
     ],
 )
+@pytest.mark.usefixtures("toy")
 def test_wrong_overrides_name_the_key_and_the_fix(assignment, message):
     with pytest.raises(ConfigError, match=message) as caught:
-        apply_overrides(TrainConfig(), [assignment], METHODS)
+        changed(TrainConfig(), [assignment])
     assert "\n" not in str(caught.value)
 
 
@@ -98,12 +106,13 @@ def test_unknown_keys_in_a_file_raise():
     values = to_dict(TrainConfig())
     values["model"]["skip_wirings"] = "input"
     with pytest.raises(ConfigError, match=r"model\.skip_wirings.*skip_wiring"):
-        from_dict(TrainConfig, values, METHODS)
+        stored(values)
 
 
+@pytest.mark.usefixtures("toy")
 def test_diff_lists_changed_leaves_only():
     old = to_dict(TrainConfig())
-    new = to_dict(apply_overrides(TrainConfig(), ["run.seed=3", "methods=toy"], METHODS))
+    new = to_dict(changed(TrainConfig(), ["run.seed=3", "methods=toy"]))
     lines = diff(old, new)
     assert "run.seed: 0 -> 3" in lines
     assert any(line.startswith("methods.toy.weight: (absent) -> 0.5") for line in lines)
@@ -120,13 +129,13 @@ def test_diff_lists_changed_leaves_only():
         ('{"run": {"dir": ["a"]}}', "type str"),
         ('{"engine": {"zero_stage": true}}', "one of 0, 1, 2, 3"),
         ('{"optimizer": {"lr": NaN}}', "NaN is not a JSON number"),
-        ('{"optimizer": {"lr": 1e999}}', "finite"),
+        ('{"optimizer": {"lr": 1e999}}', "must lie in"),
         ('{"run": {"steps": %s}}' % ("9" * 5000), "JSON"),
         ('{"run": {"seed": 1, "seed": 2}}', "'seed' stands twice"),
         ('{"optimizer": 3}', "'optimizer' must be a group"),
         ('{"methods": ["repa"]}', "'methods' must be a group"),
         ('{"methods": {"repa": null}}', "'methods.repa' must be a group"),
-        ('{"methods": {"repa": {"weight": -1}}}', r"methods.repa.weight=-1.0 must lie in \[0, 1e6\]"),
+        ('{"methods": {"repa": {"weight": -1}}}', r"methods.repa.weight=-1 must lie in \[0, 1e6\]"),
         ("[1]", "must be a group of keys"),
         ("", "not a JSON configuration"),
         ("[" * 100_000, "not a JSON configuration"),
@@ -175,7 +184,7 @@ def test_keys_that_belong_together_are_checked_together():
         load("quickstart", [low])
 
 
-ALL_KEYS = [*keys(TrainConfig), *(key for name, cls in METHOD_CONFIGS.items() for key in keys(cls, f"{name}."))]
+ALL_KEYS = [key for path, group in groups(TrainConfig) for key in keys(group, path)]
 
 
 def test_every_key_has_a_meaning_and_every_number_a_range():
@@ -189,11 +198,19 @@ def test_the_page_of_keys_is_current():
 
 
 def test_what_may_change_on_resume_is_said_beside_the_key():
-    old = to_dict(TrainConfig())
-    new = to_dict(apply_overrides(TrainConfig(), ["run.steps=7", "preview.count=3", "run.seed=3", "optimizer.lr=1"]))
-    assert forbidden_changes(old, new) == ["optimizer.lr: 0.0001 -> 1.0", "run.seed: 0 -> 3"]
+    new = changed(TrainConfig(), ["run.steps=7", "preview.count=3", "run.seed=3", "optimizer.lr=1"])
+    assert forbidden_changes(TrainConfig(), new) == ["optimizer.lr: 0.0001 -> 1.0", "run.seed: 0 -> 3"]
 
 
 def test_random_configurations_are_valid_or_refused_in_one_line(tmp_path):
     outcomes = {fuzz.attempt(random.Random(seed), tmp_path) is None for seed in range(150)}
     assert outcomes == {True, False}
+
+
+def test_a_stored_configuration_is_read_without_pydantic(monkeypatch):
+    values = json.loads(json.dumps(to_dict(load("quickstart"))))
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    _adapters.cache_clear()
+    assert to_dict(stored(values)) == values
+    with pytest.raises(ConfigError, match=r"pip install 'dit_fast\[train\]'"):
+        load("quickstart")

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from dit_fast.checkpoint.step import open_checkpoint
-from dit_fast.config import EngineConfig, FlowConfig, OptimizerConfig, RunConfig, TrainConfig
+from dit_fast.config import FlowConfig
 from dit_fast.errors import ConfigError
 from dit_fast.methods import METHODS, build_methods
 from dit_fast.models import build_model
+from dit_fast.runs import EngineConfig, OptimizerConfig, RunConfig, TrainConfig
 from dit_fast.train.checkpoints import Checkpoints
 from dit_fast.train.engine import SingleEngine
 from dit_fast.train.guard import Diverged

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from dit_fast.config import TrainConfig
 from dit_fast.errors import ConfigError
+from dit_fast.runs import TrainConfig
 from dit_fast.train.engine import SingleEngine
-from dit_fast.train.world import World
+from dit_fast.world import World
 
 
 class Objective(nn.Module):

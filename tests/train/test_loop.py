@@ -355,8 +355,8 @@ def test_wrong_commands_are_one_line(shards, tmp_path, capsys, overrides, messag
 
 
 def test_ranks_that_do_not_divide_the_batch_are_named():
-    from dit_fast.config import EngineConfig
     from dit_fast.errors import ConfigError
+    from dit_fast.runs import EngineConfig
     from dit_fast.train.prepare import micro_batch
 
     with pytest.raises(ConfigError, match=r"global_batch=96 does not divide over 5 ranks; use a multiple of 5 \(95\)"):

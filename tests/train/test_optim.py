@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from dit_fast.config import OptimizerConfig
 from dit_fast.errors import ConfigError
+from dit_fast.runs import OptimizerConfig
 from dit_fast.train.optim import (
     AdamWEMA,
     applied_steps,

@@ -210,7 +210,7 @@ def test_frozen_parameters_stay_and_have_no_moments(results, folder):
 
 
 def test_overlapped_reduction_is_off_and_never_in_stage_1():
-    from dit_fast.config import EngineConfig, TrainConfig
+    from dit_fast.runs import EngineConfig, TrainConfig
     from dit_fast.train.zero import deepspeed_config
 
     assert EngineConfig().overlap_comm is False
