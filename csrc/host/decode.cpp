@@ -1,4 +1,5 @@
-// Latent shards without Python: members of one shard by pread, crc32, header comparison, and float32 rows in place.
+// Latent shards without Python: members of one shard by pread, crc32, header comparison, and rows of arrays in
+// place: float32 of float32 and float16, integers as they are.
 //
 // Needs no torch. Anything that is not plainly right ends the call at that sample; Python reads it again and says what
 // is wrong in its own words, so there is one text per error.
@@ -92,7 +93,8 @@ const T* column(const py::array& array, const char* name, py::ssize_t count) {
   return static_cast<const T*>(array.data());
 }
 
-// Number of samples, from the first on, that were right and lie in `out` [any, items], each in its row.
+// Number of samples, from the first on, that were right and lie in `out` [any, items], each in its row. Floats, and only
+// they, are looked at.
 py::ssize_t read_npy(int file, const py::array& offsets, const py::array& lengths, const py::array& crcs,
                      const py::array& rows, bool check_crc, std::string_view header, bool half, py::ssize_t signless,
                      py::array out) {
@@ -101,10 +103,13 @@ py::ssize_t read_npy(int file, const py::array& offsets, const py::array& length
   const auto* length = column<uint32_t>(lengths, "lengths", count);
   const auto* crc = column<uint32_t>(crcs, "crcs", count);
   const auto* row = column<int64_t>(rows, "rows", count);
-  if (!py::isinstance<py::array_t<float>>(out) || out.ndim() != 2 || !(out.flags() & py::array::c_style))
-    throw py::value_error("out must be a contiguous float32 array [rows, items]");
-  auto* target = static_cast<float*>(out.mutable_data());  // raises for a read-only array
-  const size_t items = out.shape(1), width = half ? 2 : 4, size = header.size() + items * width;
+  const bool floats = py::isinstance<py::array_t<float>>(out);
+  const bool whole = out.dtype().kind() == 'i' || out.dtype().kind() == 'u';
+  if (!(floats || (whole && !half)) || out.ndim() != 2 || !(out.flags() & py::array::c_style))
+    throw py::value_error("out must be a contiguous array [rows, items] of float32 or integers");
+  auto* target = static_cast<unsigned char*>(out.mutable_data());  // raises for a read-only array
+  const size_t items = out.shape(1), stride = items * out.itemsize();
+  const size_t payload_size = half ? items * 2 : stride, size = header.size() + payload_size;
   if (signless < 0 || signless > out.shape(1)) throw py::value_error("signless must lie in a row of out");
   for (py::ssize_t i = 0; i < count; ++i)
     if (row[i] < 0 || row[i] >= out.shape(0)) throw py::value_error("rows must lie in out");
@@ -116,7 +121,8 @@ py::ssize_t read_npy(int file, const py::array& offsets, const py::array& length
     if (check_crc && crc32(member.data(), size) != crc[i]) return i;
     if (std::memcmp(member.data(), header.data(), header.size()) != 0) return i;
     const unsigned char* payload = member.data() + header.size();
-    float* to = target + row[i] * items;
+    unsigned char* place = target + row[i] * stride;
+    auto* to = reinterpret_cast<float*>(place);
     if (half) {
       for (size_t k = 0; k < items; ++k) {
         uint16_t value;
@@ -124,9 +130,9 @@ py::ssize_t read_npy(int file, const py::array& offsets, const py::array& length
         to[k] = from_half(value);
       }
     } else {
-      std::memcpy(to, payload, 4 * items);
+      std::memcpy(place, payload, payload_size);
     }
-    if (!plausible(to, items, signless)) return i;
+    if (floats && !plausible(to, items, signless)) return i;
   }
   return count;
 }
@@ -138,5 +144,5 @@ PYBIND11_MODULE(_host, module) {
   module.attr("build_info") = "source=" DIT_FAST_SOURCE_HASH "pybind11 " PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR);
   module.def("read_npy", &read_npy, py::arg("file"), py::arg("offsets"), py::arg("lengths"), py::arg("crcs"),
              py::arg("rows"), py::arg("check_crc"), py::arg("header"), py::arg("half"), py::arg("signless"), py::arg("out"),
-             "Number of samples, from the first on, that were right and lie in `out` [any, items] float32.");
+             "Number of samples, from the first on, that were right and lie in `out` [any, items].");
 }

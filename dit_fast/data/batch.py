@@ -1,105 +1,82 @@
-"""From the bytes of a sample's members to the tensors of a micro-batch; shared by both readers."""
+"""From the bytes of a sample's members to the tensors of a micro-batch; shared by all readers."""
 
-import io
-import struct
 import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from dit_fast.data.dataset import LatentDataset
-from dit_fast.data.shards import FIELD_MEMBERS, MOMENTS_MEMBER, key_of, parse_npy
+from dit_fast.data.address import join
+from dit_fast.data.dataset import LatentDataset, open_family
+from dit_fast.data.field import MOMENTS, Family, Field
+from dit_fast.data.index import ShardIndex
+from dit_fast.data.shards import key_of
 from dit_fast.errors import DataError
 
+Batch = dict[str, torch.Tensor]
 
-class BatchBuilder:
-    """Collects samples into preallocated arrays. fields: extra ones, of "image" and "features"."""
 
-    def __init__(self, dataset: LatentDataset, fields: tuple[str, ...], check_crc: bool = True):
-        dataset.require(fields)
-        self.dataset, self.check_crc = dataset, check_crc
-        self._arrays = dataset.info.arrays
-        self.names = ("moments", *fields)
-        self.members = tuple(FIELD_MEMBERS[name] for name in self.names)
+@dataclass(frozen=True)
+class Column:
+    """A field, and where its bytes lie: paths or addresses of the tars, and their indexes. Holds no open files."""
 
-    def place(self, shard: int, row: int, column: str) -> tuple[int, int, int]:
-        """(offset, length, crc32) of a member of a sample, from the shard's index."""
-        index = self.dataset.indexes[shard]
-        position = index.members.index(column)
-        return int(index.offset[row, position]), int(index.length[row, position]), int(index.crc[row, position])
+    name: str
+    field: Field
+    tars: tuple[str, ...]
+    indexes: tuple[ShardIndex, ...]
 
-    def describe(self, shard: int, row: int, member: str) -> str:
+    def tables(self, shard: int, rows: np.ndarray) -> list[np.ndarray]:
+        """(offset, length, crc32), [n] each, of these rows of a shard."""
+        index = self.indexes[shard]
+        column = index.members.index(self.field.member)
+        return [np.ascontiguousarray(table[rows, column]) for table in (index.offset, index.length, index.crc)]
+
+    def describe(self, shard: int, row: int) -> str:
         """`ROOT/shard-000003.tar: 000001234.moments.npy`, for messages."""
-        key = self.dataset.indexes[shard].first_key + row
-        return f"{self.dataset.shard_path(shard)}: {key_of(key)}.{member}"
+        return f"{self.tars[shard]}: {key_of(self.indexes[shard].first_key + row)}.{self.field.member}"
 
-    def check(self, data: bytes, shard: int, row: int, member: str) -> None:
+    def check(self, data: bytes, shard: int, row: int, check_crc: bool) -> None:
         """Raises DataError when the bytes are not those the index was made from."""
-        _, length, crc = self.place(shard, row, member)
-        name = self.describe(shard, row, member)
+        index = self.indexes[shard]
+        column = index.members.index(self.field.member)
+        length = int(index.length[row, column])
+        name = self.describe(shard, row)
         if len(data) != length:
             raise DataError(f"{name} has {len(data)} bytes where the index says {length}; restore or rebuild the shard")
-        if self.check_crc and zlib.crc32(data) != crc:
+        if check_crc and zlib.crc32(data) != index.crc[row, column]:
             raise DataError(f"{name} is corrupt (crc32 differs from the index); restore or rebuild the shard")
 
-    def allocate(self, positions: np.ndarray, places: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
-        """A micro-batch without its payload. positions: int64 [n]; places: (shard, row) of each sample."""
-        n, info = len(places), self.dataset.info
-        batch: dict[str, torch.Tensor] = {
-            "moments": torch.empty((n, 2, info.channels, info.size, info.size), dtype=torch.float32),
-            "label": torch.from_numpy(
-                np.array([self.dataset.indexes[shard].label[row] for shard, row in places], np.int64)
-            ),
-            "position": torch.from_numpy(np.array(positions, np.int64)),
-        }
-        if "image" in self.names:
-            batch["image"] = torch.empty((n, 3, info.image_size or 0, info.image_size or 0), dtype=torch.uint8)
-        if "features" in self.names:
-            batch["features"] = torch.empty((n, *(info.feature_shape or (0, 0))), dtype=torch.float32)
-        return batch
-
-    def put(self, target: torch.Tensor, data: bytes, shard: int, row: int, member: str) -> None:
+    def put(self, target: torch.Tensor, data: bytes, shard: int, row: int) -> None:
         """One sample's member into its place in the batch. Raises DataError naming it if it does not fit."""
-        where, out = self.describe(shard, row, member), target.numpy()
-        if member == FIELD_MEMBERS["image"]:
-            out[...] = decode_png(data, out.shape, where)
-        else:
-            out[...] = parse_npy(data, *self._arrays[member], where)
-            check_values(out, member == MOMENTS_MEMBER, where)
-
-    def build(
-        self, positions: np.ndarray, samples: list[tuple[int, int, tuple[bytes, ...]]]
-    ) -> dict[str, torch.Tensor]:
-        """The micro-batch of the contract. positions: int64 [n]; samples: (shard, row, bytes per member) in that
-        order.
-        """
-        batch = self.allocate(positions, [(shard, row) for shard, row, _ in samples])
-        for i, (shard, row, payload) in enumerate(samples):
-            for name, member, data in zip(self.names, self.members, payload, strict=True):
-                self.put(batch[name][i], data, shard, row, member)
-        return batch
+        target.numpy()[...] = self.field.decode(data, self.name, self.describe(shard, row))
 
 
-def check_values(array: np.ndarray, moments: bool, where: str) -> None:
-    """For float32. Raises DataError naming `where` for NaN and Inf and, in moments [2, C, h, w], for a negative std."""
-    if not np.isfinite(array).all():
-        raise DataError(f"{where} holds NaN or Inf; encode this image again and rebuild the shard")
-    if moments and array[1].min() < 0:
-        raise DataError(f"{where} holds a negative standard deviation (a log variance?); rebuild the shard")
+def columns_of(root: str, family: Family, indexes: tuple[ShardIndex, ...], names: Sequence[str]) -> list[Column]:
+    """Those fields of a family that are among `names`."""
+    tars = tuple(join(root, shard.name) for shard in family.shards)
+    return [Column(name, family.fields[name], tars, indexes) for name in family.fields if name in names]
 
 
-def decode_png(data: bytes, shape: tuple[int, ...], where: str) -> np.ndarray:
-    """uint8 `shape` = [3, S, S] of a PNG of 8-bit RGB and that size. Raises DataError naming `where`.
+def open_columns(dataset: LatentDataset, fields: Sequence[str]) -> list[Column]:
+    """Moments, then these fields; the families that hold them are opened, and only those. Raises DataError."""
+    dataset.require(fields)
+    first, *added = dataset.info.families
+    found = columns_of(dataset.root, first, dataset.indexes, (MOMENTS, *fields))
+    for family in added:
+        if family.fields.keys() & set(fields):
+            found += columns_of(dataset.root, family, open_family(dataset.root, dataset.info, family), fields)
+    return sorted(found, key=lambda column: (MOMENTS, *fields).index(column.name))
 
-    The header is compared first: Pillow would clip deeper images without a word, and believe any size.
-    """
-    from PIL import Image
 
-    head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIBB", 13, b"IHDR", shape[2], shape[1], 8, 2)
-    if not data.startswith(head):
-        raise DataError(f"{where} is not a PNG of 8-bit RGB and {shape[2]}x{shape[1]} pixels; rebuild the shard")
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            return np.asarray(image).transpose(2, 0, 1)
-    except Exception as error:  # Pillow raises many kinds for damaged files
-        raise DataError(f"{where} is not a readable PNG ({type(error).__name__}); rebuild the shard") from None
+def allocate(columns: Sequence[Column], n: int) -> Batch:
+    """Room for n samples."""
+    return {column.name: torch.empty((n, *column.field.shape), dtype=column.field.batch_dtype) for column in columns}
+
+
+def finished(batch: Batch, dataset: LatentDataset, positions: np.ndarray, places: list[tuple[int, int]]) -> Batch:
+    """The batch with labels and positions (int64 [n]). places: (shard, row) of each sample."""
+    labels = np.array([dataset.indexes[shard].label[row] for shard, row in places], np.int64)
+    moments = {MOMENTS: batch.pop(MOMENTS)}
+    more = {"label": torch.from_numpy(labels), "position": torch.from_numpy(np.array(positions, np.int64))}
+    return {**moments, **more, **batch}

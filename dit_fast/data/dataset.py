@@ -1,38 +1,28 @@
 """Opening a data set: its description, every shard's index, and the checks made before a run starts."""
 
-import math
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from dit_fast.data.address import check_address, is_remote, join, one_line, read_bytes
-from dit_fast.data.description import (
-    FILE_NAME,
-    DatasetInfo,
-    ShardInfo,
-    description_bytes,
-    make_description,
-    parse_description,
-)
+from dit_fast.data.description import FILE_NAME, DatasetInfo, parse_description
+from dit_fast.data.field import Family, ShardInfo
 from dit_fast.data.index import ShardIndex, index_bytes, index_from_bytes, index_name
-from dit_fast.data.shards import FIELD_MEMBERS, LABEL_MEMBER, MOMENTS_MEMBER, key_of, parse_npy
+from dit_fast.data.shards import LABEL_MEMBER, key_of, parse_npy
 from dit_fast.errors import DataError
 
-__all__ = [
-    "FILE_NAME", "DatasetInfo", "LatentDataset", "ShardInfo", "description_bytes", "make_description", "open_dataset",
-    "open_index", "read_description",
-]  # fmt: skip
-
 DESCRIPTION_BYTES = 1 << 28  # at most
-NPY_HEADER_BYTES = 1 << 12  # at most
 LABEL_BYTES = 10  # at most
 
 
 @dataclass(frozen=True)
 class LatentDataset:
-    """An opened data set: its description and every shard's index. Holds no open files; may be sent to workers."""
+    """An opened data set: its description and the index of every shard with latents. Holds no open files; may be sent
+    to workers.
+    """
 
     root: str
     info: DatasetInfo
@@ -54,14 +44,13 @@ class LatentDataset:
         """int64 [num_samples]."""
         return np.concatenate([index.label for index in self.indexes]).astype(np.int64)
 
-    def require(self, fields: tuple[str, ...]) -> None:
+    def require(self, fields: Iterable[str]) -> None:
         """Raises DataError when batches cannot have these fields."""
         for name in fields:
-            if name not in self.info.fields:
-                known = ", ".join(self.info.fields) or "none"
-                option = {"image": "--store-images", "features": "--encoder"}.get(name)
-                fix = f"; rebuild with `dit-fast shards build {option}`" if option else ""
-                raise DataError(f"{self.root}: has no field '{name}' (extra fields here: {known}){fix}")
+            try:
+                self.info.field(name)
+            except DataError as error:
+                raise DataError(f"{self.root}: {error}") from None
 
 
 def open_dataset(path_or_url: str | Path) -> LatentDataset:
@@ -75,11 +64,16 @@ def open_dataset(path_or_url: str | Path) -> LatentDataset:
     Raises DataError, one line naming the file and the fix.
     """
     root, info = read_description(path_or_url)
-    indexes, first_key = [], 0
-    for shard in info.shards:
-        indexes.append(open_index(root, shard, info, first_key))
-        first_key += shard.samples
-    return LatentDataset(root=root, info=info, indexes=tuple(indexes))
+    return LatentDataset(root=root, info=info, indexes=open_family(root, info, info.families[0]))
+
+
+def open_family(root: str, info: DatasetInfo, family: Family) -> tuple[ShardIndex, ...]:
+    """The checked indexes of a family's shards. Raises DataError."""
+    first_keys = np.cumsum([0, *info.shard_sizes[:-1]]).tolist()
+    return tuple(
+        open_index(root, shard, family, first_key, info.num_classes)
+        for shard, first_key in zip(family.shards, first_keys, strict=True)
+    )
 
 
 def read_description(path_or_url: str | Path) -> tuple[str, DatasetInfo]:
@@ -103,14 +97,18 @@ def _require_folder(root: str, where: str) -> None:
         raise DataError(f"{where}{absolute}: missing; finish the data set with {build}; {moved}")
 
 
-def open_index(root: str, shard: ShardInfo, info: DatasetInfo, first_key: int) -> ShardIndex:
+def open_index(root: str, shard: ShardInfo, family: Family, first_key: int, num_classes: int) -> ShardIndex:
     """The checked index of one shard, whose first sample has this key. Raises DataError."""
     tar, idx = join(root, shard.name), join(root, index_name(shard.name))
     with one_line(tar):
-        return _open_index(root, tar, idx, shard, info, first_key)
+        index = _open_index(root, tar, idx, shard, family, first_key)
+        if LABEL_MEMBER in index.members:
+            _check_labels(tar, idx, index, num_classes)
+        _check_sizes(tar, index, family)
+        return index
 
 
-def _open_index(root: str, tar: str, idx: str, shard: ShardInfo, info: DatasetInfo, first_key: int) -> ShardIndex:
+def _open_index(root: str, tar: str, idx: str, shard: ShardInfo, family: Family, first_key: int) -> ShardIndex:
     reindex = f"rebuild it with `dit-fast shards index {root}`"
     if not is_remote(root):
         if not Path(tar).is_file():
@@ -122,7 +120,7 @@ def _open_index(root: str, tar: str, idx: str, shard: ShardInfo, info: DatasetIn
             )
         if not Path(idx).is_file():
             raise DataError(f"{idx}: index is missing; {reindex}")
-    wanted = (MOMENTS_MEMBER, LABEL_MEMBER, *(FIELD_MEMBERS[name] for name in info.fields))
+    wanted = family.members
     index = index_from_bytes(read_bytes(idx, index_bytes(shard.samples, wanted)), idx)
     if index.first_key != first_key or len(index) != shard.samples or index.tar_bytes != shard.bytes:
         raise DataError(
@@ -133,19 +131,17 @@ def _open_index(root: str, tar: str, idx: str, shard: ShardInfo, info: DatasetIn
         raise DataError(
             f"{idx}: members {sorted(index.members)} differ from dataset.json's {sorted(wanted)}; {reindex}"
         )
-    bad = np.flatnonzero((index.label < 0) | (index.label >= info.num_classes))
-    if len(bad):
-        raise DataError(
-            f"{tar}: sample {key_of(first_key + int(bad[0]))} has label {int(index.label[bad[0]])}, outside "
-            f"0..{info.num_classes - 1} ({len(bad)} such samples); correct the labels and rebuild the shard"
-        )
-    _check_labels(idx, index)
-    _check_sizes(tar, index, info)
     return index
 
 
-def _check_labels(idx: str, index: ShardIndex) -> None:
+def _check_labels(tar: str, idx: str, index: ShardIndex, num_classes: int) -> None:
     """The index holds each label twice: as a number, and as the crc of the member it was taken from."""
+    bad = np.flatnonzero((index.label < 0) | (index.label >= num_classes))
+    if len(bad):
+        raise DataError(
+            f"{tar}: sample {key_of(index.first_key + int(bad[0]))} has label {int(index.label[bad[0]])}, outside "
+            f"0..{num_classes - 1} ({len(bad)} such samples); correct the labels and rebuild the shard"
+        )
     labels, where = np.unique(index.label, return_inverse=True)
     crcs = np.array([zlib.crc32(str(label).encode()) for label in labels.tolist()], np.uint32)
     wrong = np.flatnonzero(crcs[where] != index.crc[:, index.members.index(LABEL_MEMBER)])
@@ -156,14 +152,10 @@ def _check_labels(idx: str, index: ShardIndex) -> None:
         )
 
 
-def _check_sizes(tar: str, index: ShardIndex, info: DatasetInfo) -> None:
+def _check_sizes(tar: str, index: ShardIndex, family: Family) -> None:
     """All members by their length, so that nothing is read that cannot be right; the first array by its header too."""
-    limits = {LABEL_MEMBER: (1, LABEL_BYTES)}
-    for member, (shape, dtype) in info.arrays.items():
-        payload = math.prod(shape) * np.dtype(dtype).itemsize
-        limits[member] = (payload + 1, payload + NPY_HEADER_BYTES)
-    if info.image_size is not None:  # a PNG that its writer could not compress, and some more
-        limits[FIELD_MEMBERS["image"]] = (1, 4 * info.image_size**2 + (1 << 16))
+    limits = {LABEL_MEMBER: (1, LABEL_BYTES)} if LABEL_MEMBER in index.members else {}
+    limits |= {field.member: field.limits for field in family.fields.values()}
     for member, (low, high) in limits.items():
         lengths = index.length[:, index.members.index(member)]
         wrong = np.flatnonzero((lengths < low) | (lengths > high))
@@ -175,11 +167,13 @@ def _check_sizes(tar: str, index: ShardIndex, info: DatasetInfo) -> None:
             )
     if is_remote(tar):
         return
-    for member, (shape, dtype) in info.arrays.items():
-        column = index.members.index(member)
+    for field in family.fields.values():
+        if field.is_png:
+            continue
+        column = index.members.index(field.member)
         with open(tar, "rb") as stream:
             stream.seek(int(index.offset[0, column]))
             data = stream.read(int(index.length[0, column]))
-        name = f"{tar}: {key_of(index.first_key)}.{member}"
+        name = f"{tar}: {key_of(index.first_key)}.{field.member}"
         if zlib.crc32(data) == int(index.crc[0, column]):  # else damage, found when it is read
-            parse_npy(data, shape, dtype, name)
+            parse_npy(data, field.shape, field.dtype, name)

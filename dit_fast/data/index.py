@@ -2,8 +2,8 @@
 
 Layout, little-endian: magic `DITFIDX1`; u64 first key, u64 bytes of the tar, u32 samples, u32 members, u32 length of
 the member names; the names joined by commas (ASCII); then per sample `members` times (u64 offset, u32 length, u32
-crc32) and one i32 label; last a u32 crc32 of everything before it. Samples are consecutive: sample i has key
-`first_key + i`.
+crc32) and one i32 label (0 where the tar holds none); last a u32 crc32 of everything before it. Samples are
+consecutive: sample i has key `first_key + i`.
 """
 
 import struct

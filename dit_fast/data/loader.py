@@ -123,8 +123,9 @@ def build_loader(
 
     Global batch t holds positions start + [t B, (t+1) B); rank r takes [r::world_size] of them, cut into
     micro-batches of `micro_batch`. Each micro-batch: moments float32 [n, 2, C, h, w] (mean, std), label int64 [n],
-    position int64 [n], and for `fields`: image uint8 [n, 3, S, S], features float32 [n, T, Z]. reader "auto":
-    "indexed" for local folders, "stream" for addresses; both give the same batches. Memory is pinned when CUDA is
+    position int64 [n], and `fields` as `dataset.info.fields` declares them, [n, *shape]: float32 where they are
+    floating-point, else in their dtype (image uint8 [n, 3, S, S], features float32 [n, T, Z]). reader "auto": "indexed"
+    for local folders, "stream" for addresses; both give the same batches. Memory is pinned when CUDA is
     there. Closing the iterator ends its workers.
 
     Raises ConfigError when the sizes do not divide, DataError for absent fields and, later, for damaged data.

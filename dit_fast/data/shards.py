@@ -1,8 +1,9 @@
 """Writing and scanning tar shards: uncompressed, deterministic, readable by any WebDataset user.
 
 Samples are numbered over the whole data set; sample 1234 has the members `000001234.moments.npy` (mean and std,
-[2, C, h, w]), `000001234.cls` (label in decimal) and, where asked for, `000001234.png` and `000001234.features.npy`.
-Modification time, owner and mode are fixed, so equal samples give equal bytes.
+[2, C, h, w]), `000001234.cls` (label in decimal) and one more for each further field. A field that is added later lies
+in tars of its own, as `000001234.NAME.npy` alone. Modification time, owner and mode are fixed, so equal samples give
+equal bytes.
 """
 
 import errno
@@ -24,8 +25,6 @@ from dit_fast.errors import DataError
 KEY_DIGITS = 9
 LABEL_MEMBER = "cls"
 MOMENTS_MEMBER = "moments.npy"
-# name of a batch field -> member of the tar
-FIELD_MEMBERS = {"moments": MOMENTS_MEMBER, "label": LABEL_MEMBER, "image": "png", "features": "features.npy"}
 
 
 def key_of(sample: int) -> str:
@@ -99,10 +98,10 @@ class ShardWriter:
         if kind is not None:
             self.abort()
 
-    def add(self, payload: Mapping[str, bytes], label: int) -> None:
-        """Appends the next sample. `payload`: member -> bytes for all members but the label's."""
+    def add(self, payload: Mapping[str, bytes], label: int | None = None) -> None:
+        """Appends the next sample. `payload`: member -> bytes for all members but the label's; None: it has none."""
         key = key_of(self.first_key + len(self._label))
-        full = {**payload, LABEL_MEMBER: str(label).encode("ascii")}
+        full = dict(payload) if label is None else {**payload, LABEL_MEMBER: str(label).encode("ascii")}
         if set(full) != set(self.members):
             raise DataError(f"sample {key}: members {sorted(full)} where the data set has {sorted(self.members)}")
         offsets, lengths, crcs = [], [], []
@@ -116,7 +115,7 @@ class ShardWriter:
         self._offset.append(offsets)
         self._length.append(lengths)
         self._crc.append(crcs)
-        self._label.append(label)
+        self._label.append(label or 0)
 
     def close(self) -> ShardIndex:
         """Finishes the tar, syncs it and its index to disk and renames them into place; returns the index."""
@@ -238,7 +237,7 @@ def scan_tar(path: Path) -> ShardIndex:
         )
     members = tuple(rows[0]) if rows else ()
     for number, row in enumerate(rows):
-        if tuple(row) != members or LABEL_MEMBER not in row:
+        if tuple(row) != members:
             raise DataError(f"{path}: sample {key_of(first_key + number)} has members {sorted(row)}; rebuild the shard")
     table = np.array([[row[member] for member in members] for row in rows], np.uint64).reshape(
         len(rows), len(members), 3
@@ -256,5 +255,5 @@ def scan_tar(path: Path) -> ShardIndex:
         offset=table[..., 0],
         length=table[..., 1].astype(np.uint32),
         crc=table[..., 2].astype(np.uint32),
-        label=np.array(labels, np.int32),
+        label=np.array(labels or [0] * len(rows), np.int32),
     )

@@ -4,18 +4,18 @@ It yields exactly what the indexed reader yields. One group of shards is read at
 from it are kept in memory until their turn. Each rank (and each worker) reads all shards of a group, so the traffic
 is ranks times workers times the data set per epoch; prefer one worker. What webdataset passes over in silence or takes
 for true (missing or extra samples, sizes that a header claims) never reaches it: every header is compared with the
-index on its way there. No member is decoded by webdataset.
+index on its way there. Tars of fields that were added are read beside those with the latents, a sample at a time. No
+member is decoded by webdataset.
 """
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from dit_fast.data.address import one_line, open_stream
-from dit_fast.data.batch import BatchBuilder
+from dit_fast.data.batch import Batch, Column, allocate, finished, open_columns
 from dit_fast.data.dataset import LatentDataset
 from dit_fast.data.index import ShardIndex
 from dit_fast.data.plan import Plan
@@ -23,20 +23,23 @@ from dit_fast.data.shards import key_of, member_header
 from dit_fast.errors import DataError, UserError
 
 FIX = "restore or rebuild the shard"
+_Kept = tuple[int, int, dict[str, bytes]]  # shard, row, bytes of each column
 
 
 class StreamReader:
     """Yields micro-batches for a sequence of position arrays, reading each shard group once."""
 
-    def __init__(self, dataset: LatentDataset, plan: Plan, fields: tuple[str, ...] = (), check_crc: bool = True):
-        self._dataset, self._plan = dataset, plan
-        self._builder = BatchBuilder(dataset, fields, check_crc)
+    def __init__(self, dataset: LatentDataset, plan: Plan, fields: Sequence[str] = (), check_crc: bool = True):
+        self._dataset, self._plan, self._check_crc = dataset, plan, check_crc
+        self._columns = open_columns(dataset, fields)
+        # by the tars they lie in, so that each is read once
+        self._families = [[c for c in self._columns if c.tars == tars] for tars in {c.tars: 0 for c in self._columns}]
         self._first = np.array([index.first_key for index in dataset.indexes], np.int64)
 
-    def read(self, batches: Iterator[np.ndarray]) -> Iterator[dict[str, torch.Tensor]]:
+    def read(self, batches: Iterator[np.ndarray]) -> Iterator[Batch]:
         """Micro-batches as `IndexedReader.read` gives them. batches: ascending int64 positions, endless or not."""
         pending: list[np.ndarray] = []  # batches looked at, in order, not yet built
-        kept: dict[int, tuple[int, int, tuple[bytes, ...]]] = {}  # position -> sample
+        kept: dict[int, _Kept] = {}  # position -> sample
         done = 0  # positions below this have been read
         for batch in batches:
             pending.append(batch)
@@ -46,10 +49,17 @@ class StreamReader:
             while pending and int(pending[0][-1]) < done:
                 yield self._emit(pending.pop(0), kept)
 
-    def _emit(self, positions: np.ndarray, kept: dict) -> dict[str, torch.Tensor]:
-        return self._builder.build(positions, [kept.pop(position) for position in positions.tolist()])
+    def _emit(self, positions: np.ndarray, kept: dict[int, _Kept]) -> Batch:
+        samples = [kept.pop(position) for position in positions.tolist()]
+        batch = allocate(self._columns, len(samples))
+        for i, (shard, row, payload) in enumerate(samples):
+            for column in self._columns:
+                column.put(batch[column.name][i], payload[column.name], shard, row)
+        return finished(batch, self._dataset, positions, [(shard, row) for shard, row, _ in samples])
 
-    def _read_group(self, position: int, pending: list[np.ndarray], batches: Iterator[np.ndarray], kept: dict) -> int:
+    def _read_group(
+        self, position: int, pending: list[np.ndarray], batches: Iterator[np.ndarray], kept: dict[int, _Kept]
+    ) -> int:
         """Reads the group that holds `position`; returns the first position after it."""
         epoch, inside = divmod(position, self._plan.num_samples)
         group = next(group for group in self._plan.groups(epoch) if inside < group.stop)
@@ -65,22 +75,26 @@ class StreamReader:
         order = self._plan.order(epoch)
         position_of = dict(zip(order[wanted - base].tolist(), wanted.tolist(), strict=True))
         for shard in group.shards.tolist():
-            for row, payload in self._read_shard(shard):
+            for row, parts in enumerate(
+                zip(*(self._read_tar(family, shard) for family in self._families), strict=True)
+            ):
                 where = position_of.get(int(self._first[shard]) + row)
                 if where is not None:
-                    for member, data in zip(self._builder.members, payload, strict=True):
-                        self._builder.check(data, shard, row, member)
+                    payload = {name: data for part in parts for name, data in part.items()}
+                    for column in self._columns:
+                        column.check(payload[column.name], shard, row, self._check_crc)
                     kept[where] = (shard, row, payload)
         return stop
 
-    def _read_shard(self, shard: int) -> Iterator[tuple[int, tuple[bytes, ...]]]:
-        """(row, bytes per member) of each sample. Raises DataError where the tar is not what the index says."""
-        name, index = self._dataset.shard_path(shard), self._dataset.indexes[shard]
+    @staticmethod
+    def _read_tar(family: Sequence[Column], shard: int) -> Iterator[dict[str, bytes]]:
+        """The members of these columns, of each sample. Raises DataError where the tar is not what the index says."""
+        name, index = family[0].tars[shard], family[0].indexes[shard]
         with one_line(name), open_stream(name, index.tar_bytes) as stream:
             checked = _CheckedTar(name, index, stream)
             try:
-                for row, sample in enumerate(_webdataset_samples(name, checked)):
-                    yield row, tuple(sample[member] for member in self._builder.members)
+                for sample in _webdataset_samples(name, checked):
+                    yield {column.name: sample[column.field.member] for column in family}
             except Exception:
                 if checked.wrong is None:
                     raise

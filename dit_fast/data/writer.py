@@ -1,7 +1,7 @@
-"""Writes a data set shard by shard, in several processes, so that a killed or failed run is continued.
+"""Writes families of shards, in several processes, so that a killed or failed run is continued.
 
 A shard is one unit of work: its bytes depend on the samples alone, never on the number of processes. Finished shards
-are recorded under `.build`; `dataset.json` comes last, and `.build` goes.
+are recorded in a hidden folder; `dataset.json` comes last, and that folder goes.
 """
 
 import errno
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,31 +25,33 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from dit_fast.data.dataset import FILE_NAME, LatentDataset, ShardInfo, description_bytes, make_description, open_dataset
+from dit_fast.data.dataset import LatentDataset, open_dataset
+from dit_fast.data.description import FILE_NAME, description_bytes, field_entry, make_description
+from dit_fast.data.field import MOMENTS, Family, Field, ShardInfo
 from dit_fast.data.files import bar, reason
 from dit_fast.data.index import index_path
-from dit_fast.data.shards import MOMENTS_MEMBER, ShardWriter, key_of, npy_bytes, write_atomic
+from dit_fast.data.shards import ShardWriter, key_of, write_atomic
 from dit_fast.errors import DataError, UserError
 from dit_fast.options import diff
 
-STATE_FOLDER = ".build"
+SHARD = "shard"  # what the names of the tars with the latents begin with
 MANY_PROCESSES = 64
-Sample = tuple[dict[str, bytes], int, np.ndarray]  # members but the label's and moments'; label; moments [2, C, h, w]
 
 
 class Producer(Protocol):
     """Makes samples. It is sent to the worker processes, so it holds specs and loads networks when first used."""
 
-    members: tuple[str, ...]
-    dtype: str
-    shape: tuple[int, ...]  # of the moments, [2, C, h, w]
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """What it gives; labels go with moments."""
+        ...
 
     def name(self, number: int) -> str:
         """What a message calls the sample with this source number."""
         ...
 
-    def samples(self, numbers: np.ndarray, shard: int) -> Iterator[Sample]:
-        """The samples with these source numbers, in order."""
+    def samples(self, numbers: np.ndarray, shard: int) -> Iterator[tuple[Mapping[str, np.ndarray], int | None]]:
+        """An array per field, and the label, of the samples with these source numbers, in order."""
         ...
 
 
@@ -64,8 +67,9 @@ def write_dataset(
 ) -> LatentDataset:
     """Writes the samples `order` (source numbers, int64 [N]) to shards in `out`; continues what is there.
 
-    info: the part of `dataset.json` known beforehand. settings: everything that decides the bytes; a run with other
-    settings in the same folder is refused with the difference. Raises DataError, one line, with finished shards kept.
+    info: the part of `dataset.json` that is known beforehand and that the producer's fields do not tell. settings:
+    everything that decides the bytes; a run with other settings in the same folder is refused with the difference.
+    Raises DataError, one line, with finished shards kept.
     """
     check_amounts(samples_per_shard, processes)
     for name in ("scale", "shift"):  # as the reader will demand
@@ -74,38 +78,81 @@ def write_dataset(
         if not np.isfinite(value).all() or (name == "scale" and (value <= 0).any()):
             what = "finite number above 0" if name == "scale" else "finite number"
             raise DataError(f"{name} {info[name]} is not a {what} in float32; correct it or the autoencoder")
-    with one_line_errors(out):
+    with one_line_errors(State(out, SHARD)):
         out.mkdir(parents=True, exist_ok=True)
         if (out / FILE_NAME).is_file():
-            found = _read_json(out / FILE_NAME).get("settings")
-            _refuse_other(out, found if isinstance(found, dict) else {}, settings)
+            found = read_json(out / FILE_NAME).get("settings")
+            refuse_other(out, found if isinstance(found, dict) else {}, settings)
             return open_dataset(out)
-    with one_line_errors(out), _locked(out):
-        state = out / STATE_FOLDER
-        if (state / "settings.json").is_file():
-            _refuse_other(out, _read_json(state / "settings.json"), settings)
-        else:
-            foreign = sorted(out.glob("shard-*.tar"))
-            if foreign:
-                raise DataError(f"{foreign[0]}: a shard of another data set; use another folder or delete it")
-            write_atomic(state / "settings.json", json.dumps(settings, indent=1).encode())
-        for partial in [*out.glob("shard-*.partial"), *state.glob("*.partial")]:
-            partial.unlink()
-        count = -(-len(order) // samples_per_shard)
-        tasks = [
-            _Task(producer, order[first : first + samples_per_shard], first, number, out)
-            for number, first in enumerate(range(0, len(order), samples_per_shard))
-        ]
-        todo = [task for task in tasks if not task.finished()]
-        with bar(len(order), len(order) - sum(len(task.numbers) for task in todo), "shards", progress) as advance:
-            for samples in _run(todo, processes):
-                advance(samples)
-        results = [json.loads((state / f"{shard_name(number)}.json").read_bytes()) for number in range(count)]
+    sizes = [min(samples_per_shard, len(order) - first) for first in range(0, len(order), samples_per_shard)]
+    with writing(out, SHARD, settings) as state:
+        results = write_shards(state, producer, order, sizes, processes, progress)
         shards = [ShardInfo(**result["shard"]) for result in results]
-        content = {**info, "statistics": _statistics(results), "settings": dict(settings)}
+        fields = {name: field_entry(field) for name, field in producer.fields.items() if name != MOMENTS}
+        moments = {"dtype": producer.fields[MOMENTS].dtype, "latent_shape": producer.fields[MOMENTS].shape[1:]}
+        known = {**info, **moments, "fields": fields}
+        content = {**known, "statistics": _statistics(results), "settings": dict(settings)}
         write_atomic(out / FILE_NAME, description_bytes(make_description(content, shards)))
-    shutil.rmtree(out / STATE_FOLDER)
     return open_dataset(out)
+
+
+@dataclass(frozen=True)
+class State:
+    """A family that is being written. folder: where finished shards are recorded."""
+
+    out: Path
+    prefix: str
+
+    @property
+    def folder(self) -> Path:
+        return self.out / (".build" if self.prefix == SHARD else f".build-{self.prefix}")
+
+    def tar(self, shard: int) -> Path:
+        """`shard-000012.tar`."""
+        return self.out / f"{self.prefix}-{shard:06d}.tar"
+
+    def record(self, shard: int) -> Path:
+        return self.folder / f"{self.tar(shard).name}.json"
+
+
+@contextmanager
+def writing(out: Path, prefix: str, settings: Mapping[str, Any]) -> Iterator[State]:
+    """The only writer of a family, with what a run before it left; its records go when all is done.
+
+    Raises DataError, one line, for another writer, other settings than it was begun with, and foreign tars.
+    """
+    state = State(out, prefix)
+    with one_line_errors(state):
+        state.folder.mkdir(exist_ok=True)
+        with _locked(state):
+            if (state.folder / "settings.json").is_file():
+                refuse_other(out, read_json(state.folder / "settings.json"), settings)
+            else:
+                foreign = sorted(out.glob(f"{prefix}-*.tar"))
+                if foreign:
+                    raise DataError(f"{foreign[0]}: a shard of another data set; use another folder or delete it")
+                write_atomic(state.folder / "settings.json", json.dumps(settings, indent=1).encode())
+            for partial in [*out.glob(f"{prefix}-*.partial"), *state.folder.glob("*.partial")]:
+                partial.unlink()
+            yield state
+    shutil.rmtree(state.folder)
+
+
+def write_shards(
+    state: State, producer: Producer, order: np.ndarray, sizes: Sequence[int], processes: int, progress: bool
+) -> list[dict[str, Any]]:
+    """Writes the samples `order` to shards of these sizes, but those that are there; what is known of each."""
+    firsts = np.cumsum([0, *sizes]).tolist()
+    tasks = [
+        _Task(state, producer, order[first : first + size], first, shard)
+        for shard, (first, size) in enumerate(zip(firsts, sizes, strict=False))
+    ]
+    todo = [task for task in tasks if not task.finished()]
+    done = len(order) - sum(len(task.numbers) for task in todo)
+    with bar(len(order), done, "shards", progress) as advance:
+        for samples in _run(todo, processes):
+            advance(samples)
+    return [json.loads(state.record(task.shard).read_bytes()) for task in tasks]
 
 
 def check_amounts(samples_per_shard: int, processes: int) -> None:
@@ -117,18 +164,12 @@ def check_amounts(samples_per_shard: int, processes: int) -> None:
         raise DataError(f"processes={processes}: at most {most} on this machine; give fewer")
 
 
-def shard_name(number: int) -> str:
-    """`shard-000012.tar`."""
-    return f"shard-{number:06d}.tar"
-
-
 class _Task:
     """One shard: which samples, and where it goes."""
 
-    def __init__(self, producer: Producer, numbers: np.ndarray, first_key: int, shard: int, out: Path):
+    def __init__(self, state: State, producer: Producer, numbers: np.ndarray, first_key: int, shard: int):
         self.producer, self.numbers, self.first_key, self.shard = producer, numbers, first_key, shard
-        self.path = out / shard_name(shard)
-        self.record = out / STATE_FOLDER / f"{shard_name(shard)}.json"
+        self.path, self.record = state.tar(shard), state.record(shard)
 
     def finished(self) -> bool:
         if not (self.record.is_file() and self.path.is_file() and index_path(self.path).is_file()):
@@ -152,41 +193,37 @@ class _Task:
             ) from None
 
     def _write(self, stopped: Callable[[], bool]) -> bool:
-        sums, count = np.zeros((2, 0)), 0
-        with ShardWriter(self.path, self.producer.members, self.first_key) as writer:
-            for payload, label, moments in self.producer.samples(self.numbers, self.shard):
+        sums, count, values = np.zeros((2, 0)), 0, 0
+        fields = self.producer.fields
+        with ShardWriter(self.path, Family((), fields).members, self.first_key) as writer:
+            for arrays, label in self.producer.samples(self.numbers, self.shard):
                 if stopped():
                     writer.abort()
                     return False
-                writer.add({**payload, MOMENTS_MEMBER: self._moments(moments, count)}, label)
-                mean, std = moments.astype(np.float64).reshape(2, moments.shape[1], -1)
-                sample = np.stack([mean.sum(1), (mean**2 + std**2).sum(1)])
-                sums, count = (sample if not count else sums + sample), count + 1
+                writer.add(
+                    {field.member: self._encoded(name, arrays[name], count) for name, field in fields.items()}, label
+                )
+                if MOMENTS in arrays:
+                    moments = arrays[MOMENTS]
+                    mean, std = moments.astype(np.float64).reshape(2, moments.shape[1], -1)
+                    sample = np.stack([mean.sum(1), (mean**2 + std**2).sum(1)])
+                    sums, values = (sample if not count else sums + sample), values + mean.shape[1]
+                count += 1
             index = writer.close()
         result = {
             "shard": {"name": self.path.name, "samples": count, "bytes": index.tar_bytes, "sha256": writer.sha256},
             "sums": sums.tolist(),
-            "values": count * mean.shape[1],
+            "values": values,
         }
         write_atomic(self.record, json.dumps(result).encode())
         return True
 
-    def _moments(self, moments: np.ndarray, row: int) -> bytes:
-        with np.errstate(over="ignore"):
-            stored = moments.astype(self.producer.dtype)
-        wrong = ""
-        if moments.shape != self.producer.shape:
-            wrong = f"latents {moments.shape} where {self.producer.shape} were announced; use another autoencoder"
-        elif not np.isfinite(moments).all():
-            wrong = "latents that are NaN or infinite; correct that input or use another autoencoder"
-        elif (moments[1] < 0).any():
-            wrong = "latents with a negative standard deviation; use another autoencoder"
-        elif not np.isfinite(stored).all():
-            wrong = f"latents that are not finite in {self.producer.dtype}; use --dtype float32 or another autoencoder"
-        if wrong:
+    def _encoded(self, name: str, array: np.ndarray, row: int) -> bytes:
+        try:
+            return self.producer.fields[name].encode(array, name)
+        except DataError as error:
             place = f"{self.path}: sample {key_of(self.first_key + row)}"
-            raise DataError(f"{place} ({self.producer.name(int(self.numbers[row]))}) has {wrong}")
-        return npy_bytes(stored)
+            raise DataError(f"{place} ({self.producer.name(int(self.numbers[row]))}) has {error}") from None
 
 
 def _run(tasks: Sequence[_Task], processes: int) -> Iterator[int]:
@@ -262,7 +299,7 @@ def _statistics(results: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     return {"mean": mean.tolist(), "std": np.sqrt(np.maximum(square - mean**2, 0)).tolist()}
 
 
-def _refuse_other(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def refuse_other(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     changes = diff(old, json.loads(json.dumps(new)))
     if changes:
         raise DataError(
@@ -270,7 +307,7 @@ def _refuse_other(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> 
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
@@ -294,23 +331,25 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    (out / STATE_FOLDER).mkdir(exist_ok=True)
-    with open(out / STATE_FOLDER / "lock", "w") as file:
+def _locked(state: State) -> Iterator[None]:
+    with open(state.folder / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(f"{out}: another process is building here; wait for it or choose another folder") from None
+            raise DataError(
+                f"{state.out}: another process is building here; wait for it or choose another folder"
+            ) from None
         yield
 
 
 @contextmanager
-def one_line_errors(out: Path) -> Iterator[None]:
-    """Turns an OSError while writing in `out` into a DataError that says what is kept."""
+def one_line_errors(state: State) -> Iterator[None]:
+    """Turns an OSError while writing a family into a DataError that says what is kept."""
+    out = state.out
     try:
         yield
     except OSError as error:
-        kept, place = len(glob.glob("shard-*.json", root_dir=out / STATE_FOLDER)), error.filename or out
+        kept, place = len(glob.glob("*.tar.json", root_dir=state.folder)), error.filename or out
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             there = next(folder for folder in (out, *out.resolve().parents) if os.path.isdir(folder))
             full = f"no space left ({shutil.disk_usage(there).free / 2**20:.0f} MiB free)"

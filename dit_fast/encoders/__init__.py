@@ -17,13 +17,18 @@ MIN_INPUT = 64  # pixels; smaller inputs leave the deeper maps without context
 
 
 class FeatureEncoder(Protocol):
-    """identity: kind and hash of the weights. width: channels per token."""
+    """identity: kind and hash of the weights."""
 
     identity: str
-    width: int
 
-    def __call__(self, images: torch.Tensor, grid: int) -> torch.Tensor:
-        """images float [N, 3, S, S] in [-1, 1] -> features float32 [N, grid * grid, width], row by row."""
+    def __call__(self, images: torch.Tensor, grid: int) -> dict[str, torch.Tensor]:
+        """images float [N, 3, S, S] in [-1, 1] -> float32 by field: features [N, grid * grid, width], row by row, and,
+        where the encoder has one, class_token [N, width].
+        """
+        ...
+
+    def shapes(self, grid: int) -> dict[str, tuple[int, ...]]:
+        """The shape of each of them, of one image."""
         ...
 
 
@@ -39,7 +44,8 @@ class EfficientNetLite0:
     """EfficientNet-Lite0 with its ImageNet weights, from two packages (extra `repa`).
 
     The image is resized (bicubic) so that the map of the given stride has `grid` tokens a side, or a multiple of that
-    which is then averaged down. Input normalised to mean 0.5, std 0.5. stride: 16 (112 channels) or 32 (320 channels).
+    which is then averaged down. The class token is the mean of the map before that. Input normalised to mean 0.5, std
+    0.5. stride: 16 (112 channels) or 32 (320 channels).
     Raises DataError when the packages are missing.
     """
 
@@ -60,8 +66,11 @@ class EfficientNetLite0:
         self.width = {16: 112, 32: 320}[stride]
         self.identity = weights_identity(f"efficientnet-lite0-stride{stride}", [weights])
 
+    def shapes(self, grid: int) -> dict[str, tuple[int, ...]]:
+        return {"features": (grid * grid, self.width), "class_token": (self.width,)}
+
     @torch.no_grad()
-    def __call__(self, images: torch.Tensor, grid: int) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor, grid: int) -> dict[str, torch.Tensor]:
         side = grid * self._stride
         side *= -(-MIN_INPUT // side)
         x = images
@@ -75,5 +84,5 @@ class EfficientNetLite0:
             if self._stride == 16 and following.shape[-1] < side // 16:
                 break
             x = following
-        x = F.adaptive_avg_pool2d(x, grid)
-        return x.flatten(2).transpose(1, 2).float().contiguous()
+        tokens = F.adaptive_avg_pool2d(x, grid).flatten(2).transpose(1, 2)
+        return {"features": tokens.float().contiguous(), "class_token": x.mean((2, 3)).float()}

@@ -52,13 +52,8 @@ class REPA(Method):
         return frozenset({depth - 1})
 
     def attach(self, model: Any, dataset_info: Any) -> None:
-        """Adds the projector. Raises ConfigError where the shards hold no features, or not one per model token."""
-        shape = dataset_info.feature_shape
-        if shape is None:
-            raise ConfigError(
-                "method 'repa' reads encoder features, and these shards hold none; rebuild them with them"
-            )
-        tokens, width = shape
+        """Adds the projector. Raises DataError where the shards hold no features, ConfigError unless one a token."""
+        tokens, width = dataset_info.field("features").shape
         facts = ModelFacts.of(model)
         if tokens != facts.num_tokens:
             raise ConfigError(

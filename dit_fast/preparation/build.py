@@ -1,9 +1,8 @@
 """From labelled images to latent shards: crop, encode, write."""
 
-import io
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +12,10 @@ import torch
 from dit_fast.autoencoders import Autoencoder, load_autoencoder
 from dit_fast.autoencoders.patch_pca import PatchPCA, to_float
 from dit_fast.data.dataset import LatentDataset
+from dit_fast.data.field import MOMENTS, Field
 from dit_fast.data.files import check_output
-from dit_fast.data.shards import FIELD_MEMBERS, npy_bytes
-from dit_fast.data.writer import Sample, check_amounts, one_line_errors, one_thread, write_dataset
+from dit_fast.data.shards import MOMENTS_MEMBER
+from dit_fast.data.writer import SHARD, State, check_amounts, one_line_errors, one_thread, write_dataset
 from dit_fast.encoders import FeatureEncoder, load_encoder
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.philox import Stream, uint32_numpy
@@ -31,20 +31,17 @@ class _ImageProducer:
     """Samples from images. Networks are loaded when first used, once per process and device."""
 
     def __init__(
-        self, source: ImageSource, autoencoder: str, size: int, shape: tuple[int, ...], dtype: str, store_images: bool,
-        encoder: str | None, token_grid: int, batch_size: int, device: str,
+        self, source: ImageSource, autoencoder: str, size: int, fields: Mapping[str, Field], encoder: str | None,
+        token_grid: int, batch_size: int, device: str,
     ):  # fmt: skip
-        self.source, self.autoencoder, self.size, self.shape, self.dtype = source, autoencoder, size, shape, dtype
-        self.store_images, self.encoder, self.token_grid = store_images, encoder, token_grid
-        self.batch_size, self.device = batch_size, device
-        extra = [name for name, there in (("image", store_images), ("features", encoder)) if there]
-        self.members = tuple(FIELD_MEMBERS[name] for name in ("moments", "label", *extra))
+        self.source, self.autoencoder, self.size, self.fields = source, autoencoder, size, fields
+        self.encoder, self.token_grid, self.batch_size, self.device = encoder, token_grid, batch_size, device
         self._loaded: dict[str, tuple[Autoencoder, FeatureEncoder | None]] = {}
 
     def name(self, number: int) -> str:
         return self.source.name(number)
 
-    def samples(self, numbers: np.ndarray, shard: int) -> Iterator[Sample]:
+    def samples(self, numbers: np.ndarray, shard: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
         device = f"cuda:{shard % torch.cuda.device_count()}" if self.device == "cuda" else "cpu"
         if device not in self._loaded:
             encoder = load_encoder(self.encoder) if self.encoder else None
@@ -52,32 +49,17 @@ class _ImageProducer:
         autoencoder, encoder = self._loaded[device]
         for first in range(0, len(numbers), self.batch_size):
             chunk = numbers[first : first + self.batch_size].tolist()
-            images = np.stack([_read(self.source, number, self.size) for number in chunk])
+            images = np.stack([read_image(self.source, number, self.size) for number in chunk])
             pixels = to_float(images)
             mean, std = autoencoder.encode(pixels.to(device))
-            moments = torch.stack([mean, std], 1).float().cpu().numpy()
-            features = encoder(pixels, self.token_grid).half().numpy() if encoder else None
+            arrays = {MOMENTS: torch.stack([mean, std], 1).float().cpu().numpy(), "image": images.transpose(0, 3, 1, 2)}
+            if encoder is not None:
+                arrays |= {name: value.numpy() for name, value in encoder(pixels, self.token_grid).items()}
             for i, number in enumerate(chunk):
-                payload = {}
-                if self.store_images:
-                    payload[FIELD_MEMBERS["image"]] = png_bytes(images[i])
-                if features is not None:
-                    if not np.isfinite(features[i]).all():
-                        raise DataError(f"{self.name(number)}: has features that are not finite; use another encoder")
-                    payload[FIELD_MEMBERS["features"]] = npy_bytes(features[i])
-                yield payload, int(self.source.labels[number]), moments[i]
+                yield {name: array[i] for name, array in arrays.items()}, int(self.source.labels[number])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loaded": {}}
-
-
-def png_bytes(image: np.ndarray) -> bytes:
-    """PNG file of a uint8 [S, S, 3] image."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG", optimize=False)
-    return buffer.getvalue()
 
 
 def build_shards(
@@ -92,6 +74,7 @@ def build_shards(
     store_images: bool = False,
     encoder: str | None = None,
     token_grid: int | None = None,
+    class_token: bool = False,
     patch: int = 4,
     channels: int = 12,
     batch_size: int = 32,
@@ -104,7 +87,8 @@ def build_shards(
 
     autoencoder: a spec of `load_autoencoder`, or "pca" to fit a `PatchPCA(patch, channels)` on the source. size:
     pixels of the centre crop. store_images: keep the crop as PNG. encoder: a spec of `load_encoder`, stored as
-    float16 [token_grid^2, width]; token_grid defaults to half the latent size (patch 2). shuffle: write samples in a
+    float16 [token_grid^2, width]; token_grid defaults to half the latent size (patch 2). class_token: also store the
+    encoder's class token, float16 [width]. shuffle: write samples in a
     fixed random order, so that every shard holds all classes. exif: turn photographs as their orientation tag says,
     which ADM's script does not. The bytes do not depend on `processes`. What is skipped is printed to stderr.
 
@@ -117,6 +101,8 @@ def build_shards(
             raise ConfigError(f"{name}={value} must be at least 1")
     if token_grid is not None and (encoder is None or token_grid < 1):
         raise ConfigError(f"token_grid={token_grid} must be at least 1 and needs an encoder; give --encoder")
+    if class_token and encoder is None:
+        raise ConfigError("class_token needs an encoder; give --encoder")
     if size * size > MAX_PIXELS:
         raise ConfigError(f"size={size} is more than {math.isqrt(MAX_PIXELS)} pixels a side; give a smaller --size")
     check_amounts(samples_per_shard, processes)
@@ -133,10 +119,8 @@ def build_shards(
     else:
         images = source
         _check_labels(images)
-    order = np.arange(len(images.labels), dtype=np.int64)
-    if shuffle:
-        order = np.argsort(uint32_numpy(ORDER_SEED, order, Stream.SAMPLE_ORDER, 1)[:, 0], kind="stable")
-    with one_line_errors(folder):
+    order = order_of(len(images.labels), shuffle)
+    with one_line_errors(State(folder, SHARD)):
         spec, stored_spec = _place_autoencoder(autoencoder, folder, images, order, size, patch, channels)
     model = load_autoencoder(spec)
     if size % model.factor:
@@ -148,6 +132,12 @@ def build_shards(
     network = load_encoder(encoder) if encoder else None
     if network is not None and not 1 <= grid <= latent:
         raise ConfigError(f"token_grid={grid} is outside 1..{latent}, the latents a side; give --token-grid")
+    fields = {MOMENTS: Field(MOMENTS_MEMBER, (2, model.channels, latent, latent), dtype)}
+    if store_images:
+        fields["image"] = Field("png", (3, size, size), "uint8")
+    for name in ("features", "class_token") if class_token else ("features",):
+        if network is not None:
+            fields[name] = encoded_field(network, name, grid)
     settings = {
         "source": images.digest, "images": len(order), "size": size, "autoencoder": model.identity, "dtype": dtype,
         "store_images": store_images, "encoder": network.identity if network else None,
@@ -158,21 +148,33 @@ def build_shards(
         settings["exif"] = exif
     if model.config:
         settings["autoencoder_config"] = dict(model.config)
-    shape = (2, model.channels, latent, latent)
-    producer = _ImageProducer(images, spec, size, shape, dtype, store_images, encoder, grid, batch_size, device)
+    if class_token:
+        settings["class_token"] = True
+    producer = _ImageProducer(images, spec, size, fields, encoder, grid, batch_size, device)
     info = {
         "num_classes": len(images.class_names),
         "class_names": list(images.class_names),
-        "members": list(producer.members),
-        "dtype": dtype,
-        "latent_shape": list(shape[1:]),
         "scale": _plain(model.scale),
         "shift": _plain(model.shift),
         "autoencoder": {"identity": model.identity, "spec": stored_spec},
-        "image_size": size if store_images else None,
-        "features": {"encoder": network.identity, "shape": [grid * grid, network.width]} if network else None,
     }
     return write_dataset(folder, producer, order, info, settings, samples_per_shard, processes, progress)
+
+
+def order_of(count: int, shuffle: bool) -> np.ndarray:
+    """Which sample of the source is written where, int64 [count]."""
+    order = np.arange(count, dtype=np.int64)
+    if shuffle:
+        order = np.argsort(uint32_numpy(ORDER_SEED, order, Stream.SAMPLE_ORDER, 1)[:, 0], kind="stable")
+    return order
+
+
+def encoded_field(encoder: FeatureEncoder, name: str, grid: int) -> Field:
+    """What an encoder gives under this name. Raises ConfigError where it gives nothing of the kind."""
+    shapes = encoder.shapes(grid)
+    if name not in shapes:
+        raise ConfigError(f"encoder {encoder.identity} gives {', '.join(shapes)}, but no '{name}'; use one of those")
+    return Field(f"{name}.npy", shapes[name], "float16", encoder.identity)
 
 
 def _check_labels(source: ImageSource) -> None:
@@ -185,7 +187,7 @@ def _check_labels(source: ImageSource) -> None:
         raise DataError(f"labels of the source lie in {low}..{high}, but it names {classes} classes; correct them")
 
 
-def _read(source: ImageSource, number: int, size: int) -> np.ndarray:
+def read_image(source: ImageSource, number: int, size: int) -> np.ndarray:
     """One image, checked: a float image, for instance, would be taken for one in 0..255."""
     image = source.read(number, size)
     if image.dtype != np.uint8 or image.shape != (size, size, 3):
@@ -209,7 +211,7 @@ def _place_autoencoder(
         count = min(len(order), FIT_IMAGES, max(1, FIT_BYTES // (3 * size * size)))
         with one_thread():
             fitted = PatchPCA.fit(
-                np.stack([_read(images, int(number), size) for number in order[:count]]), patch, channels
+                np.stack([read_image(images, int(number), size) for number in order[:count]]), patch, channels
             )
     else:
         fitted = PatchPCA.load(spec.partition(":")[2])

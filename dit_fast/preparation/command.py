@@ -34,6 +34,7 @@ def add_commands(subparsers: Any) -> None:
     build.add_argument(
         "--token-grid", type=int, default=ABSENT, help="feature tokens a side (default: half the latent size)"
     )
+    build.add_argument("--class-token", action="store_true", help="also store the encoder's class token")
     build.add_argument("--patch", type=int, default=4, help="pca: pixels per latent a side")
     build.add_argument("--channels", type=int, default=12, help="pca: latent channels")
     build.add_argument("--batch-size", type=int, default=32, help="images encoded together")
@@ -114,7 +115,9 @@ def _index(options: argparse.Namespace) -> int:
     if is_remote(root):
         raise DataError(f"{root}: only local data sets are indexed; download it first")
     problems: list[str] = []
-    for shard in info.shards:  # a damaged one does not keep the others from their index
+    for shard in (
+        shard for family in info.families for shard in family.shards
+    ):  # a damaged one does not keep the others from their index
         try:
             print(f"{root}/{shard.name}: {len(rebuild_index(Path(root) / shard.name))} samples", flush=True)
         except DataError as error:
@@ -146,15 +149,16 @@ def _info(options: argparse.Namespace) -> int:
 def describe(dataset: Any) -> str:
     """A few lines about an opened data set."""
     info = dataset.info
-    size = sum(shard.bytes for shard in info.shards) / 2**20
+    size = sum(shard.bytes for family in info.families for shard in family.shards) / 2**20
     lines = [
         f"{dataset.root}: {info.num_samples} samples, {info.num_classes} classes",
         f"shards       {len(info.shards)} ({size:.1f} MiB)",
         f"latents      [{info.channels}, {info.size}, {info.size}] {info.dtype}, mean and std",
         f"autoencoder  {info.autoencoder or 'place unknown'} ({info.autoencoder_identity})",
-        f"extra fields {', '.join(info.fields) or 'none'}",
-        f"fingerprint  {info.fingerprint}",
     ]
-    if info.encoder:
-        lines.insert(5, f"encoder      {info.encoder}, features {list(info.feature_shape)}")
-    return "\n".join(lines)
+    for name, field in info.fields.items():
+        own = f", in {len(field.shards)} shards of its own" if field.shards else ""
+        lines.append(
+            f"field        {name} {list(field.shape)} {field.dtype}{field.source and f' ({field.source})'}{own}"
+        )
+    return "\n".join([*lines, f"fingerprint  {info.fingerprint}"])

@@ -16,9 +16,10 @@ from typing import Literal
 import numpy as np
 
 from dit_fast.data.dataset import LatentDataset
+from dit_fast.data.field import MOMENTS, Field
 from dit_fast.data.files import check_output, check_utf8, digest_files, read_npy, reason, shown
-from dit_fast.data.shards import LABEL_MEMBER, MOMENTS_MEMBER
-from dit_fast.data.writer import Sample, check_amounts, write_dataset
+from dit_fast.data.shards import MOMENTS_MEMBER
+from dit_fast.data.writer import check_amounts, write_dataset
 from dit_fast.errors import ConfigError, DataError
 
 SD_VAE_SCALE = 0.18215
@@ -26,16 +27,15 @@ MAX_CLASSES = 1 << 20
 
 
 class _TreeProducer:
-    members: tuple[str, ...] = (MOMENTS_MEMBER, LABEL_MEMBER)
-
     def __init__(self, root: Path, entries: list[tuple[str, int]], dtype: str):
-        self.root, self.entries, self.dtype = root, entries, dtype
+        self.root, self.entries = root, entries
         self.shape = load_moments(root / entries[0][0]).shape  # all others must equal it
+        self.fields = {MOMENTS: Field(MOMENTS_MEMBER, self.shape, dtype)}
 
     def name(self, number: int) -> str:
         return shown(self.root / self.entries[number][0])
 
-    def samples(self, numbers: np.ndarray, shard: int) -> Iterator[Sample]:
+    def samples(self, numbers: np.ndarray, shard: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
         for number in numbers.tolist():
             name, label = self.entries[number]
             moments = load_moments(self.root / name)
@@ -44,7 +44,7 @@ class _TreeProducer:
                 raise DataError(
                     f"{self.root / name}: moments {moments.shape}, {first} has {self.shape}; encode it again"
                 )
-            yield {}, label, moments
+            yield {MOMENTS: moments}, label
 
 
 def load_moments(path: Path) -> np.ndarray:
@@ -102,7 +102,6 @@ def import_vae_sd(
     entries = _entries(root)
     classes = _count_classes(entries, num_classes, root / "dataset.json")
     producer = _TreeProducer(root, entries, dtype)
-    _, channels, height, width = producer.shape
     identity = "sd-vae (imported tree)"
     if autoencoder:
         from dit_fast.autoencoders import load_autoencoder
@@ -116,14 +115,9 @@ def import_vae_sd(
     info = {
         "num_classes": classes,
         "class_names": [str(label) for label in range(classes)],
-        "members": list(producer.members),
-        "dtype": dtype,
-        "latent_shape": [channels, height, width],
         "scale": scale,
         "shift": shift,
         "autoencoder": {"identity": identity, "spec": autoencoder},
-        "image_size": None,
-        "features": None,
     }
     order = np.arange(len(entries), dtype=np.int64)
     return write_dataset(folder, producer, order, info, settings, samples_per_shard, processes, progress)

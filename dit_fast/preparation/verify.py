@@ -2,17 +2,18 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from dit_fast import autoencoders
 from dit_fast.data.address import is_remote, one_line
-from dit_fast.data.dataset import DatasetInfo, LatentDataset, ShardInfo, open_dataset, open_index, read_description
+from dit_fast.data.batch import allocate, columns_of
+from dit_fast.data.dataset import LatentDataset, open_dataset, open_index, read_description
+from dit_fast.data.field import Family, ShardInfo
 from dit_fast.data.files import reason
 from dit_fast.data.index import ShardIndex, index_path, index_to_bytes
-from dit_fast.data.reader import IndexedReader
+from dit_fast.data.reader import MemberReader
 from dit_fast.data.shards import scan_tar, write_atomic
 from dit_fast.errors import DataError, UserError
 
@@ -48,14 +49,15 @@ def verify_dataset(
         if problem is not None:
             problem(line)
 
-    first_key = 0
-    for shard in info.shards:
-        before = len(problems)
-        for line in _shard_problems(root, shard, info, first_key):
-            note(line)
-        if len(problems) == before and progress is not None:
-            progress(shard.name)
-        first_key += shard.samples
+    for family in info.families:
+        first_key = 0
+        for shard in family.shards:
+            before = len(problems)
+            for line in _shard_problems(root, shard, family, first_key, info.num_classes):
+                note(line)
+            if len(problems) == before and progress is not None:
+                progress(shard.name)
+            first_key += shard.samples
     if Path(info.autoencoder.partition(":")[2]).parent == Path(root).resolve():  # part of the data set
         try:
             autoencoders.of(LatentDataset(root, info, ()))
@@ -67,11 +69,11 @@ def verify_dataset(
     return open_dataset(root)
 
 
-def _shard_problems(root: str, shard: ShardInfo, info: DatasetInfo, first_key: int) -> Iterator[str]:
+def _shard_problems(root: str, shard: ShardInfo, family: Family, first_key: int, num_classes: int) -> Iterator[str]:
     """What is wrong with a shard, one line each."""
     tar, index, said = Path(root) / shard.name, None, ""
     try:
-        index = open_index(root, shard, info, first_key)
+        index = open_index(root, shard, family, first_key, num_classes)
     except DataError as error:
         said = str(error)
         yield said
@@ -84,26 +86,27 @@ def _shard_problems(root: str, shard: ShardInfo, info: DatasetInfo, first_key: i
             if not _equal(scan_tar(tar), index):
                 yield f"{tar}: its .idx differs from it; rebuild it with `dit-fast shards index {root}`"
             else:
-                yield from _value_problems(root, shard, info, index)
+                yield from _value_problems(root, Family((shard,), family.fields), index)
     except DataError as error:
         if str(error) != said:
             yield str(error)
 
 
-def _value_problems(root: str, shard: ShardInfo, info: DatasetInfo, index: ShardIndex) -> Iterator[str]:
+def _value_problems(root: str, family: Family, index: ShardIndex) -> Iterator[str]:
     """The first sample of a shard that cannot be read or holds values that no autoencoder gives, and how many do."""
-    alone = LatentDataset(root, replace(info, shards=(shard,)), (index,))
-    reader, bad = IndexedReader(alone, info.fields), []
+    columns, reader, bad = columns_of(root, family, (index,), tuple(family.fields)), MemberReader(), []
+    batch = allocate(columns, CHUNK_SAMPLES)
     for first in range(0, len(index), CHUNK_SAMPLES):
-        samples = index.first_key + np.arange(first, min(first + CHUNK_SAMPLES, len(index)))
-        for part in (samples, *samples[:, None]):  # all at once, and one by one where that fails
+        rows = np.arange(first, min(first + CHUNK_SAMPLES, len(index)))
+        for part in (rows, *rows[:, None]):  # all at once, and one by one where that fails
             try:
-                reader.read(part, part)
+                for column in columns:
+                    reader.fill(column, batch[column.name][: len(part)], np.zeros_like(part), part)
             except DataError as error:
                 if len(part) == 1:
                     bad.append(str(error))
             else:
-                if part is samples:
+                if part is rows:
                     break
     if bad:
         yield bad[0] + (f" ({len(bad)} such samples in this shard)" if len(bad) > 1 else "")
@@ -129,7 +132,7 @@ def rebuild_index(tar: str | Path) -> ShardIndex:
         if not path.is_file():
             raise DataError(f"{path}: no such shard; restore it or rebuild it with `dit-fast shards build`")
     _, info = read_description(path.parent)
-    shard = next((shard for shard in info.shards if shard.name == path.name), None)
+    shard = next((s for family in info.families for s in family.shards if s.name == path.name), None)
     if shard is None:
         raise DataError(f"{path}: dataset.json does not name this shard; move it out of the folder")
     if file_sha256(path) != shard.sha256:

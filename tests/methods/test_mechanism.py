@@ -9,6 +9,7 @@ import torch
 from cases import loop_over
 from torch import nn
 
+from dit_fast.data.field import Field
 from dit_fast.diffusion import Path, velocity_error
 from dit_fast.errors import ConfigError
 from dit_fast.methods import METHODS, Method, ModelFacts, StepContext, StepInputs, Term, build_methods
@@ -58,7 +59,7 @@ def small():
     return model
 
 
-INFO = SimpleNamespace(feature_shape=(16, 6))
+INFO = SimpleNamespace(field=lambda name: Field(f"{name}.npy", (16, 6), "float16"))
 
 
 def step(model, methods, batch, taps):

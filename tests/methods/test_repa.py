@@ -7,6 +7,7 @@ import torch
 from cases import loop_over
 from golden import assert_close
 
+from dit_fast.data.field import Field
 from dit_fast.errors import ConfigError
 from dit_fast.methods import ModelFacts, StepContext, build_methods
 from dit_fast.methods.repa import REPA, repa_loss
@@ -20,7 +21,7 @@ def small(**changes):
 
 
 def shards(feature_shape=(16, 12)):
-    return SimpleNamespace(feature_shape=feature_shape)
+    return SimpleNamespace(field=lambda name: Field(f"{name}.npy", feature_shape, "float16"))
 
 
 def test_loss_is_minus_the_mean_cosine():
@@ -91,8 +92,3 @@ def test_target_grid_is_the_models_token_grid():
     for size, tokens in ((32, 256), (64, 1024)):
         with torch.device("meta"):
             REPA(REPA.Config()).attach(small(input_size=size), shards((tokens, 768)))
-
-
-def test_shards_without_features_are_named():
-    with pytest.raises(ConfigError, match="shards hold none"):
-        REPA(REPA.Config()).attach(small(), shards(None))

@@ -17,7 +17,7 @@ import numpy as np
 
 from dit_fast import _C, autoencoders
 from dit_fast.data import Plan, open_dataset
-from dit_fast.data.dataset import description_bytes
+from dit_fast.data.description import description_bytes
 from dit_fast.data.index import index_from_bytes, index_to_bytes
 from dit_fast.data.reader import IndexedReader
 from dit_fast.data.stream import StreamReader
@@ -77,7 +77,7 @@ def problems(folder: Path, truth: dict[str, np.ndarray]) -> list[str]:
 def read(folder: Path, reader: str, check_crc: bool = True) -> dict[str, np.ndarray]:
     """Every sample, in order of their numbers."""
     dataset = open_dataset(folder)
-    count, fields = len(dataset), dataset.info.fields
+    count, fields = len(dataset), tuple(dataset.info.fields)
     if reader == "stream":
         plan = Plan(dataset.info.shard_sizes, 0, 2)
         batches = list(StreamReader(dataset, plan, fields, check_crc).read(iter(np.array_split(np.arange(count), 3))))

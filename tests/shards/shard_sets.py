@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 
-from dit_fast.data.dataset import description_bytes, open_dataset
+from dit_fast.data.dataset import open_dataset
+from dit_fast.data.description import description_bytes
 from dit_fast.data.reader import IndexedReader
 from dit_fast.preparation.build import build_shards
 

@@ -190,7 +190,7 @@ def test_folder_with_a_bad_image_names_it_and_continues_once_it_is_gone(tmp_path
 
 def test_float32_and_no_extras(array_file, built, tmp_path):
     dataset = build(array_file, tmp_path / "out", dtype="float32", store_images=False)
-    assert dataset.info.fields == ()
+    assert dataset.info.fields == {}
     images = everything(built, ("image",))["image"].float() / 127.5 - 1
     assert torch.allclose(
         everything(tmp_path / "out")["moments"][:, 0], autoencoders.of(dataset).encode(images)[0], atol=1e-5
@@ -234,21 +234,23 @@ def test_features_beside_the_latents(array_file, tmp_path):
     from dit_fast.encoders import load_encoder
 
     out = tmp_path / "out"
-    dataset = build(array_file, out, encoder="efficientnet-lite0", token_grid=2)
-    assert dataset.info.feature_shape == (4, 112)
-    assert dataset.info.encoder.startswith("efficientnet-lite0-stride16:")
+    dataset = build(array_file, out, encoder="efficientnet-lite0", token_grid=2, class_token=True)
+    assert {name: field.shape for name, field in dataset.info.fields.items()} == {
+        "image": (3, 16, 16), "features": (4, 112), "class_token": (112,)
+    }  # fmt: skip
+    assert dataset.info.field("features").source.startswith("efficientnet-lite0-stride16:")
     plan = Plan(dataset.info.shard_sizes, 0, 2)
     options = {"global_batch": 4, "micro_batch": 4, "rank": 0, "world_size": 1, "start": 0}
     loaders = [
-        build_loader(dataset, plan, fields=("features", "image"), reader=reader, **options)
+        build_loader(dataset, plan, fields=("features", "class_token", "image"), reader=reader, **options)
         for reader in ("indexed", "stream")
     ]
     for batch, other in zip(*loaders, strict=False):
         expected = load_encoder("efficientnet-lite0")(batch["image"].float() / 127.5 - 1, 2)
-        assert batch["features"].shape == (4, 4, 112)
-        assert batch["features"].dtype == torch.float32
-        assert torch.allclose(batch["features"], expected, rtol=2e-3, atol=2e-2)
-        assert torch.equal(batch["features"], other["features"])
+        for name, value in expected.items():
+            assert batch[name].dtype == torch.float32
+            assert torch.allclose(batch[name], value, rtol=2e-3, atol=2e-2)
+            assert torch.equal(batch[name], other[name])
         break
 
 
@@ -270,6 +272,7 @@ def test_features_beside_the_latents(array_file, tmp_path):
         ({"processes": 10**6}, "processes=1000000: at most"),
         ({"token_grid": 0}, "token_grid=0"),
         ({"token_grid": 2}, "needs an encoder"),
+        ({"class_token": True}, "class_token needs an encoder"),
         pytest.param(
             {"device": "cuda"},
             "no CUDA device here",
@@ -333,7 +336,7 @@ def test_a_finished_folder_may_be_read_only(array_file, copied, monkeypatch):
 
     monkeypatch.setattr("dit_fast.autoencoders.patch_pca.PatchPCA.save", fail)
     assert build(array_file, copied).info == open_dataset(copied).info
-    monkeypatch.setattr("dit_fast.data.writer._read_json", fail)
+    monkeypatch.setattr("dit_fast.data.writer.read_json", fail)
     with pytest.raises(DataError, match=r"cannot be written \(Permission denied"):
         build(array_file, copied)
 
@@ -389,7 +392,7 @@ def test_command_line(array_file, built, tmp_path, capsys):
     (tmp_path / "out" / "shard-000001.idx").unlink()
     assert "shard-000001.tar: 8 samples" in run("index", tmp_path / "out")
     assert "shard-000005.tar: ok" in run("verify", tmp_path / "out")
-    assert "extra fields image" in run("info", tmp_path / "out")
+    assert "field        image [3, 16, 16] uint8" in run("info", tmp_path / "out")
     make_tree(tmp_path / "tree")
     assert "[4, 4, 4] float16" in run("import-vae-sd", tmp_path / "tree", tmp_path / "imported", "--no-progress")
     with pytest.raises(SystemExit):

@@ -7,6 +7,7 @@ import os
 import resource
 import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from shard_sets import CLASSES, rewrite
 from dit_fast import _C
 from dit_fast.cli import main
 from dit_fast.data import open_dataset
-from dit_fast.data.dataset import ShardInfo, description_bytes, make_description
+from dit_fast.data.description import description_bytes, make_description
+from dit_fast.data.field import ShardInfo
 from dit_fast.data.index import index_from_bytes, index_to_bytes
 from dit_fast.data.reader import IndexedReader
 from dit_fast.data.shards import ShardWriter, npy_bytes, scan_tar
@@ -124,9 +126,10 @@ def test_features_are_checked_too(tmp_path):
             writer.add({"moments.npy": npy_bytes(moments), "features.npy": npy_bytes(row)}, 0)
         index = writer.close()
     info = {
-        "num_classes": 1, "class_names": ["a"], "members": list(index.members), "dtype": "float16",
+        "num_classes": 1, "class_names": ["a"], "dtype": "float16",
         "latent_shape": [12, 4, 4], "scale": 1.0, "shift": 0.0, "autoencoder": {"identity": "x", "spec": ""},
-        "image_size": None, "features": {"encoder": "e", "shape": [4, 8]}, "statistics": None,
+        "statistics": None,
+        "fields": {"features": {"member": "features.npy", "shape": [4, 8], "dtype": "float16", "source": "e"}},
     }  # fmt: skip
     shards = [ShardInfo("shard-000000.tar", 3, index.tar_bytes, writer.sha256)]
     (tmp_path / "dataset.json").write_bytes(description_bytes(make_description(info, shards)))
@@ -134,16 +137,29 @@ def test_features_are_checked_too(tmp_path):
     assert "000000001.features.npy holds NaN or Inf" in message
 
 
+PNG = {"member": "png", "shape": [3, 16, 16], "dtype": "uint8", "source": ""}
+FIELD_JUNK = (
+    {"member": "exe"}, {"member": 1}, {"shape": [3, 16]}, {"shape": [3, 16, 8]}, {"shape": [1] * 9},
+    {"dtype": "float16"}, {"shape": "3"}, {"source": None}, {"shape": [3, 10**9, 10**9]},
+    {"dtype": "float64"}, {"shards": []}, {"shards": 3},
+)  # fmt: skip
 JUNK = {
     "num_classes": (True, "3", 3.0, 0, -1, None, 10**12, math.nan, [3]),
     "class_names": ("abc", ["a"], ["a", "b", 3], None, [["a", "b", "c"]]),
     "latent_shape": ([12, 4], [12, 4, 10**9], [12, -4, -4], [12.0, 4, 4], "444", [65536, 65536, 65536]),
     "scale": (math.nan, 0, -1, math.inf, True, "1", None, [1.0], [1.0] * 11 + [0.0], 10**400),
     "shift": (math.nan, -math.inf, "0", [0.0], {}),
-    "members": ("cls", ["cls"], ["moments.npy", "cls"], ["moments.npy", "cls", "png", "exe"], [1]),
     "dtype": ("float64", "f2", None, 16),
-    "image_size": (None, "16", 0, 10**9),
-    "features": (3, {"encoder": "e", "shape": [1, 2]}, []),
+    "fields": (
+        None,
+        [],
+        {"image": 3},
+        {"Image": PNG},
+        {"label": PNG},
+        {"shard": PNG},
+        {"a": PNG, "b": PNG},
+        *({"image": {**PNG, **change}} for change in FIELD_JUNK),
+    ),
     "statistics": ([], {"mean": [1.0]}, {"mean": [math.nan] * 12, "std": [1.0] * 12}),
     "autoencoder": (None, "pca", {"spec": 3, "identity": "x"}),
     "shards": ({}, [], [1], None),
@@ -166,6 +182,36 @@ def test_every_field_of_the_description_has_a_type_and_a_range(copied, field):
         assert field in message, value
         rewrite(copied, lambda content: content.update({field: original}))
     open_dataset(copied)
+
+
+JUNK_BEFORE = {
+    "members": ("cls", ["cls"], ["moments.npy", "cls"], ["moments.npy", "cls", "png", "exe"], [1]),
+    "image_size": (None, "16", 0, 10**9),
+    "features": (3, {"encoder": "e", "shape": [1, 2]}, []),
+}
+
+
+def as_before(content):
+    """A description with images as version 1 wrote it."""
+    del content["fields"]
+    content |= {"version": 1, "members": ["moments.npy", "cls", "png"], "image_size": 16, "features": None}
+
+
+def test_what_was_written_before_fields_were_declared(copied):
+    today = open_dataset(copied).info
+    rewrite(copied, as_before)
+    assert open_dataset(copied).info.fields == today.fields
+    verify_dataset(copied)
+    original = (copied / "dataset.json").read_bytes()
+    for field, values in JUNK_BEFORE.items():
+        for value in values:
+            rewrite(copied, lambda content, field=field, value=value: content.update({field: value}))
+            assert field in refused(open_dataset, copied), value
+            (copied / "dataset.json").write_bytes(original)
+    before = open_dataset(Path(__file__).parents[1] / "data" / "before_seams" / "shards").info
+    assert before.fingerprint == "50b952914c7118054256c1559da2228b23ba3dcb8d5c798fa9aa5682be2af548"
+    assert list(before.fields) == ["features"]
+    assert before.field("features").source.startswith("efficientnet-lite0-stride16:")
 
 
 @pytest.mark.parametrize("field", ["name", "samples", "bytes", "sha256"])

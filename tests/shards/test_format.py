@@ -11,6 +11,7 @@ from shard_sets import COUNT, build, contents, make_images, rewrite
 
 from dit_fast import autoencoders
 from dit_fast.data import Plan, build_loader, open_dataset
+from dit_fast.data.field import Field
 from dit_fast.data.index import index_from_bytes, index_to_bytes
 from dit_fast.data.reader import IndexedReader
 from dit_fast.data.shards import ShardWriter, npy_bytes, parse_npy
@@ -43,7 +44,7 @@ def test_tar_is_plain_and_deterministic(array_file, built, tmp_path):
 def test_dataset_json_tells_everything(built):
     info = open_dataset(built).info
     assert (info.num_samples, info.num_classes, info.class_names) == (COUNT, 3, ("ant", "bee", "cat"))
-    assert (info.channels, info.size, info.image_size, info.fields) == (12, 4, 16, ("image",))
+    assert (info.channels, info.size, info.fields) == (12, 4, {"image": Field("png", (3, 16, 16), "uint8")})
     assert info.shard_sizes == (8, 8, 8, 8, 8, 3)
     assert info.autoencoder == f"pca:{built.resolve()}/autoencoder.safetensors"
     for shard in info.shards:

@@ -196,15 +196,17 @@ def test_encoder_features_lie_on_the_token_grid(spec, width):
     encoder = load_encoder(spec)
     image = torch.from_numpy(_drawing(64)).permute(2, 0, 1)[None].float() / 127.5 - 1
     for grid in (4, 3):
-        features = encoder(image, grid)
-        assert features.shape == (1, grid * grid, width)
-        assert features.dtype == torch.float32
+        given = encoder(image, grid)
+        assert {name: value.shape[1:] for name, value in given.items()} == encoder.shapes(grid)
+        assert encoder.shapes(grid) == {"features": (grid * grid, width), "class_token": (width,)}
+        assert {value.dtype for value in given.values()} == {torch.float32}
     half = torch.cat(
         [image[..., :32], torch.ones(1, 3, 64, 32)], -1
     )  # right half blank: its corner tokens must move less
-    change = (encoder(half, 4) - encoder(image, 4)).norm(dim=-1).reshape(4, 4)
+    features = encoder(image, 4)["features"]
+    change = (encoder(half, 4)["features"] - features).norm(dim=-1).reshape(4, 4)
     assert change[:, 3].mean() > change[:, 0].mean()
-    assert torch.equal(encoder(image, 4), encoder(image, 4))
+    assert torch.equal(encoder(image, 4)["features"], features)
 
 
 def test_unknown_encoder_lists_the_forms():
