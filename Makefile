@@ -60,11 +60,11 @@ pytest:
 # make test-kernels RECORD=1 also records the sources as proved (tests/ops/proved.json, to be committed).
 test-kernels: $(INSTALLED)
 	PROVE=all $(BIN)/python -m pytest -n 2 -m kernels tests/ops
-	@$(BIN)/python tests/ops/proofs.py $(if $(RECORD),--record)
+	@$(BIN)/python -m tests.ops.proofs $(if $(RECORD),--record)
 
 # Accidents at random to small runs: kills, torn checkpoints, damaged shards ... for SECONDS (60), from SEED (random).
 chaos: $(INSTALLED)
-	@$(BIN)/python tests/chaos.py --seconds $(or $(SECONDS),60) $(if $(SEED),--seed '$(SEED)') $(PARTS)
+	@$(BIN)/python -m tests.chaos --seconds $(or $(SECONDS),60) $(if $(SEED),--seed '$(SEED)') $(PARTS)
 
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest -m long

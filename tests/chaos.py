@@ -1,4 +1,4 @@
-"""Accidents at random to small training runs: `make chaos`, or python tests/chaos.py [--seconds N] [PART ...].
+"""Accidents at random to small training runs: `make chaos`, or python -m tests.chaos [--seconds N] [PART ...].
 
 Each part tries accidents until its share of the seconds is used up; what follows must be the run that nothing happened
 to, bit for bit, or one line that says why not. A failure prints how to repeat it and keeps its folder. The last line is
@@ -23,15 +23,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from toy_runs import arguments, make_shards, rows, tensors
 
 from dit_fast.train import loop as loop  # imported once, so that a forked run starts in no time
 from dit_fast.train.__main__ import main as train
-
-sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("config", "shards")]
-
-from damage import attack  # noqa: E402
-from fuzz import attempt  # noqa: E402
+from tests.helpers.damage import attack
+from tests.helpers.fuzz import attempt
+from tests.helpers.toy_runs import arguments, make_shards, rows, tensors
 
 STEPS = 8
 OPTIONS = [f"run.steps={STEPS}", "run.checkpoint_every=2", "engine.micro_batch=8", "data.num_workers=0"]
@@ -248,7 +245,7 @@ def main() -> int:
                 failed += 1
                 traceback.print_exc()
                 print(f"FAILED {name} {number}: {error}; its files: {place}; again: "
-                      f"python tests/chaos.py {name} --seed {options.seed} --case {number}", flush=True)  # fmt: skip
+                      f"python -m tests.chaos {name} --seed {options.seed} --case {number}", flush=True)  # fmt: skip
             tried, number = tried + 1, number + 1
         summary[name] = {"tried": tried, "failed": failed, "seconds": round(time.monotonic() - began, 1)}
     failures = sum(part["failed"] for part in summary.values())

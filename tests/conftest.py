@@ -2,13 +2,13 @@
 
 import functools
 import os
+import shutil
 import signal
-import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parent))
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,3 +31,37 @@ def pytest_xdist_make_scheduler(config, log):
 @functools.cache
 def _launches(path: Path) -> bool:
     return "pytest.mark.launch" in path.read_text()
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """A small finished data set for runs; read only."""
+    from tests.helpers.toy_runs import make_shards
+
+    return make_shards(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def array_file(tmp_path_factory):
+    """Pictures and labels as an .npz."""
+    from tests.helpers.shard_sets import CLASSES, make_images
+
+    images, labels = make_images()
+    path = tmp_path_factory.mktemp("source") / "pictures.npz"
+    np.savez(path, images=images, labels=labels, class_names=np.array(CLASSES))
+    return path
+
+
+@pytest.fixture(scope="session")
+def built(array_file, tmp_path_factory):
+    """A finished data set; tests that damage it work on a copy."""
+    from tests.helpers.shard_sets import build
+
+    out = tmp_path_factory.mktemp("built") / "shards"
+    build(array_file, out)
+    return out
+
+
+@pytest.fixture
+def copied(built, tmp_path):
+    return shutil.copytree(built, tmp_path / "copy")

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from cases import loop_over
 
 from dit_fast.analysis.similarity import cka_matrix, effective_rank, linear_cka, token_cosine_matrix
 from dit_fast.errors import UserError
+from tests.helpers.cases import loop_over
 
 
 def draw(*shape, seed=0):

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from cases import loop_over
 
 from dit_fast.benchmarks import __main__, cases, run
 from dit_fast.benchmarks.cases import BENCHMARKS
 from dit_fast.benchmarks.cases.case import Case, Side, Work
 from dit_fast.benchmarks.gate import RedGate, check_agreement, largest_error, read_record, run_tests
+from tests.helpers.cases import loop_over
 
 GREEN = "def test_right():\n    assert True\n\ndef test_other():\n    import pytest\n    pytest.skip('absent')\n"
 RED = "def test_wrong():\n    assert 1 == 2\n"

@@ -1,8 +1,6 @@
 """The restated baselines compute what they stand for: values equal ours to 1e-5, gradients to 1e-4."""
 
 import torch
-from cases import loop_over
-from golden import assert_close, golden, golden_names
 
 from dit_fast.benchmarks.baselines.published_diversity import published_diversity_loss
 from dit_fast.benchmarks.baselines.published_step import PublishedDiversity
@@ -10,6 +8,8 @@ from dit_fast.methods.base import StepContext
 from dit_fast.methods.diversedit import DiverseDiT, select_pairs
 from dit_fast.models import build_model
 from dit_fast.ops import diversity_loss
+from tests.helpers.cases import loop_over
+from tests.helpers.golden import assert_close, golden, golden_names
 
 
 def features(blocks=7, seed=0):

@@ -6,9 +6,9 @@ import time
 
 import numpy as np
 import pytest
-from cases import loop_over
 
 from dit_fast.benchmarks.timing import MINIMUM_ROUNDS, HostClock, interleave, sets_to_rotate, summarise
+from tests.helpers.cases import loop_over
 
 
 class FakeClock:

@@ -9,13 +9,13 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pytest
 import torch
-from cases import loop_over
-from deterministic_fill import tiny_state
 from safetensors.torch import save_file
 
 from dit_fast.checkpoint import export_official, load_official, read_published, save_official
 from dit_fast.diffusion import sample
 from dit_fast.errors import CheckpointError, ConfigError, UserError
+from tests.helpers.cases import loop_over
+from tests.helpers.deterministic_fill import tiny_state
 
 
 def _same(left, right):

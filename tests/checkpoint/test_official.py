@@ -2,14 +2,14 @@ import copy
 
 import pytest
 import torch
-from cases import loop_over
-from deterministic_fill import tiny_state
-from golden import assert_close, golden, golden_names
 
 from dit_fast.checkpoint import export_official, load_official, save_official
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.models import SiT, build_model
 from dit_fast.models.reversed_sit import ReversedSiT
+from tests.helpers.cases import loop_over
+from tests.helpers.deterministic_fill import tiny_state
+from tests.helpers.golden import assert_close, golden, golden_names
 
 SIZES = {"input_size": 8, "in_channels": 4, "hidden_size": 32, "depth": 4, "num_heads": 4, "num_classes": 10}
 INPUTS = (torch.randn(3, 4, 8, 8), torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 4, 10]))

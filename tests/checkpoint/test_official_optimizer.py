@@ -1,9 +1,9 @@
 import pytest
 import torch
-from deterministic_fill import tiny_model
 
 from dit_fast.checkpoint import official_parameter_order, optimizer_state_by_name
 from dit_fast.errors import CheckpointError
+from tests.helpers.deterministic_fill import tiny_model
 
 
 def _trained(wiring):

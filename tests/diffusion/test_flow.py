@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from cases import loop_over
-from golden import assert_close
 
 from dit_fast.diffusion import Path, flow_loss, logit_normal, lognormal, time_sampler, uniform, velocity_error
 from dit_fast.errors import UserError
+from tests.helpers.cases import loop_over
+from tests.helpers.golden import assert_close
 
 
 def random(*shape, seed=0, dtype=torch.float64):

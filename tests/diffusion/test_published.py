@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from cases import loop_over
-from deterministic_fill import fill, tiny_model
-from golden import assert_close, golden, golden_names
 
 from dit_fast.checkpoint import load_official
 from dit_fast.diffusion import Guidance, flow_loss, sample
 from dit_fast.methods.repa import repa_loss
+from tests.helpers.cases import loop_over
+from tests.helpers.deterministic_fill import fill, tiny_model
+from tests.helpers.golden import assert_close, golden, golden_names
 
 
 @pytest.mark.parametrize("name", golden_names("samplers_"))

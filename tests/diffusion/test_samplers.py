@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from cases import loop_over
-from golden import assert_close
 from torch import nn
 
 from dit_fast.diffusion import SOLVERS, initial_noise, sample
@@ -11,6 +9,8 @@ from dit_fast.diffusion.guidance import Guidance, Velocity
 from dit_fast.diffusion.paths import Path
 from dit_fast.errors import UserError
 from dit_fast.models import build_model
+from tests.helpers.cases import loop_over
+from tests.helpers.golden import assert_close
 
 
 class Exact(nn.Module):

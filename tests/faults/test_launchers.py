@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from toy_runs import Ranks, arguments, environment, free_port, wait_for
 
 from dit_fast.checkpoint.run import load_run
+from tests.helpers.toy_runs import Ranks, arguments, environment, free_port, wait_for
 
 pytestmark = pytest.mark.launch
 

@@ -13,10 +13,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_runs import ROOT, Ranks, arguments, environment, free_port, losses, make_shards, rows, tensors, wait_for
 
 from dit_fast.checkpoint.run import load_run
 from dit_fast.train.__main__ import main
+from tests.helpers.toy_runs import (
+    ROOT,
+    Ranks,
+    arguments,
+    environment,
+    free_port,
+    losses,
+    make_shards,
+    rows,
+    tensors,
+    wait_for,
+)
 
 pytestmark = pytest.mark.launch
 

@@ -5,8 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import loop_over
-from golden import assert_close, golden, golden_names
 
 from dit_fast.checkpoint import load_official
 from dit_fast.diffusion import Path, velocity_error
@@ -16,6 +14,8 @@ from dit_fast.methods.diversedit import DiverseDiT, adaptive_weight, select_pair
 from dit_fast.methods.repa import REPA
 from dit_fast.models import Taps, build_model
 from dit_fast.ops import diversity_loss
+from tests.helpers.cases import loop_over
+from tests.helpers.golden import assert_close, golden, golden_names
 
 
 def run(first, *seconds):

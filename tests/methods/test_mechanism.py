@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from cases import loop_over
 from torch import nn
 
 from dit_fast.data.field import Field
@@ -18,6 +17,7 @@ from dit_fast.methods.repa import REPA
 from dit_fast.models import build_model
 from dit_fast.options import to_dict
 from dit_fast.runs import TrainConfig, changed, stored
+from tests.helpers.cases import loop_over
 
 
 class Brightness(Method):

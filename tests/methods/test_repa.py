@@ -4,14 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import loop_over
-from golden import assert_close
 
 from dit_fast.data.field import Field
 from dit_fast.errors import ConfigError
 from dit_fast.methods import ModelFacts, StepContext, build_methods
 from dit_fast.methods.repa import REPA, repa_loss
 from dit_fast.models import build_model
+from tests.helpers.cases import loop_over
+from tests.helpers.golden import assert_close
 
 
 def small(**changes):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import loop_over
-from deterministic_fill import fill, tiny_model
 
 from dit_fast.diffusion import flow_loss
 from dit_fast.nn.embeddings import TimestepEmbedder, sincos_position_embedding
+from tests.helpers.cases import loop_over
+from tests.helpers.deterministic_fill import fill, tiny_model
 
 # wiring: v[0,0,0,0], v[1,3,7,5], sum, norm
 VELOCITY = {

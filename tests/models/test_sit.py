@@ -2,11 +2,11 @@ import copy
 
 import pytest
 import torch
-from cases import loop_over
-from golden import assert_close
 
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.models import SiT, Taps, build_model
+from tests.helpers.cases import loop_over
+from tests.helpers.golden import assert_close
 
 TINY = {
     "input_size": 8,

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from golden import assert_close
 
 from dit_fast import backend
 from dit_fast.diffusion import flow_loss
 from dit_fast.models import build_model
 from dit_fast.ops import diversity_loss
+from tests.helpers.golden import assert_close
 
 STEPS = 50
 

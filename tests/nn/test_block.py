@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from golden import assert_close
 from torch import nn
 from torch.nn import functional as F
 
@@ -12,6 +11,7 @@ from dit_fast.nn import attention, long_skip, mlp
 from dit_fast.nn.attention import Attention
 from dit_fast.nn.block import Block
 from dit_fast.nn.mlp import Mlp
+from tests.helpers.golden import assert_close
 
 
 def hold_parameters_during_calls(module: nn.Module) -> set[int]:

@@ -2,8 +2,6 @@ import math
 
 import pytest
 import torch
-from cases import loop_over
-from golden import assert_close
 from torch import nn
 
 from dit_fast.errors import ConfigError
@@ -12,6 +10,8 @@ from dit_fast.nn.attention import Attention
 from dit_fast.nn.block import Block
 from dit_fast.nn.embeddings import PatchEmbed, TimestepEmbedder, sincos_position_embedding
 from dit_fast.nn.final_layer import FinalLayer
+from tests.helpers.cases import loop_over
+from tests.helpers.golden import assert_close
 
 
 def _randomise(module: nn.Module) -> nn.Module:

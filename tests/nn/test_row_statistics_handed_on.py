@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from golden import assert_close
 
 from dit_fast import _C
 from dit_fast.models import Taps, build_model
@@ -10,6 +9,7 @@ from dit_fast.nn import block as block_file
 from dit_fast.nn.block import Block
 from dit_fast.nn.row_statistics import linear_dtype
 from dit_fast.ops import row_statistics
+from tests.helpers.golden import assert_close
 
 needs_library = pytest.mark.skipif(_C.unavailable() is not None, reason=f"{_C.unavailable()}")
 

@@ -1,8 +1,8 @@
 """Compile every kernel and shipped configuration for GPUs that are not here, and read the machine code.
 
-    python tests/ops/aot.py                     compile, print what differs from tests/ops/aot_lock.json
-    python tests/ops/aot.py --write             compile and write the lock
-    python tests/ops/aot.py --only long_skip    the kernels of these files alone (also with --write)
+    python -m tests.ops.aot                     compile, print what differs from tests/ops/aot_lock.json
+    python -m tests.ops.aot --write             compile and write the lock
+    python -m tests.ops.aot --only long_skip    the kernels of these files alone (also with --write)
 
 Each Triton version runs in a process of its own from .cache/triton-<version> (see install_triton.py); one process may
 not hold two. docs/kernel-proofs.md explains the gates.
@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from install_triton import VERSIONS, folder
+from tests.ops.install_triton import VERSIONS, folder
 
 ROOT = Path(__file__).parents[2]
 LOCK = Path(__file__).with_name("aot_lock.json")
@@ -135,7 +135,7 @@ def gate(entry: dict, case) -> list[str]:
 
 def _worker(modules: list[str], scripts: list[str]) -> None:
     """All entries of the Triton in this process's path, and what is wrong, as JSON on stdout."""
-    from launches import uncovered
+    from tests.ops.launches import uncovered
 
     entries, reasons = [], []
     for name in modules:
@@ -165,8 +165,8 @@ def compile_all(
                 "TRITON_CACHE_DIR": f"{cache}/{version}",
                 "OMP_NUM_THREADS": "1",
             }
-            command = [sys.executable, __file__, "--worker", "--only", *modules, "--launched", *scripts]
-            workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+            command = [sys.executable, "-m", "tests.ops.aot", "--worker", "--only", *modules, "--launched", *scripts]
+            workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT))
         outputs = [worker.communicate()[0] for worker in workers]
     if any(worker.returncode for worker in workers):
         raise RuntimeError("a kernel did not compile; the compiler's message is above")

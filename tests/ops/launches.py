@@ -11,11 +11,12 @@ import runpy
 from collections.abc import Sequence
 from pathlib import Path
 
-from aot import kernel_files
 from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from tests.ops.aot import kernel_files
 
 
 class _NoGpu:

@@ -1,7 +1,7 @@
 """Families of kernels, the sources that decide what their proofs find, and which were proved as they are now.
 
-    python tests/ops/proofs.py             print the families whose sources are not the recorded ones
-    python tests/ops/proofs.py --record    record them; `make test-kernels RECORD=1` does it after all proofs passed
+    python -m tests.ops.proofs             print the families whose sources are not the recorded ones
+    python -m tests.ops.proofs --record    record them; `make test-kernels RECORD=1` does it after all proofs passed
 
 A family is a test file in interpreted/, a script in launched/ and the ahead-of-time cases of the kernel files that
 they use. Its proofs take minutes and find the same every time, so `make test` skips a family whose sources have the
@@ -17,7 +17,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from aot import LOCK, ROOT, kernel_files
+
+from tests.ops.aot import LOCK, ROOT, kernel_files
 
 HERE = Path(__file__).parent
 RECORD = HERE / "proved.json"
@@ -34,12 +35,12 @@ HOMES = {"dit_fast.kernels": "kernels", "dit_fast.train": "train", "dit_fast.ben
 
 
 def _file(module: str) -> Path | None:
-    """The file of a module of this project, or of a helper beside the tests."""
+    """The file of a module of this project."""
     for package, folder in HOMES.items():
         if module == package or module.startswith(package + "."):
             module = folder + module[len(package) :]
     place = module.replace(".", "/")
-    for name in (f"{place}.py", f"{place}/__init__.py", f"tests/{place}.py", f"tests/ops/{place}.py"):
+    for name in (f"{place}.py", f"{place}/__init__.py"):
         if (ROOT / name).is_file():
             return ROOT / name
     return None

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from cases import loop_over
-from golden import assert_close
 
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.ops import gate_residual, gate_residual_modulate, layer_norm_modulate
+from tests.helpers.cases import loop_over
+from tests.helpers.golden import assert_close
 
 
 def _inputs(n=2, t=5, d=6, dtype=torch.float64):

@@ -1,10 +1,10 @@
 """The adaLN family on every device at hand."""
 
 import pytest
-from cases import loop_over
-from devices import STREAM, TOLERANCE, VECTOR, check_no_wait, check_values_and_gradients, several
 
 from dit_fast import ops
+from tests.helpers.cases import loop_over
+from tests.helpers.devices import STREAM, TOLERANCE, VECTOR, check_no_wait, check_values_and_gradients, several
 
 CASES = {
     "layer_norm_modulate": (several(ops.layer_norm_modulate), [STREAM, VECTOR, VECTOR]),

@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import loop_over
-from golden import assert_close
 
 from dit_fast import _C
 from dit_fast.ops import adaln, adaln_cpp
+from tests.helpers.cases import loop_over
+from tests.helpers.golden import assert_close
 
 pytestmark = pytest.mark.skipif(_C.unavailable() is not None, reason=str(_C.unavailable()))
 LEVELS = range(torch.ops.dit_fast_native.isa_level() + 1) if _C.unavailable() is None else ()

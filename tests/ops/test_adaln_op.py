@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from cases import loop_over
-from golden import assert_close
 from torch.autograd.graph import saved_tensors_hooks
 
 from dit_fast import _C
@@ -12,6 +10,8 @@ from dit_fast.ops import RowStatistics, adaln_op, row_statistics
 from dit_fast.ops import gate_residual as residual
 from dit_fast.ops import gate_residual_modulate as fused
 from dit_fast.ops import layer_norm_modulate as modulate
+from tests.helpers.cases import loop_over
+from tests.helpers.golden import assert_close
 
 SHAPES = {
     modulate: ("x", "shift", "scale"),

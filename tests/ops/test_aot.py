@@ -6,10 +6,11 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import aot
 import pytest
-from install_triton import VERSIONS, folder
-from proofs import FAMILIES, kernel_modules, skip_if_proved
+
+from tests.ops import aot
+from tests.ops.install_triton import VERSIONS, folder
+from tests.ops.proofs import FAMILIES, kernel_modules, skip_if_proved
 
 FIELDS = {"kernel", "configuration", "triton", "target", "registers", "spill_bytes", "stack_bytes", "shared_bytes"}
 
@@ -25,7 +26,7 @@ def test_machine_code_passes_the_gates_equals_the_lock_and_is_what_is_launched(f
     compiled = {entry["kernel"] for entry in entries}
     locked = [e for e in json.loads(aot.LOCK.read_text()) if e["kernel"] in compiled and e["triton"] == version]
     changed = aot.differences(entries, locked)
-    advice = "look at each line, then: python tests/ops/aot.py --write"
+    advice = "look at each line, then: python -m tests.ops.aot --write"
     assert not changed, "\n".join([*changed, advice])
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from golden import assert_close
 
 from dit_fast import ops
+from tests.helpers.golden import assert_close
 
 
 def _randn(*shape):

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from cases import loop_over
-from golden import assert_close
-from op_cases import FUSED, REFERENCES, TIMES, N, inputs
 from torch.autograd import forward_ad
 from torch.func import grad, jvp
 
 from dit_fast import ops
 from dit_fast.errors import UserError
 from dit_fast.models import build_model
+from tests.helpers.cases import loop_over
+from tests.helpers.golden import assert_close
+from tests.helpers.op_cases import FUSED, REFERENCES, TIMES, N, inputs
 
 
 def along(op, tensors, tangents):

@@ -5,12 +5,12 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from cases import loop_over
-from golden import assert_close, golden, golden_names
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_fast.errors import UserError
 from dit_fast.ops import diversity_loss, diversity_stats, diversity_tap
+from tests.helpers.cases import loop_over
+from tests.helpers.golden import assert_close, golden, golden_names
 
 TERMS = ("orthogonality", "mutual_information", "dispersion")
 

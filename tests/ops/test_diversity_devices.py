@@ -1,10 +1,10 @@
 """The diversity loss on every device at hand."""
 
 import pytest
-from cases import loop_over
-from devices import STREAM, TOLERANCE, check_no_wait, check_values_and_gradients
 
 from dit_fast import ops
+from tests.helpers.cases import loop_over
+from tests.helpers.devices import STREAM, TOLERANCE, check_no_wait, check_values_and_gradients
 
 BLOCKS = [STREAM] * 5
 

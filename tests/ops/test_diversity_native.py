@@ -6,13 +6,13 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from cases import loop_over
-from golden import assert_close, golden, golden_names
 
 from dit_fast import _C
 from dit_fast.errors import ConfigError
 from dit_fast.ops import DiversityTaps, diversity_loss, diversity_op, diversity_stats
 from dit_fast.ops.diversity_op import backward_op, forward_op
+from tests.helpers.cases import loop_over
+from tests.helpers.golden import assert_close, golden, golden_names
 
 native = pytest.mark.skipif(_C.unavailable() is not None, reason=str(_C.unavailable()))
 BACKENDS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["torch", "auto"]  # test_interpreter.py sets it

@@ -5,13 +5,13 @@ import weakref
 
 import pytest
 import torch
-from cases import loop_over
-from golden import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_fast.errors import UserError
 from dit_fast.ops import DiversityTaps, RowStatistics, diversity_loss, row_statistics
 from dit_fast.ops.diversity_taps import _through_mixture
+from tests.helpers.cases import loop_over
+from tests.helpers.golden import assert_close
 
 SHAPE = (2, 40, 12)  # larger than any statistic or table of six blocks
 SIZE = 2 * 40 * 12

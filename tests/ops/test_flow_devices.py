@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from cases import loop_over
-from devices import TOLERANCE
-from golden import assert_close
 
 from dit_fast.diffusion import Path
 from dit_fast.ops import flow_error, flow_noised
 from dit_fast.philox import Stream, normal
+from tests.helpers.cases import loop_over
+from tests.helpers.devices import TOLERANCE
+from tests.helpers.golden import assert_close
 
 T, POSITIONS = torch.tensor([0.0, 0.37, 1.0]), torch.tensor([5, 2**32 - 1, 2**40])
 

@@ -4,8 +4,6 @@ import os
 
 import pytest
 import torch
-from cases import loop_over
-from golden import assert_close
 
 from dit_fast import philox
 from dit_fast.diffusion import Path, velocity_error
@@ -13,6 +11,8 @@ from dit_fast.errors import ConfigError, UserError
 from dit_fast.ops import flow_error, flow_noised, flow_op
 from dit_fast.ops.flow import draws_noise_in_registers
 from dit_fast.ops.flow_op import error_backward_op, error_op, noised_op, supports
+from tests.helpers.cases import loop_over
+from tests.helpers.golden import assert_close
 
 PATHS = ["linear", "cosine"]
 TIMES = torch.tensor([0.0, 0.3, 0.5, 0.77, 1.0])

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from cases import loop_over
-from golden import assert_close
 from torch.nn import functional as F
 
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.ops import gelu_mlp
 from dit_fast.ops.gelu_mlp import _GeluMlp, gelu_backward_op, supports
+from tests.helpers.cases import loop_over
+from tests.helpers.golden import assert_close
 
 N, T, D, HIDDEN, OUT = 2, 5, 12, 40, 9
 SHAPES = [(N, T, D), (HIDDEN, D), (HIDDEN,), (OUT, HIDDEN), (OUT,)]

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import loop_over
-from devices import STREAM, TOLERANCE, check_no_wait, check_values_and_gradients, make
-from golden import assert_close
 
 from dit_fast import ops
+from tests.helpers.cases import loop_over
+from tests.helpers.devices import STREAM, TOLERANCE, check_no_wait, check_values_and_gradients, make
+from tests.helpers.golden import assert_close
 
 WIDTH = STREAM[-1]
 SHAPES = [STREAM, (2 * WIDTH, WIDTH), (2 * WIDTH,), (WIDTH, 2 * WIDTH), (WIDTH,)]

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from install_triton import VERSIONS, folder
-from proofs import FAMILIES, OP_TESTS, op_tests, skip_if_proved
+
+from tests.ops.install_triton import VERSIONS, folder
+from tests.ops.proofs import FAMILIES, OP_TESTS, op_tests, skip_if_proved
 
 FOLDER = Path(__file__).with_name("interpreted")
 pytestmark = pytest.mark.kernels

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import loop_over
-from op_cases import FUSED, REFERENCES, inputs
 
 from dit_fast import ops, philox
 from dit_fast.ops import diversity_op, long_skip_op
+from tests.helpers.cases import loop_over
+from tests.helpers.op_cases import FUSED, REFERENCES, inputs
 
 F32 = torch.float32
 TIMES, POSITIONS = torch.rand(4), torch.arange(4)

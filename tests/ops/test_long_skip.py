@@ -1,11 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import loop_over
-from golden import assert_close
 
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.ops import long_skip
+from tests.helpers.cases import loop_over
+from tests.helpers.golden import assert_close
 
 
 def _inputs(shape=(2, 5, 6), dtype=torch.float64, seed=0):

@@ -3,10 +3,10 @@
 import functools
 
 import pytest
-from cases import loop_over
-from devices import STREAM, TOLERANCE, D, check_no_wait, check_values_and_gradients, several
 
 from dit_fast import ops
+from tests.helpers.cases import loop_over
+from tests.helpers.devices import STREAM, TOLERANCE, D, check_no_wait, check_values_and_gradients, several
 
 SHAPES = [STREAM, STREAM, (2 * D,), (2 * D,), (D, 2 * D), (D,)]
 CASES = {

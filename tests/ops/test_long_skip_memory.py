@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from cases import loop_over
-from long_skip_cases import autocast, inputs
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_fast.ops import long_skip
+from tests.helpers.cases import loop_over
+from tests.helpers.long_skip_cases import autocast, inputs
 
 
 def test_flops_are_counted():

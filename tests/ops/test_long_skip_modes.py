@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from cases import loop_over
-from golden import assert_close
-from long_skip_cases import autocast, inputs, upstream_like
-from long_skip_cases import backend as backend
 
 from dit_fast.ops import long_skip, row_statistics
 from dit_fast.ops.long_skip_op import backward_op, forward_op
+from tests.helpers.cases import loop_over
+from tests.helpers.golden import assert_close
+from tests.helpers.long_skip_cases import autocast, inputs, upstream_like
+from tests.helpers.long_skip_cases import backend as backend
 
 
 def test_both_modes_of_differentiation_in_float64():

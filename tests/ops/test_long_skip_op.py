@@ -4,14 +4,23 @@ import itertools
 
 import pytest
 import torch
-from cases import loop_over
-from golden import assert_close
-from long_skip_cases import INTERPRETED, NAMES, autocast, errors, everything, inputs, stressed, upstream_like
-from long_skip_cases import backend as backend
 
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.ops import RowStatistics, long_skip, long_skip_op, row_statistics
 from dit_fast.ops.long_skip_op import backward_op, forward_op
+from tests.helpers.cases import loop_over
+from tests.helpers.golden import assert_close
+from tests.helpers.long_skip_cases import (
+    INTERPRETED,
+    NAMES,
+    autocast,
+    errors,
+    everything,
+    inputs,
+    stressed,
+    upstream_like,
+)
+from tests.helpers.long_skip_cases import backend as backend
 
 HALF = (torch.bfloat16, torch.float16)
 

@@ -5,10 +5,10 @@ import logging
 
 import pytest
 import torch
-from long_skip_cases import inputs
 
 from dit_fast.errors import ConfigError
 from dit_fast.ops import long_skip_op, long_skip_table
+from tests.helpers.long_skip_cases import inputs
 
 ENTRY = {"arch": "sm_90", "width": 8, "rows": 64, "dtype": "bfloat16", "backend": "triton"}
 

@@ -3,11 +3,11 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-import proofs
 import pytest
-from proofs import FAMILIES, LOCK, ROOT
+
+from tests.ops import proofs
+from tests.ops.proofs import FAMILIES, LOCK, ROOT
 
 
 def test_every_file_of_kernels_is_covered():
@@ -58,7 +58,7 @@ def test_only_what_was_proved_is_skipped(tmp_path, monkeypatch, proved):
 
 
 def test_the_record_is_written_by_the_command(tmp_path):
-    code = "import proofs, pathlib, sys; proofs.RECORD = pathlib.Path(sys.argv[2]); proofs.main()"
+    code = "import pathlib, sys; from tests.ops import proofs; proofs.RECORD = pathlib.Path(sys.argv[2]); proofs.main()"
     command = [sys.executable, "-c", code, "--record", str(tmp_path / "proved.json")]
-    subprocess.run(command, check=True, cwd=Path(proofs.__file__).parent, capture_output=True)
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     assert json.loads((tmp_path / "proved.json").read_text()) == {f: proofs.fingerprint(f) for f in FAMILIES}

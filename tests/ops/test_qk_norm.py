@@ -4,13 +4,13 @@ import importlib
 
 import pytest
 import torch
-from cases import loop_over
-from golden import assert_close
 from torch.nn import functional as F
 
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.ops import qk_norm
 from dit_fast.ops.qk_norm import _QkNorm, _QkNormWithTangent, backward_op, forward_op, supports
+from tests.helpers.cases import loop_over
+from tests.helpers.golden import assert_close
 
 N, T, H, D = 2, 7, 3, 8
 EPS = 1e-5

@@ -1,9 +1,9 @@
 """QK-norm on every device at hand, with heads that 128-bit accesses divide and heads that they do not."""
 
 import pytest
-from devices import STREAM, TOLERANCE, check_no_wait, check_values_and_gradients
 
 from dit_fast import ops
+from tests.helpers.devices import STREAM, TOLERANCE, check_no_wait, check_values_and_gradients
 
 N, T, WIDTH = STREAM
 CASES = {

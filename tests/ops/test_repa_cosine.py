@@ -4,13 +4,13 @@ import os
 
 import pytest
 import torch
-from cases import loop_over
-from golden import assert_close
 from torch.nn import functional as F
 
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.ops import repa_cosine
 from dit_fast.ops.repa_cosine import _Cosine, _CosineWithTangent, backward_op, forward_op, supports
+from tests.helpers.cases import loop_over
+from tests.helpers.golden import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

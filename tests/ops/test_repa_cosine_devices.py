@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import loop_over
-from devices import STREAM, TOLERANCE, check_no_wait, check_values_and_gradients, several
 
 from dit_fast import ops
+from tests.helpers.cases import loop_over
+from tests.helpers.devices import STREAM, TOLERANCE, check_no_wait, check_values_and_gradients, several
 
 CASE = (several(ops.repa_cosine), [STREAM, STREAM])
 

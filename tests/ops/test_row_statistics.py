@@ -5,11 +5,11 @@ import os
 
 import pytest
 import torch
-from golden import assert_close
 
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.ops import RowStatistics, row_statistics
 from dit_fast.ops.row_statistics import join, op
+from tests.helpers.golden import assert_close
 
 BACKENDS = ["triton" if os.environ.get("TRITON_INTERPRET") == "1" else "torch"]  # test_interpreter.py sets it
 

@@ -1,14 +1,14 @@
 """Outputs, losses and gradients of the official implementations, through public functions only."""
 
 import torch
-from cases import loop_over
-from golden import Golden, assert_close, golden, golden_names
 
 from dit_fast.checkpoint import load_official
 from dit_fast.diffusion import Path, flow_loss
 from dit_fast.methods.diversedit import adaptive_weight, select_pairs
 from dit_fast.methods.repa import repa_loss
 from dit_fast.ops import diversity_loss
+from tests.helpers.cases import loop_over
+from tests.helpers.golden import Golden, assert_close, golden, golden_names
 
 NAMES = golden_names("sit_", "repa_", "diversedit_")
 

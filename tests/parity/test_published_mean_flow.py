@@ -1,10 +1,10 @@
 """Losses and gradients of mean flow from published code (diffusion-bench) and from the published equations."""
 
 import torch
-from cases import loop_over
-from golden import assert_close, golden, golden_names
 
 from dit_fast.objectives.mean_flow import mean_flow_losses
+from tests.helpers.cases import loop_over
+from tests.helpers.golden import assert_close, golden, golden_names
 
 CASES = [
     (name, prediction, kind)

@@ -7,8 +7,6 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import loop_over
-from patch.published_models import Attention, Block, FinalLayer, Mlp, Transformer, inputs, leaves
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -16,6 +14,8 @@ from torch.nn.utils import parametrizations, prune
 
 from dit_fast import _C, patch
 from dit_fast.errors import UserError
+from tests.helpers.cases import loop_over
+from tests.helpers.published_models import Attention, Block, FinalLayer, Mlp, Transformer, inputs, leaves
 
 
 class RopeBlock(Block):

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from cases import loop_over
 
 from dit_fast import patch
+from tests.helpers.cases import loop_over
 
 pytest.importorskip("diffusers")
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from patch.published_models import Transformer, inputs
-from patch.test_diffusers import _dit, _hunyuan
 
 from dit_fast import ops
+from tests.helpers.published_models import Transformer, inputs
+from tests.patch.test_diffusers import _dit, _hunyuan
 
 PAGE = (Path(__file__).parents[2] / "docs" / "drop-in.md").read_text()
 

@@ -4,12 +4,12 @@ import re
 
 import torch
 import torch.nn.functional as F
-from cases import loop_over
-from patch.published_models import Block, Mlp, SwappedBlock, Transformer, inputs, leaves
 from torch import nn
 
 from dit_fast import patch
 from dit_fast.patch import proof
+from tests.helpers.cases import loop_over
+from tests.helpers.published_models import Block, Mlp, SwappedBlock, Transformer, inputs, leaves
 
 
 class DropPath(nn.Module):

@@ -5,12 +5,12 @@ import io
 
 import pytest
 import torch
-from cases import loop_over
-from patch.published_models import KINDS, Transformer, inputs, leaves, loss_of
 from torch import nn
 
 from dit_fast import patch
 from dit_fast.errors import ConfigError, UserError
+from tests.helpers.cases import loop_over
+from tests.helpers.published_models import KINDS, Transformer, inputs, leaves, loss_of
 
 LOSS_TOLERANCE = 1e-5  # relative, at each of 50 fp32 steps
 WEIGHT_TOLERANCE = 1e-4  # of the norm of all weights, after them; Adam lifts rounding where gradients are near 0

@@ -6,10 +6,10 @@ import types
 
 import pytest
 import torch
-from patch.published_models import Transformer, inputs, leaves
 
 from dit_fast import patch
 from dit_fast.errors import UserError
+from tests.helpers.published_models import Transformer, inputs, leaves
 
 
 def _model(kind="input", **options):

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toy_runs import arguments, losses, make_shards, rows, tensors
 
 from dit_fast.checkpoint.run import load_run
 from dit_fast.errors import CheckpointError, DataError
@@ -22,6 +21,7 @@ from dit_fast.train import disk, lock, loop
 from dit_fast.train.__main__ import main
 from dit_fast.train.engine import SingleEngine
 from dit_fast.train.feed import Feed
+from tests.helpers.toy_runs import arguments, losses, make_shards, rows, tensors
 
 
 def fails(capsys, *command, status=2):

@@ -1,6 +1,6 @@
 """What was recorded before the seams were opened (commit 32b3b15) comes out again: curves, a resumed run, samples.
 
-`python tests/train/test_nothing_moved.py`, run at that commit, wrote `tests/data/before_seams`: shards of 4 x 4 x 12
+`python -m tests.train.test_nothing_moved`, run at that commit, wrote `tests/data/before_seams`: shards of 4 x 4 x 12
 latents with features (the results of LAPACK and of an encoder differ between machines, so the shards are kept), the
 rows of 50 float32 steps by name, and a run folder of 20 steps, all without compiled ops. Bits are compared where the
 processor has the vector instructions that it had there, else 1e-5.
@@ -90,9 +90,8 @@ def test_a_run_of_before_resumes_and_samples(tmp_path):
 
 def record(work):
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from toy_runs import CLASSES
-
     from dit_fast.data.build import build_shards
+    from tests.helpers.toy_runs import CLASSES
 
     rng = np.random.default_rng(5)
     labels = np.arange(24) % len(CLASSES)

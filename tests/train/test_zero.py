@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy_runs import environment, free_port
+
+from tests.helpers.toy_runs import environment, free_port
 
 WORKER = Path(__file__).with_name("engine_worker.py")
 STAGES = (0, 1, 2, 3)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from cases import loop_over
 
 from dit_fast import philox
 from dit_fast.errors import UserError
+from tests.helpers.cases import loop_over
 
 # Random123's kat_vectors for philox4x32 with 10 rounds: counter, key, result.
 PUBLISHED = [

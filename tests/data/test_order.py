@@ -8,11 +8,11 @@ import threading
 import numpy as np
 import pytest
 import torch
-from shard_sets import COUNT
 
 from dit_fast.data import Plan, build_loader, open_dataset
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.philox import Stream, uint32_numpy
+from tests.helpers.shard_sets import COUNT
 
 SIZES = (8, 8, 8, 8, 8, 3)
 BATCH = 8

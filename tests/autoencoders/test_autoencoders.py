@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from shard_sets import make_images
 
 from dit_fast.autoencoders import load_autoencoder
 from dit_fast.autoencoders.patch_pca import PatchPCA
 from dit_fast.encoders import load_encoder
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.preparation.images import center_crop
+from tests.helpers.shard_sets import make_images
 
 TAEF2 = os.environ.get("DIT_FAST_TAEF2", "")
 

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from damage import READERS, attack, flip, read, replace_member
-from shard_sets import CLASSES, rewrite
 
 from dit_fast import _C
 from dit_fast.cli import main
@@ -24,6 +22,8 @@ from dit_fast.data.reader import IndexedReader
 from dit_fast.data.shards import ShardWriter, npy_bytes, scan_tar
 from dit_fast.errors import DataError
 from dit_fast.preparation.verify import rebuild_index, verify_dataset
+from tests.helpers.damage import READERS, attack, flip, read, replace_member
+from tests.helpers.shard_sets import CLASSES, rewrite
 
 SHARD = "shard-000001.tar"
 

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from shard_sets import COUNT, SIZE, build, contents, everything, make_images, make_tree
 
 import dit_fast.data.shards as shards_module
 from dit_fast import autoencoders
@@ -23,6 +22,7 @@ from dit_fast.cli import main
 from dit_fast.data import Plan, build_loader, open_dataset
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.preparation.verify import verify_dataset
+from tests.helpers.shard_sets import COUNT, SIZE, build, contents, everything, make_images, make_tree
 
 
 def test_bytes_do_not_depend_on_processes(array_file, built, tmp_path):
@@ -97,13 +97,13 @@ def test_a_really_full_disk(array_file, built, tmp_path, processes):
 SLOW_BUILD = """
 import sys, time
 import dit_fast.data.shards as shards
-sys.path.insert(0, {here!r})
+sys.path.insert(0, {root!r})
 real = shards.ShardWriter.add
 def add(self, *arguments):
     time.sleep(0.01)
     real(self, *arguments)
 shards.ShardWriter.add = add
-from shard_sets import build
+from tests.helpers.shard_sets import build
 if __name__ == "__main__":
     build({source!r}, {out!r}, processes={processes})
 """
@@ -112,8 +112,8 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_killed_build_continues_with_identical_bytes(array_file, built, tmp_path, processes):
     out, script = tmp_path / "out", tmp_path / "slow.py"
-    here = str(Path(__file__).parent)
-    script.write_text(SLOW_BUILD.format(here=here, source=str(array_file), out=str(out), processes=processes))
+    root = str(Path(__file__).parents[2])
+    script.write_text(SLOW_BUILD.format(root=root, source=str(array_file), out=str(out), processes=processes))
     child = subprocess.Popen([sys.executable, script], start_new_session=True)
     try:
         deadline = time.monotonic() + 120

@@ -13,7 +13,7 @@ import numpy as np
 
 from dit_fast.preparation.build import build_shards
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CLASSES = ("ant", "bee", "cat")
 
 

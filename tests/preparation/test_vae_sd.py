@@ -5,11 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
-from shard_sets import everything, make_tree
 
 from dit_fast import autoencoders
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.preparation.vae_sd import import_vae_sd
+from tests.helpers.shard_sets import everything, make_tree
 
 
 def test_importing_the_published_tree(tmp_path):

@@ -7,7 +7,6 @@ import tarfile
 
 import numpy as np
 import pytest
-from shard_sets import COUNT, build, contents, make_images, rewrite
 
 from dit_fast import autoencoders
 from dit_fast.data import Plan, build_loader, open_dataset
@@ -17,6 +16,7 @@ from dit_fast.data.reader import IndexedReader
 from dit_fast.data.shards import ShardWriter, npy_bytes, parse_npy
 from dit_fast.errors import DataError
 from dit_fast.preparation.verify import rebuild_index, verify_dataset
+from tests.helpers.shard_sets import COUNT, build, contents, make_images, rewrite
 
 
 def read_all(folder):

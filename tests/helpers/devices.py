@@ -7,7 +7,8 @@ import functools
 
 import pytest
 import torch
-from golden import assert_close
+
+from tests.helpers.golden import assert_close
 
 N, T, D = 3, 37, 84
 STREAM, VECTOR = (N, T, D), (N, D)

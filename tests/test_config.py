@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import fuzz
 import pytest
 
 from dit_fast.errors import ConfigError
@@ -17,6 +16,7 @@ from dit_fast.options import diff, groups, keys, to_dict
 from dit_fast.recipes import load, reference
 from dit_fast.runs import DataConfig, OptimizerConfig, TrainConfig, _adapters, changed, checked, stored
 from dit_fast.train.prepare import forbidden_changes
+from tests.helpers import fuzz
 
 
 class Toy:
@@ -193,7 +193,7 @@ def test_every_key_has_a_meaning_and_every_number_a_range():
 
 
 def test_the_page_of_keys_is_current():
-    page = Path(__file__).parents[2] / "docs/configuration.md"
+    page = Path(__file__).parents[1] / "docs/configuration.md"
     assert page.read_text() == reference(), "run: python -m dit_fast.recipes > docs/configuration.md"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-HERE = Path(__file__).parent / "data"
+HERE = Path(__file__).parents[1] / "data"
 
 
 class Golden:

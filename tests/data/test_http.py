@@ -8,14 +8,14 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import torch
-from damage import read
-from shard_sets import COUNT, rewrite
 
 from dit_fast import autoencoders
 from dit_fast.data import open_dataset, remote
 from dit_fast.data.address import check_address, join
 from dit_fast.data.remote import HttpStream
 from dit_fast.errors import DataError
+from tests.helpers.damage import read
+from tests.helpers.shard_sets import COUNT, rewrite
 
 
 class Server(http.server.ThreadingHTTPServer):

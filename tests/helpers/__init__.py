@@ -1,0 +1,1 @@
+"""What several tests share: golden numbers, toy data sets and runs, damage, cases."""
