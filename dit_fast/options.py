@@ -37,12 +37,12 @@ def _bounds(within: str) -> dict[str, float]:
     return {"ge" if match[1] == "[" else "gt": low, "le" if match[4] == "]" else "lt": high}
 
 
-def chosen(registry: Mapping[str, Any], default: Any) -> Any:
-    """The field of a group whose class is the `Config` of the component that `registry` has under the group's name.
+def chosen(registry: Mapping[str, Any], default: Any, kind: Callable[[str], str] = str) -> Any:
+    """The field of a group whose class is the `Config` of the component `registry[kind(name)]`, by the group's name.
 
     A default that is a tuple makes it a list of such groups, each name at most once.
     """
-    return field(default=default, metadata={"registry": registry})
+    return field(default=default, metadata={"registry": registry, "kind": kind})
 
 
 @dataclass(frozen=True)
@@ -115,15 +115,15 @@ def from_dict(cls: type[T], values: Any, build: Build = build) -> T:
     hints = typing.get_type_hints(cls)
     arguments: dict[str, Any] = {}
     for key, value in _known(values, items, "").items():
-        default, registry = items[key].default, items[key].metadata.get("registry")
-        if registry is None:
+        item = items[key]
+        if "registry" not in item.metadata:
             arguments[key] = _built(hints[key], value, key, build)
-        elif isinstance(default, tuple):
-            classes = {name: _config(registry, name, key) for name in _known(value, None, key)}
+        elif isinstance(item.default, tuple):
+            classes = {name: _config(item, name) for name in _known(value, None, key)}
             arguments[key] = tuple(_built(classes[name], value[name], f"{key}.{name}", build) for name in classes)
         else:
-            name = _known(value, None, key).get("name", default.name)
-            arguments[key] = _built(_config(registry, name, key), value, key, build)
+            group = _config(item, _known(value, None, key).get("name", item.default.name))
+            arguments[key] = _built(group, value, key, build)
     return cls(**arguments)
 
 
@@ -145,11 +145,14 @@ def _known(values: Any, names: Iterable[str] | None, path: str) -> Mapping[str, 
     return values
 
 
-def _config(registry: Mapping[str, Any], name: Any, key: str) -> type:
-    if not isinstance(name, str) or name not in registry:
-        none = f" ({key}=none for none)" if key.endswith("s") else ""
-        raise ConfigError(f"unknown {key.rstrip('s')} {shown(name)}{nearest(str(name), registry)}{none}")
-    return registry[name].Config
+def _config(item: dataclasses.Field[Any], name: Any) -> type:
+    """The class of a group that `item` chooses by this name."""
+    registry, key = item.metadata["registry"], item.name
+    kind = item.metadata["kind"](name) if isinstance(name, str) else None
+    if kind not in registry:
+        none = f" ({key}=none for none)" if isinstance(item.default, tuple) else ""
+        raise ConfigError(f"unknown {key.rstrip('s')} {shown(name)}{nearest(str(kind), registry)}{none}")
+    return registry[kind].Config
 
 
 def _once(names: list[str], key: str) -> list[str]:
@@ -195,11 +198,10 @@ def assign(config: Any, assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def _choose(item: dataclasses.Field[Any], current: Mapping[str, Any], text: str) -> dict[str, Any]:
-    registry = item.metadata["registry"]
     if isinstance(item.default, tuple):
         names = [] if text.lower() == "none" else [name.strip() for name in text.split(",")]
-        return {name: current.get(name, {}) for name in _once(names, item.name) if _config(registry, name, item.name)}
-    same = _config(registry, text, item.name) is _config(registry, current["name"], item.name)
+        return {name: current.get(name, {}) for name in _once(names, item.name)}
+    same = _config(item, text) is _config(item, current["name"])
     return {**(current if same else {}), "name": text}
 
 

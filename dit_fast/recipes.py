@@ -6,16 +6,15 @@ constant, batch 256, clip 1.0, EMA 0.9999, label dropout 0.1, 400K steps, linear
 fp16. REPA is aligned at block 5 (B) or 8 (L, XL), coefficient 0.5.
 """
 
-import difflib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from dit_fast.config import ModelConfig
 from dit_fast.errors import ConfigError
 from dit_fast.methods.diversedit import DiverseDiT
 from dit_fast.methods.repa import REPA
-from dit_fast.options import Key, groups, keys
+from dit_fast.models import SiT
+from dit_fast.options import Key, groups, keys, nearest
 from dit_fast.runs import (
     DataConfig,
     EngineConfig,
@@ -39,7 +38,7 @@ def paper(methods: Sequence[str], size: str, resolution: int) -> TrainConfig:
     }
     name = f"{'-'.join(methods) or 'sit'}-{size}-{resolution}"
     return TrainConfig(
-        model=ModelConfig(
+        model=SiT.Config(
             name=f"SiT-{size[:-1].upper()}/{size[-1]}",
             input_size=resolution // 8,
             in_channels=4,
@@ -57,7 +56,7 @@ def quickstart() -> TrainConfig:
     Six blocks are diverse enough to sit at the paper's threshold of 0.1; the lower one lets the weight act throughout.
     """
     return TrainConfig(
-        model=ModelConfig(name="SiT-Nano/2", skip_wiring="input"),
+        model=SiT.Config(name="SiT-Nano/2", skip_wiring="input"),
         data=DataConfig(path="runs/quickstart/shards", shuffle_group=0, num_workers=0),
         methods=(DiverseDiT.Config(pairs="all", low=0.05),),
         optimizer=OptimizerConfig(lr=2e-3, beta2=0.95, warmup_steps=100, ema_decay=0.995),
@@ -88,9 +87,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> TrainConfig:
     elif recipe.endswith(".json"):
         config = read_config(Path(recipe))
     else:
-        close = difflib.get_close_matches(recipe, RECIPES, n=1, cutoff=0.5)
-        hint = f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(RECIPES)}"
-        raise ConfigError(f"unknown recipe '{recipe}'; {hint} (or the path of a .json configuration)")
+        raise ConfigError(f"unknown recipe '{recipe}'{nearest(recipe, RECIPES)} (or the path of a .json configuration)")
     return changed(config, overrides)
 
 

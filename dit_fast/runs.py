@@ -16,9 +16,11 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from dit_fast.config import FlowConfig, ModelConfig
+from dit_fast.config import FlowConfig
 from dit_fast.errors import ConfigError
 from dit_fast.methods import METHODS
+from dit_fast.models.registry import BACKBONES, kind
+from dit_fast.models.sit import SiT
 from dit_fast.options import assign, chosen, from_dict, keys, setting, shown, to_dict
 
 
@@ -105,7 +107,7 @@ class RunConfig:
 class TrainConfig:
     """Everything that decides a run."""
 
-    model: ModelConfig = field(default=ModelConfig())
+    model: Any = chosen(BACKBONES, SiT.Config(), kind)
     data: DataConfig = DataConfig()
     flow: FlowConfig = field(default=FlowConfig())
     methods: tuple[Any, ...] = chosen(METHODS, ())

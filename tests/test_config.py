@@ -12,6 +12,7 @@ import pytest
 from dit_fast.errors import ConfigError
 from dit_fast.methods import METHODS
 from dit_fast.methods.diversedit import DiverseDiT
+from dit_fast.models import new_model
 from dit_fast.options import diff, groups, keys, to_dict
 from dit_fast.recipes import load, reference
 from dit_fast.runs import DataConfig, OptimizerConfig, TrainConfig, _adapters, changed, checked, stored
@@ -56,6 +57,15 @@ def test_overrides_reach_every_kind_of_field():
     assert changed(config, ["methods=none"]).methods == ()
 
 
+def test_a_model_may_have_other_sizes_than_its_name():
+    changes = ["model.depth=4", "model=SiT-Nano/2", "model.hidden_size=64", "model.num_heads=2", "model.qk_norm=yes"]
+    config = changed(TrainConfig(), [*changes, "model.input_size=8", "model.in_channels=4", "model.num_classes=3"])
+    config = stored(to_dict(changed(config, ["model.name=SiT-S/2"])))  # another name of one class keeps the settings
+    model = new_model(config.model)
+    assert (config.model.name, config.model.qk_norm, config.model.patch_size) == ("SiT-S/2", True, 0)
+    assert (model.depth, model.hidden_size, model.num_heads, model.num_tokens) == (4, 64, 2, 16)
+
+
 @pytest.mark.usefixtures("toy")
 def test_round_trip_through_json():
     config = changed(TrainConfig(), ["methods=toy", "methods.toy.weight=0.25", "flow.path=cosine"])
@@ -72,6 +82,8 @@ def test_round_trip_through_json():
         ("run.steps=1.5", "type int"),
         ("run.tensorboard=maybe", "type bool"),
         ("data=3", "group of keys"),
+        ("model=SiT-XXL/2", "unknown model 'SiT-XXL/2'; did you mean 'SiT-XL/2'"),
+        ("model.name=GiT-XL/2", "unknown model 'GiT-XL/2'; did you mean 'SiT'"),
         ("run.steps.x=3", "single value"),
         ("methods=tov", "did you mean 'toy'"),
         ("methods.toy.weight=1", "in this run"),

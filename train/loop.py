@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from dit_fast import __version__
-from dit_fast.checkpoint.run import model_from_config
 from dit_fast.checkpoint.step import FOLDER, KINDS, Checkpoint
 from dit_fast.data import LatentDataset, Plan, build_loader, open_dataset
 from dit_fast.data.address import absolute
 from dit_fast.errors import CheckpointError, UserError
 from dit_fast.methods import build_methods
-from dit_fast.models import Backbone
+from dit_fast.models import Backbone, new_model
 from dit_fast.options import to_dict
 from dit_fast.runs import TrainConfig
 from dit_fast.train.checkpoints import MOMENTS, Checkpoints
@@ -71,7 +70,7 @@ class _Run:
         methods = build_methods(config.methods)
         dataset.require(methods.batch_fields())
         torch.manual_seed(config.run.seed)
-        model = model_from_config(config.model)
+        model = new_model(config.model)
         methods.attach(model, dataset.info)
         objective = TrainingObjective(
             model,

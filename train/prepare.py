@@ -3,7 +3,6 @@
 import dataclasses
 
 from dit_fast.checkpoint.step import Checkpoint
-from dit_fast.config import ModelConfig
 from dit_fast.data import DatasetInfo
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.options import diff, groups, keys, to_dict
@@ -56,7 +55,7 @@ def fit_to_dataset(config: TrainConfig, info: DatasetInfo) -> TrainConfig:
             f"model.num_classes={model.num_classes}, but labels of {path} go up to {info.num_classes - 1}; use "
             f"model.num_classes={info.num_classes}"
         )
-    filled: ModelConfig = dataclasses.replace(
+    filled = dataclasses.replace(
         model,
         input_size=info.size,
         in_channels=info.channels,

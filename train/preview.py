@@ -11,11 +11,11 @@ from torch import Tensor
 from dit_fast import autoencoders
 from dit_fast.autoencoders import Autoencoder
 from dit_fast.autoencoders.pixels import decode_images
-from dit_fast.checkpoint.run import model_from_config
 from dit_fast.data import LatentDataset
 from dit_fast.diffusion import Guidance, initial_noise, sample
 from dit_fast.diffusion.samplers import check_options
 from dit_fast.errors import ConfigError, DataError
+from dit_fast.models import new_model
 from dit_fast.runs import TrainConfig
 from dit_fast.train.engine import Engine
 from dit_fast.train.guard import Diverged, Finiteness
@@ -76,7 +76,7 @@ class Preview:
         config, device = self.config, self.world.device
         # the new model's initial weights are thrown away; building it must not move the random numbers of the run
         with torch.random.fork_rng(devices=[]):
-            model = model_from_config(config.model)
+            model = new_model(config.model)
         model.load_state_dict({name: weights[name] for name in model.state_dict()})
         model.to(device).eval()
         index = torch.arange(config.preview.count, dtype=torch.int64, device=device)

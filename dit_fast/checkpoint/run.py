@@ -5,10 +5,9 @@ from typing import Any, Literal, NamedTuple
 
 from dit_fast.checkpoint.manifest import MANIFEST, STATE
 from dit_fast.checkpoint.step import FOLDER, Checkpoint, newest_checkpoint, open_checkpoint
-from dit_fast.config import ModelConfig
 from dit_fast.data import LatentDataset, open_dataset
 from dit_fast.errors import CheckpointError, ConfigError, DataError
-from dit_fast.models import Backbone, build_model
+from dit_fast.models import Backbone, new_model
 from dit_fast.runs import TrainConfig, stored
 
 
@@ -58,7 +57,7 @@ def load_run(path: str | Path, weights: Literal["ema", "model"] = "ema") -> Load
     state = checkpoint.state
     try:
         config = stored(state.get("config"))
-        model = model_from_config(config.model)
+        model = new_model(config.model)
     except ConfigError as error:
         raise CheckpointError(f"{checkpoint.path / STATE}: its configuration cannot be read: {error}") from None
     own = model.state_dict()
@@ -82,8 +81,3 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
         reason = complaints[0] if complaints else f"{path / FOLDER}: holds no checkpoint"
         raise CheckpointError(f"{reason}; give the folder of a run that has saved at least once")
     return checkpoint
-
-
-def model_from_config(config: ModelConfig) -> Backbone:
-    """The bare model of a resolved configuration (no field left at "as the data set says"), newly initialised."""
-    return build_model(**vars(config))

@@ -1,14 +1,25 @@
 """Models by name."""
 
 import dataclasses
-import difflib
 from typing import Any
 
 from dit_fast.errors import ConfigError
 from dit_fast.models.base import PRESETS, Backbone
 from dit_fast.models.sit import SiT
+from dit_fast.options import nearest
 
 BACKBONES: dict[str, type[Backbone]] = {backbone.__name__: backbone for backbone in (SiT,)}
+
+
+def kind(name: str) -> str:
+    """The key in `BACKBONES` of a model by name: what stands before the first "-"."""
+    return name.partition("-")[0]
+
+
+def new_model(config: Any) -> Backbone:
+    """The bare model of a configuration, newly initialised. Raises ConfigError where it refuses the configuration."""
+    make: Any = BACKBONES[kind(config.name)]
+    return make(config)
 
 
 def build_model(name: str, **settings: Any) -> Backbone:
@@ -18,15 +29,11 @@ def build_model(name: str, **settings: Any) -> Backbone:
     in_channels 4, num_classes 1000.
     Raises ConfigError for an unknown name or setting, with the nearest, and where the model refuses its configuration.
     """
-    if name not in PRESETS:
-        close = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
-        hint = f"did you mean '{close[0]}'? " if close else ""
-        raise ConfigError(f"unknown model '{name}'; {hint}Names: {', '.join(PRESETS)}")
-    kind: Any = BACKBONES[name.partition("-")[0]]
-    known = [item.name for item in dataclasses.fields(kind.Config)]
+    if kind(name) not in BACKBONES:
+        raise ConfigError(f"unknown model '{name}'{nearest(name, PRESETS)}")
+    group: Any = BACKBONES[kind(name)].Config
+    known = [item.name for item in dataclasses.fields(group)]
     for key in settings:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-            hint = f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(known)}"
-            raise ConfigError(f"unknown model setting '{key}'; {hint}")
-    return kind(kind.Config(name=name, **{"input_size": 32, "in_channels": 4, "num_classes": 1000, **settings}))
+            raise ConfigError(f"unknown model setting '{key}'{nearest(key, known)}")
+    return new_model(group(name=name, **{"input_size": 32, "in_channels": 4, "num_classes": 1000, **settings}))

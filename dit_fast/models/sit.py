@@ -16,7 +16,7 @@ from dit_fast.nn.final_layer import FinalLayer
 from dit_fast.nn.linear import Reads
 from dit_fast.nn.long_skip import SkipLinear, SkipNorm
 from dit_fast.ops import RowStatistics
-from dit_fast.options import setting
+from dit_fast.options import nearest, setting
 
 # hidden_size, depth, num_heads (DiT, arXiv 2212.09748, Tab. 1); Nano is ours, for CPUs.
 _WIDTHS = {
@@ -78,6 +78,12 @@ class SiT(Backbone):
         hidden_size: int = setting(0, "Width of the tokens; 0 = as the name says", "[0, 65536]")
         depth: int = setting(0, "Blocks; 0 = as the name says", "[0, 1000]")
         num_heads: int = setting(0, "Attention heads; 0 = as the name says", "[0, 65536]")
+
+        def __post_init__(self) -> None:
+            if self.name not in PRESETS and not all(getattr(self, size) for size in _SIZES):
+                raise ConfigError(
+                    f"unknown model '{self.name}'{nearest(self.name, PRESETS)} (or set all of {', '.join(_SIZES)})"
+                )
 
     def __init__(self, config: Config):
         super().__init__()
@@ -166,8 +172,7 @@ _SIZES = ("patch_size", "hidden_size", "depth", "num_heads")
 def _check(config: SiT.Config) -> None:
     for name in ("input_size", "in_channels", "num_classes", *_SIZES):
         if getattr(config, name) < 1:
-            hint = f"; '{config.name}' names no sizes" if name in _SIZES and config.name not in PRESETS else ""
-            raise ConfigError(f"{name} must be at least 1, not {getattr(config, name)}{hint}")
+            raise ConfigError(f"{name} must be at least 1, not {getattr(config, name)}")
     for name, hint in get_type_hints(SiT.Config).items():
         if (choices := get_args(hint)) and getattr(config, name) not in choices:
             raise ConfigError(f"{name} must be one of {', '.join(choices)}, not '{getattr(config, name)}'")

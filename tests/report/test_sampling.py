@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from dit_fast.autoencoders.pixels import to_uint8
-from dit_fast.checkpoint.run import load_run, model_from_config
+from dit_fast.checkpoint.run import load_run
 from dit_fast.cli import main
 from dit_fast.errors import UserError
+from dit_fast.models import new_model
 from dit_fast.preparation.build import build_shards
 from dit_fast.recipes import load
 from dit_fast.report.blocks import study_blocks
@@ -60,7 +61,7 @@ def test_captions_say_what_was_computed(opened):
 def test_a_run_without_label_dropout_is_not_guided(opened):
     loaded, dataset = opened
     model = dataclasses.replace(loaded.config.model, label_dropout=0.0)
-    undropped = loaded._replace(model=model_from_config(model).eval())
+    undropped = loaded._replace(model=new_model(model).eval())
     assert draw_samples(undropped, dataset, options()).text == "euler, 1 steps, guidance 1, seed 0"
     with pytest.raises(UserError, match="trained null_label"):
         draw_samples(undropped, dataset, options(cfg_scale=2.0))
