@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from dit_fast.checkpoint.manifest import MANIFEST, STATE, WEIGHTS, State, optimizer_file, write_manifest
-from dit_fast.checkpoint.step import DTYPES, FOLDER, KINDS, Checkpoint, newest_checkpoint, step_folders, step_name
+from dit_fast.checkpoint.manifest import MANIFEST, REST, STATE, WEIGHTS, State, optimizer_file, write_manifest
+from dit_fast.checkpoint.step import DTYPES, FOLDER, Checkpoint, newest_checkpoint, step_folders, step_name
 from dit_fast.errors import CheckpointError
 from dit_fast.train import disk
 from dit_fast.train.engine import Engine
@@ -29,6 +29,7 @@ logger = logging.getLogger("dit_fast")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MARGIN = 1 << 20  # bytes for headers, state and manifest
 Entry = tuple[str, torch.dtype, torch.Size]
+Untrained = Mapping[str, Mapping[str, Tensor]]
 
 
 class TensorFile:
@@ -112,22 +113,21 @@ class Checkpoints:
                 disk.rename(path, aside)
         return [str(checkpoint.path), checkpoint.step, checkpoint.files, checkpoint.state]
 
-    def save(self, engine: Engine, frozen: Mapping[str, Tensor], state: Mapping[str, Any], retire: bool = True) -> bool:
+    def save(self, engine: Engine, untrained: Untrained, state: Mapping[str, Any], retire: bool = True) -> bool:
         """Writes the checkpoint of state["step"]; collective. False, with a warning, where the disk did not take it.
 
-        frozen: entries of the model's state dict that are not trained (CPU tensors). retire: whether those beyond
-        `keep` go then. Raises Diverged, on all ranks, where a tensor holds NaN or Inf. What was there before stays
-        whole whatever happens.
+        untrained: `Rest.tensors()`. retire: whether those beyond `keep` go then. Raises Diverged, on all ranks, where a
+        tensor holds NaN or Inf. What was there before stays whole whatever happens.
         """
         final = self.folder / step_name(state["step"])
         partial = final.with_suffix(".partial")
-        error = self._prepare(partial, engine, frozen) if self.world.rank == 0 else None
+        error = self._prepare(partial, engine, untrained) if self.world.rank == 0 else None
         if self._report(error, partial):
             return False
-        files = _layout(engine, frozen, self.world)
+        files = _layout(engine, untrained, self.world)
         digests = torch.zeros(len(files), 40, dtype=torch.int32)
         finite = Finiteness(self.world)
-        error = _write_files(partial, files, engine, frozen, self.world.rank, digests, finite)
+        error = _write_files(partial, files, engine, untrained, self.world.rank, digests, finite)
         if (name := finite.first_exception()) is not None:
             if self.world.rank == 0:
                 disk.remove_tree(partial)
@@ -139,9 +139,9 @@ class Checkpoints:
             error = self._publish(partial, final, list(files), digests, state, retire)
         return not self._report(error, partial)
 
-    def _prepare(self, partial: Path, engine: Engine, frozen: Mapping[str, Tensor]) -> str | None:
+    def _prepare(self, partial: Path, engine: Engine, untrained: Untrained) -> str | None:
         trained = sum(shape.numel() for _, shape in engine.trainable())
-        needed = 16 * trained + 2 * sum(tensor.nbytes for tensor in frozen.values()) + MARGIN
+        needed = 16 * trained + sum(x.nbytes for each in untrained.values() for x in each.values()) + MARGIN
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             disk.remove_tree(partial)
@@ -200,16 +200,16 @@ class Checkpoints:
 
 
 def _layout(
-    engine: Engine, frozen: Mapping[str, Tensor], world: World
+    engine: Engine, untrained: Untrained, world: World
 ) -> dict[str, tuple[int, dict[str, list[str]], list[Entry]]]:
     """File name -> (rank that writes it, kind -> parameter names, entries in order); the same on every rank."""
     trained = engine.trainable()
-    rest = [(name, tensor.dtype, tensor.shape) for name, tensor in frozen.items()]
+    rest = {kind: [(name, x.dtype, x.shape) for name, x in tensors.items()] for kind, tensors in untrained.items()}
     names = [name for name, _ in trained]
-    weights = [(name, torch.float32, shape) for name, shape in trained] + rest
+    weights = [(name, torch.float32, shape) for name, shape in trained]
     count = min(world.size, len(trained))
     files: dict[str, tuple[int, dict[str, list[str]], list[Entry]]] = {
-        file: (k % world.size, {kind: names}, weights)
+        file: (k % world.size, {kind: names}, weights + rest[kind])
         for k, (file, kind) in enumerate(zip(WEIGHTS, ("model", "ema"), strict=True))
     }
     for k in range(count):
@@ -217,6 +217,8 @@ def _layout(
         entries = [(f"{kind}.{name}", torch.float32, shape) for kind in MOMENTS for name, shape in mine]
         chosen = [name for name, _ in mine]
         files[optimizer_file(k, count)] = (k, dict.fromkeys(MOMENTS, chosen), entries)
+    if rest["rest"]:
+        files[REST] = (world.size - 1, {}, rest["rest"])
     return files
 
 
@@ -224,7 +226,7 @@ def _write_files(
     partial: Path,
     files: Mapping[str, tuple[int, dict[str, list[str]], list[Entry]]],
     engine: Engine,
-    frozen: Mapping[str, Tensor],
+    untrained: Untrained,
     rank: int,
     digests: Tensor,
     finite: Finiteness,
@@ -240,9 +242,9 @@ def _write_files(
                 wanted.update({(kind, name): opened[file] for kind, names in kinds.items() for name in names})
     except OSError as failure:
         error = str(failure)
-    for name, tensor in frozen.items():
+    for name, tensor in {id(x): (name, x) for tensors in untrained.values() for name, x in tensors.items()}.values():
         finite.look(f"'{name}'", tensor)
-    for kind in KINDS:
+    for kind in ("model", "ema", *MOMENTS):
         for name, tensor in engine.full_state(kind):
             finite.look(f"{kind} of '{name}'", tensor)
             if error is None and (kind, name) in wanted:
@@ -253,9 +255,8 @@ def _write_files(
     try:
         for number, file in enumerate(files):
             if error is None and file in opened:
-                if not file.startswith("optim-"):
-                    for tensor in frozen.values():
-                        opened[file].add(tensor)
+                for tensor in untrained.get(file.removesuffix(".safetensors"), {}).values():
+                    opened[file].add(tensor)
                 size = opened[file].bytes.to_bytes(8, "little")
                 digests[number] = torch.frombuffer(bytearray(size + opened[file].finish()), dtype=torch.uint8)
     except OSError as failure:

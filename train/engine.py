@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from dit_fast.errors import ConfigError
 from dit_fast.runs import TrainConfig
-from dit_fast.train.optim import STATES, applied_steps, build_optimizer, set_applied_steps
+from dit_fast.train.optim import applied_steps, build_optimizer, set_applied_steps
 from dit_fast.world import World
 
-KINDS = ("model", *reversed(STATES))  # "model", "ema", "exp_avg_sq", "exp_avg"
 Batch = Mapping[str, Tensor]
 Source = Callable[[str], Tensor]
 
@@ -43,6 +42,7 @@ class Engine(ABC):
 
     def __init__(self, objective: nn.Module, config: TrainConfig, world: World):
         self.objective, self.config, self.world = objective, config, world
+        self.model: Any = objective.model
         self._named = own_parameters(objective)
         self._shapes = {name: parameter.shape for name, parameter in self._named}
         self._optimizer = build_optimizer(config.optimizer, (p for _, p in self._named), world.device.type)
@@ -110,8 +110,7 @@ class Engine(ABC):
 
         Collective. They are the live tensors, but in ZeRO stage 3, where they are copies.
         """
-        state: dict[str, Tensor] = self.objective.model.state_dict()  # type: ignore[union-attr, operator]
-        return {name: tensor for name, tensor in state.items() if name not in self._shapes}
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in self._shapes}
 
     def whole(self) -> AbstractContextManager[Any]:
         """Within, every parameter of the objective can be read whole on every rank; collective."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_fast import __version__
-from dit_fast.checkpoint.step import FOLDER, KINDS, Checkpoint
+from dit_fast.checkpoint.step import FOLDER, Checkpoint
 from dit_fast.data import LatentDataset, Plan, build_loader, open_dataset
 from dit_fast.data.address import absolute
 from dit_fast.errors import CheckpointError, UserError
@@ -28,8 +28,9 @@ from dit_fast.train.journal import CONFIG, METRICS, Journal
 from dit_fast.train.lock import RunLock
 from dit_fast.train.objective import TrainingObjective
 from dit_fast.train.optim import STATES, learning_rate
-from dit_fast.train.prepare import check_fields, check_resume, fit_to_dataset, micro_batch
+from dit_fast.train.prepare import check_fields, check_resume, check_stage, fit_to_dataset, micro_batch
 from dit_fast.train.preview import Preview
+from dit_fast.train.rest import Rest, method_tensors
 from dit_fast.train.stop import StopRequest
 from dit_fast.world import World, launched
 
@@ -69,8 +70,10 @@ class _Run:
         self.config, self.world, self.dataset, self.micro, self.held = config, world, dataset, micro, held
         methods = build_methods(config.methods)
         dataset.require(methods.batch_fields())
+        if launched():
+            check_stage(config.engine, methods)
         torch.manual_seed(config.run.seed)
-        model = new_model(config.model)
+        model = new_model(config.model).to(world.device)  # where a method may copy it
         methods.attach(model, dataset.info)
         objective = TrainingObjective(
             model,
@@ -89,8 +92,10 @@ class _Run:
         if checkpoint is not None:
             check_resume(checkpoint, config, dataset.info)
             self.start = checkpoint.step
-            weights, moments = model.state_dict(), dict(own_parameters(objective))
-            world.agree(lambda: check_fits(checkpoint, weights, moments))
+            whole, trained = model.state_dict(), dict(own_parameters(objective))
+            expected = {"model": whole, "ema": whole, **dict.fromkeys(MOMENTS, trained)}
+            expected["rest"] = method_tensors(methods)
+            world.agree(lambda: check_fits(checkpoint, expected))
             with self._alone():
                 model.load_state_dict(checkpoint.state_dict("model"))
         state: Mapping[str, Any] = checkpoint.state if checkpoint is not None else {}
@@ -100,8 +105,6 @@ class _Run:
             recent=state.get("skipped_steps", ()),
             batch=config.engine.global_batch,
         )
-        trained = {name for name, _ in own_parameters(objective)}
-        self.frozen = {name: value.cpu().clone() for name, value in model.state_dict().items() if name not in trained}
         self.flops = model.flops_per_sample()
         if config.engine.compile:
             for block in model.blocks:
@@ -112,6 +115,7 @@ class _Run:
                 for kind in STATES:
                     self.engine.load_full_state(kind, checkpoint.source(kind))
             self.engine.set_applied_steps(checkpoint.state["optimizer_step"])
+        self.rest = Rest(methods, self.engine, config.optimizer.ema_decay, checkpoint)
         self.fields = methods.batch_fields()
         self._describe(model)
 
@@ -144,6 +148,9 @@ class _Run:
                 for step in range(self.start, config.run.steps):
                     lr, done = learning_rate(config.optimizer, step), step + 1
                     result = self.engine.train_step(feed.take(), step, lr)
+                    self.rest.after_update(result.applied)
+                    if step == self.start:
+                        self.rest.tensors()  # what a save will refuse is told now
                     journal.step(result)
                     guard.after_step(done, result.applied)
                     feed.fetch()
@@ -197,13 +204,14 @@ class _Run:
             return
         if not missing or self.world.agree(lambda: not preview.path(step).exists()):
             with self._advising():
-                preview.draw(self.engine, self.frozen, step)
+                preview.draw(self.engine, self.rest.tensors()["ema"], step)
 
     def _save(self, step: int, required: bool, failure: Exception | None) -> None:
         """failure: what ends the run, named too where the disk does not take this last checkpoint."""
         guard = self.guard
         with self._advising():  # while steps are skipped, older checkpoints stay: they may be the better ones
-            saved = self.checkpoints.save(self.engine, self.frozen, self._state(step), retire=not guard.in_a_row(step))
+            state, retire = self._state(step), not guard.in_a_row(step)
+            saved = self.checkpoints.save(self.engine, self.rest.tensors(), state, retire)
         if saved:
             guard.newest = step
         elif required:
@@ -267,13 +275,12 @@ class _Run:
             logger.warning(text)
 
 
-def check_fits(checkpoint: Checkpoint, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError where names, shapes or dtypes of a checkpoint are not those of the model."""
-    for kind in KINDS:
-        expected = moments if kind in MOMENTS else weights
-        checkpoint.require(kind, expected)
+def check_fits(checkpoint: Checkpoint, expected: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raises CheckpointError where names, shapes or dtypes of a checkpoint are not the expected ones of each kind."""
+    for kind, tensors in expected.items():
+        checkpoint.require(kind, tensors)
         for name in checkpoint.names(kind):
-            if name not in expected:
+            if name not in tensors:
                 raise CheckpointError(
                     f"{checkpoint.path}: holds {kind} of '{name}', unknown to this model; was it made by another?"
                 )

@@ -1,6 +1,8 @@
 """Checks made before anything is built, and the configuration with every "as the data set says" filled in."""
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
 from dit_fast.checkpoint.step import Checkpoint
 from dit_fast.data import DatasetInfo
@@ -41,6 +43,16 @@ def micro_batch(engine: EngineConfig, world_size: int) -> int:
             f"over {world_size} ranks); use engine.micro_batch={fits}"
         )
     return micro
+
+
+def check_stage(engine: EngineConfig, parts: Iterable[Any]) -> None:
+    """Raises ConfigError where an objective or method among `parts` cannot run in ZeRO stage 3."""
+    for part in parts:
+        if engine.zero_stage == 3 and part.functional:
+            raise ConfigError(
+                f"engine.zero_stage=3 cannot run '{part.name}', which differentiates the model forward (jvp) or calls "
+                "it with other parameters, and stage 3 holds none outside of a plain forward; use engine.zero_stage=2"
+            )
 
 
 def fit_to_dataset(config: TrainConfig, info: DatasetInfo) -> TrainConfig:

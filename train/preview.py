@@ -53,9 +53,9 @@ class Preview:
     def path(self, step: int) -> Path:
         return Path(self.config.run.dir) / "samples" / f"step_{step:08d}.png"
 
-    def draw(self, engine: Engine, frozen: Mapping[str, Tensor], step: int) -> None:
+    def draw(self, engine: Engine, untrained: Mapping[str, Tensor], step: int) -> None:
         """Collective: all ranks gather, rank 0 samples and writes. Raises Diverged, on all, for averages with NaN."""
-        weights: dict[str, Tensor] = dict(frozen)
+        weights: dict[str, Tensor] = dict(untrained)
         finite = Finiteness(self.world)
         for name, tensor in engine.full_state("ema"):
             finite.look(f"ema of '{name}'", tensor)

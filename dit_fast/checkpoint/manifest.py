@@ -16,6 +16,7 @@ FORMAT = "dit_fast checkpoint"
 VERSION = 1
 MANIFEST, STATE = "MANIFEST.json", "state.json"
 WEIGHTS = ("model.safetensors", "ema.safetensors")
+REST = "rest.safetensors"  # only where there is something to hold
 LARGEST = 1 << 28  # bytes of a JSON file
 _KEYS = {"format", "version", "step", "files"}
 _OPTIM = re.compile(r"optim-(\d{5})-of-(\d{5})\.safetensors", re.ASCII)
@@ -126,7 +127,7 @@ def _check_names(path: Path, files: Any) -> None:
     names = set(files) if isinstance(files, dict) else set()
     parts = [match for name in names if (match := _OPTIM.fullmatch(name))]
     count = int(parts[0][2]) if parts else 0
-    if names != {STATE, *WEIGHTS, *(optimizer_file(k, count) for k in range(count))}:
+    if names - {REST} != {STATE, *WEIGHTS, *(optimizer_file(k, count) for k in range(count))}:
         raise CheckpointError(f"{path}: damaged (the files it names are {', '.join(sorted(names)) or None!s:.200})")
 
 

@@ -2,9 +2,10 @@
 
 `step_00001000/` holds model.safetensors and ema.safetensors (every entry of the model's state dict, float32 masters),
 optim-0000k-of-0000n.safetensors ("exp_avg.NAME", "exp_avg_sq.NAME"; trained parameter i lies in file i mod n),
-state.json, and MANIFEST.json (bytes and sha256 of each file, a digest of itself), which is written last. The step in
-the folder's name, in the manifest and in state.json is the same. A folder without a manifest, or with the suffix
-.partial, is not a checkpoint. Nothing here is a pickle. Whatever is wrong with one is a CheckpointError of one line.
+rest.safetensors ("METHOD.NAME", only where a method has moving state of its own), state.json, and MANIFEST.json (bytes
+and sha256 of each file, a digest of itself), which is written last. The step in the folder's name, in the manifest and
+in state.json is the same. A folder without a manifest, or with the suffix .partial, is not a checkpoint. Nothing here
+is a pickle. Whatever is wrong with one is a CheckpointError of one line.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from dit_fast.checkpoint.manifest import MANIFEST, STATE, State, read_manifest, 
 from dit_fast.errors import CheckpointError
 
 FOLDER = "checkpoints"  # inside the run folder
-KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")
+KINDS = ("model", "ema", "exp_avg", "exp_avg_sq", "rest")
 DTYPES = {
     torch.float32: "F32",
     torch.float64: "F64",
@@ -30,6 +31,9 @@ DTYPES = {
     torch.bfloat16: "BF16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
     torch.bool: "BOOL",
 }
 _NAME = re.compile(r"step_(\d{8}|[1-9]\d{8,})", re.ASCII)
@@ -69,7 +73,7 @@ class Checkpoint:
                 self._open(name)
 
     def source(self, kind: str) -> Callable[[str], Tensor]:
-        """A function from parameter name to CPU tensor, for kind "model", "ema", "exp_avg" or "exp_avg_sq"."""
+        """A function from parameter name to CPU tensor, for a kind of KINDS."""
         where = self._where(kind)
 
         def tensor(name: str) -> Tensor:
@@ -117,7 +121,7 @@ class Checkpoint:
 
     def _where(self, kind: str) -> dict[str, tuple[Any, str]]:
         """name -> (open file, key in it)."""
-        prefix = "" if kind in ("model", "ema") else f"{kind}."
+        prefix = f"{kind}." if kind.startswith("exp_") else ""
         where: dict[str, tuple[Any, str]] = {}
         for file in sorted(self.files):
             if file.startswith("optim-") if prefix else file == f"{kind}.safetensors":

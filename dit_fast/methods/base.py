@@ -129,6 +129,8 @@ class Method(ABC):
     name: ClassVar[str]
     Config: ClassVar[type]
     own_forward: ClassVar[bool] = False  # True: `forward` takes the place of flow matching
+    functional: ClassVar[bool] = False  # True: differentiates the model forward or calls it with other parameters
+    averaged: tuple[str, ...] = ()  # floating-point buffers of the model whose moving average the EMA file holds
 
     def __init__(self, config: Any):
         self.config = config
@@ -147,6 +149,17 @@ class Method(ABC):
 
     def attach(self, model: nn.Module, dataset_info: Any) -> None:  # noqa: B027 (most methods add nothing)
         """Adds its modules with `model.add_head(name, module)`; called once, before the optimizer is built."""
+
+    def after_update(self, model: nn.Module, applied: Tensor) -> None:  # noqa: B027 (most methods move nothing)
+        """Moves the method's state after a step, without gradients and on every rank alike; parameters are whole.
+
+        applied: 0-d float32 on the device, 1 where the step changed the weights and 0 where it was skipped: a teacher
+        moves by `lerp_(parameter, (1 - decay) * applied)`. Weights of the model are read only.
+        """
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Moving state outside of the model (a teacher's), live, the same on all ranks; saved and restored."""
+        return {}
 
     def forward(self, inputs: StepInputs, taps: tuple[int, ...]) -> tuple[StepContext, Tensor]:
         """Runs the model its own way (`own_forward`): the context that all methods' terms read, and losses [N].

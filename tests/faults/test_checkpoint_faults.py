@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dit_fast.checkpoint.manifest import write_manifest
-from dit_fast.checkpoint.step import newest_checkpoint, open_checkpoint, step_folders
+from dit_fast.checkpoint.step import KINDS, newest_checkpoint, open_checkpoint, step_folders
 from dit_fast.errors import CheckpointError, UserError
 from dit_fast.train import disk
 from dit_fast.train.checkpoints import Checkpoints
@@ -23,6 +23,7 @@ from dit_fast.world import World
 
 SHAPES = {"a.weight": (5, 3), "a.bias": (3,), "b": (), "empty": (0, 4)}
 FROZEN = {"pos": torch.linspace(0, 1, 6).reshape(2, 3), "count": torch.arange(4)}
+UNTRAINED = {"model": FROZEN, "ema": FROZEN, "rest": {"a.bias": torch.full((3,), 0.5)}}
 WORLD = World(0, 1, torch.device("cpu"))
 
 
@@ -46,7 +47,7 @@ class Weights:
 
 
 def save(run, step, **options):
-    return Checkpoints(run, WORLD, **options).save(Weights(step), FROZEN, {"step": step, "note": "x"})
+    return Checkpoints(run, WORLD, **options).save(Weights(step), UNTRAINED, {"step": step, "note": "x"})
 
 
 def assert_is_step(checkpoint, step):
@@ -66,8 +67,10 @@ def test_round_trip_and_no_pickle(tmp_path):
     assert_is_step(checkpoint, 7)
     names = sorted(path.name for path in checkpoint.path.iterdir())
     assert names == [
-        "MANIFEST.json", "ema.safetensors", "model.safetensors", "optim-00001-of-00001.safetensors", "state.json",
+        "MANIFEST.json", "ema.safetensors", "model.safetensors", "optim-00001-of-00001.safetensors", "rest.safetensors",
+        "state.json",
     ]  # fmt: skip
+    assert torch.equal(checkpoint.source("rest")("a.bias"), UNTRAINED["rest"]["a.bias"])
     assert (tmp_path / "checkpoints/LATEST").read_text() == "step_00000007\n"
     with pytest.raises(CheckpointError, match="no exp_avg of parameter 'nobody'"):
         checkpoint.source("exp_avg")("nobody")
@@ -324,14 +327,14 @@ def test_a_link_bears_the_name_of_the_step_it_leads_to(two, caplog):
 
 
 @pytest.mark.parametrize("fault", ["missing", "shape", "dtype", "more"])
-@pytest.mark.parametrize("kind", ["model", "ema", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, fault, kind):
     save(tmp_path, 4)
     checkpoint = Checkpoints(tmp_path, WORLD).newest()
-    moments = {name: torch.empty(shape) for name, shape in SHAPES.items()}
-    weights = {**moments, **FROZEN}
-    check_fits(checkpoint, weights, moments)
-    chosen = moments if kind.startswith("exp") else weights
+    trained = {name: torch.empty(shape) for name, shape in SHAPES.items()}
+    expected = {each: {**trained, **UNTRAINED.get(each, {})} for each in KINDS[:-1]} | {"rest": {**UNTRAINED["rest"]}}
+    check_fits(checkpoint, expected)
+    chosen = expected[kind]
     if fault == "missing":
         chosen["c"] = torch.empty(1)
     elif fault == "more":
@@ -339,12 +342,12 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, fault, kind):
     else:
         chosen["a.bias"] = torch.empty(1) if fault == "shape" else torch.empty(3, dtype=torch.float64)
     with pytest.raises(CheckpointError, match=r"'(c|a\.bias)'.* was it made by another"):
-        check_fits(checkpoint, weights, moments)
+        check_fits(checkpoint, expected)
 
 
-@pytest.mark.parametrize("kind", ["model", "ema", "exp_avg", "exp_avg_sq", "frozen"])
+@pytest.mark.parametrize("kind", [*KINDS, "frozen"])
 def test_what_is_not_finite_is_neither_saved_nor_read(two, kind, monkeypatch, caplog):
-    broken, frozen = Weights(12), {**FROZEN}
+    broken, untrained = Weights(12), {each: {**tensors} for each, tensors in UNTRAINED.items()}
     real = broken.full_state
 
     def full_state(asked):
@@ -353,12 +356,13 @@ def test_what_is_not_finite_is_neither_saved_nor_read(two, kind, monkeypatch, ca
 
     broken.full_state = full_state
     if kind == "frozen":
-        frozen["pos"] = torch.full((2, 3), float("nan"))
-    with pytest.raises(Diverged, match=r"'(b|pos)' is not finite after step 12"):
-        Checkpoints(two, WORLD, keep=1).save(broken, frozen, {"step": 12})
+        untrained["model"]["pos"] = torch.full((2, 3), float("nan"))
+    untrained["rest"]["a.bias"] = torch.full((3,), 0.5 if kind != "rest" else float("nan"))
+    with pytest.raises(Diverged, match=r"'(b|pos|a\.bias)' is not finite after step 12"):
+        Checkpoints(two, WORLD, keep=1).save(broken, untrained, {"step": 12})
     assert sorted(path.name for path in (two / "checkpoints").glob("step_*")) == ["step_00000004", "step_00000008"]
     monkeypatch.setattr(torch, "isfinite", lambda tensor: torch.ones(1, dtype=torch.bool))
-    Checkpoints(two, WORLD).save(broken, frozen, {"step": 12})  # as an older version did
+    Checkpoints(two, WORLD).save(broken, untrained, {"step": 12})  # as an older version did
     monkeypatch.undo()
     with caplog.at_level(logging.WARNING, "dit_fast"):
         assert_is_step(Checkpoints(two, WORLD).newest(), 8)

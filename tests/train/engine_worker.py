@@ -11,14 +11,15 @@ import torch
 
 from dit_fast.checkpoint.step import open_checkpoint
 from dit_fast.config import FlowConfig
-from dit_fast.errors import ConfigError
-from dit_fast.methods import METHODS, build_methods
+from dit_fast.errors import UserError
+from dit_fast.methods import METHODS, Method, build_methods
 from dit_fast.models import build_model
 from dit_fast.runs import EngineConfig, OptimizerConfig, RunConfig, TrainConfig
 from dit_fast.train.checkpoints import Checkpoints
 from dit_fast.train.engine import SingleEngine
 from dit_fast.train.guard import Diverged
 from dit_fast.train.objective import TrainingObjective
+from dit_fast.train.rest import Rest
 from dit_fast.world import launched, single
 
 BATCH = 8
@@ -80,15 +81,11 @@ def run(scenario, world, folder):
     if checkpoint is not None:
         model.load_state_dict(checkpoint.state_dict("model"))
         first = checkpoint.step
-    frozen = {"pos_embed": model.pos_embed.detach().clone()}
     if scenario.get("compile"):
         for block in model.blocks:
             block.compile(backend="aot_eager")
     engine = engine_of(objective, config, world)
-    if checkpoint is not None:
-        for kind in ("ema", "exp_avg", "exp_avg_sq"):
-            engine.load_full_state(kind, checkpoint.source(kind))
-        engine.set_applied_steps(checkpoint.state["optimizer_step"])
+    restore(engine, checkpoint)
     result = {"losses": [], "norms": [], "applied": []}
     for step in range(first, scenario["steps"]):
         batches = micro_batches(step, world, micro, scenario.get("poisoned", ()))
@@ -101,41 +98,96 @@ def run(scenario, world, folder):
     checkpoints = Checkpoints(folder / scenario["name"], world)
     state = {"step": scenario["steps"], "optimizer_step": engine.applied_steps()}
     if "broken" in scenario:
-        result["diverged"] = diverged(checkpoints, engine, frozen, state, scenario["broken"])
+        result["diverged"] = diverged(checkpoints, engine, state, scenario["broken"])
     else:
-        assert checkpoints.save(engine, frozen, state)
+        assert checkpoints.save(engine, Rest((), engine, 0.9).tensors(), state)
     return result
 
 
-class Toy(torch.nn.Module):
-    """An objective of two layers of which `b` is used in chosen steps alone; with `twice`, it breaks the rules."""
+class ToyModel(torch.nn.Module):
+    """Two layers, a frozen parameter, a count of the forwards and an average that moves with the step."""
 
-    def __init__(self, steps_of_b, twice):
+    def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.model = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 4), "b": torch.nn.Linear(4, 4)})
-        self.steps_of_b, self.twice = steps_of_b, twice
+        self.a, self.b = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        self.frozen = torch.nn.Parameter(torch.randn(4), requires_grad=False)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(3))
+
+
+class Toy(torch.nn.Module):
+    """An objective that uses layer `b` in chosen steps alone. twice: it runs a backward of its own. uneven: the buffer
+    moves by what only this rank has seen."""
+
+    def __init__(self, steps_of_b, twice=False, uneven=False):
+        super().__init__()
+        self.model = ToyModel()
+        self.steps_of_b, self.twice, self.uneven = steps_of_b, twice, uneven
 
     def forward(self, batch, step):
-        hidden = self.model["a"](batch["x"])
+        model = self.model
+        hidden = model.a(batch["x"]) + model.frozen
         if self.twice:
             hidden.sum().backward(retain_graph=True)
-        loss = (self.model["b"](hidden) if step in self.steps_of_b else hidden).square().mean()
+        model.seen += 1
+        model.mean.lerp_(batch["x"][0, :3] if self.uneven else torch.full((3,), step + 1.0), 0.5)
+        loss = (model.b(hidden) if step in self.steps_of_b else hidden).square().mean()
         return loss, {"loss": loss.detach()}
 
 
-def run_toy(scenario, world):
-    """Weights and averages at the end, and the error that ended it."""
+class Teacher(Method):
+    """Follows the weights, and averages a buffer."""
+
+    name, averaged = "teacher", ("mean",)
+
+    def __init__(self, model):
+        self.followed = {name: x.detach().clone() for name, x in model.named_parameters() if x.requires_grad}
+
+    def tensors(self):
+        return self.followed
+
+    def after_update(self, model, applied):
+        for name, parameter in model.named_parameters():
+            if name in self.followed:
+                self.followed[name].lerp_(parameter, 0.25 * applied)
+
+    def terms(self, context):
+        return {}
+
+
+def run_toy(scenario, world, folder):
+    """Weights and averages at the end, and the error that ended it; checkpoints at steps 2 and `steps`."""
     config, per_rank = config_of(scenario), BATCH // world.size
     micro = config.engine.micro_batch or per_rank
-    engine = engine_of(Toy(scenario["steps_of_b"], scenario.get("twice", False)), config, world)
-    for step in range(scenario["steps"]):
-        x = torch.randn(BATCH, 4, generator=torch.Generator().manual_seed(step))[world.rank :: world.size]
-        try:
-            engine.train_step([{"x": x[i : i + micro]} for i in range(0, per_rank, micro)], step, 1e-2)
-        except ConfigError as error:
-            return {"error": str(error)}
-    return {kind: {name: x.flatten().tolist() for name, x in engine.full_state(kind)} for kind in ("model", "ema")}
+    objective = Toy(**scenario["toy"])
+    methods = [Teacher(objective.model)]
+    checkpoint = open_checkpoint(folder / scenario["load"]) if "load" in scenario else None
+    if checkpoint is not None:
+        objective.model.load_state_dict(checkpoint.state_dict("model"))
+    engine = engine_of(objective, config, world)
+    restore(engine, checkpoint)
+    rest, checkpoints = Rest(methods, engine, 0.9, checkpoint), Checkpoints(folder / scenario["name"], world)
+    try:
+        for step in range(checkpoint.step if checkpoint else 0, scenario["steps"]):
+            x = torch.randn(BATCH, 4, generator=torch.Generator().manual_seed(step))[world.rank :: world.size]
+            if step in scenario.get("poisoned", ()):
+                x[0] = float("nan")
+            outcome = engine.train_step([{"x": x[i : i + micro]} for i in range(0, per_rank, micro)], step, 1e-2)
+            rest.after_update(outcome.applied)
+            if step + 1 in (2, scenario["steps"]):
+                state = {"step": step + 1, "optimizer_step": engine.applied_steps()}
+                assert checkpoints.save(engine, rest.tensors(), state)
+    except UserError as error:
+        return {"error": str(error)}
+    return {}
+
+
+def restore(engine, checkpoint):
+    if checkpoint is not None:
+        for kind in ("ema", "exp_avg", "exp_avg_sq"):
+            engine.load_full_state(kind, checkpoint.source(kind))
+        engine.set_applied_steps(checkpoint.state["optimizer_step"])
 
 
 def engine_of(objective, config, world):
@@ -156,13 +208,13 @@ def engine_of(objective, config, world):
         zero.deepspeed_config = json_of
 
 
-def diverged(checkpoints, engine, frozen, state, kind):
+def diverged(checkpoints, engine, state, kind):
     """What a save says on every rank when one number of the last rank's share is Inf."""
     if engine.world.rank == engine.world.size - 1:
         flat = engine._flats()[0]
         (flat.data if kind == "model" else engine._optimizer.state[flat][kind]).view(-1)[0] = float("inf")
     try:
-        checkpoints.save(engine, frozen, state)
+        checkpoints.save(engine, Rest((), engine, 0.9).tensors(), state)
     except Diverged as error:
         return str(error)
     return None
@@ -179,8 +231,7 @@ def main():
         world = single()
     results = {}
     for scenario in scenarios:
-        toy = "steps_of_b" in scenario
-        results[scenario["name"]] = run_toy(scenario, world) if toy else run(scenario, world, folder)
+        results[scenario["name"]] = (run_toy if "toy" in scenario else run)(scenario, world, folder)
     if world.rank == 0:
         out.write_text(json.dumps(results))
     world.close()

@@ -1,12 +1,15 @@
 """What an engine refuses: parameters that would never be trained, or that ZeRO could not share out."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from dit_fast.errors import ConfigError
-from dit_fast.runs import TrainConfig
+from dit_fast.runs import EngineConfig, TrainConfig
 from dit_fast.train.engine import SingleEngine
+from dit_fast.train.prepare import check_stage
 from dit_fast.world import World
 
 
@@ -50,3 +53,11 @@ def test_gradients_of_inputs_and_frozen_modules_are_no_parameters():
     """A loss may differentiate with respect to its own inputs and read modules that do not train."""
     frozen = nn.Linear(2, 1).requires_grad_(False)
     first_step(Objective(lambda model, x: frozen(x).mean() * torch.ones(1, requires_grad=True).sum()))
+
+
+def test_what_differentiates_forward_is_refused_in_stage_3():
+    parts = [SimpleNamespace(name="plain", functional=False), SimpleNamespace(name="tangents", functional=True)]
+    check_stage(EngineConfig(zero_stage=2), parts)
+    check_stage(EngineConfig(zero_stage=3), parts[:1])
+    with pytest.raises(ConfigError, match=r"zero_stage=3 cannot run 'tangents'.*use engine\.zero_stage=2"):
+        check_stage(EngineConfig(zero_stage=3), parts)
