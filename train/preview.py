@@ -80,7 +80,7 @@ class Preview:
         model.load_state_dict({name: weights[name] for name in model.state_dict()})
         model.to(device).eval()
         index = torch.arange(config.preview.count, dtype=torch.int64, device=device)
-        noise = initial_noise(config.run.seed, index, (model.in_channels, model.input_size, model.input_size))
+        noise = initial_noise(config.run.seed, index, model.shapes["image"])
         with torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
             latents = sample(
                 model,

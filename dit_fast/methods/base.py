@@ -37,13 +37,12 @@ class ModelFacts:
     depth: int
     hidden_size: int
     num_tokens: int
-    input_size: int
     in_channels: int
 
     @classmethod
     def of(cls, model: Any) -> "ModelFacts":
         """Facts of a model that has attributes of these names (SiT)."""
-        return cls(model.depth, model.hidden_size, model.num_tokens, model.input_size, model.in_channels)
+        return cls(model.depth, model.hidden_size, model.num_tokens, model.in_channels)
 
 
 class _OnDemand:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.ops import RowStatistics
 from dit_fast.ops.autocast import autocast_dtype
+from dit_fast.tree import Tree, image, leaves
 
+X = TypeVar("X", bound=Tree)
 HEAD = "final_layer"
 PRESETS: dict[str, dict[str, int]] = {}  # sizes by model name; the file of each backbone adds its own
 
@@ -56,8 +58,10 @@ class Backbone(nn.Module, ABC):
     A subclass sets `Config` and the attributes below and defines `compute`; its file adds sizes to `PRESETS`, under
     names that start with the class's, and one line in `models.registry` makes it known. Its head is `final_layer`.
 
-    config: as built, with all sizes. num_tokens, grid: patch tokens, and their rows and columns. null_label: the label
-    that stands for none, -1 where none was trained. cfg_channels: what the released sampler of its weights guides.
+    config: as built, with all sizes. shapes: leaves of what it denoises, without N. num_tokens, grid: patch tokens, and
+    their rows and columns. class_token: width of a token that is denoised beside the image, 0 = none; the features then
+    hold it before the patch tokens. times: 1, or 2 for a mean velocity between two times. null_label: the label that
+    stands for none, -1 where none was trained. cfg_channels: what the released sampler of its weights guides.
     """
 
     Config: ClassVar[type]
@@ -70,13 +74,15 @@ class Backbone(nn.Module, ABC):
     num_heads: int
     num_tokens: int
     grid: tuple[int, int]
-    input_size: int
+    shapes: dict[str, tuple[int, ...]]
     in_channels: int
+    class_token: int
+    times: int
     num_classes: int
     null_label: int
 
     @abstractmethod
-    def compute(self, x: Tensor, t: Tensor, y: Tensor, taps: Taps, stop: int | None) -> Tensor | None:
+    def compute(self, x: Tree, t: Tensor, y: Tensor, taps: Taps, stop: int | None) -> Tree | None:
         """`forward`, its inputs checked. The output of each block in `taps` is replaced by `taps(block, x, stats)`."""
 
     @abstractmethod
@@ -84,23 +90,25 @@ class Backbone(nn.Module, ABC):
         """Forward FLOPs of one sample, multiply-add = 2; without modules added by methods."""
 
     @overload
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor: ...
+    def forward(self, x: X, t: Tensor, y: Tensor) -> X: ...
     @overload
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, taps: Taps, stop: None = None) -> Tensor: ...
+    def forward(self, x: X, t: Tensor, y: Tensor, taps: Taps, stop: None = None) -> X: ...
     @overload
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, taps: Taps, stop: int) -> None: ...
+    def forward(self, x: Tree, t: Tensor, y: Tensor, taps: Taps, stop: int) -> None: ...
     @overload
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, taps: Iterable[int]) -> tuple[Tensor, dict[int, Tensor]]: ...
+    def forward(self, x: X, t: Tensor, y: Tensor, taps: Iterable[int]) -> tuple[X, dict[int, Tensor]]: ...
     @overload
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, taps: Iterable[int], stop: int
+        self, x: Tree, t: Tensor, y: Tensor, taps: Iterable[int], stop: int
     ) -> tuple[None, dict[int, Tensor]]: ...
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, taps: Taps | Iterable[int] = (), stop: int | None = None
-    ) -> Tensor | tuple[Tensor | None, dict[int, Tensor]] | None:
-        """Output at x [N, C, H, W], times t [N] in [0, 1], labels y [N] int64; nothing is drawn at random.
+        self, x: X, t: Tensor, y: Tensor, taps: Taps | Iterable[int] = (), stop: int | None = None
+    ) -> X | tuple[X | None, dict[int, Tensor]] | None:
+        """Output, like x, at x and t for labels y [N] int64; nothing is drawn at random.
 
+        x: [N, C, H, W]; with a class token {"image": [N, C, H, W], "class_token": [N, Z]}. t: [N] in [0, 1], or where
+        `times` is 2 [N, 2] = (t, r): the output is the mean velocity from r to t.
         taps: a `Taps`, filled on the way; or indices (from 0) of blocks, whose outputs [N, T, D] are then returned as
         (output, {block: feature}) if there are any. A feature is what the published code records: in "output" wiring,
         after the fusion. stop: the last block that runs; there is then no output, but None.
@@ -115,7 +123,7 @@ class Backbone(nn.Module, ABC):
             if not 0 <= block <= last:
                 where = f"a block of this model (0 .. {last})" if stop is None else f"run with stop={stop}"
                 raise UserError(f"tap {block} is not {where}")
-        output = self.compute(x, t, y, asked, stop)
+        output = cast(X | None, self.compute(x, t, y, asked, stop))
         return (output, asked.features) if asked is not taps and asked.blocks else output
 
     if TYPE_CHECKING:
@@ -145,17 +153,25 @@ class Backbone(nn.Module, ABC):
         for later in names[names.index(HEAD) : -1]:
             self._modules[later] = self._modules.pop(later)
 
-    def _check(self, x: Tensor, t: Tensor, y: Tensor) -> None:
-        expected = (self.in_channels, self.input_size, self.input_size)
-        if x.dim() != 4 or tuple(x.shape[1:]) != expected:
-            raise UserError(f"x must be [N, {', '.join(map(str, expected))}] for this model, not {tuple(x.shape)}")
-        for name, vector in {"t": t, "y": y}.items():
-            if tuple(vector.shape) != (x.shape[0],):
-                raise UserError(f"{name} must be [N] = ({x.shape[0]},), not {tuple(vector.shape)}")
+    def _check(self, x: Tree, t: Tensor, y: Tensor) -> None:
+        named, count = leaves(x), len(image(x))
+        if named.keys() != self.shapes.keys():
+            raise UserError(f"x must hold {' and '.join(self.shapes)} for this model, not {' and '.join(named)}")
+        weight = next(self.parameters())
+        for leaf, shape in self.shapes.items():
+            value, name = named[leaf], "x" if isinstance(x, Tensor) else f"x['{leaf}']"
+            if tuple(value.shape) != (count, *shape):
+                raise UserError(
+                    f"{name} must be [N, {', '.join(map(str, shape))}] for this model, not {tuple(value.shape)}"
+                )
+            if value.dtype != weight.dtype and autocast_dtype(value) is None:
+                raise UserError(
+                    f"{name} is {value.dtype} but the model's weights are {weight.dtype}; convert one of them or use "
+                    "autocast"
+                )
+        for name, vector, size in (("t", t, (count, 2)[: self.times]), ("y", y, (count,))):
+            if tuple(vector.shape) != size:
+                meaning = "[N, 2] = (t, r)" if len(size) == 2 else "[N]"
+                raise UserError(f"{name} must be {meaning}, here {size}, not {tuple(vector.shape)}")
         if y.is_floating_point():
             raise UserError(f"y must hold integer labels, not {y.dtype}")
-        weight = next(self.parameters())
-        if x.dtype != weight.dtype and autocast_dtype(x) is None:
-            raise UserError(
-                f"x is {x.dtype} but the model's weights are {weight.dtype}; convert one of them or use autocast"
-            )

@@ -13,10 +13,11 @@ from dit_fast.models.base import PRESETS, Backbone, Taps
 from dit_fast.nn.block import Block
 from dit_fast.nn.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_position_embedding
 from dit_fast.nn.final_layer import FinalLayer
-from dit_fast.nn.linear import Reads
+from dit_fast.nn.linear import Reads, linear_flops, xavier_linear
 from dit_fast.nn.long_skip import SkipLinear, SkipNorm
 from dit_fast.ops import RowStatistics
 from dit_fast.options import nearest, setting
+from dit_fast.tree import Tree, image
 
 # hidden_size, depth, num_heads (DiT, arXiv 2212.09748, Tab. 1); Nano is ours, for CPUs.
 _WIDTHS = {
@@ -52,6 +53,8 @@ class SiT(Backbone):
     the first fusion on, as the released code does.
     label_dropout: share of labels that the trainer replaces by the null label; with 0 that is never trained, so
     `null_label` is -1 and samplers refuse guidance. attention: see `dit_fast.nn.attention.Attention`.
+    class_token: the output is a velocity of it, too (REG, arXiv 2507.01467). times=2: a mean velocity between two times
+    (mean flow, 2505.13447), which an embedder of t - r tells.
     Parameter names and their order are those of the published code.
     Raises ConfigError for a size that is not given (0) and for a combination that cannot run.
     """
@@ -78,6 +81,9 @@ class SiT(Backbone):
         hidden_size: int = setting(0, "Width of the tokens; 0 = as the name says", "[0, 65536]")
         depth: int = setting(0, "Blocks; 0 = as the name says", "[0, 1000]")
         num_heads: int = setting(0, "Attention heads; 0 = as the name says", "[0, 65536]")
+        input_width: int = setting(0, "Latent width where it differs from the height, input_size; 0 = it", "[0, 4096]")
+        class_token: int = setting(0, "Width of a token that is denoised beside the image; 0 = none", "[0, 65536]")
+        times: Literal[1, 2] = setting(1, "1: velocity at t; 2: mean velocity between two times (mean flow)")
 
         def __post_init__(self) -> None:
             if self.name not in PRESETS and not all(getattr(self, size) for size in _SIZES):
@@ -91,14 +97,20 @@ class SiT(Backbone):
         named: dict[str, Any] = {key: getattr(config, key) or sizes.get(key, 0) for key in _SIZES}
         self.config = config = dataclasses.replace(config, **named)
         _check(config)
-        self.input_size, self.in_channels, self.num_classes = config.input_size, config.in_channels, config.num_classes
-        self.hidden_size, self.depth, self.num_heads = config.hidden_size, config.depth, config.num_heads
-        self.grid = (config.input_size // config.patch_size, config.input_size // config.patch_size)
+        self.in_channels, self.num_classes, self.num_heads = config.in_channels, config.num_classes, config.num_heads
+        self.hidden_size, self.depth, self.class_token = config.hidden_size, config.depth, config.class_token
+        self.times, size = config.times, (config.input_size, config.input_width or config.input_size)
+        self.shapes = {"image": (config.in_channels, *size)}
+        self.grid = (size[0] // config.patch_size, size[1] // config.patch_size)
         self.num_tokens = self.grid[0] * self.grid[1]
         self.null_label = config.num_classes if config.label_dropout else -1
 
         width, depth = config.hidden_size, config.depth
-        self.pos_embed = nn.Parameter(sincos_position_embedding(width, self.grid), requires_grad=False)
+        positions = sincos_position_embedding(width, self.grid)
+        if config.class_token:
+            self.shapes["class_token"] = (config.class_token,)
+            positions = nn.functional.pad(positions, (0, 0, 1, 0))
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
         if config.skip_wiring != "off":
             self.skip_linears = nn.ModuleList(SkipLinear(width) for _ in range(depth // 2))
             self.skip_norms = nn.ModuleList(SkipNorm(width) for _ in range(depth // 2))
@@ -108,12 +120,21 @@ class SiT(Backbone):
         self.blocks = nn.ModuleList(
             Block(width, config.num_heads, config.qk_norm, config.attention) for _ in range(depth)
         )
-        self.final_layer = FinalLayer(width, config.patch_size, config.in_channels)
+        self.final_layer = FinalLayer(width, config.patch_size, config.in_channels, config.class_token)
+        if config.class_token:
+            self.cls_projectors2 = xavier_linear(config.class_token, width)
+            self.wg_norm = nn.LayerNorm(width, eps=1e-6)
+        if config.times == 2:
+            self.r_embedder = TimestepEmbedder(width)
 
-    def compute(self, x: Tensor, t: Tensor, y: Tensor, taps: Taps, stop: int | None) -> Tensor | None:
+    def compute(self, x: Tree, t: Tensor, y: Tensor, taps: Taps, stop: int | None) -> Tree | None:
+        tokens = self.x_embedder(image(x))
+        if not isinstance(x, Tensor):
+            token = self.wg_norm(self.cls_projectors2(x["class_token"]))
+            tokens = torch.cat((token[:, None], tokens), dim=1)
         # A sum has the strides of its first term: those of the convolution would make every reader of a row copy.
-        stream = Residual(self.pos_embed + self.x_embedder(x))
-        c = self.t_embedder(t) + self.y_embedder(y)
+        stream = Residual(self.pos_embed + tokens)
+        c = self._condition(t, y)
         pending: list[Residual] = []
         wiring = self.config.skip_wiring
         first_half = self.depth // 2 if wiring != "off" else self.depth
@@ -131,7 +152,16 @@ class SiT(Backbone):
                 pending.append(stream)
         if stop is not None:
             return None
-        return self._unpatchify(self.final_layer(stream.tokens, c, stream.stats))
+        output = self.final_layer(stream.tokens, c, stream.stats)
+        if isinstance(output, Tensor):
+            return self._unpatchify(output)
+        return {**output, "image": self._unpatchify(output["image"])}
+
+    def _condition(self, t: Tensor, y: Tensor) -> Tensor:
+        if self.times == 1:
+            return self.t_embedder(t) + self.y_embedder(y)
+        t, r = t.unbind(1)
+        return self.t_embedder(t) + self.r_embedder(t - r) + self.y_embedder(y)
 
     def _stage(self, index: int, stream: Residual, c: Tensor, skip: Residual | None) -> Residual:
         """One block with the fusion that belongs to it."""
@@ -158,12 +188,12 @@ class SiT(Backbone):
         return [] if self.config.skip_wiring == "off" else list(zip(self.skip_norms, self.skip_linears, strict=True))
 
     def flops_per_sample(self) -> int:
-        tokens = self.num_tokens
-        total = self.x_embedder.flops(tokens) + self.t_embedder.flops() + self.final_layer.flops(tokens)
+        patches, tokens = self.num_tokens, self.num_tokens + bool(self.class_token)
+        total = self.x_embedder.flops(patches) + self.times * self.t_embedder.flops() + self.final_layer.flops(patches)
         total += sum(cast(Block, block).flops(tokens) for block in self.blocks)
         if self.config.skip_wiring != "off":
             total += sum(cast(SkipLinear, skip).flops(tokens) for skip in self.skip_linears)
-        return total
+        return total + (linear_flops(self.cls_projectors2, rows=1) if self.class_token else 0)
 
 
 _SIZES = ("patch_size", "hidden_size", "depth", "num_heads")
@@ -175,9 +205,13 @@ def _check(config: SiT.Config) -> None:
             raise ConfigError(f"{name} must be at least 1, not {getattr(config, name)}")
     for name, hint in get_type_hints(SiT.Config).items():
         if (choices := get_args(hint)) and getattr(config, name) not in choices:
-            raise ConfigError(f"{name} must be one of {', '.join(choices)}, not '{getattr(config, name)}'")
-    if config.input_size % config.patch_size:
-        raise ConfigError(f"input_size {config.input_size} must be a multiple of patch_size {config.patch_size}")
+            raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, not '{getattr(config, name)}'")
+    for name in ("input_width", "class_token"):
+        if getattr(config, name) < 0:
+            raise ConfigError(f"{name} must be at least 0, not {getattr(config, name)}")
+    for name in ("input_size", "input_width"):
+        if getattr(config, name) % config.patch_size:
+            raise ConfigError(f"{name} {getattr(config, name)} must be a multiple of patch_size {config.patch_size}")
     if not 0 <= config.label_dropout < 1:
         raise ConfigError(f"label_dropout must lie in [0, 1), not {config.label_dropout}")
     if config.skip_wiring != "off" and config.depth % 2:

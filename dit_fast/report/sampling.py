@@ -139,7 +139,7 @@ def draw_samples(
     assert options.cfg_scale is not None
     done = []
     for rows in index.split(options.chunk):
-        noise = initial_noise(options.seed, rows, (model.in_channels, model.input_size, model.input_size))
+        noise = initial_noise(options.seed, rows, model.shapes["image"])
         latents = sample(
             model,
             each(lambda leaf: leaf.to(device), noise),

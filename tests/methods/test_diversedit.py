@@ -137,7 +137,7 @@ def test_unusable_ranges_and_forms_are_named():
         DiverseDiT.Config(weight="adaptive")
 
 
-FACTS = ModelFacts(depth=12, hidden_size=6, num_tokens=7, input_size=8, in_channels=4)
+FACTS = ModelFacts(depth=12, hidden_size=6, num_tokens=7, in_channels=4)
 
 
 def context(features, **changes):

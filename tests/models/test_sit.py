@@ -32,7 +32,7 @@ def _model(seed=0, **arguments) -> SiT:
 
 def _inputs(model, n=3, dtype=torch.float32):
     generator = torch.Generator().manual_seed(5)
-    shape = (n, model.in_channels, model.input_size, model.input_size)
+    shape = (n, *model.shapes["image"])
     x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
     t = torch.rand(n, generator=generator, dtype=torch.float64).to(dtype)
     return x, t, torch.randint(0, model.num_classes + 1, (n,), generator=generator)
@@ -239,7 +239,7 @@ def test_the_first_tokens_lie_row_by_row_like_all_others(samples):
     model, layouts = _model(), []
     for block in model.blocks:
         block.register_forward_pre_hook(lambda _, inputs: layouts.append(inputs[0].is_contiguous()))
-    x = torch.randn(samples, model.in_channels, model.input_size, model.input_size)
+    x = torch.randn(samples, *model.shapes["image"])
     model(x, torch.rand(samples), torch.zeros(samples, dtype=torch.int64))
     assert layouts == [True] * model.depth
 
