@@ -4,7 +4,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,23 @@ GROUPS = {
     "sit": BASE,
     "repa": (*BASE[:-1], "projectors", BASE[-1]),
     "diversedit": (BASE[0], "skip_linears", "skip_norms", *BASE[1:-1], "projectors", BASE[-1]),
+    "reg": (*BASE[:-1], "projectors", BASE[-1], "cls_projectors2", "wg_norm"),
+    "mean_flow": (*BASE, "r_embedder"),
+}
+# What one family alone has: where it belongs, and what makes a model have it.
+OWN = {
+    "skip_linears": ("diversedit", "a model with long skips"),
+    "skip_norms": ("diversedit", "a model with long skips"),
+    "cls_projectors2": ("reg", "a model with a class token"),
+    "wg_norm": ("reg", "a model with a class token"),
+    "r_embedder": ("mean_flow", "a model of two times"),
 }
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of a model. projectors: (hidden width, output width) of each alignment head.
+    """Sizes of a model. projectors: (hidden width, output width) of each alignment head. class_token, times: as in
+    `SiT.Config`.
 
     label_dropout: 0 where the null label has no row, or is known never to have been trained.
     """
@@ -41,6 +52,8 @@ class Layout:
     null_row: bool
     label_dropout: float
     qk_norm: bool
+    class_token: int
+    times: int
     projectors: tuple[tuple[int, int], ...]
 
     def settings(self) -> dict[str, Any]:
@@ -51,6 +64,7 @@ class Layout:
 
 def read_layout(
     state: Mapping[str, Tensor],
+    family: str,
     num_heads: int | None = None,
     num_classes: int | None = None,
     label_dropout: float | None = None,
@@ -67,9 +81,12 @@ def read_layout(
     labels, of_labels = _shape(state, "y_embedder.embedding_table.weight", 2)
     # By majority, so that a single wrong shape is found to be the wrong one.
     width = Counter([of_positions, of_patches, of_head, of_labels]).most_common(1)[0][0]
-    grid = math.isqrt(tokens)
-    if grid**2 != tokens:
-        raise CheckpointError(f"'pos_embed' has {tokens} tokens, which is not a square: not a model of this family")
+    class_token = _shape(state, "cls_projectors2.weight", 2)[1] if family == "reg" else 0
+    patches = tokens - bool(class_token)
+    grid = math.isqrt(patches)
+    if grid**2 != patches:
+        hint = family_hint(state, family) or f": not a model of family '{family}'"
+        raise CheckpointError(f"'pos_embed' has places for {patches} patches, which is not a square{hint}")
     if rows % patch**2:
         raise CheckpointError(f"'final_layer.linear.weight' has {rows} rows, not a multiple of {patch}x{patch} patches")
     blocks = _indices(state, r"blocks\.(\d+)\.")
@@ -107,11 +124,20 @@ def read_layout(
         null_row=null_row,
         label_dropout=0.1 if null_row and label_dropout != 0 else 0.0,
         qk_norm="blocks.0.attn.q_norm.weight" in state,
+        class_token=class_token,
+        times=2 if family == "mean_flow" else 1,
         projectors=tuple(
             (_shape(state, f"projectors.{k}.0.weight", 2)[0], _shape(state, f"projectors.{k}.4.weight", 2)[0])
             for k in range(len(aligned))
         ),
     )
+
+
+def family_hint(names: Iterable[str], family: str) -> str:
+    """Which family to load instead, in brackets, if the first of the names that belongs to one alone says another."""
+    groups = (name.split(".")[0] for name in names)
+    found = next((OWN[group][0] for group in groups if group in OWN), family)
+    return "" if found == family else f" (use family='{found}')"
 
 
 def rename_legacy(state: dict[str, Tensor], encoder_depth: int | None) -> dict[str, Tensor]:
@@ -148,10 +174,9 @@ def official_parameter_order(model: nn.Module, family: str) -> list[str]:
             raise CheckpointError(
                 f"'{name}' has no place in a checkpoint of family '{family}'; remove the module first"
             )
-    if family == "diversedit" and not any(name.startswith("skip_linears.") for name in names):
-        raise CheckpointError(
-            "missing 'skip_linears.0.linear.weight': family 'diversedit' needs a model with long skips"
-        )
+    for group, (owner, what) in OWN.items():
+        if owner == family and not any(name.split(".")[0] == group for name in names):
+            raise CheckpointError(f"missing '{group}.*': family '{family}' needs {what}")
     return [name for group in groups for name in names if name.split(".")[0] == group]
 
 

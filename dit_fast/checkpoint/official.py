@@ -1,6 +1,7 @@
-"""Checkpoints of the published REPA, SiT and DiverseDiT codes, in and out, bit for bit.
+"""Checkpoints of the published REPA, SiT, DiverseDiT, REG and mean flow codes, in and out, bit for bit.
 
-Names and shapes are those of the published modules (REPA, arXiv 2410.06940; SiT, 2401.08740; DiverseDiT, 2603.04239).
+Names and shapes are those of the published modules (REPA, arXiv 2410.06940; SiT, 2401.08740; DiverseDiT, 2603.04239;
+REG, 2507.01467; mean flow, 2505.13447, as in the PyTorch code).
 What a state_dict does not say must be given (wiring of the long skips) or is taken to be as usual and logged in one
 line (number of heads, a null label in the label table).
 """
@@ -15,7 +16,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dit_fast.checkpoint.layout import Layout, official_parameter_order, read_layout, rename_legacy
+from dit_fast.checkpoint.layout import (
+    GROUPS,
+    Layout,
+    family_hint,
+    official_parameter_order,
+    read_layout,
+    rename_legacy,
+)
 from dit_fast.checkpoint.official_time import reversed_state
 from dit_fast.checkpoint.published import read_state
 from dit_fast.errors import CheckpointError, ConfigError
@@ -24,7 +32,6 @@ from dit_fast.models.sit import SiT
 from dit_fast.nn.embeddings import LabelEmbedder
 from dit_fast.nn.projector import projector
 
-FAMILIES = ("repa", "sit", "diversedit")
 LABEL_DROPOUT = ("label_dropout", "class_dropout_prob", "cfg_prob")  # its names in headers and training arguments
 
 
@@ -49,8 +56,9 @@ def load_official(
     """A model, in eval mode, with published weights.
 
     source: a state_dict, a training checkpoint {model, ema, opt, args, steps}, or the path of a `.pt` or `.safetensors`
-    file. family: "repa", "sit" or "diversedit". "sit" models take our t and return our v, and `sample` guides three of
-    their channels by default, as the released sampler does. Alignment heads come as `model.projectors`.
+    file. family: "repa", "sit", "diversedit", "reg" or "mean_flow". "sit" models take our t and return our v, and
+    `sample` guides three of their channels by default, as the released sampler does. "reg" models take and return
+    {"image", "class_token"}, "mean_flow" models take t [N, 2]. Alignment heads come as `model.projectors`.
     Sizes are read off the shapes. num_heads is read off the query norm where there is one, else off the file's header
     or arguments; it defaults to head width 64 (72 at width 1152), which is logged.
     num_classes: rows of the label table without the null label's; default: what the file's header or arguments say,
@@ -71,6 +79,7 @@ def load_official(
     dropout = next((facts[name] for name in LABEL_DROPOUT if facts.get(name) is not None), None)
     layout = read_layout(
         state,
+        family,
         _whole("num_heads", facts.get("num_heads") if num_heads is None else num_heads),
         _whole("num_classes", facts.get("num_classes") if num_classes is None else num_classes),
         None if dropout is None else _probability(dropout),
@@ -94,10 +103,10 @@ def load_official(
 def export_official(model: nn.Module, family: str | None = None) -> dict[str, Tensor]:
     """The state_dict that the published code of a family loads: CPU copies, in its key order.
 
-    family defaults to where the weights came from, else to "diversedit" with long skips and "repa" without. A model
-    that `load_official` made gives back the source's bits, key order and dtypes. A model of ours exported as "sit"
-    gets the reversed time and sign folded into its weights (exact up to rounding) and an 8-channel style head whose
-    second half is zero.
+    family defaults to where the weights came from, else to "reg" with a class token, "mean_flow" with two times,
+    "diversedit" with long skips and "repa" without. A model that `load_official` made gives back the source's bits, key
+    order and dtypes. A model of ours exported as "sit" gets the reversed time and sign folded into its weights (exact
+    up to rounding) and an 8-channel style head whose second half is zero.
     Raises CheckpointError if the family cannot hold the model, naming the key.
     """
     sit = cast(SiT, model)
@@ -139,13 +148,15 @@ def save_official(model: nn.Module, path: str | Path, family: str | None = None)
 
 
 def _check_family(family: str) -> None:
-    if family not in FAMILIES:
-        raise ConfigError(f"checkpoint family '{family}' is not supported; supported at present: {', '.join(FAMILIES)}")
+    if family not in GROUPS:
+        raise ConfigError(f"checkpoint family '{family}' is not supported; supported at present: {', '.join(GROUPS)}")
 
 
 def _natural_family(model: SiT) -> str:
     if isinstance(model, ReversedSiT):
         return "sit"
+    if model.class_token or model.times == 2:
+        return "reg" if model.class_token else "mean_flow"
     return "repa" if model.config.skip_wiring == "off" else "diversedit"
 
 
@@ -225,8 +236,9 @@ def _compare(model: nn.Module, state: Mapping[str, Tensor], family: str) -> None
             raise CheckpointError(f"missing key '{name}': not a complete checkpoint of family '{family}'")
     for name, tensor in state.items():
         if name not in expected:
-            hint = " (long skips: use family='diversedit')" if name.startswith("skip_") else ""
-            raise CheckpointError(f"extra key '{name}': family '{family}' has no such entry here{hint}")
+            raise CheckpointError(
+                f"extra key '{name}': family '{family}' has no such entry here{family_hint([name], family)}"
+            )
         if tensor.shape != expected[name].shape:
             raise CheckpointError(
                 f"'{name}' has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)} from the other keys"
