@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from dit_fast.checkpoint import export_official, load_official, save_official
+from dit_fast.checkpoint import export_official, load_official, official_parameter_order, save_official
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.models import SiT, build_model
 from dit_fast.models.reversed_sit import ReversedSiT
@@ -32,16 +32,19 @@ def _same(left, right):
         assert torch.equal(left[key], right[key]), key
 
 
-@pytest.mark.parametrize("name", golden_names("sit_", "repa_", "diversedit_"))
+FAMILY = {"sit": "repa", "repa": "repa", "diversedit": "diversedit", "reg": "reg", "meanflow": "mean_flow"}
+
+
+@pytest.mark.parametrize("name", golden_names(*(f"{prefix}_" for prefix in FAMILY)))
 def test_import_then_export_returns_the_same_bits_order_and_dtypes(name):
-    reference = golden(name)
+    """The order is that of the published parameters, by which optimizers count (but these long skips were added)."""
+    reference, family = golden(name), FAMILY[name.split("_")[0]]
     state = reference.group("state/")
-    wiring = reference.meta["skip_wiring"] if name.startswith("diversedit_") else None
-    model = load_official(
-        state, "diversedit" if wiring else "repa", num_heads=reference.meta["num_heads"], skip_wiring=wiring
-    )
+    wiring = reference.meta["skip_wiring"] if family == "diversedit" else None
+    model = load_official(state, family, num_heads=reference.meta["num_heads"], skip_wiring=wiring)
     _same(export_official(model), state)
-    assert model.config.qk_norm is reference.meta["qk_norm"]
+    assert wiring or official_parameter_order(model, family) == list(state)
+    assert model.config.qk_norm is reference.meta.get("qk_norm", False)
     assert model.depth == reference.meta["depth"]
     assert not model.training
 
@@ -127,10 +130,24 @@ def test_models_made_here_export_in_official_order():
     assert groups == [*expected, "final_layer"]
     with pytest.raises(CheckpointError, match=r"skip_linears\.0"):
         export_official(model, "repa")
-    with pytest.raises(CheckpointError, match=r"skip_linears\.0"):
-        export_official(build_model("SiT-S/2", **SIZES), "diversedit")
+    for family, named in (("diversedit", "skip_linears"), ("reg", "cls_projectors2"), ("mean_flow", "r_embedder")):
+        with pytest.raises(CheckpointError, match=f"missing '{named}.*family '{family}' needs"):
+            export_official(build_model("SiT-S/2", **SIZES), family)
     with pytest.raises(CheckpointError, match=r"final_layer\.linear\.weight"):
         export_official(ReversedSiT(SiT.Config(name="SiT-S/2", **SIZES), 8), "repa")
+
+
+@loop_over(("family", "options"), [("reg", {"class_token": 6}), ("mean_flow", {"times": 2})])
+def test_families_with_parts_of_their_own_are_named_to_whoever_loads_another(family, options):
+    model = build_model("SiT-S/2", **SIZES, **options)
+    state = export_official(model)
+    assert list(load_official(state, family, num_heads=4).state_dict()) == list(state)
+    with pytest.raises(CheckpointError, match=f"use family='{family}'"):
+        load_official(state, "repa", num_heads=4)
+    with pytest.raises(CheckpointError, match=r"missing key '(cls_projectors2|r_embedder)"):
+        load_official(_random_state(build_model("SiT-S/2", **SIZES)), family, num_heads=4)
+    with pytest.raises(CheckpointError, match="has no place in a checkpoint of family 'repa'"):
+        export_official(model, "repa")
 
 
 def test_modules_of_other_methods_have_no_place_in_a_family():
@@ -152,9 +169,9 @@ def test_diversedit_without_wiring_is_refused_with_the_reason():
         load_official(tiny_state("off"), "repa", num_heads=4, skip_wiring="input")
 
 
-@loop_over("family", ["dit", "reg", "sra", "mean_flow", "self_transcendence", "repa_e", "rape"])
+@loop_over("family", ["dit", "sra", "self_transcendence", "repa_e", "rape"])
 def test_other_families_say_what_is_supported(family):
-    with pytest.raises(ConfigError, match="repa, sit, diversedit"):
+    with pytest.raises(ConfigError, match="sit, repa, diversedit, reg, mean_flow"):
         load_official(tiny_state("off"), family, num_heads=4)
 
 
