@@ -58,7 +58,7 @@ def check_stage(engine: EngineConfig, parts: Iterable[Any]) -> None:
 def fit_to_dataset(config: TrainConfig, info: DatasetInfo) -> TrainConfig:
     """Fills model sizes left at 0. Raises ConfigError where a size that is set contradicts the data set."""
     model, path = config.model, config.data.path
-    for key, found in (("input_size", info.size), ("in_channels", info.channels)):
+    for key, found in (("input_size", info.size), ("input_width", info.size), ("in_channels", info.channels)):
         value = getattr(model, key)
         if value not in (0, found):
             raise ConfigError(f"model.{key}={value}, but the latents of {path} have {found}; use model.{key}={found}")

@@ -338,6 +338,7 @@ def test_load_run_says_what_is_wrong(tmp_path, copied):
         (["data.path="], "data.path is not set"),
         (["data.path=/nowhere"], "/nowhere: no such folder"),
         (["model.input_size=32"], "model.input_size=32, but the latents of .* have 4"),
+        (["model.input_width=32"], "model.input_width=32, but the latents of .* have 4"),
         (["model.num_classes=2"], "labels of .* go up to 2; use model.num_classes=3"),
         (["engine.micro_batch=3"], "engine.micro_batch=3 does not divide the 8 samples of each rank.*micro_batch=2"),
         (["run.log_every=0"], r"run.log_every=0 must lie in \[1, 1e9\]"),
