@@ -14,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 EXTRAS := train,dev,diffusers,repa,twemoji
-CODE := dit_fast train kernels benchmarks examples
+CODE := dit_fast examples
 
 .PHONY: help install native quickstart test test-kernels test-long chaos gpu-suite pytest lint format clean
 

@@ -1,20 +1,13 @@
-"""Package map: the top-level folders keep their plain names, the only importable name is `dit_fast`.
-
-A bare `kernels`, `train` or `benchmarks` on sys.path would hide other distributions, so they are installed as
-`dit_fast.kernels`, `dit_fast.train` and `dit_fast.benchmarks`.
-
-Building also compiles `csrc/` where a compiler and torch's headers (for the ops) or pybind11 (for the shard reader) are
-at hand. Without them the install succeeds all the same: plain torch and Python do everything, and `dit-fast info` says
-what is missing.
+"""Building also compiles `csrc/` where a compiler and torch's headers (for the ops) or pybind11 (for the shard reader)
+are at hand. Without them the install succeeds all the same: plain torch and Python do everything, and `dit-fast info`
+says what is missing.
 """
 
 import importlib.util
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, setup
 from setuptools.command.build_py import build_py
-
-MAPPED = ("kernels", "train", "benchmarks")
 
 
 class BuildWithLibrary(build_py):
@@ -29,12 +22,11 @@ class BuildWithLibrary(build_py):
         super().run()
 
 
-packages = find_packages(include=["dit_fast", "dit_fast.*"])
-for folder in MAPPED:
-    packages += [f"dit_fast.{folder}"] + [f"dit_fast.{folder}.{name}" for name in find_packages(folder)]
+class WithLibrary(Distribution):
+    """A wheel holds machine code, so its name says for which system and Python."""
 
-setup(
-    packages=packages,
-    package_dir={"dit_fast": "dit_fast", **{f"dit_fast.{folder}": folder for folder in MAPPED}},
-    cmdclass={"build_py": BuildWithLibrary},
-)
+    def has_ext_modules(self):
+        return True
+
+
+setup(distclass=WithLibrary, cmdclass={"build_py": BuildWithLibrary})

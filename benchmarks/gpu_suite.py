@@ -80,7 +80,7 @@ def suite(options: argparse.Namespace, root: Path, results: Path, record: Path) 
     from dit_fast.benchmarks.cases import BENCHMARKS
     from dit_fast.benchmarks.step import BENCHMARK
 
-    patterns = {pattern for benchmark in (*BENCHMARKS.values(), BENCHMARK) for pattern in benchmark.tests}
+    patterns = {*BENCHMARK.tests, *(pattern for benchmark in BENCHMARKS.values() for pattern in benchmark.tests)}
     files = sorted(str(path.relative_to(root)) for pattern in patterns for path in root.glob(pattern))
     workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     python = [sys.executable, "-m"]

@@ -112,7 +112,7 @@ def _streams() -> Iterator[None]:
     before = sys.stdout, sys.stderr
     sys.stdout = before[0] or _to_null()
     errors = before[1] or _to_null()
-    sys.stderr = _Lossy(errors)  # type: ignore[assignment]
+    sys.stderr = _Lossy(errors)
     for stream in (sys.stdout, errors):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks

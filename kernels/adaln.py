@@ -44,7 +44,7 @@ from dit_fast.kernels.adaln_rows import (
     strides_of,
     tile_of,
 )
-from dit_fast.kernels.aot import Case
+from dit_fast.kernels.aot import AotCase
 from dit_fast.kernels.rows import MAX_CHUNKS, store_rounded
 
 
@@ -117,7 +117,8 @@ def forward(
     x, y: [N, T, D]; gate, shift, scale: [N, D]; any mixture of fp32, bf16 and fp16, any strides. stats: mean and
     variance [N, T] fp32 of x, only without y; they are handed back. Statistics are fp32 [N, T], of x_new as stored.
     """
-    x, y, gate, shift, scale = (by_rows(tensor) for tensor in (x, y, gate, shift, scale))
+    x = by_rows(x)
+    y, gate, shift, scale = (by_rows(tensor) for tensor in (y, gate, shift, scale))
     batch, tokens, width = x.shape
     x_new = None if y is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     out = None if shift is None else torch.empty(x.shape, dtype=out_dtype, device=x.device)
@@ -141,7 +142,7 @@ def forward(
     return x_new, out, mean, variance
 
 
-def aot_cases(arch: int) -> list[Case]:
+def aot_cases(arch: int) -> list[AotCase]:
     """Widths of SiT-B, L and XL; every type with everything on, and the parts alone as training in bf16 runs them."""
     fused = {"RESIDUAL": True, "NORM": True, "KNOWN": False, "EMIT": True}
     shapes = ((768, PURE), (1024, HALF), (1152, PURE), (1152, AUTOCAST), (1152, SINGLE))
@@ -152,7 +153,7 @@ def aot_cases(arch: int) -> list[Case]:
     ]
 
 
-def _case(kernel: Any, width: int, types: tuple[str, str], parts: dict[str, bool]) -> Case:
+def _case(kernel: Any, width: int, types: tuple[str, str], parts: dict[str, bool]) -> AotCase:
     options = options_of(width)
     constants = {**tile_of(width), "TOKENS": TOKENS, **parts, "ALIGNED": True, "UPCAST": options.pop("UPCAST")}
     stream, branch = (f"*{each}" for each in types)
@@ -165,7 +166,7 @@ def _case(kernel: Any, width: int, types: tuple[str, str], parts: dict[str, bool
     kinds |= dict.fromkeys(("x_strides", "y_strides"), ("i32", "i32"))
     signature = {name: kinds[name] for name in kernel.arg_names if name not in constants}
     shown = " ".join(name.lower() for name, value in parts.items() if value)
-    return Case(
+    return AotCase(
         kernel, f"D={width} {'+'.join(types)} {shown}", signature, constants, options,
         unaligned=("tokens", "eps"), wide_stores=True,
     )  # fmt: skip

@@ -22,7 +22,7 @@ from dit_fast.kernels.adaln_rows import (
     strides_of,
     tile_of,
 )
-from dit_fast.kernels.aot import Case
+from dit_fast.kernels.aot import AotCase
 from dit_fast.kernels.rows import store_rounded
 
 CHUNK = 32  # tokens per partial sum, part of the definition
@@ -168,7 +168,7 @@ def backward(
     return grad_x, grad_y, vectors[0], vectors[1], vectors[2]
 
 
-def aot_cases(arch: int) -> list[Case]:
+def aot_cases(arch: int) -> list[AotCase]:
     """Widths of SiT-B, L and XL; every type with everything on, and the parts alone as training in bf16 runs them."""
     fused = {"ABOVE": True, "RESIDUAL": True, "NORM": True}
     shapes = ((768, PURE), (1024, HALF), (1152, PURE), (1152, AUTOCAST), (1152, SINGLE))
@@ -184,12 +184,12 @@ def aot_cases(arch: int) -> list[Case]:
         shown = " ".join(name.lower() for name in ("RESIDUAL", "NORM") if constants[name])
         launch = {"num_warps": 4, "num_stages": 1}
         cases.append(
-            Case(add_chunks, f"bf16 {shown}", signature, constants, launch, unaligned=("chunks",), wide_loads=False)
+            AotCase(add_chunks, f"bf16 {shown}", signature, constants, launch, unaligned=("chunks",), wide_loads=False)
         )
     return cases
 
 
-def _case(kernel: Any, width: int, types: tuple[str, str], parts: dict[str, bool]) -> Case:
+def _case(kernel: Any, width: int, types: tuple[str, str], parts: dict[str, bool]) -> AotCase:
     options = options_of(width)
     constants = {**tile_of(width), "CHUNK": CHUNK, **parts, "ALIGNED": True, "UPCAST": options.pop("UPCAST")}
     stream, branch = (f"*{each}" for each in types)
@@ -204,7 +204,7 @@ def _case(kernel: Any, width: int, types: tuple[str, str], parts: dict[str, bool
     kinds |= dict.fromkeys(("above_strides", "out_strides", "x_strides", "y_strides"), ("i32", "i32"))
     signature = {name: kinds[name] for name in kernel.arg_names if name not in constants}
     shown = " ".join(name.lower() for name, value in parts.items() if value)
-    return Case(
+    return AotCase(
         kernel, f"D={width} {'+'.join(types)} {shown}", signature, constants, options,
         unaligned=("tokens", "chunks", "eps"), wide_stores=True,
     )  # fmt: skip

@@ -5,7 +5,7 @@ width alone.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_fast.kernels.rows import to_bfloat16
+
+Given = TypeVar("Given", Tensor, Tensor | None)
 
 MAX_WIDTH = 2048
 TOKENS = 8  # rows of a program of the forward, no less than those of a tile
@@ -52,7 +54,7 @@ def as_stored(pointer, value, INTERPRETED: tl.constexpr):
     return value
 
 
-def by_rows(tensor: Tensor | None) -> Tensor | None:
+def by_rows(tensor: Given) -> Given:
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Case:
-    """One kernel with one shipped configuration. Every kernel file offers `aot_cases(arch) -> list[Case]`.
+class AotCase:
+    """One kernel with one shipped configuration. Every kernel file offers `aot_cases(arch) -> list[AotCase]`.
 
     kernel: the jitted function. configuration: its name in the lock. signature: Triton type per runtime argument, in
     the order of the kernel's parameters, nested tuples for tuple arguments. constants: the constexpr arguments.
@@ -21,7 +21,7 @@ class Case:
     configuration: str
     signature: Mapping[str, Any]
     constants: Mapping[str, Any]
-    options: Mapping[str, int]
+    options: Mapping[str, Any]
     unaligned: tuple[str, ...] = ()
     wide_loads: bool = True
     wide_stores: bool = False

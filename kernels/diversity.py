@@ -40,7 +40,7 @@ import triton
 from torch import Tensor
 
 from dit_fast.kernels import unavailable as unavailable
-from dit_fast.kernels.aot import Case
+from dit_fast.kernels.aot import AotCase
 from dit_fast.kernels.diversity_gradients import gradients, projections, row_gradients
 from dit_fast.kernels.diversity_mixture import add_directions
 from dit_fast.kernels.diversity_sums import block_sums, pair_sums, sums_with_norms
@@ -306,13 +306,13 @@ def _contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def aot_cases(arch: int) -> list[Case]:
+def aot_cases(arch: int) -> list[AotCase]:
     """Widths and depths of SiT-B, L and XL, and one block alone; types in rotation to keep the compile time down."""
     shapes = [(12, 768, "bf16"), (24, 1024, "fp16"), (28, 1152, "bf16"), (28, 1152, "fp32"), (28, 1152, "mixed")]
     return [case for shape in shapes for case in _cases(arch, *shape)]
 
 
-def _cases(arch: int, blocks: int, width: int, kind: str) -> list[Case]:
+def _cases(arch: int, blocks: int, width: int, kind: str) -> list[AotCase]:
     config = CONFIGS[arch][_padded_rows(blocks), kind]
     shared = {"BLOCKS": blocks, "WIDTH": width, "TYPE": kind, "ALIGNED": True}
     pair = _pair_options(blocks, kind, config)
@@ -344,5 +344,5 @@ def _cases(arch: int, blocks: int, width: int, kind: str) -> list[Case]:
         constants = {name: value for name, value in (shared | options).items() if name in kernel.arg_names}
         signature = {name: types.get(name, "*fp32") for name in kernel.arg_names if name not in constants}
         name = f"K={blocks} D={width} {kind}{suffix}"
-        cases.append(Case(kernel, name, signature, constants, launch, unaligned=tuple(types)[3:], **expected))
+        cases.append(AotCase(kernel, name, signature, constants, launch, unaligned=tuple(types)[3:], **expected))
     return cases

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_fast.kernels.aot import Case
+from dit_fast.kernels.aot import AotCase
 from dit_fast.kernels.philox import interleave, normal_pair, words
 from dit_fast.kernels.rows import MAX_CHUNKS, store_rounded
 
@@ -206,7 +206,7 @@ def backward(
     return grads[0], grads[1]
 
 
-def aot_cases(arch: int) -> list[Case]:
+def aot_cases(arch: int) -> list[AotCase]:
     """Both paths; latents float32 as the trainer draws them, predictions in every type."""
     cases = [_case(interpolants, path, "fp32", {}, {"wide_stores": True}) for path in ("linear", "cosine")]
     for path, kind in (("linear", "bf16"), ("cosine", "bf16"), ("linear", "fp16"), ("linear", "fp32")):
@@ -218,7 +218,7 @@ def aot_cases(arch: int) -> list[Case]:
     return cases
 
 
-def _case(kernel: Any, path: str, kind: str, needs: dict[str, bool], expected: dict[str, bool]) -> Case:
+def _case(kernel: Any, path: str, kind: str, needs: dict[str, bool], expected: dict[str, bool]) -> AotCase:
     warps, block = (ERROR_WARPS, ERROR_BLOCK) if kernel is errors else (WARPS, BLOCK)
     options = _options(path, warps, block)
     launch = {name: value for name, value in options.items() if name.islower()} | {"enable_fp_fusion": False}
@@ -228,4 +228,4 @@ def _case(kernel: Any, path: str, kind: str, needs: dict[str, bool], expected: d
     signature = {name: types.get(name, "*fp32") for name in kernel.arg_names if name not in constants}
     name = f"{path} {kind}{' latents' if needs.get('LATENTS') else ''}"
     unaligned = tuple(name for name in ("seed", "stream", "upstream_stride") if name in signature)
-    return Case(kernel, name, signature, constants, launch, unaligned=unaligned, **expected)
+    return AotCase(kernel, name, signature, constants, launch, unaligned=unaligned, **expected)

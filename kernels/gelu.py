@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_fast.kernels.aot import Case
+from dit_fast.kernels.aot import AotCase
 from dit_fast.kernels.ordered_sum import ordered_sum
 from dit_fast.kernels.rows import MAX_CHUNKS, store_rounded
 
@@ -106,7 +106,7 @@ def backward(
     return activation, out, None if partials is None else ordered_sum(partials)
 
 
-def aot_cases(arch: int) -> list[Case]:
+def aot_cases(arch: int) -> list[AotCase]:
     """Hidden widths of SiT-B, L and XL."""
     shapes = [(3072, "bf16", True, True), (4096, "fp16", True, True), (4608, "bf16", True, True)]
     shapes += [(4608, "fp32", True, True), (4608, "bf16", False, True), (4608, "bf16", True, False)]
@@ -120,5 +120,5 @@ def aot_cases(arch: int) -> list[Case]:
         signature |= {"partials": "*fp32" if bias else f"*{kind}", "rows": "i32"}
         suffix = ("" if activation else " no activation") + ("" if bias else " no bias")
         name = f"W={width} {kind}{suffix}"
-        cases.append(Case(gelu_gradient, name, signature, constants, launch, unaligned=("rows",), wide_stores=True))
+        cases.append(AotCase(gelu_gradient, name, signature, constants, launch, unaligned=("rows",), wide_stores=True))
     return cases

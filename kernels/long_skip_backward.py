@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_fast.kernels import long_skip_tiles
-from dit_fast.kernels.aot import Case
+from dit_fast.kernels.aot import AotCase
 from dit_fast.kernels.long_skip_tiles import CONFIGS, GROUP, Tiles, load_tile, operand, operand_type, tile_place
 from dit_fast.kernels.ordered_sum import ordered_sum
 from dit_fast.kernels.rows import store_rounded
@@ -118,7 +118,7 @@ def _kind(*halves: torch.dtype) -> str:
     return "16-bit, float32 out" if torch.float32 in halves else "16-bit"
 
 
-def _constants(tiles: Tiles, arch: int) -> dict[str, object]:
+def _constants(tiles: Tiles, arch: int) -> dict[str, int]:
     blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k}
     return blocks | {"GROUP": GROUP, "BULK": arch >= 90}
 
@@ -164,7 +164,7 @@ def backward_input(
     return grads[0], grads[1]
 
 
-def aot_cases(arch: int) -> list[Case]:
+def aot_cases(arch: int) -> list[AotCase]:
     """Widths of SiT-B, L and XL for the row sums; every configuration of the GEMM."""
     cases = []
     for width, kind in ((768, "bf16"), (1024, "fp16"), (1152, "bf16")):
@@ -174,13 +174,14 @@ def aot_cases(arch: int) -> list[Case]:
         types = dict.fromkeys(("grad_y", "y", "scaled"), f"*{kind}")
         types |= dict.fromkeys(("rows", "grad_stride", "y_stride"), "i32")
         signature = {name: types.get(name, "*fp32") for name in row_products.arg_names if name not in constants}
-        expected = {"unaligned": ("rows",), "wide_stores": True}
-        cases.append(Case(row_products, f"D={width} {kind}", signature, constants, launch, **expected))
+        cases.append(
+            AotCase(row_products, f"D={width} {kind}", signature, constants, launch, ("rows",), wide_stores=True)
+        )
     plans = [("many", "bf16", "bf16"), ("many", "fp32", "bf16"), ("few", "fp16", "fp16")]
     return cases + [case for plan in plans for case in _cases(arch, *plan)]
 
 
-def _cases(arch: int, rows: str, x: str, skip: str) -> list[Case]:
+def _cases(arch: int, rows: str, x: str, skip: str) -> list[AotCase]:
     kind = "16-bit, float32 out" if x == "fp32" else "16-bit"
     tiles, compute, bulk = CONFIGS[arch, kind, rows], skip, arch >= 90
     types = {"grad_y": operand_type(compute, (tiles.block_m, tiles.block_k), bulk)}
@@ -191,5 +192,9 @@ def _cases(arch: int, rows: str, x: str, skip: str) -> list[Case]:
     signature = {name: types.get(name, "*fp32") for name in input_gradients.arg_names if name not in constants}
     launch = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     unaligned = ("rows", "first_half", "halves", *(("grad_y", "folded") if bulk else ()))
-    expected = {"unaligned": unaligned, "wide_stores": True, "dots": True, "bulk_loads": True}
-    return [Case(input_gradients, f"{rows} {x} {skip}", signature, constants, launch, **expected)]
+    name = f"{rows} {x} {skip}"
+    return [
+        AotCase(
+            input_gradients, name, signature, constants, launch, unaligned, wide_stores=True, dots=True, bulk_loads=True
+        )
+    ]

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_fast.kernels import long_skip_tiles
-from dit_fast.kernels.aot import Case
+from dit_fast.kernels.aot import AotCase
 from dit_fast.kernels.long_skip_tiles import CONFIGS, GROUP, Tiles, load_tile, operand, operand_type, tile_place
 from dit_fast.kernels.rows import store_rounded, to_bfloat16
 
@@ -160,7 +160,7 @@ def forward(
     return out
 
 
-def aot_cases(arch: int) -> list[Case]:
+def aot_cases(arch: int) -> list[AotCase]:
     """Every configuration; the dtypes of autocast on a 16-bit stream, and of the released model's float32 stream."""
     pointers = ("norm_weight", "norm_bias", "weight", "bias", "folded", "row_sums", "folded_bias")
     signature = dict.fromkeys(pointers, "*fp32")
@@ -168,14 +168,14 @@ def aot_cases(arch: int) -> list[Case]:
     constants, launch = {"ROWS": FOLD_ROWS, "BLOCK": FOLD_BLOCK, "UPCAST": False}, {"num_warps": 8, "num_stages": 1}
     plans = [("16-bit", "many", "bf16", "bf16"), ("16-bit", "few", "fp16", "fp16"), ("mixed", "many", "fp32", "bf16")]
     cases = [
-        Case(fold_rows, kind, signature | {"folded": f"*{kind}"}, constants | {"BFLOAT": kind == "bf16"}, launch,
+        AotCase(fold_rows, kind, signature | {"folded": f"*{kind}"}, constants | {"BFLOAT": kind == "bf16"}, launch,
              wide_stores=True)
         for kind in ("bf16", "fp16")
     ]  # fmt: skip
     return cases + [case for plan in plans for case in _cases(arch, *plan)]
 
 
-def _cases(arch: int, kind: str, rows: str, x: str, skip: str) -> list[Case]:
+def _cases(arch: int, kind: str, rows: str, x: str, skip: str) -> list[AotCase]:
     tiles, compute, bulk = CONFIGS[arch, kind, rows], skip, arch >= 90
     half, weights = (tiles.block_m, tiles.block_k), (tiles.block_n, tiles.block_k)
     signature = {"x": operand_type(x, half, bulk), "skip": operand_type(skip, half, bulk)}
@@ -187,4 +187,4 @@ def _cases(arch: int, kind: str, rows: str, x: str, skip: str) -> list[Case]:
     expected = {"wide_loads": not bulk, "wide_stores": True, "dots": True, "bulk_loads": True}
     unaligned = ("rows", "x", "skip", "folded") if bulk else ("rows",)
     name = f"{kind} {rows} {x} {skip}"
-    return [Case(skip_projection, name, signature, constants, launch, unaligned=unaligned, **expected)]
+    return [AotCase(skip_projection, name, signature, constants, launch, unaligned=unaligned, **expected)]

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dit_fast.kernels.aot import Case
+from dit_fast.kernels.aot import AotCase
 
 GROUP = 64  # part of the definition
 _UNROLL = 8
@@ -47,9 +47,9 @@ def ordered_sum(partials: torch.Tensor) -> torch.Tensor:
         partials, rows = out, groups
 
 
-def aot_cases(arch: int) -> list[Case]:
+def aot_cases(arch: int) -> list[AotCase]:
     return [
-        Case(
+        AotCase(
             sum_rows,
             f"{source}-{out}",
             {"source": f"*{source}", "out": f"*{out}", "rows": "i32", "columns": "i32"},

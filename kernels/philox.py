@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_fast.kernels.aot import Case
+from dit_fast.kernels.aot import AotCase
 
 _BLOCK = 256  # counters per program, four elements each
 _KINDS = {"words": (torch.int64, "i64"), "uniform": (torch.float32, "fp32"), "normal": (torch.float32, "fp32")}
@@ -83,9 +83,9 @@ def draw(kind: str, seed: int, positions: Tensor, stream: int, count: int) -> Te
     return out
 
 
-def aot_cases(arch: int) -> list[Case]:
+def aot_cases(arch: int) -> list[AotCase]:
     return [
-        Case(
+        AotCase(
             fill,
             kind,
             {"out": f"*{pointer}", "positions": "*i64", "seed": "i64", "stream": "i32", "count": "i32"},

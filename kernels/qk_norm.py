@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_fast.kernels.aot import Case
+from dit_fast.kernels.aot import AotCase
 from dit_fast.kernels.ordered_sum import ordered_sum
 from dit_fast.kernels.rows import MAX_CHUNKS, store_rounded
 
@@ -226,7 +226,7 @@ def backward(
     return grad_qkv, None if partials is None else ordered_sum(partials).view(4, width)
 
 
-def aot_cases(arch: int) -> list[Case]:
+def aot_cases(arch: int) -> list[AotCase]:
     """Heads of SiT-B, L and XL; one case per type and per choice of gradients, to keep the compile time down."""
     both = {"INPUT": True, "PARAMETERS": True}
     cases = [_case(normalise, *shape, {}) for shape in ((12, 64, "bf16"), (16, 72, "bf16"), (16, 64, "fp16"))]
@@ -238,7 +238,7 @@ def aot_cases(arch: int) -> list[Case]:
     return cases
 
 
-def _case(kernel: Any, heads: int, width: int, kind: str, needs: dict[str, bool], suffix: str = "") -> Case:
+def _case(kernel: Any, heads: int, width: int, kind: str, needs: dict[str, bool], suffix: str = "") -> AotCase:
     tile = _tile(width, FORWARD_TILE if kernel is normalise else BACKWARD_TILE)
     options = _options()
     constants = {
@@ -258,7 +258,7 @@ def _case(kernel: Any, heads: int, width: int, kind: str, needs: dict[str, bool]
     types |= dict.fromkeys(("q_strides", "k_strides", "v_strides"), strides)
     signature = {name: types.get(name, "*fp32") for name in kernel.arg_names if name not in constants}
     stores = needs.get("INPUT", True)
-    return Case(
+    return AotCase(
         kernel, f"H={heads} d={width} {kind}{suffix}", signature, constants, options,
         unaligned=("tokens", "chunks", "eps", "sample_stride", "token_stride", "q_strides", "k_strides", "v_strides"),
         wide_stores=stores,

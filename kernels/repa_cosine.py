@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_fast.kernels.aot import Case
+from dit_fast.kernels.aot import AotCase
 from dit_fast.kernels.rows import inverse_or_floor, store_rounded
 
 MAX_WIDTH = 4096
@@ -182,13 +182,13 @@ def backward(
     return grads[0], grads[1]
 
 
-def aot_cases(arch: int) -> list[Case]:
+def aot_cases(arch: int) -> list[AotCase]:
     """Widths of DINOv2-B, L and g; under bfloat16 autocast the prediction is bfloat16 and the target as stored."""
     shapes = [(768, "bf16", "fp32"), (768, "bf16", "bf16"), (1024, "fp32", "fp32"), (1536, "fp16", "fp16")]
     return [case for shape in shapes for case in _cases(*shape)]
 
 
-def _cases(width: int, prediction: str, target: str) -> list[Case]:
+def _cases(width: int, prediction: str, target: str) -> list[AotCase]:
     row = _row(width)
     launch = {name: value for name, value in row.items() if name.islower()}
     types = {"prediction": f"*{prediction}", "target": f"*{target}", "ticket": "*i32", "tokens": "i32"}
@@ -206,5 +206,5 @@ def _cases(width: int, prediction: str, target: str) -> list[Case]:
             constants["UPCAST"] = False
         signature = {name: types.get(name, "*fp32") for name in kernel.arg_names if name not in constants}
         name = f"Z={width} {prediction} {target}{suffix}"
-        cases.append(Case(kernel, name, signature, constants, launch, unaligned=("tokens",), **expected))
+        cases.append(AotCase(kernel, name, signature, constants, launch, unaligned=("tokens",), **expected))
     return cases

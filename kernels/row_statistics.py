@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_fast.kernels.aot import Case
+from dit_fast.kernels.aot import AotCase
 
 SINGLE = 4096  # widest row of one tile
 PROGRAM = 4096  # elements of a program where rows are short
@@ -80,7 +80,7 @@ def row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-def aot_cases(arch: int) -> list[Case]:
+def aot_cases(arch: int) -> list[AotCase]:
     """The widths of SiT-B, L, XL, of a joined XL row, and one past a single tile."""
     shapes = [(768, "bf16"), (1024, "fp16"), (1152, "bf16"), (1152, "fp32"), (2304, "bf16"), (4608, "bf16")]
     cases = []
@@ -89,5 +89,5 @@ def aot_cases(arch: int) -> list[Case]:
         constants = {name: value for name, value in options.items() if name.isupper()}
         launch = {name: value for name, value in options.items() if name.islower()}
         signature = {"source": f"*{kind}", "mean": "*fp32", "variance": "*fp32", "rows": "i32", "stride": "i32"}
-        cases.append(Case(row_moments, f"D={width} {kind}", signature, constants, launch, unaligned=("rows",)))
+        cases.append(AotCase(row_moments, f"D={width} {kind}", signature, constants, launch, unaligned=("rows",)))
     return cases

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_fast.kernels.aot import Case
+from dit_fast.kernels.aot import AotCase
 
 
 @triton.jit
@@ -39,9 +39,9 @@ def is_aligned(tensors: list[Tensor], multiple: int = 16) -> bool:
     )
 
 
-def aot_cases(arch: int) -> list[Case]:
+def aot_cases(arch: int) -> list[AotCase]:
     return [
-        Case(
+        AotCase(
             write_table,
             f"tensors={count}",
             {"addresses": "*i64", "strides": "*i64", "tensors": ("*bf16",) * count, "numbers": ("i64",) * count},

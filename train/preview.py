@@ -61,8 +61,8 @@ class Preview:
             finite.look(f"ema of '{name}'", tensor)
             if self.world.rank == 0:
                 weights[name] = tensor.cpu().clone()
-        if (name := finite.first_exception()) is not None:
-            raise Diverged(f"{name} is not finite after step {step}, so no preview was drawn")
+        if (exception := finite.first_exception()) is not None:
+            raise Diverged(f"{exception} is not finite after step {step}, so no preview was drawn")
         if self.world.rank == 0:
             path = self.path(step)
             try:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dit_fast.backend import explain, runnable
 from dit_fast.benchmarks.ceilings import DTYPES, Ceilings
-from dit_fast.models.registry import SIZES
+from dit_fast.models.registry import PRESETS
 
 AnyCase = TypeVar("AnyCase")
 Inputs = tuple[Tensor, ...]
@@ -137,8 +137,9 @@ def model_shapes(setting: Setting) -> list[tuple[str, int, int, int, str]]:
     if setting.device.type != "cuda":
         return [("B/2 b16", 12, 768, 16, "fp32")]
     return [
-        (f"{size}/2 b{batch}", SIZES[size][1], SIZES[size][0], batch, dtype)
+        (f"{size}/2 b{batch}", sizes["depth"], sizes["hidden_size"], batch, dtype)
         for size in ("XL", "B", "L")
+        for sizes in [PRESETS[f"SiT-{size}/2"]]
         for batch in (32, 256)
         for dtype in ("bf16", "fp32")
     ]

@@ -15,13 +15,13 @@ from dit_fast.benchmarks.cases.case import (
     row_shapes,
 )
 from dit_fast.benchmarks.ceilings import DTYPES
-from dit_fast.models.registry import SIZES
+from dit_fast.models.registry import PRESETS
 
 
 def _cases(setting: Setting) -> list[Case]:
     cases = []
     for label, width, batch, dtype in row_shapes(setting):
-        heads = SIZES[label.split("/")[0]][2]
+        heads = PRESETS[f"SiT-{label.split('/')[0]}/2"]["num_heads"]
         head_width, elements, size = width // heads, batch * TOKENS * width, DTYPES[dtype].itemsize
 
         def inputs(

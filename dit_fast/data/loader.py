@@ -160,7 +160,7 @@ def build_loader(
         loader = DataLoader(_Streamed(StreamReader(dataset, plan, fields, check_crc), positions), **options)
     else:
         indexed = _Indexed(IndexedReader(dataset, fields, check_crc))
-        loader = DataLoader(indexed, sampler=_Planned(positions, plan), **options)  # type: ignore[arg-type]
+        loader = DataLoader(indexed, sampler=_Planned(positions, plan), **options)
     return _raising(loader)
 
 

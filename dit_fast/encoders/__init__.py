@@ -61,7 +61,7 @@ class EfficientNetLite0:
         model = EfficientNet.from_name("efficientnet-lite0")
         model.load_state_dict(torch.load(weights, weights_only=True, map_location="cpu"))
         model.eval().requires_grad_(False)
-        self._model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._model = model.to(memory_format=torch.channels_last)
         self._stride = stride
         self.width = {16: 112, 32: 320}[stride]
         self.identity = weights_identity(f"efficientnet-lite0-stride{stride}", [weights])

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tests.ops.install_triton import VERSIONS, folder
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 LOCK = Path(__file__).with_name("aot_lock.json")
 SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes one block can have
 TARGETS = tuple(SHARED_LIMIT)

@@ -31,18 +31,14 @@ OP_TESTS = {
 ALWAYS = ["test_interpreter.py", "test_aot.py", "aot.py", "launches.py", "install_triton.py"]  # VERSIONS too
 # Beyond these folders a file that is imported counts, but not what it imports in turn.
 FOLLOWED = [ROOT / "kernels", ROOT / "dit_fast/ops", ROOT / "tests"]
-HOMES = {"dit_fast.kernels": "kernels", "dit_fast.train": "train", "dit_fast.benchmarks": "benchmarks"}
 
 
 def _file(module: str) -> Path | None:
     """The file of a module of this project."""
-    for package, folder in HOMES.items():
-        if module == package or module.startswith(package + "."):
-            module = folder + module[len(package) :]
     place = module.replace(".", "/")
     for name in (f"{place}.py", f"{place}/__init__.py"):
         if (ROOT / name).is_file():
-            return ROOT / name
+            return (ROOT / name).resolve()  # dit_fast/kernels is a link
     return None
 
 
