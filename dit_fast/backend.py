@@ -1,15 +1,17 @@
 """Which implementation of each op runs, and why: the one switch, and the text behind `dit-fast info`.
 
 Every op registers its implementations in order of preference. An implementation says for which device type it is
-meant and why it cannot run here, if it cannot. `choose` answers per call; nothing falls back silently: the first time
-an implementation is passed over, the reason is logged once.
+meant and why it cannot run here, if it cannot. `choose` answers once per call, and once per graph under torch.compile;
+nothing falls back silently: the first time an implementation is passed over, the reason is logged once.
 """
 
 import contextlib
+import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dit_fast.errors import ConfigError
 
@@ -22,29 +24,28 @@ class Implementation:
 
     device_types: the types of device it is made for; empty = any.
     automatic: the types of device on which "auto" takes it; None = wherever it runs. Elsewhere it runs on request.
+    refuses: reasons why it cannot take a call's arguments, of which each op says which it hands over.
     """
 
     name: str
     device_types: tuple[str, ...]
     unavailable: Callable[[], str | None]
     automatic: tuple[str, ...] | None = None
+    refuses: Callable[..., Sequence[str]] = lambda *arguments: ()
 
 
 BETTER = "a better one is used"
 FORCED = "DIT_FAST_BACKEND"  # environment variable: what "auto" means for every op that has such an implementation
 _TORCH = Implementation("torch", (), lambda: None)
-_REGISTRY: dict[str, list[Implementation]] = {}
-_REMARKS: dict[str, Mapping[str, str]] = {}
+_REGISTRY: dict[str, dict[str, Implementation]] = {}
 _LOGGED: set[tuple[str, str]] = set()
+_FORCED: str | None = None  # by `force`; torch.compile sees a change of it, and not one of the environment
 
 
-def register(op: str, *faster: Implementation, remarks: Mapping[str, str] | None = None) -> None:
-    """Declares an op: the implementations other than the plain torch reference, best first.
-
-    remarks: by device type, what `dit-fast info` adds where the choice depends on more than the device.
-    """
-    _REGISTRY[op] = [*faster, _TORCH]
-    _REMARKS[op] = remarks or {}
+def register(op: str, *faster: Implementation) -> None:
+    """Declares an op: the implementations other than the plain torch reference, best first."""
+    _REGISTRY[op] = {each.name: each for each in (*faster, _TORCH)}
+    _candidates.cache_clear()
 
 
 def ops() -> tuple[str, ...]:
@@ -52,8 +53,8 @@ def ops() -> tuple[str, ...]:
 
 
 def forced() -> str | None:
-    """The implementation that "auto" stands for, from the environment or from `force`; None: the best one."""
-    return os.environ.get(FORCED) or None
+    """The implementation that "auto" stands for, by `force` or from the environment; None: the best one."""
+    return _FORCED or os.environ.get(FORCED) or None
 
 
 @contextlib.contextmanager
@@ -61,56 +62,84 @@ def force(name: str) -> Iterator[None]:
     """Inside, "auto" means this implementation for every op that has it, in all threads; "torch" is what all have.
 
     It must then be able to run. What is asked for by name is not touched. The variable DIT_FAST_BACKEND does the same
-    for a whole process. Backward passes count where they run. Raises ConfigError if no op has such an implementation.
+    for a whole process. Forward passes count where they run; a backward takes what its forward took. Raises ConfigError
+    if no op has such an implementation.
     """
+    global _FORCED
     _check_forced(name)
-    before = os.environ.get(FORCED)
-    os.environ[FORCED] = name
+    before, _FORCED = _FORCED, name
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[FORCED]
-        else:
-            os.environ[FORCED] = before
+        _FORCED = before
 
 
-def choose(op: str, backend: str, device_type: str, refuses: Callable[[str], Sequence[str]] = lambda name: ()) -> str:
+def choose(op: str, backend: str, device_type: str, *arguments: Any) -> str:
     """The implementation that runs `op` on tensors of this device type.
 
     backend: "auto" (the best one that can run) or the name of an implementation, which then must be able to run.
-    refuses: for the name of an implementation other than "torch", reasons why it cannot take these very arguments.
+    arguments: those that the implementations may refuse.
     Raises ConfigError for an unknown name or an implementation that cannot run here, with the reason.
     """
+    only = forced()
+    names, error = candidates(op, backend, device_type, only)
+    for name in () if error else names:
+        reasons = _REGISTRY[op][name].refuses(*arguments)
+        if not reasons:
+            return name
+        error = _passed_over(op, name, "; ".join(reasons), backend, only)
+        if error:
+            break
+    raise ConfigError(error or f"{op}: no implementation for device type '{device_type}'")
+
+
+def candidates(op: str, backend: str, device_type: str, only: str | None) -> tuple[tuple[str, ...], str | None]:
+    """What can run here, best first; one where a name decides: that of the call, or the forced one, `only`. Else why it
+    cannot."""
+    return _candidates(op, backend, device_type, only)
+
+
+@functools.cache
+def _candidates(op: str, backend: str, device_type: str, only: str | None) -> tuple[tuple[str, ...], str | None]:
     implementations = _REGISTRY[op]
-    backend = resolve(op, backend)
-    if backend != "auto":
-        for implementation in implementations:
-            if implementation.name == backend:
-                reason = _reason(implementation, device_type, refuses)
-                if reason:
-                    remedy = f"unset {FORCED}" if backend == forced() else 'use backend="auto"'
-                    raise ConfigError(f"{op}: backend '{backend}' cannot run: {reason}; {remedy}")
-                return backend
-        names = ", ".join(["auto", *(implementation.name for implementation in implementations)])
-        raise ConfigError(f"{op}: unknown backend '{backend}'; valid: {names}")
-    for implementation in implementations:
-        if not _automatic(implementation, device_type):
+    named = (_forced_for(op, only) if backend == "auto" else backend) or "auto"
+    if named != "auto" and named not in implementations:
+        return (), f"{op}: unknown backend '{named}'; valid: {', '.join(['auto', *implementations])}"
+    found = []
+    for implementation in implementations.values():
+        if not (_automatic(implementation, device_type) if named == "auto" else implementation.name == named):
             continue
-        reason = _reason(implementation, device_type, refuses)
+        reason = _reason(implementation, device_type)
         if reason is None:
-            return implementation.name
-        if device_type in implementation.device_types and (op, implementation.name) not in _LOGGED:
-            _LOGGED.add((op, implementation.name))
-            logger.info("%s: %s is not used: %s", op, implementation.name, reason)
-    raise ConfigError(f"{op}: no implementation for device type '{device_type}'")
+            found.append(implementation.name)
+        elif named != "auto" or device_type in implementation.device_types:
+            error = _passed_over(op, implementation.name, reason, backend, only)
+            if error:
+                return (), error
+    return tuple(found), None
+
+
+def _passed_over(op: str, name: str, reason: str, backend: str, only: str | None) -> str | None:
+    """The error where this very implementation was meant; else it is said once why it is not used."""
+    if name == (only if backend == "auto" else backend):
+        remedy = f"unset {FORCED}" if backend == "auto" else 'use backend="auto"'
+        return f"{op}: backend '{name}' cannot run: {reason}; {remedy}"
+    if (op, name) not in _LOGGED:
+        _LOGGED.add((op, name))
+        logger.info("%s: %s is not used: %s", op, name, reason)
+    return None
+
+
+# Constants to torch.compile, which can neither look at the file system nor log: a graph is made for one machine.
+candidates._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_passed_over._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def explain(op: str, device_type: str) -> list[tuple[str, str]]:
     """(implementation, "used" | why it is not) for every implementation of an op, for `dit-fast info`."""
-    lines, taken, only = [], False, _forced_for(op)
-    for implementation in _REGISTRY[op]:
-        reason = _reason(implementation, device_type, lambda name: ())
+    lines, taken, only = [], False, _forced_for(op, forced())
+    for implementation in _REGISTRY[op].values():
+        reason = _reason(implementation, device_type)
         if reason is None and only not in (None, implementation.name):
             reason = f"{FORCED}={only}"
         if reason is None and only is None and not _automatic(implementation, device_type):
@@ -123,31 +152,20 @@ def explain(op: str, device_type: str) -> list[tuple[str, str]]:
     return lines
 
 
-def remark(op: str, device_type: str) -> str | None:
-    """What decides about an op on this type of device besides the order of its implementations; None: nothing."""
-    return _REMARKS[op].get(device_type)
-
-
 def runnable(op: str, device_type: str) -> list[str]:
     """Names of the implementations that can run on this type of device, by "auto" or on request, best first."""
-    return [each.name for each in _REGISTRY[op] if _reason(each, device_type, lambda name: ()) is None]
+    return [each.name for each in _REGISTRY[op].values() if _reason(each, device_type) is None]
 
 
-def resolve(op: str, backend: str) -> str:
-    """The backend that a caller asked for, where "auto" may be forced to be one implementation."""
-    return (_forced_for(op) or backend) if backend == "auto" else backend
-
-
-def _forced_for(op: str) -> str | None:
-    name = forced()
+def _forced_for(op: str, name: str | None) -> str | None:
     if name is None:
         return None
     _check_forced(name)
-    return name if any(implementation.name == name for implementation in _REGISTRY[op]) else None
+    return name if name in _REGISTRY[op] else None
 
 
 def _check_forced(name: str) -> None:
-    known = sorted({implementation.name for each in _REGISTRY.values() for implementation in each} | {_TORCH.name})
+    known = sorted({implementation for each in _REGISTRY.values() for implementation in each} | {_TORCH.name})
     if name not in known:
         raise ConfigError(f"{FORCED}: no op has an implementation '{name}'; valid: {', '.join(known)}")
 
@@ -156,10 +174,7 @@ def _automatic(implementation: Implementation, device_type: str) -> bool:
     return implementation.automatic is None or device_type in implementation.automatic
 
 
-def _reason(implementation: Implementation, device_type: str, refuses: Callable[[str], Sequence[str]]) -> str | None:
+def _reason(implementation: Implementation, device_type: str) -> str | None:
     if implementation.device_types and device_type not in implementation.device_types:
         return f"made for {' and '.join(implementation.device_types)} tensors, not {device_type}"
-    reason = implementation.unavailable()
-    if reason is None and implementation is not _TORCH:
-        reason = "; ".join(refuses(implementation.name)) or None
-    return reason
+    return implementation.unavailable()

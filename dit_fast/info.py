@@ -50,8 +50,7 @@ def describe() -> str:
     lines.append(f"\nops on {device_type} ({rule})")
     for op in backend.ops():
         answers = "; ".join(f"{name}: {why}" for name, why in backend.explain(op, device_type))
-        remark = backend.remark(op, device_type) if forced is None else None
-        lines.append(f"  {op:26}{answers}{f' ({remark})' if remark else ''}")
+        lines.append(f"  {op:26}{answers}")
     return "\n".join(lines)
 
 

@@ -5,14 +5,13 @@ import logging
 import pytest
 
 from dit_fast import backend, info
-from dit_fast.backend import Implementation, choose, explain, register, runnable
+from dit_fast.backend import Implementation, candidates, choose, explain, register, runnable
 from dit_fast.errors import ConfigError
 
 
 @pytest.fixture
 def op(monkeypatch):
     monkeypatch.setattr(backend, "_REGISTRY", {})
-    monkeypatch.setattr(backend, "_REMARKS", {})
     monkeypatch.setattr(backend, "_LOGGED", set())
     register(
         "toy",
@@ -63,7 +62,7 @@ def test_every_op_is_explained_as_it_is_chosen(device_type):
 
     for name in backend.ops():
         used = [implementation for implementation, why in explain(name, device_type) if why == "used"]
-        assert used == [choose(name, "auto", device_type)]
+        assert used == [candidates(name, "auto", device_type, None)[0][0]]
 
 
 def test_a_run_on_the_cpu_says_nothing_of_triton(monkeypatch, caplog):
@@ -72,7 +71,7 @@ def test_a_run_on_the_cpu_says_nothing_of_triton(monkeypatch, caplog):
     monkeypatch.setattr(backend, "_LOGGED", set())
     with caplog.at_level(logging.INFO, logger="dit_fast"):
         for name in backend.ops():
-            choose(name, "auto", "cpu")
+            candidates(name, "auto", "cpu", None)
     assert "triton" not in caplog.text
 
 
@@ -84,8 +83,7 @@ def test_how_the_long_skip_and_the_mlp_are_chosen():
     assert on_cpu["torch"] == "used"
     assert mlp["recompute"] == 'on request: backend="recompute"'
     assert dict(explain("long_skip", "cuda"))["gemm"] == "used"
-    assert "table" in backend.remark("long_skip", "cuda")
-    assert backend.remark("long_skip", "cpu") is None
+    assert dict(explain("long_skip", "cuda"))["triton"] != "used"
 
 
 def test_asking_for_what_cannot_run_raises_with_the_reason(op):

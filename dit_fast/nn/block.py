@@ -5,8 +5,9 @@ from torch import Tensor, nn
 from dit_fast.nn.attention import Attention, AttentionKind
 from dit_fast.nn.linear import linear_flops, zero_linear
 from dit_fast.nn.mlp import Mlp
-from dit_fast.nn.row_statistics import linear_dtype, worth_handing_on
 from dit_fast.ops import RowStatistics, gate_residual, gate_residual_modulate, layer_norm_modulate
+from dit_fast.ops.adaln import returns_statistics
+from dit_fast.ops.autocast import linear_dtype
 
 
 class Block(nn.Module):
@@ -25,11 +26,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor, stats: RowStatistics | None = None) -> tuple[Tensor, RowStatistics | None]:
         """The tokens that replace x, with their row statistics where those come free. stats: of x, if known."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
-        dtype = linear_dtype(x)
+        dtype = linear_dtype(x, x.dtype)
         attended = self.attn(layer_norm_modulate(x, shift_a, scale_a, stats=stats, out_dtype=dtype))
         x, modulated = gate_residual_modulate(x, attended, gate_a, shift_m, scale_m, out_dtype=dtype)
         mixed = self.mlp(modulated)
-        if worth_handing_on(x):
+        if returns_statistics(x):
             return gate_residual(x, mixed, gate_m, return_stats=True)
         return gate_residual(x, mixed, gate_m), None
 

@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from dit_fast.nn.linear import linear_flops, zero_linear
-from dit_fast.nn.row_statistics import linear_dtype
 from dit_fast.ops import RowStatistics, layer_norm_modulate
+from dit_fast.ops.autocast import linear_dtype
 from dit_fast.tree import Tree
 
 
@@ -26,7 +26,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor, stats: RowStatistics | None = None) -> Tree:
         """stats: row statistics of x, if known."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        modulated = layer_norm_modulate(x, shift, scale, stats=stats, out_dtype=linear_dtype(x))
+        modulated = layer_norm_modulate(x, shift, scale, stats=stats, out_dtype=linear_dtype(x, x.dtype))
         if not self.class_token:
             return self.linear(modulated)
         return {"image": self.linear(modulated[:, 1:]), "class_token": self.linear_cls(modulated[:, 0])}

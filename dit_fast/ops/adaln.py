@@ -3,20 +3,52 @@
 DiT (arXiv 2212.09748) Sec. 3.2. All arithmetic is done in fp32 (fp64 for fp64 input), under autocast too, and rounded
 once; results of the residual stream keep the stream's dtype. Differentiable in forward mode and, once, in reverse mode,
 of the result or of its forward-mode derivative; backend="torch", the reference, twice in any combination of the modes.
+
+Behind the three ops stands one with parts switched off. With n the normalised row, m and r = 1/sqrt(variance + eps) its
+statistics, per-sample vectors broadcast over tokens,
+
+    x_new = x + gate * y        n = r (x_new - m)        out = n (1 + scale) + shift
+
+and for gradients e of x_new and g of out, with h = g (1 + scale) and means over the row,
+
+    a = e + r (h - mean(h) - n mean(h n))        dx = a        dy = gate * a        dgate = sum over tokens of a * y
+    dscale = sum over tokens of g * n            dshift = sum over tokens of g
+
+Without y, x_new is x; without shift and scale there is no out. Saved for the backward: x_new, which the model holds
+anyway, y, the vectors and two numbers per row.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dit_fast import _C
+from dit_fast.backend import Implementation
 from dit_fast.errors import UserError
-from dit_fast.ops import adaln_op
-from dit_fast.ops._arguments import require_settings, require_statistics, require_tensors
+from dit_fast.ops import adaln_cpp
+from dit_fast.ops._op import FLOATS, FUSED, Op, define, differentiable, odd_dtypes, triton, wide
 from dit_fast.ops.layer_norm import layer_norm
-from dit_fast.ops.row_statistics import RowStatistics, row_statistics
+from dit_fast.ops.row_statistics import RowStatistics, known, row_statistics
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+def _refuses(out_dtype: torch.dtype, *tensors: Tensor) -> list[str]:
+    """tensors: x, y [N, T, D] and vectors [N, D], x first."""
+    odd = [] if out_dtype in FUSED else [f"out_dtype is {out_dtype}, not float32, bfloat16 or float16"]
+    return odd_dtypes(*tensors) + odd
+
+
+def _triton_refuses(out_dtype: torch.dtype, *tensors: Tensor) -> list[str]:
+    from dit_fast.kernels import adaln as kernel
+
+    return _refuses(out_dtype, *tensors) + kernel.supports(tensors[0])
+
+
+_FASTER = (Implementation("cpp", ("cpu",), _C.unavailable, refuses=_refuses), triton(_triton_refuses))
+MODULATE = Op("layer_norm_modulate", "x[N, T, D] shift[N, D] scale[N, D]", *_FASTER)
+RESIDUAL = Op("gate_residual", "x[N, T, D] y[N, T, D] gate[N, D]", *_FASTER)
+BOTH = Op("gate_residual_modulate", "x[N, T, D] y[N, T, D] gate[N, D] shift[N, D] scale[N, D]", *_FASTER)
 
 
 def layer_norm_modulate(
@@ -36,15 +68,13 @@ def layer_norm_modulate(
     Raises UserError for shapes, dtypes or devices that do not fit, ConfigError for a backend that is unknown or cannot
     take these tensors.
     """
-    name = "layer_norm_modulate"
-    require_tensors(name, x=x, shift=shift, scale=scale)
-    require_settings(name, backend, eps)
-    require_statistics(name, "stats", stats)
-    _check(name, x, {"shift": shift, "scale": scale}, out_dtype=out_dtype, stats=stats)
-    out_dtype = out_dtype or x.dtype
-    if _takes_reference(name, backend, x, None, None, shift, scale):
+    MODULATE.check(backend, eps, x=x, shift=shift, scale=scale)
+    mean, variance = known(MODULATE.name, "stats", stats, x) or (None, None)
+    out_dtype = _checked(MODULATE, out_dtype, x)
+    chosen = MODULATE.choose(backend, x.device, out_dtype, x, shift, scale)
+    if chosen == "torch":
         return _modulate(x, shift, scale, eps, out_dtype)
-    return adaln_op.apply(name, x, None, None, shift, scale, stats, eps, out_dtype, True, backend)[1]
+    return _fused(x, None, None, shift, scale, mean, variance, eps, out_dtype, True, chosen)[1]
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor, backend: str = "auto", return_stats: bool = False) -> Any:
@@ -52,14 +82,12 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor, backend: str = "auto", ret
 
     Returns [N, T, D] in x's dtype, and with return_stats the RowStatistics of that result as well. Raises as above.
     """
-    name = "gate_residual"
-    require_tensors(name, x=x, y=y, gate=gate)
-    require_settings(name, backend)
-    _check(name, x, {"gate": gate}, y)
-    if _takes_reference(name, backend, x, y, gate):
+    RESIDUAL.check(backend, x=x, y=y, gate=gate)
+    chosen = RESIDUAL.choose(backend, x.device, x.dtype, x, y, gate)
+    if chosen == "torch":
         x_new = _residual(x, y, gate)
         return (x_new, row_statistics(x_new, "torch")) if return_stats else x_new
-    x_new, _, *stats = adaln_op.apply(name, x, y, gate, None, None, None, 0.0, x.dtype, return_stats, backend)
+    x_new, _, *stats = _fused(x, y, gate, None, None, None, None, 0.0, x.dtype, return_stats, chosen)
     return (x_new, RowStatistics(*stats)) if return_stats else x_new
 
 
@@ -80,65 +108,236 @@ def gate_residual_modulate(
     dtype, out in out_dtype (by default x's), and with return_stats the RowStatistics of x_new as a third. Raises as
     above.
     """
-    name = "gate_residual_modulate"
-    require_tensors(name, x=x, y=y, gate=gate, shift=shift, scale=scale)
-    require_settings(name, backend, eps)
-    _check(name, x, {"gate": gate, "shift": shift, "scale": scale}, y, out_dtype=out_dtype)
-    out_dtype = out_dtype or x.dtype
-    if _takes_reference(name, backend, x, y, gate, shift, scale):
+    BOTH.check(backend, eps, x=x, y=y, gate=gate, shift=shift, scale=scale)
+    out_dtype = _checked(BOTH, out_dtype, x)
+    chosen = BOTH.choose(backend, x.device, out_dtype, x, y, gate, shift, scale)
+    if chosen == "torch":
         x_new = _residual(x, y, gate)
         out = _modulate(x_new, shift, scale, eps, out_dtype)
         return (x_new, out, row_statistics(x_new, "torch")) if return_stats else (x_new, out)
-    x_new, out, *stats = adaln_op.apply(name, x, y, gate, shift, scale, None, eps, out_dtype, True, backend)
+    x_new, out, *stats = _fused(x, y, gate, shift, scale, None, None, eps, out_dtype, True, chosen)
     return (x_new, out, RowStatistics(*stats)) if return_stats else (x_new, out)
 
 
-def _takes_reference(name: str, backend: str, *tensors: Tensor | None) -> bool:
-    if backend == "torch":
-        return True
-    return not torch.compiler.is_compiling() and adaln_op.choose_backend(name, backend, *tensors) == "torch"
+def returns_statistics(x: Tensor) -> bool:
+    """Whether the ops that write the stream x return its row statistics for free; the reference takes another pass."""
+    return RESIDUAL.choose("auto", x.device, x.dtype, x) != "torch"
+
+
+def _checked(op: Op, out_dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
+    if out_dtype is not None and out_dtype not in FLOATS:
+        raise UserError(f"{op.name}: out_dtype must be fp32, bf16, fp16 or fp64, not {out_dtype}")
+    return out_dtype or x.dtype
+
+
+def _over_tokens(vector: Tensor, dtype: torch.dtype) -> Tensor:
+    return vector.to(dtype).unsqueeze(1)
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    normalised = layer_norm(x.to(wide), eps)
-    return (normalised * (1 + scale.to(wide).unsqueeze(1)) + shift.to(wide).unsqueeze(1)).to(out_dtype)
+    dtype = wide(x)
+    normalised = layer_norm(x.to(dtype), eps)
+    return (normalised * (1 + _over_tokens(scale, dtype)) + _over_tokens(shift, dtype)).to(out_dtype)
 
 
 def _residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return (x.to(wide) + gate.to(wide).unsqueeze(1) * y.to(wide)).to(x.dtype)
+    dtype = wide(x)
+    return (x.to(dtype) + _over_tokens(gate, dtype) * y.to(dtype)).to(x.dtype)
 
 
-def _check(
-    op: str,
-    x: Tensor,
-    per_sample: dict[str, Tensor],
-    y: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    stats: RowStatistics | None = None,
-) -> None:
-    if x.dim() != 3 or not x.shape[2]:
-        raise UserError(f"{op}: x must be [N, T, D], not {tuple(x.shape)}")
-    if y is not None and y.shape != x.shape:
-        raise UserError(f"{op}: y {tuple(y.shape)} must have the shape of x {tuple(x.shape)}")
-    for name, tensor in per_sample.items():
-        if tensor.shape != (x.shape[0], x.shape[2]):
-            expected = (x.shape[0], x.shape[2])
-            raise UserError(
-                f"{op}: {name} must be [N, D] = {expected} for x {tuple(x.shape)}, not {tuple(tensor.shape)}"
-            )
-    for name, tensor in {"x": x, **({} if y is None else {"y": y}), **per_sample}.items():
-        if tensor.dtype not in _FLOATS:
-            raise UserError(f"{op}: {name} must be floating point (fp32, bf16, fp16 or fp64), not {tensor.dtype}")
-        if tensor.device != x.device:
-            raise UserError(f"{op}: {name} is on {tensor.device}, x on {x.device}; move them to one device")
-    if out_dtype is not None and out_dtype not in _FLOATS:
-        raise UserError(f"{op}: out_dtype must be fp32, bf16, fp16 or fp64, not {out_dtype}")
-    wide = torch.promote_types(x.dtype, torch.float32)
-    for name, tensor in () if stats is None else zip(("mean", "variance"), stats, strict=True):
-        if tensor.shape != x.shape[:2] or tensor.dtype != wide or tensor.device != x.device:
-            raise UserError(
-                f"{op}: stats.{name} must be {wide} {tuple(x.shape[:2])} on {x.device}, not {tensor.dtype} "
-                f"{tuple(tensor.shape)} on {tensor.device}; take them from row_statistics(x)"
-            )
+def _runner(backend: str, like: Tensor) -> Any:
+    """What has a forward and a backward; None: torch, where there are no elements too."""
+    if backend == "torch" or not like.numel():
+        return None
+    if backend == "triton":
+        from dit_fast.kernels import adaln as kernel
+
+        return kernel
+    return adaln_cpp
+
+
+def _torch_forward(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    stats: tuple[Tensor, Tensor] | None, eps: float, out_dtype: torch.dtype, want_stats: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    dtype, x_new, out, mean, variance = wide(x), None, None, None, None
+    if y is not None and gate is not None:
+        x = x_new = _residual(x, y, gate)
+    if stats is not None:
+        mean, variance = stats
+    elif want_stats:
+        variance, mean = torch.var_mean(x.to(dtype), -1, correction=0)
+    if shift is not None and scale is not None and mean is not None and variance is not None:
+        normalised = (x.to(dtype) - mean.unsqueeze(-1)) * (variance + eps).rsqrt().unsqueeze(-1)
+        out = (normalised * (1 + _over_tokens(scale, dtype)) + _over_tokens(shift, dtype)).to(out_dtype)
+    return x_new, out, mean, variance
+
+
+def _torch_backward(
+    grad_x_new: Tensor | None, grad_out: Tensor | None, x_new: Tensor | None, y: Tensor | None, gate: Tensor | None,
+    scale: Tensor | None, mean: Tensor | None, variance: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    above = [grad for grad in (grad_x_new, grad_out) if grad is not None]
+    dtype = wide(x_new if x_new is not None else above[0])
+    grad_y = grad_gate = grad_shift = grad_scale = None
+    # A copy: what the op returns may not be what it was given.
+    total = (
+        torch.zeros((), dtype=dtype, device=above[0].device) if grad_x_new is None else grad_x_new.to(dtype, copy=True)
+    )
+    if grad_out is not None and x_new is not None and scale is not None and mean is not None and variance is not None:
+        g, rstd = grad_out.to(dtype), (variance + eps).rsqrt().unsqueeze(-1)
+        normalised = (x_new.to(dtype) - mean.unsqueeze(-1)) * rstd
+        h = g * (1 + _over_tokens(scale, dtype))
+        inner = (h * normalised).mean(-1, keepdim=True)
+        total = total + rstd * (h - h.mean(-1, keepdim=True) - normalised * inner)
+        grad_scale, grad_shift = (g * normalised).sum(1), g.sum(1)
+    if y is not None and gate is not None:
+        grad_y, grad_gate = total * _over_tokens(gate, dtype), (total * y.to(dtype)).sum(1)
+    return total, grad_y, grad_gate, grad_shift, grad_scale
+
+
+def _forward(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    mean: Tensor | None, variance: Tensor | None, eps: float, out_dtype: torch.dtype, want_stats: bool,
+        backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    runner = _runner(backend, x)
+    stats = None if mean is None or variance is None else (mean, variance)
+    want_stats = (want_stats or shift is not None) and stats is None
+    if runner is None:
+        results = _torch_forward(x, y, gate, shift, scale, stats, eps, out_dtype, want_stats)
+    else:
+        results = runner.forward(x, y, gate, shift, scale, eps, stats, out_dtype, want_stats)
+    absent = (False, False, stats is not None, stats is not None)
+    # Contiguous whatever the strides of x, as the fake promises the compiler.
+    return tuple(x.new_empty(0) if t is None or no else t.contiguous() for t, no in zip(results, absent, strict=True))  # type: ignore[return-value]
+
+
+def _fake_forward(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    mean: Tensor | None, variance: Tensor | None, eps: float, out_dtype: torch.dtype, want_stats: bool,
+        backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    new = lambda here, shape, dtype: x.new_empty(shape if here else (0,), dtype=dtype if here else x.dtype)  # noqa: E731
+    measured = (want_stats or shift is not None) and mean is None
+    rows = [new(measured, x.shape[:2], wide(x)) for _ in range(2)]
+    return new(y is not None, x.shape, x.dtype), new(shift is not None, x.shape, out_dtype), rows[0], rows[1]
+
+
+def _backward(
+    grad_x_new: Tensor | None, grad_out: Tensor | None, x_new: Tensor | None, y: Tensor | None, gate: Tensor | None,
+    scale: Tensor | None, mean: Tensor | None, variance: Tensor | None, eps: float, x_dtype: torch.dtype,
+    gate_dtype: torch.dtype, shift_dtype: torch.dtype, scale_dtype: torch.dtype, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    like = next(tensor for tensor in (grad_x_new, grad_out) if tensor is not None)
+    runner = _runner(backend, like)
+    inputs = (grad_x_new, grad_out, x_new, y, gate, scale, mean, variance, eps)
+    y_dtype, vectors = None if y is None else y.dtype, (gate_dtype, shift_dtype, scale_dtype)
+    if runner is None:
+        results: Sequence[Tensor | None] = _torch_backward(*inputs)
+        dtypes = (x_dtype, y_dtype, *vectors)
+        results = [None if t is None else t.to(dtype).contiguous() for t, dtype in zip(results, dtypes, strict=True)]
+    else:
+        results = runner.backward(*inputs, x_dtype, y_dtype, vectors)
+    return tuple(like.new_empty(0) if tensor is None else tensor for tensor in results)  # type: ignore[return-value]
+
+
+def _fake_backward(
+    grad_x_new: Tensor | None, grad_out: Tensor | None, x_new: Tensor | None, y: Tensor | None, gate: Tensor | None,
+    scale: Tensor | None, mean: Tensor | None, variance: Tensor | None, eps: float, x_dtype: torch.dtype,
+    gate_dtype: torch.dtype, shift_dtype: torch.dtype, scale_dtype: torch.dtype, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    like = next(tensor for tensor in (grad_x_new, grad_out) if tensor is not None)
+    samples, _, width = like.shape
+    present = (y is not None, grad_out is not None, grad_out is not None)
+    streams = [like.new_empty(like.shape, dtype=x_dtype)]
+    streams.append(like.new_empty(like.shape, dtype=y.dtype) if y is not None else like.new_empty(0))
+    vectors = [
+        like.new_empty((samples, width), dtype=dtype) if here else like.new_empty(0)
+        for here, dtype in zip(present, (gate_dtype, shift_dtype, scale_dtype), strict=True)
+    ]
+    return streams[0], streams[1], vectors[0], vectors[1], vectors[2]
+
+
+forward_op = define(
+    "adaln_forward(Tensor x, Tensor? y, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? mean, Tensor? variance, "
+    "float eps, ScalarType out_dtype, bool want_stats, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+)
+backward_op = define(
+    "adaln_backward(Tensor? grad_x_new, Tensor? grad_out, Tensor? x_new, Tensor? y, Tensor? gate, Tensor? scale, "
+    "Tensor? mean, Tensor? variance, float eps, ScalarType x_dtype, ScalarType gate_dtype, ScalarType shift_dtype, "
+    "ScalarType scale_dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+
+
+class _AdaLN(torch.autograd.Function):
+    """Streams, vectors and statistics, some None -> x_new, out, mean, variance; what is absent has no elements."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+        mean: Tensor | None, variance: Tensor | None, eps: float, out_dtype: torch.dtype, want_stats: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        return forward_op(x, y, gate, shift, scale, mean, variance, eps, out_dtype, want_stats, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, y, gate, shift, scale, mean, variance, ctx.eps, ctx.out_dtype, _, ctx.backend = inputs
+        x_new, out, *measured = output
+        if mean is not None:
+            measured = [mean, variance]
+        ctx.x_dtype = x.dtype
+        ctx.vector_dtypes = [x.dtype if vector is None else vector.dtype for vector in (gate, shift, scale)]
+        ctx.mark_non_differentiable(*output[2:], *(t for t, given in ((x_new, y), (out, shift)) if given is None))
+        ctx.set_materialize_grads(False)
+        normalises = shift is not None
+        stream = x if y is None else x_new
+        ctx.save_for_backward(
+            stream if normalises else None, y, gate, scale, *(measured if normalises else (None, None))
+        )
+        ctx.save_for_forward(x, y, gate, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad_x_new: Tensor | None, grad_out: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        # Under the compiler, gradients of outputs that are absent come as empty tensors.
+        saved = ctx.saved_tensors
+        y_given, normalises = saved[1] is not None, saved[3] is not None
+        grad_x_new, grad_out = grad_x_new if y_given else None, grad_out if normalises else None
+        if grad_x_new is None and grad_out is None:
+            return (None,) * 11
+        grads = backward_op(grad_x_new, grad_out, *saved, ctx.eps, ctx.x_dtype, *ctx.vector_dtypes, ctx.backend)
+        present = (True, y_given, y_given, grad_out is not None, grad_out is not None)
+        wanted = zip(grads, present, ctx.needs_input_grad[:5], strict=True)
+        return *(grad if here and needed else None for grad, here, needed in wanted), *(None,) * 6
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, y, gate, scale = ctx.saved_tensors
+        dx, dy, dgate, dshift, dscale = tangents[:5]
+        dtype = wide(x)
+        change = torch.zeros_like(x, dtype=dtype) if dx is None else dx.to(dtype)
+        stream = x.to(dtype)
+        if y is not None:
+            wide_y, wide_gate = y.to(dtype), _over_tokens(gate, dtype)
+            stream = stream + wide_gate * wide_y
+            change = change if dy is None else change + wide_gate * dy.to(dtype)
+            change = change if dgate is None else change + _over_tokens(dgate, dtype) * wide_y
+        d_x_new = None if y is None else change.to(x.dtype)
+        if scale is None:
+            return d_x_new, None, None, None
+        centred = stream - stream.mean(-1, keepdim=True)
+        rstd = (centred.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
+        normalised = centred * rstd
+        along = (change * normalised).mean(-1, keepdim=True)
+        d_out = rstd * (change - change.mean(-1, keepdim=True) - normalised * along) * (1 + _over_tokens(scale, dtype))
+        d_out = d_out if dscale is None else d_out + normalised * _over_tokens(dscale, dtype)
+        d_out = d_out if dshift is None else d_out + _over_tokens(dshift, dtype)
+        return d_x_new, d_out.to(ctx.out_dtype), None, None
+
+
+_fused = differentiable(_AdaLN, "adaLN")

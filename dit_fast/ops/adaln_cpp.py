@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dit_fast.ops._op import rows
+
 _BEST_LEVEL = -1
 
 
@@ -36,9 +38,9 @@ def forward(
     out = None if shift is None else torch.empty(x.shape, dtype=out_dtype)
     measured = stats is None and want_stats
     mean, variance = (torch.empty(x.shape[:2], dtype=torch.float32) if measured else None for _ in range(2))
-    inputs = (_rows(x), _rows(y), _rows(gate), _rows(shift), _rows(scale), *known)
+    inputs = [None if each is None else rows(each) for each in (x, y, gate, shift, scale)]
     if out is not None or x_new is not None or measured:
-        torch.ops.dit_fast_native.adaln_forward(*inputs, eps, x_new, out, mean, variance, _BEST_LEVEL)
+        torch.ops.dit_fast_native.adaln_forward(*inputs, *known, eps, x_new, out, mean, variance, _BEST_LEVEL)
     return (x_new, out, *known) if want_stats and stats is not None else (x_new, out, mean, variance)
 
 
@@ -72,12 +74,8 @@ def backward(
         torch.empty(samples, width, dtype=dtype) if here else None
         for dtype, here in zip(vector_dtypes, present, strict=True)
     )
-    inputs = [_rows(tensor) for tensor in (grad_x_new, grad_out, x_new, y, gate, scale)]
+    inputs = [None if each is None else rows(each) for each in (grad_x_new, grad_out, x_new, y, gate, scale)]
     statistics = (None if s is None else s.contiguous() for s in (mean, variance))
     outputs = (grad_x, grad_y, grad_gate, grad_shift, grad_scale)
     torch.ops.dit_fast_native.adaln_backward(*inputs, *statistics, eps, *outputs, _BEST_LEVEL)
     return outputs
-
-
-def _rows(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()

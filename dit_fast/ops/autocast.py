@@ -12,6 +12,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
+def linear_dtype(x: Tensor, own: torch.dtype) -> torch.dtype:
+    """The dtype in which a linear map of x runs: autocast's, which leaves float64 alone, or, where it is off, `own`."""
+    return own if own == torch.float64 else autocast_dtype(x) or own
+
+
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """A context in which products on x's device have the dtype of their factors."""
     return contextlib.nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from dit_fast.errors import UserError
 from dit_fast.ops import diversity_op
-from dit_fast.ops._arguments import require_settings, require_statistics, require_tensors
+from dit_fast.ops._op import wide
 from dit_fast.ops.autocast import without_autocast
-from dit_fast.ops.diversity_op import EPS
-from dit_fast.ops.row_statistics import RowStatistics
+from dit_fast.ops.diversity_op import EPS, OP
+from dit_fast.ops.row_statistics import RowStatistics, known
 
 PAPER_COEFFICIENT = 0.33
 
@@ -76,12 +76,13 @@ def diversity_stats(
     """
     ordered = in_block_order("features", features)
     check_features(ordered)
-    require_settings("diversity", backend)
-    known = known_rows(ordered, _stats_in_order(stats, features))
+    OP.check(backend)
+    given = known_rows(ordered, _stats_in_order(stats, features))
     blocks = [feature.flatten(0, 1) for feature in ordered]
-    if backend == "torch":
+    chosen = OP.choose(backend, blocks[0].device, *blocks)
+    if chosen == "torch":
         return _reference(blocks)
-    return stats_from_sums(*diversity_op.statistics(backend, blocks, known), len(blocks[0]))
+    return stats_from_sums(*diversity_op.statistics(chosen, blocks, given), len(blocks[0]))
 
 
 def known_rows(
@@ -92,19 +93,14 @@ def known_rows(
         return None
     if len(stats) != len(features):
         raise UserError(f"stats has {len(stats)} entries for {len(features)} blocks; give one, or None, per block")
-    for block, (feature, given) in enumerate(zip(features, stats, strict=True)):
-        require_statistics("diversity", f"stats[{block}]", given)
-        shape, dtype = feature.shape[:-1], torch.promote_types(feature.dtype, torch.float32)
-        for name, value in zip(RowStatistics._fields, given or (), strict=False):
-            if value.shape != shape or value.dtype != dtype or value.device != feature.device:
-                raise UserError(
-                    f"stats of block {block}: {name} is {value.dtype} {list(value.shape)} on {value.device}, "
-                    f"not {dtype} {list(shape)} on {feature.device}"
-                )
-    if any(given is None for given in stats):
+    pairs = [
+        known("diversity", f"stats[{block}]", given, feature)
+        for block, (feature, given) in enumerate(zip(features, stats, strict=True))
+    ]
+    if any(pair is None for pair in pairs):
         return None
-    known = [(given.mean.detach().reshape(-1), given.variance.detach().reshape(-1)) for given in stats if given]
-    return [mean for mean, _ in known], [variance for _, variance in known]
+    flat = [(pair[0].reshape(-1), pair[1].reshape(-1)) for pair in pairs if pair]
+    return [mean for mean, _ in flat], [variance for _, variance in flat]
 
 
 def stats_from_sums(statistics: Tensor, pair_sums: Tensor, count: int) -> DiversityStats:
@@ -116,7 +112,7 @@ def stats_from_sums(statistics: Tensor, pair_sums: Tensor, count: int) -> Divers
 def _reference(blocks: Sequence[Tensor]) -> DiversityStats:
     x = torch.stack(tuple(blocks))
     with without_autocast(x):
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = x.to(wide(x))
         directions = (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS)).flatten(1)
         sums = torch.stack([x.sum(1), x.abs().sum(1), x.square().sum(1)])
         return stats_from_sums(sums, directions @ directions.T, x.shape[1])
@@ -150,8 +146,8 @@ def diversity_loss(
     chosen = check_options(pairs, len(ordered), variant, scope)
     if not len(ordered):
         return _no_loss(torch.zeros((), dtype=torch.float32))
-    known = _stats_in_order(stats, features)
-    return loss_from_stats(diversity_stats(ordered, backend, known), chosen, variant, scope)
+    in_order = _stats_in_order(stats, features)
+    return loss_from_stats(diversity_stats(ordered, backend, in_order), chosen, variant, scope)
 
 
 def loss_from_stats(
@@ -285,16 +281,4 @@ def check_features(features: Sequence[Tensor] | Tensor) -> None:
     """Raises UserError unless features are one or more non-empty [N, T, D], floating point, of one shape and device."""
     if not len(features):
         raise UserError("features is empty; give K block features [N, T, D]")
-    for block, feature in enumerate(features):
-        require_tensors("diversity", **{f"features[{block}]": feature})
-        if not feature.is_floating_point():
-            raise UserError(f"diversity: features[{block}] must be floating point, not {feature.dtype}")
-        if feature.device != features[0].device:
-            raise UserError(
-                f"diversity: features[{block}] is on {feature.device}, features[0] on {features[0].device}; "
-                "move them to one device"
-            )
-    shapes = {tuple(feature.shape) for feature in features}
-    if len(shapes) > 1 or features[0].dim() != 3 or not features[0].numel():
-        listed = ", ".join(str(list(shape)) for shape in sorted(shapes))
-        raise UserError(f"features must be non-empty [N, T, D] of one shape, not {listed}")
+    OP.check("auto", **{f"features[{block}]": feature for block, feature in enumerate(features)})

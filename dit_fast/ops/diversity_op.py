@@ -26,55 +26,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_fast import _C, kernels
-from dit_fast.backend import Implementation, choose, register
-from dit_fast.ops import _library
+from dit_fast import _C
+from dit_fast.backend import Implementation
+from dit_fast.ops._op import FUSED, Op, define, differentiable, rows, triton, wide
 from dit_fast.ops.autocast import without_autocast
 
 EPS = 1e-8
 _BEST_LEVEL = -1
 
 
-_FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+def _refuses(*features: Tensor) -> list[str]:
+    return [
+        f"block {block} is {feature.dtype}, not float32, bfloat16 or float16"
+        for block, feature in enumerate(features)
+        if feature.dtype not in FUSED
+    ]
 
 
-def supports(features: Sequence[Tensor], backend: str) -> list[str]:
-    """Reasons why the fused implementation `backend` ("cpp" or "triton") cannot take these tensors; empty if it can."""
-    reasons = []
-    for index, feature in enumerate(features):
-        if feature.dtype not in _FUSED_DTYPES:
-            reasons.append(f"block {index} is {feature.dtype}, not float32, bfloat16 or float16")
-        if feature.device != features[0].device:
-            reasons.append(f"block {index} lies on {feature.device}, block 0 on {features[0].device}")
-    if backend == "triton":
-        from dit_fast.kernels import diversity
+def _triton_refuses(*features: Tensor) -> list[str]:
+    from dit_fast.kernels import diversity
 
-        reasons += diversity.supports(features)
-    return reasons
+    return _refuses(*features) + diversity.supports([rows(feature) for feature in features])
 
 
-def _wide(features: Sequence[Tensor]) -> torch.dtype:
-    return torch.float64 if any(x.dtype == torch.float64 for x in features) else torch.float32
-
-
-register(
+OP = Op(
     "diversity_loss",
-    Implementation("cpp", ("cpu",), _C.unavailable),
-    Implementation("triton", kernels.devices(), kernels.unavailable),
+    "features[N, T, D]",
+    Implementation("cpp", ("cpu",), _C.unavailable, refuses=_refuses),
+    triton(_triton_refuses),
+    nonempty=True,
 )
 
 
-def _choose(features: Sequence[Tensor], backend: str) -> str:
-    device_type = features[0].device.type
-    return choose("diversity_loss", backend, device_type, lambda name: supports(features, name))
-
-
 def _torch_forward(features: list[Tensor], mix: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = _wide(features)
+    dtype = wide(*features)
     with without_autocast(features[0]):
         statistics, directions, inverse_norms = [], [], []
         for feature in features:
-            x = feature.to(wide)
+            x = feature.to(dtype)
             statistics.append(torch.stack([x.sum(0), x.abs().sum(0), x.square().sum(0)]))
             inverse_norms.append(torch.linalg.vector_norm(x, dim=1).clamp_min(EPS).reciprocal())
             directions.append(x * inverse_norms[-1][:, None])
@@ -100,18 +89,18 @@ def _torch_backward(
     upstream: list[Tensor],
     wanted: list[int],
 ) -> list[Tensor]:
-    wide = inverse_norms.dtype
+    dtype = inverse_norms.dtype
     grad_sums, grad_abs_sums, grad_square_sums = grad_statistics
     weights = grad_pair_sums + grad_pair_sums.T
-    directions = [x.to(wide) * norm[:, None] for x, norm in zip(features, inverse_norms, strict=True)]
+    directions = [x.to(dtype) * norm[:, None] for x, norm in zip(features, inverse_norms, strict=True)]
     result = []
     for place, k in enumerate(wanted):
-        x, inverse = features[k].to(wide), inverse_norms[k, :, None]
+        x, inverse = features[k].to(dtype), inverse_norms[k, :, None]
         mixed = sum((weights[k, l] * direction for l, direction in enumerate(directions)), torch.zeros_like(x))
         along = torch.where(inverse < 1 / EPS, (mixed * directions[k]).sum(1, keepdim=True), 0)
         grad = grad_sums[k] + grad_abs_sums[k] * x.sign() + 2 * grad_square_sums[k] * x
         grad = grad + inverse * (mixed - along * directions[k])
-        result.append((grad + upstream[place].to(wide) if upstream else grad).to(features[k].dtype))
+        result.append((grad + upstream[place].to(dtype) if upstream else grad).to(features[k].dtype))
     return result
 
 
@@ -143,7 +132,7 @@ def _forward(
     row_variances: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """row_means, row_variances: of every block, [M] each, or None; what they promise is not checked."""
-    features, backend = [_rows(x) for x in features], _choose(features, backend)
+    features = [rows(x) for x in features]
     if backend == "triton":
         from dit_fast.kernels import diversity
 
@@ -171,8 +160,8 @@ def _backward(
     wanted: list[int],
     backend: str,
 ) -> list[Tensor]:
-    features, upstream = [_rows(x) for x in features], [_rows(x) for x in upstream]
-    grads, backend = (inverse_norms, grad_statistics, grad_pair_sums), _choose(features, backend)
+    features, upstream = [rows(x) for x in features], [rows(x) for x in upstream]
+    grads = (inverse_norms, grad_statistics, grad_pair_sums)
     if backend == "triton":
         from dit_fast.kernels import diversity
 
@@ -181,13 +170,9 @@ def _backward(
     return run(features, *grads, upstream, wanted)
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _empty_outputs(features: Sequence[Tensor], mix: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count, (tokens, width) = len(features), features[0].shape
-    new = lambda *shape: features[0].new_empty(shape, dtype=_wide(features))  # noqa: E731
+    new = lambda *shape: features[0].new_empty(shape, dtype=wide(*features))  # noqa: E731
     return new(3, count, width), new(count, count), new(count, tokens), new(tokens if mix else 0, width)
 
 
@@ -195,13 +180,13 @@ def _empty_gradients(features: Sequence[Tensor], wanted: Sequence[int]) -> list[
     return [torch.empty_like(features[k], memory_format=torch.contiguous_format) for k in wanted]
 
 
-forward_op = _library.define(
+forward_op = define(
     "diversity_forward(Tensor[] features, bool mix, str backend, Tensor[]? row_means=None, "
     "Tensor[]? row_variances=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     lambda features, mix, backend, row_means=None, row_variances=None: _empty_outputs(features, mix),
 )
-backward_op = _library.define(
+backward_op = define(
     "diversity_backward(Tensor[] features, Tensor inverse_norms, Tensor grad_statistics, Tensor grad_pair_sums, "
     "Tensor[] upstream, int[] wanted, str backend) -> Tensor[]",
     _backward,
@@ -212,7 +197,7 @@ backward_op = _library.define(
 Known = tuple[list[Tensor], list[Tensor]]
 
 
-class Statistics(torch.autograd.Function):
+class _Statistics(torch.autograd.Function):
     """(backend, known, *features [M, D]) -> statistics [3, K, D], pair_sums [K, K], inverse_norms [K, M].
 
     known: (means, variances) of all blocks' rows, or None.
@@ -231,7 +216,6 @@ class Statistics(torch.autograd.Function):
         ctx.save_for_forward(*features)
 
     @staticmethod
-    @_library.once_differentiable("diversity_stats")
     def backward(
         ctx: Any, grad_statistics: Tensor | None, grad_pair_sums: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
@@ -243,6 +227,13 @@ class Statistics(torch.autograd.Function):
         for k, grad in zip(wanted, grads, strict=True):
             result[2 + k] = grad
         return tuple(result)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, __: None, *tangents: Tensor | None) -> tuple[Tensor, Tensor, None]:
+        return *tangent(ctx.saved_tensors, tangents), None
+
+
+_fused = differentiable(_Statistics, "diversity_stats")
 
 
 def with_zeros(
@@ -256,24 +247,15 @@ def with_zeros(
     )
 
 
-class StatisticsWithTangent(Statistics):
-    """The same with a forward-mode rule in plain tensor operations; the compiler refuses functions that have one."""
-
-    @staticmethod
-    def jvp(ctx: Any, _: None, __: None, *tangents: Tensor | None) -> tuple[Tensor, Tensor, None]:
-        _library.once_in_forward_mode("diversity_stats")
-        return *tangent(ctx.saved_tensors, tangents), None
-
-
 def tangent(features: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
     """Directional derivative of (statistics, pair_sums) at features [M, D] along tangents [M, D] (None: zero).
 
     Norms are taken anew, so that a backward through the result sees what they depend on.
     """
-    columns, directions, turns, wide = [], [], [], _wide(features)
+    columns, directions, turns, dtype = [], [], [], wide(*features)
     for feature, change in zip(features, tangents, strict=True):
-        x = feature.to(wide)
-        dx = torch.zeros_like(x) if change is None else change.to(wide)
+        x = feature.to(dtype)
+        dx = torch.zeros_like(x) if change is None else change.to(dtype)
         columns.append(torch.stack([dx.sum(0), (x.sign() * dx).sum(0), 2 * (x * dx).sum(0)]))
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
         direction = x / norm.clamp_min(EPS)
@@ -288,11 +270,12 @@ def tangent(features: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> tu
 def statistics(backend: str, features: Sequence[Tensor], known: Known | None = None) -> tuple[Tensor, Tensor]:
     """Differentiable statistics [3, K, D] and pair_sums [K, K] of features [M, D], in both modes of differentiation.
 
-    known: means and variances [M] of all blocks' rows; not used under torch.compile.
+    backend: the name of an implementation. known: means and variances [M] of all blocks' rows; not used under
+    torch.compile.
     """
-    if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and any(x.requires_grad for x in features)):
+    compiling = torch.compiler.is_compiling()
+    if compiling and not (torch.is_grad_enabled() and any(x.requires_grad for x in features)):
         # The compiler runs a function without gradients directly, and fails on one with *arguments.
         return forward_op(list(features), False, backend)[:2]
-    function = Statistics if torch.compiler.is_compiling() else StatisticsWithTangent
-    sums, pair_sums, _ = function.apply(backend, None if torch.compiler.is_compiling() else known, *features)
+    sums, pair_sums, _ = _fused(backend, None if compiling else known, *features)
     return sums, pair_sums

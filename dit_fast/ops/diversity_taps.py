@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from dit_fast.errors import UserError
-from dit_fast.ops import _library, diversity_op
-from dit_fast.ops._arguments import require_settings, require_tensors
+from dit_fast.ops import diversity_op
+from dit_fast.ops._op import differentiable, require_tensor
 from dit_fast.ops.diversity import (
     DiversityLoss,
     DiversityStats,
@@ -38,7 +38,7 @@ from dit_fast.ops.diversity import (
     loss_from_stats,
     stats_from_sums,
 )
-from dit_fast.ops.diversity_op import backward_op, forward_op
+from dit_fast.ops.diversity_op import OP, backward_op, forward_op
 from dit_fast.ops.row_statistics import RowStatistics
 
 _INSTEAD = 'diversity_loss(outputs, backend="torch")'
@@ -76,7 +76,6 @@ class Tap(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @_library.once_differentiable("DiversityTaps", _INSTEAD)
     def backward(ctx: Any, upstream: Tensor | None, token: Tensor | None) -> tuple[None, Tensor | None]:
         if token is None:
             return None, upstream
@@ -92,9 +91,11 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, tangent: Tensor) -> tuple[Tensor, Tensor]:
-        _library.once_in_forward_mode("DiversityTaps", _INSTEAD)
         ctx.shared.tangents[ctx.index] = (ctx.saved_tensors[0], tangent)
         return tangent.view_as(tangent), tangent.new_zeros(())
+
+
+_tap = differentiable(Tap, "DiversityTaps", _INSTEAD)
 
 
 class Collect(torch.autograd.Function):
@@ -114,7 +115,6 @@ class Collect(torch.autograd.Function):
         ctx.save_for_forward(*ctx.shared.features)
 
     @staticmethod
-    @_library.once_differentiable("DiversityTaps", _INSTEAD)
     def backward(
         ctx: Any, grad_statistics: Tensor | None, grad_pair_sums: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
@@ -137,6 +137,9 @@ class Collect(torch.autograd.Function):
         rows = [feature.flatten(0, 1) for feature, _ in pairs]
         changes = [None if change is None else change.flatten(0, 1) for _, change in pairs]
         return *diversity_op.tangent(rows, changes), None, None
+
+
+_collect = differentiable(Collect, "DiversityTaps", _INSTEAD)
 
 
 def _through_mixture(
@@ -170,7 +173,7 @@ class DiversityTaps:
     """
 
     def __init__(self, backend: str = "auto"):
-        require_settings("DiversityTaps", backend)
+        OP.check(backend)
         self._shared = Shared(backend)
         self._outputs: list[Tensor] = []
         self._tokens: list[Tensor] = []
@@ -186,12 +189,12 @@ class DiversityTaps:
         """
         if self._stats is not None:
             raise UserError("these taps were already summed; make new DiversityTaps for each forward pass")
-        require_tensors("diversity tap", x=x)
+        require_tensor("diversity_tap", "x", x)
         self._count += 1
         if torch.compiler.is_compiling():
             self._outputs.append(x)
             return x
-        same, token = Tap.apply(self._shared, x)
+        same, token = _tap(self._shared, x)
         self._known.append(stats)
         self._tokens.append(token)
         return same
@@ -211,7 +214,8 @@ class DiversityTaps:
             count = shared.features[0][..., 0].numel()
             shared.mix = most_joined > FEW and any(token.requires_grad for token in self._tokens)
             shared.known = known_rows(shared.features, self._known)
-            sums, pair_sums, *_ = Collect.apply(shared, *self._tokens)
+            shared.backend = OP.choose(shared.backend, shared.features[0].device, *shared.features)
+            sums, pair_sums, *_ = _collect(shared, *self._tokens)
             self._stats = stats_from_sums(sums, pair_sums, count)
             self._tokens, self._known, shared.features, shared.known = [], [], [], None
         return self._stats

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_fast import philox
+from dit_fast.ops._op import wide
 
 PATHS = ("linear", "cosine")
 
@@ -35,11 +36,6 @@ def path_coefficients(path: str, t: float | Tensor) -> Coefficients:
         cos, sin = torch.cos(angle), torch.sin(angle)
         return Coefficients(cos, sin, -math.pi / 2 * sin, math.pi / 2 * cos)
     return Coefficients(math.cos(angle), math.sin(angle), -math.pi / 2 * math.sin(angle), math.pi / 2 * math.cos(angle))
-
-
-def wide(*tensors: Tensor) -> torch.dtype:
-    """The dtype of the arithmetic: float32, or float64 where an input is."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def per_sample(t: Tensor, like: Tensor) -> Tensor:

@@ -6,24 +6,30 @@ products are the library's. Without gradients nothing is kept, and on CUDA the G
 product (the CPU's version of that function has the erf form and is never used).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_fast import kernels
-from dit_fast.backend import Implementation, choose, register
+from dit_fast.backend import Implementation
 from dit_fast.errors import UserError
-from dit_fast.ops import _library
-from dit_fast.ops._arguments import require_settings, require_tensors
-from dit_fast.ops.autocast import autocast_dtype, without_autocast
+from dit_fast.ops._op import Op, define, differentiable, triton, wide
+from dit_fast.ops.autocast import linear_dtype, without_autocast
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-register(
+def _refuses(x: Tensor) -> Sequence[str]:
+    """x [..., D] or, in its place, the hidden tensor."""
+    from dit_fast.kernels import gelu as kernel
+
+    return kernel.supports(x)
+
+
+OP = Op(
     "gelu_mlp",
-    Implementation("triton", kernels.devices(), kernels.unavailable),
+    "x[..., D] fc1_weight[F, D] fc1_bias[F] fc2_weight[E, F] fc2_bias[E]",
+    triton(_refuses),
     Implementation("recompute", (), lambda: None, automatic=()),
 )
 
@@ -43,34 +49,18 @@ def gelu_mlp(
     take these tensors.
     """
     parameters = {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
-    require_tensors("gelu_mlp", x=x, **parameters)
-    require_settings("gelu_mlp", backend)
-    _check(x, parameters)
-    dtype = fc1_weight.dtype
-    if dtype != torch.float64:
-        dtype = autocast_dtype(x) or dtype
+    OP.check(backend, x=x, **parameters)
+    for name, tensor in parameters.items():
+        if tensor.dtype != fc1_weight.dtype:
+            raise UserError(f"gelu_mlp: {name} is {tensor.dtype}, fc1_weight {fc1_weight.dtype}; give them one dtype")
+    dtype = linear_dtype(x, fc1_weight.dtype)
     x, *cast = (tensor.to(dtype) for tensor in (x, *parameters.values()))
-    # Compiled code is tied to no implementation: there the op chooses when it runs.
-    compiling = torch.compiler.is_compiling()
-    if backend == "torch" or (not compiling and _choose(x, backend) == "torch"):
+    chosen = OP.choose(backend, x.device, x)
+    if chosen == "torch":
         return _reference(x, *cast)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *cast))
-    function = _GeluMlp if compiling else _GeluMlpWithTangent
-    y, _ = function.apply(x.reshape(-1, x.shape[-1]), *cast, keep, backend)
+    y, _ = _recompute(x.reshape(-1, x.shape[-1]), *cast, keep, chosen)
     return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def supports(x: Tensor, backend: str = "triton") -> list[str]:
-    """Reasons why `backend` cannot take x [..., D] or, in its place, the hidden tensor; empty if it can."""
-    if backend == "recompute":
-        return []
-    from dit_fast.kernels import gelu as kernel
-
-    return kernel.supports(x)
-
-
-def _choose(x: Tensor, backend: str) -> str:
-    return choose("gelu_mlp", backend, x.device.type, lambda name: supports(x, name))
 
 
 def _reference(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
@@ -86,7 +76,7 @@ def _gelu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden, grad = hidden.contiguous(), grad.contiguous()
     empty = hidden.new_empty(0)
-    if _choose(hidden, backend) == "triton" and hidden.numel():
+    if backend == "triton" and hidden.numel():
         from dit_fast.kernels import gelu as kernel
 
         activation, grad_hidden, grad_bias = kernel.backward(hidden, grad, want_activation, want_bias)
@@ -95,27 +85,25 @@ def _gelu_backward(
             grad_hidden,
             empty.float() if grad_bias is None else grad_bias,
         )
-    wide = torch.promote_types(hidden.dtype, torch.float32)
     grad_hidden = torch.ops.aten.gelu_backward(grad, hidden, approximate="tanh")
     return (
         _gelu(hidden) if want_activation else empty,
         grad_hidden,
-        grad_hidden.sum(0, dtype=wide) if want_bias else empty.to(wide),
+        grad_hidden.sum(0, dtype=wide(hidden)) if want_bias else empty.to(wide(hidden)),
     )
 
 
 def _empty_outputs(
     hidden: Tensor, grad: Tensor, want_activation: bool, want_bias: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(hidden.dtype, torch.float32)
     return (
         hidden.new_empty(hidden.shape if want_activation else (0,)),
         hidden.new_empty(hidden.shape),
-        hidden.new_empty(hidden.shape[1:] if want_bias else (0,), dtype=wide),
+        hidden.new_empty(hidden.shape[1:] if want_bias else (0,), dtype=wide(hidden)),
     )
 
 
-gelu_backward_op = _library.define(
+gelu_backward_op = define(
     "gelu_backward(Tensor hidden, Tensor grad, bool want_activation, bool want_bias, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     _gelu_backward,
@@ -154,7 +142,6 @@ class _GeluMlp(torch.autograd.Function):
         ctx.save_for_forward(x, fc1_weight, fc1_bias, fc2_weight)
 
     @staticmethod
-    @_library.once_differentiable("gelu_mlp")
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 7
@@ -177,13 +164,8 @@ class _GeluMlp(torch.autograd.Function):
             grads[4] = grad.sum(0) if needs_b2 else None
         return tuple(grads)
 
-
-class _GeluMlpWithTangent(_GeluMlp):
-    """The same with a forward-mode rule in plain tensor operations; the compiler refuses functions that have one."""
-
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
-        _library.once_in_forward_mode("gelu_mlp")
         x, fc1_weight, fc1_bias, fc2_weight = ctx.saved_tensors
         change_x, change_w1, change_b1, change_w2, change_b2 = tangents[:5]
         # Not the saved one: a backward through this rule has to see what hidden depends on.
@@ -201,30 +183,4 @@ class _GeluMlpWithTangent(_GeluMlp):
         return result if change_b2 is None else result + change_b2, None
 
 
-def _check(x: Tensor, parameters: dict[str, Tensor]) -> None:
-    fc1_weight, fc2_weight = parameters["fc1_weight"], parameters["fc2_weight"]
-    if x.dim() == 0:
-        raise UserError("gelu_mlp: x must be [..., D], not a number")
-    for name, tensor in parameters.items():
-        if tensor.dim() != (2 if name.endswith("weight") else 1):
-            raise UserError(f"gelu_mlp: {name} must be a {'matrix' if name.endswith('weight') else 'vector'}")
-    hidden = fc1_weight.shape[0]
-    expected = {
-        "fc1_weight": (hidden, x.shape[-1]),
-        "fc1_bias": (hidden,),
-        "fc2_weight": (fc2_weight.shape[0], hidden),
-        "fc2_bias": (fc2_weight.shape[0],),
-    }
-    for name, tensor in parameters.items():
-        if tuple(tensor.shape) != expected[name]:
-            raise UserError(
-                f"gelu_mlp: {name} must be {expected[name]} for x {tuple(x.shape)} and {hidden} hidden channels, not "
-                f"{tuple(tensor.shape)}"
-            )
-    for name, tensor in {"x": x, **parameters}.items():
-        if tensor.dtype not in _FLOATS:
-            raise UserError(f"gelu_mlp: {name} must be fp32, bf16, fp16 or fp64, not {tensor.dtype}")
-        if tensor.device != x.device:
-            raise UserError(f"gelu_mlp: {name} is on {tensor.device}, x on {x.device}; move them to one device")
-        if name != "x" and tensor.dtype != fc1_weight.dtype:
-            raise UserError(f"gelu_mlp: {name} is {tensor.dtype}, fc1_weight {fc1_weight.dtype}; give them one dtype")
+_recompute = differentiable(_GeluMlp, "gelu_mlp")

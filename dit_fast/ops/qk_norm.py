@@ -5,21 +5,25 @@ gradient of the projection is written once, values included: split by autograd, 
 Nothing is saved besides the projection and the weights; statistics are taken again.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_fast import kernels
-from dit_fast.backend import Implementation, choose, register
 from dit_fast.errors import UserError
-from dit_fast.ops import _library
-from dit_fast.ops._arguments import require_settings, require_tensors
+from dit_fast.ops._op import Op, define, differentiable, rows, triton, wide
 from dit_fast.ops.layer_norm import layer_norm
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-register("qk_norm", Implementation("triton", kernels.devices(), kernels.unavailable))
+def _refuses(qkv: Tensor, num_heads: int) -> Sequence[str]:
+    from dit_fast.kernels import qk_norm as kernel
+
+    return kernel.supports(qkv, num_heads)
+
+
+# C: the width of a head
+OP = Op("qk_norm", "qkv[N, T, 3HC] q_weight[C] q_bias[C] k_weight[C] k_bias[C]", triton(_refuses))
 
 
 def qk_norm(
@@ -42,33 +46,18 @@ def qk_norm(
     Raises UserError for shapes, dtypes or devices that do not fit, ConfigError for a backend that is unknown or cannot
     take these tensors.
     """
-    parameters = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
-    require_tensors("qk_norm", qkv=qkv, **parameters)
-    require_settings("qk_norm", backend, eps)
-    _check(qkv, num_heads, parameters)
-    if qkv.stride(-1) != 1:
-        qkv = qkv.contiguous()
-    # Compiled code is tied to no implementation: there the op chooses when it runs.
-    compiling = torch.compiler.is_compiling()
-    if backend == "torch" or (not compiling and _choose(qkv, num_heads, backend) == "torch"):
-        parts = _reference(qkv, num_heads, q_weight, q_bias, k_weight, k_bias, eps)
+    if not isinstance(num_heads, int) or isinstance(num_heads, bool) or num_heads < 1:
+        raise UserError(f"qk_norm: num_heads must be an integer of at least 1, not {num_heads!r}")
+    OP.check(
+        backend, eps, {"H": num_heads}, qkv=qkv, q_weight=q_weight, q_bias=q_bias, k_weight=k_weight, k_bias=k_bias
+    )
+    qkv = rows(qkv)
+    chosen = OP.choose(backend, qkv.device, qkv, num_heads)
+    if chosen == "torch":
+        query, key, value = _reference(qkv, num_heads, q_weight, q_bias, k_weight, k_bias, eps)
     else:
-        parts = (_QkNorm if compiling else _QkNormWithTangent).apply(
-            qkv, num_heads, q_weight, q_bias, k_weight, k_bias, eps, backend
-        )
-    query, key, value = parts
+        query, key, value = _fused(qkv, num_heads, q_weight, q_bias, k_weight, k_bias, eps, chosen)
     return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-
-
-def supports(qkv: Tensor, num_heads: int) -> list[str]:
-    """Reasons why the Triton kernels cannot take qkv [N, T, 3 * H * d]; empty if they can."""
-    from dit_fast.kernels import qk_norm as kernel
-
-    return kernel.supports(qkv, num_heads)
-
-
-def _choose(qkv: Tensor, num_heads: int, backend: str) -> str:
-    return choose("qk_norm", backend, qkv.device.type, lambda _: supports(qkv, num_heads))
 
 
 def _heads(qkv: Tensor, num_heads: int) -> Tensor:
@@ -80,10 +69,10 @@ def _reference(
     qkv: Tensor, num_heads: int, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor, k_bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value = _heads(qkv, num_heads).unbind(2)
-    wide = torch.promote_types(qkv.dtype, torch.float32)
+    dtype = wide(qkv)
 
     def normalise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return layer_norm(x.to(wide), eps, weight.to(wide), bias.to(wide)).to(qkv.dtype)
+        return layer_norm(x.to(dtype), eps, weight.to(dtype), bias.to(dtype)).to(qkv.dtype)
 
     return normalise(query, q_weight, q_bias), normalise(key, k_weight, k_bias), value
 
@@ -98,7 +87,7 @@ def _forward(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    if _choose(qkv, num_heads, backend) == "triton" and qkv.numel():
+    if backend == "triton" and qkv.numel():
         from dit_fast.kernels import qk_norm as kernel
 
         q_weight, q_bias, k_weight, k_bias = (x.contiguous() for x in (q_weight, q_bias, k_weight, k_bias))
@@ -120,23 +109,22 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     heads = grad_query.shape[2]
-    if _choose(qkv, heads, backend) == "triton" and qkv.numel():
+    if backend == "triton" and qkv.numel():
         from dit_fast.kernels import qk_norm as kernel
 
-        grads = [x if x.stride(-1) == 1 else x.contiguous() for x in (grad_query, grad_key, grad_value)]
+        grads = [rows(x) for x in (grad_query, grad_key, grad_value)]
         weights = q_weight.contiguous(), k_weight.contiguous()
         grad_qkv, grad_parameters = kernel.backward(*grads, qkv, *weights, eps, need_input, need_parameters)
         empty = qkv.new_empty(0)
         return empty if grad_qkv is None else grad_qkv, empty.float() if grad_parameters is None else grad_parameters
     grad_qkv, grad_parameters = _empty_gradients(qkv, heads, need_input, need_parameters)
-    wide = torch.promote_types(qkv.dtype, torch.float32)
-    parts = _heads(qkv, heads).unbind(2)
+    parts, dtype = _heads(qkv, heads).unbind(2), wide(qkv)
     for part, (grad, weight) in enumerate(((grad_query, q_weight), (grad_key, k_weight))):
-        x, scale = parts[part].to(wide), weight.to(wide)
+        x, scale = parts[part].to(dtype), weight.to(dtype)
         _, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
         needs = [need_input, need_parameters, need_parameters]
         found = torch.ops.aten.native_layer_norm_backward(
-            grad.to(wide), x, x.shape[-1:], mean, rstd, scale, scale, needs
+            grad.to(dtype), x, x.shape[-1:], mean, rstd, scale, scale, needs
         )
         if need_input:
             _heads(grad_qkv, heads)[:, :, part] = found[0]
@@ -148,10 +136,10 @@ def _backward(
 
 
 def _empty_gradients(qkv: Tensor, heads: int, need_input: bool, need_parameters: bool) -> tuple[Tensor, Tensor]:
-    width, wide = qkv.shape[-1] // (3 * heads), torch.promote_types(qkv.dtype, torch.float32)
+    width = qkv.shape[-1] // (3 * heads)
     return (
         qkv.new_empty(qkv.shape if need_input else (0,)),
-        qkv.new_empty((4, width) if need_parameters else (0,), dtype=wide),
+        qkv.new_empty((4, width) if need_parameters else (0,), dtype=wide(qkv)),
     )
 
 
@@ -160,13 +148,13 @@ def _empty_outputs(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     return qkv.new_empty(shape), qkv.new_empty(shape)
 
 
-forward_op = _library.define(
+forward_op = define(
     "qk_norm_forward(Tensor qkv, int num_heads, Tensor q_weight, Tensor q_bias, Tensor k_weight, Tensor k_bias, "
     "float eps, str backend) -> (Tensor, Tensor)",
     _forward,
     lambda qkv, num_heads, q_weight, q_bias, k_weight, k_bias, eps, backend: _empty_outputs(qkv, num_heads),
 )
-backward_op = _library.define(
+backward_op = define(
     "qk_norm_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor qkv, Tensor q_weight, "
     "Tensor k_weight, float eps, bool need_input, bool need_parameters, str backend) -> (Tensor, Tensor)",
     _backward,
@@ -201,7 +189,6 @@ class _QkNorm(torch.autograd.Function):
         ctx.save_for_forward(qkv, q_weight, k_weight)
 
     @staticmethod
-    @_library.once_differentiable("qk_norm")
     def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
         grad_qkv, grad_parameters = backward_op(
@@ -213,46 +200,25 @@ class _QkNorm(torch.autograd.Function):
         ]
         return grad_qkv if needs[0] else None, None, *parameters, None, None
 
-
-class _QkNormWithTangent(_QkNorm):
-    """The same with a forward-mode rule in plain tensor operations; the compiler refuses functions that have one."""
-
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor | None, _: None, *tangents: Any) -> tuple[Tensor, Tensor, Tensor]:
-        _library.once_in_forward_mode("qk_norm")
         qkv, q_weight, k_weight = ctx.saved_tensors
         tangent = torch.zeros_like(qkv) if tangent is None else tangent
-        wide = torch.promote_types(qkv.dtype, torch.float32)
-        parts = _heads(qkv, ctx.num_heads).unbind(2)
+        parts, dtype = _heads(qkv, ctx.num_heads).unbind(2), wide(qkv)
         changes = _heads(tangent, ctx.num_heads).unbind(2)
         results = []
         for part, weight in enumerate((q_weight, k_weight)):
-            x, change = parts[part].to(wide), changes[part].to(wide)
+            x, change = parts[part].to(dtype), changes[part].to(dtype)
             rstd = (x.var(-1, correction=0, keepdim=True) + ctx.eps).rsqrt()
             unit = (x - x.mean(-1, keepdim=True)) * rstd
             turned = change - change.mean(-1, keepdim=True) - unit * (change * unit).mean(-1, keepdim=True)
-            result = turned * rstd * weight.to(wide)
+            result = turned * rstd * weight.to(dtype)
             if tangents[2 * part] is not None:
-                result = result + unit * tangents[2 * part].to(wide)
+                result = result + unit * tangents[2 * part].to(dtype)
             if tangents[2 * part + 1] is not None:
-                result = result + tangents[2 * part + 1].to(wide)
+                result = result + tangents[2 * part + 1].to(dtype)
             results.append(result.to(qkv.dtype))
         return results[0], results[1], changes[2]
 
 
-def _check(qkv: Tensor, num_heads: int, parameters: dict[str, Tensor]) -> None:
-    if not isinstance(num_heads, int) or isinstance(num_heads, bool):
-        raise UserError(f"qk_norm: num_heads must be an integer, not {type(num_heads).__name__}")
-    if qkv.dim() != 3 or num_heads < 1 or qkv.shape[-1] % (3 * num_heads) or not qkv.shape[-1]:
-        raise UserError(
-            f"qk_norm: qkv must be [N, T, 3 * {num_heads} * d] for {num_heads} heads, not {tuple(qkv.shape)}"
-        )
-    width = qkv.shape[-1] // (3 * num_heads)
-    for name, tensor in parameters.items():
-        if tuple(tensor.shape) != (width,):
-            raise UserError(f"qk_norm: {name} must be ({width},), the width of a head, not {tuple(tensor.shape)}")
-    for name, tensor in {"qkv": qkv, **parameters}.items():
-        if tensor.dtype not in _FLOATS:
-            raise UserError(f"qk_norm: {name} must be fp32, bf16, fp16 or fp64, not {tensor.dtype}")
-        if tensor.device != qkv.device:
-            raise UserError(f"qk_norm: {name} is on {tensor.device}, qkv on {qkv.device}; move them to one device")
+_fused = differentiable(_QkNorm, "qk_norm")

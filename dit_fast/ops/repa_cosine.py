@@ -8,21 +8,25 @@ without the second term where a norm is at its floor, a constant. The fused forw
 12 bytes per token; the backward reads both tensors once and writes each gradient that is needed once.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dit_fast import kernels
-from dit_fast.backend import Implementation, choose, register
-from dit_fast.errors import UserError
-from dit_fast.ops import _library
-from dit_fast.ops._arguments import require_settings, require_tensors
+from dit_fast.ops._op import Op, define, differentiable, rows, spread, triton, wide
 
 EPS = 1e-12
 
-register("repa_cosine", Implementation("triton", kernels.devices(), kernels.unavailable))
+
+def _refuses(prediction: Tensor, target: Tensor) -> Sequence[str]:
+    from dit_fast.kernels import repa_cosine as kernel
+
+    return kernel.supports(prediction, target)
+
+
+OP = Op("repa_cosine", "prediction[N, T, Z] target[N, T, Z]", triton(_refuses), nonempty=True)
 
 
 def repa_cosine(prediction: Tensor, target: Tensor, backend: str = "auto") -> Tensor:
@@ -34,34 +38,16 @@ def repa_cosine(prediction: Tensor, target: Tensor, backend: str = "auto") -> Te
     derivative. Raises UserError for shapes, dtypes or devices that do not
     fit and for empty tensors, ConfigError for a backend that is unknown or cannot run.
     """
-    require_tensors("repa_cosine", prediction=prediction, target=target)
-    require_settings("repa_cosine", backend)
-    _check(prediction, target)
-    # Compiled code is tied to no implementation: there the op chooses when it runs.
-    if backend == "torch" or (not torch.compiler.is_compiling() and _choose(prediction, target, backend) == "torch"):
+    OP.check(backend, prediction=prediction, target=target)
+    chosen = OP.choose(backend, prediction.device, prediction, target)
+    if chosen == "torch":
         return _reference(prediction, target)
-    function = _Cosine if torch.compiler.is_compiling() else _CosineWithTangent
-    return function.apply(prediction.flatten(0, 1), target.flatten(0, 1), backend)[0]
-
-
-def supports(prediction: Tensor, target: Tensor, backend: str = "triton") -> list[str]:
-    """Reasons why the fused implementation cannot take these tensors [..., Z]; empty if it can."""
-    from dit_fast.kernels import repa_cosine as kernel
-
-    return kernel.supports(prediction, target)
-
-
-def _choose(prediction: Tensor, target: Tensor, backend: str) -> str:
-    return choose("repa_cosine", backend, prediction.device.type, lambda name: supports(prediction, target, name))
-
-
-def _wide(prediction: Tensor, target: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
+    return _fused(prediction.flatten(0, 1), target.flatten(0, 1), chosen)[0]
 
 
 def _reference(prediction: Tensor, target: Tensor) -> Tensor:
-    wide = _wide(prediction, target)
-    return -(F.normalize(prediction.to(wide), dim=-1) * F.normalize(target.to(wide), dim=-1)).sum(-1).mean()
+    dtype = wide(prediction, target)
+    return -(F.normalize(prediction.to(dtype), dim=-1) * F.normalize(target.to(dtype), dim=-1)).sum(-1).mean()
 
 
 def _inverse_norm(x: Tensor) -> Tensor:
@@ -75,7 +61,7 @@ def _turn(own: Tensor, other: Tensor, inverse: Tensor, cosine: Tensor) -> Tensor
 
 
 def _torch_forward(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    p, q = (x.to(_wide(prediction, target)) for x in (prediction, target))
+    p, q = (x.to(wide(prediction, target)) for x in (prediction, target))
     r, s = _inverse_norm(p), _inverse_norm(q)
     cosine = ((p * r[:, None]) * (q * s[:, None])).sum(1)
     return -cosine.mean(), torch.stack([r, s, cosine])
@@ -93,33 +79,29 @@ def _torch_backward(
     )
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _forward(prediction: Tensor, target: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    if _choose(prediction, target, backend) == "triton":
+    if backend == "triton":
         from dit_fast.kernels import repa_cosine as kernel
 
-        return kernel.forward(_rows(prediction), _rows(target))
+        return kernel.forward(rows(prediction), rows(target))
     return _torch_forward(prediction, target)
 
 
 def _backward(
     upstream: Tensor, prediction: Tensor, target: Tensor, saved: Tensor, needs: list[bool], backend: str
 ) -> list[Tensor]:
-    if _choose(prediction, target, backend) == "triton":
+    if backend == "triton":
         from dit_fast.kernels import repa_cosine as kernel
 
-        grads = kernel.backward(upstream, _rows(prediction), _rows(target), saved, (needs[0], needs[1]))
+        grads = kernel.backward(upstream, rows(prediction), rows(target), saved, (needs[0], needs[1]))
     else:
         grads = _torch_backward(upstream, prediction, target, saved, needs)
     return [grad for grad in grads if grad is not None]
 
 
 def _fake_forward(prediction: Tensor, target: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    wide = _wide(prediction, target)
-    return prediction.new_empty((), dtype=wide), prediction.new_empty((3, len(prediction)), dtype=wide)
+    dtype = wide(prediction, target)
+    return prediction.new_empty((), dtype=dtype), prediction.new_empty((3, len(prediction)), dtype=dtype)
 
 
 def _fake_backward(
@@ -129,10 +111,10 @@ def _fake_backward(
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x, needed in pairs if needed]
 
 
-forward_op = _library.define(
+forward_op = define(
     "repa_cosine_forward(Tensor prediction, Tensor target, str backend) -> (Tensor, Tensor)", _forward, _fake_forward
 )
-backward_op = _library.define(
+backward_op = define(
     "repa_cosine_backward(Tensor upstream, Tensor prediction, Tensor target, Tensor saved, bool[] needs, str backend)"
     " -> Tensor[]",
     _backward,
@@ -156,21 +138,14 @@ class _Cosine(torch.autograd.Function):
         ctx.save_for_forward(prediction, target)
 
     @staticmethod
-    @_library.once_differentiable("repa_cosine")
-    def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return None, None, None
         needs = list(ctx.needs_input_grad[:2])
-        grads = iter(backward_op(upstream, *ctx.saved_tensors, needs, ctx.backend))
-        return next(grads) if needs[0] else None, next(grads) if needs[1] else None, None
-
-
-class _CosineWithTangent(_Cosine):
-    """The same with a forward-mode rule in plain tensor operations; the compiler refuses functions that have one."""
+        return spread(backward_op(upstream, *ctx.saved_tensors, needs, ctx.backend), needs, 3)
 
     @staticmethod
     def jvp(ctx: Any, prediction: Tensor | None, target: Tensor | None, _: None) -> tuple[Tensor, None]:
-        _library.once_in_forward_mode("repa_cosine")
         p, q = ctx.saved_tensors
         # Not the saved norms: a backward through this rule has to see what they depend on.
         r, s, cosine = _torch_forward(p, q)[1]
@@ -183,18 +158,4 @@ class _CosineWithTangent(_Cosine):
         return -change.mean(), None
 
 
-def _check(prediction: Tensor, target: Tensor) -> None:
-    if prediction.dim() != 3 or prediction.shape != target.shape:
-        raise UserError(
-            f"repa_cosine: prediction and target must be of one shape [N, T, Z], "
-            f"not {list(prediction.shape)} and {list(target.shape)}"
-        )
-    if not prediction.numel():
-        raise UserError(f"repa_cosine: no tokens to average over in {list(prediction.shape)}")
-    for name, x in (("prediction", prediction), ("target", target)):
-        if not x.is_floating_point():
-            raise UserError(f"repa_cosine: {name} must be floating point, not {x.dtype}")
-    if target.device != prediction.device:
-        raise UserError(
-            f"repa_cosine: target is on {target.device}, prediction on {prediction.device}; move them to one device"
-        )
+_fused = differentiable(_Cosine, "repa_cosine")

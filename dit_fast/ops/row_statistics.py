@@ -4,18 +4,13 @@ Both are of the row as it is stored, after rounding, and two rows' statistics jo
 and LeVeque 1983), so the long skip needs no pass over its inputs when their producers know them.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from dit_fast import kernels
-from dit_fast.backend import Implementation, choose, register
 from dit_fast.errors import UserError
-from dit_fast.ops import _library
-from dit_fast.ops._arguments import require_settings, require_tensors
-
-register("row_statistics", Implementation("triton", kernels.devices(), kernels.unavailable))
+from dit_fast.ops._op import Op, define, require_tensor, rows, triton, wide
 
 
 class RowStatistics(NamedTuple):
@@ -25,40 +20,50 @@ class RowStatistics(NamedTuple):
     variance: Tensor
 
 
+def _refuses(x: Tensor) -> Sequence[str]:
+    from dit_fast.kernels import row_statistics as kernel
+
+    return kernel.supports(x)
+
+
+OP = Op("row_statistics", "x[..., D]", triton(_refuses))
+
+
 def row_statistics(x: Tensor, backend: str = "auto") -> RowStatistics:
     """Statistics of the rows of x [..., D], floating point, taken in two passes in float32 (float64 for float64).
 
     They carry no gradient. Raises UserError for an x without a last dimension or not of floating point, ConfigError for
     an unknown backend or one that cannot take x.
     """
-    require_tensors("row_statistics", x=x)
-    require_settings("row_statistics", backend)
-    if x.dim() == 0 or x.shape[-1] == 0 or not x.is_floating_point():
-        raise UserError(f"row_statistics: x must be floating point [..., D], not {x.dtype} {tuple(x.shape)}")
-    mean, variance = op(x.detach().reshape(-1, x.shape[-1]), backend)
+    OP.check(backend, x=x)
+    flat = rows(x.detach().reshape(-1, x.shape[-1]))
+    mean, variance = row_statistics_op(flat, OP.choose(backend, x.device, flat))
     return RowStatistics(mean.view(x.shape[:-1]), variance.view(x.shape[:-1]))
 
 
-def supports(x: Tensor) -> list[str]:
-    """Reasons why the Triton kernel cannot take these rows [M, D]; empty if it can."""
-    from dit_fast.kernels import row_statistics as kernel
-
-    return kernel.supports(x)
-
-
-def of_rows(x: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """mean and variance [M] of rows [M, D]; what the op runs, for other ops' implementations."""
-    x = _rows(x)
-    if choose("row_statistics", backend, x.device.type, lambda name: supports(x)) == "triton":
+def _run(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
         from dit_fast.kernels import row_statistics as kernel
 
         return kernel.row_statistics(x)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.to(wide(x))
     first = x.mean(1)
     centred = x - first[:, None]
     # What the first mean lost to rounding, where it is much larger than the deviations.
     rest = centred.mean(1)
     return first + rest, centred.square_().mean(1) - rest.square()
+
+
+def _fake(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[:1], dtype=wide(x)), x.new_empty(x.shape[:1], dtype=wide(x))
+
+
+row_statistics_op = define("row_statistics(Tensor x, str backend) -> (Tensor, Tensor)", _run, _fake)
+
+
+def of_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """mean and variance [M] of rows [M, D] inside another op's implementation."""
+    return _run(x, OP.choose("auto", x.device, x))
 
 
 def join(x: tuple[Tensor, Tensor], skip: tuple[Tensor, Tensor], eps: float) -> tuple[Tensor, Tensor]:
@@ -69,13 +74,20 @@ def join(x: tuple[Tensor, Tensor], skip: tuple[Tensor, Tensor], eps: float) -> t
     return mean_s + half_gap, (variance + eps).rsqrt()
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
+def known(op: str, name: str, stats: Any, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """mean and variance [...] without gradient of what a caller gives as the statistics of x [..., D]; None for None.
 
-
-def _fake(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(x.shape[:1], dtype=wide), x.new_empty(x.shape[:1], dtype=wide)
-
-
-op = _library.define("row_statistics(Tensor x, str backend) -> (Tensor, Tensor)", of_rows, _fake)
+    Raises UserError naming what is not as `row_statistics` would return it.
+    """
+    if stats is None:
+        return None
+    if not isinstance(stats, tuple) or len(stats) != 2:
+        raise UserError(f"{op}: {name} must be what row_statistics returns, not {type(stats).__name__}")
+    for field, value in zip(RowStatistics._fields, stats, strict=True):
+        require_tensor(op, f"{name}.{field}", value)
+        if value.shape != x.shape[:-1] or value.dtype != wide(x) or value.device != x.device:
+            raise UserError(
+                f"{op}: {name}.{field} must be {wide(x)} {list(x.shape[:-1])} on {x.device}, not {value.dtype} "
+                f"{list(value.shape)} on {value.device}; take it from row_statistics"
+            )
+    return stats[0].detach(), stats[1].detach()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from dit_fast.ops.autocast import autocast_dtype
+from dit_fast.ops.autocast import autocast_dtype, linear_dtype
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
@@ -140,7 +140,7 @@ def one_dtype(x: Tensor, *weights: Tensor) -> bool:
 def modulated_dtype(x: Tensor, shift: Tensor) -> torch.dtype:
     """The dtype in which the linear map after a norm of x that shift modulates runs."""
     wide = torch.promote_types(x.dtype, shift.dtype)
-    return wide if x.dtype == torch.float64 else autocast_dtype(x) or wide
+    return linear_dtype(x, wide)
 
 
 def widened(x: Tensor, *added: Tensor) -> Tensor:

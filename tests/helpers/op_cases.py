@@ -3,10 +3,9 @@
 import torch
 
 from dit_fast import ops
-from dit_fast.ops import adaln_op, flow_op
-from dit_fast.ops.gelu_mlp import _GeluMlpWithTangent
-from dit_fast.ops.qk_norm import _QkNormWithTangent
-from dit_fast.ops.repa_cosine import _CosineWithTangent
+from dit_fast.ops import adaln, diversity_op, flow
+from dit_fast.ops.qk_norm import _fused as fused_qk_norm
+from dit_fast.ops.repa_cosine import _fused as fused_cosine
 
 N, T, D = 2, 3, 4
 STREAM, VECTOR = (N, T, D), (N, D)
@@ -18,6 +17,10 @@ def tapped(*features, backend="auto"):
     for feature in features:
         taps.tap(feature)
     return taps.loss().total
+
+
+def flattened(features):
+    return [feature.flatten(0, 1) for feature in features]
 
 
 def stats_flat(*features):
@@ -53,18 +56,16 @@ REFERENCES = {
 }
 # What carries the kernels' gradients and tangents; in float64 plain torch stands where the kernels are called.
 FUSED = {
-    "layer_norm_modulate": lambda x, shift, scale: adaln_op.apply(
-        "layer_norm_modulate", x, None, None, shift, scale, None, 1e-6, x.dtype, True, "auto"
+    "layer_norm_modulate": lambda x, shift, scale: adaln._fused(
+        x, None, None, shift, scale, None, None, 1e-6, x.dtype, True, "torch"
     )[1],
-    "gate_residual_modulate": lambda *x: torch.cat(
-        adaln_op.apply("gate_residual_modulate", *x, None, 1e-6, x[0].dtype, True, "auto")[:2]
-    ),
+    "gate_residual_modulate": lambda *x: torch.cat(adaln._fused(*x, None, None, 1e-6, x[0].dtype, True, "torch")[:2]),
     "long_skip": lambda *x: ops.long_skip(*x, backend="gemm"),
-    "qk_norm": lambda qkv, *x: torch.cat(_QkNormWithTangent.apply(qkv, 2, *x, 1e-5, "auto")).transpose(1, 2),
-    "gelu_mlp": lambda x, *w: _GeluMlpWithTangent.apply(x.flatten(0, 1), *w, True, "auto")[0].view(STREAM),
-    "repa_cosine": lambda p, q: _CosineWithTangent.apply(p.flatten(0, 1), q.flatten(0, 1), "auto")[0],
-    "flow_error": lambda p, x: flow_op.error(p.flatten(1), x.flatten(1), TIMES, POSITIONS, 7, "linear", "auto"),
-    "diversity_loss": lambda *x: ops.diversity_loss(x).total,
+    "qk_norm": lambda qkv, *x: torch.cat(fused_qk_norm(qkv, 2, *x, 1e-5, "torch")).transpose(1, 2),
+    "gelu_mlp": lambda *x: ops.gelu_mlp(*x, backend="recompute"),
+    "repa_cosine": lambda p, q: fused_cosine(p.flatten(0, 1), q.flatten(0, 1), "torch")[0],
+    "flow_error": lambda p, x: flow._fused_error(p.flatten(1), x.flatten(1), TIMES, POSITIONS, 7, "linear", "torch"),
+    "diversity_stats": lambda *x: torch.cat([y.flatten() for y in diversity_op.statistics("torch", flattened(x))]),
     "diversity_loss taps": tapped,
 }
 

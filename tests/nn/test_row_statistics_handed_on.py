@@ -7,8 +7,8 @@ from dit_fast import _C
 from dit_fast.models import Taps, build_model
 from dit_fast.nn import block as block_file
 from dit_fast.nn.block import Block
-from dit_fast.nn.row_statistics import linear_dtype
 from dit_fast.ops import row_statistics
+from dit_fast.ops.autocast import linear_dtype
 from tests.helpers.golden import assert_close
 
 needs_library = pytest.mark.skipif(_C.unavailable() is not None, reason=f"{_C.unavailable()}")
@@ -54,7 +54,7 @@ def test_they_are_those_of_the_stream_and_change_nothing(wiring, checkpoint, mon
             for ours, expected in zip(stats, row_statistics(feature.double()), strict=True):
                 assert_close(ours, expected, 1e-5)
                 assert not ours.requires_grad
-    monkeypatch.setattr(block_file, "worth_handing_on", lambda x: False)
+    monkeypatch.setattr(block_file, "returns_statistics", lambda x: False)
     without, seen = run(model(wiring, checkpoint_blocks=checkpoint))
     assert all(stats is None for _, stats in seen)
     for ours, expected in zip(with_stats, without, strict=True):
@@ -75,8 +75,8 @@ def test_long_skips_and_norms_believe_them(monkeypatch):
 @pytest.mark.parametrize("residual", ["fp32", "autocast"])
 def test_the_output_dtype_under_autocast_changes_no_bit(residual, monkeypatch):
     narrow, _ = run(model("output", residual_dtype=residual), autocast=True)
-    monkeypatch.setattr(block_file, "linear_dtype", lambda x: x.dtype)
-    monkeypatch.setattr("dit_fast.nn.final_layer.linear_dtype", lambda x: x.dtype)
+    monkeypatch.setattr(block_file, "linear_dtype", lambda x, own: own)
+    monkeypatch.setattr("dit_fast.nn.final_layer.linear_dtype", lambda x, own: own)
     wide, _ = run(model("output", residual_dtype=residual), autocast=True)
     assert torch.equal(narrow[0], wide[0])
     for ours, expected in zip(narrow[1:], wide[1:], strict=True):
@@ -85,7 +85,7 @@ def test_the_output_dtype_under_autocast_changes_no_bit(residual, monkeypatch):
 
 def test_dtype_of_the_next_linear_map():
     x = torch.zeros(1)
-    assert linear_dtype(x) == torch.float32
+    assert linear_dtype(x, x.dtype) == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        assert linear_dtype(x) == torch.bfloat16
-        assert linear_dtype(x.double()) == torch.float64
+        assert linear_dtype(x, x.dtype) == torch.bfloat16
+        assert linear_dtype(x, torch.float64) == torch.float64

@@ -6,7 +6,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dit_fast import _C
 from dit_fast.errors import ConfigError, UserError
-from dit_fast.ops import RowStatistics, adaln_op, row_statistics
+from dit_fast.ops import RowStatistics, adaln, row_statistics
 from dit_fast.ops import gate_residual as residual
 from dit_fast.ops import gate_residual_modulate as fused
 from dit_fast.ops import layer_norm_modulate as modulate
@@ -35,13 +35,13 @@ def outputs_of(result):
     return result if isinstance(result, tuple) else (result,)
 
 
-def through_op(op, backend, stats=None):
+def through_op(op, backend):
     """The op's own path, whatever the backend: the public functions send "torch" to plain autograd."""
 
     def run(*tensors):
         given = dict(zip(SHAPES[op], tensors, strict=True))
         parts = [given.get(name) for name in ("x", "y", "gate", "shift", "scale")]
-        results = adaln_op.apply(NAMES[op], *parts, stats, 1e-6, tensors[0].dtype, True, backend)
+        results = adaln._fused(*parts, None, None, 1e-6, tensors[0].dtype, True, backend)
         return tuple(result for result, name in zip(results, ("y", "shift"), strict=False) if name in given)
 
     return run
@@ -199,28 +199,28 @@ def test_opcheck(op):
         given = dict(zip(SHAPES[op], inputs(op, dtype=dtype), strict=True))
         parts = [given.get(name) for name in ("x", "y", "gate", "shift", "scale")]
         stats = row_statistics(given["x"]) if op is modulate else (None, None)
-        for backend in ("auto", "torch"):
-            torch.library.opcheck(adaln_op.forward_op, (*parts, *stats, 1e-6, dtype, True, NAMES[op], backend))
+        for backend in BACKENDS:
+            torch.library.opcheck(adaln.forward_op, (*parts, *stats, 1e-6, dtype, True, backend))
             normalises = op is not residual
             x = given["x"]
             rest = (x, *parts[1:3], parts[4], *row_statistics(x)) if normalises else (None, *parts[1:3], *(None,) * 3)
             grads = (x if op is not modulate else None, x if normalises else None)
-            arguments = (*grads, *rest, 1e-6, *[dtype] * 4, NAMES[op], backend)
-            torch.library.opcheck(adaln_op.backward_op, arguments)
+            arguments = (*grads, *rest, 1e-6, *[dtype] * 4, backend)
+            torch.library.opcheck(adaln.backward_op, arguments)
 
 
 @ops
-@loop_over("backend", ["auto", "torch"])
+@loop_over("backend", BACKENDS)
 def test_results_of_strided_streams_are_contiguous_as_the_compiler_is_told(op, backend):
     x, y = torch.randn(2, 2, 16, 5).transpose(2, 3).unbind(0)
     gate, shift, scale = torch.randn(3, 2, 16).unbind(0)
     given = {"x": x, "y": y, "gate": gate, "shift": shift, "scale": scale}
     parts = [given[name] if name in SHAPES[op] else None for name in given]
-    results = adaln_op.forward_op(*parts, None, None, 1e-6, x.dtype, True, NAMES[op], backend)
+    results = adaln.forward_op(*parts, None, None, 1e-6, x.dtype, True, backend)
     assert all(result.is_contiguous() for result in results)
     rest = (parts[0], *parts[1:3], parts[4], *results[2:]) if op is not residual else (None, *parts[1:3], *(None,) * 3)
     grads = (None if op is modulate else x, None if op is residual else y)
-    found = adaln_op.backward_op(*grads, *rest, 1e-6, *[x.dtype] * 4, NAMES[op], backend)
+    found = adaln.backward_op(*grads, *rest, 1e-6, *[x.dtype] * 4, backend)
     assert all(grad.is_contiguous() for grad in found)
 
 

@@ -189,9 +189,12 @@ def test_fewer_than_two_blocks_give_zero():
         ({"variant": "code"}, "variant 'code'.*release, paper"),
         ({"scope": "world"}, "scope 'world'.*rank, global"),
         ({"backend": "cuda"}, "backend 'cuda'.*torch"),
-        ({"features": torch.zeros(3, 4, 5)}, "shape"),
-        ({"features": [torch.ones(1, 2, 3), torch.ones(1, 2, 4)]}, r"\[1, 2, 3\], \[1, 2, 4\]"),
-        ({"features": torch.zeros(3, 0, 4, 5)}, "non-empty"),
+        ({"features": torch.zeros(3, 4, 5)}, r"features\[0\] must be \[N, T, D\], not \[4, 5\]"),
+        (
+            {"features": [torch.ones(1, 2, 3), torch.ones(1, 2, 4)]},
+            r"features\[1\] must be \[N, T, D\] = \[1, 2, 3\], not \[1, 2, 4\]",
+        ),
+        ({"features": torch.zeros(3, 0, 4, 5)}, "at least one element"),
     ],
 )
 def test_bad_arguments_are_named(change, message):

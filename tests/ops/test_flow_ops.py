@@ -8,9 +8,8 @@ import torch
 from dit_fast import philox
 from dit_fast.diffusion import Path, velocity_error
 from dit_fast.errors import ConfigError, UserError
-from dit_fast.ops import flow_error, flow_noised, flow_op
-from dit_fast.ops.flow import draws_noise_in_registers
-from dit_fast.ops.flow_op import error_backward_op, error_op, noised_op, supports
+from dit_fast.ops import flow, flow_error, flow_noised
+from dit_fast.ops.flow import draws_noise_in_registers, error_backward_op, error_op, noised_op
 from tests.helpers.cases import loop_over
 from tests.helpers.golden import assert_close
 
@@ -32,15 +31,15 @@ def noise(like, seed=5):
     return philox.normal(seed, POSITIONS, philox.Stream.NOISE, tuple(like.shape[1:]))
 
 
-def error_through_op(prediction, latents, t, positions, seed, path, function=flow_op._Error):
-    """What compiled code runs, and what "auto" runs where a fused implementation can: here, torch behind the op."""
-    key = (t, positions, flow_op._signed(seed), path, "auto")
-    return function.apply(prediction.flatten(1), latents.flatten(1), *key)
+def error_through_op(prediction, latents, t, positions, seed, path):
+    """What compiled code runs, and what "torch" runs where a fused implementation can: here, torch behind the op."""
+    key = (t, positions, flow._signed(seed), path, "torch")
+    return flow._fused_error(prediction.flatten(1), latents.flatten(1), *key)
 
 
-def noised_through_op(latents, t, positions, seed, path, function=flow_op._Noised):
-    key = (t, positions, flow_op._signed(seed), path, "auto")
-    return function.apply(latents.flatten(1), *key).view(latents.shape)
+def noised_through_op(latents, t, positions, seed, path):
+    key = (t, positions, flow._signed(seed), path, "torch")
+    return flow._fused_noised(latents.flatten(1), *key).view(latents.shape)
 
 
 @loop_over("path", PATHS)
@@ -111,7 +110,7 @@ def test_gradients_that_nobody_needs_are_not_computed(loss):
         assert torch.equal(torch.autograd.grad(loss(*inputs, *key("cosine")).sum(), inputs[place])[0], both[place])
     rows = p.flatten(1), x.flatten(1)
     for needs in ([True, True], [False, True], [False, False]):
-        grads = error_backward_op(torch.ones(len(TIMES)), *rows, *key("cosine"), needs, "auto")
+        grads = error_backward_op(torch.ones(len(TIMES)), *rows, *key("cosine"), needs, "torch")
         assert len(grads) == sum(needs)
 
 
@@ -134,7 +133,7 @@ def test_nothing_of_a_samples_size_is_kept_but_the_inputs():
     p.requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        flow_op.error(p.flatten(1), x.flatten(1), *key("linear"), "auto")
+        flow._fused_error(p.flatten(1), x.flatten(1), *key("linear"), "torch")
     large = {tensor.untyped_storage().data_ptr() for tensor in kept if tensor.numel() > len(TIMES)}
     assert large == {p.untyped_storage().data_ptr(), x.untyped_storage().data_ptr()}
 
@@ -142,10 +141,10 @@ def test_nothing_of_a_samples_size_is_kept_but_the_inputs():
 @pytest.mark.parametrize("path", PATHS)
 def test_opcheck(path):
     p, x = (each.flatten(1) for each in make(torch.bfloat16, torch.float32, shape=(2, 3)))
-    torch.library.opcheck(noised_op, (x, *key(path, -3), "auto"))
-    torch.library.opcheck(error_op, (p, x, *key(path), "auto"))
+    torch.library.opcheck(noised_op, (x, *key(path, -3), "torch"))
+    torch.library.opcheck(error_op, (p, x, *key(path), "torch"))
     for needs in ([True, True], [True, False]):
-        torch.library.opcheck(error_backward_op, (torch.ones(len(TIMES)), p, x, *key(path), needs, "auto"))
+        torch.library.opcheck(error_backward_op, (torch.ones(len(TIMES)), p, x, *key(path), needs, "torch"))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
@@ -194,8 +193,8 @@ def test_inside_an_activation_checkpoint(loss):
 def test_both_modes_of_differentiation_in_float64(path):
     p, x = (each.requires_grad_() for each in make(torch.float64, torch.float64, shape=(2, 2)))
     draw = key(path, dtype=torch.float64)
-    error = lambda p, x: error_through_op(p, x, *draw, flow_op._ErrorWithTangent)  # noqa: E731
-    noised = lambda x: noised_through_op(x, *draw, flow_op._NoisedWithTangent)  # noqa: E731
+    error = lambda p, x: error_through_op(p, x, *draw)  # noqa: E731
+    noised = lambda x: noised_through_op(x, *draw)  # noqa: E731
     assert torch.autograd.gradcheck(error, (p, x), check_forward_ad=True)
     assert torch.autograd.gradcheck(error, (p, x.detach()), check_forward_ad=True)
     assert torch.autograd.gradcheck(noised, (x,), check_forward_ad=True)
@@ -214,8 +213,8 @@ def test_forward_mode_over_a_function_whose_primal_is_trained(behind, path):
 
     def loss(x, matrix):
         if behind:
-            noised = noised_through_op(x, *draw, flow_op._NoisedWithTangent)
-            return error_through_op(noised @ matrix, x, *draw, flow_op._ErrorWithTangent).sum()
+            noised = noised_through_op(x, *draw)
+            return error_through_op(noised @ matrix, x, *draw).sum()
         return flow_error(flow_noised(x, *draw) @ matrix, x, *draw).sum()
 
     value, tangent = torch.func.jvp(lambda x: loss(x, matrix), (x,), (direction,))
@@ -230,8 +229,8 @@ def test_forward_mode_over_a_function_whose_primal_is_trained(behind, path):
 def test_times_have_no_tangent_in_the_fused_ops():
     p, x = make(torch.float32, torch.float32)
     for function in (
-        lambda t: error_through_op(p, x, t, POSITIONS, 5, "linear", flow_op._ErrorWithTangent),
-        lambda t: noised_through_op(x, t, POSITIONS, 5, "linear", flow_op._NoisedWithTangent),
+        lambda t: error_through_op(p, x, t, POSITIONS, 5, "linear"),
+        lambda t: noised_through_op(x, t, POSITIONS, 5, "linear"),
     ):
         with pytest.raises(UserError, match="t has no tangent here"):
             torch.func.jvp(function, (TIMES,), (torch.ones_like(TIMES),))
@@ -245,17 +244,20 @@ T, N = torch.zeros(2), torch.arange(2)
     ("call", "message"),
     [
         (lambda: flow_noised(Z, T, N, 0, "cos"), "unknown path 'cos'; valid: linear, cosine"),
-        (lambda: flow_noised(Z, T, N, -1), r"seed -1 is out of range; use 0 <= seed < 2\^64"),
-        (lambda: flow_noised(Z, T, N, 2**64), "seed 18446744073709551616 is out of range"),
+        (lambda: flow_noised(Z, T, N, -1), r"seed must be an integer, 0 <= seed < 2\^64, not -1"),
+        (lambda: flow_noised(Z, T, N, 2**64), r"seed must be an integer, 0 <= seed < 2\^64, not 18446744073709551616"),
         (lambda: flow_noised(Z[:0], T[:0], N[:0], 0), r"at least one element, not \[0, 3, 4, 4\]"),
-        (lambda: flow_noised(Z, T[:1], N, 0), r"t and positions must be \[N\] = \[2\], not \[1\] and \[2\]"),
-        (lambda: flow_noised(Z, T, N[:1], 0), r"not \[2\] and \[1\]"),
+        (lambda: flow_noised(Z, T[:1], N, 0), r"t must be \[N\] = \[2\], not \[1\]"),
+        (lambda: flow_noised(Z, T, N[:1], 0), r"positions must be \[N\] = \[2\], not \[1\]"),
         (lambda: flow_noised(Z, T, N.int(), 0), r"positions must be int64, not torch\.int32"),
         (lambda: flow_noised(Z.long(), T, N, 0), "latents must be floating point"),
         (lambda: flow_noised(Z, N, N, 0), "t must be floating point"),
         (lambda: flow_noised(Z, T, N.to("meta"), 0), "positions is on meta, latents on cpu"),
         (lambda: flow_noised(Z, T.clone().requires_grad_(), N, 0), r"t gets no gradient; pass t\.detach\(\)"),
-        (lambda: flow_error(Z[:, :2], Z, T, N, 0), r"prediction \[2, 2, 4, 4\] must have the shape of latents"),
+        (
+            lambda: flow_error(Z[:, :2], Z, T, N, 0),
+            r"prediction must be \[N, ...\] = \[2, 3, 4, 4\], not",
+        ),
         (lambda: flow_error(Z.long(), Z, T, N, 0), "prediction must be floating point"),
         (lambda: flow_error(Z.to("meta"), Z, T, N, 0), "prediction is on meta, latents on cpu"),
     ],
@@ -276,9 +278,3 @@ def test_backends_that_cannot_run_say_why():
             call("cuda")
         with pytest.raises(ConfigError, match=r"'triton' cannot run: made for cuda tensors, not cpu"):
             call("triton")
-
-
-def test_supports_gives_reasons():
-    pytest.importorskip("triton")
-    reasons = supports(prediction=Z.double(), latents=Z)
-    assert reasons[0] == "prediction is torch.float64, not float32, bfloat16 or float16"

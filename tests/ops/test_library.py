@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dit_fast import ops, philox
-from dit_fast.ops import diversity_op, long_skip_op
+from dit_fast.ops import diversity_op
+from dit_fast.ops.long_skip import forward_op as long_skip_forward
 from tests.helpers.cases import loop_over
 from tests.helpers.op_cases import FUSED, REFERENCES, inputs
 
@@ -26,43 +27,43 @@ def parameters():
 
 def long_skip_backward():
     with torch.no_grad():
-        saved = long_skip_op.forward_op(new(5, 8), new(5, 8), *parameters(), [None] * 4, 1e-6, F32, "gemm")
+        saved = long_skip_forward(new(5, 8), new(5, 8), *parameters(), [None] * 4, 1e-6, F32, "gemm")
     saved = [x.requires_grad_() for x in saved]
     return new(5, 8), *saved, new(5, 8), new(5, 8), *parameters(), "gemm", [True] * 6
 
 
 def diversity_backward():
     with torch.no_grad():
-        norms = diversity_op.forward_op([new(6, 8), new(6, 8)], False, "auto")[2]
-    return [new(6, 8), new(6, 8)], norms.requires_grad_(), new(3, 2, 8), new(2, 2), [], [0, 1], "auto"
+        norms = diversity_op.forward_op([new(6, 8), new(6, 8)], False, "torch")[2]
+    return [new(6, 8), new(6, 8)], norms.requires_grad_(), new(3, 2, 8), new(2, 2), [], [0, 1], "torch"
 
 
-STREAM, VECTOR, MODULATED = (2, 3, 8), (2, 8), ("gate_residual_modulate", "auto")
+STREAM, VECTOR = (2, 3, 8), (2, 8)
 ARGUMENTS = {
     "adaln_forward": lambda: (
-        new(*STREAM), new(*STREAM), new(*VECTOR), new(*VECTOR), new(*VECTOR), None, None, 1e-6, F32, True, *MODULATED
+        new(*STREAM), new(*STREAM), new(*VECTOR), new(*VECTOR), new(*VECTOR), None, None, 1e-6, F32, True, "torch"
     ),
     "adaln_backward": lambda: (
         *(new(*STREAM) for _ in range(4)), new(*VECTOR), new(*VECTOR), new(2, 3), torch.ones(2, 3).requires_grad_(),
-        1e-6, F32, F32, F32, F32, *MODULATED,
+        1e-6, F32, F32, F32, F32, "torch",
     ),
-    "diversity_forward": lambda: ([new(6, 8), new(6, 8)], True, "auto"),
+    "diversity_forward": lambda: ([new(6, 8), new(6, 8)], True, "torch"),
     "diversity_backward": diversity_backward,
-    "flow_noised": lambda: (new(4, 8), TIMES, POSITIONS, 3, "linear", "auto"),
-    "flow_error": lambda: (new(4, 8), new(4, 8), TIMES, POSITIONS, 3, "linear", "auto"),
+    "flow_noised": lambda: (new(4, 8), TIMES, POSITIONS, 3, "linear", "torch"),
+    "flow_error": lambda: (new(4, 8), new(4, 8), TIMES, POSITIONS, 3, "linear", "torch"),
     "flow_error_backward": lambda: (
-        new(4), new(4, 8), new(4, 8), TIMES, POSITIONS, 3, "linear", [True, True], "auto"
+        new(4), new(4, 8), new(4, 8), TIMES, POSITIONS, 3, "linear", [True, True], "torch"
     ),
     "gelu_backward": lambda: (new(5, 8), new(5, 8), True, True, "recompute"),
     "long_skip_forward": lambda: (new(5, 8), new(5, 8), *parameters(), [None] * 4, 1e-6, F32, "gemm"),
     "long_skip_backward": long_skip_backward,
-    "qk_norm_forward": lambda: (new(2, 3, 24), 2, *(new(4) for _ in range(4)), 1e-5, "auto"),
+    "qk_norm_forward": lambda: (new(2, 3, 24), 2, *(new(4) for _ in range(4)), 1e-5, "torch"),
     "qk_norm_backward": lambda: (
-        *(new(2, 3, 2, 4) for _ in range(3)), new(2, 3, 24), new(4), new(4), 1e-5, True, True, "auto"
+        *(new(2, 3, 2, 4) for _ in range(3)), new(2, 3, 24), new(4), new(4), 1e-5, True, True, "torch"
     ),
-    "repa_cosine_forward": lambda: (new(5, 8), new(5, 8), "auto"),
-    "repa_cosine_backward": lambda: (new(), new(5, 8), new(5, 8), new(3, 5), [True, True], "auto"),
-    "row_statistics": lambda: (new(5, 8), "auto"),
+    "repa_cosine_forward": lambda: (new(5, 8), new(5, 8), "torch"),
+    "repa_cosine_backward": lambda: (new(), new(5, 8), new(5, 8), new(3, 5), [True, True], "torch"),
+    "row_statistics": lambda: (new(5, 8), "torch"),
 }  # fmt: skip
 
 
@@ -99,21 +100,22 @@ def test_kernels_are_launched_inside_ops_alone():
     """Nothing but an op's implementation calls a launcher; elsewhere a module of kernels only says what it supports."""
     root = Path(ops.__file__).parents[1]
     loose = []
-    for path in sorted(root.rglob("*.py")):
-        tree, source = ast.parse(path.read_text()), path.read_text()
-        registered = {
-            ast.unparse(argument)
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "_library.define"
-            for argument in node.args
-        }
+    trees = {path: ast.parse(path.read_text()) for path in sorted(root.rglob("*.py"))}
+    registered = {
+        name if "." in (name := ast.unparse(argument)) else f"{path.stem}.{name}"
+        for path, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "define"
+        for argument in node.args
+    }
+    for path, tree in trees.items():
         for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
             body = ast.unparse(function)
             imports = re.search(r"from dit_fast\.kernels import (\w+)(?: as (\w+))?", body)
-            if imports and function.name not in registered:
+            if imports and f"{path.stem}.{function.name}" not in registered:
                 used = set(re.findall(rf"\b{imports[2] or imports[1]}\.(\w+)", body))
                 loose += [f"{path.name}:{function.name} {name}" for name in used - {"supports"}]
-        assert path.parent.name in ("ops", "kernels") or "dit_fast.kernels import" not in source, path
+        assert path.parent.name in ("ops", "kernels") or "dit_fast.kernels import" not in path.read_text(), path
     assert not loose
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dit_fast.ops import long_skip, row_statistics
-from dit_fast.ops.long_skip_op import backward_op, forward_op
+from dit_fast.ops.long_skip import backward_op, forward_op
 from tests.helpers.cases import loop_over
 from tests.helpers.golden import assert_close
 from tests.helpers.long_skip_cases import autocast, inputs, upstream_like

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dit_fast.kernels import adaln as kernel
-from dit_fast.ops import adaln_op, gate_residual, gate_residual_modulate, layer_norm_modulate
+from dit_fast.ops import adaln, gate_residual, gate_residual_modulate, layer_norm_modulate
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 LIMITS = {FP32: 1e-6, FP16: 1e-3, BF16: 6e-3}  # relative RMS error
@@ -54,12 +54,12 @@ def run(inputs, grads, mix="fp32", stats=None, side=kernel):
     if side is kernel:
         results = kernel.forward(*inputs, EPS, stats, out, True)
     else:
-        results = adaln_op._torch_forward(*inputs, stats, EPS, out, True)
+        results = adaln._torch_forward(*inputs, stats, EPS, out, True)
     x_new = x if y is None else results[0]
     saved = (x_new, y, gate, scale, *results[2:], EPS)
     if side is kernel:
         return [*results, *kernel.backward(*grads, *saved, stream, branch, [vectors] * 3)]
-    found = adaln_op._torch_backward(*grads, *saved)
+    found = adaln._torch_backward(*grads, *saved)
     dtypes = (stream, branch, vectors, vectors, vectors)
     return [*results, *(g if g is None else g.to(dtype) for g, dtype in zip(found, dtypes, strict=True))]
 

@@ -1,0 +1,165 @@
+"""The two implementations of the long skip and of its gradient, on rows [M, D]; long_skip.py has the formulas.
+
+"gemm": statistics, then the normalised rows in the map's dtype, then one library GEMM. Folding the mean out of a
+library GEMM instead (y = r (x W1'^T + s W2'^T) - r m u^T + b') needs its sums in fp32 outside the GEMM: between them
+and y lie 42 bytes per element of traffic against 18, and in the map's own dtype a mean of 100 deviations would cost
+two digits; fp32 inputs would lose them in any case. The normalised rows live only inside the call, in the backward one
+half at a time. "triton" (kernels/long_skip.py) does the fold in its epilogues, where the sums are in registers.
+"""
+
+import torch
+from torch import Tensor
+
+from dit_fast.errors import ConfigError
+from dit_fast.ops._op import rows
+from dit_fast.ops.autocast import without_autocast
+from dit_fast.ops.row_statistics import join, of_rows
+
+
+def forward(
+    x: Tensor,
+    skip: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stats: list[Tensor | None],
+    eps: float,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y [M, D] in `dtype`, and mean and rstd [M] of the joined rows; stats: mean and variance of x, then of skip."""
+    x, skip, parameters = rows(x), rows(skip), (norm_weight, norm_bias, weight, bias)
+    with without_autocast(x):
+        mean, rstd = join(_statistics(x, *stats[:2]), _statistics(skip, *stats[2:]), eps)
+        if backend == "triton":
+            from dit_fast.kernels import long_skip as kernel
+
+            if reasons := kernel.supports(x, skip, dtype):  # a compiled graph knew no addresses when it was made
+                raise ConfigError(f"long_skip: backend 'triton' cannot run: {'; '.join(reasons)}")
+            folds = kernel.fold(*_for_kernel(parameters), dtype)
+            return kernel.forward(x, skip, mean, rstd, *folds, dtype), mean, rstd
+        normalised = x.new_empty((len(x), weight.shape[1]), dtype=dtype)
+        if weight.dtype.itemsize == 2:
+            # These weights are exact as they are: folding would round once more than LayerNorm before the map does.
+            affine = zip(norm_weight.chunk(2), norm_bias.chunk(2), strict=True)
+            for half, out, (scale, shift) in zip((x, skip), normalised.chunk(2, 1), affine, strict=True):
+                wide = _normalise(half, mean, rstd, torch.empty_like(half, dtype=mean.dtype))
+                torch.addcmul(shift, wide, scale, out=out)
+            return torch.addmm(bias.to(dtype), normalised, weight.to(dtype).T), mean, rstd
+        for half, out in zip((x, skip), normalised.chunk(2, 1), strict=True):
+            _normalise(half, mean, rstd, out)
+        folded, folded_bias = _fold(*parameters, dtype)
+        return torch.addmm(folded_bias.to(dtype), normalised, folded.T), mean, rstd
+
+
+def _statistics(x: Tensor, mean: Tensor | None, variance: Tensor | None) -> tuple[Tensor, Tensor]:
+    return of_rows(x) if mean is None or variance is None else (mean, variance)
+
+
+def _normalise(x: Tensor, mean: Tensor, rstd: Tensor, out: Tensor) -> Tensor:
+    """rstd * (x - mean), in fp32 or wider, rounded once into `out`."""
+    if out.dtype.itemsize == 2:
+        # One pass. A mean of 1000 deviations costs 1e-4 this way, far below the rounding to 16 bits.
+        return torch.addcmul((-mean * rstd)[:, None], x, rstd[:, None], out=out)
+    return torch.sub(x, mean[:, None], out=out).mul_(rstd[:, None])
+
+
+def _fold(
+    norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """W' [D, 2D] in `dtype`, b' [D] in fp32 or wider."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    folded = (weight.to(wide) * norm_weight.to(wide)).to(dtype)
+    return folded, torch.addmv(bias.to(wide), weight.to(wide), norm_bias.to(wide))
+
+
+def backward(
+    grad: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    x: Tensor,
+    skip: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    backend: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of those of the six inputs that are needed."""
+    grad, x, skip, parameters = rows(grad), rows(x), rows(skip), (norm_weight, norm_bias, weight, bias)
+    width, wide = x.shape[1], mean.dtype
+    grads: list[Tensor | None] = [None] * 6
+    with without_autocast(x):
+        product = torch.empty_like(weight, dtype=wide) if needs[2] or needs[4] else None
+        if backend == "triton":
+            if any(needs[:2]):
+                from dit_fast.kernels import long_skip as kernel
+
+                if not grad.is_contiguous() or grad.data_ptr() % 16:
+                    grad = grad.clone(memory_format=torch.contiguous_format)
+                folded, *sums = kernel.fold(*_for_kernel(parameters), y.dtype)
+                _, c1, c2, _ = kernel.prepare_backward(grad, y, rstd, *sums)
+                wanted = (needs[0], needs[1])
+                grads[:2] = kernel.backward_input(grad, x, skip, mean, rstd, folded, c1, c2, needs=wanted)
+        elif any(needs[:2]):
+            folded, folded_bias = _fold(*parameters, y.dtype)
+            if weight.dtype.itemsize == 2:
+                factor, sums = weight.to(y.dtype), torch.mv(weight.to(wide), norm_weight.to(wide))
+            else:
+                factor, sums = folded, folded.sum(1, dtype=wide)
+            upstream = grad.to(wide)
+            c2 = torch.mv(upstream, sums) / (2 * width)
+            c1 = ((upstream * y).sum(1) - torch.mv(upstream, folded_bias)) / (2 * width)
+            del upstream
+        for index, half in enumerate((x, skip)):
+            columns, by_gemm = slice(index * width, (index + 1) * width), needs[index] and backend == "gemm"
+            if product is None and not by_gemm:
+                continue
+            normalised = _normalise(half, mean, rstd, y.new_empty(half.shape))
+            if product is not None:
+                product[:, columns] = _matmul_wide(grad.T, normalised, wide)
+            if by_gemm:
+                rest = torch.addcmul((-rstd * c2)[:, None], normalised, (-rstd * c1)[:, None])
+                turned = grad @ factor[:, columns]
+                if factor is not folded:
+                    turned = turned * norm_weight[columns].to(wide)
+                grads[index] = torch.addcmul(rest, turned, rstd[:, None], out=half.new_empty(half.shape))
+        grads[2:] = _parameter_gradients(grad, product, parameters, wide, needs[2:])
+    return [g for g, needed in zip(grads, needs, strict=True) if needed and g is not None]
+
+
+def _parameter_gradients(
+    grad: Tensor,
+    product: Tensor | None,
+    parameters: tuple[Tensor, Tensor, Tensor, Tensor],
+    wide: torch.dtype,
+    needs: list[bool],
+) -> list[Tensor | None]:
+    """From P [D, 2D] = dY^T zn, which is overwritten: D^2 work and one sum over the rows."""
+    norm_weight, norm_bias, weight, _ = parameters
+    grads: list[Tensor | None] = [None] * 4
+    if any(needs):
+        grad_bias = grad.sum(0, dtype=wide)
+        grads[3] = grad_bias
+        if needs[1]:
+            grads[1] = torch.mv(weight.to(wide).T, grad_bias)
+        if needs[0] and product is not None:
+            grads[0] = (weight * product).sum(0)
+        if needs[2] and product is not None:
+            grads[2] = product.mul_(norm_weight).addr_(grad_bias, norm_bias.to(wide))
+    return [None if g is None else g.to(p.dtype) for g, p in zip(grads, parameters, strict=True)]
+
+
+def _matmul_wide(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """a @ b with sums handed out in `wide`, unrounded: gamma's gradient is a sum over D of them."""
+    if a.is_cuda and a.dtype != wide:
+        return torch.mm(a, b, out_dtype=wide)
+    return a.to(wide) @ b.to(wide)
+
+
+def _for_kernel(parameters: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    norm_weight, norm_bias, weight, bias = parameters
+    return norm_weight.contiguous(), norm_bias.contiguous(), rows(weight), bias.contiguous()
