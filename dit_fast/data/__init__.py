@@ -9,6 +9,7 @@ _HOME = {
     "open_dataset": "dataset",
     "Plan": "plan",
     "build_loader": "loader",
+    "add_field": "added",
 }
 
 __all__ = sorted(_HOME)

@@ -61,11 +61,14 @@ class DatasetInfo:
 
     @property
     def families(self) -> tuple[Family, ...]:
-        """The shards first, then one for each field that was added."""
+        """The shards first, then those of the fields that were added."""
         beside = {name: field for name, field in self.fields.items() if not field.shards}
         moments = Field(MOMENTS_MEMBER, (2, self.channels, self.size, self.size), self.dtype)
-        added = (Family(field.shards, {name: field}) for name, field in self.fields.items() if field.shards)
-        return (Family(self.shards, {MOMENTS: moments, **beside}), *added)
+        added: dict[tuple[ShardInfo, ...], dict[str, Field]] = {}
+        for name, field in self.fields.items():
+            if field.shards:
+                added.setdefault(field.shards, {})[name] = field
+        return (Family(self.shards, {MOMENTS: moments, **beside}), *(Family(*item) for item in added.items()))
 
     def field(self, name: str) -> Field:
         """What the samples' `name` is. Raises DataError with the fix where they have none."""
@@ -222,7 +225,7 @@ def _declared(given: JsonObject, shards: tuple[ShardInfo, ...], dataset: str) ->
                 f"{given.where}: fields.{name} does not match its fingerprint (edited, damaged, or made for another "
                 "data set); restore it or add the field again"
             )
-    names = [shard.name for table in (shards, *(field.shards for field in found.values())) for shard in table]
+    names = [shard.name for table in {shards, *(field.shards for field in found.values())} for shard in table]
     beside = [MOMENTS_MEMBER, LABEL_MEMBER, *(field.member for field in found.values() if not field.shards)]
     if len(set(names)) != len(names) or len(set(beside)) != len(beside):
         given.refuse("fields", list(found), "of different members and shards")

@@ -101,8 +101,8 @@ class Field:
 
 @dataclass(frozen=True)
 class Family:
-    """Tars that hold some fields of every sample. A data set has one with the latents and labels, and one per field
-    that was added; all are cut into shards alike.
+    """Tars that hold some fields of every sample. A data set has one with the latents and labels, and one for each
+    time that fields were added; all are cut into shards alike.
     """
 
     shards: tuple[ShardInfo, ...]

@@ -35,7 +35,7 @@ def key_of(sample: int) -> str:
 def npy_bytes(array: np.ndarray) -> bytes:
     """A `.npy` file (format 1.0, C order, no pickle) in memory."""
     buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    np.lib.format.write_array(buffer, np.asarray(array, order="C"), version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
 
 

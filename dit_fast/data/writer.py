@@ -85,7 +85,7 @@ def write_dataset(
             refuse_other(out, found if isinstance(found, dict) else {}, settings)
             return open_dataset(out)
     sizes = [min(samples_per_shard, len(order) - first) for first in range(0, len(order), samples_per_shard)]
-    with writing(out, SHARD, settings) as state:
+    with writing(State(out, SHARD), settings) as state:
         results = write_shards(state, producer, order, sizes, processes, progress)
         shards = [ShardInfo(**result["shard"]) for result in results]
         fields = {name: field_entry(field) for name, field in producer.fields.items() if name != MOMENTS}
@@ -116,23 +116,23 @@ class State:
 
 
 @contextmanager
-def writing(out: Path, prefix: str, settings: Mapping[str, Any]) -> Iterator[State]:
+def writing(state: State, settings: Mapping[str, Any]) -> Iterator[State]:
     """The only writer of a family, with what a run before it left; its records go when all is done.
 
     Raises DataError, one line, for another writer, other settings than it was begun with, and foreign tars.
     """
-    state = State(out, prefix)
+    out = state.out
     with one_line_errors(state):
         state.folder.mkdir(exist_ok=True)
         with _locked(state):
             if (state.folder / "settings.json").is_file():
                 refuse_other(out, read_json(state.folder / "settings.json"), settings)
             else:
-                foreign = sorted(out.glob(f"{prefix}-*.tar"))
+                foreign = sorted(out.glob(f"{state.prefix}-*.tar"))
                 if foreign:
                     raise DataError(f"{foreign[0]}: a shard of another data set; use another folder or delete it")
                 write_atomic(state.folder / "settings.json", json.dumps(settings, indent=1).encode())
-            for partial in [*out.glob(f"{prefix}-*.partial"), *state.folder.glob("*.partial")]:
+            for partial in [*out.glob(f"{state.prefix}-*.partial"), *state.folder.glob("*.partial")]:
                 partial.unlink()
             yield state
     shutil.rmtree(state.folder)
