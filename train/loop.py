@@ -90,7 +90,7 @@ class _Run:
         checkpoint = self.checkpoints.newest()
         self.start = 0
         if checkpoint is not None:
-            check_resume(checkpoint, config, dataset.info)
+            check_resume(checkpoint, config, dataset.info, methods.batch_fields())
             self.start = checkpoint.step
             whole, trained = model.state_dict(), dict(own_parameters(objective))
             expected = {"model": whole, "ema": whole, **dict.fromkeys(MOMENTS, trained)}
@@ -244,6 +244,7 @@ class _Run:
             "skipped_steps": self.guard.state(),
             "seed": self.config.run.seed,
             "dataset_fingerprint": self.dataset.info.fingerprint,
+            "field_fingerprints": self.dataset.info.field_fingerprints(self.fields),
             "dataset_root": absolute(self.dataset.root),
             "ema_decay": self.config.optimizer.ema_decay,
             "config": to_dict(self.config),

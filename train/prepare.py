@@ -76,8 +76,11 @@ def fit_to_dataset(config: TrainConfig, info: DatasetInfo) -> TrainConfig:
     return dataclasses.replace(config, model=filled)
 
 
-def check_resume(checkpoint: Checkpoint, config: TrainConfig, info: DatasetInfo) -> None:
-    """Raises ConfigError with every difference that would change the training, CheckpointError for other data."""
+def check_resume(checkpoint: Checkpoint, config: TrainConfig, info: DatasetInfo, fields: Iterable[str]) -> None:
+    """Raises ConfigError with every difference that would change the training, CheckpointError for other data.
+
+    fields: what the run reads beside latents and labels.
+    """
     state = checkpoint.state
     lines = forbidden_changes(stored(state["config"]), config)
     if lines:
@@ -90,6 +93,13 @@ def check_resume(checkpoint: Checkpoint, config: TrainConfig, info: DatasetInfo)
             f"data.path={config.data.path}: another data set (fingerprint {info.fingerprint[:12]}) than the one "
             f"{checkpoint.path} was trained on ({state['dataset_fingerprint'][:12]}); restore it or set another run.dir"
         )
+    before, now = state.get("field_fingerprints", {}), info.field_fingerprints(fields)
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise CheckpointError(
+                f"data.path={config.data.path}: its field '{name}' is another one than {checkpoint.path} was trained "
+                "with; restore it or set another run.dir"
+            )
 
 
 def forbidden_changes(old: TrainConfig, new: TrainConfig) -> list[str]:

@@ -27,6 +27,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {  # of state.json, where they are
     "optimizer_step": int,
     "seed": int,
     "dataset_fingerprint": str,
+    "field_fingerprints": dict,
     "dataset_root": str,
     "ema_decay": (int, float),
     "config": dict,

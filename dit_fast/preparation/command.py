@@ -1,4 +1,4 @@
-"""`dit-fast shards build | index | verify | import-vae-sd | info`."""
+"""`dit-fast shards build | add-field | index | verify | import-vae-sd | info`."""
 
 import argparse
 import inspect
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_fast.data.address import is_remote
-from dit_fast.errors import DataError
+from dit_fast.errors import ConfigError, DataError
 
 ABSENT = argparse.SUPPRESS  # the function's own default holds, and none is shown
 
@@ -62,6 +62,26 @@ def add_commands(subparsers: Any) -> None:
     tree.add_argument("--scale", type=float, default=0.18215, help="model-space latents are z * scale + shift")
     tree.add_argument("--shift", type=float, default=0.0, help="see --scale")
     tree.add_argument("--autoencoder", default=ABSENT, help="where its decoder lies, e.g. diffusers:DIR")
+    add = _command(
+        commands, "add-field", _add, "add a field to finished shards, in tars of its own; run again to continue"
+    )
+    add.add_argument("shards", help="folder of the data set")
+    add.add_argument("names", nargs="+", metavar="NAME", help="the field; an encoder may give several at once")
+    made = add.add_mutually_exclusive_group(required=True)
+    made.add_argument("--array", default=ABSENT, help=".npy [num_samples, ...], one row per sample in key order")
+    made.add_argument("--encoder", default=ABSENT, help="as for build; gives features and class_token")
+    add.add_argument("--images", default=ABSENT, help="encoder: the source of the shards, where they store no images")
+    add.add_argument(
+        "--token-grid", type=int, default=ABSENT, help="encoder: tokens a side (default: half the latents)"
+    )
+    add.add_argument("--batch-size", type=int, default=ABSENT, help="encoder: images encoded together (default: 32)")
+    add.add_argument(
+        "--dtype",
+        choices=("float16", "float32"),
+        default=ABSENT,
+        help="of stored floats (default: the array's, float16)",
+    )
+    _add_processes(add)
     for name, run, text in (
         ("index", _index, "rebuild the .idx files from the tars"),
         ("verify", _verify, "check every byte against dataset.json"),
@@ -82,8 +102,12 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples-per-shard", type=int, default=2048, help="samples in each tar")
-    parser.add_argument("--processes", type=int, default=1, help="worker processes; the result does not depend on it")
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the stored moments")
+    _add_processes(parser)
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--processes", type=int, default=1, help="worker processes; the result does not depend on it")
     parser.add_argument("--no-progress", dest="progress", action="store_false", default=ABSENT, help="no progress bar")
 
 
@@ -97,6 +121,23 @@ def _build(options: argparse.Namespace) -> int:
     from dit_fast.preparation.build import build_shards
 
     print(describe(build_shards(options.source, options.out, **_arguments(options, build_shards))))
+    return 0
+
+
+def _add(options: argparse.Namespace) -> int:
+    from dit_fast.data.added import add_field
+    from dit_fast.preparation.fields import add_encoded
+
+    function = add_field if "array" in options else add_encoded
+    given = _arguments(options, function)
+    others = {"images", "token_grid", "batch_size"} & vars(options).keys() - given.keys()
+    if others:
+        raise ConfigError(f"--{min(others).replace('_', '-')} belongs to --encoder; leave it out with --array")
+    if "array" in options:
+        if len(options.names) > 1:
+            raise ConfigError(f"--array gives one field, not {', '.join(options.names)}; add them one by one")
+        given["name"] = options.names[0]
+    print(describe(function(**given)))
     return 0
 
 

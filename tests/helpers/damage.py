@@ -236,7 +236,7 @@ def _index(folder, rng):
 
 def _payload(folder, rng):
     """Values, types and shapes that no autoencoder gives, in a tar that is legal throughout."""
-    path, what = _tar(folder, rng), int(rng.integers(6))
+    path, what = folder / f"shard-{rng.integers(6):06d}.tar", int(rng.integers(6))
     index = index_from_bytes(path.with_suffix(".idx").read_bytes(), "index")
     row, column = int(rng.integers(len(index))), index.members.index("moments.npy")
     start, length = int(index.offset[row, column]), int(index.length[row, column])
@@ -263,6 +263,7 @@ def replace_member(folder: Path, tar: Path, row: int, column: int, payload: byte
     index.crc[row, column] = zlib.crc32(payload)
     tar.with_suffix(".idx").write_bytes(index_to_bytes(index))
     content = json.loads((folder / "dataset.json").read_bytes())
-    entry = next(shard for shard in content["shards"] if shard["name"] == tar.name)
-    entry["sha256"] = hashlib.sha256(data).hexdigest()
+    added = [field["shards"] for field in content["fields"].values() if "shards" in field]
+    for entry in (shard for table in (content["shards"], *added) for shard in table if shard["name"] == tar.name):
+        entry["sha256"] = hashlib.sha256(data).hexdigest()
     (folder / "dataset.json").write_bytes(description_bytes(content))

@@ -1,9 +1,12 @@
 """Small data sets and helpers for the tests of shards."""
 
+import errno
 import json
+import os
 
 import numpy as np
 
+from dit_fast.data import shards
 from dit_fast.data.dataset import open_dataset
 from dit_fast.data.description import description_bytes
 from dit_fast.data.reader import IndexedReader
@@ -63,3 +66,15 @@ def make_tree(root, count=9, channels=4):
         arrays.append(array.reshape(2, channels, 4, 4))
     (root / "dataset.json").write_text(json.dumps({"labels": labels}))
     return np.stack(arrays), [label for _, label in labels]
+
+
+def full_after(monkeypatch, count):
+    """Writes to shard files fail with ENOSPC from the count-th on."""
+    real, calls = shards.ShardWriter._write, iter(range(10**9))
+
+    def write(self, data):
+        if next(calls) >= count:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self, data)
+
+    monkeypatch.setattr(shards.ShardWriter, "_write", write)

@@ -1,6 +1,5 @@
 """Building: the same bytes however many processes and interruptions; nothing finished is lost."""
 
-import errno
 import json
 import os
 import shutil
@@ -16,13 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-import dit_fast.data.shards as shards_module
 from dit_fast import autoencoders
 from dit_fast.cli import main
 from dit_fast.data import Plan, build_loader, open_dataset
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.preparation.verify import verify_dataset
-from tests.helpers.shard_sets import COUNT, SIZE, build, contents, everything, make_images, make_tree
+from tests.helpers.shard_sets import COUNT, SIZE, build, contents, everything, full_after, make_images, make_tree
 
 
 def test_bytes_do_not_depend_on_processes(array_file, built, tmp_path):
@@ -39,18 +37,6 @@ def test_building_again_finds_itself_done_and_refuses_other_settings(array_file,
     with pytest.raises(DataError, match="another autoencoder lies there"):
         build(array_file, copied, channels=6)
     assert contents(copied) == before
-
-
-def full_after(monkeypatch, count):
-    """Writes to shard files fail with ENOSPC from the count-th on."""
-    real, calls = shards_module.ShardWriter._write, iter(range(10**9))
-
-    def write(self, data):
-        if next(calls) >= count:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(self, data)
-
-    monkeypatch.setattr(shards_module.ShardWriter, "_write", write)
 
 
 @pytest.mark.parametrize("writes", [0, 61, 200, 258])
