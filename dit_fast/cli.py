@@ -26,6 +26,7 @@ def _work(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     from dit_fast.preparation import command as shards
     from dit_fast.report import command as report
+    from dit_fast.sampling import command as sampling
 
     parser = terminal.Parser(prog="dit-fast", description="Train diffusion transformers, fast and exactly.")
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised (any command)")
@@ -35,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
     commands.add_parser("train", help="train in one process: dit-fast train RECIPE key=value ...", add_help=False)
     shards.add_commands(commands)
+    sampling.add_commands(commands)
     report.add_commands(commands)
     return parser
 

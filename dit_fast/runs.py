@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dit_fast.config import FlowConfig
+from dit_fast.diffusion.solvers import SolverName
 from dit_fast.errors import ConfigError
 from dit_fast.methods import METHODS
 from dit_fast.models.registry import BACKBONES, kind
@@ -82,8 +83,9 @@ class PreviewConfig:
 
     every: int = setting(10_000, "Steps between grids; 0 = never", "[0, 1e9]", resumes=True)
     count: int = setting(16, "Images in a grid", "[1, 10000]", resumes=True)
+    # as the published trainers preview (REPA), a quick look; what is drawn afterwards has the defaults of SampleOptions
     num_steps: int = setting(50, "Sampling steps", "[1, 10000]", resumes=True)
-    sampler: Literal["euler", "heun", "sde"] = setting("euler", "Sampler", resumes=True)
+    sampler: SolverName = setting("euler", "Sampler", resumes=True)
     cfg_scale: float = setting(4.0, "Classifier-free guidance; 1 = off", "[0, 1000]", resumes=True)
 
 

@@ -22,7 +22,18 @@ ADVICE = "unexpected; --traceback shows where"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line as all others are, with status 2."""
+    """argparse, but an error is one line as all others are, with status 2.
+
+    fill: adds options whose declaration takes long to import, once this command is the one that is parsed.
+    """
+
+    fill: Callable[["Parser"], None] | None = None
+
+    def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
+        fill, self.fill = self.fill, None
+        if fill is not None:
+            fill(self)
+        return super().parse_known_args(*arguments, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"dit-fast: error: {one_line(message)}; see `{self.prog} --help`\n")

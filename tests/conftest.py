@@ -16,6 +16,14 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts with &
 
 
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """The folder of `two_runs.make_two_runs`: shards, diverse, plain."""
+    from tests.helpers.two_runs import make_two_runs
+
+    return make_two_runs(tmp_path_factory.mktemp("two_runs"))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Files that start processes of their own run one test at a time, on one worker, while the others do the rest."""

@@ -23,6 +23,7 @@ FLOORS = [
     {"objectives", "methods", "diffusion", "autoencoders", "encoders", "patch"},
     {"runs"},
     {"recipes", "checkpoint", "evaluation", "analysis"},
+    {"sampling"},
     {"train", "benchmarks", "report", "preparation"},
     {"cli", "info"},
 ]

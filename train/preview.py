@@ -1,7 +1,9 @@
 """Sample grids while training: the averaged weights, gathered from all ranks, draw the same images every time."""
 
 import logging
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +12,17 @@ from torch import Tensor
 
 from dit_fast import autoencoders
 from dit_fast.autoencoders import Autoencoder
-from dit_fast.autoencoders.pixels import decode_images
+from dit_fast.checkpoint.run import LoadedRun
 from dit_fast.data import LatentDataset
-from dit_fast.diffusion import Guidance, initial_noise, sample
-from dit_fast.diffusion.samplers import check_options
+from dit_fast.diffusion import Guidance
+from dit_fast.diffusion.samplers import check_times
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.models import new_model
 from dit_fast.runs import TrainConfig
+from dit_fast.sampling.images import sample_images
+from dit_fast.sampling.options import SampleOptions
 from dit_fast.train.engine import Engine
 from dit_fast.train.guard import Diverged, Finiteness
-from dit_fast.tree import image
 from dit_fast.world import World
 
 logger = logging.getLogger("dit_fast")
@@ -36,19 +39,29 @@ class Preview:
     """
 
     def __init__(self, config: TrainConfig, dataset: LatentDataset, world: World):
-        self.config, self.info, self.world = config, dataset.info, world
+        self.config, self.dataset, self.world = config, dataset, world
         self._autoencoder: Autoencoder | None = None
-        preview = config.preview
-        check_options(preview.sampler, preview.num_steps, preview.count, config.run.seed)
+        preview, classes = config.preview, tuple(range(dataset.info.num_classes))[: config.preview.count]
+        self.options = SampleOptions(
+            classes=classes,
+            per_class=math.ceil(preview.count / len(classes)),
+            sampler=preview.sampler,
+            num_steps=preview.num_steps,
+            cfg_scale=preview.cfg_scale,
+            seed=config.run.seed,
+            precision=config.engine.precision,
+            chunk=preview.count,
+        )
+        check_times(preview.sampler, config.model.times)
         if Guidance(preview.cfg_scale).needs_null and not config.model.label_dropout:
             raise ConfigError(
                 f"preview.cfg_scale={preview.cfg_scale} needs a null label, and model.label_dropout=0 trains none; set "
                 "preview.cfg_scale=1 or preview.every=0"
             )
-        world.agree(lambda: self._load(dataset))
+        world.agree(self._load)
 
-    def _load(self, dataset: LatentDataset) -> None:
-        self._autoencoder = autoencoders.of(dataset)
+    def _load(self) -> None:
+        self._autoencoder = autoencoders.of(self.dataset)
 
     def path(self, step: int) -> Path:
         return Path(self.config.run.dir) / "samples" / f"step_{step:08d}.png"
@@ -73,30 +86,13 @@ class Preview:
                 logger.warning("%s not written: %s; training goes on", path, error)
 
     def _images(self, weights: Mapping[str, Tensor], step: int) -> np.ndarray:
-        config, device = self.config, self.world.device
         # the new model's initial weights are thrown away; building it must not move the random numbers of the run
         with torch.random.fork_rng(devices=[]):
-            model = new_model(config.model)
+            model = new_model(self.config.model)
         model.load_state_dict({name: weights[name] for name in model.state_dict()})
-        model.to(device).eval()
-        index = torch.arange(config.preview.count, dtype=torch.int64, device=device)
-        noise = initial_noise(config.run.seed, index, model.shapes["image"])
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
-            latents = sample(
-                model,
-                noise,
-                index % self.info.num_classes,
-                sampler=config.preview.sampler,
-                num_steps=config.preview.num_steps,
-                cfg_scale=config.preview.cfg_scale,
-                seed=config.run.seed,
-                index=index,
-                path=config.flow.path,
-                chunk=config.preview.count,
-            )
-        assert self._autoencoder is not None
-        autoencoder, origin = self._autoencoder.to(device), f"averaged weights of step {step}"
-        return decode_images(image(latents), self.info, autoencoder, config.preview.count, origin)
+        run, alone = LoadedRun(model.eval(), self.config, {"step": step}), replace(self.world, rank=0, size=1)
+        # its first chunk is the grid; the last images of the last round of classes are beyond it
+        return next(sample_images(run, self.options, alone, self.dataset, self._autoencoder)).images
 
 
 def write_grid(images: np.ndarray, path: Path) -> None:

@@ -1,5 +1,6 @@
-"""From model-space latents to pixels: the one way out, which lets nothing pass that is not finite."""
+"""Latents to model space and back, and from there to pixels, where nothing passes that is not finite."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,24 +15,22 @@ if TYPE_CHECKING:
 
 
 def decode_images(
-    latents: Tensor, info: "DatasetInfo", autoencoder: "Autoencoder", batch: int, origin: str
+    latents: Tensor, info: "DatasetInfo", autoencoder: "Autoencoder", origin: str, first: int = 0
 ) -> np.ndarray:
-    """uint8 [N, H, W, 3] from model-space latents [N, C, h, w], `batch` images at a time.
+    """uint8 [N, H, W, 3] from model-space latents [N, C, h, w].
 
-    origin: where they come from ("weights of step 100"), for messages. Raises DataError naming the first image that
-    holds NaN or Inf, as a latent or once decoded.
+    origin: where they come from ("weights of step 100"), and first: the number of the first, for messages. Raises
+    DataError naming the first image that holds NaN or Inf, as a latent or once decoded.
     """
     finite = latents.flatten(1).isfinite().all(1)
     if not finite.all():
-        first = int(finite.logical_not().nonzero()[0])
+        bad = first + int(finite.logical_not().nonzero()[0])
         raise DataError(
-            f"image {first} ({origin}): its latent holds NaN or Inf ({int((~finite).sum())} of {len(finite)} images); "
+            f"image {bad} ({origin}): its latent holds NaN or Inf ({int((~finite).sum())} of {len(finite)} images); "
             "the weights have diverged, or a number of the sampler is too large"
         )
-    parts = unscale(latents, info).float().split(batch)
-    decoded = (autoencoder.decode(part).float().cpu().numpy() for part in parts)
-    pictures = [to_uint8(part, origin, number * batch) for number, part in enumerate(decoded)]
-    return np.concatenate(pictures)
+    decoded = autoencoder.decode(from_model_space(latents, info).float())
+    return to_uint8(decoded.float().cpu().numpy(), origin, first)
 
 
 def to_uint8(images: np.ndarray, origin: str, first: int = 0) -> np.ndarray:
@@ -49,10 +48,18 @@ def to_uint8(images: np.ndarray, origin: str, first: int = 0) -> np.ndarray:
     return levels.transpose(0, 2, 3, 1)
 
 
-def unscale(latents: Tensor, info: "DatasetInfo") -> Tensor:
-    """Model-space latents [N, C, h, w] back to the autoencoder's: (x - shift) / scale."""
-    scale, shift = (
-        torch.tensor(value, dtype=latents.dtype, device=latents.device).reshape(-1, 1, 1)
-        for value in (info.scale, info.shift)
-    )
+def to_model_space(latents: Tensor, info: "DatasetInfo") -> Tensor:
+    """The autoencoder's latents [N, C, h, w] as the model sees them: x * scale + shift."""
+    scale, shift = _scaling(latents, info)
+    return latents * scale + shift
+
+
+def from_model_space(latents: Tensor, info: "DatasetInfo") -> Tensor:
+    """Inverse of `to_model_space`: (x - shift) / scale."""
+    scale, shift = _scaling(latents, info)
     return (latents - shift) / scale
+
+
+def _scaling(latents: Tensor, info: "DatasetInfo") -> list[Tensor]:
+    make = partial(torch.tensor, dtype=latents.dtype, device=latents.device)
+    return [make(value).reshape(-1, 1, 1) for value in (info.scale, info.shift)]

@@ -1,5 +1,6 @@
 """Reading a training run back: the model from its configuration, with averaged or raw weights. Needs no DeepSpeed."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -48,12 +49,13 @@ class LoadedRun(NamedTuple):
 def load_run(path: str | Path, weights: Literal["ema", "model"] = "ema") -> LoadedRun:
     """The newest complete checkpoint of a run folder, or the given step folder.
 
-    weights: the moving averages or the weights themselves, float32. Modules that training methods added (projectors)
-    are left out; `Checkpoint.state_dict` has their weights. Raises CheckpointError where nothing whole is found.
+    weights: the moving averages or the weights themselves, float32; only their file is read and verified. Modules that
+    training methods added (projectors) are left out; `Checkpoint.state_dict` has their weights. Raises CheckpointError
+    where nothing whole is found.
     """
     if weights not in ("ema", "model"):
         raise CheckpointError(f"unknown weights '{weights}'; valid: ema, model")
-    checkpoint = find_checkpoint(path)
+    checkpoint = find_checkpoint(path, (STATE, f"{weights}.safetensors"))
     state = checkpoint.state
     try:
         config = stored(state.get("config"))
@@ -66,15 +68,15 @@ def load_run(path: str | Path, weights: Literal["ema", "model"] = "ema") -> Load
     return LoadedRun(model.eval(), config, state)
 
 
-def find_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint a run or step folder stands for, its content verified against the manifest."""
+def find_checkpoint(path: str | Path, files: Collection[str] | None = None) -> Checkpoint:
+    """The checkpoint a run or step folder stands for; `files` of it, by default all, verified against the manifest."""
     path = Path(path)
     try:
         if (path / MANIFEST).is_file():
             given = open_checkpoint(path)
-            given.verify()
+            given.verify(files)
             return given
-        checkpoint, complaints = newest_checkpoint(path)
+        checkpoint, complaints = newest_checkpoint(path, files)
     except OSError as error:
         raise CheckpointError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
     if checkpoint is None:

@@ -11,7 +11,7 @@ is a pickle. Whatever is wrong with one is a CheckpointError of one line.
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,22 +53,23 @@ class Checkpoint:
     files: dict[str, tuple[int, str]]
     state: State
 
-    def verify(self, hashes: bool = True) -> None:
-        """Raises CheckpointError naming a file that is missing, unreadable, of another size or (hashes) content."""
-        for name, (size, digest) in self.files.items():
-            path = self.path / name
+    def verify(self, files: Collection[str] | None = None) -> None:
+        """Raises CheckpointError naming a file that is missing, unreadable, or of another size or content.
+
+        files: those that the caller reads; by default all.
+        """
+        for name in self.files if files is None else files:
+            path, (size, digest) = self.path / name, self.files[name]
             try:
                 if not path.is_file():
                     raise CheckpointError(f"{path}: is missing")
                 if path.stat().st_size != size:
                     raise CheckpointError(f"{path}: has {path.stat().st_size} bytes, its manifest says {size}")
-                if hashes:
-                    with path.open("rb") as file:
-                        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                            raise CheckpointError(f"{path}: content differs from its manifest (sha256)")
+                with path.open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                        raise CheckpointError(f"{path}: content differs from its manifest (sha256)")
             except OSError as error:
                 raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
-        for name in self.files if hashes else ():
             if name != STATE:
                 self._open(name)
 
@@ -165,17 +166,18 @@ def step_folders(run: str | Path) -> list[tuple[int, Path]]:
 
 
 def newest_checkpoint(
-    run: str | Path, hashes: bool = True, finite: bool = False
+    run: str | Path, files: Collection[str] | None = None, finite: bool = False
 ) -> tuple[Checkpoint | None, list[CheckpointError]]:
     """The newest complete checkpoint of a run folder, and what is wrong with each newer one that was passed over.
 
-    finite: one that holds NaN or Inf is passed over too.
+    files: those that are verified, because the caller reads them; by default all. finite: one that holds NaN or Inf is
+    passed over too.
     """
     complaints: list[CheckpointError] = []
     for _, path in step_folders(run):
         try:
             checkpoint = open_checkpoint(path)
-            checkpoint.verify(hashes)
+            checkpoint.verify(files)
             if finite:
                 checkpoint.require_finite()
             return checkpoint, complaints

@@ -90,9 +90,7 @@ def sample(
         raise UserError(f"generator must be a torch.Generator, not {described(generator)}")
     if solver.noisy and draws is not None:
         _check_draws(draws, noise, num_steps - 1)
-    if getattr(model, "times", solver.times) != solver.times:
-        fitting = ", ".join(name for name, other in SOLVERS.items() if other.times != solver.times)
-        raise UserError(f"sampler '{sampler}' does not fit this model's number of times; fitting: {fitting}")
+    check_times(sampler, getattr(model, "times", solver.times))
     channels: Channels = getattr(model, "cfg_channels", "all") if cfg_channels is None else cfg_channels
     guidance = Guidance(cfg_scale, guidance_low, guidance_high, channels, class_token_cfg_scale)
     _check_labels(model, y, count)
@@ -122,6 +120,13 @@ def check_options(sampler: str, num_steps: int, chunk: int = 1, seed: int | None
     check_whole("chunk", chunk, 1, MOST_ROWS)
     if seed is not None:
         check_whole("seed", seed, 0, 2**64 - 1)
+
+
+def check_times(sampler: str, times: int) -> None:
+    """Raises UserError where a solver cannot sample a model with this number of times."""
+    if SOLVERS[sampler].times != times:
+        fitting = ", ".join(name for name, solver in SOLVERS.items() if solver.times == times)
+        raise UserError(f"sampler '{sampler}' does not fit a model with {times} time{'s' * (times > 1)}; use {fitting}")
 
 
 def check_whole(name: str, value: object, least: int, most: int) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from dit_fast import autoencoders
 from dit_fast.analysis.similarity import cka_matrix, effective_rank, token_cosine_matrix
-from dit_fast.autoencoders.pixels import to_uint8
+from dit_fast.autoencoders.pixels import to_model_space, to_uint8
 from dit_fast.checkpoint.run import LoadedRun
 from dit_fast.data import LatentDataset
 from dit_fast.data.reader import IndexedReader
@@ -43,7 +43,7 @@ def study_blocks(
     model = loaded.model.to(device).eval()
     chosen = np.arange(min(count, len(dataset)), dtype=np.int64)
     batch = _read(dataset, chosen)
-    latents = scaled_means(batch["moments"], dataset)
+    latents = to_model_space(batch["moments"][:, 0], dataset.info)
     noise = image(initial_noise(seed, torch.from_numpy(chosen), tuple(latents.shape[1:]))).float()
     times = torch.full((len(chosen),), t, dtype=torch.float32)
     noised, _ = FlowPath(loaded.config.flow.path).interpolate(latents, noise, times)
@@ -74,14 +74,6 @@ def real_images(dataset: LatentDataset, classes: tuple[int, ...], per_class: int
         means = _read(dataset, chosen)["moments"][:, 0]
         pictures = to_uint8(autoencoders.of(dataset).decode(means).float().numpy(), f"data set {dataset.root}")
     return pictures, labels[chosen]
-
-
-def scaled_means(moments: torch.Tensor, dataset: LatentDataset) -> torch.Tensor:
-    """Model-space latents [N, C, h, w] from moments [N, 2, C, h, w], without posterior noise."""
-    scale, shift = (
-        torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1) for value in (dataset.info.scale, dataset.info.shift)
-    )
-    return moments[:, 0] * scale + shift
 
 
 def _read(dataset: LatentDataset, samples: np.ndarray, fields: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:

@@ -10,12 +10,12 @@ from dit_fast.data import LatentDataset
 from dit_fast.errors import UserError
 from dit_fast.report import figures
 from dit_fast.report.blocks import real_images
-from dit_fast.report.grids import class_grid
 from dit_fast.report.html import render
 from dit_fast.report.metrics import read_metrics
-from dit_fast.report.output import check_writable, writing
 from dit_fast.report.page import compose
 from dit_fast.report.story import RunStory, read_story
+from dit_fast.sampling.grids import class_grid
+from dit_fast.sampling.output import check_writable, writing
 
 REAL_PER_CLASS = 5
 

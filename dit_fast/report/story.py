@@ -12,7 +12,10 @@ from dit_fast.data import LatentDataset
 from dit_fast.options import to_dict
 from dit_fast.report.blocks import BlockStudy, study_blocks
 from dit_fast.report.metrics import Metrics, read_metrics
-from dit_fast.report.sampling import FILE_NAME, SampleOptions, Samples, draw_samples
+from dit_fast.sampling.images import sample_images
+from dit_fast.sampling.options import SampleOptions
+from dit_fast.sampling.samples import FILE_NAME, Samples
+from dit_fast.world import single
 
 METHOD_NAMES = {"diversedit": "DiverseDiT", "repa": "REPA"}
 TAIL = 0.1  # share of the run over which final values are averaged
@@ -58,7 +61,7 @@ def read_story(folder: Path, like: Samples | None = None, data: str | Path | Non
         drawn = samples
     else:
         classes = tuple(dict.fromkeys(like.labels.tolist())) if like else ()
-        drawn = draw_samples(loaded, dataset, SampleOptions(classes=classes))
+        drawn = Samples.join(sample_images(loaded, SampleOptions(classes=classes), single(), dataset))
     config = to_dict(loaded.config)
     return RunStory(run_name(config), folder, config, metrics, drawn, study_blocks(loaded, dataset), dataset)
 

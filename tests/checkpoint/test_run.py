@@ -20,7 +20,7 @@ from dit_fast.errors import CheckpointError
     ],
 )
 def test_a_configuration_that_cannot_be_read_is_named_with_its_file(monkeypatch, state, reason):
-    monkeypatch.setattr(run, "find_checkpoint", lambda path: SimpleNamespace(path=Path(path), state=state))
+    monkeypatch.setattr(run, "find_checkpoint", lambda path, files: SimpleNamespace(path=Path(path), state=state))
     with pytest.raises(CheckpointError, match=rf"^a/step_3/state\.json: .*{reason}") as caught:
         run.load_run("a/step_3")
     assert "\n" not in str(caught.value)

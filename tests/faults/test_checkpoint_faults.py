@@ -214,7 +214,7 @@ def test_every_flipped_bit_of_a_manifest_is_found(two, caplog):
             same = json.loads(data) == content  # white space
         except ValueError:
             same = False
-        found, complaints = newest_checkpoint(two, hashes=False)
+        found, complaints = newest_checkpoint(two, files=())
         assert (found.step, len(complaints)) == ((8, 0) if same else (4, 1)), data
 
 
@@ -377,10 +377,11 @@ def test_never_starts_over_in_silence(tmp_path):
     assert (tmp_path / "checkpoints/step_00000004").is_dir()
 
 
-def test_size_alone_is_checked_where_hashes_are_not_wanted(tmp_path):
+def test_only_the_files_that_are_read_are_verified(tmp_path):
     save(tmp_path, 4)
     _damage(tmp_path / "checkpoints/step_00000004/ema.safetensors", "flip")
-    assert newest_checkpoint(tmp_path, hashes=False)[0].step == 4
+    assert newest_checkpoint(tmp_path, files=("model.safetensors",))[0].step == 4
+    assert newest_checkpoint(tmp_path, files=("ema.safetensors",))[0] is None
     assert newest_checkpoint(tmp_path)[0] is None
 
 

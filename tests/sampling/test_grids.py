@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dit_fast.errors import UserError
-from dit_fast.report.grids import GAP, HEADER, class_grid, save_png
+from dit_fast.sampling.grids import GAP, HEADER, class_grid, save_png
 
 
 def plain(labels, size=8):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dit_fast.autoencoders.pixels import to_uint8
+from dit_fast.autoencoders.pixels import from_model_space, to_model_space, to_uint8
 from dit_fast.checkpoint.run import load_run
 from dit_fast.cli import main
 from dit_fast.errors import UserError
@@ -16,14 +16,22 @@ from dit_fast.models import new_model
 from dit_fast.preparation.build import build_shards
 from dit_fast.recipes import load
 from dit_fast.report.blocks import study_blocks
-from dit_fast.report.sampling import SampleOptions, draw_samples, sample_run
+from dit_fast.sampling import images as sampling
+from dit_fast.sampling.images import sample_images
+from dit_fast.sampling.options import SampleOptions
+from dit_fast.sampling.samples import Samples
 from dit_fast.train import preview
 from dit_fast.train.loop import train
 from dit_fast.world import single
+from tests.helpers.two_runs import STEPS, sample_run
 
 
 def options(**changes):
     return SampleOptions(**{"num_steps": 1, "per_class": 1, "chunk": 4, "sampler": "euler", **changes})
+
+
+def draw(run, dataset, chosen, world=None, **more):
+    return list(sample_images(run, chosen, world or single(), dataset, **more))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +46,7 @@ def opened(place):
 
 
 def test_every_guidance_scale_is_computed_and_captioned(opened):
-    drawn = {scale: draw_samples(*opened, options(cfg_scale=scale)) for scale in (-1.0, 0.0, 0.5, 1.0, 2.5, None)}
+    drawn = {scale: draw(*opened, options(cfg_scale=scale))[0] for scale in (-1.0, 0.0, 0.5, 1.0, 2.5, None)}
     pictures = [samples.images for scale, samples in drawn.items() if scale is not None]
     for i, first in enumerate(pictures):
         assert all((first != second).any() for second in pictures[:i])
@@ -47,24 +55,28 @@ def test_every_guidance_scale_is_computed_and_captioned(opened):
         "euler, 1 steps, guidance 0.5, seed 0",
         "euler, 1 steps, guidance 2.5, seed 0",
     ]
-    unlabelled = draw_samples(*opened, options(cfg_scale=0.0, classes=(2, 1, 0))).images
+    unlabelled = draw(*opened, options(cfg_scale=0.0, classes=(2, 1, 0)))[0].images
     np.testing.assert_array_equal(drawn[0.0].images, unlabelled)  # without the label the class does not matter
 
 
 def test_captions_say_what_was_computed(opened):
-    text = options(cfg_scale=1.0000001, guidance_high=0.7, cfg_channels="first_three", seed=3).resolved(opened[0].model)
-    assert text.text() == "euler, 1 steps, guidance 1.0000001 for t in [0, 0.7] on channels 0 to 2, seed 3"
+    text = options(cfg_scale=1.0000001, guidance_high=0.7, cfg_channels="first_three", seed=3)
+    model, dataset = opened[0].model, opened[1]
+    assert (
+        text.resolved(model, dataset).text()
+        == "euler, 1 steps, guidance 1.0000001 for t in [0, 0.7] on channels 0 to 2, seed 3"
+    )
     plain = options(cfg_scale=1.0, guidance_high=0.7, cfg_channels="first_three", weights="model")
-    assert plain.resolved(opened[0].model).text() == "euler, 1 steps, guidance 1, seed 0, raw weights"
+    assert plain.resolved(model, dataset).text() == "euler, 1 steps, guidance 1, seed 0, raw weights"
 
 
 def test_a_run_without_label_dropout_is_not_guided(opened):
     loaded, dataset = opened
     model = dataclasses.replace(loaded.config.model, label_dropout=0.0)
     undropped = loaded._replace(model=new_model(model).eval())
-    assert draw_samples(undropped, dataset, options()).text == "euler, 1 steps, guidance 1, seed 0"
+    assert draw(undropped, dataset, options())[0].text == "euler, 1 steps, guidance 1, seed 0"
     with pytest.raises(UserError, match="trained null_label"):
-        draw_samples(undropped, dataset, options(cfg_scale=2.0))
+        draw(undropped, dataset, options(cfg_scale=2.0))
     config = dataclasses.replace(loaded.config, model=model)
     with pytest.raises(UserError, match=r"preview\.cfg_scale=1 "):
         preview.Preview(config, dataset, single())
@@ -75,7 +87,7 @@ def test_images_that_are_not_finite_are_an_error(place, opened, monkeypatch):
     with torch.no_grad():
         loaded.model.final_layer.linear.bias[0] = float("nan")
     with pytest.raises(UserError, match=r"image 0 \(weights of step 4\): its latent holds NaN or Inf \(3 of 3 images"):
-        draw_samples(loaded, dataset, options())
+        draw(loaded, dataset, options())
     with torch.no_grad():
         loaded.model.blocks[2].mlp.fc1.weight[0] = float("inf")
     with pytest.raises(UserError, match="block 2 gives NaN or Inf with the weights of step 4"):
@@ -94,7 +106,7 @@ def test_levels_are_rounded_and_cut():
 
 
 def test_a_preview_that_is_not_finite_is_a_warning(place, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(preview, "sample", lambda model, noise, y, **_: noise * float("nan"))
+    monkeypatch.setattr(sampling, "sample", lambda model, noise, y, **_: noise * float("nan"))
     changes = [
         f"data.path={place / 'shards'}", f"run.dir={tmp_path}", "run.steps=1", "engine.global_batch=4",
         "preview.every=1", "preview.count=2", "run.tensorboard=false",
@@ -102,7 +114,7 @@ def test_a_preview_that_is_not_finite_is_a_warning(place, tmp_path, monkeypatch,
     with caplog.at_level(logging.WARNING, "dit_fast"):
         assert train(load("quickstart", changes), single()) == 1
     (warning,) = [message for message in caplog.messages if "step_00000001.png" in message]
-    assert "image 0 (averaged weights of step 1)" in warning
+    assert "image 0 (weights of step 1)" in warning
     assert not list(tmp_path.glob("samples/*.png"))
     assert load_run(tmp_path).step == 1
 
@@ -135,8 +147,56 @@ def test_data_that_moved_is_named_or_found(place, tmp_path, capsys, monkeypatch)
         assert "--data" in line
 
 
-def test_samples_of_a_checkpoint_are_written_where_asked(place, tmp_path, capsys):
-    step = place / "plain" / "checkpoints" / "step_00000002"
-    assert main(["sample", str(step)]) == 2
-    assert "name a file with --out" in capsys.readouterr().err
-    assert sample_run(step, options()).step == 2
+def test_an_image_depends_on_seed_and_number_only(place):
+    few = sample_run(place / "diverse", per_class=1)
+    more = sample_run(place / "diverse", per_class=4)
+    other = sample_run(place / "diverse", per_class=1, seed=1)
+    assert (few.images.shape, few.images.dtype, few.step) == ((3, 32, 32, 3), np.uint8, STEPS)
+    assert more.labels.tolist() == [0, 1, 2] * 4
+    np.testing.assert_array_equal(few.images, more.images[:3])
+    assert (few.images != other.images).mean() > 0.5
+    assert (more.images[0] != more.images[3]).mean() > 0.5
+
+
+def test_averaged_and_raw_weights_differ(place):
+    drawn = [sample_run(place / "diverse", per_class=1, weights=name) for name in ("ema", "model")]
+    assert (drawn[0].images != drawn[1].images).any()
+
+
+def test_ranks_draw_whole_chunks_whose_bytes_do_not_depend_on_their_number(opened):
+    chosen, alone = options(per_class=6), single()
+    whole = draw(*opened, chosen)
+    assert [(part.first, len(part.images)) for part in whole] == [(0, 4), (4, 4), (8, 4), (12, 4), (16, 2)]
+    shares = [draw(*opened, chosen, dataclasses.replace(alone, rank=rank, size=3)) for rank in range(3)]
+    assert [[part.first for part in share] for share in shares] == [[0, 12], [4, 16], [8]]
+    parts = sorted((part for share in shares for part in share), key=lambda part: part.first)
+    np.testing.assert_array_equal(Samples.join(parts).images, Samples.join(whole).images)
+    assert [part.first for part in draw(*opened, chosen, done={0, 8})] == [4, 12, 16]
+
+
+def test_samples_need_no_other_file_of_a_checkpoint_than_their_weights(place, tmp_path):
+    run = shutil.copytree(place / "plain", tmp_path / "run")
+    newest = run / "checkpoints" / f"step_{STEPS:08d}"
+    for path in newest.glob("optim-*"):
+        path.unlink()
+    (newest / "model.safetensors").write_bytes(b"damage")
+    assert load_run(run).step == STEPS
+    assert load_run(run, weights="model").step == STEPS - 2
+    with (newest / "ema.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    assert load_run(run).step == STEPS - 2
+
+
+def test_a_class_outside_the_data_set_is_refused(place):
+    with pytest.raises(UserError, match=r"class 3 is not in this data set; labels are 0\.\.2"):
+        sample_run(place / "diverse", classes=(0, 3))
+
+
+def test_scaling_and_its_inverse():
+    class Info:
+        scale, shift = (2.0, 0.5), 0.25
+
+    latents = torch.randn(3, 2, 4, 4)
+    torch.testing.assert_close(to_model_space(latents, Info)[:, 1], latents[:, 1] * 0.5 + 0.25)
+    torch.testing.assert_close(from_model_space(to_model_space(latents, Info), Info), latents)

@@ -1,0 +1,1 @@
+"""Images from the weights of a run, for the preview, the `sample` command, reports and evaluation alike."""

@@ -1,0 +1,82 @@
+"""A folder of drawn chunks, so that ranks share a drawing and a killed one goes on with the chunks that are missing."""
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dit_fast.checkpoint.run import LoadedRun
+from dit_fast.errors import UserError
+from dit_fast.sampling.options import SampleOptions
+from dit_fast.sampling.samples import Samples
+
+DESCRIPTION = "sampling.json"
+POLL = 0.5  # seconds between looks for the chunks of other ranks
+_NAME = re.compile(r"images_(\d{8,})\.npz")
+
+
+class Parts:
+    """FOLDER/images_FIRST.npz, one file of `Samples` for each chunk, and sampling.json, which says what they are of.
+
+    options: resolved. Raises UserError where the folder holds chunks of other weights, data or options.
+    """
+
+    def __init__(self, folder: Path, run: LoadedRun, options: SampleOptions):
+        self.folder, self.options = folder, options
+        content = {
+            "options": asdict(options),
+            "weights": {name: run.state.get(name) for name in ("step", "saved_at", "dataset_fingerprint")},
+        }
+        text = json.dumps(content, indent=1)
+        path = folder / DESCRIPTION
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            partial = folder / f".{DESCRIPTION}.{time.time_ns()}"  # every rank writes the same
+            partial.write_text(text)
+            partial.replace(path)
+        found = path.read_text()
+        if found != text:
+            raise UserError(
+                f"{folder}: holds images of another command ({_difference(found, json.loads(text))}); remove it, or "
+                "give that command again to finish it"
+            )
+
+    def done(self) -> set[int]:
+        """Numbers of the first images of the chunks that are there."""
+        return {int(match[1]) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))}
+
+    def images(self) -> int:
+        """How many images are there."""
+        return sum(min(self.options.chunk, self.options.count - first) for first in self.done())
+
+    def add(self, samples: Samples) -> None:
+        samples.save(self._path(samples.first))
+
+    def __iter__(self) -> Iterator[Samples]:
+        """All chunks in order; waits for those that other ranks are drawing."""
+        for first in range(0, self.options.count, self.options.chunk):
+            while not self._path(first).exists():
+                time.sleep(POLL)
+            yield Samples.load(self._path(first))
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder)
+
+    def _path(self, first: int) -> Path:
+        return self.folder / f"images_{first:08d}.npz"
+
+
+def _difference(found: str, wanted: dict[str, Any]) -> str:
+    try:
+        there = json.loads(found)
+        for group, values in wanted.items():
+            for name, value in values.items():
+                if there[group].get(name) != json.loads(json.dumps(value)):
+                    return f"{name} {there[group].get(name)} there, {value} here"
+    except (ValueError, KeyError, AttributeError):
+        pass
+    return f"its {DESCRIPTION} is damaged or of another version"

@@ -1,0 +1,142 @@
+"""`dit-fast sample`: what it writes, how it goes on after a kill, and how ranks share it."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dit_fast.cli import main
+from dit_fast.errors import UserError
+from dit_fast.sampling import images as images_module
+from dit_fast.sampling.options import SampleOptions
+from dit_fast.sampling.samples import Samples, write_samples
+
+
+def test_sample_command_writes_a_grid_or_an_archive(place, tmp_path, capsys):
+    fixed = ["sample", str(place / "diverse"), "--classes", "2,0", "--per-class", "2", "--num-steps", "2"]
+    assert main([*fixed, "--out", str(tmp_path / "a.png")]) == 0
+    assert main([*fixed, "--out", str(tmp_path / "a.npz")]) == 0
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.width > 128
+    samples = Samples.load(tmp_path / "a.npz")
+    assert samples.labels.tolist() == [2, 0, 2, 0]
+    assert samples.text == "heun, 2 steps, guidance 2.5, seed 0"
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "a.png"), str(tmp_path / "a.npz")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--out", "a.jpg"], "must end in .png or .npz"),
+        (["--out", "/proc/a.png"], "another place with --out"),
+        (["--classes", "1,x"], "whole numbers"),
+        (["--classes", ","], "whole numbers"),
+        (["--classes", "1,0,1"], "class 1 is listed twice"),
+        (["--classes", "3"], "labels are 0..2"),
+        (["--sampler", "ddim"], "unknown sampler 'ddim'"),
+        (["--cfg-scale", "nan"], "cfg_scale=nan"),
+        (["--guidance-high", "1.5"], "guidance_high=1.5"),
+        (["--per-class", "0"], "per_class=0"),
+        (["--num-steps", "0"], "num_steps=0"),
+        (["--batch", "0"], "chunk (--batch)=0"),
+        (["--seed", "-1"], "seed=-1"),
+        (["--data", "absent"], "no such folder"),
+    ],
+)
+def test_wrong_options_are_one_line(place, capsys, changes, message):
+    assert main(["sample", str(place / "diverse"), *changes]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_damaged_samples_are_named(tmp_path):
+    path, images = tmp_path / "samples.npz", np.zeros((2, 4, 4, 3), np.uint8)
+    Samples(images, np.array([0, 1]), 1, "whole").save(path)
+    whole = path.read_bytes()
+    for content in (b"", b"no archive", whole[:-40], whole[:200] + b"damage" + whole[206:]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"samples\.npz"):
+            Samples.load(path)
+    for wrong in ((images[:1], np.array([0, 1])), (images + 0.0, np.array([0, 1])), (images[:0], np.array([], int))):
+        Samples(*wrong, 1, "wrong").save(path)
+        with pytest.raises(UserError, match=r"samples\.npz"):
+            Samples.load(path)
+
+
+def test_samples_of_a_checkpoint_are_written_where_asked(place, tmp_path, capsys):
+    step = place / "plain" / "checkpoints" / "step_00000002"
+    assert main(["sample", str(step)]) == 2
+    assert "name a file with --out" in capsys.readouterr().err
+    assert main(["sample", str(step), "--num-steps", "1", "-o", str(tmp_path / "a.npz")]) == 0
+    assert Samples.load(tmp_path / "a.npz").step == 2
+
+
+def sample(place, *options):
+    return main(["sample", str(place / "diverse"), "--num-steps", "1", "--batch", "4", "--per-class", "4", *options])
+
+
+def test_a_killed_drawing_goes_on_with_the_missing_chunks(place, tmp_path, monkeypatch, capsys):
+    assert sample(place, "-o", str(tmp_path / "whole.npz")) == 0
+    real, drawn = images_module.sample_images, []
+
+    def killed(*arguments, **options):
+        for samples in real(*arguments, **options):
+            if len(drawn) == 2:
+                raise KeyboardInterrupt
+            drawn.append(samples.first)
+            yield samples
+
+    monkeypatch.setattr(images_module, "sample_images", killed)
+    out = ["-o", str(tmp_path / "killed.npz")]
+    assert sample(place, *out) == 130
+    assert sample(place, *out, "--seed", "1") == 2
+    assert "killed.npz.parts: holds images of another command (seed 0 there, 1 here)" in capsys.readouterr().err
+    monkeypatch.setattr(images_module, "sample_images", lambda *a, **o: drawn.append("again") or real(*a, **o))
+    assert sample(place, *out) == 0
+    assert drawn == [0, 4, "again"]
+    assert (tmp_path / "killed.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.npz", "killed.npz"}
+
+
+def test_ranks_share_a_folder(place, tmp_path, monkeypatch):
+    assert sample(place, "-o", str(tmp_path / "whole.npz")) == 0
+    for rank in (1, 0):
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+        for name, value in ranks.items():
+            monkeypatch.setenv(name, str(value))
+        assert sample(place, "--out", str(tmp_path / "folder")) == 0
+        assert len(list((tmp_path / "folder").glob("images_*.npz"))) == (1 if rank else 3)
+    parts = [Samples.load(path) for path in sorted((tmp_path / "folder").glob("images_*.npz"))]
+    np.testing.assert_array_equal(Samples.join(parts).images, Samples.load(tmp_path / "whole.npz").images)
+    assert json.loads((tmp_path / "folder" / "sampling.json").read_text())["options"]["classes"] == [0, 1, 2]
+
+
+def test_a_file_written_in_parts_has_the_bytes_of_numpy(tmp_path):
+    images, labels = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), np.uint8), np.arange(5)
+    parts = [Samples(images[rows], labels[rows], 7, "text", rows.start) for rows in (slice(0, 3), slice(3, 5))]
+    write_samples(tmp_path / "ours.npz", parts, 5)
+    np.savez(tmp_path / "theirs.npz", arr_0=images, label=labels, step=np.int64(7), text=np.array("text"))
+    assert (tmp_path / "ours.npz").read_bytes() == (tmp_path / "theirs.npz").read_bytes()
+
+
+def test_the_command_has_the_options_of_the_class(place, monkeypatch, tmp_path):
+    given = {
+        "classes": (2, 1), "per_class": 3, "cfg_scale": 1.5, "guidance_low": 0.1, "guidance_high": 0.9,
+        "cfg_channels": "first_three", "class_token_cfg_scale": 2.0, "sampler": "sde", "num_steps": 4, "seed": 5,
+        "weights": "model", "precision": "bf16", "chunk": 2,
+    }  # fmt: skip
+    assert given.keys() == SampleOptions.__dataclass_fields__.keys()
+    seen = []
+    monkeypatch.setattr(images_module, "sample_images", lambda run, options, *_, **__: seen.append(options) or 1 / 0)
+    flags = {"chunk": "--batch"}
+    words = [
+        word
+        for name, value in given.items()
+        for word in (
+            flags.get(name, "--" + name.replace("_", "-")),
+            ",".join(map(str, value)) if isinstance(value, tuple) else str(value),
+        )
+    ]
+    assert main(["sample", str(place / "plain"), *words, "-o", str(tmp_path / "a.npz")]) == 1
+    assert seen == [SampleOptions(**given)]
