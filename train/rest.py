@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dit_fast.checkpoint.step import Checkpoint
+from dit_fast.checkpoint.step import DTYPES, Checkpoint
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.methods import Method
 from dit_fast.train.engine import Engine
@@ -26,17 +26,17 @@ class Rest:
     """The untrained state of a run. decay: of the averages of `Method.averaged` buffers, the same as the weights' EMA.
 
     checkpoint: the one that the engine was restored from; averages and methods' tensors are then too. Raises
-    ConfigError for a method that averages what is no floating-point buffer of the model.
+    ConfigError for a method that averages what is no persistent floating-point buffer of the model.
     """
 
     def __init__(self, methods: Iterable[Method], engine: Engine, decay: float, checkpoint: Checkpoint | None = None):
         self._methods, self._engine, self._decay = tuple(methods), engine, decay
-        buffers = self._buffers()
+        buffers = {name: x for name, x in self._buffers().items() if name in engine.model.state_dict()}
         self._averages: dict[str, Tensor] = {}
         for method in self._methods:
             for name in method.averaged:
                 if name not in buffers or not buffers[name].is_floating_point():
-                    raise ConfigError(f"method '{method.name}' averages '{name}', not a buffer of floats of the model")
+                    raise ConfigError(f"method '{method.name}' averages '{name}', which is no saved buffer of floats")
                 self._averages[name] = buffers[name].detach().clone()
         if checkpoint is not None:
             for kind, tensors in (("ema", self._averages), ("rest", method_tensors(self._methods))):
@@ -48,10 +48,13 @@ class Rest:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """By file ("model", "ema", "rest") and name; live tensors, not to be changed; collective.
 
-        Raises CheckpointError on all ranks for one that is not the same on all.
+        Raises CheckpointError on all ranks for one that is not the same on all, or of a dtype that no file can hold.
         """
         model, own = self._engine.untrained(), method_tensors(self._methods)
         moving = [*model.items(), *self._averages.items(), *own.items()]
+        for name, tensor in moving:
+            if tensor.dtype not in DTYPES:
+                raise CheckpointError(f"'{name}' is {tensor.dtype}, which a checkpoint cannot hold; use another dtype")
         if (name := first_difference(self._engine.world, moving)) is not None:
             raise CheckpointError(
                 f"'{name}' is not the same on all ranks, and a checkpoint holds one; average what moves it over the "

@@ -71,10 +71,20 @@ def test_other_tensors_of_a_method_are_refused(shards, tmp_path, monkeypatch, ca
     assert message in capsys.readouterr().err
 
 
-def test_only_buffers_of_floats_are_averaged(shards, tmp_path, monkeypatch, capsys, following):
-    monkeypatch.setattr(Follower, "averaged", ("forwards",))
-    assert main(arguments(shards, tmp_path)) == 2
-    assert "method 'follower' averages 'forwards', not a buffer of floats of the model" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("averaged", ("forwards",), "method 'follower' averages 'forwards', which is no saved buffer of floats"),
+        ("tensors", lambda self: {"x": torch.ones(1) * 1j}, "'follower.x' is torch.complex64, which a checkpoint"),
+    ],
+)
+def test_what_cannot_be_saved_is_refused_at_once(
+    shards, tmp_path, monkeypatch, capsys, following, attribute, value, message
+):
+    monkeypatch.setattr(Follower, attribute, value)
+    assert main(arguments(shards, tmp_path, "run.checkpoint_every=0")) == 2
+    assert message in capsys.readouterr().err
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
