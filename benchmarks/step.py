@@ -5,7 +5,7 @@ pairs, ours without the diversity loss, and the diversity loss alone on the feat
 latents that lie on the device already.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,13 +21,14 @@ from dit_fast.benchmarks.cost import host_waits, peak_memory
 from dit_fast.benchmarks.measure import SAMPLES, part_entry
 from dit_fast.benchmarks.timing import Call, clock_for, interleave
 from dit_fast.config import FlowConfig
-from dit_fast.methods import Method, Methods
+from dit_fast.methods import Method
 from dit_fast.methods.diversedit import DiverseDiT
 from dit_fast.models import build_model
+from dit_fast.objectives import Flow
 from dit_fast.ops import diversity_loss
 from dit_fast.runs import TrainConfig
 from dit_fast.train.engine import SingleEngine
-from dit_fast.train.objective import TrainingObjective
+from dit_fast.train.loss import TrainingLoss
 from dit_fast.world import World
 
 PUBLISHED, OURS, WITHOUT = "as published", "dit_fast, all pairs", "dit_fast, no diversity loss"
@@ -61,11 +62,11 @@ def step_cases(setting: Setting) -> list[StepCase]:
 def measure_step(case: StepCase, setting: Setting, ceilings: Ceilings, seconds: float) -> dict[str, Any]:
     """The case as it stands in the JSON, parts "step" (with samples per second and MFU) and "diversity_loss"."""
     device = setting.device
-    published = PublishedTrainer(_objective(case, device, [PublishedDiversity(None)]), TrainConfig().optimizer)
+    published = PublishedTrainer(_training_loss(case, device, PublishedDiversity), TrainConfig().optimizer)
     world = World(0, 1, device)
     ours, without = (
-        SingleEngine(_objective(case, device, methods), TrainConfig(), world)
-        for methods in ([DiverseDiT(DiverseDiT.Config(pairs="all"))], [])
+        SingleEngine(_training_loss(case, device, *methods), TrainConfig(), world)
+        for methods in ([partial(DiverseDiT, DiverseDiT.Config(pairs="all"))], [])
     )
     lr = TrainConfig().optimizer.lr
 
@@ -124,12 +125,18 @@ def diversity_share(cases: list[dict[str, Any]], case: str) -> float | None:
     return None
 
 
-def _objective(case: StepCase, device: torch.device, methods: Sequence[Method]) -> TrainingObjective:
+def _training_loss(case: StepCase, device: torch.device, *methods: Callable[[Any, Any], Method]) -> TrainingLoss:
+    """methods: bound by a call with the model and a data set, of which they need nothing."""
     torch.manual_seed(0)
     model = build_model(case.model, input_size=case.input_size, in_channels=case.channels, skip_wiring="input")
     precision: Any = case.precision
-    return TrainingObjective(
-        model.to(device), Methods(methods), FlowConfig(), seed=0, label_dropout=0.1, precision=precision
+    return TrainingLoss(
+        model,
+        Flow(FlowConfig(), model),
+        [bind(model, None) for bind in methods],
+        seed=0,
+        label_dropout=0.1,
+        precision=precision,
     ).to(device)
 
 
@@ -144,12 +151,12 @@ def _batch(case: StepCase, device: torch.device, step: int) -> dict[str, Tensor]
     }
 
 
-def _features(objective: Any, batch: dict[str, Tensor]) -> list[Tensor]:
+def _features(training_loss: Any, batch: dict[str, Tensor]) -> list[Tensor]:
     """Block outputs of the model, detached leaves, in the dtype in which the loss meets them in training."""
-    size, model = batch["label"].shape[0], objective.model
+    size, model = batch["label"].shape[0], training_loss.model
     x = batch["moments"][:, 0].contiguous()
     times = torch.full((size,), 0.5, device=x.device)
-    with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=objective.precision == "bf16"):
+    with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=training_loss.precision == "bf16"):
         _, features = model(x, times, batch["label"], taps=range(model.depth))
     return [feature.clone().requires_grad_() for feature in features.values()]
 
@@ -167,7 +174,7 @@ BENCHMARK: Benchmark[StepCase] = Benchmark(
     "step",
     ("tests/ops/test_diversity*.py", "tests/ops/test_adaln*.py", "tests/ops/test_long_skip*.py",
      "tests/methods/test_diversedit.py", "tests/models/test_training_curve.py", "tests/train/test_optim.py",
-     "tests/train/test_objective.py"),
+     "tests/train/test_loss.py"),
     step_cases,
     {
         "cuda": (

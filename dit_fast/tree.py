@@ -34,3 +34,8 @@ def image(tree: Tree) -> Tensor:
     if "image" not in named:
         raise UserError(f"a tree without an image: {', '.join(named) or 'it is empty'}")
     return named["image"]
+
+
+def like(tree: Tree, named: dict[str, Tensor]) -> Tree:
+    """Leaves by name as a tree of the form of another: its image alone where that is a bare tensor."""
+    return named["image"] if isinstance(tree, Tensor) else named

@@ -18,6 +18,7 @@ from dit_fast.data.address import absolute
 from dit_fast.errors import CheckpointError, UserError
 from dit_fast.methods import build_methods
 from dit_fast.models import Backbone, new_model
+from dit_fast.objectives import Flow
 from dit_fast.options import to_dict
 from dit_fast.runs import TrainConfig
 from dit_fast.train.checkpoints import MOMENTS, Checkpoints
@@ -26,7 +27,7 @@ from dit_fast.train.feed import Batch, Feed
 from dit_fast.train.guard import Diverged, Guard
 from dit_fast.train.journal import CONFIG, METRICS, Journal
 from dit_fast.train.lock import RunLock
-from dit_fast.train.objective import TrainingObjective
+from dit_fast.train.loss import TrainingLoss
 from dit_fast.train.optim import STATES, learning_rate
 from dit_fast.train.prepare import check_fields, check_resume, check_stage, fit_to_dataset, micro_batch
 from dit_fast.train.preview import Preview
@@ -68,17 +69,18 @@ class _Run:
 
     def __init__(self, config: TrainConfig, world: World, dataset: LatentDataset, micro: int, held: list[RunLock]):
         self.config, self.world, self.dataset, self.micro, self.held = config, world, dataset, micro, held
-        methods = build_methods(config.methods)
-        dataset.require(methods.batch_fields())
-        if launched():
-            check_stage(config.engine, methods)
-        torch.manual_seed(config.run.seed)
+        torch.manual_seed(config.run.seed)  # initial weights: the model's, then the heads' in the order of the methods
         model = new_model(config.model).to(world.device)  # where a method may copy it
-        methods.attach(model, dataset.info)
-        objective = TrainingObjective(
+        objective = Flow(config.flow, model)
+        methods = build_methods(config.methods, model, dataset.info)
+        if launched():
+            check_stage(config.engine, (objective, *methods))
+        self.fields = tuple(dict.fromkeys(name for method in methods for name in method.fields))
+        dataset.require(self.fields)
+        loss = TrainingLoss(
             model,
+            objective,
             methods,
-            config.flow,
             seed=config.run.seed,
             scale=dataset.info.scale,
             shift=dataset.info.shift,
@@ -90,9 +92,9 @@ class _Run:
         checkpoint = self.checkpoints.newest()
         self.start = 0
         if checkpoint is not None:
-            check_resume(checkpoint, config, dataset.info, methods.batch_fields())
+            check_resume(checkpoint, config, dataset.info, self.fields)
             self.start = checkpoint.step
-            whole, trained = model.state_dict(), dict(own_parameters(objective))
+            whole, trained = model.state_dict(), dict(own_parameters(loss))
             expected = {"model": whole, "ema": whole, **dict.fromkeys(MOMENTS, trained)}
             expected["rest"] = method_tensors(methods)
             world.agree(lambda: check_fits(checkpoint, expected))
@@ -109,22 +111,21 @@ class _Run:
         if config.engine.compile:
             for block in model.blocks:
                 block.compile()
-        self.engine = self._engine(objective)
+        self.engine = self._engine(loss)
         if checkpoint is not None:
             with self._alone():
                 for kind in STATES:
                     self.engine.load_full_state(kind, checkpoint.source(kind))
             self.engine.set_applied_steps(checkpoint.state["optimizer_step"])
         self.rest = Rest(methods, self.engine, config.optimizer.ema_decay, checkpoint)
-        self.fields = methods.batch_fields()
         self._describe(model)
 
-    def _engine(self, objective: TrainingObjective) -> Engine:
+    def _engine(self, loss: TrainingLoss) -> Engine:
         if not launched():
-            return SingleEngine(objective, self.config, self.world)
+            return SingleEngine(loss, self.config, self.world)
         from dit_fast.train.zero import ZeroEngine
 
-        return ZeroEngine(objective, self.config, self.world, self.micro)
+        return ZeroEngine(loss, self.config, self.world, self.micro)
 
     def train(self) -> int:
         config, world, guard = self.config, self.world, self.guard

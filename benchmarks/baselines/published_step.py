@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from dit_fast.benchmarks.baselines.published_diversity import published_diversity_loss
-from dit_fast.methods import Method, ModelFacts, StepContext, Term
+from dit_fast.data import DatasetInfo
+from dit_fast.methods import Method, Term
+from dit_fast.models import Backbone
+from dit_fast.objectives import Context
 from dit_fast.runs import OptimizerConfig
 
 
@@ -25,10 +28,10 @@ class PublishedDiversity(Method):
     class Config:
         name: ClassVar[str] = "published"
 
-    def taps(self, facts: ModelFacts) -> frozenset[int]:
-        return frozenset(range(facts.depth))
+    def __init__(self, model: Backbone, data: DatasetInfo):
+        self.blocks = frozenset(range(model.depth))
 
-    def terms(self, context: StepContext) -> dict[str, Term]:
+    def terms(self, context: Context) -> dict[str, Term]:
         features = [context.features[block] for block in sorted(context.features)]
         loss = published_diversity_loss(features).total
         weight: Tensor | float = 0.0
@@ -40,11 +43,11 @@ class PublishedDiversity(Method):
 
 
 class PublishedTrainer:
-    """objective: a TrainingObjective with PublishedDiversity, on its device."""
+    """training_loss: with PublishedDiversity, on its device."""
 
-    def __init__(self, objective: nn.Module, config: OptimizerConfig):
-        self.objective, self.config = objective, config
-        self.parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    def __init__(self, training_loss: nn.Module, config: OptimizerConfig):
+        self.training_loss, self.config = training_loss, config
+        self.parameters = [parameter for parameter in training_loss.parameters() if parameter.requires_grad]
         betas = (config.beta1, config.beta2)
         self.optimizer = torch.optim.AdamW(
             self.parameters, config.lr, betas, config.eps, config.weight_decay, foreach=True
@@ -53,7 +56,7 @@ class PublishedTrainer:
 
     def train_step(self, batch: Mapping[str, Tensor], step: int) -> Tensor:
         """One update; the loss, 0-d."""
-        loss, _ = self.objective(batch, step)
+        loss, _ = self.training_loss(batch, step)
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
         self.optimizer.step()

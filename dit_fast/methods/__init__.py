@@ -1,28 +1,39 @@
 """Training methods by name. A new method is one file here and one line in `METHODS`; the trainer stays as it is."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
+from dit_fast.data import DatasetInfo
 from dit_fast.errors import ConfigError
-from dit_fast.methods.base import Method, Methods, ModelFacts, StepContext, StepInputs, Term
+from dit_fast.methods.base import Method, Term
 from dit_fast.methods.diversedit import DiverseDiT
 from dit_fast.methods.repa import REPA
+from dit_fast.models import Backbone
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (DiverseDiT, REPA)}
 
 
-def build_methods(configs: Iterable[Any]) -> Methods:
-    """The methods of these Config objects, in order. Raises ConfigError for unknown names and for repeated ones."""
-    return Methods([_class(config.name)(config) for config in configs])
+def build_methods(configs: Sequence[Any], model: Backbone, data: DatasetInfo) -> tuple[Method, ...]:
+    """The methods of these Config objects, bound to a model and a data set in this order.
+
+    Raises ConfigError for an unknown name, for a repeated one and for a block that the model does not have, and what
+    the methods raise.
+    """
+    names = [config.name for config in configs]
+    for name in names:
+        if name not in METHODS:
+            close = difflib.get_close_matches(name, METHODS, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(METHODS)}"
+            raise ConfigError(f"unknown method '{name}'; {hint}")
+        if names.count(name) > 1:
+            raise ConfigError(f"method '{name}' is listed twice; keep one")
+    methods = tuple(METHODS[config.name](config, model, data) for config in configs)
+    for method in methods:
+        for block in sorted(method.blocks):
+            if not 0 <= block < model.depth:
+                raise ConfigError(f"method '{method.name}' reads block {block}; this model has 0..{model.depth - 1}")
+    return methods
 
 
-def _class(name: str) -> type[Method]:
-    if name not in METHODS:
-        close = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(METHODS)}"
-        raise ConfigError(f"unknown method '{name}'; {hint}")
-    return METHODS[name]
-
-
-__all__ = ["METHODS", "Method", "Methods", "ModelFacts", "StepContext", "StepInputs", "Term", "build_methods"]
+__all__ = ["METHODS", "Method", "Term", "build_methods"]

@@ -5,16 +5,19 @@ is an option. Defaults: the published pairs and terms, and the weight as a weigh
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dit_fast import philox
+from dit_fast.data import DatasetInfo
 from dit_fast.errors import ConfigError, UserError
-from dit_fast.methods.base import Method, ModelFacts, StepContext, Term
-from dit_fast.ops import DiversityTaps, diversity_loss
+from dit_fast.methods.base import Method, Term
+from dit_fast.models import Backbone
+from dit_fast.objectives import Context
+from dit_fast.ops import DiversityTaps
 from dit_fast.options import setting
 
 POLICIES = ("release", "anchor", "random_layers", "all")
@@ -92,7 +95,10 @@ def select_pairs(
 
 
 class DiverseDiT(Method):
-    """The diversity loss with its adaptive weight. The long skips are the model's (`skip_wiring`)."""
+    """The diversity loss with its adaptive weight. The long skips are the model's (`skip_wiring`).
+
+    The pairs are worked out once; those of "random_layers" at each step, alike on all ranks.
+    """
 
     name = "diversedit"
 
@@ -122,26 +128,23 @@ class DiverseDiT(Method):
             if self.weight != "constant" and not self.low < self.high:
                 raise ConfigError(f"diversedit needs low < high, not low={self.low}, high={self.high}")
 
-    def taps(self, facts: ModelFacts) -> frozenset[int]:
-        """All blocks, or only those in the pairs where nothing else is read (variant "paper", pairs that stay)."""
-        pairs = self._pairs(facts.depth, 0, 0)
-        if self.config.variant == "paper" and self.config.pairs != "random_layers":
-            return frozenset(block for pair in pairs for block in pair)
-        return frozenset(range(facts.depth))
+    def __init__(self, config: Any, model: Backbone, data: DatasetInfo):
+        """Reads all blocks, or only those in the pairs where nothing else counts (variant "paper", pairs that stay)."""
+        super().__init__(config, model, data)
+        self.depth, self.redrawn = model.depth, config.pairs == "random_layers"
+        pairs = self._pairs(0, 0)
+        few = config.variant == "paper" and not self.redrawn
+        order = sorted({block for pair in pairs for block in pair}) if few else list(range(self.depth))
+        self.blocks = frozenset(order)
+        self.pairs = [(order.index(i), order.index(j)) for i, j in pairs]  # of the tapped blocks
 
     def collector(self) -> DiversityTaps:
         return DiversityTaps()
 
-    def terms(self, context: StepContext) -> dict[str, Term]:
-        facts = ModelFacts.of(context.model)
-        pairs = self._pairs(facts.depth, context.seed, context.step)
-        place = {block: number for number, block in enumerate(sorted(self.taps(facts)))}
-        options = ([(place[i], place[j]) for i, j in pairs], self.config.variant, self.config.scope)
-        taps = context.collectors.get(self.name)
-        if taps is not None:
-            loss = taps.loss(*options)
-        else:
-            loss = diversity_loss([context.features[block] for block in place], *options)
+    def terms(self, context: Context) -> dict[str, Term]:
+        taps: Any = context.taps.collectors[self.name]
+        pairs = self._pairs(context.key.seed, context.number) if self.redrawn else self.pairs
+        loss = taps.loss(pairs, self.config.variant, self.config.scope)
         weight = self._weight(loss.total)
         logs = {
             "diversedit/orthogonality": loss.orthogonality,
@@ -151,8 +154,8 @@ class DiverseDiT(Method):
         }
         return {"diversedit/total": Term(loss.total, weight, {name: value.detach() for name, value in logs.items()})}
 
-    def _pairs(self, depth: int, seed: int, step: int) -> list[tuple[int, int]]:
-        return select_pairs(self.config.pairs, depth, self.config.encoder_depth, self.config.k, seed, step)
+    def _pairs(self, seed: int, step: int) -> list[tuple[int, int]]:
+        return select_pairs(self.config.pairs, self.depth, self.config.encoder_depth, self.config.k, seed, step)
 
     def _weight(self, loss: Tensor) -> Tensor:
         config = self.config

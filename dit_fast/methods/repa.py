@@ -8,9 +8,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from dit_fast.data import DatasetInfo
 from dit_fast.errors import ConfigError
-from dit_fast.methods.base import Method, ModelFacts, StepContext, Term
+from dit_fast.methods.base import Method, Term
+from dit_fast.models import Backbone
 from dit_fast.nn.projector import projector
+from dit_fast.objectives import Context
 from dit_fast.ops import repa_cosine
 from dit_fast.options import setting
 
@@ -32,6 +35,7 @@ class REPA(Method):
     """Alignment term; its projector lies in the model as `projectors.0`, and so in the EMA and the checkpoints."""
 
     name = "repa"
+    fields = ("features",)
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -42,28 +46,20 @@ class REPA(Method):
         projector_width: int = setting(2048, "Hidden width of the projector", "[1, 65536]")
         weight: float = setting(0.5, "Weight of the term", "[0, 1e6]")
 
-    def batch_fields(self) -> tuple[str, ...]:
-        return ("features",)
-
-    def taps(self, facts: ModelFacts) -> frozenset[int]:
-        depth = self.config.encoder_depth
-        if not 1 <= depth <= facts.depth:
-            raise ConfigError(f"repa.encoder_depth={depth} is not one of this model's blocks 1..{facts.depth}")
-        return frozenset({depth - 1})
-
-    def attach(self, model: Any, dataset_info: Any) -> None:
+    def __init__(self, config: Any, model: Backbone, data: DatasetInfo):
         """Adds the projector. Raises DataError where the shards hold no features, ConfigError unless one a token."""
-        tokens, width = dataset_info.field("features").shape
-        facts = ModelFacts.of(model)
-        if tokens != facts.num_tokens:
+        super().__init__(config, model, data)
+        self.block = model.block(config.encoder_depth, "methods.repa.encoder_depth")
+        self.blocks = frozenset({self.block})
+        tokens, width = data.field("features").shape
+        if tokens != model.num_tokens:
             raise ConfigError(
-                f"repa: the shards hold {tokens} feature tokens per image and the model has {facts.num_tokens} tokens; "
+                f"repa: the shards hold {tokens} feature tokens per image and the model has {model.num_tokens} tokens; "
                 "use a patch size or an encoder grid that agree"
             )
-        head = projector(facts.hidden_size, self.config.projector_width, width)
-        model.add_head("projectors", nn.ModuleList([head]))
+        self.head = projector(model.hidden_size, config.projector_width, width)
+        model.add_head("projectors", nn.ModuleList([self.head]))
 
-    def terms(self, context: StepContext) -> dict[str, Term]:
-        projectors: Any = context.model.projectors
-        prediction = projectors[0](context.features[self.config.encoder_depth - 1])
+    def terms(self, context: Context) -> dict[str, Term]:
+        prediction = self.head(context.features[self.block])
         return {"repa/alignment": Term(repa_loss(prediction, context.batch["features"]), self.config.weight)}

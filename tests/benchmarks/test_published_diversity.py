@@ -1,12 +1,13 @@
 """The restated baselines compute what they stand for: values equal ours to 1e-5, gradients to 1e-4."""
 
+from types import SimpleNamespace
+
 import torch
 
 from dit_fast.benchmarks.baselines.published_diversity import published_diversity_loss
 from dit_fast.benchmarks.baselines.published_step import PublishedDiversity
-from dit_fast.methods.base import StepContext
 from dit_fast.methods.diversedit import DiverseDiT, select_pairs
-from dit_fast.models import build_model
+from dit_fast.models import Taps
 from dit_fast.ops import diversity_loss
 from tests.helpers.cases import loop_over
 from tests.helpers.golden import assert_close, golden, golden_names
@@ -53,11 +54,12 @@ def test_the_published_weight_is_ours_undetached(scale):
     generator = torch.Generator().manual_seed(1)
     common = scale * torch.randn(2, 16, 160, generator=generator)
     x = [(common + torch.randn(2, 16, 160, generator=generator)).requires_grad_() for _ in range(6)]
-    model = build_model("SiT-Nano/2", input_size=8)
-    empty = torch.zeros(2)
-    context = StepContext(model, empty, empty, empty, empty, empty, empty, empty, dict(enumerate(x)), {}, 0, 0)
-    (theirs,) = PublishedDiversity(None).terms(context).values()
-    (ours,) = DiverseDiT(DiverseDiT.Config(detach_weight=False)).terms(context).values()
+    model = SimpleNamespace(depth=6)
+    method = DiverseDiT(DiverseDiT.Config(detach_weight=False), model, None)
+    taps = Taps((), {"diversedit": (method.collector(), method.blocks)})
+    features = {block: taps(block, feature) for block, feature in enumerate(x)}
+    (theirs,) = PublishedDiversity(model, None).terms(SimpleNamespace(features=features)).values()
+    (ours,) = method.terms(SimpleNamespace(taps=taps)).values()
     weights = [torch.as_tensor(term.weight).detach() for term in (ours, theirs)]
     assert_close(*weights, 1e-4)
     gradients = [torch.autograd.grad(term.weight * term.value, x, retain_graph=True) for term in (ours, theirs)]

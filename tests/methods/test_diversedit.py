@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from dit_fast.checkpoint import load_official
+from dit_fast.data.field import Field
 from dit_fast.diffusion import Path, velocity_error
 from dit_fast.errors import ConfigError, UserError
-from dit_fast.methods import Methods, ModelFacts, StepContext, build_methods
+from dit_fast.methods import build_methods
 from dit_fast.methods.diversedit import DiverseDiT, adaptive_weight, select_pairs
 from dit_fast.methods.repa import REPA
 from dit_fast.models import Taps, build_model
 from dit_fast.ops import diversity_loss
+from dit_fast.philox import Key
 from tests.helpers.cases import loop_over
 from tests.helpers.golden import assert_close, golden, golden_names
 
@@ -137,27 +139,33 @@ def test_unusable_ranges_and_forms_are_named():
         DiverseDiT.Config(weight="adaptive")
 
 
-FACTS = ModelFacts(depth=12, hidden_size=6, num_tokens=7, in_channels=4)
-
-
-def context(features, **changes):
-    model = SimpleNamespace(**vars(FACTS))
-    rest = dict.fromkeys(["latents", "noise", "t", "labels", "noised", "target", "prediction"])
-    return StepContext(**{"model": model, **rest, "features": features, "batch": {}, "step": 0, "seed": 0, **changes})
-
-
 def random_features(blocks, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return {block: torch.randn(3, 7, 6, generator=generator) + 0.5 for block in blocks}
 
 
+def bound(**options):
+    """The method for a model of 12 blocks."""
+    return DiverseDiT(DiverseDiT.Config(**options), SimpleNamespace(depth=12), None)
+
+
+def term_of(method, features, seed=0, number=0):
+    """Its term for these outputs of all blocks, of which it takes those that it asks for."""
+    taps = Taps(method.blocks, {"diversedit": (method.collector(), method.blocks)})
+    for block, feature in features.items():
+        if block in taps:
+            taps(block, feature)
+    key = Key(seed, torch.arange(3))
+    return method.terms(SimpleNamespace(taps=taps, key=key, number=number))["diversedit/total"]
+
+
 def test_term_carries_loss_weight_and_logs():
     features = random_features(range(12))
-    term = DiverseDiT(DiverseDiT.Config(encoder_depth=8)).terms(context(features))["diversedit/total"]
+    term = term_of(bound(encoder_depth=8), features)
     expected = diversity_loss(list(features.values()), select_pairs("release", 12, 8))
-    assert torch.equal(term.value, expected.total)
-    assert torch.equal(term.weight, adaptive_weight(expected.total))
-    assert term.logs["diversedit/orthogonality"] == expected.orthogonality
+    assert_close(term.value, expected.total, 1e-6)
+    assert_close(term.weight, adaptive_weight(expected.total), 1e-6)
+    assert_close(term.logs["diversedit/orthogonality"], expected.orthogonality, 1e-6)
     assert set(term.logs) == {
         f"diversedit/{k}" for k in ("orthogonality", "mutual_information", "dispersion", "weight")
     }
@@ -165,42 +173,39 @@ def test_term_carries_loss_weight_and_logs():
 
 @loop_over(("pairs", "blocks"), [("release", range(4, 12)), ("anchor", range(4, 8))])
 def test_paper_variant_asks_for_and_reads_only_the_blocks_in_the_pairs(pairs, blocks):
-    method = DiverseDiT(DiverseDiT.Config(pairs=pairs, encoder_depth=5, k=3, variant="paper"))
-    taps = method.taps(FACTS)
-    assert taps == set(blocks)
-    features = random_features(taps)
-    everything = random_features(range(12), seed=1) | features
-    chosen = select_pairs(pairs, 12, 5, k=3)
-    expected = diversity_loss([everything[b] for b in range(12)], chosen, "paper").total
-    assert_close(method.terms(context(features))["diversedit/total"].value, expected, 1e-6)
+    method = bound(pairs=pairs, encoder_depth=5, k=3, variant="paper")
+    assert method.blocks == set(blocks)
+    features = random_features(range(12))
+    expected = diversity_loss(list(features.values()), select_pairs(pairs, 12, 5, k=3), "paper").total
+    assert_close(term_of(method, features).value, expected, 1e-6)
 
 
 def test_release_variant_and_random_layers_ask_for_all_blocks():
-    for config in (DiverseDiT.Config(), DiverseDiT.Config(pairs="random_layers", k=3, variant="paper")):
-        assert DiverseDiT(config).taps(FACTS) == set(range(12))
+    for options in ({}, {"pairs": "random_layers", "k": 3, "variant": "paper"}):
+        assert bound(**options).blocks == set(range(12))
 
 
 @loop_over("variant", ["release", "paper"])
 def test_random_layers_follow_the_step(variant):
-    method = DiverseDiT(DiverseDiT.Config(pairs="random_layers", k=3, variant=variant))
+    method = bound(pairs="random_layers", k=3, variant=variant)
     features = random_features(range(12))
     for step in range(3):
-        expected = diversity_loss(
-            list(features.values()), select_pairs("random_layers", 12, k=3, seed=4, step=step), variant
-        )
-        term = method.terms(context(features, step=step, seed=4))["diversedit/total"]
-        assert_close(term.value, expected.total, 1e-6)
+        pairs = select_pairs("random_layers", 12, k=3, seed=4, step=step)
+        expected = diversity_loss(list(features.values()), pairs, variant)
+        assert_close(term_of(method, features, seed=4, number=step).value, expected.total, 1e-6)
 
 
 def test_constant_weight_and_attached_weight():
     features = random_features(range(12))
-    constant = DiverseDiT(DiverseDiT.Config(weight="constant", weight_constant=0.25)).terms(context(features))
-    assert constant["diversedit/total"].weight == 0.25
+    assert term_of(bound(weight="constant", weight_constant=0.25), features).weight == 0.25
     leaves = {block: feature.requires_grad_() for block, feature in features.items()}
     for detach in (True, False):
-        config = DiverseDiT.Config(pairs="all", detach_weight=detach)
-        weight = DiverseDiT(config).terms(context(leaves))["diversedit/total"].weight
-        assert weight.requires_grad != detach
+        assert term_of(bound(pairs="all", detach_weight=detach), leaves).weight.requires_grad != detach
+
+
+def test_pairs_that_do_not_fit_are_refused_when_it_is_built():
+    with pytest.raises(ConfigError, match=r"encoder_depth=13.*1\.\.12"):
+        bound(encoder_depth=13)
 
 
 @pytest.mark.parametrize("name", golden_names("diversedit_", "repa_", "sit_"))
@@ -209,25 +214,32 @@ def test_published_training_loss_and_gradients(name):
     data = golden(name)
     meta, diverse, aligned = data.meta, name.startswith("diversedit_"), bool(data.meta["projection"])
     depth = meta["encoder_depth"] if aligned else None
+    width = len(data.tensor("state/projectors.0.0.bias"))
     configs = []
     if diverse:
         configs.append(DiverseDiT.Config(encoder_depth=depth, detach_weight=False))
     if aligned:
-        configs.append(REPA.Config(encoder_depth=meta["encoder_depth"], weight=meta["proj_coeff"]))
+        configs.append(
+            REPA.Config(encoder_depth=meta["encoder_depth"], weight=meta["proj_coeff"], projector_width=width)
+        )
     model = load_official(
         data.group("state/"),
         family="diversedit" if diverse else "repa",
         num_heads=meta["num_heads"],
         skip_wiring=meta["skip_wiring"] if diverse else None,
     )
-    methods, facts = build_methods(configs), ModelFacts.of(model)
     x, t, y, noise, z = (data.tensor(f"in/{key}") for key in ("x", "t", "y", "noise", "z"))
+    weights = model.state_dict()
+    del model.projectors
+    methods = build_methods(
+        configs, model, SimpleNamespace(field=lambda name: Field(f"{name}.npy", z.shape[1:], "float32"))
+    )
+    model.load_state_dict(weights, strict=aligned)
     noised, target = Path(meta["path_type"]).interpolate(x, noise, t)
-    taps = methods.taps(facts)
-    output = model(noised, t, y, taps=taps)
-    prediction, features = output if taps else (output, {})
-    batch = {"features": z}
-    terms = methods.terms(StepContext(model, x, noise, t, y, noised, target, prediction, features, batch, 0, 0))
+    taps = Taps(range(model.depth), {m.name: (m.collector(), m.blocks) for m in methods if m.collector()})
+    prediction = model(noised, t, y, taps)
+    context = SimpleNamespace(features=taps.features, taps=taps, batch={"features": z})
+    terms = {name: term for method in methods for name, term in method.terms(context).items()}
     loss = velocity_error(prediction, target).mean()
     for term in terms.values():
         loss = loss + term.weight * term.value
@@ -256,21 +268,24 @@ def test_taps_in_the_model_give_the_gradients_of_the_plain_loss(wiring, pairs, c
     """The collector folds the loss into each block's backward; without it the loss reads the features. fp64 to 1e-9."""
     torch.manual_seed(0)
     sizes = {"input_size": 4, "hidden_size": 24, "depth": 6, "num_heads": 2, "num_classes": 3}
-    model = build_model("SiT-S/2", **sizes, skip_wiring=wiring, checkpoint_blocks=checkpoint_blocks).double()
+    model = build_model("SiT-Nano/2", **sizes, skip_wiring=wiring, checkpoint_blocks=checkpoint_blocks).double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    methods = Methods([DiverseDiT(DiverseDiT.Config(pairs=pairs, weight="constant", weight_constant=2.0))])
-    facts = ModelFacts.of(model)
+    config = DiverseDiT.Config(pairs=pairs, weight="constant", weight_constant=2.0)
     x, t, y = torch.randn(3, 4, 4, 4, dtype=torch.float64), torch.rand(3, dtype=torch.float64), torch.tensor([0, 1, 2])
     sides = []
     for tapped in (False, True):
-        taps = methods.tapping(facts) if tapped else Taps(methods.taps(facts))
-        v = model(x, t, y, taps=taps)
-        context = StepContext(model, x, x, t, y, x, x, v, taps.features, {}, 0, 0, taps.collectors)
-        term = methods.terms(context)["diversedit/total"]
+        if tapped:
+            method = DiverseDiT(config, model, None)
+            taps = Taps(method.blocks, {"diversedit": (method.collector(), method.blocks)})
+            v = model(x, t, y, taps)
+            value = method.terms(SimpleNamespace(taps=taps))["diversedit/total"].value
+        else:
+            v, features = model(x, t, y, range(6))
+            value = diversity_loss(features, select_pairs(pairs, 6)).total
         model.zero_grad()
-        (v.square().mean() + term.weight * term.value).backward()
+        (v.square().mean() + 2.0 * value).backward()
         grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-        sides.append((term.value.detach(), torch.cat(grads)))
+        sides.append((value.detach(), torch.cat(grads)))
     for ours, expected in zip(*reversed(sides), strict=True):
         assert_close(ours, expected, 1e-9)

@@ -7,7 +7,7 @@ import torch
 
 from dit_fast.data.field import Field
 from dit_fast.errors import ConfigError
-from dit_fast.methods import ModelFacts, StepContext, build_methods
+from dit_fast.methods import build_methods
 from dit_fast.methods.repa import REPA, repa_loss
 from dit_fast.models import build_model
 from tests.helpers.cases import loop_over
@@ -15,9 +15,8 @@ from tests.helpers.golden import assert_close
 
 
 def small(**changes):
-    return build_model(
-        "SiT-S/2", **{"input_size": 8, "hidden_size": 32, "depth": 4, "num_heads": 2, "num_classes": 5, **changes}
-    )
+    sizes = {"input_size": 8, "hidden_size": 32, "depth": 4, "num_heads": 2, "num_classes": 5, **changes}
+    return build_model("SiT-Nano/2", **sizes)
 
 
 def shards(feature_shape=(16, 12)):
@@ -47,8 +46,8 @@ def test_loss_refuses_shapes_that_differ():
 
 
 def test_projector_has_the_official_names_and_place():
-    model, method = small(), REPA(REPA.Config(encoder_depth=2, projector_width=24))
-    method.attach(model, shards())
+    model = small()
+    REPA(REPA.Config(encoder_depth=2, projector_width=24), model, shards())
     names = [name for name, _ in model.named_parameters() if name.startswith("projectors.")]
     assert names == [f"projectors.0.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")]
     assert [tuple(model.get_parameter(name).shape) for name in names] == [
@@ -64,13 +63,12 @@ def test_projector_has_the_official_names_and_place():
 
 
 def test_term_aligns_the_block_counted_from_one():
-    model, (method,) = small(), build_methods([REPA.Config(encoder_depth=3, projector_width=24, weight=0.7)])
-    method.attach(model, shards())
-    assert method.taps(ModelFacts.of(model)) == {2}
-    assert method.batch_fields() == ("features",)
+    model = small()
+    (method,) = build_methods([REPA.Config(encoder_depth=3, projector_width=24, weight=0.7)], model, shards())
+    assert method.blocks == {2}
+    assert method.fields == ("features",)
     feature, target = torch.randn(2, 16, 32), torch.randn(2, 16, 12)
-    rest = dict.fromkeys(["latents", "noise", "t", "labels", "noised", "target", "prediction"])
-    context = StepContext(model=model, **rest, features={2: feature}, batch={"features": target}, step=0, seed=0)
+    context = SimpleNamespace(features={2: feature}, batch={"features": target})
     term = method.terms(context)["repa/alignment"]
     assert_close(term.value, repa_loss(model.projectors[0](feature), target), 1e-6)
     assert term.weight == 0.7
@@ -79,16 +77,16 @@ def test_term_aligns_the_block_counted_from_one():
 @loop_over("depth", [0, 5])
 def test_depth_outside_the_model_is_named(depth):
     with pytest.raises(ConfigError, match=rf"repa.encoder_depth={depth}.*1\.\.4"):
-        REPA(REPA.Config(encoder_depth=depth)).taps(ModelFacts.of(small()))
+        REPA(REPA.Config(encoder_depth=depth), small(), shards())
 
 
 def test_token_grids_that_differ_are_named():
     with pytest.raises(ConfigError, match=r"49 feature tokens.*16 tokens"):
-        REPA(REPA.Config()).attach(small(), shards((49, 12)))
+        REPA(REPA.Config(encoder_depth=4), small(), shards((49, 12)))
 
 
 def test_target_grid_is_the_models_token_grid():
     """methods.md §7.5, item 19: 256 tokens at 256 px, 1024 at 512 px."""
     for size, tokens in ((32, 256), (64, 1024)):
         with torch.device("meta"):
-            REPA(REPA.Config()).attach(small(input_size=size), shards((tokens, 768)))
+            REPA(REPA.Config(encoder_depth=4), small(input_size=size), shards((tokens, 768)))

@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 
 from dit_fast.checkpoint.step import open_checkpoint
-from dit_fast.config import FlowConfig
 from dit_fast.errors import UserError
 from dit_fast.methods import METHODS, Method, build_methods
 from dit_fast.models import build_model
+from dit_fast.objectives import Flow
 from dit_fast.runs import EngineConfig, OptimizerConfig, RunConfig, TrainConfig
 from dit_fast.train.checkpoints import Checkpoints
 from dit_fast.train.engine import SingleEngine
 from dit_fast.train.guard import Diverged
-from dit_fast.train.objective import TrainingObjective
+from dit_fast.train.loss import TrainingLoss
 from dit_fast.train.rest import Rest
 from dit_fast.world import launched, single
 
@@ -73,8 +73,13 @@ def run(scenario, world, folder):
     for parameter in model.parameters():  # zero-initialised gates would leave most gradients at zero
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.03)
-    objective = TrainingObjective(
-        model, build_methods(config.methods), FlowConfig(), seed=3, label_dropout=0.1, precision=config.engine.precision
+    loss = TrainingLoss(
+        model,
+        Flow(config.flow, model),
+        build_methods(config.methods, model, None),
+        seed=3,
+        label_dropout=0.1,
+        precision=config.engine.precision,
     )
     checkpoint = open_checkpoint(folder / scenario["load"]) if "load" in scenario else None
     first = 0
@@ -84,7 +89,7 @@ def run(scenario, world, folder):
     if scenario.get("compile"):
         for block in model.blocks:
             block.compile(backend="aot_eager")
-    engine = engine_of(objective, config, world)
+    engine = engine_of(loss, config, world)
     restore(engine, checkpoint)
     result = {"losses": [], "norms": [], "applied": []}
     for step in range(first, scenario["steps"]):

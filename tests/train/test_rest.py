@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dit_fast.methods import Method, Methods
+from dit_fast.methods import Method
 from dit_fast.train import loop
 from dit_fast.train.__main__ import main
 from dit_fast.train.engine import SingleEngine
@@ -16,10 +16,7 @@ class Follower(Method):
 
     name, averaged = "follower", ("time",)
 
-    def __init__(self):
-        super().__init__(None)
-
-    def attach(self, model, dataset_info):
+    def __init__(self, model):
         model.register_buffer("forwards", torch.zeros((), dtype=torch.int64))
         model.register_buffer("time", torch.zeros(()))
         self.teacher = model.final_layer.linear.bias.detach().clone()
@@ -38,7 +35,7 @@ class Follower(Method):
 
 @pytest.fixture
 def following(monkeypatch):
-    monkeypatch.setattr(loop, "build_methods", lambda configs: Methods([Follower()]))
+    monkeypatch.setattr(loop, "build_methods", lambda configs, model, data: (Follower(model),))
 
 
 def test_untrained_state_survives_a_kill(shards, tmp_path, monkeypatch, following):

@@ -10,9 +10,9 @@ from dit_fast import philox
 from dit_fast.config import FlowConfig
 from dit_fast.errors import UserError
 from dit_fast.kernels import flow as kernel
-from dit_fast.methods import Methods
+from dit_fast.objectives import Flow, flow
 from dit_fast.ops import flow_error, flow_noised
-from dit_fast.train import objective
+from dit_fast.train.loss import TrainingLoss
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 LIMITS = {FP32: 1e-6, FP16: 1e-3, BF16: 6e-3}  # relative RMS error of a gradient, which is rounded to its type
@@ -222,8 +222,9 @@ def test_the_trainers_objective(path, monkeypatch):
     results = []
     for fused in (True, False):
         if not fused:
-            monkeypatch.setattr(objective, "draws_noise_in_registers", lambda latents: False)
-        run = objective.TrainingObjective(Scale(), Methods([]), FlowConfig(path=path), seed=2**63 + 5)
+            monkeypatch.setattr(flow, "draws_noise_in_registers", lambda latents: False)
+        model = Scale()
+        run = TrainingLoss(model, Flow(FlowConfig(path=path), model), seed=2**63 + 5)
         loss, _ = run(batch, 0)
         assert (philox.Stream.NOISE in streams) is not fused
         loss.backward()

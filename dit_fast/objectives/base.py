@@ -1,0 +1,104 @@
+"""Objectives: one formulation of diffusion each, from what a training step draws to the field that samplers follow.
+
+The trainer names no objective. It hands `run` the clean latents, the labels and the taps of the configured methods, and
+gets a `Context`: the losses, and everything that a method may read.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from dit_fast.diffusion import Guidance, Solver
+from dit_fast.diffusion.solvers import Field
+from dit_fast.models import Backbone, Taps
+from dit_fast.philox import Key, Stream
+from dit_fast.tree import Tree, leaves, like
+
+# The leaves' own numbers, so that a leaf more changes nothing for the others.
+NOISE: Mapping[str, Stream] = {"image": Stream.NOISE, "class_token": Stream.CLASS_TOKEN}
+
+
+def leaf_noise(name: str, leaf: Tensor, key: Key) -> Tensor:
+    """Standard normal float32 [N, ...] in the shape of the leaf of this name."""
+    return key.normal(NOISE[name], tuple(leaf.shape[1:]))
+
+
+@dataclass(frozen=True)
+class Context:
+    """One micro-batch after the model's forward.
+
+    model: the bare model, with the heads of all methods. x: clean latents, with what methods added to them; y: labels
+    int64 [N], after label dropout. key: of all random numbers of these samples. t: times [N]. noised (x_t), prediction,
+    noise, target: of the form of x. losses: [N] float32 by leaf; the image's is the base loss, another leaf's is a term
+    of the method that added the leaf. taps: block outputs in `features` by index from 0 ([N, T, D]), and the methods'
+    collectors by name. batch: the batch's fields by name. number: of the optimizer step, from 0.
+    """
+
+    objective: "Objective"
+    model: Backbone
+    x: Tree
+    y: Tensor
+    key: Key
+    t: Tensor
+    noised: Tree
+    prediction: Tree
+    losses: Mapping[str, Tensor]
+    taps: Taps
+    batch: Mapping[str, Tensor]
+    number: int
+
+    @property
+    def features(self) -> Mapping[int, Tensor]:
+        return self.taps.features
+
+    @cached_property
+    def noise(self) -> Tree:
+        """Drawn when it is first read: the fused ops make it in registers."""
+        return like(self.x, {name: leaf_noise(name, leaf, self.key) for name, leaf in leaves(self.x).items()})
+
+    @cached_property
+    def target(self) -> Tree:
+        """What the prediction is compared with; computed when it is first read."""
+        return self.objective.interpolate(self.x, self.noise, self.t)[1]
+
+    def noised_at(self, t: Tensor) -> Tree:
+        """x with the same noise at other times [N]."""
+        return self.objective.interpolate(self.x, self.noise, t)[0]
+
+
+class Objective(ABC):
+    """A formulation. Subclasses set `name`, `Config` (a frozen dataclass with defaults) and `solvers`.
+
+    solvers: by name, what can follow its `field` from noise to data. functional: whether it differentiates the model
+    forward or calls it with other parameters.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type]
+    functional: ClassVar[bool] = False
+    solvers: ClassVar[Mapping[str, Solver]]
+
+    @abstractmethod
+    def __init__(self, config: Any, model: Backbone):
+        """Raises ConfigError where the configuration does not fit the model."""
+
+    @abstractmethod
+    def run(
+        self, model: Backbone, x: Tree, y: Tensor, key: Key, taps: Taps, batch: Mapping[str, Tensor], number: int
+    ) -> Context:
+        """Draws times and noise from the key, and runs the model on them, once with `taps`; arguments as in `Context`.
+
+        The trainer calls this under autocast; the losses are float32.
+        """
+
+    @abstractmethod
+    def interpolate(self, x: Tree, noise: Tree, t: Tensor) -> tuple[Tree, Tree]:
+        """What the model is given at times t [N], and what its prediction is compared with; both of the form of x."""
+
+    @abstractmethod
+    def field(self, model: Backbone, y: Tensor, guidance: Guidance) -> Field:
+        """v(x, t, s): float64, what a solver follows from time t to time s, for the labels y [N] and with guidance."""

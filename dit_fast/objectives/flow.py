@@ -1,0 +1,56 @@
+"""Flow matching with velocity prediction (SiT, arXiv 2401.08740): the model predicts v = dx_t/dt at one time."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor
+
+from dit_fast.config import FlowConfig
+from dit_fast.diffusion import SOLVERS, Guidance, Path, time_sampler, velocity_error
+from dit_fast.diffusion.guidance import Velocity
+from dit_fast.diffusion.solvers import Field
+from dit_fast.models import Backbone, Taps
+from dit_fast.objectives.base import Context, Objective, leaf_noise
+from dit_fast.ops import flow_error, flow_noised
+from dit_fast.ops.flow import draws_noise_in_registers
+from dit_fast.philox import Key
+from dit_fast.tree import Tree, each, leaves, like
+
+
+class Flow(Objective):
+    """Mean squared error of the velocity of each leaf, at times drawn from one distribution."""
+
+    name = "flow"
+    Config = FlowConfig
+    solvers: ClassVar = {name: solver for name, solver in SOLVERS.items() if solver.times == 1}
+
+    def __init__(self, config: FlowConfig, model: Backbone):
+        self.path = Path(config.path)
+        self.times = time_sampler(config.time, config.path, config.time_mean, config.time_std)
+
+    def run(
+        self, model: Backbone, x: Tree, y: Tensor, key: Key, taps: Taps, batch: Mapping[str, Tensor], number: int
+    ) -> Context:
+        """As `Objective.run`. Where the fused ops run, the image's noise and target are never tensors."""
+        t, clean = self.times.keyed(key.seed, key.position), leaves(x)
+        draw = (t, key.position, key.seed, self.path.name)
+        fused = {name for name, leaf in clean.items() if name == "image" and draws_noise_in_registers(leaf)}
+        drawn = {
+            name: self.path.interpolate(leaf, leaf_noise(name, leaf, key), t)
+            for name, leaf in clean.items()
+            if name not in fused
+        }
+        noised = {name: flow_noised(leaf, *draw) if name in fused else drawn[name][0] for name, leaf in clean.items()}
+        prediction = model(like(x, noised), t, y, taps)
+        losses = {
+            name: flow_error(leaf, clean[name], *draw) if name in fused else velocity_error(leaf, drawn[name][1])
+            for name, leaf in leaves(prediction).items()
+        }
+        return Context(self, model, x, y, key, t, like(x, noised), prediction, losses, taps, batch, number)
+
+    def interpolate(self, x: Tree, noise: Tree, t: Tensor) -> tuple[Tree, Tree]:
+        noised = each(lambda clean, drawn: self.path.interpolate(clean, drawn, t)[0], x, noise)
+        return noised, each(lambda clean, drawn: self.path.interpolate(clean, drawn, t)[1], x, noise)
+
+    def field(self, model: Backbone, y: Tensor, guidance: Guidance) -> Field:
+        return Velocity(model, y, guidance)

@@ -1,0 +1,154 @@
+"""Methods in a training step, with one that exists only here, by code that knows no method by name."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from dit_fast.config import FlowConfig
+from dit_fast.data.field import Field
+from dit_fast.errors import ConfigError
+from dit_fast.methods import METHODS, Method, Term, build_methods
+from dit_fast.methods.diversedit import DiverseDiT
+from dit_fast.methods.repa import REPA
+from dit_fast.models import build_model
+from dit_fast.objectives import Flow
+from dit_fast.options import to_dict
+from dit_fast.runs import TrainConfig, changed, stored
+from dit_fast.train.loss import TrainingLoss
+from tests.helpers.cases import loop_over
+
+INFO = SimpleNamespace(field=lambda name: Field(f"{name}.npy", (16, 6), "float16"))
+
+
+class Brightness(Method):
+    """Predicts a field of the data set from the last block's mean token with a head of its own."""
+
+    name = "brightness"
+    fields = ("brightness",)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        name: ClassVar[str] = "brightness"
+        weight: float = 0.1
+
+    def __init__(self, config, model, data):
+        super().__init__(config, model, data)
+        self.last = model.depth - 1
+        self.blocks = frozenset({self.last})
+        self.head = nn.Linear(model.hidden_size, 1)
+        model.add_head("brightness_head", self.head)
+
+    def terms(self, context):
+        guess = self.head(context.features[self.last].mean(1))[:, 0]
+        error = (guess - context.batch["brightness"]).square().mean()
+        return {"brightness/error": Term(error, self.config.weight, {"brightness/guess": guess.detach().mean()})}
+
+
+class Rude(Brightness):
+    def terms(self, context):
+        return {"error": Term(torch.zeros(()))}
+
+
+class Deep(Brightness):
+    def __init__(self, config, model, data):
+        self.blocks = frozenset({model.depth})
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    monkeypatch.setitem(METHODS, "brightness", Brightness)
+
+
+def small():
+    torch.manual_seed(0)
+    sizes = {"input_size": 8, "in_channels": 2, "hidden_size": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+    model = build_model("SiT-Nano/2", **sizes, skip_wiring="input")
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return model
+
+
+def step(*configs):
+    """(model, methods, loss, logs) of one micro-batch."""
+    model = small()
+    methods = build_methods(configs, model, INFO)
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "moments": torch.rand(3, 2, 2, 8, 8, generator=generator),
+        "label": torch.tensor([0, 3, 4]),
+        "position": torch.arange(3),
+        "features": torch.randn(3, 16, 6, generator=generator),
+        "brightness": torch.randn(3, generator=generator),
+    }
+    return model, methods, *TrainingLoss(model, Flow(FlowConfig(), model), methods, seed=0)(batch, 0)
+
+
+def test_a_method_defined_elsewhere_joins_without_the_trainer_knowing_it():
+    model, methods, loss, logs = step(
+        REPA.Config(encoder_depth=2, projector_width=8), Brightness.Config(), DiverseDiT.Config(pairs="all")
+    )
+    assert [method.blocks for method in methods] == [{1}, {3}, {0, 1, 2, 3}]
+    assert [method.fields for method in methods] == [("features",), ("brightness",), ()]
+    assert list(logs)[:5] == ["loss", "flow", "repa/alignment", "brightness/error", "brightness/guess"]
+    weights = {"flow": 1, "repa/alignment": 0.5, "brightness/error": 0.1, "diversedit/total": logs["diversedit/weight"]}
+    torch.testing.assert_close(loss, sum(weight * logs[name] for name, weight in weights.items()))
+    loss.backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_initial_weights_are_drawn_in_the_order_of_the_methods():
+    torch.manual_seed(1)
+    head = nn.Linear(32, 1)
+    model = small()
+    torch.manual_seed(1)
+    build_methods([Brightness.Config(), REPA.Config(encoder_depth=2, projector_width=8)], model, INFO)
+    assert torch.equal(model.brightness_head.weight, head.weight)
+
+
+def test_configurations_round_trip_and_take_overrides():
+    config = TrainConfig(methods=(DiverseDiT.Config(pairs="all", encoder_depth=5), Brightness.Config(weight=2.0)))
+    assert stored(to_dict(config)) == config
+    kept = changed(config, ["methods.repa.encoder_depth=3", "methods=brightness,repa"]).methods
+    assert kept == (Brightness.Config(weight=2.0), REPA.Config(encoder_depth=3))
+
+
+@loop_over(
+    ("configs", "message"),
+    [
+        ([SimpleNamespace(name="diversdit")], "unknown method 'diversdit'; did you mean 'diversedit'"),
+        ([SimpleNamespace(name="xyz")], "unknown method 'xyz'; valid: diversedit, repa"),
+        ([REPA.Config(), REPA.Config(encoder_depth=2)], "'repa' is listed twice"),
+    ],
+)
+def test_wrong_lists_of_methods_are_named(configs, message):
+    with pytest.raises(ConfigError, match=message):
+        build_methods(configs, small(), INFO)
+
+
+@loop_over(
+    ("method", "message"),
+    [
+        (Rude, "'brightness' names a term 'error'; use 'brightness/error'"),
+        (Deep, r"'brightness' reads block 4.*0\.\.3"),
+    ],
+)
+def test_misbehaving_methods_are_named(method, message):
+    METHODS["brightness"] = method
+    with pytest.raises(ConfigError, match=message):
+        step(Brightness.Config())
+
+
+def test_two_methods_cannot_add_a_module_of_one_name():
+    model, configs = small(), [REPA.Config(encoder_depth=2, projector_width=8)]
+    build_methods(configs, model, INFO)
+    with pytest.raises(ConfigError, match="projectors"):
+        build_methods(configs, model, INFO)
+
+
+def test_configs_mirror_their_methods():
+    for name, method in METHODS.items():
+        assert method.name == method.Config.name == method.Config().name == name

@@ -1,0 +1,95 @@
+"""Flow matching as an objective: trees, noise that is made where it is used, and the field that samplers follow."""
+
+import pytest
+import torch
+from torch import nn
+
+from dit_fast.config import FlowConfig
+from dit_fast.diffusion import Guidance, Path, sample
+from dit_fast.models import Taps
+from dit_fast.objectives import OBJECTIVES, Flow, flow
+from dit_fast.philox import Key, Stream
+from dit_fast.tree import each, image, leaves
+
+KEY = Key(2**63 + 5, torch.arange(4) + 2**33)
+Y = torch.arange(4)
+
+
+class Scale(nn.Module):
+    """v = weight x + t on every leaf; label 7 stands for none and halves it."""
+
+    null_label = 7
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.1, 1, 8))
+
+    def forward(self, x, t, y, taps=()):
+        share = torch.where(y == 7, 0.5, 1.0)
+        return each(
+            lambda leaf: (share * t).view(-1, *[1] * (leaf.dim() - 1)) + self.weight[: leaf.shape[-1]] * leaf, x
+        )
+
+
+def clean(form):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(4, 3, 8, 8, generator=generator)
+    return x if form == "image" else {"image": x, "class_token": torch.rand(4, 6, generator=generator)}
+
+
+def run(form="image", path="linear"):
+    model = Scale()
+    return Flow(FlowConfig(path=path), model).run(model, clean(form), Y, KEY, Taps(), {}, 3)
+
+
+@pytest.mark.parametrize("form", ["image", "tree"])
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_without_stored_noise_it_is_the_same_to_the_bit(form, path, monkeypatch):
+    """The branch of the fused ops, taken on the CPU, where they are the reference."""
+    results, drawn, normal = [], [], Key.normal
+    monkeypatch.setattr(Key, "normal", lambda key, stream, shape: drawn.append(stream) or normal(key, stream, shape))
+    for fused in (False, True):
+        monkeypatch.setattr(flow, "draws_noise_in_registers", lambda latents, fused=fused: fused)
+        drawn.clear()
+        context = run(form, path)
+        assert (Stream.NOISE in drawn) is not fused
+        assert (Stream.CLASS_TOKEN in drawn) is (form == "tree")
+        sum(loss.sum() for loss in context.losses.values()).backward()
+        trees = (context.noised, context.noise, context.target, context.noised_at(context.t / 2), context.losses)
+        found = [leaf for tree in trees for leaf in leaves(tree).values()]
+        results.append([*found, context.t, context.model.weight.grad])
+    assert all(torch.equal(plain, ours) for plain, ours in zip(*results, strict=True))
+
+
+def test_the_losses_of_a_tree_are_those_of_its_leaves():
+    context, alone = run("tree", "cosine"), run("image", "cosine")
+    for name in ("noised", "noise", "target", "prediction"):
+        assert torch.equal(image(getattr(context, name)), getattr(alone, name))
+    assert torch.equal(context.losses["image"], alone.losses["image"])
+    noise = KEY.normal(Stream.CLASS_TOKEN, (6,))
+    noised, target = Path("cosine").interpolate(context.x["class_token"], noise, context.t)
+    assert torch.equal(context.noised["class_token"], noised)
+    torch.testing.assert_close(
+        context.losses["class_token"], (context.prediction["class_token"] - target).square().mean(1)
+    )
+
+
+def test_the_same_noise_at_another_time():
+    context = run("tree")
+    again = context.noised_at(context.t)
+    assert all(torch.equal(again[name], leaf) for name, leaf in context.noised.items())
+    assert torch.equal(image(context.noised_at(torch.ones(4))), image(context.noise))
+
+
+def test_its_field_is_what_the_samplers_follow():
+    model, noise = Scale().double(), torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    field = Flow(FlowConfig(), model).field(model, Y, Guidance(2.0, 0.4, 1.0))
+    with torch.no_grad():
+        x = noise + (0.5 - 1) * field(noise, 1.0, 0.5)
+        x = x - 0.5 * field(x, 0.5, 0.0)
+    assert torch.equal(x, sample(model, noise, Y, num_steps=2, cfg_scale=2.0, guidance_low=0.4))
+    assert "euler" in Flow.solvers
+
+
+def test_objectives_are_known_by_name():
+    assert all(objective.name == name for name, objective in OBJECTIVES.items())

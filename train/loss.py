@@ -1,0 +1,98 @@
+"""From a micro-batch of latent moments to the summed loss: the objective's, plus the terms of the configured methods.
+
+Every random number is keyed by (seed, position in the run): posterior noise, label dropout and what the objective draws
+do not depend on the batch, the rank, the world size or on what ran before.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dit_fast.errors import ConfigError
+from dit_fast.methods import Method, Term
+from dit_fast.models import Backbone, Taps
+from dit_fast.objectives import Context, Objective
+from dit_fast.philox import Key, Stream
+from dit_fast.tree import Tree
+
+Affine = float | Sequence[float]
+
+
+class TrainingLoss(nn.Module):
+    """`forward(batch, number)` -> (loss 0-d, logs of detached 0-d tensors); the only code that an engine calls.
+
+    model: on any device; it is the only thing here that has parameters. methods: bound to it. scale, shift: of the data
+    set, one number or one per channel. seed: of the run. precision "bf16": the forward runs under autocast, weights and
+    losses stay float32. label_dropout: probability of the null label. Block outputs are taken only where a method
+    asked for them.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        model: Backbone,
+        objective: Objective,
+        methods: Sequence[Method] = (),
+        *,
+        seed: int,
+        scale: Affine = 1.0,
+        shift: Affine = 0.0,
+        label_dropout: float = 0.0,
+        precision: Literal["fp32", "bf16"] = "fp32",
+    ):
+        super().__init__()
+        self.model, self.objective, self.methods = model, objective, tuple(methods)
+        self.seed, self.label_dropout, self.precision = seed, label_dropout, precision
+        self.blocks = frozenset[int]().union(*(method.blocks for method in self.methods))
+        for name, value in (("scale", scale), ("shift", shift)):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
+
+    def forward(self, batch: Mapping[str, Tensor], number: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """batch: moments float32 [n, 2, C, h, w] (mean, std), label int64 [n], position int64 [n], further fields.
+
+        number: of the optimizer step, from 0. The loss is float32; so is all that it is computed from after the model.
+        """
+        key = Key(self.seed, batch["position"])
+        with torch.autocast(batch["moments"].device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            x, y, taps = self._state(batch, key), self._labels(batch["label"], key), self._taps()
+            context = self.objective.run(self.model, x, y, key, taps, batch, number)
+            terms = self._terms(context)
+        loss = context.losses["image"].mean()
+        logs = {self.objective.name: loss.detach()}
+        for name, term in terms.items():
+            loss = loss + term.weight * term.value
+            logs[name] = term.value.detach()
+            logs.update({key: value.detach() for key, value in term.logs.items()})
+        return loss, {"loss": loss.detach(), **logs}
+
+    def _state(self, batch: Mapping[str, Tensor], key: Key) -> Tree:
+        """Latents drawn from their posterior, in the model's space, and what methods make of them."""
+        mean, std = batch["moments"].unbind(1)
+        latents = mean + std * key.normal(Stream.POSTERIOR, tuple(mean.shape[1:]))
+        x: Tree = latents * self.scale + self.shift
+        for method in self.methods:
+            x = method.state(x, batch, key)
+        return x
+
+    def _labels(self, labels: Tensor, key: Key) -> Tensor:
+        if not self.label_dropout:
+            return labels
+        drop = key.uniform(Stream.LABEL_DROP, ()) < self.label_dropout
+        return torch.where(drop, self.model.null(labels), labels)
+
+    def _taps(self) -> Taps:
+        made = {method.name: (method.collector(), method.blocks) for method in self.methods}
+        return Taps(self.blocks, {name: (each, blocks) for name, (each, blocks) in made.items() if each is not None})
+
+    def _terms(self, context: Context) -> dict[str, Term]:
+        collected: dict[str, Term] = {}
+        for method in self.methods:
+            for name, term in method.terms(context).items():
+                if not name.startswith(f"{method.name}/"):
+                    raise ConfigError(f"method '{method.name}' names a term '{name}'; use '{method.name}/{name}'")
+                collected[name] = term
+        return collected
