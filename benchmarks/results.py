@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dit_fast import __version__
+from dit_fast import __version__, files
 from dit_fast.benchmarks.ceilings import Ceilings
 from dit_fast.benchmarks.gate import ROOT
 from dit_fast.benchmarks.timing import cache_bytes
@@ -131,9 +131,7 @@ def save(result: dict[str, Any], folder: Path = RESULTS) -> Path:
     path = folder / result["device"]["slug"] / f"{result['benchmark']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     text = re.sub(r"\[\s+([-+\d.eE,\s]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", _dump(result))
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text + "\n")
-    temporary.replace(path)
+    files.replace(path, f"{text}\n".encode())
     return path
 
 

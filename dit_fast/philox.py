@@ -39,7 +39,7 @@ class Stream(IntEnum):
     TIME = 3
     NOISE = 4
     LABEL_DROP = 5
-    FLIP = 6
+    # 6 was reserved for flips and stays unused: streams are never given a second meaning
     INITIAL_NOISE = 7
     CLASS_TOKEN = 8  # noise of the class token
     SECOND_TIME = 9

@@ -14,7 +14,9 @@ FOLDERS = {
     "dit_fast.train": ROOT / "train",
     "dit_fast.benchmarks": ROOT / "benchmarks",
 }
-LOW = {"data", "config", "options", "backend", "philox", "tree", "errors", "display", "terminal", "world", "_C"}
+LOW = {
+    "data", "config", "options", "backend", "philox", "tree", "errors", "files", "display", "terminal", "world", "_C",
+}  # fmt: skip
 FLOORS = [
     {"kernels"},
     {"ops"},
@@ -31,7 +33,7 @@ FLOORS = [
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 ALLOWED = {("benchmarks", "train"), ("cli", "info")}  # within one floor
-HOME_OF = {"deepspeed": {"train/zero.py", "train/reshard.py"}, "webdataset": {"dit_fast/data/stream.py"}}
+HOME_OF = {"deepspeed": {"train/zero.py"}, "webdataset": {"dit_fast/data/stream.py"}}
 
 
 def _files():

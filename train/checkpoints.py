@@ -1,7 +1,7 @@
 """Writing checkpoints so that a kill, a full disk or a crash at any moment leaves the previous one intact.
 
 `step_N.partial/` is filled by all ranks in parallel, each file flushed; then the manifest is written, the folder
-renamed into place, and LATEST replaced. The format is described and read in `dit_fast.checkpoint.step`.
+renamed into place. The format is described and read in `dit_fast.checkpoint.step`.
 """
 
 import contextlib
@@ -16,10 +16,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from dit_fast import files
 from dit_fast.checkpoint.manifest import MANIFEST, REST, STATE, WEIGHTS, State, optimizer_file, write_manifest
 from dit_fast.checkpoint.step import DTYPES, FOLDER, Checkpoint, newest_checkpoint, step_folders, step_name
 from dit_fast.errors import CheckpointError
-from dit_fast.train import disk
 from dit_fast.train.engine import Engine
 from dit_fast.train.guard import Diverged, Finiteness
 from dit_fast.world import World
@@ -53,7 +53,7 @@ class TensorFile:
 
     def finish(self) -> bytes:
         """Flushes to the disk and closes; returns the sha256."""
-        disk.sync(self._file)
+        files.sync(self._file)
         self._file.close()
         return self._hash.digest()
 
@@ -62,7 +62,7 @@ class TensorFile:
             self._file.close()
 
     def _put(self, data: bytes | memoryview) -> None:
-        disk.write(self._file, data)
+        files.write(self._file, data)
         self._hash.update(data)
         self.bytes += len(data)
 
@@ -91,7 +91,7 @@ class Checkpoints:
     def _find(self) -> list[Any] | None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for partial in self.folder.glob("step_*.partial"):
-            disk.remove_tree(partial)
+            files.remove_tree(partial)
             left = "cannot be removed" if os.path.lexists(partial) else "removed"
             logger.info("%s: left by a save that did not finish; %s", partial, left)
         if not os.access(self.folder, os.W_OK):  # no step is done that could not be saved
@@ -109,8 +109,8 @@ class Checkpoints:
         for step, path in step_folders(self.run):
             if step > checkpoint.step:
                 aside = path.with_suffix(".damaged")
-                disk.remove_tree(aside)
-                disk.rename(path, aside)
+                files.remove_tree(aside)
+                files.rename(path, aside)
         return [str(checkpoint.path), checkpoint.step, checkpoint.files, checkpoint.state]
 
     def save(self, engine: Engine, untrained: Untrained, state: Mapping[str, Any], retire: bool = True) -> bool:
@@ -124,19 +124,19 @@ class Checkpoints:
         error = self._prepare(partial, engine, untrained) if self.world.rank == 0 else None
         if self._report(error, partial):
             return False
-        files = _layout(engine, untrained, self.world)
-        digests = torch.zeros(len(files), 40, dtype=torch.int32)
+        content = _layout(engine, untrained, self.world)
+        digests = torch.zeros(len(content), 40, dtype=torch.int32)
         finite = Finiteness(self.world)
-        error = _write_files(partial, files, engine, untrained, self.world.rank, digests, finite)
+        error = _write_files(partial, content, engine, untrained, self.world.rank, digests, finite)
         if (name := finite.first_exception()) is not None:
             if self.world.rank == 0:
-                disk.remove_tree(partial)
+                files.remove_tree(partial)
             raise Diverged(f"{name} is not finite after step {state['step']}, so no checkpoint was written")
         digests = self.world.reduce(digests.to(self.world.device), "sum").cpu()
         if self._report(error, partial):
             return False
         if self.world.rank == 0:
-            error = self._publish(partial, final, list(files), digests, state, retire)
+            error = self._publish(partial, final, list(content), digests, state, retire)
         return not self._report(error, partial)
 
     def _prepare(self, partial: Path, engine: Engine, untrained: Untrained) -> str | None:
@@ -144,8 +144,8 @@ class Checkpoints:
         needed = 16 * trained + sum(x.nbytes for each in untrained.values() for x in each.values()) + MARGIN
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            disk.remove_tree(partial)
-            free = disk.free_bytes(self.folder)
+            files.remove_tree(partial)
+            free = files.free_bytes(self.folder)
             if free < needed:
                 return f"needs {needed >> 20} MiB and the disk has {free >> 20} MiB left"
             partial.mkdir()
@@ -158,21 +158,20 @@ class Checkpoints:
     ) -> str | None:
         try:
             content = json.dumps(state, indent=1).encode()
-            disk.write_synced(partial / STATE, content)
-            files: dict[str, dict[str, Any]] = {
+            files.write_synced(partial / STATE, content)
+            listed: dict[str, dict[str, Any]] = {
                 STATE: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             }
             for name, row in zip(names, digests.to(torch.uint8), strict=True):
                 data = row.numpy().tobytes()
-                files[name] = {"bytes": int.from_bytes(data[:8], "little"), "sha256": data[8:].hex()}
-            disk.write_synced(partial / MANIFEST, write_manifest(state["step"], files))
-            disk.sync_folder(partial)
-            disk.rename(partial, final)
+                listed[name] = {"bytes": int.from_bytes(data[:8], "little"), "sha256": data[8:].hex()}
+            files.write_synced(partial / MANIFEST, write_manifest(state["step"], listed))
+            files.sync_folder(partial)
+            files.rename(partial, final)
         except OSError as error:
             return str(error)
         try:
-            disk.sync_folder(self.folder)  # before this returns, the older ones are the only ones sure to be there
-            disk.replace(self.folder / "LATEST", f"{final.name}\n".encode())
+            files.sync_folder(self.folder)  # before this returns, the older ones are the only ones sure to be there
             if retire:
                 self._retire()
         except OSError as error:
@@ -184,8 +183,8 @@ class Checkpoints:
         for step, path in step_folders(self.run)[self.keep :] if self.keep else []:
             if not (self.keep_every and step % self.keep_every == 0):
                 doomed = path.with_suffix(".partial")
-                disk.rename(path, doomed)
-                disk.remove_tree(doomed)
+                files.rename(path, doomed)
+                files.remove_tree(doomed)
 
     def _report(self, error: str | None, partial: Path) -> bool:
         """Whether any rank failed; the partial folder is then gone and the reason logged where it arose."""
@@ -195,7 +194,7 @@ class Checkpoints:
         if error is not None:
             logger.warning("checkpoint %s not written: %s; earlier ones are untouched", partial.stem, error)
         if self.world.rank == 0:
-            disk.remove_tree(partial)
+            files.remove_tree(partial)
         return True
 
 
@@ -208,7 +207,7 @@ def _layout(
     names = [name for name, _ in trained]
     weights = [(name, torch.float32, shape) for name, shape in trained]
     count = min(world.size, len(trained))
-    files: dict[str, tuple[int, dict[str, list[str]], list[Entry]]] = {
+    content: dict[str, tuple[int, dict[str, list[str]], list[Entry]]] = {
         file: (k % world.size, {kind: names}, weights + rest[kind])
         for k, (file, kind) in enumerate(zip(WEIGHTS, ("model", "ema"), strict=True))
     }
@@ -216,15 +215,15 @@ def _layout(
         mine = trained[k::count]
         entries = [(f"{kind}.{name}", torch.float32, shape) for kind in MOMENTS for name, shape in mine]
         chosen = [name for name, _ in mine]
-        files[optimizer_file(k, count)] = (k, dict.fromkeys(MOMENTS, chosen), entries)
+        content[optimizer_file(k, count)] = (k, dict.fromkeys(MOMENTS, chosen), entries)
     if rest["rest"]:
-        files[REST] = (world.size - 1, {}, rest["rest"])
-    return files
+        content[REST] = (world.size - 1, {}, rest["rest"])
+    return content
 
 
 def _write_files(
     partial: Path,
-    files: Mapping[str, tuple[int, dict[str, list[str]], list[Entry]]],
+    content: Mapping[str, tuple[int, dict[str, list[str]], list[Entry]]],
     engine: Engine,
     untrained: Untrained,
     rank: int,
@@ -236,7 +235,7 @@ def _write_files(
     opened: dict[str, TensorFile] = {}
     wanted: dict[tuple[str, str], TensorFile] = {}
     try:
-        for file, (owner, kinds, entries) in files.items():
+        for file, (owner, kinds, entries) in content.items():
             if owner == rank:
                 opened[file] = TensorFile(partial / file, entries)
                 wanted.update({(kind, name): opened[file] for kind, names in kinds.items() for name in names})
@@ -253,7 +252,7 @@ def _write_files(
                 except OSError as failure:
                     error = str(failure)
     try:
-        for number, file in enumerate(files):
+        for number, file in enumerate(content):
             if error is None and file in opened:
                 for tensor in untrained.get(file.removesuffix(".safetensors"), {}).values():
                     opened[file].add(tensor)

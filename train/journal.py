@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_fast import files
 from dit_fast.display import percent, rate
 from dit_fast.errors import UserError
 from dit_fast.options import to_dict
 from dit_fast.runs import TrainConfig
-from dit_fast.train import disk
 from dit_fast.train.engine import StepResult
 from dit_fast.train.guard import Guard
 from dit_fast.train.throughput import Clock, matmul_ceiling
@@ -53,7 +53,7 @@ class Journal:
     def _open(self, start: int) -> None:
         config = self.config
         self._ceiling = matmul_ceiling(self.world.device, config.engine.precision) * self.world.size
-        disk.replace(self.run / CONFIG, json.dumps(to_dict(config), indent=1).encode())
+        files.replace(self.run / CONFIG, json.dumps(to_dict(config), indent=1).encode())
         truncate_metrics(self.run / METRICS, start)
         self._file = AppendedLines(self.run / METRICS)
         self._bar = _progress_bar(config.run.steps, start)
@@ -179,7 +179,7 @@ def truncate_metrics(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError, IndexError, RecursionError):
             continue
     if kept != found:
-        disk.replace(path, kept)
+        files.replace(path, kept)
 
 
 class _Lines:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_fast import __version__
-from dit_fast.checkpoint.step import FOLDER, Checkpoint
+from dit_fast.checkpoint.step import Checkpoint
 from dit_fast.data import LatentDataset, Plan, build_loader, open_dataset
 from dit_fast.data.address import absolute
 from dit_fast.errors import CheckpointError, UserError
@@ -290,7 +290,7 @@ def check_fits(checkpoint: Checkpoint, expected: Mapping[str, Mapping[str, Tenso
 
 def clear_leftovers(run: Path) -> None:
     """Removes what a kill in the middle of a write left; `Checkpoints.newest` does so for unfinished checkpoints."""
-    for name in (f"{METRICS}.tmp", f"{CONFIG}.tmp", f"{FOLDER}/LATEST.tmp"):
-        (run / name).unlink(missing_ok=True)
+    for name in (METRICS, CONFIG):
+        (run / f"{name}.partial").unlink(missing_ok=True)
     for path in (run / "samples").glob(".step_*.partial.png"):
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine, ZeRO stages 0 to 3. With `reshard.py` the only home of deepspeed and of its private names.
+"""The DeepSpeed engine, ZeRO stages 0 to 3: the only home of deepspeed and of its private names.
 
 Weights are float32 in every stage and bf16 is autocast inside the objective: DeepSpeed's own bf16 mode takes a wrong
 first step in stage 0, and gradients would be reduced in half precision. Checkpoints are ours, so nothing here loads

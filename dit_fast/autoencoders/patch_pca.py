@@ -13,9 +13,9 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from dit_fast import files
 from dit_fast.data.address import read_bytes
 from dit_fast.data.files import reason, weights_identity
-from dit_fast.data.shards import write_atomic
 from dit_fast.errors import DataError
 
 FORMAT = "dit_fast patch pca 1"
@@ -108,7 +108,7 @@ class PatchPCA:
 
     def save(self, path: str | Path) -> None:
         """Writes safetensors; from then on `identity` is the hash of that file."""
-        write_atomic(Path(path), self.file_bytes())
+        files.replace(Path(path), self.file_bytes())
         self.identity = weights_identity("pca", [Path(path)])
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

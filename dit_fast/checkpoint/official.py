@@ -6,7 +6,6 @@ What a state_dict does not say must be given (wiring of the long skips) or is ta
 line (number of heads, a null label in the label table).
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dit_fast import files
 from dit_fast.checkpoint.layout import (
     GROUPS,
     Layout,
@@ -134,17 +134,16 @@ def save_official(model: nn.Module, path: str | Path, family: str | None = None)
     """
     path = Path(path)
     state = export_official(model, family)
-    partial = path.with_name(path.name + ".partial")
-    if path.suffix == ".safetensors":
-        config = cast(SiT, model).config
-        facts = ("skip_wiring", "num_heads", "num_classes", "label_dropout")
-        header = {"format": "pt", **{name: str(getattr(config, name)) for name in facts}}
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, metadata=header)
-    elif path.suffix == ".pt":
-        torch.save(state, partial)
-    else:
+    if path.suffix not in (".pt", ".safetensors"):
         raise ConfigError(f"{path}: the name must end in .pt or .safetensors")
-    os.replace(partial, path)
+    with files.replacing(path) as file:
+        if path.suffix == ".pt":
+            torch.save(state, file)
+        else:
+            config = cast(SiT, model).config
+            facts = ("skip_wiring", "num_heads", "num_classes", "label_dropout")
+            header = {"format": "pt", **{name: str(getattr(config, name)) for name in facts}}
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, file.name, metadata=header)
 
 
 def _check_family(family: str) -> None:

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from dit_fast import files
 from dit_fast.data.dataset import LatentDataset, open_dataset
 from dit_fast.data.description import FIELD_NAME, FILE_NAME, description_bytes, field_entry
 from dit_fast.data.field import DTYPES, RESERVED, Field, ShardInfo
 from dit_fast.data.files import digest_files, reason, shown
 from dit_fast.data.json_object import MAX_DIMENSIONS, MAX_VALUES
-from dit_fast.data.shards import write_atomic
 from dit_fast.data.writer import (
     Producer,
     State,
@@ -98,7 +98,7 @@ def add_fields(
             if not _is_there(out, full):
                 content = read_json(out / FILE_NAME)
                 content["fields"] = {**content.get("fields", {}), **entries}
-                write_atomic(out / FILE_NAME, description_bytes(content))
+                files.replace(out / FILE_NAME, description_bytes(content))
     return open_dataset(out)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dit_fast import files
 from dit_fast.data.index import ShardIndex, index_path, index_to_bytes, layout
 from dit_fast.errors import DataError
 
@@ -129,12 +130,11 @@ class ShardWriter:
             crc=np.array(self._crc, np.uint32).reshape(-1, len(self.members)),
             label=np.array(self._label, np.int32),
         )
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        files.sync(self._file)
         self._file.close()
-        write_atomic(index_path(self.path), index_to_bytes(index))
+        files.replace(index_path(self.path), index_to_bytes(index))
         os.replace(self._partial, self.path)
-        sync_folder(self.path.parent)
+        files.sync_folder(self.path.parent)
         return index
 
     def abort(self) -> None:
@@ -159,29 +159,6 @@ def member_header(name: str, size: int) -> bytes:
     info.uid = info.gid = 0
     info.uname = info.gname = "root"
     return info.tobuf(tarfile.USTAR_FORMAT)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes `data` to `path` through a synced temporary file and a rename; nothing is left behind on failure."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def scan_tar(path: Path) -> ShardIndex:

@@ -25,12 +25,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from dit_fast import files
 from dit_fast.data.dataset import LatentDataset, open_dataset
 from dit_fast.data.description import FILE_NAME, description_bytes, field_entry, make_description
 from dit_fast.data.field import MOMENTS, Family, Field, ShardInfo
 from dit_fast.data.files import bar, reason
 from dit_fast.data.index import index_path
-from dit_fast.data.shards import ShardWriter, key_of, write_atomic
+from dit_fast.data.shards import ShardWriter, key_of
 from dit_fast.errors import DataError, UserError
 from dit_fast.options import diff
 
@@ -92,7 +93,7 @@ def write_dataset(
         moments = {"dtype": producer.fields[MOMENTS].dtype, "latent_shape": producer.fields[MOMENTS].shape[1:]}
         known = {**info, **moments, "fields": fields}
         content = {**known, "statistics": _statistics(results), "settings": dict(settings)}
-        write_atomic(out / FILE_NAME, description_bytes(make_description(content, shards)))
+        files.replace(out / FILE_NAME, description_bytes(make_description(content, shards)))
     return open_dataset(out)
 
 
@@ -131,7 +132,7 @@ def writing(state: State, settings: Mapping[str, Any]) -> Iterator[State]:
                 foreign = sorted(out.glob(f"{state.prefix}-*.tar"))
                 if foreign:
                     raise DataError(f"{foreign[0]}: a shard of another data set; use another folder or delete it")
-                write_atomic(state.folder / "settings.json", json.dumps(settings, indent=1).encode())
+                files.replace(state.folder / "settings.json", json.dumps(settings, indent=1).encode())
             for partial in [*out.glob(f"{state.prefix}-*.partial"), *state.folder.glob("*.partial")]:
                 partial.unlink()
             yield state
@@ -215,7 +216,7 @@ class _Task:
             "sums": sums.tolist(),
             "values": values,
         }
-        write_atomic(self.record, json.dumps(result).encode())
+        files.replace(self.record, json.dumps(result).encode())
         return True
 
     def _encoded(self, name: str, array: np.ndarray, row: int) -> bytes:

@@ -5,7 +5,6 @@ print(handle.report)
 handle.undo()
 """
 
-import difflib
 import logging
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from torch import nn
 from dit_fast import backend as backends
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.models.sit import SiT
+from dit_fast.options import nearest
 from dit_fast.patch import diffusers_dit, diversedit, hunyuan, published
 from dit_fast.patch.diversedit import SkipWiring
 from dit_fast.patch.proof import Proofs
@@ -143,9 +143,7 @@ def _check_ops(ops: Collection[str] | None) -> tuple[str, ...]:
     names = (ops,) if isinstance(ops, str) else tuple(ops)
     for name in names:
         if name not in OPS:
-            close = difflib.get_close_matches(name, OPS, n=1, cutoff=0.4)
-            hint = f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(OPS)}"
-            raise ConfigError(f"patch.apply: unknown op '{name}'; {hint}")
+            raise ConfigError(f"patch.apply: unknown op '{name}'{nearest(name, OPS)}")
     return names
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dit_fast import autoencoders
+from dit_fast import autoencoders, files
 from dit_fast.data.address import is_remote, one_line
 from dit_fast.data.batch import allocate, columns_of
 from dit_fast.data.dataset import LatentDataset, open_dataset, open_index, read_description
@@ -14,7 +14,7 @@ from dit_fast.data.field import Family, ShardInfo
 from dit_fast.data.files import reason
 from dit_fast.data.index import ShardIndex, index_path, index_to_bytes
 from dit_fast.data.reader import MemberReader
-from dit_fast.data.shards import scan_tar, write_atomic
+from dit_fast.data.shards import scan_tar
 from dit_fast.errors import DataError, UserError
 
 CHUNK_BYTES = 1 << 22
@@ -141,7 +141,7 @@ def rebuild_index(tar: str | Path) -> ShardIndex:
         )
     index = scan_tar(path)
     try:
-        write_atomic(index_path(path), index_to_bytes(index))
+        files.replace(index_path(path), index_to_bytes(index))
     except OSError as error:
         raise DataError(f"{index_path(path)}: cannot be written ({reason(error)})") from None
     return index

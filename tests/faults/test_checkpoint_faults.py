@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dit_fast import files
 from dit_fast.checkpoint.manifest import write_manifest
 from dit_fast.checkpoint.step import KINDS, newest_checkpoint, open_checkpoint, step_folders
 from dit_fast.errors import CheckpointError, UserError
-from dit_fast.train import disk
 from dit_fast.train.checkpoints import Checkpoints
 from dit_fast.train.guard import Diverged
 from dit_fast.train.loop import check_fits
@@ -71,7 +71,6 @@ def test_round_trip_and_no_pickle(tmp_path):
         "state.json",
     ]  # fmt: skip
     assert torch.equal(checkpoint.source("rest")("a.bias"), UNTRAINED["rest"]["a.bias"])
-    assert (tmp_path / "checkpoints/LATEST").read_text() == "step_00000007\n"
     with pytest.raises(CheckpointError, match="no exp_avg of parameter 'nobody'"):
         checkpoint.source("exp_avg")("nobody")
 
@@ -80,13 +79,13 @@ def _count_operations(tmp_path, monkeypatch):
     calls = []
     with monkeypatch.context() as patch:
         for name in OPERATIONS:
-            real = getattr(disk, name)
-            patch.setattr(disk, name, lambda *a, real=real, name=name: (calls.append(name), real(*a))[1])
+            real = getattr(files, name)
+            patch.setattr(files, name, lambda *a, real=real, name=name: (calls.append(name), real(*a))[1])
         save(tmp_path / "count", 5)
     return len(calls)
 
 
-OPERATIONS = ("write", "sync", "sync_folder", "rename", "write_synced", "replace", "remove_tree")
+OPERATIONS = ("write", "sync", "sync_folder", "rename", "write_synced", "remove_tree")
 
 
 class Deaths:
@@ -119,7 +118,7 @@ def test_killed_at_every_write_flush_and_rename(tmp_path, monkeypatch, moment):
         with monkeypatch.context() as patch:
             deaths = Deaths(victim, moment)
             for name in OPERATIONS:
-                patch.setattr(disk, name, deaths.wrap(getattr(disk, name)))
+                patch.setattr(files, name, deaths.wrap(getattr(files, name)))
             with pytest.raises(Killed):
                 save(run, 8)
         again = Checkpoints(run, WORLD)
@@ -298,7 +297,7 @@ def test_a_file_the_disk_does_not_give_back_is_passed_over(two, caplog, monkeypa
 def test_what_is_no_file_or_folder_is_passed_over(two, caplog, make, name):
     """Without waiting for somebody who writes into a pipe; an older thing set aside or left half-written may be odd."""
     folder = two / "checkpoints/step_00000008"
-    disk.remove_tree(folder / name)
+    files.remove_tree(folder / name)
     make(folder / name)
     for suffix in (".damaged", ".partial"):
         make(folder.with_suffix(suffix))
@@ -401,7 +400,7 @@ def test_a_full_disk_leaves_a_warning_and_no_debris(tmp_path, monkeypatch, caplo
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(disk, operation, full)
+        patch.setattr(files, operation, full)
         assert not save(tmp_path, 8)
     assert "checkpoint step_00000008 not written" in caplog.text
     assert "No space left on device" in caplog.text
@@ -411,25 +410,24 @@ def test_a_full_disk_leaves_a_warning_and_no_debris(tmp_path, monkeypatch, caplo
     assert_is_step(Checkpoints(tmp_path, WORLD).newest(), 12)
 
 
-@pytest.mark.parametrize("operation", ["sync_folder", "replace"])
-def test_what_fails_after_the_rename_costs_no_older_checkpoint(two, monkeypatch, caplog, operation):
+def test_what_fails_after_the_rename_costs_no_older_checkpoint(two, monkeypatch, caplog):
     """The new one is there, but perhaps not for good: it counts, and the others stay."""
-    real = getattr(disk, operation)
+    real = files.sync_folder
 
-    def refuse(path, *arguments):
-        if path.name in ("checkpoints", "LATEST"):
+    def refuse(path):
+        if path.name == "checkpoints":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return real(path, *arguments)
+        return real(path)
 
-    monkeypatch.setattr(disk, operation, refuse)
+    monkeypatch.setattr(files, "sync_folder", refuse)
     assert save(two, 12, keep=1)
     assert "older checkpoints stay" in caplog.text
     assert [step for step, _ in step_folders(two)] == [12, 8, 4]
 
 
 def test_free_space_is_looked_at_first(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(disk, "free_bytes", lambda path: 1000)
-    monkeypatch.setattr(disk, "write", pytest.fail)
+    monkeypatch.setattr(files, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(files, "write", pytest.fail)
     assert not save(tmp_path, 8)
     assert "needs 1 MiB and the disk has 0 MiB left" in caplog.text
 
@@ -449,9 +447,9 @@ def test_a_really_full_disk(tmp_path, monkeypatch, caplog):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], capture_output=True).returncode:
         pytest.skip("cannot mount a tmpfs here")
     try:
-        save_free = disk.free_bytes
+        save_free = files.free_bytes
         assert save_free(small) <= 1 << 20
-        monkeypatch.setattr(disk, "free_bytes", lambda path: 1 << 40)
+        monkeypatch.setattr(files, "free_bytes", lambda path: 1 << 40)
         assert save(small, 4)
         (small / "ballast").write_bytes(b"x" * (save_free(small) - 8192))
         assert not save(small, 8)

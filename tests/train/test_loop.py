@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dit_fast import files
 from dit_fast.checkpoint.run import load_run
 from dit_fast.errors import CheckpointError, DataError
-from dit_fast.train import disk, lock, loop
+from dit_fast.train import lock, loop
 from dit_fast.train.__main__ import main
 from dit_fast.train.engine import SingleEngine
 from dit_fast.train.feed import Feed
@@ -59,8 +60,10 @@ def test_a_run_leaves_what_it_promises(finished):
     config = json.loads((finished / "config.json").read_text())
     assert (config["model"]["input_size"], config["model"]["num_classes"]) == (4, 3)
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == [
-        "LATEST", "step_00000004", "step_00000008", "step_00000012",
-    ]  # fmt: skip
+        "step_00000004",
+        "step_00000008",
+        "step_00000012",
+    ]
     assert (finished / "lock.json").read_text() == ""
 
 
@@ -155,7 +158,7 @@ def test_stop_file_and_signal_save_and_leave(shards, tmp_path, finished, monkeyp
 
 
 def test_without_checkpoint_space_the_run_goes_on_and_says_so_at_its_end(shards, tmp_path, capsys, caplog, monkeypatch):
-    monkeypatch.setattr(disk, "free_bytes", lambda path: 0)
+    monkeypatch.setattr(files, "free_bytes", lambda path: 0)
     message = fails(capsys, *arguments(shards, tmp_path / "run"))
     assert "no checkpoint of step 12 could be written" in message
     assert caplog.text.count("not written: needs") == 3
@@ -479,12 +482,12 @@ def test_a_preview_lost_to_a_kill_is_drawn_at_the_next_start(shards, tmp_path):
 
 
 def test_leftovers_of_a_kill_go_at_the_next_start(copied):
-    left = ["config.json.tmp", "metrics.jsonl.tmp", "checkpoints/LATEST.tmp", "samples/.step_00000003.partial.png"]
+    left = ["config.json.partial", "metrics.jsonl.partial", "samples/.step_00000003.partial.png"]
     (copied / "samples").mkdir()
     (copied / "checkpoints/step_00000016.partial").mkdir()
     for name in left:
         (copied / name).write_text("half")
-    (copied / "mine.tmp").write_text("the user's own")
+    (copied / "mine.partial").write_text("the user's own")
     assert main(saved_command(copied)) == 0
     assert not [name for name in (*left, "checkpoints/step_00000016.partial") if (copied / name).exists()]
-    assert (copied / "mine.tmp").exists()
+    assert (copied / "mine.partial").exists()

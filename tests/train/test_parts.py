@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dit_fast import files
 from dit_fast.errors import UserError
-from dit_fast.train import disk
 from dit_fast.train.checkpoints import TensorFile
 from dit_fast.train.guard import Diverged, Guard
 from dit_fast.train.journal import AppendedLines, truncate_metrics
@@ -165,7 +165,7 @@ def test_errors_of_rank_zero_become_user_errors():
     with pytest.raises(UserError, match="No such file"):
         ALONE.agree(lambda: Path("/nowhere/at/all").read_text())
     with pytest.raises(UserError, match="left on device: '/dev/full'; mend it"):  # a failed write too is named
-        ALONE.agree(lambda: disk.write_synced(Path("/dev/full"), b"x"))
+        ALONE.agree(lambda: files.write_synced(Path("/dev/full"), b"x"))
     assert ALONE.agree(lambda: [1, "a"]) == [1, "a"]
 
 

@@ -1,8 +1,9 @@
-"""Durable file operations: every write, flush and rename of a checkpoint goes through these functions."""
+"""Durable file operations, and the one way to give a file new content while others may read it."""
 
 import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,17 +41,32 @@ def write_synced(path: Path, data: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def replace(path: Path, data: bytes) -> None:
-    """New content for a file that others may read at any time: they see the old or the new, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, PATH.partial, that takes the name `path` at the end: readers see the old content or the new.
+
+    After an exception, the system's refusal included, nothing is left of it and the old content stays.
+    """
+    partial = path.with_name(path.name + ".partial")
     try:
-        write_synced(temporary, data)
-        os.replace(temporary, path)
-    except OSError:
+        with partial.open("wb") as file:
+            yield file
+            sync(file)
+        os.replace(partial, path)
+    except BaseException:
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            partial.unlink()
         raise
     sync_folder(path.parent)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """`replacing` with content that is at hand."""
+    try:
+        with replacing(path) as file:
+            write(file, data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def free_bytes(path: Path) -> int:
