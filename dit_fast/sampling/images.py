@@ -39,30 +39,13 @@ def sample_images(
     decoder = (autoencoders.of(dataset) if autoencoder is None else autoencoder).to(world.device)
     model, device, info, classes = run.model.to(world.device), world.device, dataset.info, options.classes
     shapes = model.shapes if len(model.shapes) > 1 else model.shapes["image"]
-    scale = options.cfg_scale
-    assert scale is not None
 
     def draw(first: int) -> Samples:
         index = torch.arange(first, min(first + options.chunk, options.count), dtype=torch.int64, device=device)
         labels = torch.tensor(classes, dtype=torch.int64, device=device)[index % len(classes)]
         noise = initial_noise(options.seed, index, shapes)
         with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-            latents = sample(
-                model,
-                noise,
-                labels,
-                sampler=options.sampler,
-                num_steps=options.num_steps,
-                cfg_scale=scale,
-                guidance_low=options.guidance_low,
-                guidance_high=options.guidance_high,
-                cfg_channels=options.cfg_channels,
-                class_token_cfg_scale=options.class_token_cfg_scale,
-                seed=options.seed,
-                index=index,
-                path=run.config.flow.path,
-                chunk=options.chunk,
-            )
+            latents = sample(model, noise, labels, index=index, path=run.config.flow.path, **options.arguments())
         pictures = decode_images(image(latents), info, decoder, f"weights of step {run.step}", first)
         return Samples(pictures, labels.cpu().numpy(), run.step, options.text(), first)
 

@@ -1,13 +1,14 @@
 """What to draw: the one place of sampling options, of their defaults and of what they mean."""
 
+import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from dit_fast.data import LatentDataset
-from dit_fast.diffusion import Guidance
+from dit_fast.diffusion import Guidance, sample
 from dit_fast.diffusion.guidance import Channels
 from dit_fast.diffusion.samplers import MOST_ROWS, check_options, check_times, check_whole
 from dit_fast.diffusion.solvers import SolverName
@@ -17,7 +18,8 @@ from dit_fast.options import setting
 
 SHOWN_CLASSES = 10
 MOST_IMAGES = 1_000_000  # of a class
-GUIDED = 2.5  # scale of the guidance where none is asked for
+GUIDED = 2.5  # scale of the guidance where none is asked for; a mean velocity has it in its training target
+SOLVER_OF = {1: "heun", 2: "mean_flow"}  # by the model's number of times
 
 Weights = Literal["ema", "model"]
 Precision = Literal["fp32", "bf16"]
@@ -37,7 +39,7 @@ class SampleOptions:
     guidance_high: float = setting(1.0, "... to here (1 is pure noise)")
     cfg_channels: Channels | None = setting(None, "guided channels (default: what the model's own sampler guides)")
     class_token_cfg_scale: float | None = setting(None, "guidance of the class token (default: the image's)")
-    sampler: SolverName = setting("heun", "sampler")
+    sampler: SolverName | None = setting(None, "solver (default: heun; mean_flow for a mean velocity)")
     num_steps: int = setting(20, "sampling steps")
     seed: int = setting(0, "image k depends on the seed, on k and on its class")
     weights: Weights = setting("ema", "moving average or raw weights")
@@ -47,7 +49,7 @@ class SampleOptions:
     def __post_init__(self) -> None:
         check_whole("per_class", self.per_class, 1, MOST_IMAGES)
         check_whole("chunk (--batch)", self.chunk, 1, MOST_ROWS)
-        check_options(self.sampler, self.num_steps, self.chunk, self.seed)
+        check_options(self.sampler or "euler", self.num_steps, self.chunk, self.seed)
         scale = 1.0 if self.cfg_scale is None else self.cfg_scale
         Guidance(scale, self.guidance_low, self.guidance_high, self.cfg_channels or "all", self.class_token_cfg_scale)
         for name, kind in (("weights", Weights), ("precision", Precision)):
@@ -66,17 +68,25 @@ class SampleOptions:
         """The same with what model and data set decide filled in. Raises UserError for a class that is not
         there, and for a sampler that does not fit the model.
         """
-        check_times(self.sampler, model.times)
-        guided = GUIDED if model.null_label >= 0 else 1.0
+        sampler = self.sampler or SOLVER_OF[model.times]
+        check_times(sampler, model.times)
+        guided = GUIDED if model.null_label >= 0 and model.times == 1 else 1.0
         return replace(
             self,
             classes=check_classes(self.classes, dataset),
+            sampler=sampler,
             cfg_scale=guided if self.cfg_scale is None else self.cfg_scale,
             cfg_channels=self.cfg_channels or model.cfg_channels,
         )
 
+    def arguments(self) -> dict[str, Any]:
+        """Resolved options that are keywords of `sample`, by name."""
+        keywords = inspect.signature(sample).parameters
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name in keywords}
+
     def text(self) -> str:
         """One line for captions: what was computed by resolved options."""
+        assert self.sampler, "resolve the options first"
         assert self.cfg_scale is not None, "resolve the options first"
         parts = [self.sampler, f"{self.num_steps} steps", f"guidance {_exact(self.cfg_scale)}"]
         if self.class_token_cfg_scale is not None:

@@ -5,6 +5,7 @@ import torch
 
 from dit_fast.checkpoint import load_official
 from dit_fast.diffusion import Guidance, flow_loss, sample
+from dit_fast.errors import UserError
 from dit_fast.methods.repa import repa_loss
 from tests.helpers.cases import loop_over
 from tests.helpers.deterministic_fill import fill, tiny_model
@@ -24,6 +25,18 @@ def test_published_samples(name):
         generator = torch.Generator().manual_seed(meta["noise_seed"])
         ours = sample(model, noise, y, sampler, path=path, generator=generator, **options)
         assert_close(ours, data.tensor(f"out64/{call}"), 1e-6)
+
+
+@pytest.mark.parametrize("name", golden_names("meanflow_"))
+def test_published_samples_of_a_mean_velocity(name):
+    data = golden(name)
+    state = {key: value.double() for key, value in data.group("state/").items()}
+    model = load_official(state, family="mean_flow", num_heads=data.meta["num_heads"])
+    for call, steps in (("one_step", 1), ("two_step", 2)):
+        ours = sample(model, data.tensor("in/noise").double(), data.tensor("in/y"), "mean_flow", steps)
+        assert_close(ours, data.tensor(f"out/{call}"), 1e-6)
+    with pytest.raises(UserError, match="'euler' does not fit a model with 2 times; use mean_flow"):
+        sample(model, data.tensor("in/noise"), data.tensor("in/y"))
 
 
 @loop_over("name", golden_names("officialsit_"))

@@ -200,3 +200,19 @@ def test_scaling_and_its_inverse():
     latents = torch.randn(3, 2, 4, 4)
     torch.testing.assert_close(to_model_space(latents, Info)[:, 1], latents[:, 1] * 0.5 + 0.25)
     torch.testing.assert_close(from_model_space(to_model_space(latents, Info), Info), latents)
+
+
+def test_the_model_decides_what_was_left_open(opened):
+    """A class token is sampled with the image; a mean velocity has its own solver, and guidance in its target."""
+    run, dataset = opened
+    changed = dataclasses.replace
+    joint, mean = (
+        run._replace(model=new_model(changed(run.config.model, **more)).eval())
+        for more in ({"class_token": 6}, {"times": 2})
+    )
+    (drawn,) = draw(joint, dataset, options(class_token_cfg_scale=1.5))
+    assert drawn.text == "euler, 1 steps, guidance 2.5 (1.5 of the class token), seed 0"
+    (drawn,) = draw(mean, dataset, options(sampler=None))
+    assert (drawn.images.shape, drawn.text) == ((3, 32, 32, 3), "mean_flow, 1 steps, guidance 1, seed 0")
+    with pytest.raises(UserError, match="'heun' does not fit a model with 2 times; use mean_flow"):
+        draw(mean, dataset, options(sampler="heun"))
