@@ -1,14 +1,20 @@
 """Methods in a training step, with one that exists only here, by code that knows no method by name."""
 
+import json
+import re
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from dit_fast.config import FlowConfig
+from dit_fast.data import add_field
 from dit_fast.data.field import Field
 from dit_fast.errors import ConfigError
 from dit_fast.methods import METHODS, Method, Term, build_methods
@@ -18,9 +24,12 @@ from dit_fast.models import build_model
 from dit_fast.objectives import Flow
 from dit_fast.options import to_dict
 from dit_fast.runs import TrainConfig, changed, stored
+from dit_fast.train.__main__ import main
 from dit_fast.train.loss import TrainingLoss
 from tests.helpers.cases import loop_over
+from tests.helpers.toy_runs import arguments, tensors
 
+DOCS = Path(__file__).parents[2] / "docs" / "methods.md"
 INFO = SimpleNamespace(field=lambda name: Field(f"{name}.npy", (16, 6), "float16"))
 
 
@@ -98,6 +107,24 @@ def test_a_method_defined_elsewhere_joins_without_the_trainer_knowing_it():
     torch.testing.assert_close(loss, sum(weight * logs[name] for name, weight in weights.items()))
     loss.backward()
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_the_documented_method_trains_on_a_field_of_real_shards(shards, tmp_path, monkeypatch, capsys):
+    example, names = re.search("```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[1], {"__name__": __name__}
+    exec(example, names)
+    monkeypatch.setitem(METHODS, "brightness", names["Brightness"])
+    command = arguments(shards, tmp_path / "run", "methods=brightness", "run.steps=2")
+    assert main(command) == 2
+    assert "no field 'brightness' in the shards" in capsys.readouterr().err
+    with_field = shutil.copytree(shards, tmp_path / "shards")
+    np.save(tmp_path / "brightness.npy", np.linspace(0, 1, 48, dtype=np.float32))
+    add_field(with_field, "brightness", tmp_path / "brightness.npy", progress=False)
+    assert main([*command, f"data.path={with_field}"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["brightness/error"] > 0 for row in rows)
+    saved = tensors(tmp_path / "run", 2)
+    for kind in ("model", "ema"):
+        assert f"{kind}/brightness_head.weight" in saved
 
 
 def test_initial_weights_are_drawn_in_the_order_of_the_methods():
