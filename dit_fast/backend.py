@@ -78,13 +78,13 @@ def choose(op: str, backend: str, device_type: str, *arguments: Any) -> str:
     """The implementation that runs `op` on tensors of this device type.
 
     backend: "auto" (the best one that can run) or the name of an implementation, which then must be able to run.
-    arguments: those that the implementations may refuse.
+    arguments: those that the implementations may refuse; none: whether it can run at all.
     Raises ConfigError for an unknown name or an implementation that cannot run here, with the reason.
     """
     only = forced()
     names, error = candidates(op, backend, device_type, only)
     for name in () if error else names:
-        reasons = _REGISTRY[op][name].refuses(*arguments)
+        reasons = _REGISTRY[op][name].refuses(*arguments) if arguments else ()
         if not reasons:
             return name
         error = _passed_over(op, name, "; ".join(reasons), backend, only)

@@ -31,9 +31,11 @@ FUSED = FLOATS[:3]  # what compiled implementations take
 Dims = tuple[tuple[int, str], ...]  # each the product of a factor and of the sizes with these one-letter names
 
 
-def triton(refuses: Callable[..., Sequence[str]]) -> Implementation:
+def triton(
+    refuses: Callable[..., Sequence[str]] = lambda *arguments: (), automatic: tuple[str, ...] | None = None
+) -> Implementation:
     """The Triton kernels of an op, on CUDA and, interpreted, on the CPU."""
-    return Implementation("triton", kernels.devices(), kernels.unavailable, refuses=refuses)
+    return Implementation("triton", kernels.devices(), kernels.unavailable, automatic, refuses)
 
 
 class Op:
@@ -218,7 +220,7 @@ def differentiable(function: Any, name: str, instead: str = 'backend="torch"') -
             raise UserError(refusal)
         return rule(ctx, *tangents)
 
-    eager: Any = type(f"{function.__name__}WithTangent", (function,), {"jvp": staticmethod(jvp)})
+    eager: Any = type(function.__name__.lstrip("_"), (function,), {"jvp": staticmethod(jvp)})
 
     def apply(*arguments: Any) -> Any:
         return (function if torch.compiler.is_compiling() else eager).apply(*arguments)

@@ -17,7 +17,6 @@ Saved for the backward: the inputs, y, m and r. W', u and b' are made again from
 is kept and engines that free parameters between the passes can.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dit_fast.backend import Implementation
 from dit_fast.ops import long_skip_rows
-from dit_fast.ops._op import Op, define, differentiable, rows, spread, triton, wide
+from dit_fast.ops._op import Op, define, differentiable, spread, triton, wide
 from dit_fast.ops.autocast import autocast_dtype, linear_dtype, without_autocast
 from dit_fast.ops.layer_norm import layer_norm
 from dit_fast.ops.row_statistics import RowStatistics, known
@@ -39,24 +38,14 @@ def _gemm_refuses(dtype: torch.dtype, *tensors: Tensor) -> list[str]:
     return ["float64 and other dtypes are mixed"] if mixed else []
 
 
-def _triton_refuses(dtype: torch.dtype, *tensors: Tensor) -> list[str]:
-    if any(tensor.dtype == torch.float64 for tensor in tensors):
-        return ["some inputs are float64"]
-    if torch.compiler.is_compiling():  # addresses count too, and only a run has them: there the op asks
-        return []
-    from dit_fast.kernels import long_skip as kernel
-
-    x, skip = (rows(half.reshape(-1, half.shape[-1])) for half in tensors[:2])
-    return kernel.supports(x, skip, dtype)
-
-
 # On the CPU, at M = 4096, D = 768 in float32 on one core, forward and backward took 0.23 s with the reference and
-# 0.26 s with "gemm", whose GEMMs are the same. On CUDA nobody has timed "triton" against the library's GEMM yet.
+# 0.26 s with "gemm", whose GEMMs are the same. On CUDA nobody has timed "triton" against the library's GEMM yet. What
+# "triton" cannot take, it says when it runs: addresses count, which neither a traced graph nor torch.func knows.
 OP = Op(
     "long_skip",
     "x[..., D] skip[..., D] norm_weight[2D] norm_bias[2D] weight[D, 2D] bias[D]",
     Implementation("gemm", (), lambda: None, automatic=("cuda",), refuses=_gemm_refuses),
-    replace(triton(_triton_refuses), automatic=()),
+    triton(automatic=()),
 )
 
 

@@ -35,7 +35,7 @@ def forward(
         if backend == "triton":
             from dit_fast.kernels import long_skip as kernel
 
-            if reasons := kernel.supports(x, skip, dtype):  # a compiled graph knew no addresses when it was made
+            if reasons := kernel.supports(x, skip, dtype):
                 raise ConfigError(f"long_skip: backend 'triton' cannot run: {'; '.join(reasons)}")
             folds = kernel.fold(*_for_kernel(parameters), dtype)
             return kernel.forward(x, skip, mean, rstd, *folds, dtype), mean, rstd
