@@ -21,6 +21,7 @@ from dit_fast.world import World
 
 Batch = Mapping[str, Tensor]
 Source = Callable[[str], Tensor]
+Groups = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -30,22 +31,28 @@ class StepResult:
     EMA and moments are what they were before, on every rank."""
 
     logs: dict[str, Tensor]
-    grad_norm: Tensor | float
+    grad_norm: Tensor
     applied: bool
 
 
 class Engine(ABC):
     """One training step and access to the whole state, whatever the sharding. Here: parameters that lie whole.
 
+    groups: parameter groups as torch's optimizers take them ("lr" follows the schedule in proportion), for some of the
+    model's parameters; one with a "clip" is clipped to that norm by itself, all others together to optimizer.grad_clip.
     Raises ConfigError for an objective that breaks the rules above, at the latest in the first step.
     """
 
-    def __init__(self, objective: nn.Module, config: TrainConfig, world: World):
+    def __init__(self, objective: nn.Module, config: TrainConfig, world: World, groups: Groups = ()):
         self.objective, self.config, self.world = objective, config, world
         self.model: Any = objective.model
         self._named = own_parameters(objective)
         self._shapes = {name: parameter.shape for name, parameter in self._named}
-        self._optimizer = build_optimizer(config.optimizer, (p for _, p in self._named), world.device.type)
+        apart = {id(parameter) for group in groups for parameter in group["params"]}
+        rest = [parameter for _, parameter in self._named if id(parameter) not in apart]
+        self._optimizer = build_optimizer(config.optimizer, [{"params": rest}, *groups], world.device.type)
+        base = config.optimizer.lr
+        self._lr_shares = [group["lr"] / base if base else 1.0 for group in self._optimizer.param_groups]
         self._checked = self._in_backward = False
         for _, parameter in self._named:
             parameter.register_post_accumulate_grad_hook(self._accumulated)
@@ -55,8 +62,8 @@ class Engine(ABC):
         if not self._checked:
             self._refuse_unknown(parameter for _, parameter in own_parameters(self.objective))
         sums: dict[str, Tensor] = {}
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        for group, share in zip(self._optimizer.param_groups, self._lr_shares, strict=True):
+            group["lr"] = lr * share
         for batch in micro_batches:
             loss, logs = self._forward(batch, step)
             if not self._checked:
@@ -68,7 +75,8 @@ class Engine(ABC):
             for name, value in logs.items():
                 value = value.float() / len(micro_batches)
                 sums[name] = sums[name] + value if name in sums else value
-        return StepResult(sums, *self._update())
+        norm = self._clip()
+        return StepResult(sums, norm, self._update(norm))
 
     @abstractmethod
     def _forward(self, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]: ...
@@ -78,8 +86,48 @@ class Engine(ABC):
         """Adds the gradient of loss / count."""
 
     @abstractmethod
-    def _update(self) -> tuple[Tensor | float, bool]:
-        """Norm of the gradient, and whether it was applied."""
+    def _step(self) -> None:
+        """The optimizer's step."""
+
+    def _clip(self) -> Tensor:
+        """The norm of the whole gradient, 0-d float32; the gradients are clipped by it."""
+        bundles: list[tuple[float, list[Tensor]]] = [(self.config.optimizer.grad_clip, [])]
+        for group, gradients in zip(self._optimizer.param_groups, self._gradients(), strict=True):
+            if "clip" in group:
+                bundles.append((group["clip"], gradients))
+            else:
+                bundles[0][1].extend(gradients)
+        bundles = [(limit, gradients) for limit, gradients in bundles if gradients]
+        norms = self._over_ranks([torch.linalg.vector_norm(torch.stack(torch._foreach_norm(g))) for _, g in bundles])
+        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(norms)
+        for own, (limit, gradients) in zip(norms, bundles, strict=True):
+            if limit > 0:
+                scale = torch.clamp(limit / (own + 1e-6), max=1.0)
+                torch._foreach_mul_(gradients, scale + (norm - norm))  # adds zero, or NaN where the norm is not finite
+        return norm
+
+    def _gradients(self) -> list[list[Tensor]]:
+        """This rank's share of the gradient, by parameter group; missing ones become zeros."""
+        for _, parameter in self._named:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [[parameter.grad for parameter in group["params"]] for group in self._optimizer.param_groups]
+
+    def _over_ranks(self, norms: list[Tensor]) -> Tensor:
+        """Norms of shares to norms of the whole."""
+        return torch.stack(norms)
+
+    def _update(self, norm: Tensor) -> bool:
+        """One step of the optimizer; whether it was applied. An optimizer leaves parameters without a gradient alone.
+
+        The test waits for the device once a step, as DeepSpeed's own does in stages 1 to 3.
+        """
+        applied = bool(torch.isfinite(norm))
+        if not applied:
+            for _, parameter in self._named:
+                parameter.grad = None
+        self._step()
+        return applied
 
     def _accumulated(self, parameter: Tensor) -> None:
         if not self._in_backward:
@@ -139,8 +187,8 @@ class Engine(ABC):
 class SingleEngine(Engine):
     """One process, no DeepSpeed. The objective is moved to the world's device."""
 
-    def __init__(self, objective: nn.Module, config: TrainConfig, world: World):
-        super().__init__(objective.to(world.device), config, world)
+    def __init__(self, objective: nn.Module, config: TrainConfig, world: World, groups: Groups = ()):
+        super().__init__(objective.to(world.device), config, world, groups)
         self._optimizer.init_states()
 
     def _forward(self, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -149,31 +197,9 @@ class SingleEngine(Engine):
     def _backward(self, loss: Tensor, count: int) -> None:
         (loss / count).backward()
 
-    def _update(self) -> tuple[Tensor, bool]:
-        norm, applied = clip_or_drop([p for _, p in self._named], self.config.optimizer.grad_clip)
+    def _step(self) -> None:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return norm, applied
-
-
-def clip_or_drop(parameters: Sequence[nn.Parameter], limit: float) -> tuple[Tensor, bool]:
-    """Scales gradients to a global norm of at most `limit` (0: as they are); drops all where the norm is not finite.
-
-    Missing gradients become zeros. An optimizer leaves parameters without a gradient alone, so a dropped step changes
-    nothing. The test waits for the device once a step, as DeepSpeed's own does in stages 1 to 3.
-    """
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    gradients: list[Tensor] = [parameter.grad for parameter in parameters]  # type: ignore[misc]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    if not torch.isfinite(norm):
-        for parameter in parameters:
-            parameter.grad = None
-        return norm, False
-    if limit > 0:
-        torch._foreach_mul_(gradients, torch.clamp(limit / (norm + 1e-6), max=1.0))
-    return norm, True
 
 
 def own_parameters(objective: nn.Module) -> list[tuple[str, nn.Parameter]]:

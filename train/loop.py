@@ -111,7 +111,7 @@ class _Run:
         if config.engine.compile:
             for block in model.blocks:
                 block.compile()
-        self.engine = self._engine(loss)
+        self.engine = self._engine(loss, [group for method in methods for group in method.param_groups()])
         if checkpoint is not None:
             with self._alone():
                 for kind in STATES:
@@ -120,12 +120,12 @@ class _Run:
         self.rest = Rest(methods, self.engine, config.optimizer.ema_decay, checkpoint)
         self._describe(model)
 
-    def _engine(self, loss: TrainingLoss) -> Engine:
+    def _engine(self, loss: TrainingLoss, groups: list[dict[str, Any]]) -> Engine:
         if not launched():
-            return SingleEngine(loss, self.config, self.world)
+            return SingleEngine(loss, self.config, self.world, groups)
         from dit_fast.train.zero import ZeroEngine
 
-        return ZeroEngine(loss, self.config, self.world, self.micro)
+        return ZeroEngine(loss, self.config, self.world, self.micro, groups)
 
     def train(self) -> int:
         config, world, guard = self.config, self.world, self.guard

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit_fast.errors import ConfigError
 from dit_fast.runs import OptimizerConfig
@@ -112,12 +112,12 @@ def with_ema(base: type[torch.optim.Optimizer]) -> type[Any]:
     return WithEMA
 
 
-def build_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter], device_type: str) -> Any:
-    """The optimizer a configuration names, over the trainable ones of `parameters`.
+def build_optimizer(config: OptimizerConfig, parameters: Iterable[Any], device_type: str) -> Any:
+    """The optimizer a configuration names, over parameters or groups of them.
 
     Raises ConfigError where the named one cannot run here, with the reason.
     """
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    trainable = list(parameters)
     options: dict[str, Any] = {
         "lr": config.lr,
         "betas": (config.beta1, config.beta2),

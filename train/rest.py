@@ -55,9 +55,9 @@ class Rest:
         for name, tensor in moving:
             if tensor.dtype not in DTYPES:
                 raise CheckpointError(f"'{name}' is {tensor.dtype}, which a checkpoint cannot hold; use another dtype")
-        if (name := first_difference(self._engine.world, moving)) is not None:
+        if (differs := first_difference(self._engine.world, moving)) is not None:
             raise CheckpointError(
-                f"'{name}' is not the same on all ranks, and a checkpoint holds one; average what moves it over the "
+                f"'{differs}' is not the same on all ranks, and a checkpoint holds one; average what moves it over the "
                 "ranks (torch.distributed.all_reduce)"
             )
         return {"model": model, "ema": model | self._averages, "rest": own}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dit_fast.errors import ConfigError
 from dit_fast.runs import TrainConfig
-from dit_fast.train.engine import Batch, Engine, Source, clip_or_drop
+from dit_fast.train.engine import Batch, Engine, Groups, Source
 from dit_fast.train.peers import announce
 from dit_fast.world import World, here
 
@@ -76,8 +76,7 @@ def deepspeed_config(config: TrainConfig, world_size: int, micro_batch: int, num
         "train_batch_size": engine.global_batch,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": engine.global_batch // (micro_batch * world_size),
-        # stage 0 would apply a gradient that is not finite, so there clipping and the test are ours
-        "gradient_clipping": config.optimizer.grad_clip if engine.zero_stage else 0.0,
+        "gradient_clipping": 0.0,  # ours, by group; its default is 1
         "communication_data_type": engine.communication_dtype,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": NEVER,
@@ -95,8 +94,8 @@ def deepspeed_config(config: TrainConfig, world_size: int, micro_batch: int, num
 class ZeroEngine(Engine):
     """DeepSpeed ranks. The objective's weights must be in place before; optimizer states are restored after."""
 
-    def __init__(self, objective: nn.Module, config: TrainConfig, world: World, micro_batch: int):
-        super().__init__(objective, config, world)
+    def __init__(self, objective: nn.Module, config: TrainConfig, world: World, micro_batch: int, groups: Groups = ()):
+        super().__init__(objective, config, world, groups)
         self.stage = config.engine.zero_stage
         size = sum(shape.numel() for shape in self._shapes.values())
         if config.engine.overlap_comm and self.stage < 2 and world.rank == 0:
@@ -126,16 +125,29 @@ class ZeroEngine(Engine):
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
-    def _update(self) -> tuple[Tensor | float, bool]:
-        if self.stage == 0:
-            result = clip_or_drop([p for _, p in self._named], self.config.optimizer.grad_clip)
-            self._engine.step()
-            return result
+    def _step(self) -> None:
         self._engine.step()
+
+    def _gradients(self) -> list[list[Tensor]]:
+        if self.stage == 0:
+            return super()._gradients()
+        zero = self._engine.optimizer
+        found: list[list[Tensor]] = [[] for _ in self._optimizer.param_groups]
+        for part, gradients in zero.averaged_gradients.items():
+            found[zero.sub_group_to_group_id[part] if self.stage == 3 else part].extend(gradients)
+        return found
+
+    def _over_ranks(self, norms: list[Tensor]) -> Tensor:
+        whole = super()._over_ranks(norms)
+        return self.world.reduce(whole.square(), "sum").sqrt() if self.stage else whole
+
+    def _update(self, norm: Tensor) -> bool:
+        if self.stage == 0:  # DeepSpeed would apply a gradient that is not finite
+            return super()._update(norm)
+        self._step()
         if self.stage == 3:  # a parameter without a gradient would be moved by its last one again
             self._engine.optimizer.grad_partitions_flat_buffer.zero_()
-        norm = self._engine.get_global_grad_norm()
-        return float("inf") if norm is None else norm, self._engine.was_step_applied()
+        return self._engine.was_step_applied()
 
     def untrained(self) -> dict[str, Tensor]:
         with self._gathered(lambda parameter: not parameter.requires_grad):

@@ -80,6 +80,10 @@ class Method(ABC):
         moves by `lerp_(parameter, (1 - decay) * applied)`. Weights of the model are read only.
         """
 
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups of the optimizer for parameters of its own, as torch takes them; "clip": their largest norm."""
+        return []
+
     def tensors(self) -> Mapping[str, Tensor]:
         """Moving state outside of the model (a teacher's), live, the same on all ranks; saved and restored."""
         return {}

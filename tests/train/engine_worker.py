@@ -170,7 +170,8 @@ def run_toy(scenario, world, folder):
     checkpoint = open_checkpoint(folder / scenario["load"]) if "load" in scenario else None
     if checkpoint is not None:
         objective.model.load_state_dict(checkpoint.state_dict("model"))
-    engine = engine_of(objective, config, world)
+    groups = [{"params": list(objective.model.b.parameters()), "clip": 0.02, "lr": 5e-4, "weight_decay": 0.0}]
+    engine = engine_of(objective, config, world, groups)
     restore(engine, checkpoint)
     rest, checkpoints = Rest(methods, engine, 0.9, checkpoint), Checkpoints(folder / scenario["name"], world)
     try:
@@ -195,10 +196,10 @@ def restore(engine, checkpoint):
         engine.set_applied_steps(checkpoint.state["optimizer_step"])
 
 
-def engine_of(objective, config, world):
+def engine_of(objective, config, world, groups=()):
     """Stage 3 holds no parameter longer than it must: its defaults would hide errors with models of this size."""
     if not launched():
-        return SingleEngine(objective, config, world)
+        return SingleEngine(objective, config, world, groups)
     from dit_fast.train import zero
 
     def strict(*arguments):
@@ -208,7 +209,8 @@ def engine_of(objective, config, world):
 
     json_of, zero.deepspeed_config = zero.deepspeed_config, strict
     try:
-        return zero.ZeroEngine(objective, config, world, config.engine.micro_batch or BATCH // world.size)
+        micro = config.engine.micro_batch or BATCH // world.size
+        return zero.ZeroEngine(objective, config, world, micro, groups)
     finally:
         zero.deepspeed_config = json_of
 

@@ -49,6 +49,23 @@ def test_a_parameter_without_dimension_is_refused():
         first_step(Objective(lambda model, x: x.mean(), b=scale))
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_group_is_clipped_by_itself_or_with_all_others(own):
+    """Its squared moment shows the norm that was applied; its rate is in proportion to the schedule's."""
+    torch.manual_seed(0)
+    objective = Objective(lambda model, x: 1e3 * (model["b"](x).mean() + x.mean()), b=nn.Linear(2, 2))
+    group = {"params": list(objective.model["b"].parameters()), "lr": 1e-3, **({"clip": 0.25} if own else {})}
+    engine = SingleEngine(objective, TrainConfig(), World(0, 1, torch.device("cpu")), [group])
+    result = engine.train_step([{"x": torch.ones(3, 2)}], 0, 1e-5)
+    squares = {name: x.sum().item() / (1 - 0.999) for name, x in engine.full_state("exp_avg_sq")}
+    mine = sum(value for name, value in squares.items() if name.startswith("b."))
+    others = sum(value for name, value in squares.items() if name.startswith("a."))
+    assert mine + others == pytest.approx(1.0625 if own else 1.0, rel=1e-3)
+    assert (mine == pytest.approx(0.0625, rel=1e-3)) is own
+    assert result.grad_norm > 100
+    assert [g["lr"] for g in engine._optimizer.param_groups] == pytest.approx([1e-5, 1e-4])
+
+
 def test_gradients_of_inputs_and_frozen_modules_are_no_parameters():
     """A loss may differentiate with respect to its own inputs and read modules that do not train."""
     frozen = nn.Linear(2, 1).requires_grad_(False)

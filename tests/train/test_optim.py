@@ -23,6 +23,10 @@ def _net():
     return net
 
 
+def _trained(net):
+    return [p for p in net.parameters() if p.requires_grad]
+
+
 def _gradients(net, step):
     generator = torch.Generator().manual_seed(step)
     for p in net.parameters():
@@ -88,12 +92,12 @@ def test_ema_closed_form_and_weights_without_gradient():
 def test_states_restored_before_the_first_step_continue_exactly(name):
     config = OptimizerConfig(name=name, lr=1e-2, ema_decay=0.9, weight_decay=0.01)
     whole, resumed = _net(), _net()
-    first = build_optimizer(config, whole.parameters(), "cpu")
+    first = build_optimizer(config, _trained(whole), "cpu")
     for step in range(3):
         _gradients(whole, step)
         first.step()
     resumed.load_state_dict(whole.state_dict())
-    second = build_optimizer(config, resumed.parameters(), "cpu")
+    second = build_optimizer(config, _trained(resumed), "cpu")
     second.init_states()
     for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
         if p.requires_grad:
@@ -114,7 +118,7 @@ def test_named_optimizers_agree():
     results = []
     for name in ("adamw", "torch_adamw", "torch_fused_adamw"):
         net = _net()
-        optimizer = build_optimizer(OptimizerConfig(name=name, lr=1e-2, ema_decay=0.5), net.parameters(), "cpu")
+        optimizer = build_optimizer(OptimizerConfig(name=name, lr=1e-2, ema_decay=0.5), _trained(net), "cpu")
         for step in range(4):
             _gradients(net, step)
             optimizer.step()
