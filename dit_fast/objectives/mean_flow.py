@@ -10,14 +10,22 @@ pass for both, with gradients through the duals, took 0.8 of the time and 1.8 ti
 blocks, 256 tokens), because attention with a tangent keeps its N x H x T x T weights.
 """
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dit_fast.errors import UserError
-from dit_fast.tree import Tree, each, leaves
+from dit_fast.diffusion import Guidance, Path, logit_normal
+from dit_fast.diffusion.guidance import Velocity
+from dit_fast.diffusion.solvers import SOLVERS
+from dit_fast.errors import ConfigError, UserError
+from dit_fast.models.base import Backbone, Taps
+from dit_fast.objectives.base import Context, Objective, leaf_noise
+from dit_fast.options import setting
+from dit_fast.philox import Key, Stream
+from dit_fast.tree import Tree, each, leaves, like
 
 Network = Callable[[Tree, Tensor, Tensor], Tree]  # (z, times [N, 2] = (t, r), y) -> u
 
@@ -149,3 +157,75 @@ def _null_label(model: object, given: int | None) -> int:
             "omega=None"
         )
     return label
+
+
+class MeanFlow(Objective):
+    """Normalised squared error of the mean velocity between two times, on the linear path."""
+
+    name = "mean_flow"
+    solvers = {"mean_flow": SOLVERS["mean_flow"]}
+    functional = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Guidance within the target, the two times, and how the error is normalised."""
+
+        name: ClassVar[str] = "mean_flow"
+        omega: float = setting(1.0, "Weight of the data's velocity in the guided target (XL/2: 0.2)", "[0, 1000]")
+        kappa: float = setting(0.5, "Weight of the label's own velocity; the scale is omega / (1 - kappa)", "[0, 1)")
+        guidance_low: float = setting(0.0, "Least t with a guided target", "[0, 1]")
+        guidance_high: float = setting(1.0, "Largest t with a guided target (XL/2: 0.75)", "[0, 1]")
+        time_mean: float = setting(-0.4, "Mean of both times before the sigmoid", "[-100, 100]")
+        time_std: float = setting(1.0, "Their standard deviation before the sigmoid", "(0, 100]")
+        data_proportion: float = setting(0.75, "Share of samples with r = t, which learn the velocity", "[0, 1]")
+        norm_p: float = setting(1.0, "Power of the error by which the loss is divided; 0 = not at all", "[0, 10]")
+        norm_eps: float = setting(0.01, "Added to the error before that", "(0, 1e6]")
+
+        def __post_init__(self) -> None:
+            if self.guidance_low > self.guidance_high:
+                raise ConfigError(f"objective.guidance_low={self.guidance_low} lies above objective.guidance_high; swap them")
+
+    def __init__(self, config: Config, model: Backbone):
+        """Raises ConfigError for a model with one time, and for guidance of one without a trained null label."""
+        self.config, self.path = config, Path("linear")
+        self.times = logit_normal(config.time_mean, config.time_std)
+        self.guided = (config.omega, config.kappa) != (1.0, 0.0)
+        if model.times != 2:
+            raise ConfigError("objective=mean_flow needs a model of two times; set model.times=2")
+        if self.guided and model.null_label < 0:
+            raise ConfigError(
+                "objective=mean_flow guides its target with a null label, and model.label_dropout=0 trains none; set "
+                "objective.omega=1 objective.kappa=0, or a label dropout"
+            )
+
+    def run(
+        self, model: Backbone, x: Tree, y: Tensor, key: Key, taps: Taps, batch: Mapping[str, Tensor], number: int
+    ) -> Context:
+        config = self.config
+        noise = like(x, {name: leaf_noise(name, leaf, key) for name, leaf in leaves(x).items()})
+        t, r = self.draw_times(key)
+        z, velocity = self.interpolate(x, noise, t)
+        if self.guided:
+            null, interval = model.null(y), (config.guidance_low, config.guidance_high)
+            velocity = guided_velocity(model, velocity, z, t, y, null, config.omega, config.kappa, interval, y == null)
+        u = model(z, torch.stack((t, r), 1), y, taps)
+        errors = leaves(squared_error(u, total_derivative(model, z, velocity, t, r, y), velocity, t, r))
+        losses = {name: normalised(error, config.norm_p, config.norm_eps) for name, error in errors.items()}
+        logs = {"mean_flow/squared_error": errors["image"].mean()}
+        return Context(self, model, x, y, key, t, z, u, losses, taps, batch, number, logs)
+
+    def draw_times(self, key: Key) -> tuple[Tensor, Tensor]:
+        """t >= r, each [N]: two draws in order, the same one for `data_proportion` of the samples."""
+        first, second = (self.times.keyed(key.seed, key.position, s) for s in (Stream.TIME, Stream.SECOND_TIME))
+        same = key.uniform(Stream.TIMES_AGREE, ()) < self.config.data_proportion
+        t = torch.maximum(first, second)
+        return t, torch.where(same, t, torch.minimum(first, second))
+
+    def interpolate(self, x: Tree, noise: Tree, t: Tensor) -> tuple[Tree, Tree]:
+        """As for flow matching: the target that a `Context` gives is the velocity at t."""
+        pairs = {name: self.path.interpolate(leaf, leaves(noise)[name], t) for name, leaf in leaves(x).items()}
+        z, velocity = ({name: pair[side] for name, pair in pairs.items()} for side in (0, 1))
+        return like(x, z), like(x, velocity)
+
+    def field(self, model: Backbone, y: Tensor, guidance: Guidance) -> Callable[[Tree, float, float], Tree]:
+        return Velocity(model, y, guidance, times=2)

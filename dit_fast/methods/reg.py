@@ -1,0 +1,102 @@
+"""REG (arXiv 2507.01467): an encoder's class token is noised and denoised beside the image, and all tokens are aligned.
+
+The model has one more token (`model.class_token` is its width); the sampler starts both from noise. The token's clean
+value and the targets of the alignment are read from the shards (fields "class_token" and "features").
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dit_fast.data import DatasetInfo
+from dit_fast.diffusion import Path, velocity_error
+from dit_fast.errors import ConfigError
+from dit_fast.methods.base import Method, Term
+from dit_fast.methods.repa import feature_width, repa_loss
+from dit_fast.models.base import Backbone
+from dit_fast.nn.projector import projector
+from dit_fast.objectives import Context
+from dit_fast.options import setting
+from dit_fast.philox import Key
+from dit_fast.tree import Tree, leaves
+
+
+class REGLosses(NamedTuple):
+    """flow, class_token: mean squared error of the velocity of the image and of the token, [N]. alignment: 0-d."""
+
+    flow: Tensor
+    class_token: Tensor
+    alignment: Tensor
+
+
+def reg_losses(
+    model: Any,
+    x: Tensor,
+    y: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    class_noise: Tensor,
+    target: Tensor,
+    encoder_depth: int,
+    path: Path | str = "linear",
+) -> REGLosses:
+    """The three losses; the published total is flow + 0.03 class_token + 0.5 alignment, each averaged over the batch.
+
+    model: with a class token and `projectors`. x, noise [N, C, H, W]; y [N] int64; t [N]; class_noise [N, Z]; target
+    [N, 1 + T, Z]: the encoder's class token, then its patch tokens; it gets no gradient. encoder_depth: the aligned
+    block, from 1. Source: REG, Eqs. 4 to 7; token and image share t and have noise of their own.
+    """
+    path = path if isinstance(path, Path) else Path(path)
+    block, target = encoder_depth - 1, target.detach()
+    noised, velocity = path.interpolate(x, noise, t)
+    noised_token, token_velocity = path.interpolate(target[:, 0], class_noise, t)
+    output, features = model({"image": noised, "class_token": noised_token}, t, y, taps=(block,))
+    return REGLosses(
+        velocity_error(output["image"], velocity),
+        velocity_error(output["class_token"], token_velocity),
+        repa_loss(model.projectors[0](features[block]), target),
+    )
+
+
+class REG(Method):
+    """The class token's loss and the alignment; the projector lies in the model as `projectors.0`."""
+
+    name = "reg"
+    fields = ("class_token", "features")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Which block is aligned, by what head, and how much the two terms count."""
+
+        name: ClassVar[str] = "reg"
+        encoder_depth: int = setting(8, "Aligned block, from 1 (published: 8 for L and XL, 4 for B)", "[1, 1000]")
+        projector_width: int = setting(2048, "Hidden width of the projector", "[1, 65536]")
+        weight: float = setting(0.5, "Weight of the alignment", "[0, 1e6]")
+        class_token_weight: float = setting(0.03, "Weight of the class token's flow matching", "[0, 1e6]")
+
+    def __init__(self, config: Config, model: Backbone, data: DatasetInfo):
+        """Raises ConfigError where the model has no class token, or the shards another than it has."""
+        super().__init__(config, model, data)
+        self.block = model.block(config.encoder_depth, "methods.reg.encoder_depth")
+        self.blocks = frozenset({self.block})
+        width = feature_width("reg", model, data)
+        shape = data.field("class_token").shape
+        if shape != (width,):
+            raise ConfigError(f"reg: the shards' class_token has shape {list(shape)} and their features width {width}")
+        if model.class_token != width:
+            raise ConfigError(f"reg: the shards hold class tokens of width {width}; set model.class_token={width}")
+        self.head = projector(model.hidden_size, config.projector_width, width)
+        model.add_head("projectors", nn.ModuleList([self.head]))
+
+    def state(self, x: Tree, batch: Mapping[str, Tensor], key: Key) -> Tree:
+        return {**leaves(x), "class_token": batch["class_token"]}
+
+    def terms(self, context: Context) -> dict[str, Term]:
+        tokens = torch.cat((context.batch["class_token"][:, None], context.batch["features"]), 1)
+        return {
+            "reg/class_token": Term(context.losses["class_token"].mean(), self.config.class_token_weight),
+            "reg/alignment": Term(repa_loss(self.head(context.features[self.block]), tokens), self.config.weight),
+        }
