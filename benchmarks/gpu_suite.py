@@ -22,7 +22,7 @@ LIMIT = 500.0  # seconds, all parts
 START_UP = 12.0  # of a benchmark's time: imports, device, ceilings
 SHARES = {
     "tests": 120, "diversity_loss": 100, "step": 80, "long_skip": 90, "adaln": 30,
-    "qk_norm": 20, "gelu_mlp": 25, "repa_cosine": 10, "flow": 10, "report": 15,
+    "qk_norm": 20, "gelu_mlp": 25, "repa_cosine": 10, "flow": 10, "mean_flow": 20, "report": 15,
 }  # fmt: skip
 
 

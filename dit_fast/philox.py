@@ -43,6 +43,7 @@ class Stream(IntEnum):
     INITIAL_NOISE = 7
     CLASS_TOKEN = 8  # noise of the class token
     SECOND_TIME = 9
+    TIMES_AGREE = 10  # whether a sample has one time or two
     SAMPLER = 1024  # + sampling step
     METHOD = 65536  # first one free for methods
     SAMPLED_CLASS_TOKEN = 1 << 24  # + the image's stream, for a class token sampled with it

@@ -62,7 +62,7 @@ class TrainingLoss(nn.Module):
             context = self.objective.run(self.model, x, y, key, taps, batch, number)
             terms = self._terms(context)
         loss = context.losses["image"].mean()
-        logs = {self.objective.name: loss.detach()}
+        logs = {self.objective.name: loss.detach(), **{name: value.detach() for name, value in context.logs.items()}}
         for name, term in terms.items():
             loss = loss + term.weight * term.value
             logs[name] = term.value.detach()

@@ -1,4 +1,4 @@
-"""The loss of mean flow: one pass in forward mode that keeps nothing beside an ordinary forward, or one pass for both."""
+"""The loss of mean flow: an ordinary forward and a pass in forward mode that keeps nothing, or one pass for both."""
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def _cases(setting: Setting) -> list[Case]:
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
     def inputs(generator: torch.Generator) -> Inputs:
-        shape = (batch, model.in_channels, model.input_size, model.input_size)
+        shape = (batch, *model.shapes["image"])
         z, velocity = (torch.randn(shape, generator=generator, device=generator.device) for _ in range(2))
         times = torch.rand((2, batch), generator=generator, device=generator.device)
         return z, velocity, times.amax(0), times.amin(0), *(dict(model.named_parameters())[name] for name in names)
@@ -47,7 +47,7 @@ def _cases(setting: Setting) -> list[Case]:
     def together(inputs: Inputs) -> Inputs:
         z, velocity, t, r, *_ = inputs
         tangents = (velocity, torch.ones_like(t), torch.zeros_like(r))
-        u, dudt = torch.func.jvp(lambda z, t, r: model(z, torch.stack((t, r), 1), y), (z, t, r), tangents)
+        u, dudt = torch.func.jvp(lambda z, t, r: model(z, torch.stack((t, r), 1), y), (z, t, r), tangents)  # type: ignore[misc]
         return loss(u, dudt.detach(), velocity, t, r)
 
     weights = sum(dict(model.named_parameters())[name].nbytes for name in names)
@@ -59,4 +59,6 @@ def _cases(setting: Setting) -> list[Case]:
     return [Case(name, "fp32", shape, inputs, sides, *work, (1e-4, 1e-3))]
 
 
-BENCHMARK = Benchmark("mean_flow", ("tests/objectives/test_mean_flow.py", "tests/parity/test_published_mean_flow.py"), _cases)
+BENCHMARK = Benchmark(
+    "mean_flow", ("tests/objectives/test_mean_flow.py", "tests/parity/test_published_mean_flow.py"), _cases
+)

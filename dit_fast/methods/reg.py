@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit_fast.data import DatasetInfo
 from dit_fast.diffusion import Path, velocity_error
 from dit_fast.errors import ConfigError
-from dit_fast.methods.base import Method, Term
-from dit_fast.methods.repa import feature_width, repa_loss
-from dit_fast.models.base import Backbone
-from dit_fast.nn.projector import projector
+from dit_fast.methods.base import Term
+from dit_fast.methods.repa import REPA, repa_loss
+from dit_fast.models import Backbone
 from dit_fast.objectives import Context
 from dit_fast.options import setting
 from dit_fast.philox import Key
@@ -61,42 +60,35 @@ def reg_losses(
     )
 
 
-class REG(Method):
-    """The class token's loss and the alignment; the projector lies in the model as `projectors.0`."""
+class REG(REPA):
+    """The alignment of REPA, of the class token too, and the token's flow matching."""
 
     name = "reg"
-    fields = ("class_token", "features")
+    fields = ("features", "class_token")
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
-        """Which block is aligned, by what head, and how much the two terms count."""
+    class Config(REPA.Config):
+        """Which block is aligned, by what head, and how much the two terms count (published blocks: 8; 4 for B)."""
 
         name: ClassVar[str] = "reg"
-        encoder_depth: int = setting(8, "Aligned block, from 1 (published: 8 for L and XL, 4 for B)", "[1, 1000]")
-        projector_width: int = setting(2048, "Hidden width of the projector", "[1, 65536]")
-        weight: float = setting(0.5, "Weight of the alignment", "[0, 1e6]")
         class_token_weight: float = setting(0.03, "Weight of the class token's flow matching", "[0, 1e6]")
 
-    def __init__(self, config: Config, model: Backbone, data: DatasetInfo):
-        """Raises ConfigError where the model has no class token, or the shards another than it has."""
+    def __init__(self, config: Any, model: Backbone, data: DatasetInfo):
+        """Raises ConfigError where the model has no class token, or one of another width than the shards'."""
         super().__init__(config, model, data)
-        self.block = model.block(config.encoder_depth, "methods.reg.encoder_depth")
-        self.blocks = frozenset({self.block})
-        width = feature_width("reg", model, data)
-        shape = data.field("class_token").shape
-        if shape != (width,):
-            raise ConfigError(f"reg: the shards' class_token has shape {list(shape)} and their features width {width}")
+        (width,), (_, aligned) = (data.field(name).shape for name in ("class_token", "features"))
         if model.class_token != width:
             raise ConfigError(f"reg: the shards hold class tokens of width {width}; set model.class_token={width}")
-        self.head = projector(model.hidden_size, config.projector_width, width)
-        model.add_head("projectors", nn.ModuleList([self.head]))
+        if aligned != width:
+            raise ConfigError(f"reg: class tokens of width {width} and features of width {aligned}: give one encoder's")
 
     def state(self, x: Tree, batch: Mapping[str, Tensor], key: Key) -> Tree:
         return {**leaves(x), "class_token": batch["class_token"]}
 
     def terms(self, context: Context) -> dict[str, Term]:
-        tokens = torch.cat((context.batch["class_token"][:, None], context.batch["features"]), 1)
+        target = torch.cat((context.batch["class_token"][:, None], context.batch["features"]), 1)
+        aligned = repa_loss(self.head(context.features[self.block]), target)
         return {
             "reg/class_token": Term(context.losses["class_token"].mean(), self.config.class_token_weight),
-            "reg/alignment": Term(repa_loss(self.head(context.features[self.block]), tokens), self.config.weight),
+            "reg/alignment": Term(aligned, self.config.weight),
         }

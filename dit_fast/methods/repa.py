@@ -35,7 +35,7 @@ class REPA(Method):
     """Alignment term; its projector lies in the model as `projectors.0`, and so in the EMA and the checkpoints."""
 
     name = "repa"
-    fields = ("features",)
+    fields: tuple[str, ...] = ("features",)
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -49,13 +49,13 @@ class REPA(Method):
     def __init__(self, config: Any, model: Backbone, data: DatasetInfo):
         """Adds the projector. Raises DataError where the shards hold no features, ConfigError unless one a token."""
         super().__init__(config, model, data)
-        self.block = model.block(config.encoder_depth, "methods.repa.encoder_depth")
+        self.block = model.block(config.encoder_depth, f"methods.{self.name}.encoder_depth")
         self.blocks = frozenset({self.block})
         tokens, width = data.field("features").shape
         if tokens != model.num_tokens:
             raise ConfigError(
-                f"repa: the shards hold {tokens} feature tokens per image and the model has {model.num_tokens} tokens; "
-                "use a patch size or an encoder grid that agree"
+                f"{self.name}: the shards hold {tokens} feature tokens per image and the model has {model.num_tokens} "
+                "tokens; use a patch size or an encoder grid that agree"
             )
         self.head = projector(model.hidden_size, config.projector_width, width)
         model.add_head("projectors", nn.ModuleList([self.head]))

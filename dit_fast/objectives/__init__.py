@@ -2,7 +2,8 @@
 
 from dit_fast.objectives.base import Context, Objective
 from dit_fast.objectives.flow import Flow
+from dit_fast.objectives.mean_flow import MeanFlow
 
-OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in (Flow,)}
+OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in (Flow, MeanFlow)}
 
-__all__ = ["OBJECTIVES", "Context", "Flow", "Objective"]
+__all__ = ["OBJECTIVES", "Context", "Flow", "MeanFlow", "Objective"]

@@ -6,17 +6,17 @@ gets a `Context`: the losses, and everything that a method may read.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dit_fast.diffusion import Guidance, Solver
+from dit_fast.diffusion import Guidance, Path, Solver
 from dit_fast.diffusion.solvers import Field
 from dit_fast.models import Backbone, Taps
 from dit_fast.philox import Key, Stream
-from dit_fast.tree import Tree, leaves, like
+from dit_fast.tree import Tree, each, leaves, like
 
 # The leaves' own numbers, so that a leaf more changes nothing for the others.
 NOISE: Mapping[str, Stream] = {"image": Stream.NOISE, "class_token": Stream.CLASS_TOKEN}
@@ -27,6 +27,12 @@ def leaf_noise(name: str, leaf: Tensor, key: Key) -> Tensor:
     return key.normal(NOISE[name], tuple(leaf.shape[1:]))
 
 
+def along(path: Path, x: Tree, noise: Tree, t: Tensor) -> tuple[Tree, Tree]:
+    """(x_t, v) of every leaf, for times t [N]."""
+    noised = each(lambda clean, drawn: path.interpolate(clean, drawn, t)[0], x, noise)
+    return noised, each(lambda clean, drawn: path.interpolate(clean, drawn, t)[1], x, noise)
+
+
 @dataclass(frozen=True)
 class Context:
     """One micro-batch after the model's forward.
@@ -35,7 +41,8 @@ class Context:
     int64 [N], after label dropout. key: of all random numbers of these samples. t: times [N]. noised (x_t), prediction,
     noise, target: of the form of x. losses: [N] float32 by leaf; the image's is the base loss, another leaf's is a term
     of the method that added the leaf. taps: block outputs in `features` by index from 0 ([N, T, D]), and the methods'
-    collectors by name. batch: the batch's fields by name. number: of the optimizer step, from 0.
+    collectors by name. batch: the batch's fields by name. number: of the optimizer step, from 0. logs: further 0-d
+    tensors of the objective by full name.
     """
 
     objective: "Objective"
@@ -50,6 +57,7 @@ class Context:
     taps: Taps
     batch: Mapping[str, Tensor]
     number: int
+    logs: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def features(self) -> Mapping[int, Tensor]:

@@ -10,11 +10,11 @@ from dit_fast.diffusion import SOLVERS, Guidance, Path, time_sampler, velocity_e
 from dit_fast.diffusion.guidance import Velocity
 from dit_fast.diffusion.solvers import Field
 from dit_fast.models import Backbone, Taps
-from dit_fast.objectives.base import Context, Objective, leaf_noise
+from dit_fast.objectives.base import Context, Objective, along, leaf_noise
 from dit_fast.ops import flow_error, flow_noised
 from dit_fast.ops.flow import draws_noise_in_registers
 from dit_fast.philox import Key
-from dit_fast.tree import Tree, each, leaves, like
+from dit_fast.tree import Tree, leaves, like
 
 
 class Flow(Objective):
@@ -49,8 +49,7 @@ class Flow(Objective):
         return Context(self, model, x, y, key, t, like(x, noised), prediction, losses, taps, batch, number)
 
     def interpolate(self, x: Tree, noise: Tree, t: Tensor) -> tuple[Tree, Tree]:
-        noised = each(lambda clean, drawn: self.path.interpolate(clean, drawn, t)[0], x, noise)
-        return noised, each(lambda clean, drawn: self.path.interpolate(clean, drawn, t)[1], x, noise)
+        return along(self.path, x, noise, t)
 
     def field(self, model: Backbone, y: Tensor, guidance: Guidance) -> Field:
         return Velocity(model, y, guidance)

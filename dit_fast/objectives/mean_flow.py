@@ -19,10 +19,10 @@ from torch import Tensor
 
 from dit_fast.diffusion import Guidance, Path, logit_normal
 from dit_fast.diffusion.guidance import Velocity
-from dit_fast.diffusion.solvers import SOLVERS
+from dit_fast.diffusion.solvers import SOLVERS, Field
 from dit_fast.errors import ConfigError, UserError
-from dit_fast.models.base import Backbone, Taps
-from dit_fast.objectives.base import Context, Objective, leaf_noise
+from dit_fast.models import Backbone, Taps
+from dit_fast.objectives.base import Context, Objective, along, leaf_noise
 from dit_fast.options import setting
 from dit_fast.philox import Key, Stream
 from dit_fast.tree import Tree, each, leaves, like
@@ -163,7 +163,7 @@ class MeanFlow(Objective):
     """Normalised squared error of the mean velocity between two times, on the linear path."""
 
     name = "mean_flow"
-    solvers = {"mean_flow": SOLVERS["mean_flow"]}
+    solvers: ClassVar = {name: solver for name, solver in SOLVERS.items() if solver.times == 2}
     functional = True
 
     @dataclass(frozen=True, kw_only=True)
@@ -183,7 +183,7 @@ class MeanFlow(Objective):
 
         def __post_init__(self) -> None:
             if self.guidance_low > self.guidance_high:
-                raise ConfigError(f"objective.guidance_low={self.guidance_low} lies above objective.guidance_high; swap them")
+                raise ConfigError("objective.guidance_low lies above objective.guidance_high; swap them")
 
     def __init__(self, config: Config, model: Backbone):
         """Raises ConfigError for a model with one time, and for guidance of one without a trained null label."""
@@ -222,10 +222,8 @@ class MeanFlow(Objective):
         return t, torch.where(same, t, torch.minimum(first, second))
 
     def interpolate(self, x: Tree, noise: Tree, t: Tensor) -> tuple[Tree, Tree]:
-        """As for flow matching: the target that a `Context` gives is the velocity at t."""
-        pairs = {name: self.path.interpolate(leaf, leaves(noise)[name], t) for name, leaf in leaves(x).items()}
-        z, velocity = ({name: pair[side] for name, pair in pairs.items()} for side in (0, 1))
-        return like(x, z), like(x, velocity)
+        """As for flow matching: a `Context` has the velocity at t as its target."""
+        return along(self.path, x, noise, t)
 
-    def field(self, model: Backbone, y: Tensor, guidance: Guidance) -> Callable[[Tree, float, float], Tree]:
+    def field(self, model: Backbone, y: Tensor, guidance: Guidance) -> Field:
         return Velocity(model, y, guidance, times=2)

@@ -2,6 +2,8 @@
 
 import torch
 
+from dit_fast.checkpoint import load_official
+from dit_fast.diffusion import sample
 from dit_fast.objectives.mean_flow import mean_flow_losses
 from tests.helpers.cases import loop_over
 from tests.helpers.golden import assert_close, golden, golden_names
@@ -54,3 +56,39 @@ def test_guided_losses_of_a_small_network(name, prediction, kind):
     losses.loss.backward()
     for key, gradient in reference.group(f"grad_{prediction}_{kind}/").items():
         assert_close(weights[key].grad, gradient, 1e-6)
+
+
+def official(reference):
+    """The published network in float64, in which the numbers were computed."""
+    return load_official(reference.group("state/"), "mean_flow", num_heads=reference.meta["num_heads"]).double()
+
+
+@loop_over(
+    ("name", "guidance"), [(name, g) for name in golden_names("meanflow_") for g in ("plain", "cfg", "cfg_kappa0")]
+)
+def test_losses_and_gradients_of_the_transformer(name, guidance):
+    reference = golden(name)
+    model, meta = official(reference), reference.meta
+    x, noise, t, r = (reference.tensor(f"in/{key}").double() for key in ("x", "noise", "t", "r"))
+    norms = {key: meta[key] for key in ("norm_p", "norm_eps")}
+    found = mean_flow_losses(
+        model, x, reference.tensor("in/y"), t, r, noise, **(meta["guidance"][guidance] or {}), **norms
+    )
+    for ours, theirs in (("u", "u"), ("dudt", "dudt"), ("squared_error", "sq_error"), ("loss", "loss")):
+        assert_close(getattr(found, ours), reference.tensor(f"out/{theirs}_{guidance}"), 1e-5)
+    found.loss.backward()
+    norms = reference.group(f"gradnorm_{guidance}/")
+    whole = torch.stack(list(norms.values())).norm()
+    for key, expected in norms.items():
+        gradient = model.get_parameter(key).grad
+        ours = torch.zeros(()) if gradient is None else gradient.norm()
+        assert abs(ours - expected) <= 1e-5 * expected + 1e-7 * whole, key
+
+
+@loop_over("name", golden_names("meanflow_"))
+def test_one_and_two_steps(name):
+    reference = golden(name)
+    start, y = reference.tensor("in/noise"), reference.tensor("in/y")
+    for steps, key in ((1, "one_step"), (2, "two_step")):
+        images = sample(official(reference), start, y, sampler="mean_flow", num_steps=steps)
+        assert_close(images, reference.tensor(f"out/{key}"), 1e-5)

@@ -1,0 +1,101 @@
+"""Mean flow as an objective: its two times, its losses, trees, and what it refuses."""
+
+import pytest
+import torch
+
+from dit_fast.errors import ConfigError, UserError
+from dit_fast.models import Taps, build_model
+from dit_fast.objectives import MeanFlow
+from dit_fast.objectives.mean_flow import mean_flow_losses, total_derivative
+from dit_fast.ops import DiversityTaps, diversity_loss
+from dit_fast.philox import Key, Stream
+from dit_fast.tree import each, leaves
+
+KEY, Y = Key(7, torch.arange(6) + 3), torch.tensor([0, 5, 2, 3, 5, 1])  # 5: the null label
+
+
+def small(**changes):
+    torch.manual_seed(0)
+    sizes = {"input_size": 8, "hidden_size": 32, "depth": 4, "num_heads": 2, "num_classes": 5, "times": 2, **changes}
+    model = build_model("SiT-Nano/2", in_channels=2, **sizes)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.double()
+
+
+def clean(tree=False):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 2, 8, 8, generator=generator, dtype=torch.float64)
+    return {"image": x, "class_token": torch.randn(6, 12, generator=generator, dtype=torch.float64)} if tree else x
+
+
+def run(model, x, taps=None, **config):
+    return MeanFlow(MeanFlow.Config(**config), model).run(model, x, Y, KEY, taps or Taps(), {}, 0)
+
+
+def test_times_are_two_draws_in_order_and_one_for_the_share_of_the_data():
+    key = Key(0, torch.arange(4000))
+    t, r = MeanFlow(MeanFlow.Config(data_proportion=0.3), small()).draw_times(key)
+    assert (r <= t).all()
+    assert abs((r == t).double().mean() - 0.3) < 3 * (0.3 * 0.7 / 4000) ** 0.5
+    draws = torch.stack([torch.sigmoid(key.normal(stream, ()) - 0.4) for stream in (Stream.TIME, Stream.SECOND_TIME)])
+    assert torch.equal(t, draws.amax(0))
+    assert torch.equal(r[r < t], draws.amin(0)[r < t])
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_losses_are_those_of_the_plain_function(tree):
+    """Guided inside an interval; samples without a label keep the velocity; beside long skips and a class token."""
+    model, x = small(skip_wiring="input", class_token=12 * tree), clean(tree)
+    options = {"omega": 0.7, "kappa": 0.4, "norm_p": 0.8, "norm_eps": 0.1}
+    context = run(model, x, **options, guidance_low=0.1, guidance_high=0.6)
+    t, r = MeanFlow(MeanFlow.Config(), model).draw_times(KEY)
+    expected = mean_flow_losses(
+        model, x, Y, t, r, context.noise, **options, interval=(0.1, 0.6), dropped=Y == 5, null_label=5
+    )
+    torch.testing.assert_close(context.losses["image"].mean(), expected.loss)
+    assert leaves(context.losses).keys() == leaves(x).keys()
+    torch.testing.assert_close(context.logs["mean_flow/squared_error"], leaves(expected.squared_error)["image"].mean())
+    assert torch.equal(context.t, t)
+    sum(loss.sum() for loss in context.losses.values()).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("wiring", ["off", "input", "output"])
+def test_total_derivative_is_that_of_finite_differences(wiring):
+    model = small(skip_wiring=wiring, qk_norm=True, class_token=12)
+    x, velocity, step = clean(True), each(torch.cos, clean(True)), 1e-5
+    t, r = torch.full((6,), 0.7, dtype=torch.float64), torch.full((6,), 0.2, dtype=torch.float64)
+    found = total_derivative(model, x, velocity, t, r, Y)
+    with torch.no_grad():
+        ends = [
+            model(each(lambda a, v, s=s: a + s * v, x, velocity), torch.stack((t + s, r), 1), Y) for s in (step, -step)
+        ]
+    for name, leaf in found.items():
+        torch.testing.assert_close(leaf, (ends[0][name] - ends[1][name]) / (2 * step), rtol=1e-6, atol=1e-8)
+        assert not leaf.requires_grad
+
+
+def test_a_method_beside_it_keeps_its_fused_taps():
+    model, blocks = small(), frozenset(range(4))
+    taps = Taps(blocks, {"diversedit": (DiversityTaps(), blocks)})
+    context = run(model, clean(), taps)
+    fused = context.taps.collectors["diversedit"].loss("all")
+    plain = diversity_loss([feature.detach() for feature in context.features.values()], "all")
+    torch.testing.assert_close(fused.total, plain.total)
+    (context.losses["image"].mean() + fused.total).backward()
+
+
+def test_what_it_cannot_train_is_refused():
+    with pytest.raises(ConfigError, match=r"set model\.times=2"):
+        run(small(times=1), clean())
+    with pytest.raises(ConfigError, match=r"objective\.omega=1 objective\.kappa=0"):
+        run(small(label_dropout=0.0), clean())
+    with pytest.raises(ConfigError, match="swap them"):
+        MeanFlow.Config(guidance_low=0.6, guidance_high=0.5)
+    half = torch.full((6,), 0.5, dtype=torch.float64)
+    with pytest.raises(UserError, match="give null_label="):
+        mean_flow_losses(small(label_dropout=0.0), clean(), Y, half, half, clean(), omega=2.0)
+    with pytest.raises(UserError, match=r"t and r of shape \[6\]"):
+        mean_flow_losses(small(), clean(), Y, half, half[:, None], clean())

@@ -1,0 +1,28 @@
+"""REG's three losses and the gradients of their published sum."""
+
+import torch
+
+from dit_fast.checkpoint import load_official
+from dit_fast.methods.reg import reg_losses
+from tests.helpers.cases import loop_over
+from tests.helpers.golden import assert_close, golden, golden_names
+
+
+@loop_over("name", golden_names("reg_"))
+def test_losses_and_gradients(name):
+    reference = golden(name)
+    meta = reference.meta
+    model = load_official(reference.group("state/"), "reg", num_heads=meta["num_heads"])
+    given = (reference.tensor(f"in/{key}") for key in ("x", "y", "t", "noise", "cls_noise", "z"))
+    losses = reg_losses(model, *given, encoder_depth=meta["encoder_depth"])
+    for ours, theirs in (("flow", "denoising"), ("class_token", "denoising_cls"), ("alignment", "projection")):
+        assert_close(getattr(losses, ours), reference.tensor(f"out/{theirs}"), 1e-5)
+    total = losses.flow.mean() + meta["cls_coeff"] * losses.class_token.mean() + meta["proj_coeff"] * losses.alignment
+    assert_close(total, reference.tensor("out/loss"), 1e-5)
+    total.backward()
+    norms = reference.group("gradnorm/")
+    whole = torch.stack(list(norms.values())).norm()
+    for key, expected in norms.items():
+        gradient = model.get_parameter(key).grad
+        ours = torch.zeros(()) if gradient is None else gradient.norm()
+        assert abs(ours - expected) <= 1e-5 * expected + 1e-7 * whole, key
