@@ -24,7 +24,7 @@ from dit_fast.data.files import digest_files, reason, shown
 from dit_fast.data.json_object import MAX_DIMENSIONS, MAX_VALUES
 from dit_fast.data.writer import (
     Producer,
-    State,
+    Unfinished,
     check_amounts,
     read_json,
     write_shards,
@@ -88,7 +88,7 @@ def add_fields(
     full = {"fields": declared, "dataset": info.fingerprint, **settings}
     if _is_there(out, full):
         return dataset
-    with writing(State(out, next(iter(producer.fields))), full) as state:
+    with writing(Unfinished(out, next(iter(producer.fields))), full) as state:
         results = write_shards(state, producer, np.arange(len(dataset)), info.shard_sizes, processes, progress)
         tars = tuple(ShardInfo(**result["shard"]) for result in results)
         entries = {

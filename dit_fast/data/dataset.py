@@ -35,10 +35,6 @@ class LatentDataset:
     def remote(self) -> bool:
         return is_remote(self.root)
 
-    def shard_path(self, shard: int) -> str:
-        """Path or address of a shard's tar."""
-        return join(self.root, self.info.shards[shard].name)
-
     @property
     def labels(self) -> np.ndarray:
         """int64 [num_samples]."""

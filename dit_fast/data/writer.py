@@ -79,14 +79,14 @@ def write_dataset(
         if not np.isfinite(value).all() or (name == "scale" and (value <= 0).any()):
             what = "finite number above 0" if name == "scale" else "finite number"
             raise DataError(f"{name} {info[name]} is not a {what} in float32; correct it or the autoencoder")
-    with one_line_errors(State(out, SHARD)):
+    with one_line_errors(Unfinished(out, SHARD)):
         out.mkdir(parents=True, exist_ok=True)
         if (out / FILE_NAME).is_file():
             found = read_json(out / FILE_NAME).get("settings")
             refuse_other(out, found if isinstance(found, dict) else {}, settings)
             return open_dataset(out)
     sizes = [min(samples_per_shard, len(order) - first) for first in range(0, len(order), samples_per_shard)]
-    with writing(State(out, SHARD), settings) as state:
+    with writing(Unfinished(out, SHARD), settings) as state:
         results = write_shards(state, producer, order, sizes, processes, progress)
         shards = [ShardInfo(**result["shard"]) for result in results]
         fields = {name: field_entry(field) for name, field in producer.fields.items() if name != MOMENTS}
@@ -98,7 +98,7 @@ def write_dataset(
 
 
 @dataclass(frozen=True)
-class State:
+class Unfinished:
     """A family that is being written. folder: where finished shards are recorded."""
 
     out: Path
@@ -117,7 +117,7 @@ class State:
 
 
 @contextmanager
-def writing(state: State, settings: Mapping[str, Any]) -> Iterator[State]:
+def writing(state: Unfinished, settings: Mapping[str, Any]) -> Iterator[Unfinished]:
     """The only writer of a family, with what a run before it left; its records go when all is done.
 
     Raises DataError, one line, for another writer, other settings than it was begun with, and foreign tars.
@@ -140,7 +140,7 @@ def writing(state: State, settings: Mapping[str, Any]) -> Iterator[State]:
 
 
 def write_shards(
-    state: State, producer: Producer, order: np.ndarray, sizes: Sequence[int], processes: int, progress: bool
+    state: Unfinished, producer: Producer, order: np.ndarray, sizes: Sequence[int], processes: int, progress: bool
 ) -> list[dict[str, Any]]:
     """Writes the samples `order` to shards of these sizes, but those that are there; what is known of each."""
     firsts = np.cumsum([0, *sizes]).tolist()
@@ -168,7 +168,7 @@ def check_amounts(samples_per_shard: int, processes: int) -> None:
 class _Task:
     """One shard: which samples, and where it goes."""
 
-    def __init__(self, state: State, producer: Producer, numbers: np.ndarray, first_key: int, shard: int):
+    def __init__(self, state: Unfinished, producer: Producer, numbers: np.ndarray, first_key: int, shard: int):
         self.producer, self.numbers, self.first_key, self.shard = producer, numbers, first_key, shard
         self.path, self.record = state.tar(shard), state.record(shard)
 
@@ -332,7 +332,7 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _locked(state: State) -> Iterator[None]:
+def _locked(state: Unfinished) -> Iterator[None]:
     with open(state.folder / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -344,7 +344,7 @@ def _locked(state: State) -> Iterator[None]:
 
 
 @contextmanager
-def one_line_errors(state: State) -> Iterator[None]:
+def one_line_errors(state: Unfinished) -> Iterator[None]:
     """Turns an OSError while writing a family into a DataError that says what is kept."""
     out = state.out
     try:

@@ -1,7 +1,10 @@
 """Fields in tars of their own: added to finished shards, read by every reader, and bound to the runs that read them."""
 
+import functools
+import http.server
 import json
 import shutil
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -88,6 +91,18 @@ def test_every_reader_gives_them_in_the_order_of_the_plan(built, extended, reade
         assert torch.equal(batch["tokens"], torch.from_numpy(TOKENS[samples]))
         assert torch.equal(batch["brightness"], torch.from_numpy(BRIGHTNESS[samples]))
     batches.close()
+
+
+def test_they_are_streamed_over_http(extended):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(extended))
+    handler.func.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        batch, other = next(loader(address, "tokens")), next(loader(extended, "tokens"))
+        assert all(torch.equal(batch[name], other[name]) for name in other)
+        assert "local data sets only" in refused(add_field, address, "x", "x.npy")
+        server.shutdown()
 
 
 @pytest.mark.parametrize("reader", ["indexed", "stream"])

@@ -150,6 +150,18 @@ def test_every_finite_half_becomes_the_float_that_numpy_says(tmp_path):
 
 
 @needs_host
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
+def test_integers_come_as_they_are(tmp_path, dtype):
+    arrays = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (5, 7), dtype)
+    file, offsets, lengths, crcs, header = members(arrays, tmp_path)
+    out, rows = np.zeros_like(arrays), np.array([4, 2, 0, 1, 3])
+    assert _C.host().read_npy(file, offsets, lengths, crcs, rows, True, header, False, 7, out) == 5
+    assert np.array_equal(out[rows], arrays)
+    with pytest.raises(ValueError, match="out must be"):
+        _C.host().read_npy(file, offsets, lengths, crcs, rows, True, header, True, 7, out)
+
+
+@needs_host
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_it_stops_at_the_first_sample_that_is_not_right(tmp_path, dtype):
     arrays = np.arange(40, dtype=dtype).reshape(5, 8)
