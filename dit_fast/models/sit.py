@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dit_fast.errors import ConfigError
+from dit_fast.errors import ConfigError, UserError
 from dit_fast.models.base import PRESETS, Backbone, Taps
+from dit_fast.nn.attention import has_tangent
 from dit_fast.nn.block import Block
 from dit_fast.nn.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_position_embedding
 from dit_fast.nn.final_layer import FinalLayer
@@ -136,13 +137,17 @@ class SiT(Backbone):
         stream = Residual(self.pos_embed + tokens)
         c = self._condition(t, y)
         pending: list[Residual] = []
-        wiring = self.config.skip_wiring
+        wiring, recompute = self.config.skip_wiring, self.config.checkpoint_blocks and torch.is_grad_enabled()
+        if recompute and (has_tangent(stream.tokens) or has_tangent(c)):
+            raise UserError(
+                "checkpoint_blocks recomputes no tangents: take them under torch.no_grad(), or switch it off"
+            )
         first_half = self.depth // 2 if wiring != "off" else self.depth
         for index in range(self.depth if stop is None else stop + 1):
             skip = pending.pop() if index >= first_half else None
             if index < first_half and wiring == "input":
                 pending.append(stream)
-            if self.config.checkpoint_blocks and torch.is_grad_enabled():
+            if recompute:
                 stream = checkpoint(self._stage, index, stream, c, skip, use_reentrant=False, preserve_rng_state=False)
             else:
                 stream = self._stage(index, stream, c, skip)

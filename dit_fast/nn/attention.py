@@ -68,7 +68,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
         query, key, value = self._heads(self.qkv(x))
-        if self.kind == "math" or _has_tangent(value):
+        if self.kind == "math" or has_tangent(value):
             mixed = _plain_attention(query, key, value).transpose(1, 2)
         elif self._use_flash(value):
             mixed = self._flash(*(part.transpose(1, 2) for part in (query, key, value)))  # type: ignore[misc]
@@ -103,7 +103,8 @@ class Attention(nn.Module):
         return linear_flops(self.qkv, num_tokens) + linear_flops(self.proj, num_tokens) + products
 
 
-def _has_tangent(x: Tensor) -> bool:
+def has_tangent(x: Tensor) -> bool:
+    """Whether x is differentiated in forward mode here."""
     return not torch.compiler.is_compiling() and unpack_dual(x).tangent is not None
 
 

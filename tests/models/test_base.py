@@ -1,10 +1,14 @@
 """What every backbone offers: taps, early exit, the null label, heads that methods add, and one-line refusals."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
+from torch import nn
 
 from dit_fast.errors import ConfigError, UserError
-from dit_fast.models import Taps
+from dit_fast.models import Backbone, Taps, build_model
+from dit_fast.models.registry import BACKBONES, PRESETS
 from tests.helpers.cases import loop_over
 from tests.helpers.tiny_sit import WIRINGS, inputs_for, tiny_sit
 
@@ -84,7 +88,7 @@ def test_an_early_exit_runs_the_first_blocks_alone(wiring, checkpoint_blocks):
 
 def test_added_modules_stand_before_the_head():
     model = tiny_sit(skip_wiring="input")
-    model.add_head("projectors", torch.nn.ModuleList([torch.nn.Linear(32, 2)]))
+    model.add_head("projectors", nn.ModuleList([nn.Linear(32, 2)]))
     assert [name for name, _ in model.named_children()] == [
         "skip_linears",
         "skip_norms",
@@ -97,7 +101,7 @@ def test_added_modules_stand_before_the_head():
     ]
     assert next(iter(model.named_parameters()))[0] == "pos_embed"
     with pytest.raises(ConfigError, match="projectors"):
-        model.add_head("projectors", torch.nn.Identity())
+        model.add_head("projectors", nn.Identity())
     assert (model.block(4, "a.depth"), model.block(1, "a.depth")) == (3, 0)
     for depth in (0, 5):
         with pytest.raises(ConfigError, match=rf"a\.depth={depth} is not one of this model's blocks 1\.\.4"):
@@ -127,3 +131,54 @@ def test_bad_inputs_raise_one_line():
         with pytest.raises(UserError, match=named) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+class Pixels(Backbone):
+    """A backbone in one class: every pixel is a token; time and label do not matter."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        name: str = "Pixels-S"
+        input_size: int = 0
+        in_channels: int = 0
+        num_classes: int = 0
+        depth: int = 0
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.times, self.class_token, self.null_label = config, 1, 0, -1
+        self.depth = config.depth or PRESETS[config.name]["depth"]
+        self.grid, self.num_tokens = (config.input_size, config.input_size), config.input_size**2
+        self.shapes, self.hidden_size = {"image": (config.in_channels, *self.grid)}, config.in_channels
+        self.blocks = nn.ModuleList(nn.Linear(self.hidden_size, self.hidden_size) for _ in range(self.depth))
+        self.final_layer = nn.Identity()
+
+    def compute(self, x, t, y, taps, stop):
+        tokens = x.flatten(2).mT
+        for index, block in enumerate(self.blocks[: self.depth if stop is None else stop + 1]):
+            tokens = block(tokens)
+            if index in taps:
+                tokens = taps(index, tokens)
+        return None if stop is not None else self.final_layer(tokens).mT.reshape(x.shape)
+
+    def flops_per_sample(self):
+        return 2 * self.depth * self.num_tokens * self.hidden_size**2
+
+
+def test_a_backbone_is_one_class_and_one_entry(monkeypatch):
+    """It is built by name, and has taps, early exit, heads and refusals from the base."""
+    monkeypatch.setitem(BACKBONES, "Pixels", Pixels)
+    monkeypatch.setitem(PRESETS, "Pixels-S", {"depth": 3})
+    model = build_model("Pixels-S", input_size=4, in_channels=6)
+    x, t, y = torch.randn(2, 6, 4, 4), torch.rand(2), torch.tensor([0, 1])
+    v, features = model(x, t, y, taps=[2])
+    assert torch.equal(v, features[2].mT.reshape(x.shape))
+    taps = Taps([1])
+    assert model(x, t, y, taps=taps, stop=1) is None
+    assert torch.equal(model.blocks[2](taps.features[1]), features[2])
+    model.add_head("projectors", nn.Linear(6, 2))
+    assert list(dict(model.named_children())) == ["blocks", "projectors", "final_layer"]
+    with pytest.raises(UserError, match=r"x must be \[N, 6, 4, 4\]"):
+        model(x[:, :1], t, y)
+    with pytest.raises(ConfigError, match="unknown model setting 'dept'; did you mean 'depth'"):
+        build_model("Pixels-S", dept=2)

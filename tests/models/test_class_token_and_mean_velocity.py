@@ -5,6 +5,7 @@ import torch
 from torch.func import jvp
 
 from dit_fast.checkpoint import load_official
+from dit_fast.errors import UserError
 from dit_fast.methods.repa import repa_loss
 from dit_fast.models import Taps, build_model
 from dit_fast.tree import each, leaves
@@ -80,6 +81,9 @@ def test_derivative_along_state_and_time(wiring, class_token, checkpoint_blocks)
             output, tangent, features = jvp(mean_velocity, (x, t), (direction, torch.ones_like(t)), has_aux=True)
         results.append(leaves(tangent))
         assert list(features) == [1, 3]
+    if checkpoint_blocks:
+        with pytest.raises(UserError, match="checkpoint_blocks recomputes no tangents"):
+            jvp(mean_velocity, (x, t), (direction, torch.ones_like(t)), has_aux=True)
     plain, plain_features = mean_velocity(x, t)
     for leaf, value in leaves(output).items():
         assert_close(value, leaves(plain)[leaf], 1e-12)
