@@ -61,6 +61,7 @@ def test_blocks_pass_the_collectors_that_want_them_on_their_way_to_the_next():
     v = model(*inputs_for(model), taps=taps)
     assert (list(taps.features), taps.collectors) == ([1, 3], {"doubler": doubler})
     _, plain = model(*inputs_for(model), taps=(1, 3))
+    assert len(doubler.seen) == 1
     assert torch.equal(doubler.seen[0][0], plain[1])
     assert torch.equal(taps.features[1], 2 * plain[1])
     assert not torch.equal(taps.features[3], plain[3])
