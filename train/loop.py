@@ -262,7 +262,7 @@ class _Run:
         accumulation = config.engine.global_batch // (self.micro * world.size)
         names = ", ".join(method.name for method in config.methods) or "none"
         self._say(
-            f"{config.model.name}, {millions:.1f} M parameters, skips {config.model.skip_wiring}, methods {names}; "
+            f"{config.model.name}, {millions:.1f} M parameters, methods {names}; "
             f"{len(self.dataset)} samples, batch {config.engine.global_batch} = {world.size} ranks x {accumulation} "
             f"x {self.micro}; {kind}, {config.engine.precision}, {world.device.type}; from step {self.start} to "
             f"{config.run.steps} in {config.run.dir}"

@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, cast, overload
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, cast, get_args, get_type_hints, overload
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.ops import RowStatistics
 from dit_fast.ops.autocast import autocast_dtype
+from dit_fast.options import setting
 from dit_fast.tree import Tree, image, leaves
 
 X = TypeVar("X", bound=Tree)
@@ -55,8 +57,9 @@ class Taps:
 class Backbone(nn.Module, ABC):
     """A diffusion transformer; time runs from data (0) to noise (1).
 
-    A subclass sets `Config` and the attributes below and defines `compute`; its file adds sizes to `PRESETS`, under
-    names that start with the class's, and one line in `models.registry` makes it known. Its head is `final_layer`.
+    A subclass extends `Config`, sets the first attributes below and defines `compute` and `flops_per_sample`; its file
+    adds sizes to `PRESETS`, under names that start with the class's, and one entry in `models.registry` makes it known.
+    Its head is `final_layer`. Raises ConfigError for sizes that are not given (0) and values out of range.
 
     config: as built, with all sizes. shapes: leaves of what it denoises, without N. num_tokens, grid: patch tokens, and
     their rows and columns. class_token: width of a token that is denoised beside the image, 0 = none; the features then
@@ -64,22 +67,49 @@ class Backbone(nn.Module, ABC):
     stands for none, -1 where none was trained. cfg_channels: what the released sampler of its weights guides.
     """
 
-    Config: ClassVar[type]
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """What every backbone can be told; its own Config adds to this."""
+
+        name: str
+        input_size: int = setting(0, "Latent height; 0 = as the data set says", "[0, 4096]")
+        input_width: int = setting(0, "Latent width where it is not the height; 0 = it is", "[0, 4096]")
+        in_channels: int = setting(0, "Latent channels; 0 = as the data set says", "[0, 4096]")
+        num_classes: int = setting(0, "Classes of the label table; 0 = as the data set says", "[0, 1e7]")
+        label_dropout: float = setting(0.1, "Share of labels replaced by the null label", "[0, 1)")
+        class_token: int = setting(0, "Width of a token that is denoised beside the image; 0 = none", "[0, 65536]")
+        times: Literal[1, 2] = setting(1, "1: velocity at t; 2: mean velocity between two times (mean flow)")
+
     cfg_channels: Literal["all", "first_three"] = "all"
 
-    config: Any
     blocks: nn.ModuleList
     depth: int
     hidden_size: int
     num_heads: int
     num_tokens: int
     grid: tuple[int, int]
+
+    config: Config
     shapes: dict[str, tuple[int, ...]]
-    in_channels: int
-    class_token: int
-    times: int
-    num_classes: int
-    null_label: int
+
+    def __init__(self, config: Config):
+        super().__init__()
+        for name in ("input_size", "in_channels", "num_classes", "input_width", "class_token"):
+            least = 0 if name in ("input_width", "class_token") else 1
+            if getattr(config, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, not {getattr(config, name)}")
+        for name, hint in get_type_hints(type(config)).items():
+            if (choices := get_args(hint)) and getattr(config, name) not in choices:
+                listed = ", ".join(map(str, choices))
+                raise ConfigError(f"{name} must be one of {listed}, not '{getattr(config, name)}'")
+        if not 0 <= config.label_dropout < 1:
+            raise ConfigError(f"label_dropout must lie in [0, 1), not {config.label_dropout}")
+        self.config, self.in_channels, self.num_classes = config, config.in_channels, config.num_classes
+        self.class_token, self.times = config.class_token, config.times
+        self.null_label = config.num_classes if config.label_dropout else -1
+        self.shapes = {"image": (config.in_channels, config.input_size, config.input_width or config.input_size)}
+        if config.class_token:
+            self.shapes["class_token"] = (config.class_token,)
 
     @abstractmethod
     def compute(self, x: Tree, t: Tensor, y: Tensor, taps: Taps, stop: int | None) -> Tree | None:

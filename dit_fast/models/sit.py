@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast, get_args, get_type_hints
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,18 +61,14 @@ class SiT(Backbone):
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(Backbone.Config):
         """The transformer."""
 
         name: str = setting("SiT-XL/2", "Size and patch size: SiT-Nano/2 or SiT-{S, B, L, XL}/{2, 4, 8}")
-        input_size: int = setting(0, "Latent height = width; 0 = as the data set says", "[0, 4096]")
-        in_channels: int = setting(0, "Latent channels; 0 = as the data set says", "[0, 4096]")
-        num_classes: int = setting(0, "Classes of the label table; 0 = as the data set says", "[0, 1e7]")
         skip_wiring: Literal["off", "input", "output"] = setting(
             "off", "Long skips: none, as in the paper, as published"
         )
         qk_norm: bool = setting(False, "Normalise queries and keys per head")
-        label_dropout: float = setting(0.1, "Share of labels replaced by the null label", "[0, 1)")
         residual_dtype: Literal["fp32", "autocast"] = setting("fp32", "Type of the residual stream under bf16")
         attention: Literal["auto", "sdpa", "flash", "math"] = setting(
             "auto", "Implementation of attention", resumes=True
@@ -82,9 +78,6 @@ class SiT(Backbone):
         hidden_size: int = setting(0, "Width of the tokens; 0 = as the name says", "[0, 65536]")
         depth: int = setting(0, "Blocks; 0 = as the name says", "[0, 1000]")
         num_heads: int = setting(0, "Attention heads; 0 = as the name says", "[0, 65536]")
-        input_width: int = setting(0, "Latent width where it differs from the height, input_size; 0 = it", "[0, 4096]")
-        class_token: int = setting(0, "Width of a token that is denoised beside the image; 0 = none", "[0, 65536]")
-        times: Literal[1, 2] = setting(1, "1: velocity at t; 2: mean velocity between two times (mean flow)")
 
         def __post_init__(self) -> None:
             if self.name not in PRESETS and not all(getattr(self, size) for size in _SIZES):
@@ -92,24 +85,21 @@ class SiT(Backbone):
                     f"unknown model '{self.name}'{nearest(self.name, PRESETS)} (or set all of {', '.join(_SIZES)})"
                 )
 
+    config: Config
+
     def __init__(self, config: Config):
-        super().__init__()
         sizes = PRESETS.get(config.name, {})
         named: dict[str, Any] = {key: getattr(config, key) or sizes.get(key, 0) for key in _SIZES}
-        self.config = config = dataclasses.replace(config, **named)
-        _check(config)
-        self.in_channels, self.num_classes, self.num_heads = config.in_channels, config.num_classes, config.num_heads
-        self.hidden_size, self.depth, self.class_token = config.hidden_size, config.depth, config.class_token
-        self.times, size = config.times, (config.input_size, config.input_width or config.input_size)
-        self.shapes = {"image": (config.in_channels, *size)}
-        self.grid = (size[0] // config.patch_size, size[1] // config.patch_size)
+        super().__init__(config := dataclasses.replace(config, **named))
+        _check(config, self.shapes["image"])
+        self.hidden_size, self.depth, self.num_heads = config.hidden_size, config.depth, config.num_heads
+        _, height, width = self.shapes["image"]
+        self.grid = (height // config.patch_size, width // config.patch_size)
         self.num_tokens = self.grid[0] * self.grid[1]
-        self.null_label = config.num_classes if config.label_dropout else -1
 
         width, depth = config.hidden_size, config.depth
         positions = sincos_position_embedding(width, self.grid)
         if config.class_token:
-            self.shapes["class_token"] = (config.class_token,)
             positions = nn.functional.pad(positions, (0, 0, 1, 0))
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         if config.skip_wiring != "off":
@@ -204,21 +194,13 @@ class SiT(Backbone):
 _SIZES = ("patch_size", "hidden_size", "depth", "num_heads")
 
 
-def _check(config: SiT.Config) -> None:
-    for name in ("input_size", "in_channels", "num_classes", *_SIZES):
+def _check(config: SiT.Config, image: tuple[int, ...]) -> None:
+    for name in _SIZES:
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} must be at least 1, not {getattr(config, name)}")
-    for name, hint in get_type_hints(SiT.Config).items():
-        if (choices := get_args(hint)) and getattr(config, name) not in choices:
-            raise ConfigError(f"{name} must be one of {', '.join(map(str, choices))}, not '{getattr(config, name)}'")
-    for name in ("input_width", "class_token"):
-        if getattr(config, name) < 0:
-            raise ConfigError(f"{name} must be at least 0, not {getattr(config, name)}")
-    for name in ("input_size", "input_width"):
-        if getattr(config, name) % config.patch_size:
-            raise ConfigError(f"{name} {getattr(config, name)} must be a multiple of patch_size {config.patch_size}")
-    if not 0 <= config.label_dropout < 1:
-        raise ConfigError(f"label_dropout must lie in [0, 1), not {config.label_dropout}")
+    for name, size in zip(("input_size", "input_width"), image[1:], strict=True):
+        if size % config.patch_size:
+            raise ConfigError(f"{name} {size} must be a multiple of patch_size {config.patch_size}")
     if config.skip_wiring != "off" and config.depth % 2:
         raise ConfigError(
             f"depth {config.depth} is odd: long skips pair blocks of two halves; use an even depth or skip_wiring=off"

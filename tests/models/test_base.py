@@ -138,19 +138,15 @@ class Pixels(Backbone):
     """A backbone in one class: every pixel is a token; time and label do not matter."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(Backbone.Config):
         name: str = "Pixels-S"
-        input_size: int = 0
-        in_channels: int = 0
-        num_classes: int = 0
         depth: int = 0
 
     def __init__(self, config):
-        super().__init__()
-        self.config, self.times, self.class_token, self.null_label = config, 1, 0, -1
+        super().__init__(config)
         self.depth = config.depth or PRESETS[config.name]["depth"]
         self.grid, self.num_tokens = (config.input_size, config.input_size), config.input_size**2
-        self.shapes, self.hidden_size = {"image": (config.in_channels, *self.grid)}, config.in_channels
+        self.hidden_size = config.in_channels
         self.blocks = nn.ModuleList(nn.Linear(self.hidden_size, self.hidden_size) for _ in range(self.depth))
         self.final_layer = nn.Identity()
 
