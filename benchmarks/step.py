@@ -20,7 +20,6 @@ from dit_fast.benchmarks.ceilings import Ceilings
 from dit_fast.benchmarks.cost import host_waits, peak_memory
 from dit_fast.benchmarks.measure import SAMPLES, part_entry
 from dit_fast.benchmarks.timing import Call, clock_for, interleave
-from dit_fast.config import FlowConfig
 from dit_fast.methods import Method
 from dit_fast.methods.diversedit import DiverseDiT
 from dit_fast.models import build_model
@@ -132,7 +131,7 @@ def _training_loss(case: StepCase, device: torch.device, *methods: Callable[[Any
     precision: Any = case.precision
     return TrainingLoss(
         model,
-        Flow(FlowConfig(), model),
+        Flow(Flow.Config(), model),
         [bind(model, None) for bind in methods],
         seed=0,
         label_dropout=0.1,

@@ -67,15 +67,13 @@ def keys(group: type, path: str) -> Iterator[Key]:
 
 def groups(cls: type) -> Iterator[tuple[str, type]]:
     """Path and class of every group that a configuration may have."""
-    hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
-        registry = item.metadata.get("registry")
-        if registry is None:
-            yield item.name, hints[item.name]
-        elif isinstance(item.default, tuple):
+        registry = item.metadata.get("registry", {})
+        if isinstance(item.default, tuple):
             yield from ((f"{item.name}.{name}", component.Config) for name, component in registry.items())
         else:
-            yield from ((item.name, group) for group in dict.fromkeys(each.Config for each in registry.values()))
+            classes = [component.Config for component in registry.values()] or [type(item.default)]
+            yield from ((item.name, group) for group in classes)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -88,11 +86,9 @@ def to_dict(config: Any) -> dict[str, Any]:
                 raise ConfigError(f"'{item.name}' must be a tuple of configurations with a name, not {shown(value)}")
             names = _once([each.name for each in value], item.name)
             result[item.name] = dict(zip(names, map(_values, value), strict=True))
-        elif dataclasses.is_dataclass(value):
-            named = {"name": getattr(value, "name", "")} if "registry" in item.metadata else {}
-            result[item.name] = named | _values(value)
         else:
-            result[item.name] = value
+            named = {"name": getattr(value, "name", "")} if "registry" in item.metadata else {}
+            result[item.name] = named | _values(value) if dataclasses.is_dataclass(value) else value
     return result
 
 
@@ -112,37 +108,37 @@ def from_dict(cls: type[T], values: Any, build: Build = build) -> T:
     Raises ConfigError for an unknown key or name, with the nearest valid one, and whatever `build` raises.
     """
     items = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
+    _refuse_unknown(_mapping(values, "the configuration"), items, "")
     arguments: dict[str, Any] = {}
-    for key, value in _known(values, items, "").items():
-        item = items[key]
-        if "registry" not in item.metadata:
-            arguments[key] = _built(hints[key], value, key, build)
-        elif isinstance(item.default, tuple):
-            classes = {name: _config(item, name) for name in _known(value, None, key)}
-            arguments[key] = tuple(_built(classes[name], value[name], f"{key}.{name}", build) for name in classes)
+    for key, value in values.items():
+        item, entries = items[key], _mapping(value, key)
+        if isinstance(item.default, tuple):
+            built = [_built(_config(item, name), each, f"{key}.{name}", build) for name, each in entries.items()]
+            arguments[key] = tuple(built)
         else:
-            group = _config(item, _known(value, None, key).get("name", item.default.name))
-            arguments[key] = _built(group, value, key, build)
+            chosen = "registry" in item.metadata
+            group = _config(item, entries.get("name", item.default.name)) if chosen else type(item.default)
+            arguments[key] = _built(group, entries, key, build)
     return cls(**arguments)
 
 
 def _built(group: type, values: Any, path: str, build: Build) -> Any:
     names = [item.name for item in dataclasses.fields(group)]
     of_class = {"name"} - {*names} if hasattr(group, "name") else set()
-    known = _known(values, [*names, *of_class], path)
-    return build(group, {name: value for name, value in known.items() if name not in of_class}, path)
+    _refuse_unknown(_mapping(values, path), [*names, *of_class], f"{path}.")
+    return build(group, {name: value for name, value in values.items() if name not in of_class}, path)
 
 
-def _known(values: Any, names: Iterable[str] | None, path: str) -> Mapping[str, Any]:
-    """The values of a group, all of them known by name. names: None for any."""
+def _mapping(values: Any, path: str) -> Mapping[str, Any]:
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{shown(path or 'the configuration')} must be a group of keys, not {shown(values)}")
-    prefix = f"{path}." if path else ""
-    for name in values if names is not None else ():
-        if name not in (names or ()):
-            raise ConfigError(f"unknown configuration key {shown(prefix + name)}{nearest(name, names or (), prefix)}")
+        raise ConfigError(f"'{path}' must be a group of keys, not {shown(values)}")
     return values
+
+
+def _refuse_unknown(names: Iterable[str], known: Iterable[str], prefix: str) -> None:
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"unknown configuration key {shown(prefix + name)}{nearest(name, known, prefix)}")
 
 
 def _config(item: dataclasses.Field[Any], name: Any) -> type:
@@ -151,7 +147,7 @@ def _config(item: dataclasses.Field[Any], name: Any) -> type:
     kind = item.metadata["kind"](name) if isinstance(name, str) else None
     if kind not in registry:
         none = f" ({key}=none for none)" if isinstance(item.default, tuple) else ""
-        raise ConfigError(f"unknown {key.rstrip('s')} {shown(name)}{nearest(str(kind), registry)}{none}")
+        raise ConfigError(f"unknown {key.rstrip('s')} {shown(name)}{nearest(str(name), registry)}{none}")
     return registry[kind].Config
 
 
@@ -171,38 +167,33 @@ def assign(config: Any, assignments: Sequence[str]) -> dict[str, Any]:
     """
     tree = to_dict(config)
     choices = {item.name: item for item in dataclasses.fields(config) if "registry" in item.metadata}
-    lists = {name for name, item in choices.items() if isinstance(item.default, tuple)}
-    settings: list[tuple[str, list[str], str]] = []
+    lists = {key for key, item in choices.items() if isinstance(item.default, tuple)}
+    settings: list[tuple[str, str]] = []
     for assignment in assignments:
         path, separator, text = (part.strip() for part in assignment.partition("="))
+        key = path.removesuffix(".name")
         if not separator or not path:
             raise ConfigError(f"{shown(assignment)} is not of the form key=value")
-        group = path.removesuffix(".name")
-        if group in choices and (group == path or group not in lists):
-            tree[group] = _choose(choices[group], tree[group], text)
+        if path in lists:
+            names = [] if text.lower() == "none" else [name.strip() for name in text.split(",")]
+            tree[path] = {name: tree[path].get(name, {}) for name in _once(names, path)}
+        elif key in choices.keys() - lists:
+            same = _config(choices[key], text) is _config(choices[key], tree[key]["name"])
+            tree[key] = {**(tree[key] if same else {}), "name": text}
         else:
-            settings.append((path, path.split("."), text))
-    for path, parts, text in settings:
+            settings.append((path, text))
+    for path, text in settings:
+        *parts, last = path.split(".")
         place = tree
-        if parts[0] in lists and parts[1] not in tree[parts[0]]:
-            raise ConfigError(
-                f"{shown(path)}: no {parts[0].rstrip('s')} {shown(parts[1])} in this run "
-                f"({parts[0]}: {', '.join(tree[parts[0]]) or 'none'}); add it to {parts[0]}="
-            )
-        for part in parts[:-1]:
+        for depth, part in enumerate(parts):
+            if depth and parts[0] in lists and part not in place:
+                listed = ", ".join(place) or "none"
+                raise ConfigError(f"{shown(path)}: {shown(part)} is not in this run; add it to {parts[0]}= ({listed})")
             place = place.setdefault(part, {})
             if not isinstance(place, dict):
                 raise ConfigError(f"{shown(path)} goes below '{part}', which is a single value")
-        place[parts[-1]] = text
+        place[last] = text
     return tree
-
-
-def _choose(item: dataclasses.Field[Any], current: Mapping[str, Any], text: str) -> dict[str, Any]:
-    if isinstance(item.default, tuple):
-        names = [] if text.lower() == "none" else [name.strip() for name in text.split(",")]
-        return {name: current.get(name, {}) for name in _once(names, item.name)}
-    same = _config(item, text) is _config(item, current["name"])
-    return {**(current if same else {}), "name": text}
 
 
 def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -6,15 +6,16 @@ constant, batch 256, clip 1.0, EMA 0.9999, label dropout 0.1, 400K steps, linear
 fp16. REPA is aligned at block 5 (B) or 8 (L, XL), coefficient 0.5.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dit_fast.errors import ConfigError
 from dit_fast.methods.diversedit import DiverseDiT
 from dit_fast.methods.repa import REPA
 from dit_fast.models import SiT
-from dit_fast.options import Key, groups, keys, nearest
+from dit_fast.options import groups, keys, nearest
 from dit_fast.runs import (
     DataConfig,
     EngineConfig,
@@ -98,17 +99,21 @@ line (`optimizer.lr=2e-4`) or in a `.json` configuration, where each dot is a le
 a recipe may differ (`dit-fast train RECIPE --print-config` shows its values). A square bracket includes the bound, a
 round one does not. Keys marked *yes* may change when a run is resumed.
 
-`methods=a,b` sets the list of methods, `methods=none` empties it; order is kept, and so are the settings of those that
-were in it.
+`objective=NAME` chooses another objective, with its defaults. `methods=a,b` sets the list of methods, `methods=none`
+empties it; order is kept, and so are the settings of those that were in it. Sizes of the model that are 0 are those of
+its name. Choices are made before single keys are set, in whatever order they stand on the command line.
 """
 
 
 def reference() -> str:
     """docs/configuration.md: every key of every group that a run may have, from the declarations."""
-    return "\n".join([HEAD, *(_table(path, group.__doc__, keys(group, path)) for path, group in groups(TrainConfig))])
+    return "\n".join([HEAD, *(_table(path, group) for path, group in groups(TrainConfig))])
 
 
-def _table(title: str, text: str | None, rows: Iterable[Key]) -> str:
+def _table(path: str, group: Any) -> str:
+    rows, text = list(keys(group, path)), group.__doc__
+    fixed = hasattr(group, "name") and not any(key.path == f"{path}.name" for key in rows)
+    title = f"{path}={group.name}" if fixed and not path.endswith(f".{group.name}") else path
     lines = [f"## {title}\n", f"{text}\n", "| Key | Values | Default | Resumed | Meaning |", "|---|---|---|---|---|"]
     for key in rows:
         default = str(key.default).lower() if isinstance(key.default, bool | None) else str(key.default) or "(empty)"

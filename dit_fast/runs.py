@@ -10,18 +10,18 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from dit_fast.config import FlowConfig
 from dit_fast.diffusion.solvers import SolverName
 from dit_fast.errors import ConfigError
 from dit_fast.methods import METHODS
 from dit_fast.models.registry import BACKBONES, kind
 from dit_fast.models.sit import SiT
+from dit_fast.objectives import OBJECTIVES, Flow
 from dit_fast.options import assign, chosen, from_dict, keys, setting, shown, to_dict
 
 
@@ -111,12 +111,15 @@ class TrainConfig:
 
     model: Any = chosen(BACKBONES, SiT.Config(), kind)
     data: DataConfig = DataConfig()
-    flow: FlowConfig = field(default=FlowConfig())
+    objective: Any = chosen(OBJECTIVES, Flow.Config())
     methods: tuple[Any, ...] = chosen(METHODS, ())
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
     preview: PreviewConfig = PreviewConfig()
     run: RunConfig = RunConfig()
+
+
+MOVED = {"flow": "objective"}  # groups of keys by their former names
 
 
 def checked(config: TrainConfig) -> TrainConfig:
@@ -129,14 +132,21 @@ def changed(config: TrainConfig, assignments: Sequence[str]) -> TrainConfig:
 
     Raises ConfigError naming the key, the nearest valid key, or the value and what was expected.
     """
+    _refuse_moved(assignment.partition("=")[0].strip() for assignment in assignments)
     return from_dict(TrainConfig, assign(config, assignments), _checked)
 
 
 def read_config(path: Path) -> TrainConfig:
-    """The configuration in a JSON file. Raises ConfigError for what cannot be read and for wrong keys and values."""
+    """The configuration in a JSON file. Raises ConfigError for what cannot be read and for wrong keys and values.
+
+    Only in the folder of a run, as the run has written it, may keys have former names.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
         values = json.loads(text, parse_float=Decimal, parse_constant=_no_constant, object_pairs_hook=_no_repetition)
+        if path.name == "config.json" and path.with_name("metrics.jsonl").exists():
+            values = _renamed(values)
+        _refuse_moved(values if isinstance(values, Mapping) else ())
         return from_dict(TrainConfig, values, _checked)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read this configuration: {error.strerror}") from None
@@ -149,9 +159,20 @@ def read_config(path: Path) -> TrainConfig:
 def stored(values: Any) -> TrainConfig:
     """The configuration that a run has stored; a key that is newer than the run has its default.
 
-    Raises ConfigError for an unknown key or method.
+    Raises ConfigError for an unknown key or name.
     """
-    return from_dict(TrainConfig, values)
+    return from_dict(TrainConfig, _renamed(values))
+
+
+def _renamed(values: Any) -> Any:
+    return {MOVED.get(key, key): value for key, value in values.items()} if isinstance(values, Mapping) else values
+
+
+def _refuse_moved(paths: Iterable[str]) -> None:
+    for path in paths:
+        group = path.partition(".")[0]
+        if group in MOVED:
+            raise ConfigError(f"'{path}' is now '{MOVED[group]}{path.removeprefix(group)}'")
 
 
 def _no_constant(name: str) -> None:
@@ -211,17 +232,13 @@ def _plain(value: Any, hint: Any) -> Any:
     if origin is tuple:
         items = value.split(",") if isinstance(value, str) else value
         return tuple(_plain(item, arguments[0]) for item in items) if isinstance(items, list | tuple) else _NOTHING
-    if origin is Literal:
-        given = [each for each in arguments if type(value) in (str, type(each)) and str(value) == str(each)]
-        return given[0] if given else _NOTHING
-    if hint is bool:
-        return _BOOLS.get(value.lower(), value) if isinstance(value, str) else value
-    if hint is str:
+    kind = type(arguments[0]) if origin is Literal else hint
+    if kind is bool:
+        return _BOOLS.get(value.lower(), _NOTHING) if isinstance(value, str) else value
+    if kind is str:
         return _NOTHING if isinstance(value, str) and "\0" in value else value
-    return value if isinstance(value, bool) else _number(value, hint)
-
-
-def _number(value: Any, kind: type) -> Any:
+    if isinstance(value, bool):
+        return _NOTHING  # True == 1
     if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
         value = Decimal(value)
     if not isinstance(value, Decimal):

@@ -13,6 +13,7 @@ from dit_fast.errors import ConfigError
 from dit_fast.methods import METHODS
 from dit_fast.methods.diversedit import DiverseDiT
 from dit_fast.models import new_model
+from dit_fast.objectives import OBJECTIVES, Flow
 from dit_fast.options import diff, groups, keys, to_dict
 from dit_fast.recipes import load, reference
 from dit_fast.runs import DataConfig, OptimizerConfig, TrainConfig, _adapters, changed, checked, stored
@@ -68,7 +69,7 @@ def test_a_model_may_have_other_sizes_than_its_name():
 
 @pytest.mark.usefixtures("toy")
 def test_round_trip_through_json():
-    config = changed(TrainConfig(), ["methods=toy", "methods.toy.weight=0.25", "flow.path=cosine"])
+    config = changed(TrainConfig(), ["methods=toy", "methods.toy.weight=0.25", "objective.path=cosine"])
     assert stored(json.loads(json.dumps(to_dict(config)))) == config
 
 
@@ -83,7 +84,7 @@ def test_round_trip_through_json():
         ("run.tensorboard=maybe", "type bool"),
         ("data=3", "group of keys"),
         ("model=SiT-XXL/2", "unknown model 'SiT-XXL/2'; did you mean 'SiT-XL/2'"),
-        ("model.name=GiT-XL/2", "unknown model 'GiT-XL/2'; did you mean 'SiT'"),
+        ("model.name=GiT-XL/2", "unknown model 'GiT-XL/2'; did you mean 'SiT-XL/2'"),
         ("run.steps.x=3", "single value"),
         ("methods=tov", "did you mean 'toy'"),
         ("methods.toy.weight=1", "in this run"),
@@ -119,6 +120,33 @@ def test_unknown_keys_in_a_file_raise():
     values["model"]["skip_wirings"] = "input"
     with pytest.raises(ConfigError, match=r"model\.skip_wirings.*skip_wiring"):
         stored(values)
+
+
+def test_a_class_is_chosen_by_name(monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "toy", Toy)
+    config = changed(TrainConfig(), ["objective.weight=2", "objective=toy"])  # the choice comes first
+    assert config.objective == Toy.Config(weight=2.0)
+    assert stored(json.loads(json.dumps(to_dict(config)))) == config
+    assert changed(config, ["objective=toy"]) == config
+    assert changed(config, ["objective.name=flow"]).objective == Flow.Config()
+    with pytest.raises(ConfigError, match="unknown objective 'flwo'; did you mean 'flow'"):
+        changed(config, ["objective=flwo"])
+    with pytest.raises(ConfigError, match=r"unknown configuration key 'objective\.path'"):
+        changed(config, ["objective.path=cosine"])
+
+
+def test_keys_that_moved_are_named_to_people_and_read_from_runs(tmp_path):
+    with pytest.raises(ConfigError, match=r"'flow\.path' is now 'objective\.path'"):
+        changed(TrainConfig(), ["flow.path=cosine"])
+    old = {"flow": {"path": "cosine"}, "run": {"seed": 3}}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(old))
+    with pytest.raises(ConfigError, match=r"config\.json: 'flow' is now 'objective'"):
+        load(str(path))
+    (tmp_path / "metrics.jsonl").touch()  # the folder of a run
+    new = changed(TrainConfig(), ["objective.path=cosine", "run.seed=3"])
+    assert load(str(path)) == stored(old) == new
+    assert forbidden_changes(stored(old), new) == []
 
 
 @pytest.mark.usefixtures("toy")

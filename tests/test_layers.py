@@ -15,7 +15,7 @@ FOLDERS = {
     "dit_fast.benchmarks": ROOT / "benchmarks",
 }
 LOW = {
-    "data", "config", "options", "backend", "philox", "tree", "errors", "files", "display", "terminal", "world", "_C",
+    "data", "options", "backend", "philox", "tree", "errors", "files", "display", "terminal", "world", "_C",
 }  # fmt: skip
 FLOORS = [
     {"kernels"},

@@ -18,7 +18,7 @@ from dit_fast.data.address import absolute
 from dit_fast.errors import CheckpointError, UserError
 from dit_fast.methods import build_methods
 from dit_fast.models import Backbone, new_model
-from dit_fast.objectives import Flow
+from dit_fast.objectives import OBJECTIVES
 from dit_fast.options import to_dict
 from dit_fast.runs import TrainConfig
 from dit_fast.train.checkpoints import MOMENTS, Checkpoints
@@ -71,7 +71,7 @@ class _Run:
         self.config, self.world, self.dataset, self.micro, self.held = config, world, dataset, micro, held
         torch.manual_seed(config.run.seed)  # initial weights: the model's, then the heads' in the order of the methods
         model = new_model(config.model).to(world.device)  # where a method may copy it
-        objective = Flow(config.flow, model)
+        objective = OBJECTIVES[config.objective.name](config.objective, model)
         methods = build_methods(config.methods, model, dataset.info)
         if launched():
             check_stage(config.engine, (objective, *methods))

@@ -9,6 +9,7 @@ from dit_fast.checkpoint.step import FOLDER, Checkpoint, newest_checkpoint, open
 from dit_fast.data import LatentDataset, open_dataset
 from dit_fast.errors import CheckpointError, ConfigError, DataError
 from dit_fast.models import Backbone, new_model
+from dit_fast.objectives import OBJECTIVES, Objective
 from dit_fast.runs import TrainConfig, stored
 
 
@@ -22,6 +23,11 @@ class LoadedRun(NamedTuple):
     @property
     def step(self) -> int:
         return self.state["step"]
+
+    @property
+    def objective(self) -> Objective:
+        """What the model was trained with, bound to it."""
+        return OBJECTIVES[self.config.objective.name](self.config.objective, self.model)
 
     def dataset(self, path: str | Path | None = None) -> LatentDataset:
         """The data set that the run was trained on: at `path`, or else where it lay while training.

@@ -6,14 +6,17 @@ from typing import Any
 from dit_fast.errors import ConfigError
 from dit_fast.models.base import PRESETS, Backbone
 from dit_fast.models.sit import SiT
-from dit_fast.options import nearest
+from dit_fast.options import nearest, shown
 
 BACKBONES: dict[str, type[Backbone]] = {backbone.__name__: backbone for backbone in (SiT,)}
 
 
 def kind(name: str) -> str:
-    """The key in `BACKBONES` of a model by name: what stands before the first "-"."""
-    return name.partition("-")[0]
+    """The key in `BACKBONES` of a model by name: what stands before the first "-". Raises ConfigError for another."""
+    found = name.partition("-")[0]
+    if found not in BACKBONES:
+        raise ConfigError(f"unknown model {shown(name)}{nearest(name, PRESETS)}")
+    return found
 
 
 def new_model(config: Any) -> Backbone:
@@ -29,8 +32,6 @@ def build_model(name: str, **settings: Any) -> Backbone:
     in_channels 4, num_classes 1000.
     Raises ConfigError for an unknown name or setting, with the nearest, and where the model refuses its configuration.
     """
-    if kind(name) not in BACKBONES:
-        raise ConfigError(f"unknown model '{name}'{nearest(name, PRESETS)}")
     group: Any = BACKBONES[kind(name)].Config
     known = [item.name for item in dataclasses.fields(group)]
     for key in settings:

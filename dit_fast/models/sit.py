@@ -17,7 +17,7 @@ from dit_fast.nn.final_layer import FinalLayer
 from dit_fast.nn.linear import Reads, linear_flops, xavier_linear
 from dit_fast.nn.long_skip import SkipLinear, SkipNorm
 from dit_fast.ops import RowStatistics
-from dit_fast.options import nearest, setting
+from dit_fast.options import nearest, setting, shown
 from dit_fast.tree import Tree, image
 
 # hidden_size, depth, num_heads (DiT, arXiv 2212.09748, Tab. 1); Nano is ours, for CPUs.
@@ -82,7 +82,7 @@ class SiT(Backbone):
         def __post_init__(self) -> None:
             if self.name not in PRESETS and not all(getattr(self, size) for size in _SIZES):
                 raise ConfigError(
-                    f"unknown model '{self.name}'{nearest(self.name, PRESETS)} (or set all of {', '.join(_SIZES)})"
+                    f"unknown model {shown(self.name)}{nearest(self.name, PRESETS)} (or set all of {', '.join(_SIZES)})"
                 )
 
     config: Config

@@ -82,13 +82,14 @@ class Objective(ABC):
     """A formulation. Subclasses set `name`, `Config` (a frozen dataclass with defaults) and `solvers`.
 
     solvers: by name, what can follow its `field` from noise to data. functional: whether it differentiates the model
-    forward or calls it with other parameters.
+    forward or calls it with other parameters. path: between data and noise.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type]
     functional: ClassVar[bool] = False
     solvers: ClassVar[Mapping[str, Solver]]
+    path: Path
 
     @abstractmethod
     def __init__(self, config: Any, model: Backbone):

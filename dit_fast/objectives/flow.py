@@ -1,11 +1,11 @@
 """Flow matching with velocity prediction (SiT, arXiv 2401.08740): the model predicts v = dx_t/dt at one time."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from dit_fast.config import FlowConfig
 from dit_fast.diffusion import SOLVERS, Guidance, Path, time_sampler, velocity_error
 from dit_fast.diffusion.guidance import Velocity
 from dit_fast.diffusion.solvers import Field
@@ -13,6 +13,7 @@ from dit_fast.models import Backbone, Taps
 from dit_fast.objectives.base import Context, Objective, along, leaf_noise
 from dit_fast.ops import flow_error, flow_noised
 from dit_fast.ops.flow import draws_noise_in_registers
+from dit_fast.options import setting
 from dit_fast.philox import Key
 from dit_fast.tree import Tree, leaves, like
 
@@ -21,10 +22,19 @@ class Flow(Objective):
     """Mean squared error of the velocity of each leaf, at times drawn from one distribution."""
 
     name = "flow"
-    Config = FlowConfig
     solvers: ClassVar = {name: solver for name, solver in SOLVERS.items() if solver.times == 1}
 
-    def __init__(self, config: FlowConfig, model: Backbone):
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Path from data (t = 0) to noise (t = 1) and the distribution of t."""
+
+        name: ClassVar[str] = "flow"
+        path: Literal["linear", "cosine"] = setting("linear", "Interpolation between latents and noise")
+        time: Literal["uniform", "lognormal", "logit_normal"] = setting("uniform", "Distribution of t")
+        time_mean: float = setting(0.0, "Mean before the sigmoid (logit_normal)", "[-100, 100]")
+        time_std: float = setting(1.0, "Standard deviation before the sigmoid (logit_normal)", "(0, 100]")
+
+    def __init__(self, config: Config, model: Backbone):
         self.path = Path(config.path)
         self.times = time_sampler(config.time, config.path, config.time_mean, config.time_std)
 

@@ -11,7 +11,6 @@ from dit_fast.autoencoders.pixels import to_model_space, to_uint8
 from dit_fast.checkpoint.run import LoadedRun
 from dit_fast.data import LatentDataset
 from dit_fast.data.reader import IndexedReader
-from dit_fast.diffusion import Path as FlowPath
 from dit_fast.diffusion import initial_noise
 from dit_fast.diffusion.solvers import LAST_STOCHASTIC_TIME
 from dit_fast.errors import UserError
@@ -46,9 +45,10 @@ def study_blocks(
     latents = to_model_space(batch["moments"][:, 0], dataset.info)
     noise = image(initial_noise(seed, torch.from_numpy(chosen), tuple(latents.shape[1:]))).float()
     times = torch.full((len(chosen),), t, dtype=torch.float32)
-    noised, _ = FlowPath(loaded.config.flow.path).interpolate(latents, noise, times)
+    noised = image(loaded.objective.interpolate(latents, noise, times)[0])
     with torch.no_grad():
-        _, taps = model(noised.to(device), times.to(device), batch["label"].to(device), taps=range(model.depth))
+        t_r = times if model.times == 1 else torch.stack((times, times), 1)
+        _, taps = model(noised.to(device), t_r.to(device), batch["label"].to(device), taps=range(model.depth))
     features = [taps[index].float().cpu() for index in range(model.depth)]
     for index, feature in enumerate(features):
         if not feature.isfinite().all():

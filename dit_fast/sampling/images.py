@@ -45,7 +45,7 @@ def sample_images(
         labels = torch.tensor(classes, dtype=torch.int64, device=device)[index % len(classes)]
         noise = initial_noise(options.seed, index, shapes)
         with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-            latents = sample(model, noise, labels, index=index, path=run.config.flow.path, **options.arguments())
+            latents = sample(model, noise, labels, index=index, path=run.objective.path, **options.arguments())
         pictures = decode_images(image(latents), info, decoder, f"weights of step {run.step}", first)
         return Samples(pictures, labels.cpu().numpy(), run.step, options.text(), first)
 

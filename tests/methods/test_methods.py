@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-from dit_fast.config import FlowConfig
 from dit_fast.data import add_field
 from dit_fast.data.field import Field
 from dit_fast.errors import ConfigError
@@ -93,7 +92,7 @@ def step(*configs):
         "features": torch.randn(3, 16, 6, generator=generator),
         "brightness": torch.randn(3, generator=generator),
     }
-    return model, methods, *TrainingLoss(model, Flow(FlowConfig(), model), methods, seed=0)(batch, 0)
+    return model, methods, *TrainingLoss(model, Flow(Flow.Config(), model), methods, seed=0)(batch, 0)
 
 
 def test_a_method_defined_elsewhere_joins_without_the_trainer_knowing_it():

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from dit_fast.config import FlowConfig
 from dit_fast.diffusion import Guidance, Path, sample
 from dit_fast.models import Taps
 from dit_fast.objectives import OBJECTIVES, Flow, flow
@@ -39,7 +38,7 @@ def clean(form):
 
 def run(form="image", path="linear"):
     model = Scale()
-    return Flow(FlowConfig(path=path), model).run(model, clean(form), Y, KEY, Taps(), {}, 3)
+    return Flow(Flow.Config(path=path), model).run(model, clean(form), Y, KEY, Taps(), {}, 3)
 
 
 @pytest.mark.parametrize("form", ["image", "tree"])
@@ -83,7 +82,7 @@ def test_the_same_noise_at_another_time():
 
 def test_its_field_is_what_the_samplers_follow():
     model, noise = Scale().double(), torch.rand(4, 3, 8, 8, dtype=torch.float64)
-    field = Flow(FlowConfig(), model).field(model, Y, Guidance(2.0, 0.4, 1.0))
+    field = Flow(Flow.Config(), model).field(model, Y, Guidance(2.0, 0.4, 1.0))
     with torch.no_grad():
         x = noise + (0.5 - 1) * field(noise, 1.0, 0.5)
         x = x - 0.5 * field(x, 0.5, 0.0)

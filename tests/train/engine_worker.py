@@ -13,7 +13,7 @@ from dit_fast.checkpoint.step import open_checkpoint
 from dit_fast.errors import UserError
 from dit_fast.methods import METHODS, Method, build_methods
 from dit_fast.models import build_model
-from dit_fast.objectives import Flow
+from dit_fast.objectives import OBJECTIVES
 from dit_fast.runs import EngineConfig, OptimizerConfig, RunConfig, TrainConfig
 from dit_fast.train.checkpoints import Checkpoints
 from dit_fast.train.engine import SingleEngine
@@ -75,7 +75,7 @@ def run(scenario, world, folder):
             torch.nn.init.normal_(parameter, std=0.03)
     loss = TrainingLoss(
         model,
-        Flow(config.flow, model),
+        OBJECTIVES[config.objective.name](config.objective, model),
         build_methods(config.methods, model, None),
         seed=3,
         label_dropout=0.1,

@@ -8,7 +8,6 @@ import torch
 from torch.func import jvp
 
 from dit_fast import philox
-from dit_fast.config import FlowConfig
 from dit_fast.diffusion import velocity_error
 from dit_fast.methods import METHODS, Method, Term, build_methods
 from dit_fast.models import Taps, build_model
@@ -80,7 +79,7 @@ def training(*configs, objective=Flow, **options):
     """The loss, and the first method."""
     model = small()
     methods = build_methods(configs, model, None)
-    loss = TrainingLoss(model, objective(FlowConfig(), model), methods, **{"seed": 3, "label_dropout": 0.3, **options})
+    loss = TrainingLoss(model, objective(Flow.Config(), model), methods, **{"seed": 3, "label_dropout": 0.3, **options})
     return loss, next(iter(methods), None)
 
 

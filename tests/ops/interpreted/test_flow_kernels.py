@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from dit_fast import philox
-from dit_fast.config import FlowConfig
 from dit_fast.errors import UserError
 from dit_fast.kernels import flow as kernel
 from dit_fast.objectives import Flow, flow
@@ -224,7 +223,7 @@ def test_the_trainers_objective(path, monkeypatch):
         if not fused:
             monkeypatch.setattr(flow, "draws_noise_in_registers", lambda latents: False)
         model = Scale()
-        run = TrainingLoss(model, Flow(FlowConfig(path=path), model), seed=2**63 + 5)
+        run = TrainingLoss(model, Flow(Flow.Config(path=path), model), seed=2**63 + 5)
         loss, _ = run(batch, 0)
         assert (philox.Stream.NOISE in streams) is not fused
         loss.backward()
