@@ -26,6 +26,7 @@ from dit_fast.backend import Implementation
 from dit_fast.errors import UserError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_STRIDED = torch.strided
 FUSED = FLOATS[:3]  # what compiled implementations take
 
 Dims = tuple[tuple[int, str], ...]  # each the product of a factor and of the sizes with these one-letter names
@@ -66,21 +67,19 @@ class Op:
         those that are known beforehand.
         """
         sizes = {} if sizes is None else sizes
-        first: tuple[str, Tensor] | None = None
+        first, device = "", None
         for name, x in tensors.items():
             text, free, dims, dtypes = self._shapes.get(name) or self._shapes[name.split("[")[0]]
-            if not isinstance(x, Tensor) or x.layout != torch.strided or x.dtype not in dtypes:
+            if not isinstance(x, Tensor) or x.layout is not _STRIDED or x.dtype not in dtypes:
                 require_tensor(self.name, name, x)
                 kinds = "floating point (fp32, bf16, fp16 or fp64)" if dtypes is FLOATS else "int64"
                 raise UserError(f"{self.name}: {name} must be {kinds}, not {x.dtype}")
-            if first is not None and x.device != first[1].device:
-                raise UserError(
-                    f"{self.name}: {name} is on {x.device}, {first[0]} on {first[1].device}; move them to one device"
-                )
+            if first and x.device != device:
+                raise UserError(f"{self.name}: {name} is on {x.device}, {first} on {device}; move them to one device")
             if not _fits(x.shape, free, dims, sizes):
                 raise UserError(f"{self.name}: {name} must be {text}{_known(free, dims, sizes)}, not {list(x.shape)}")
-            if first is None:
-                first = (name, x)
+            if not first:
+                first, device = name, x.device
                 if not (x.numel() if self._nonempty else x.shape[-1]):
                     least = "element" if self._nonempty else "channel"
                     raise UserError(
@@ -106,17 +105,21 @@ def _fits(shape: Sequence[int], free: int, dims: Dims, sizes: dict[str, Any]) ->
         shape = (*shape[:free], *shape[end:])
     elif len(shape) != len(dims):
         return False
-    for size, (factor, names) in zip(shape, dims, strict=True):
+    for size, (factor, names) in zip(shape, dims):  # noqa: B905  the check above is faster than strict
         unknown = ""
         for name in names:
             known = sizes.get(name)
             if known is None:
                 unknown = name
+            elif factor == 1:
+                factor = known
             else:
                 factor = factor * known
         if not unknown:
             if size != factor:
                 return False
+        elif factor == 1:
+            sizes[unknown] = size
         elif not factor or size % factor:
             return False
         else:

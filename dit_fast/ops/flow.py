@@ -135,8 +135,8 @@ def _error_backward(
     if backend == "triton":
         from dit_fast.kernels import flow as kernel
 
-        inputs, key = (rows(prediction), rows(latents)), (_unsigned(seed), Stream.NOISE, path)
-        grads = kernel.backward(upstream, *inputs, t, positions, *key, (needs[0], needs[1]))
+        inputs, wanted = (rows(prediction), rows(latents)), (needs[0], needs[1])
+        grads = kernel.backward(upstream, *inputs, t, positions, _unsigned(seed), Stream.NOISE, path, wanted)
         return [grad for grad in grads if grad is not None]
     x = latents.to(upstream.dtype)
     target = velocity(x, t, positions, _unsigned(seed), path)

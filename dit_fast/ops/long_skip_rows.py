@@ -100,8 +100,8 @@ def backward(
 
                 if not grad.is_contiguous() or grad.data_ptr() % 16:
                     grad = grad.clone(memory_format=torch.contiguous_format)
-                folded, *sums = kernel.fold(*_for_kernel(parameters), y.dtype)
-                _, c1, c2, _ = kernel.prepare_backward(grad, y, rstd, *sums)
+                folded, sums, folded_bias = kernel.fold(*_for_kernel(parameters), y.dtype)
+                _, c1, c2, _ = kernel.prepare_backward(grad, y, rstd, sums, folded_bias)
                 wanted = (needs[0], needs[1])
                 grads[:2] = kernel.backward_input(grad, x, skip, mean, rstd, folded, c1, c2, needs=wanted)
         elif any(needs[:2]):

@@ -112,7 +112,7 @@ def _backward(
     if backend == "triton" and qkv.numel():
         from dit_fast.kernels import qk_norm as kernel
 
-        grads = [rows(x) for x in (grad_query, grad_key, grad_value)]
+        grads = rows(grad_query), rows(grad_key), rows(grad_value)
         weights = q_weight.contiguous(), k_weight.contiguous()
         grad_qkv, grad_parameters = kernel.backward(*grads, qkv, *weights, eps, need_input, need_parameters)
         empty = qkv.new_empty(0)
