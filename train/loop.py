@@ -292,5 +292,5 @@ def clear_leftovers(run: Path) -> None:
     """Removes what a kill in the middle of a write left; `Checkpoints.newest` does so for unfinished checkpoints."""
     for name in (METRICS, CONFIG):
         (run / f"{name}.partial").unlink(missing_ok=True)
-    for path in (run / "samples").glob(".step_*.partial.png"):
+    for path in (run / "samples").glob("step_*.png.partial"):
         path.unlink(missing_ok=True)

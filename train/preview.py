@@ -19,6 +19,7 @@ from dit_fast.diffusion.samplers import check_times
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.models import new_model
 from dit_fast.runs import TrainConfig
+from dit_fast.sampling.grids import plain_grid, save_png
 from dit_fast.sampling.images import sample_images
 from dit_fast.sampling.options import SampleOptions
 from dit_fast.train.engine import Engine
@@ -26,8 +27,6 @@ from dit_fast.train.guard import Diverged, Finiteness
 from dit_fast.world import World
 
 logger = logging.getLogger("dit_fast")
-
-SMALLEST = 64  # pixels; smaller images are enlarged by a whole factor
 
 
 class Preview:
@@ -80,8 +79,7 @@ class Preview:
             path = self.path(step)
             try:
                 images = self._images(weights, step)
-                path.parent.mkdir(exist_ok=True)
-                write_grid(images, path)
+                save_png(plain_grid(images), path)
             except (OSError, DataError) as error:
                 logger.warning("%s not written: %s; training goes on", path, error)
 
@@ -93,23 +91,3 @@ class Preview:
         run, alone = LoadedRun(model.eval(), self.config, {"step": step}), replace(self.world, rank=0, size=1)
         # its first chunk is the grid; the last images of the last round of classes are beyond it
         return next(sample_images(run, self.options, alone, self.dataset, self._autoencoder)).images
-
-
-def write_grid(images: np.ndarray, path: Path) -> None:
-    """uint8 [N, H, W, 3] as one PNG, row by row, about as wide as high; written whole or not at all."""
-    from PIL import Image
-
-    count, height, width = images.shape[:3]
-    columns = int(np.ceil(count**0.5))
-    rows = -(-count // columns)
-    sheet = np.full((rows, columns, height, width, 3), 255, np.uint8)
-    sheet.reshape(rows * columns, height, width, 3)[:count] = images
-    picture = Image.fromarray(sheet.swapaxes(1, 2).reshape(rows * height, columns * width, 3))
-    factor = max(SMALLEST // max(height, width), 1)
-    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    partial = path.with_name(f".{path.stem}.partial.png")
-    try:
-        picture.save(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

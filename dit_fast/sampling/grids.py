@@ -1,11 +1,13 @@
-"""Image grids: one row per class, real images beside samples, class names on the left."""
+"""Image grids: row by row, or one row per class with real images beside samples and class names on the left."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dit_fast import files
 from dit_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ def class_grid(
     for title, group in groups.items():
         if group.shape[2:] != (height, width, 3):
             raise UserError(f"'{title}' has images of {group.shape[2:]}, the first group of {(height, width, 3)}")
-    factor = max(CELL // max(height, width), 1)
+    factor = _factor(height, width)
     step_x, step_y = width * factor + GAP, height * factor + GAP
     names = [_shown(class_names[label]) for label in classes]
     margin = 16 + max(int(_font(14).getlength(name)) for name in names)
@@ -61,12 +63,30 @@ def class_grid(
     return canvas
 
 
+def plain_grid(images: np.ndarray) -> "Image.Image":
+    """uint8 [N, H, W, 3] row by row, about as wide as high; small images are enlarged as in `class_grid`."""
+    from PIL import Image
+
+    count, height, width = images.shape[:3]
+    columns = math.ceil(count**0.5)
+    rows = math.ceil(count / columns)
+    sheet = np.full((rows * columns, height, width, 3), 255, np.uint8)
+    sheet[:count] = images
+    sheet = sheet.reshape(rows, columns, height, width, 3).swapaxes(1, 2)
+    picture = Image.fromarray(sheet.reshape(rows * height, columns * width, 3))
+    factor = _factor(height, width)
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
 def save_png(image: "Image.Image", path: Path) -> None:
-    """Writes the PNG under another name first, so that a reader never meets half a picture."""
+    """Written whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    image.save(partial, format="PNG")
-    partial.replace(path)
+    with files.replacing(path) as file:
+        image.save(file, format="PNG")
+
+
+def _factor(height: int, width: int) -> int:
+    return max(CELL // max(height, width), 1)
 
 
 def _by_class(title: str, images: np.ndarray, labels: np.ndarray, classes: Sequence[int]) -> np.ndarray:

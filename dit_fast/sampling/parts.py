@@ -1,6 +1,7 @@
 """A folder of drawn chunks, so that ranks share a drawing and a killed one goes on with the chunks that are missing."""
 
 import json
+import os
 import re
 import shutil
 import time
@@ -35,7 +36,7 @@ class Parts:
         path = folder / DESCRIPTION
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            partial = folder / f".{DESCRIPTION}.{time.time_ns()}"  # every rank writes the same
+            partial = folder / f"{DESCRIPTION}.{os.getpid()}.partial"  # ranks write the same, perhaps at once
             partial.write_text(text)
             partial.replace(path)
         found = path.read_text()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dit_fast import files
 from dit_fast.errors import DataError
 
 FILE_NAME = "samples.npz"
@@ -54,9 +55,8 @@ class Samples:
 def write_samples(path: Path, parts: Iterable[Samples], count: int) -> None:
     """One file of `count` images from parts in order, of which one at a time is held; the bytes are np.savez's."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial.npz")
     labels: list[np.ndarray] = []
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+    with files.replacing(path) as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
 
         def add(name: str, value: np.ndarray) -> None:
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
@@ -72,4 +72,3 @@ def write_samples(path: Path, parts: Iterable[Samples], count: int) -> None:
         add("label", np.concatenate(labels))
         add("step", np.asarray(np.int64(part.step)))
         add("text", np.array(part.text))
-    partial.replace(path)

@@ -482,7 +482,7 @@ def test_a_preview_lost_to_a_kill_is_drawn_at_the_next_start(shards, tmp_path):
 
 
 def test_leftovers_of_a_kill_go_at_the_next_start(copied):
-    left = ["config.json.partial", "metrics.jsonl.partial", "samples/.step_00000003.partial.png"]
+    left = ["config.json.partial", "metrics.jsonl.partial", "samples/step_00000003.png.partial"]
     (copied / "samples").mkdir()
     (copied / "checkpoints/step_00000016.partial").mkdir()
     for name in left:
