@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from dit_fast import files
+from dit_fast.data.batch import open_columns
 from dit_fast.data.dataset import LatentDataset, open_dataset
 from dit_fast.data.description import FIELD_NAME, FILE_NAME, description_bytes, field_entry
 from dit_fast.data.field import DTYPES, RESERVED, Field, ShardInfo
@@ -87,7 +88,7 @@ def add_fields(
     declared = {name: field_entry(field) for name, field in producer.fields.items()}
     full = {"fields": declared, "dataset": info.fingerprint, **settings}
     if _is_there(out, full):
-        return dataset
+        return _opened(out, producer.fields)
     with writing(Unfinished(out, next(iter(producer.fields))), full) as state:
         results = write_shards(state, producer, np.arange(len(dataset)), info.shard_sizes, processes, progress)
         tars = tuple(ShardInfo(**result["shard"]) for result in results)
@@ -99,7 +100,14 @@ def add_fields(
                 content = read_json(out / FILE_NAME)
                 content["fields"] = {**content.get("fields", {}), **entries}
                 files.replace(out / FILE_NAME, description_bytes(content))
-    return open_dataset(out)
+    return _opened(out, producer.fields)
+
+
+def _opened(out: Path, fields: Iterable[str]) -> LatentDataset:
+    """The data set, whose shards with these fields can be opened too."""
+    dataset = open_dataset(out)
+    open_columns(dataset, tuple(fields))
+    return dataset
 
 
 def _is_there(out: Path, settings: Mapping[str, Any]) -> bool:

@@ -38,13 +38,11 @@ class Column:
 
     def check(self, data: bytes, shard: int, row: int, check_crc: bool) -> None:
         """Raises DataError when the bytes are not those the index was made from."""
-        index = self.indexes[shard]
-        column = index.members.index(self.field.member)
-        length = int(index.length[row, column])
+        _, length, crc = (table[0] for table in self.tables(shard, np.array([row])))
         name = self.describe(shard, row)
         if len(data) != length:
             raise DataError(f"{name} has {len(data)} bytes where the index says {length}; restore or rebuild the shard")
-        if check_crc and zlib.crc32(data) != index.crc[row, column]:
+        if check_crc and zlib.crc32(data) != crc:
             raise DataError(f"{name} is corrupt (crc32 differs from the index); restore or rebuild the shard")
 
     def put(self, target: torch.Tensor, data: bytes, shard: int, row: int) -> None:

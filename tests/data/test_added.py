@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,7 @@ from dit_fast.options import to_dict
 from dit_fast.preparation.verify import rebuild_index, verify_dataset
 from dit_fast.train.prepare import check_resume
 from tests.helpers.damage import attack, flip, replace_member
-from tests.helpers.shard_sets import COUNT, contents, full_after, rewrite
+from tests.helpers.shard_sets import COUNT, contents, everything, full_after, rewrite
 
 TOKENS = np.arange(COUNT * 6, dtype=np.int32).reshape(COUNT, 3, 2)
 BRIGHTNESS = np.linspace(-1, 1, COUNT).astype(np.float32)
@@ -76,6 +77,17 @@ def test_no_file_that_was_there_changes_nor_any_run_that_does_not_read_it(built,
     assert contents(extended) == after
 
 
+def test_shards_of_before_fields_were_declared_take_them_too(tmp_path):
+    folder = shutil.copytree(Path(__file__).parent / "before_seams" / "shards", tmp_path / "before")
+    before = open_dataset(folder).info
+    np.save(tmp_path / "x.npy", np.arange(24, dtype=np.float16))
+    info = add_field(folder, "x", tmp_path / "x.npy", progress=False).info
+    assert info.fingerprint == before.fingerprint
+    assert {name: field for name, field in info.fields.items() if name != "x"} == before.fields
+    assert everything(folder, ("x", "features"))["x"].tolist() == list(range(24))
+    verify_dataset(folder)
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("reader", ["python", "indexed", "stream"])
 def test_every_reader_gives_them_in_the_order_of_the_plan(built, extended, reader, num_workers, monkeypatch):
@@ -106,10 +118,12 @@ def test_they_are_streamed_over_http(extended):
 
 
 @pytest.mark.parametrize("reader", ["indexed", "stream"])
-def test_only_the_families_that_are_asked_for_are_opened(copied, reader):
+def test_only_the_families_that_are_asked_for_are_opened(copied, arrays, reader):
     (copied / "tokens-000003.tar").unlink()
     next(loader(copied, "brightness", reader=reader))
     assert "tokens-000003.tar: shard is missing" in refused(loader, copied, "tokens", reader=reader)
+    again = refused(add_field, copied, "tokens", arrays / "tokens.npy", progress=False)
+    assert "tokens-000003.tar: shard is missing" in again
 
 
 def test_a_run_that_has_the_data_set_open_is_not_disturbed(built, bare, arrays):
