@@ -94,10 +94,8 @@ class Backbone(nn.Module, ABC):
 
     def __init__(self, config: Config):
         super().__init__()
-        for name in ("input_size", "in_channels", "num_classes", "input_width", "class_token"):
-            least = 0 if name in ("input_width", "class_token") else 1
-            if getattr(config, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, not {getattr(config, name)}")
+        check_sizes(config, 1, "num_classes", "input_size", "in_channels")
+        check_sizes(config, 0, "input_width", "class_token")
         for name, hint in get_type_hints(type(config)).items():
             if (choices := get_args(hint)) and getattr(config, name) not in choices:
                 listed = ", ".join(map(str, choices))
@@ -205,3 +203,11 @@ class Backbone(nn.Module, ABC):
                 raise UserError(f"{name} must be {meaning}, here {size}, not {tuple(vector.shape)}")
         if y.is_floating_point():
             raise UserError(f"y must hold integer labels, not {y.dtype}")
+
+
+def check_sizes(config: Backbone.Config, least: int, *names: str) -> None:
+    """Raises ConfigError for the first of these fields that is no whole number from `least` on."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name} must be at least {least}, not {value!r}")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dit_fast.errors import ConfigError, UserError
-from dit_fast.models.base import PRESETS, Backbone, Taps
+from dit_fast.models.base import PRESETS, Backbone, Taps, check_sizes
 from dit_fast.nn.attention import has_tangent
 from dit_fast.nn.block import Block
 from dit_fast.nn.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_position_embedding
@@ -195,9 +195,7 @@ _SIZES = ("patch_size", "hidden_size", "depth", "num_heads")
 
 
 def _check(config: SiT.Config, image: tuple[int, ...]) -> None:
-    for name in _SIZES:
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} must be at least 1, not {getattr(config, name)}")
+    check_sizes(config, 1, *_SIZES)
     for name, size in zip(("input_size", "input_width"), image[1:], strict=True):
         if size % config.patch_size:
             raise ConfigError(f"{name} {size} must be a multiple of patch_size {config.patch_size}")

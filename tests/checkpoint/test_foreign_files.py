@@ -92,8 +92,8 @@ def test_files_that_are_not_checkpoints_are_refused_in_one_line(tmp_path):
     torch.save({"steps": 3}, tmp_path / "bare.pt")
     (tmp_path / "folder").mkdir()
     reasons = {
-        "class.pt": "'test_foreign_files._Payload'",
-        "legacy.pt": "'test_foreign_files._Payload'",
+        "class.pt": "test_foreign_files._Payload'",
+        "legacy.pt": "test_foreign_files._Payload'",
         "range.pt": "range'",
         "protocol.pt": "protocol",
         "cut.pt": "",

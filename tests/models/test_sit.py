@@ -221,6 +221,8 @@ def test_strided_and_channels_last_latents():
         ({"times": 3}, "times must be one of 1, 2, not '3'"),
         ({"label_dropout": 1.5}, "label_dropout"),
         ({"num_classes": 0}, "num_classes"),
+        ({"num_classes": "ten"}, "num_classes must be at least 1, not 'ten'"),
+        ({"depth": 2.5}, "depth must be at least 1, not 2.5"),
         ({"num_heads": 5}, "num_heads 5"),
         ({"skip_layer_connection": True}, "unknown model setting 'skip_layer_connection'"),
         ({"cross_layer_connection": True}, "cross_layer_connection"),
@@ -241,7 +243,7 @@ def test_a_configuration_makes_its_model_alone():
     assert (config.hidden_size, config.patch_size, config.depth, config.num_heads) == (384, 4, 2, 6)
     sizes = {"patch_size": 4, "hidden_size": 32, "depth": 2, "num_heads": 2}
     assert SiT(SiT.Config(name="SiT-own/4", **sizes, **data)).num_tokens == 4
-    with pytest.raises(ConfigError, match="input_size must be at least 1, not 0"):
+    with pytest.raises(ConfigError, match="num_classes must be at least 1, not 0"):
         SiT(SiT.Config(name="SiT-S/4"))
     with pytest.raises(
         ConfigError, match=r"unknown model 'SiT-own/4'.*set all of patch_size, hidden_size, depth, num_heads"
