@@ -78,7 +78,7 @@ def measure_step(case: StepCase, setting: Setting, ceilings: Ceilings, seconds: 
         OURS: lambda step: ours.train_step([_batch(case, device, step)], step, lr).logs,
         WITHOUT: lambda step: without.train_step([_batch(case, device, step)], step, lr).logs,
     }
-    features = _features(ours.objective, _batch(case, device, 0))
+    features = _features(ours.loss, _batch(case, device, 0))
     steps[ALONE] = lambda step: torch.autograd.grad(diversity_loss(features, "all").total, features)
     costs = {name: {"peak_memory_bytes": peak_memory(partial(run, 0), device)} for name, run in steps.items()}
     if device.type == "cuda":  # elsewhere the count would be of counters that lie on the CPU anyway
@@ -89,7 +89,7 @@ def measure_step(case: StepCase, setting: Setting, ceilings: Ceilings, seconds: 
     rounds = interleave(calls, clock_for(device), samples=SAMPLES, seconds=seconds, warm_up=warm_up)
     samples = {name: [times[0] for times in turns] for name, turns in rounds.items()}
     alone = {ALONE: samples.pop(ALONE)}
-    model: Any = ours.objective.model
+    model: Any = ours.loss.model
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     work = Work(OPTIMIZER_BYTES * trained, 3 * model.flops_per_sample() * case.batch)
     step = part_entry(samples, dict.fromkeys(samples, work), ceilings, case.precision)

@@ -1,6 +1,6 @@
 """Engines run a step: `SingleEngine` in one process, `zero.ZeroEngine` in DeepSpeed's ranks; `Engine` is both.
 
-What an objective must keep to, the same for both: all trained parameters lie in its model before the engine is made,
+What a training loss must keep to, the same for both: all trained parameters lie in its model before the engine is made,
 none is 0-dim, and nothing but the engine runs a backward that reaches them (DeepSpeed's stages 1 to 3 would lose a part
 of the gradient in silence). A parameter without a gradient has the gradient zero.
 """
@@ -40,13 +40,13 @@ class Engine(ABC):
 
     groups: parameter groups as torch's optimizers take them ("lr" follows the schedule in proportion), for some of the
     model's parameters; one with a "clip" is clipped to that norm by itself, all others together to optimizer.grad_clip.
-    Raises ConfigError for an objective that breaks the rules above, at the latest in the first step.
+    Raises ConfigError for a loss that breaks the rules above, at the latest in the first step.
     """
 
-    def __init__(self, objective: nn.Module, config: TrainConfig, world: World, groups: Groups = ()):
-        self.objective, self.config, self.world = objective, config, world
-        self.model: Any = objective.model
-        self._named = own_parameters(objective)
+    def __init__(self, loss: nn.Module, config: TrainConfig, world: World, groups: Groups = ()):
+        self.loss, self.config, self.world = loss, config, world
+        self.model: Any = loss.model
+        self._named = own_parameters(loss)
         self._shapes = {name: parameter.shape for name, parameter in self._named}
         apart = {id(parameter) for group in groups for parameter in group["params"]}
         rest = [parameter for _, parameter in self._named if id(parameter) not in apart]
@@ -60,7 +60,7 @@ class Engine(ABC):
     def train_step(self, micro_batches: Sequence[Batch], step: int, lr: float) -> StepResult:
         """Forward and backward over the micro-batches of this rank, then one clipped update."""
         if not self._checked:
-            self._refuse_unknown(parameter for _, parameter in own_parameters(self.objective))
+            self._refuse_unknown(parameter for _, parameter in own_parameters(self.loss))
         sums: dict[str, Tensor] = {}
         for group, share in zip(self._optimizer.param_groups, self._lr_shares, strict=True):
             group["lr"] = lr * share
@@ -146,7 +146,7 @@ class Engine(ABC):
                 )
 
     def _label(self, parameter: Tensor) -> str:
-        named = (name for name, each in self.objective.named_parameters() if each is parameter)
+        named = (name for name, each in self.loss.named_parameters() if each is parameter)
         return f"the parameter '{next(named, 'outside of the model')}' {list(parameter.shape)}"
 
     def trainable(self) -> list[tuple[str, torch.Size]]:
@@ -161,7 +161,7 @@ class Engine(ABC):
         return {name: tensor for name, tensor in self.model.state_dict().items() if name not in self._shapes}
 
     def whole(self) -> AbstractContextManager[Any]:
-        """Within, every parameter of the objective can be read whole on every rank; collective."""
+        """Within, every parameter of the loss can be read whole on every rank; collective."""
         return nullcontext()
 
     def full_state(self, kind: str) -> Iterator[tuple[str, Tensor]]:
@@ -185,14 +185,14 @@ class Engine(ABC):
 
 
 class SingleEngine(Engine):
-    """One process, no DeepSpeed. The objective is moved to the world's device."""
+    """One process, no DeepSpeed. The loss is moved to the world's device."""
 
-    def __init__(self, objective: nn.Module, config: TrainConfig, world: World, groups: Groups = ()):
-        super().__init__(objective.to(world.device), config, world, groups)
+    def __init__(self, loss: nn.Module, config: TrainConfig, world: World, groups: Groups = ()):
+        super().__init__(loss.to(world.device), config, world, groups)
         self._optimizer.init_states()
 
     def _forward(self, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        return self.objective(batch, step)
+        return self.loss(batch, step)
 
     def _backward(self, loss: Tensor, count: int) -> None:
         (loss / count).backward()
@@ -202,9 +202,9 @@ class SingleEngine(Engine):
         self._optimizer.zero_grad(set_to_none=True)
 
 
-def own_parameters(objective: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Trained parameters of the objective's model, by the model's names. Raises ConfigError for a 0-dim one."""
-    model: Any = objective.model
+def own_parameters(loss: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Trained parameters of the loss's model, by its names. Raises ConfigError for a 0-dim one."""
+    model: Any = loss.model
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     for name, parameter in named:
         if not getattr(parameter, "ds_shape", parameter.shape):

@@ -1,6 +1,6 @@
 """The DeepSpeed engine, ZeRO stages 0 to 3: the only home of deepspeed and of its private names.
 
-Weights are float32 in every stage and bf16 is autocast inside the objective: DeepSpeed's own bf16 mode takes a wrong
+Weights are float32 in every stage and bf16 is autocast inside the loss: DeepSpeed's own bf16 mode takes a wrong
 first step in stage 0, and gradients would be reduced in half precision. Checkpoints are ours, so nothing here loads
 or writes a pickle. Tested with deepspeed 0.19; the contract is tests/train/test_zero.py.
 """
@@ -92,10 +92,10 @@ def deepspeed_config(config: TrainConfig, world_size: int, micro_batch: int, num
 
 
 class ZeroEngine(Engine):
-    """DeepSpeed ranks. The objective's weights must be in place before; optimizer states are restored after."""
+    """DeepSpeed ranks. The model's weights must be in place before; optimizer states are restored after."""
 
-    def __init__(self, objective: nn.Module, config: TrainConfig, world: World, micro_batch: int, groups: Groups = ()):
-        super().__init__(objective, config, world, groups)
+    def __init__(self, loss: nn.Module, config: TrainConfig, world: World, micro_batch: int, groups: Groups = ()):
+        super().__init__(loss, config, world, groups)
         self.stage = config.engine.zero_stage
         size = sum(shape.numel() for shape in self._shapes.values())
         if config.engine.overlap_comm and self.stage < 2 and world.rank == 0:
@@ -105,11 +105,11 @@ class ZeroEngine(Engine):
                 self.stage,
             )
         if self.stage == 3:
-            register_reads(objective)
+            register_reads(loss)
         logger = logging.getLogger("DeepSpeed")
         logger.setLevel(logging.ERROR)  # "untested optimizer" and the like; ours is tested
         self._engine, *_ = deepspeed.initialize(
-            model=objective,
+            model=loss,
             optimizer=self._optimizer,
             config=deepspeed_config(config, world.size, micro_batch, size),
             dist_init_required=False,
@@ -158,7 +158,7 @@ class ZeroEngine(Engine):
         return self._gathered(lambda parameter: True)
 
     def _gathered(self, wanted: Callable[[nn.Parameter], bool]) -> AbstractContextManager[Any]:
-        parameters = [parameter for parameter in self.objective.parameters() if wanted(parameter)]
+        parameters = [parameter for parameter in self.loss.parameters() if wanted(parameter)]
         return deepspeed.zero.GatheredParameters(parameters, enabled=self.stage == 3)
 
     def full_state(self, kind: str) -> Iterator[tuple[str, Tensor]]:
@@ -210,9 +210,9 @@ class ZeroEngine(Engine):
         return Fragment(flat, inside.start, outside.start, outside.numel)
 
 
-def register_reads(objective: nn.Module) -> None:
+def register_reads(loss: nn.Module) -> None:
     """Tells DeepSpeed which modules read parameters of others; it finds out by itself, but not in compiled blocks."""
-    for module in objective.modules():
+    for module in loss.modules():
         for reader, owner in getattr(module, "reads", list)():
             for parameter in owner.parameters():
                 deepspeed.zero.register_external_parameter(reader, parameter)

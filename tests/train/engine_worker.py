@@ -122,8 +122,8 @@ class ToyModel(torch.nn.Module):
 
 
 class Toy(torch.nn.Module):
-    """An objective that uses layer `b` in chosen steps alone. twice: it runs a backward of its own. uneven: the buffer
-    moves by what only this rank has seen."""
+    """A loss that uses layer `b` in chosen steps alone. twice: it runs a backward of its own. uneven: the buffer moves
+    by what only this rank has seen."""
 
     def __init__(self, steps_of_b, twice=False, uneven=False):
         super().__init__()
@@ -165,13 +165,13 @@ def run_toy(scenario, world, folder):
     """Weights and averages at the end, and the error that ended it; checkpoints at steps 2 and `steps`."""
     config, per_rank = config_of(scenario), BATCH // world.size
     micro = config.engine.micro_batch or per_rank
-    objective = Toy(**scenario["toy"])
-    methods = [Teacher(objective.model)]
+    loss = Toy(**scenario["toy"])
+    methods = [Teacher(loss.model)]
     checkpoint = open_checkpoint(folder / scenario["load"]) if "load" in scenario else None
     if checkpoint is not None:
-        objective.model.load_state_dict(checkpoint.state_dict("model"))
-    groups = [{"params": list(objective.model.b.parameters()), "clip": 0.02, "lr": 5e-4, "weight_decay": 0.0}]
-    engine = engine_of(objective, config, world, groups)
+        loss.model.load_state_dict(checkpoint.state_dict("model"))
+    groups = [{"params": list(loss.model.b.parameters()), "clip": 0.02, "lr": 5e-4, "weight_decay": 0.0}]
+    engine = engine_of(loss, config, world, groups)
     restore(engine, checkpoint)
     rest, checkpoints = Rest(methods, engine, 0.9, checkpoint), Checkpoints(folder / scenario["name"], world)
     try:
@@ -196,10 +196,10 @@ def restore(engine, checkpoint):
         engine.set_applied_steps(checkpoint.state["optimizer_step"])
 
 
-def engine_of(objective, config, world, groups=()):
+def engine_of(loss, config, world, groups=()):
     """Stage 3 holds no parameter longer than it must: its defaults would hide errors with models of this size."""
     if not launched():
-        return SingleEngine(objective, config, world, groups)
+        return SingleEngine(loss, config, world, groups)
     from dit_fast.train import zero
 
     def strict(*arguments):
@@ -210,7 +210,7 @@ def engine_of(objective, config, world, groups=()):
     json_of, zero.deepspeed_config = zero.deepspeed_config, strict
     try:
         micro = config.engine.micro_batch or BATCH // world.size
-        return zero.ZeroEngine(objective, config, world, micro, groups)
+        return zero.ZeroEngine(loss, config, world, micro, groups)
     finally:
         zero.deepspeed_config = json_of
 

@@ -13,8 +13,8 @@ from dit_fast.train.prepare import check_stage
 from dit_fast.world import World
 
 
-class Objective(nn.Module):
-    """An objective whose loss is what the test says."""
+class Loss(nn.Module):
+    """A training loss of the test's own."""
 
     def __init__(self, loss, **modules):
         super().__init__()
@@ -25,37 +25,37 @@ class Objective(nn.Module):
         return loss, {"loss": loss.detach()}
 
 
-def first_step(objective, before=lambda model: None):
-    engine = SingleEngine(objective, TrainConfig(), World(0, 1, torch.device("cpu")))
-    before(objective.model)
+def first_step(loss, before=lambda model: None):
+    engine = SingleEngine(loss, TrainConfig(), World(0, 1, torch.device("cpu")))
+    before(loss.model)
     engine.train_step([{"x": torch.ones(3, 2)}], 0, 1e-3)
 
 
-@pytest.mark.parametrize("place", ["method", "objective", "model, late"])
+@pytest.mark.parametrize("place", ["method", "loss", "model, late"])
 def test_a_head_outside_of_the_optimizer_is_refused(place):
     head = nn.Linear(2, 1)
-    objective = Objective(lambda model, x: head(x).mean())
-    if place == "objective":
-        objective.head = head
+    loss = Loss(lambda model, x: head(x).mean())
+    if place == "loss":
+        loss.head = head
     late = (lambda model: model.update({"head": head})) if place == "model, late" else (lambda model: None)
-    name = {"method": "outside of the model", "objective": "head.", "model, late": "model.head."}[place]
+    name = {"method": "outside of the model", "loss": "head.", "model, late": "model.head."}[place]
     with pytest.raises(ConfigError, match=rf"the parameter '{name}.*not in the optimizer and would never be trained"):
-        first_step(objective, late)
+        first_step(loss, late)
 
 
 def test_a_parameter_without_dimension_is_refused():
     scale = nn.ParameterDict({"scale": nn.Parameter(torch.tensor(1.0))})
     with pytest.raises(ConfigError, match=r"the parameter 'b\.scale' is 0-dim.*give it the shape \[1\]"):
-        first_step(Objective(lambda model, x: x.mean(), b=scale))
+        first_step(Loss(lambda model, x: x.mean(), b=scale))
 
 
 @pytest.mark.parametrize("own", [True, False])
 def test_a_group_is_clipped_by_itself_or_with_all_others(own):
     """Its squared moment shows the norm that was applied; its rate is in proportion to the schedule's."""
     torch.manual_seed(0)
-    objective = Objective(lambda model, x: 1e3 * (model["b"](x).mean() + x.mean()), b=nn.Linear(2, 2))
-    group = {"params": list(objective.model["b"].parameters()), "lr": 1e-3, **({"clip": 0.25} if own else {})}
-    engine = SingleEngine(objective, TrainConfig(), World(0, 1, torch.device("cpu")), [group])
+    loss = Loss(lambda model, x: 1e3 * (model["b"](x).mean() + x.mean()), b=nn.Linear(2, 2))
+    group = {"params": list(loss.model["b"].parameters()), "lr": 1e-3, **({"clip": 0.25} if own else {})}
+    engine = SingleEngine(loss, TrainConfig(), World(0, 1, torch.device("cpu")), [group])
     result = engine.train_step([{"x": torch.ones(3, 2)}], 0, 1e-5)
     squares = {name: x.sum().item() / (1 - 0.999) for name, x in engine.full_state("exp_avg_sq")}
     mine = sum(value for name, value in squares.items() if name.startswith("b."))
@@ -69,7 +69,7 @@ def test_a_group_is_clipped_by_itself_or_with_all_others(own):
 def test_gradients_of_inputs_and_frozen_modules_are_no_parameters():
     """A loss may differentiate with respect to its own inputs and read modules that do not train."""
     frozen = nn.Linear(2, 1).requires_grad_(False)
-    first_step(Objective(lambda model, x: frozen(x).mean() * torch.ones(1, requires_grad=True).sum()))
+    first_step(Loss(lambda model, x: frozen(x).mean() * torch.ones(1, requires_grad=True).sum()))
 
 
 def test_what_differentiates_forward_is_refused_in_stage_3():
