@@ -15,13 +15,13 @@ from dit_fast.autoencoders import Autoencoder
 from dit_fast.checkpoint.run import LoadedRun
 from dit_fast.data import LatentDataset
 from dit_fast.diffusion import Guidance
-from dit_fast.diffusion.samplers import check_times
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.models import new_model
+from dit_fast.objectives import OBJECTIVES
 from dit_fast.runs import TrainConfig
 from dit_fast.sampling.grids import plain_grid, save_png
 from dit_fast.sampling.images import sample_images
-from dit_fast.sampling.options import SampleOptions
+from dit_fast.sampling.options import SampleOptions, check_solver
 from dit_fast.train.engine import Engine
 from dit_fast.train.guard import Diverged, Finiteness
 from dit_fast.world import World
@@ -51,7 +51,7 @@ class Preview:
             precision=config.engine.precision,
             chunk=preview.count,
         )
-        check_times(preview.sampler, config.model.times)
+        check_solver(preview.sampler, OBJECTIVES[config.objective.name].solvers)
         if Guidance(preview.cfg_scale).needs_null and not config.model.label_dropout:
             raise ConfigError(
                 f"preview.cfg_scale={preview.cfg_scale} needs a null label, and model.label_dropout=0 trains none; set "

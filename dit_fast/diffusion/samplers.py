@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from dit_fast import philox
 from dit_fast.diffusion.guidance import Channels, Guidance, Velocity, described, shapes_of
 from dit_fast.diffusion.paths import Path, as_path
-from dit_fast.diffusion.solvers import SOLVERS, Draw
+from dit_fast.diffusion.solvers import SOLVERS, Draw, Field
 from dit_fast.errors import UserError
 from dit_fast.tree import Tree, each, leaves
 
@@ -46,6 +47,7 @@ def sample(
     cfg_channels: Channels | None = None,
     class_token_cfg_scale: float | None = None,
     draws: Sequence[Tree] | Tensor | None = None,
+    field: Callable[[Any, Tensor, Guidance], Field] | None = None,
 ) -> Tree:
     """Latents float64 [N, C, H, W] from `noise` [N, C, H, W] (any float dtype) and labels y int64 [N].
 
@@ -66,6 +68,8 @@ def sample(
     Randomness of the SDE: `generator` (per noisy step one float64 standard normal of the state's shape, in order, leaf
     by leaf), or `draws` (those num_steps - 1 states of noise themselves), or `seed` and `index` int64 [N] (Philox per
     seed, index and step).
+
+    field: what the solver follows, from (model, y, guidance); an `Objective.field`. By default the model's velocity.
 
     With seed and index the work is cut into the fixed chunks [c * chunk, (c + 1) * chunk) of the index space; index k
     is always row k % chunk of a batch of `chunk` rows, and rows that fill it up are computed on zeros. Image k is then
@@ -97,7 +101,8 @@ def sample(
     times, path, state = solver.grid(num_steps), as_path(path), each(lambda leaf: leaf.double(), noise)
 
     def solved(x: Tree, labels: Tensor, draw: Draw) -> Tree:
-        return deque(solver(Velocity(model, labels, guidance, solver.times), x, times, path, draw), maxlen=1).pop()
+        v = field(model, labels, guidance) if field else Velocity(model, labels, guidance, solver.times)
+        return deque(solver(v, x, times, path, draw), maxlen=1).pop()
 
     with torch.no_grad(), _evaluating(model):
         if seed is None or index is None:

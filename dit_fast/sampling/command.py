@@ -75,7 +75,7 @@ def _sample(options: argparse.Namespace) -> int:
     place = outputs[0] if kept else outputs[0].with_name(f"{outputs[0].name}.parts")
     check_writable(place.parent)
     dataset = run.dataset(options.data)
-    chosen = chosen.resolved(run.model, dataset)
+    chosen = chosen.resolved(run, dataset)
     with writing(place):
         parts = Parts(place, run, chosen)
     images = sample_images(run, chosen, world, dataset, done=parts.done())

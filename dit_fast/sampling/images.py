@@ -35,9 +35,10 @@ def sample_images(
     first.
     """
     dataset = run.dataset() if dataset is None else dataset
-    options = options.resolved(run.model, dataset)
+    options = options.resolved(run, dataset)
     decoder = (autoencoders.of(dataset) if autoencoder is None else autoencoder).to(world.device)
     model, device, info, classes = run.model.to(world.device), world.device, dataset.info, options.classes
+    objective = run.objective
     shapes = model.shapes if len(model.shapes) > 1 else model.shapes["image"]
 
     def draw(first: int) -> Samples:
@@ -45,7 +46,9 @@ def sample_images(
         labels = torch.tensor(classes, dtype=torch.int64, device=device)[index % len(classes)]
         noise = initial_noise(options.seed, index, shapes)
         with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-            latents = sample(model, noise, labels, index=index, path=run.objective.path, **options.arguments())
+            latents = sample(
+                model, noise, labels, index=index, path=objective.path, field=objective.field, **options.arguments()
+            )
         pictures = decode_images(image(latents), info, decoder, f"weights of step {run.step}", first)
         return Samples(pictures, labels.cpu().numpy(), run.step, options.text(), first)
 

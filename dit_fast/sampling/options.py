@@ -1,25 +1,25 @@
 """What to draw: the one place of sampling options, of their defaults and of what they mean."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from dit_fast.checkpoint.run import LoadedRun
 from dit_fast.data import LatentDataset
-from dit_fast.diffusion import Guidance, sample
+from dit_fast.diffusion import Guidance, Solver, sample
 from dit_fast.diffusion.guidance import Channels
-from dit_fast.diffusion.samplers import MOST_ROWS, check_options, check_times, check_whole
+from dit_fast.diffusion.samplers import MOST_ROWS, check_options, check_whole
 from dit_fast.diffusion.solvers import SolverName
 from dit_fast.errors import UserError
-from dit_fast.models import Backbone
 from dit_fast.options import setting
 
 SHOWN_CLASSES = 10
 MOST_IMAGES = 1_000_000  # of a class
 GUIDED = 2.5  # scale of the guidance where none is asked for; a mean velocity has it in its training target
-SOLVER_OF = {1: "heun", 2: "mean_flow"}  # by the model's number of times
+USUAL = "heun"  # where the objective has it
 
 Weights = Literal["ema", "model"]
 Precision = Literal["fp32", "bf16"]
@@ -64,13 +64,14 @@ class SampleOptions:
         """Number of images, of resolved options."""
         return self.per_class * len(self.classes)
 
-    def resolved(self, model: Backbone, dataset: LatentDataset) -> "SampleOptions":
-        """The same with what model and data set decide filled in. Raises UserError for a class that is not
-        there, and for a sampler that does not fit the model.
+    def resolved(self, run: LoadedRun, dataset: LatentDataset) -> "SampleOptions":
+        """The same with what run and data set decide filled in. Raises UserError for a class that is not
+        there, and for a sampler that does not fit the objective.
         """
-        sampler = self.sampler or SOLVER_OF[model.times]
-        check_times(sampler, model.times)
-        guided = GUIDED if model.null_label >= 0 and model.times == 1 else 1.0
+        model, solvers = run.model, run.objective.solvers
+        sampler = self.sampler or next(name for name in (USUAL, *solvers) if name in solvers)
+        check_solver(sampler, solvers)
+        guided = GUIDED if model.null_label >= 0 and solvers[sampler].times == 1 else 1.0
         return replace(
             self,
             classes=check_classes(self.classes, dataset),
@@ -97,6 +98,12 @@ class SampleOptions:
             parts[-1] += " on channels 0 to 2"
         parts.append(f"seed {self.seed}")
         return ", ".join([*parts, *["raw weights"] * (self.weights == "model"), *["bf16"] * (self.precision == "bf16")])
+
+
+def check_solver(name: str, solvers: Mapping[str, Solver]) -> None:
+    """Raises UserError where an objective does not have this solver among its own."""
+    if name not in solvers:
+        raise UserError(f"sampler '{name}' does not fit the objective of this run; use {', '.join(solvers)}")
 
 
 def check_classes(classes: Sequence[int], dataset: LatentDataset) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from dit_fast.checkpoint.run import load_run
 from dit_fast.cli import main
 from dit_fast.errors import UserError
 from dit_fast.models import new_model
+from dit_fast.objectives import MeanFlow
 from dit_fast.preparation.build import build_shards
 from dit_fast.recipes import load
 from dit_fast.report.blocks import study_blocks
@@ -61,13 +62,13 @@ def test_every_guidance_scale_is_computed_and_captioned(opened):
 
 def test_captions_say_what_was_computed(opened):
     text = options(cfg_scale=1.0000001, guidance_high=0.7, cfg_channels="first_three", seed=3)
-    model, dataset = opened[0].model, opened[1]
+    run, dataset = opened
     assert (
-        text.resolved(model, dataset).text()
+        text.resolved(run, dataset).text()
         == "euler, 1 steps, guidance 1.0000001 for t in [0, 0.7] on channels 0 to 2, seed 3"
     )
     plain = options(cfg_scale=1.0, guidance_high=0.7, cfg_channels="first_three", weights="model")
-    assert plain.resolved(model, dataset).text() == "euler, 1 steps, guidance 1, seed 0, raw weights"
+    assert plain.resolved(run, dataset).text() == "euler, 1 steps, guidance 1, seed 0, raw weights"
 
 
 def test_a_run_without_label_dropout_is_not_guided(opened):
@@ -210,9 +211,10 @@ def test_the_model_decides_what_was_left_open(opened):
         run._replace(model=new_model(changed(run.config.model, **more)).eval())
         for more in ({"class_token": 6}, {"times": 2})
     )
+    mean = mean._replace(config=changed(run.config, objective=MeanFlow.Config()))
     (drawn,) = draw(joint, dataset, options(class_token_cfg_scale=1.5))
     assert drawn.text == "euler, 1 steps, guidance 2.5 (1.5 of the class token), seed 0"
     (drawn,) = draw(mean, dataset, options(sampler=None))
     assert (drawn.images.shape, drawn.text) == ((3, 32, 32, 3), "mean_flow, 1 steps, guidance 1, seed 0")
-    with pytest.raises(UserError, match="'heun' does not fit a model with 2 times; use mean_flow"):
+    with pytest.raises(UserError, match="'heun' does not fit the objective of this run; use mean_flow"):
         draw(mean, dataset, options(sampler="heun"))
