@@ -1,5 +1,7 @@
 """Every public op on small float64 tensors: the reference, and what carries the kernels' gradients and tangents."""
 
+import functools
+
 import torch
 
 from dit_fast import ops
@@ -23,8 +25,8 @@ def flattened(features):
     return [feature.flatten(0, 1) for feature in features]
 
 
-def stats_flat(*features):
-    stats = ops.diversity_stats(features, backend="torch")
+def stats_flat(*features, backend="auto"):
+    stats = ops.diversity_stats(features, backend)
     return torch.cat([stats.sums, stats.abs_sums, stats.square_sums, stats.pair_sums], 1)
 
 
@@ -41,19 +43,20 @@ SHAPES = {
     "diversity_stats": [STREAM] * 3,
     "diversity_loss": [STREAM] * 3,
 }
-REFERENCES = {
-    "layer_norm_modulate": lambda *x: ops.layer_norm_modulate(*x, backend="torch"),
-    "gate_residual": lambda *x: ops.gate_residual(*x, backend="torch"),
-    "gate_residual_modulate": lambda *x: torch.cat(ops.gate_residual_modulate(*x, backend="torch")),
-    "long_skip": lambda *x: ops.long_skip(*x, backend="torch"),
-    "qk_norm": lambda qkv, *x: torch.cat(ops.qk_norm(qkv, 2, *x, backend="torch")),
-    "gelu_mlp": lambda *x: ops.gelu_mlp(*x, backend="torch"),
-    "repa_cosine": lambda *x: ops.repa_cosine(*x, backend="torch"),
-    "flow_noised": lambda x: ops.flow_noised(x, TIMES, POSITIONS, 7, backend="torch"),
-    "flow_error": lambda *x: ops.flow_error(*x, TIMES, POSITIONS, 7, backend="torch"),
+CALLS = {
+    "layer_norm_modulate": ops.layer_norm_modulate,
+    "gate_residual": ops.gate_residual,
+    "gate_residual_modulate": lambda *x, **options: torch.cat(ops.gate_residual_modulate(*x, **options)),
+    "long_skip": ops.long_skip,
+    "qk_norm": lambda qkv, *x, **options: torch.cat(ops.qk_norm(qkv, 2, *x, **options)),
+    "gelu_mlp": ops.gelu_mlp,
+    "repa_cosine": ops.repa_cosine,
+    "flow_noised": lambda x, **options: ops.flow_noised(x, TIMES, POSITIONS, 7, **options),
+    "flow_error": lambda *x, **options: ops.flow_error(*x, TIMES, POSITIONS, 7, **options),
     "diversity_stats": stats_flat,
-    "diversity_loss": lambda *x: ops.diversity_loss(x, backend="torch").total,
+    "diversity_loss": lambda *x, **options: ops.diversity_loss(x, **options).total,
 }
+REFERENCES = {name: functools.partial(call, backend="torch") for name, call in CALLS.items()}
 # What carries the kernels' gradients and tangents; in float64 plain torch stands where the kernels are called.
 FUSED = {
     "layer_norm_modulate": lambda x, shift, scale: adaln._fused(
