@@ -98,8 +98,14 @@ def _values(group: Any) -> dict[str, Any]:
 
 
 def build(group: type, values: Mapping[str, Any], path: str) -> Any:
-    """A group with these values, unchecked."""
-    return group(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    """A group with these values, which are of their defaults' types but not checked further. Raises ConfigError."""
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    for item in dataclasses.fields(group):
+        if item.default is not None and type(given.get(item.name, item.default)) is not type(item.default):
+            raise ConfigError(
+                f"'{path}.{item.name}' must be of type {type(item.default).__name__}, not {shown(values[item.name])}"
+            )
+    return group(**given)
 
 
 def from_dict(cls: type[T], values: Any, build: Build = build) -> T:

@@ -159,7 +159,7 @@ def read_config(path: Path) -> TrainConfig:
 def stored(values: Any) -> TrainConfig:
     """The configuration that a run has stored; a key that is newer than the run has its default.
 
-    Raises ConfigError for an unknown key or name.
+    Raises ConfigError for an unknown key or name and for a value of another type.
     """
     return from_dict(TrainConfig, _renamed(values))
 
