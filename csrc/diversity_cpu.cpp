@@ -20,17 +20,15 @@ namespace dit_fast::diversity {
 using torch::stable::Tensor;
 
 constexpr float kNormFloor = 1e-8f;
-constexpr int64_t kChunk = 256;      // tokens per float32 sum: part of the op's definition
-constexpr int64_t kMaxRanges = 64;   // float64 partial sums kept; the cut depends on the token count alone
-constexpr size_t kMix = 4;           // rows of the gradient formed together
+constexpr int64_t kChunk = 256;     // tokens per float32 sum: part of the op's definition
+constexpr int64_t kMaxRanges = 64;  // float64 partial sums kept; the cut depends on the token count alone
+constexpr size_t kMix = 4;          // rows of the gradient formed together
 
 struct Block {
   char* data;
   int64_t row_stride;
   Type type;
-  char* at(int64_t token, int64_t channel) const {
-    return data + (token * row_stride + channel) * element_size(type);
-  }
+  char* at(int64_t token, int64_t channel) const { return data + (token * row_stride + channel) * element_size(type); }
 };
 
 struct Shape {
@@ -49,7 +47,7 @@ struct Gradient {
   const float* statistics;     // [3, K, padded]: d/d sums, d/d abs_sums, 2 d/d square_sums
   const float* inverse_norms;  // [K, M]
   const Block* out;
-  const Block* upstream;       // null: nothing to add
+  const Block* upstream;  // null: nothing to add
   std::vector<Group> groups;
   std::vector<int64_t> needed;  // blocks whose rows are read
 };
@@ -122,9 +120,9 @@ void diversity_forward(std::vector<Tensor> features, Tensor statistics, Tensor p
       for (int64_t chunk = range * per_range; chunk < std::min(chunks, (range + 1) * per_range); ++chunk) {
         std::fill(sums.begin(), sums.end(), 0.0f);
         const int64_t end = std::min(shape.tokens, (chunk + 1) * kChunk);
-        DIT_FAST_AT_LEVEL(isa, forward_chunk(shape, blocks.data(), chunk * kChunk, end, norms,
-                                             mixed.empty() ? nullptr : mixed.data(), scratch, sums.data(),
-                                             sums.data() + columns));
+        DIT_FAST_AT_LEVEL(
+            isa, forward_chunk(shape, blocks.data(), chunk * kChunk, end, norms, mixed.empty() ? nullptr : mixed.data(),
+                               scratch, sums.data(), sums.data() + columns));
         for (int64_t i = 0; i < total; ++i) partial[i] += sums[i];
       }
     }
@@ -188,8 +186,12 @@ void diversity_backward(std::vector<Tensor> features, Tensor inverse_norms, Tens
     const float factor = row < 2 * shape.blocks ? 1.0f : 2.0f;
     for (int64_t d = 0; d < shape.width; ++d) padded[row * shape.padded + d] = factor * grads[row * shape.width + d];
   }
-  Gradient gradient{padded.data(),  read_floats(inverse_norms, shape.blocks * shape.tokens, "inverse_norms"),
-                    results.data(), above.empty() ? nullptr : above.data(), {}, {}};
+  Gradient gradient{padded.data(),
+                    read_floats(inverse_norms, shape.blocks * shape.tokens, "inverse_norms"),
+                    results.data(),
+                    above.empty() ? nullptr : above.data(),
+                    {},
+                    {}};
   plan(gradient, wanted, pairs, shape.blocks);
 
   const int64_t chunks = (shape.tokens + kChunk - 1) / kChunk;

@@ -16,9 +16,7 @@ inline Type read_type(const torch::stable::Tensor& tensor, const char* what) {
   const ScalarType type = tensor.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, what,
                   " must be float32, bfloat16 or float16");
-  return type == ScalarType::Float      ? Type::kFloat
-         : type == ScalarType::BFloat16 ? Type::kBfloat16
-                                        : Type::kHalf;
+  return type == ScalarType::Float ? Type::kFloat : type == ScalarType::BFloat16 ? Type::kBfloat16 : Type::kHalf;
 }
 
 inline float* read_floats(const torch::stable::Tensor& tensor, int64_t count, const char* what) {

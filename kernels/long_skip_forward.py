@@ -147,7 +147,7 @@ def forward(
     if rows == 0:
         return out
     arch, raw = long_skip_tiles.family(x.device), is_raw(x, skip, folded.dtype)
-    tiles = long_skip_tiles.choose(arch, "16-bit" if raw else "mixed", rows, width, x.device)
+    tiles = long_skip_tiles.tiles_for(arch, "16-bit" if raw else "mixed", rows, width, x.device)
     bulk = arch >= 90
     half, weights = (tiles.block_m, tiles.block_k), (tiles.block_n, tiles.block_k)
     count = triton.cdiv(rows, tiles.block_m) * triton.cdiv(width, tiles.block_n)

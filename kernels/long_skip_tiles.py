@@ -78,7 +78,7 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def choose(arch: int, kind: str, rows: int, columns: int, device: torch.device) -> Tiles:
+def tiles_for(arch: int, kind: str, rows: int, columns: int, device: torch.device) -> Tiles:
     tiles = triton.cdiv(rows, 128) * triton.cdiv(columns, 128)
     return CONFIGS[arch, kind, "many" if tiles >= processors(device) else "few"]
 

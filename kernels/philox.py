@@ -73,7 +73,7 @@ def fill(out, positions, seed, stream, count, KIND: tl.constexpr, BLOCK: tl.cons
     tl.store(out + row * count + element, draw, mask=element < count)
 
 
-def draw(kind: str, seed: int, positions: Tensor, stream: int, count: int) -> Tensor:
+def numbers(kind: str, seed: int, positions: Tensor, stream: int, count: int) -> Tensor:
     """[N, count] for positions int64 [N]: kind "words" (int64 in [0, 2^32)), "uniform" or "normal" (float32)."""
     out = torch.empty(len(positions), count, dtype=_KINDS[kind][0], device=positions.device)
     grid = (len(positions), triton.cdiv(count, 4 * _BLOCK))

@@ -143,6 +143,6 @@ PYBIND11_MODULE(_host, module) {
   module.doc() = "Reads members of latent shards; no torch inside.";
   module.attr("build_info") = "source=" DIT_FAST_SOURCE_HASH "pybind11 " PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR);
   module.def("read_npy", &read_npy, py::arg("file"), py::arg("offsets"), py::arg("lengths"), py::arg("crcs"),
-             py::arg("rows"), py::arg("check_crc"), py::arg("header"), py::arg("half"), py::arg("signless"), py::arg("out"),
-             "Number of samples, from the first on, that were right and lie in `out` [any, items].");
+             py::arg("rows"), py::arg("check_crc"), py::arg("header"), py::arg("half"), py::arg("signless"),
+             py::arg("out"), "Number of samples, from the first on, that were right and lie in `out` [any, items].");
 }

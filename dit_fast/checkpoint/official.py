@@ -36,7 +36,7 @@ LABEL_DROPOUT = ("label_dropout", "class_dropout_prob", "cfg_prob")  # its names
 
 
 @dataclass(frozen=True)
-class Source:
+class Origin:
     """Where a model's weights came from: what its export needs to give back the same file."""
 
     family: str
@@ -96,7 +96,7 @@ def load_official(
         if not tensor.isfinite().all():
             raise CheckpointError(f"'{name}' holds NaN or Inf; take a checkpoint from before the training diverged")
     model.load_state_dict(tensors, assign=True)
-    cast(Any, model).official_source = Source(family, {name: tensor.dtype for name, tensor in state.items()}, ordered)
+    cast(Any, model).official_source = Origin(family, {name: tensor.dtype for name, tensor in state.items()}, ordered)
     return model.eval()
 
 
@@ -110,7 +110,7 @@ def export_official(model: nn.Module, family: str | None = None) -> dict[str, Te
     Raises CheckpointError if the family cannot hold the model, naming the key.
     """
     sit = cast(SiT, model)
-    source: Source | None = getattr(model, "official_source", None)
+    source: Origin | None = getattr(model, "official_source", None)
     if family is None:
         family = source.family if source else _natural_family(sit)
     _check_family(family)

@@ -1,6 +1,5 @@
 """Training methods by name. A new method is one file here and one line in `METHODS`; the trainer stays as it is."""
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from dit_fast.methods.diversedit import DiverseDiT
 from dit_fast.methods.reg import REG
 from dit_fast.methods.repa import REPA
 from dit_fast.models import Backbone
+from dit_fast.options import nearest
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (DiverseDiT, REPA, REG)}
 
@@ -24,9 +24,7 @@ def build_methods(configs: Sequence[Any], model: Backbone, data: DatasetInfo) ->
     names = [config.name for config in configs]
     for name in names:
         if name not in METHODS:
-            close = difflib.get_close_matches(name, METHODS, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(METHODS)}"
-            raise ConfigError(f"unknown method '{name}'; {hint}")
+            raise ConfigError(f"unknown method '{name}'{nearest(name, METHODS)}")
         if names.count(name) > 1:
             raise ConfigError(f"method '{name}' is listed twice; keep one")
     methods = tuple(METHODS[config.name](config, model, data) for config in configs)

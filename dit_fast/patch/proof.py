@@ -51,7 +51,7 @@ TRIALS = (
 )
 
 
-class Source:
+class RandomInputs:
     """Random tensors on the module's device that leave torch's global random state alone."""
 
     def __init__(self, device: torch.device, trial: Trial):
@@ -185,7 +185,7 @@ def _disagreement_in_mode(
         vars(run).update(setting)
         if candidate.shorten is not None:
             candidate.shorten(run, trial.tokens)
-        positional, named = candidate.arguments(Source(device, trial))
+        positional, named = candidate.arguments(RandomInputs(device, trial))
         inputs = [value for value in (*positional, *named.values()) if value.is_floating_point()]
         if replaced:
             vars(run)["forward"] = types.MethodType(dispatch(candidate, _otherwise), run)

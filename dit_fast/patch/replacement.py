@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dit_fast.patch.parts import Part, changed, part_of
 
 if TYPE_CHECKING:
-    from dit_fast.patch.proof import Source
+    from dit_fast.patch.proof import RandomInputs
 
 logger = logging.getLogger("dit_fast")
 
@@ -51,7 +51,7 @@ class Candidate:
     bypassed: Mapping[str, nn.Module]
     reasons: tuple[str, ...]
     forward: Forward
-    arguments: Callable[["Source"], tuple[tuple[Any, ...], dict[str, Any]]]
+    arguments: Callable[["RandomInputs"], tuple[tuple[Any, ...], dict[str, Any]]]
     stand_ins: Mapping[int, nn.Module] = field(default_factory=dict)
     settings: tuple[Mapping[str, Any], ...] = ({},)
     shorten: Callable[[nn.Module, int], None] | None = None

@@ -1,11 +1,11 @@
 """From run folders to `report.html` and its pictures."""
 
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from dit_fast import files
 from dit_fast.data import LatentDataset
 from dit_fast.errors import UserError
 from dit_fast.report import figures
@@ -48,17 +48,17 @@ def write_report(
                 replace(story, name=f"{story.name} ({story.folder.name if distinct else story.folder})")
                 for story in stories
             ]
-    pictures = draw(stories, dataset)
+    pictures = draw_pictures(stories, dataset)
     page = render(compose(stories, dataset.info, pictures, notes)).encode(errors="replace")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for name, png in pictures.items():
-            _write(out / f"{name}.png", png)
-        _write(out / "report.html", page)
+            files.replace(out / f"{name}.png", png)
+        files.replace(out / "report.html", page)
     return out / "report.html"
 
 
-def draw(stories: Sequence[RunStory], dataset: LatentDataset) -> dict[str, bytes]:
+def draw_pictures(stories: Sequence[RunStory], dataset: LatentDataset) -> dict[str, bytes]:
     """Name -> PNG of every picture of a report; `diversity` only where the first run had that method."""
     main = stories[0]
     runs = {story.name: story.metrics for story in stories}
@@ -83,9 +83,3 @@ def _sample_grid(stories: Sequence[RunStory], dataset: LatentDataset) -> bytes:
     buffer = io.BytesIO()
     class_grid(columns, classes, dataset.info.class_names).save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)

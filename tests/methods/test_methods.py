@@ -146,7 +146,7 @@ def test_configurations_round_trip_and_take_overrides():
     ("configs", "message"),
     [
         ([SimpleNamespace(name="diversdit")], "unknown method 'diversdit'; did you mean 'diversedit'"),
-        ([SimpleNamespace(name="xyz")], "unknown method 'xyz'; valid: diversedit, repa"),
+        ([SimpleNamespace(name="xyz")], "unknown method 'xyz'; valid here: diversedit, repa"),
         ([REPA.Config(), REPA.Config(encoder_depth=2)], "'repa' is listed twice"),
     ],
 )

@@ -134,11 +134,11 @@ def test_generator_equals_its_torch_twin(seed):
     for stream, count in ((0, 1), (7, 11), (2**31 - 1, 1030)):
         shape = (count,)
         assert torch.equal(
-            kernel.draw("words", seed, positions, stream, count), philox.uint32(seed, positions, stream, count)
+            kernel.numbers("words", seed, positions, stream, count), philox.uint32(seed, positions, stream, count)
         )
         assert torch.equal(
-            kernel.draw("uniform", seed, positions, stream, count), philox.uniform(seed, positions, stream, shape)
+            kernel.numbers("uniform", seed, positions, stream, count), philox.uniform(seed, positions, stream, shape)
         )
-        normals = kernel.draw("normal", seed, positions, stream, count)
+        normals = kernel.numbers("normal", seed, positions, stream, count)
         # float32 logarithm, square root and series against float64 rounded to float32
         torch.testing.assert_close(normals, philox.normal(seed, positions, stream, shape), rtol=1e-5, atol=1e-6)

@@ -5,4 +5,4 @@ import torch
 from dit_fast.kernels import philox
 
 for kind in ("words", "uniform", "normal"):
-    philox.draw(kind, 2**64 - 1, torch.arange(4), 1, 4096)
+    philox.numbers(kind, 2**64 - 1, torch.arange(4), 1, 4096)
