@@ -48,8 +48,10 @@ class Engine(ABC):
         self.model: Any = loss.model
         self._named = own_parameters(loss)
         self._shapes = {name: parameter.shape for name, parameter in self._named}
-        apart = {id(parameter) for group in groups for parameter in group["params"]}
-        rest = [parameter for _, parameter in self._named if id(parameter) not in apart]
+        apart = {id(parameter): parameter for group in groups for parameter in group["params"]}
+        rest = [parameter for _, parameter in self._named if apart.pop(id(parameter), None) is None]
+        for parameter in apart.values():
+            raise ConfigError(f"a group of the optimizer holds {self._label(parameter)}; register it on the model")
         self._optimizer = build_optimizer(config.optimizer, [{"params": rest}, *groups], world.device.type)
         base = config.optimizer.lr
         self._lr_shares = [group["lr"] / base if base else 1.0 for group in self._optimizer.param_groups]

@@ -66,6 +66,13 @@ def test_a_group_is_clipped_by_itself_or_with_all_others(own):
     assert [g["lr"] for g in engine._optimizer.param_groups] == pytest.approx([1e-5, 1e-4])
 
 
+def test_a_group_holds_parameters_of_the_model():
+    """A checkpoint would not hold another's moments."""
+    world, group = World(0, 1, torch.device("cpu")), {"params": list(nn.Linear(2, 3).parameters())}
+    with pytest.raises(ConfigError, match=r"holds the parameter 'outside of the model' \[3, 2\]; register it"):
+        SingleEngine(Loss(lambda model, x: x.mean()), TrainConfig(), world, [group])
+
+
 def test_gradients_of_inputs_and_frozen_modules_are_no_parameters():
     """A loss may differentiate with respect to its own inputs and read modules that do not train."""
     frozen = nn.Linear(2, 1).requires_grad_(False)
