@@ -7,7 +7,6 @@ from dit_fast.errors import ConfigError, UserError
 from dit_fast.models import Taps, build_model
 from dit_fast.objectives import MeanFlow
 from dit_fast.objectives.mean_flow import mean_flow_losses, total_derivative
-from dit_fast.ops import DiversityTaps, diversity_loss
 from dit_fast.philox import Key, Stream
 from dit_fast.tree import each, leaves
 
@@ -30,8 +29,8 @@ def clean(tree=False):
     return {"image": x, "class_token": torch.randn(6, 12, generator=generator, dtype=torch.float64)} if tree else x
 
 
-def run(model, x, taps=None, **config):
-    return MeanFlow(MeanFlow.Config(**config), model).run(model, x, Y, KEY, taps or Taps(), {}, 0)
+def run(model, x, **config):
+    return MeanFlow(MeanFlow.Config(**config), model).run(model, x, Y, KEY, Taps(), {}, 0)
 
 
 def test_times_are_two_draws_in_order_and_one_for_the_share_of_the_data():
@@ -75,16 +74,6 @@ def test_total_derivative_is_that_of_finite_differences(wiring):
     for name, leaf in found.items():
         torch.testing.assert_close(leaf, (ends[0][name] - ends[1][name]) / (2 * step), rtol=1e-6, atol=1e-8)
         assert not leaf.requires_grad
-
-
-def test_a_method_beside_it_keeps_its_fused_taps():
-    model, blocks = small(), frozenset(range(4))
-    taps = Taps(blocks, {"diversedit": (DiversityTaps(), blocks)})
-    context = run(model, clean(), taps)
-    fused = context.taps.collectors["diversedit"].loss("all")
-    plain = diversity_loss([feature.detach() for feature in context.features.values()], "all")
-    torch.testing.assert_close(fused.total, plain.total)
-    (context.losses["image"].mean() + fused.total).backward()
 
 
 def test_what_it_cannot_train_is_refused():

@@ -5,38 +5,13 @@ from typing import ClassVar
 
 import pytest
 import torch
-from torch.func import jvp
 
 from dit_fast import philox
-from dit_fast.diffusion import velocity_error
 from dit_fast.methods import METHODS, Method, Term, build_methods
 from dit_fast.models import Taps, build_model
-from dit_fast.objectives import Context, Flow
+from dit_fast.objectives import Flow, MeanFlow
 from dit_fast.ops import diversity_loss
 from dit_fast.train.loss import TrainingLoss
-
-
-class MeanVelocity(Flow):
-    """Mean flow in small (arXiv 2505.13447): velocity over [t - width, t], its target from a tangent."""
-
-    name = "mean_velocity"
-    width = 0.3  # at most
-
-    def run(self, model, x, y, key, taps, batch, number):
-        t = self.times.keyed(key.seed, key.position)
-        width = self.width * key.uniform(philox.Stream.SECOND_TIME, ()) * t
-        noise = key.normal(philox.Stream.NOISE, tuple(x.shape[1:]))
-        noised, velocity = self.interpolate(x, noise, t)
-
-        def average(x, t, h, taps=()):
-            return model(x, t, y, taps) * (1 + h)[:, None, None, None]
-
-        with torch.no_grad():
-            ones = torch.ones_like(t)
-            _, slope = jvp(average, (noised, t, width), (velocity, ones, ones))
-        prediction = average(noised, t, width, taps)
-        losses = {"image": velocity_error(prediction, velocity - width[:, None, None, None] * slope)}
-        return Context(self, model, x, y, key, t, noised, prediction, losses, taps, batch, number)
 
 
 class Spy(Method):
@@ -58,10 +33,18 @@ def registered(monkeypatch):
     monkeypatch.setitem(METHODS, "spy", Spy)
 
 
-def small():
+def small(**changes):
     torch.manual_seed(0)
-    sizes = {"input_size": 8, "in_channels": 2, "hidden_size": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
-    model = build_model("SiT-Nano/2", **sizes, skip_wiring="input", attention="math")
+    sizes = {
+        "input_size": 8,
+        "in_channels": 2,
+        "hidden_size": 32,
+        "depth": 4,
+        "num_heads": 2,
+        "num_classes": 5,
+        **changes,
+    }
+    model = build_model("SiT-Nano/2", **sizes, skip_wiring="input")
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
@@ -77,31 +60,25 @@ def batch(count=6, start=0):
 
 def training(*configs, objective=Flow, **options):
     """The loss, and the first method."""
-    model = small()
+    model = small(times=2 if objective is MeanFlow else 1)
     methods = build_methods(configs, model, None)
-    loss = TrainingLoss(model, objective(Flow.Config(), model), methods, **{"seed": 3, "label_dropout": 0.3, **options})
+    loss = TrainingLoss(
+        model, objective(objective.Config(), model), methods, **{"seed": 3, "label_dropout": 0.3, **options}
+    )
     return loss, next(iter(methods), None)
 
 
 def test_a_method_keeps_its_fused_taps_beside_any_objective():
     diversity = METHODS["diversedit"].Config(pairs="all", low=0.0)
-    run, _ = training(diversity, Spy.Config(), objective=MeanVelocity)
+    run, _ = training(diversity, Spy.Config(), objective=MeanFlow)
     loss, logs = run(batch(), 0)
-    assert {"mean_velocity", "spy/size", "diversedit/total"} <= set(logs)
+    assert {"mean_flow", "mean_flow/squared_error", "spy/size", "diversedit/total"} <= set(logs)
     context = run.methods[1].context
     assert context.taps.collectors["diversedit"].stats()
     plain = diversity_loss([feature.detach() for feature in context.features.values()], "all").total
     torch.testing.assert_close(logs["diversedit/total"], plain)
     loss.backward()
     assert all(parameter.grad is not None for parameter in run.model.parameters() if parameter.requires_grad)
-
-
-def test_a_mean_velocity_over_no_interval_is_flow_matching(monkeypatch):
-    plain, _ = training()[0](batch(), 0)
-    monkeypatch.setattr(MeanVelocity, "width", 0.0)
-    run, _ = training(objective=MeanVelocity)
-    mean, _ = run(batch(), 0)
-    torch.testing.assert_close(mean, plain, rtol=1e-6, atol=0)
 
 
 def test_randomness_is_keyed_by_position_alone():
