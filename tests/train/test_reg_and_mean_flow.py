@@ -1,0 +1,81 @@
+"""Whole runs of REG and mean flow from real shards, alone, together and beside DiverseDiT."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from dit_fast.cli import main as command
+from dit_fast.data import add_field
+from dit_fast.sampling.samples import Samples
+from dit_fast.train.__main__ import main
+from tests.helpers.toy_runs import Ranks, arguments, losses, rows, tensors
+
+SMALL = ("model.depth=4", "model.hidden_size=32", "model.num_heads=2", "optimizer.ema_decay=0.5")
+REG = ("methods=diversedit,reg", "methods.reg.encoder_depth=2", "methods.reg.projector_width=8", "model.class_token=6")
+MEAN_FLOW = ("objective=mean_flow", "model.times=2")
+RUNS = {"reg": REG, "mean_flow": (*MEAN_FLOW, "methods=diversedit"), "both": (*MEAN_FLOW, *REG)}
+
+
+@pytest.fixture(scope="module")
+def with_tokens(shards, tmp_path_factory):
+    """The toy data set with features of four tokens and a class token, both of width 6."""
+    folder, generator = tmp_path_factory.mktemp("tokens"), np.random.default_rng(0)
+    place = shutil.copytree(shards, folder / "shards")
+    for name, shape in (("features", (48, 4, 6)), ("class_token", (48, 6))):
+        np.save(folder / f"{name}.npy", generator.standard_normal(shape, np.float32))
+        add_field(place, name, folder / f"{name}.npy", progress=False)
+    return place
+
+
+def start(shards, run, name, *overrides):
+    return arguments(shards, run, *SMALL, *RUNS[name], "run.steps=8", *overrides)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_resumes_exactly_and_samples(name, with_tokens, tmp_path):
+    once, again = tmp_path / "once", tmp_path / "again"
+    assert main(start(with_tokens, once, name)) == 0
+    assert main(start(with_tokens, again, name, "run.steps=4")) == 0
+    assert main(start(with_tokens, again, name)) == 0
+    assert losses(once) == losses(again)
+    first, second = tensors(once, 8), tensors(again, 8)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    last = rows(once)[-1]
+    logged = {"diversedit/total", *({"reg/class_token", "reg/alignment"} if name != "mean_flow" else ())}
+    assert logged | {"flow" if name == "reg" else "mean_flow"} <= last.keys()
+    options = ["--per-class", "2", *(["--num-steps", "3", "--sampler", "sde"] if name == "reg" else [])]
+    assert command(["sample", str(once), "--out", str(tmp_path / "images.npz"), *options]) == 0
+    drawn = Samples.load(tmp_path / "images.npz")
+    assert drawn.images.shape == (6, 16, 16, 3)
+    assert drawn.text.startswith("sde, 3 steps" if name == "reg" else "mean_flow, 1 steps, guidance 1,")
+
+
+@pytest.mark.launch
+def test_two_ranks_draw_the_same_numbers_and_stage_3_is_refused(with_tokens, tmp_path):
+    alone, shared, refused = (tmp_path / name for name in ("alone", "shared", "refused"))
+    assert main(start(with_tokens, alone, "both")) == 0
+    with Ranks(start(with_tokens, shared, "both", "engine.zero_stage=2"), tmp_path / "log") as ranks:
+        assert ranks.wait() == [0, 0], ranks.text()
+    assert [row["mean_flow"] for row in rows(shared)] == pytest.approx(
+        [row["mean_flow"] for row in rows(alone)], rel=1e-4
+    )
+    with Ranks(start(with_tokens, refused, "both", "engine.zero_stage=3"), tmp_path / "log3") as ranks:
+        assert ranks.wait() == [2, 2]
+    assert "engine.zero_stage=3 cannot run 'mean_flow'" in ranks.text()
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("reg", "model.class_token=5", "reg: the shards hold class tokens of width 6; set model.class_token=6"),
+        ("reg", "methods.reg.encoder_depth=5", "methods.reg.encoder_depth=5 is not one of this model's blocks 1..4"),
+        ("reg", "methods=reg,repa", "the model already has 'projectors'"),
+        ("mean_flow", "model.times=1", "objective=mean_flow needs a model of two times; set model.times=2"),
+    ],
+)
+def test_what_does_not_fit_is_refused_at_the_start(name, override, message, with_tokens, tmp_path, capsys):
+    assert main(start(with_tokens, tmp_path / "run", name, override)) == 2
+    assert message in capsys.readouterr().err
