@@ -3,7 +3,8 @@
 Paper presets are named METHOD-SIZE-RESOLUTION (`diversedit-xl2-256`, `sit-b2-512`, `repa-l2-256`,
 `diversedit-repa-b2-256`). They carry the settings of DiverseDiT (arXiv 2603.04239, Sec. 4.1 and Tab. A1): AdamW 1e-4
 constant, batch 256, clip 1.0, EMA 0.9999, label dropout 0.1, 400K steps, linear path, uniform t; bf16 in place of
-fp16. REPA is aligned at block 5 (B) or 8 (L, XL), coefficient 0.5.
+fp16. REPA is aligned at block 5 (B) or 8 (L, XL), REG at 4 or 8, coefficient 0.5. Mean flow (`mean_flow-b4-256`,
+`diversedit-mean_flow-xl2-256`) has its own settings (arXiv 2505.13447): beta2 0.95, no clipping, float32.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,8 +14,10 @@ from typing import Any
 
 from dit_fast.errors import ConfigError
 from dit_fast.methods.diversedit import DiverseDiT
+from dit_fast.methods.reg import REG
 from dit_fast.methods.repa import REPA
 from dit_fast.models import SiT
+from dit_fast.objectives import MeanFlow
 from dit_fast.options import groups, keys, nearest
 from dit_fast.runs import (
     DataConfig,
@@ -28,6 +31,12 @@ from dit_fast.runs import (
 )
 
 ENCODER_DEPTH = {"b2": 5, "l2": 8, "xl2": 8}  # aligned block, counted from 1
+GUIDED_TARGETS = {  # omega, kappa, largest guided t of mean flow: B and L as published, XL as other trainers have it
+    "b4": (1.0, 0.5, 1.0),
+    "b2": (1.0, 0.5, 1.0),
+    "l2": (0.2, 0.92, 0.8),
+    "xl2": (0.2, 0.92, 0.75),
+}
 
 
 def paper(methods: Sequence[str], size: str, resolution: int) -> TrainConfig:
@@ -36,6 +45,7 @@ def paper(methods: Sequence[str], size: str, resolution: int) -> TrainConfig:
     configs = {
         "diversedit": DiverseDiT.Config(encoder_depth=depth if "repa" in methods else None),
         "repa": REPA.Config(encoder_depth=depth),
+        "reg": REG.Config(encoder_depth=4 if size == "b2" else 8),
     }
     name = f"{'-'.join(methods) or 'sit'}-{size}-{resolution}"
     return TrainConfig(
@@ -45,9 +55,31 @@ def paper(methods: Sequence[str], size: str, resolution: int) -> TrainConfig:
             in_channels=4,
             num_classes=1000,
             skip_wiring="input" if "diversedit" in methods else "off",
+            class_token=768 if "reg" in methods else 0,  # DINOv2-B's
         ),
         methods=tuple(configs[method] for method in methods),
         run=RunConfig(dir=f"runs/{name}"),
+    )
+
+
+def mean_flow(size: str, diverse: bool) -> TrainConfig:
+    """The published setting at 256 pixels for "b4", "b2", "l2" or "xl2", plain or with DiverseDiT."""
+    omega, kappa, high = GUIDED_TARGETS[size]
+    return TrainConfig(
+        model=SiT.Config(
+            name=f"SiT-{size[:-1].upper()}/{size[-1]}",
+            input_size=32,
+            in_channels=4,
+            num_classes=1000,
+            skip_wiring="input" if diverse else "off",
+            times=2,
+        ),
+        objective=MeanFlow.Config(omega=omega, kappa=kappa, guidance_high=high),
+        methods=(DiverseDiT.Config(),) if diverse else (),
+        optimizer=OptimizerConfig(beta2=0.95, grad_clip=0.0),
+        engine=EngineConfig(precision="fp32"),
+        preview=PreviewConfig(sampler="mean_flow", num_steps=1, cfg_scale=1.0),
+        run=RunConfig(dir=f"runs/{'diversedit-' if diverse else ''}mean_flow-{size}-256"),
     )
 
 
@@ -71,9 +103,14 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "quickstart": quickstart,
     **{
         f"{'-'.join(methods) or 'sit'}-{size}-{resolution}": partial(paper, methods, size, resolution)
-        for methods in ((), ("diversedit",), ("repa",), ("diversedit", "repa"))
+        for methods in ((), ("diversedit",), ("repa",), ("diversedit", "repa"), ("reg",), ("diversedit", "reg"))
         for size in ENCODER_DEPTH
         for resolution in (256, 512)
+    },
+    **{
+        f"{prefix}mean_flow-{size}-256": partial(mean_flow, size, bool(prefix))
+        for prefix in ("", "diversedit-")
+        for size in GUIDED_TARGETS
     },
 }
 

@@ -72,10 +72,10 @@ def test_two_ranks_draw_the_same_numbers_and_stage_3_is_refused(with_tokens, tmp
     [
         ("reg", "model.class_token=5", "reg: the shards hold class tokens of width 6; set model.class_token=6"),
         ("reg", "methods.reg.encoder_depth=5", "methods.reg.encoder_depth=5 is not one of this model's blocks 1..4"),
-        ("reg", "methods=reg,repa", "the model already has 'projectors'"),
+        ("reg", "methods=repa,reg methods.repa.encoder_depth=2", "the model already has 'projectors'"),
         ("mean_flow", "model.times=1", "objective=mean_flow needs a model of two times; set model.times=2"),
     ],
 )
 def test_what_does_not_fit_is_refused_at_the_start(name, override, message, with_tokens, tmp_path, capsys):
-    assert main(start(with_tokens, tmp_path / "run", name, override)) == 2
+    assert main(start(with_tokens, tmp_path / "run", name, *override.split())) == 2
     assert message in capsys.readouterr().err
