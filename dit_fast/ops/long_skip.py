@@ -32,8 +32,7 @@ from dit_fast.ops.layer_norm import layer_norm
 from dit_fast.ops.row_statistics import RowStatistics, known
 
 
-def _gemm_refuses(dtype: torch.dtype, *tensors: Tensor) -> list[str]:
-    """dtype: of the map; tensors: x, skip [..., D] and the parameters."""
+def _gemm_refuses(*tensors: Tensor) -> list[str]:
     mixed = len({tensor.dtype == torch.float64 for tensor in tensors}) > 1
     return ["float64 and other dtypes are mixed"] if mixed else []
 
@@ -75,13 +74,13 @@ def long_skip(
     """
     OP.check(backend, eps, x=x, skip=skip, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias)
     stats = (known(OP.name, "x_stats", x_stats, x), known(OP.name, "skip_stats", skip_stats, skip))
-    parameters, dtype = (norm_weight, norm_bias, weight, bias), linear_dtype(x, weight.dtype)
-    chosen = OP.choose(backend, x.device, dtype, x, skip, *parameters)
+    parameters = (norm_weight, norm_bias, weight, bias)
+    chosen = OP.choose(backend, x.device, x, skip, *parameters)
     if chosen == "torch":
         return _reference(x, skip, *parameters, eps)
     pair = (x.reshape(-1, x.shape[-1]), skip.reshape(-1, x.shape[-1]))
     flat = [None if part is None else part.reshape(-1) for given in stats for part in given or (None, None)]
-    return _fused(*pair, *parameters, *flat, eps, dtype, chosen)[0].view(x.shape)
+    return _fused(*pair, *parameters, *flat, eps, linear_dtype(x, weight.dtype), chosen)[0].view(x.shape)
 
 
 def _reference(
