@@ -1,4 +1,9 @@
-"""Every public op on small float64 tensors: the reference, and what carries the kernels' gradients and tangents."""
+"""Every op of the package, in the tables that the tests of all ops go through. A new op has its lines here.
+
+CALLS, SHAPES: public ops of tensors that may need gradients, called with such tensors alone. FUSED: what carries their
+kernels' gradients and tangents. NAMED: every public function with its arguments by name. REGISTERED: every op that
+torch knows, by its name there.
+"""
 
 import functools
 
@@ -6,11 +11,13 @@ import torch
 
 from dit_fast import ops
 from dit_fast.ops import adaln, diversity_op, flow
+from dit_fast.ops.long_skip import forward_op as long_skip_forward
 from dit_fast.ops.qk_norm import _fused as fused_qk_norm
 from dit_fast.ops.repa_cosine import _fused as fused_cosine
 
 N, T, D = 2, 3, 4
 STREAM, VECTOR = (N, T, D), (N, D)
+F32 = torch.float32
 TIMES, POSITIONS = torch.tensor([0.3, 0.6], dtype=torch.float64), torch.arange(N)
 
 
@@ -76,3 +83,93 @@ FUSED = {
 def inputs(name):
     generator = torch.Generator().manual_seed(len(name))
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES[name.split()[0]]]
+
+
+TOKENS, ROW = torch.randn(2, 3, 8), torch.randn(2, 8)
+NAMED = {
+    ops.layer_norm_modulate: {"x": TOKENS, "shift": ROW, "scale": ROW},
+    ops.gate_residual: {"x": TOKENS, "y": TOKENS, "gate": ROW},
+    ops.gate_residual_modulate: {"x": TOKENS, "y": TOKENS, "gate": ROW, "shift": ROW, "scale": ROW},
+    ops.row_statistics: {"x": TOKENS},
+    ops.long_skip: {
+        "x": TOKENS,
+        "skip": TOKENS,
+        "norm_weight": torch.ones(16),
+        "norm_bias": torch.ones(16),
+        "weight": torch.ones(8, 16),
+        "bias": torch.ones(8),
+    },
+    ops.gelu_mlp: {
+        "x": TOKENS,
+        "fc1_weight": torch.ones(4, 8),
+        "fc1_bias": torch.ones(4),
+        "fc2_weight": torch.ones(8, 4),
+        "fc2_bias": torch.ones(8),
+    },
+    ops.qk_norm: {
+        "qkv": torch.randn(2, 3, 24),
+        "num_heads": 2,
+        **{name: torch.ones(4) for name in ("q_weight", "q_bias", "k_weight", "k_bias")},
+    },
+    ops.repa_cosine: {"prediction": TOKENS, "target": TOKENS},
+    ops.flow_noised: {"latents": TOKENS, "t": torch.rand(2), "positions": torch.arange(2), "seed": 0},
+    ops.flow_error: {
+        "prediction": TOKENS,
+        "latents": TOKENS,
+        "t": torch.rand(2),
+        "positions": torch.arange(2),
+        "seed": 0,
+    },
+    ops.diversity_stats: {"features": [TOKENS, TOKENS]},
+    ops.diversity_loss: {"features": [TOKENS, TOKENS]},
+    ops.diversity_tap: {"x": TOKENS},
+}
+
+
+def new(*shape):
+    return torch.randn(shape).requires_grad_()
+
+
+def parameters():
+    return new(16), new(16), new(8, 16), new(8)
+
+
+def long_skip_backward():
+    with torch.no_grad():
+        saved = long_skip_forward(new(5, 8), new(5, 8), *parameters(), [None] * 4, 1e-6, F32, "gemm")
+    saved = [x.requires_grad_() for x in saved]
+    return new(5, 8), *saved, new(5, 8), new(5, 8), *parameters(), "gemm", [True] * 6
+
+
+def diversity_backward():
+    with torch.no_grad():
+        norms = diversity_op.forward_op([new(6, 8), new(6, 8)], False, "torch")[2]
+    return [new(6, 8), new(6, 8)], norms.requires_grad_(), new(3, 2, 8), new(2, 2), [], [0, 1], "torch"
+
+
+REGISTERED = {
+    "adaln_forward": lambda: (
+        new(*STREAM), new(*STREAM), new(*VECTOR), new(*VECTOR), new(*VECTOR), None, None, 1e-6, F32, True, "torch"
+    ),
+    "adaln_backward": lambda: (
+        *(new(*STREAM) for _ in range(4)), new(*VECTOR), new(*VECTOR), new(2, 3), torch.ones(2, 3).requires_grad_(),
+        1e-6, F32, F32, F32, F32, "torch",
+    ),
+    "diversity_forward": lambda: ([new(6, 8), new(6, 8)], True, "torch"),
+    "diversity_backward": diversity_backward,
+    "flow_noised": lambda: (new(4, 8), torch.rand(4), torch.arange(4), 3, "linear", "torch"),
+    "flow_error": lambda: (new(4, 8), new(4, 8), torch.rand(4), torch.arange(4), 3, "linear", "torch"),
+    "flow_error_backward": lambda: (
+        new(4), new(4, 8), new(4, 8), torch.rand(4), torch.arange(4), 3, "linear", [True, True], "torch"
+    ),
+    "gelu_backward": lambda: (new(5, 8), new(5, 8), True, True, "recompute"),
+    "long_skip_forward": lambda: (new(5, 8), new(5, 8), *parameters(), [None] * 4, 1e-6, F32, "gemm"),
+    "long_skip_backward": long_skip_backward,
+    "qk_norm_forward": lambda: (new(2, 3, 24), 2, *(new(4) for _ in range(4)), 1e-5, "torch"),
+    "qk_norm_backward": lambda: (
+        *(new(2, 3, 2, 4) for _ in range(3)), new(2, 3, 24), new(4), new(4), 1e-5, True, True, "torch"
+    ),
+    "repa_cosine_forward": lambda: (new(5, 8), new(5, 8), "torch"),
+    "repa_cosine_backward": lambda: (new(), new(5, 8), new(5, 8), new(3, 5), [True, True], "torch"),
+    "row_statistics": lambda: (new(5, 8), "torch"),
+}  # fmt: skip

@@ -8,52 +8,13 @@ import torch
 
 from dit_fast import ops
 from dit_fast.errors import UserError
-
-_TOKENS, _VECTOR = torch.randn(2, 3, 8), torch.randn(2, 8)
-_CALLS = {
-    ops.layer_norm_modulate: {"x": _TOKENS, "shift": _VECTOR, "scale": _VECTOR},
-    ops.gate_residual: {"x": _TOKENS, "y": _TOKENS, "gate": _VECTOR},
-    ops.gate_residual_modulate: {"x": _TOKENS, "y": _TOKENS, "gate": _VECTOR, "shift": _VECTOR, "scale": _VECTOR},
-    ops.row_statistics: {"x": _TOKENS},
-    ops.long_skip: {
-        "x": _TOKENS,
-        "skip": _TOKENS,
-        "norm_weight": torch.ones(16),
-        "norm_bias": torch.ones(16),
-        "weight": torch.ones(8, 16),
-        "bias": torch.ones(8),
-    },
-    ops.gelu_mlp: {
-        "x": _TOKENS,
-        "fc1_weight": torch.ones(4, 8),
-        "fc1_bias": torch.ones(4),
-        "fc2_weight": torch.ones(8, 4),
-        "fc2_bias": torch.ones(8),
-    },
-    ops.qk_norm: {
-        "qkv": torch.randn(2, 3, 24),
-        "num_heads": 2,
-        **{name: torch.ones(4) for name in ("q_weight", "q_bias", "k_weight", "k_bias")},
-    },
-    ops.repa_cosine: {"prediction": _TOKENS, "target": _TOKENS},
-    ops.flow_noised: {"latents": _TOKENS, "t": torch.rand(2), "positions": torch.arange(2), "seed": 0},
-    ops.flow_error: {
-        "prediction": _TOKENS,
-        "latents": _TOKENS,
-        "t": torch.rand(2),
-        "positions": torch.arange(2),
-        "seed": 0,
-    },
-    ops.diversity_stats: {"features": [_TOKENS, _TOKENS]},
-    ops.diversity_loss: {"features": [_TOKENS, _TOKENS]},
-    ops.diversity_tap: {"x": _TOKENS},
-}
+from tests.helpers.op_cases import NAMED, TOKENS
 
 
 def test_every_argument_that_is_missing_is_named():
     functions = [value for value in vars(ops).values() if type(value).__name__ == "function"]
-    assert set(functions) == set(_CALLS)
-    for function, arguments in _CALLS.items():
+    assert set(functions) == set(NAMED)
+    for function, arguments in NAMED.items():
         function(**arguments)
         for name in arguments:
             for wrong in (None, "text"):
@@ -63,7 +24,7 @@ def test_every_argument_that_is_missing_is_named():
 
 
 def test_every_setting_that_cannot_be_meant_is_named():
-    for function, arguments in _CALLS.items():
+    for function, arguments in NAMED.items():
         names = inspect.signature(function).parameters
         wrong = [("eps", None), ("eps", "1e-6"), ("eps", float("nan")), ("eps", -1e-6), ("eps", True)]
         for name, value in [("backend", None), ("backend", 1), *wrong]:
@@ -72,10 +33,10 @@ def test_every_setting_that_cannot_be_meant_is_named():
                     function(**arguments, **{name: value})
     for pairs in (None, 3, [1], [(0, 1, 1)], [(0.9, 1)], [("0", 1)], torch.ones(2)):
         with pytest.raises(UserError, match="pairs must be"):
-            ops.diversity_loss([_TOKENS, _TOKENS], pairs)
-    known = ops.row_statistics(_TOKENS)
+            ops.diversity_loss([TOKENS, TOKENS], pairs)
+    known = ops.row_statistics(TOKENS)
     with pytest.raises(UserError, match=r"stats are of blocks \[1, 5\], features of \[1, 4\]"):
-        ops.diversity_loss({1: _TOKENS, 4: _TOKENS}, stats={1: known, 5: known})
+        ops.diversity_loss({1: TOKENS, 4: TOKENS}, stats={1: known, 5: known})
 
 
 @pytest.mark.parametrize(
@@ -83,7 +44,7 @@ def test_every_setting_that_cannot_be_meant_is_named():
     [(torch.Tensor.to_sparse, "dense tensor"), (lambda x: x.to(torch.float8_e4m3fn), "16, 32 or 64 bits")],
 )
 def test_tensors_that_no_op_can_take_are_named(convert, reason):
-    for function, arguments in _CALLS.items():
+    for function, arguments in NAMED.items():
         name = next(iter(arguments))
         given = arguments[name]
         wrong = [convert(entry) for entry in given] if isinstance(given, list) else convert(given)
@@ -99,7 +60,7 @@ def test_every_op_runs_without_values():
             return [there(entry) for entry in value]
         return value.to("meta") if isinstance(value, torch.Tensor) else value
 
-    for function, arguments in _CALLS.items():
+    for function, arguments in NAMED.items():
         for backend in ("auto", "torch"):
             result = function(**{name: there(value) for name, value in arguments.items()}, backend=backend)
             expected = function(**arguments, backend=backend)
@@ -115,15 +76,15 @@ def _shapes(result):
 
 def test_a_layer_without_a_bias_is_told_what_to_give():
     with pytest.raises(UserError, match="long_skip: bias must be a tensor, not None; for a layer without one give zer"):
-        ops.long_skip(**{**_CALLS[ops.long_skip], "bias": None})
+        ops.long_skip(**{**NAMED[ops.long_skip], "bias": None})
 
 
 @pytest.mark.parametrize("stats", [(None, None), torch.ones(2, 3), (torch.ones(2, 3),)])
 def test_statistics_that_are_none(stats):
     calls = [
-        lambda: ops.layer_norm_modulate(**_CALLS[ops.layer_norm_modulate], stats=stats),
-        lambda: ops.long_skip(**_CALLS[ops.long_skip], x_stats=stats),
-        lambda: ops.diversity_loss([_TOKENS, _TOKENS], stats=[stats, None]),
+        lambda: ops.layer_norm_modulate(**NAMED[ops.layer_norm_modulate], stats=stats),
+        lambda: ops.long_skip(**NAMED[ops.long_skip], x_stats=stats),
+        lambda: ops.diversity_loss([TOKENS, TOKENS], stats=[stats, None]),
     ]
     for call in calls:
         with pytest.raises(UserError, match="stats"):
@@ -147,12 +108,12 @@ def test_features_by_block_index_are_taken_in_the_order_of_their_keys():
     ("features", "message"),
     [
         ({}, "empty mapping"),
-        ({"x": _TOKENS, "block_feas": {0: _TOKENS}}, "not 'x'; the block features are under 'block_feas'"),
-        ({0: _TOKENS, "1": _TOKENS}, "not '1'"),
-        ({True: _TOKENS}, "not True"),
-        ({0: _TOKENS, 1: None}, r"features\[1\] must be a tensor, not None"),
-        ([_TOKENS, _TOKENS.long()], r"features\[1\] must be floating point"),
-        ([_TOKENS, _TOKENS.to("meta")], r"features\[1\] is on meta"),
+        ({"x": TOKENS, "block_feas": {0: TOKENS}}, "not 'x'; the block features are under 'block_feas'"),
+        ({0: TOKENS, "1": TOKENS}, "not '1'"),
+        ({True: TOKENS}, "not True"),
+        ({0: TOKENS, 1: None}, r"features\[1\] must be a tensor, not None"),
+        ([TOKENS, TOKENS.long()], r"features\[1\] must be floating point"),
+        ([TOKENS, TOKENS.to("meta")], r"features\[1\] is on meta"),
     ],
 )
 def test_features_that_do_not_fit_are_named(features, message):
