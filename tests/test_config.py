@@ -12,6 +12,7 @@ import pytest
 from dit_fast.errors import ConfigError
 from dit_fast.methods import METHODS
 from dit_fast.methods.diversedit import DiverseDiT
+from dit_fast.methods.repa import REPA
 from dit_fast.models import new_model
 from dit_fast.objectives import OBJECTIVES, Flow
 from dit_fast.options import diff, groups, keys, to_dict
@@ -44,14 +45,14 @@ def test_overrides_reach_every_kind_of_field():
             "engine.zero_stage=2",
             "run.steps=1e3",
             "run.tensorboard=false",
-            "methods=toy",
+            "methods=repa,toy",
             "methods.toy.layers=3,4,5",
             "methods.toy.depth=7",
         ],
     )
     assert (config.optimizer.lr, config.engine.zero_stage, config.run.steps) == (2e-4, 2, 1000)
     assert config.run.tensorboard is False
-    assert config.methods == (Toy.Config(layers=(3, 4, 5), depth=7),)
+    assert config.methods == (REPA.Config(), Toy.Config(layers=(3, 4, 5), depth=7))
     kept = changed(config, ["methods=toy", "methods.toy.depth=none"])
     assert kept.methods == (Toy.Config(layers=(3, 4, 5), depth=None),)
     assert changed(config, ["run.seed=18446744073709551615"]).run.seed == 2**64 - 1  # exact
@@ -113,13 +114,6 @@ def test_wrong_overrides_name_the_key_and_the_fix(assignment, message):
     with pytest.raises(ConfigError, match=message) as caught:
         changed(TrainConfig(), [assignment])
     assert "\n" not in str(caught.value)
-
-
-def test_unknown_keys_in_a_file_raise():
-    values = to_dict(TrainConfig())
-    values["model"]["skip_wirings"] = "input"
-    with pytest.raises(ConfigError, match=r"model\.skip_wirings.*skip_wiring"):
-        stored(values)
 
 
 def test_a_class_is_chosen_by_name(monkeypatch):
@@ -209,6 +203,8 @@ def test_what_is_made_in_python_passes_the_same_checks():
         TrainConfig(data=None),
         TrainConfig(methods=None),
         TrainConfig(methods=(DiverseDiT.Config(k=0),)),
+        TrainConfig(methods=(DiverseDiT.Config(weight="adaptive"),)),
+        TrainConfig(methods=(DiverseDiT.Config(), DiverseDiT.Config())),
     ]
     for config in wrong:
         with pytest.raises(ConfigError):

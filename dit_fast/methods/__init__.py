@@ -10,7 +10,6 @@ from dit_fast.methods.diversedit import DiverseDiT
 from dit_fast.methods.reg import REG
 from dit_fast.methods.repa import REPA
 from dit_fast.models import Backbone
-from dit_fast.options import nearest
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (DiverseDiT, REPA, REG)}
 
@@ -18,15 +17,8 @@ METHODS: dict[str, type[Method]] = {method.name: method for method in (DiverseDi
 def build_methods(configs: Sequence[Any], model: Backbone, data: DatasetInfo) -> tuple[Method, ...]:
     """The methods of these Config objects, bound to a model and a data set in this order.
 
-    Raises ConfigError for an unknown name, for a repeated one and for a block that the model does not have, and what
-    the methods raise.
+    Raises ConfigError for a block that the model does not have, and what the methods raise.
     """
-    names = [config.name for config in configs]
-    for name in names:
-        if name not in METHODS:
-            raise ConfigError(f"unknown method '{name}'{nearest(name, METHODS)}")
-        if names.count(name) > 1:
-            raise ConfigError(f"method '{name}' is listed twice; keep one")
     methods = tuple(METHODS[config.name](config, model, data) for config in configs)
     for method in methods:
         for block in sorted(method.blocks):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dit_fast.data import DatasetInfo
 from dit_fast.diffusion import Path, velocity_error
+from dit_fast.diffusion.paths import as_path
 from dit_fast.errors import ConfigError
 from dit_fast.methods.base import Term
 from dit_fast.methods.repa import REPA, repa_loss
@@ -48,8 +49,7 @@ def reg_losses(
     [N, 1 + T, Z]: the encoder's class token, then its patch tokens; it gets no gradient. encoder_depth: the aligned
     block, from 1. Source: REG, Eqs. 4 to 7; token and image share t and have noise of their own.
     """
-    path = path if isinstance(path, Path) else Path(path)
-    block, target = encoder_depth - 1, target.detach()
+    path, block, target = as_path(path), encoder_depth - 1, target.detach()
     noised, velocity = path.interpolate(x, noise, t)
     noised_token, token_velocity = path.interpolate(target[:, 0], class_noise, t)
     output, features = model({"image": noised, "class_token": noised_token}, t, y, taps=(block,))

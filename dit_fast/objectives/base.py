@@ -13,24 +13,19 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from dit_fast.diffusion import Guidance, Path, Solver
+from dit_fast.diffusion.guidance import Velocity
 from dit_fast.diffusion.solvers import Field
 from dit_fast.models import Backbone, Taps
 from dit_fast.philox import Key, Stream
-from dit_fast.tree import Tree, each, leaves, like
+from dit_fast.tree import Tree, leaves, like
 
 # The leaves' own numbers, so that a leaf more changes nothing for the others.
 NOISE: Mapping[str, Stream] = {"image": Stream.NOISE, "class_token": Stream.CLASS_TOKEN}
 
 
-def leaf_noise(name: str, leaf: Tensor, key: Key) -> Tensor:
-    """Standard normal float32 [N, ...] in the shape of the leaf of this name."""
-    return key.normal(NOISE[name], tuple(leaf.shape[1:]))
-
-
-def along(path: Path, x: Tree, noise: Tree, t: Tensor) -> tuple[Tree, Tree]:
-    """(x_t, v) of every leaf, for times t [N]."""
-    noised = each(lambda clean, drawn: path.interpolate(clean, drawn, t)[0], x, noise)
-    return noised, each(lambda clean, drawn: path.interpolate(clean, drawn, t)[1], x, noise)
+def noise_for(x: Tree, key: Key) -> Tree:
+    """Standard normal float32, of the form of x."""
+    return like(x, {name: key.normal(NOISE[name], tuple(leaf.shape[1:])) for name, leaf in leaves(x).items()})
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ class Context:
     @cached_property
     def noise(self) -> Tree:
         """Drawn when it is first read: the fused ops make it in registers."""
-        return like(self.x, {name: leaf_noise(name, leaf, self.key) for name, leaf in leaves(self.x).items()})
+        return noise_for(self.x, self.key)
 
     @cached_property
     def target(self) -> Tree:
@@ -79,7 +74,9 @@ class Context:
 
 
 class Objective(ABC):
-    """A formulation. Subclasses set `name`, `Config` (a frozen dataclass with defaults) and `solvers`.
+    """A formulation; here, of a model that predicts a velocity.
+
+    Subclasses set `name`, `Config` (a frozen dataclass with defaults) and `solvers`, and define `run`.
 
     solvers: by name, what can follow its `field` from noise to data. functional: whether it differentiates the model
     forward or calls it with other parameters. path: between data and noise.
@@ -104,10 +101,13 @@ class Objective(ABC):
         The trainer calls this under autocast; the losses are float32.
         """
 
-    @abstractmethod
     def interpolate(self, x: Tree, noise: Tree, t: Tensor) -> tuple[Tree, Tree]:
         """What the model is given at times t [N], and what its prediction is compared with; both of the form of x."""
+        drawn = leaves(noise)
+        pairs = {name: self.path.interpolate(leaf, drawn[name], t) for name, leaf in leaves(x).items()}
+        noised, target = (like(x, {name: pair[k] for name, pair in pairs.items()}) for k in (0, 1))
+        return noised, target
 
-    @abstractmethod
     def field(self, model: Backbone, y: Tensor, guidance: Guidance) -> Field:
         """v(x, t, s): float64, what a solver follows from time t to time s, for the labels y [N] and with guidance."""
+        return Velocity(model, y, guidance, model.times)

@@ -6,11 +6,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from dit_fast.diffusion import SOLVERS, Guidance, Path, time_sampler, velocity_error
-from dit_fast.diffusion.guidance import Velocity
-from dit_fast.diffusion.solvers import Field
+from dit_fast.diffusion import SOLVERS, Path, time_sampler, velocity_error
 from dit_fast.models import Backbone, Taps
-from dit_fast.objectives.base import Context, Objective, along, leaf_noise
+from dit_fast.objectives.base import Context, Objective, noise_for
 from dit_fast.ops import flow_error, flow_noised
 from dit_fast.ops.flow import draws_noise_in_registers
 from dit_fast.options import setting
@@ -44,22 +42,13 @@ class Flow(Objective):
         """As `Objective.run`. Where the fused ops run, the image's noise and target are never tensors."""
         t, clean = self.times.keyed(key.seed, key.position), leaves(x)
         draw = (t, key.position, key.seed, self.path.name)
-        fused = {name for name, leaf in clean.items() if name == "image" and draws_noise_in_registers(leaf)}
-        drawn = {
-            name: self.path.interpolate(leaf, leaf_noise(name, leaf, key), t)
-            for name, leaf in clean.items()
-            if name not in fused
-        }
-        noised = {name: flow_noised(leaf, *draw) if name in fused else drawn[name][0] for name, leaf in clean.items()}
-        prediction = model(like(x, noised), t, y, taps)
+        fused = {"image": clean["image"]} if draws_noise_in_registers(clean["image"]) else {}
+        plain = {name: leaf for name, leaf in clean.items() if name not in fused}
+        drawn, target = map(leaves, self.interpolate(plain, noise_for(plain, key), t))
+        noised = like(x, {name: flow_noised(leaf, *draw) for name, leaf in fused.items()} | drawn)
+        prediction = model(noised, t, y, taps)
         losses = {
-            name: flow_error(leaf, clean[name], *draw) if name in fused else velocity_error(leaf, drawn[name][1])
+            name: flow_error(leaf, fused[name], *draw) if name in fused else velocity_error(leaf, target[name])
             for name, leaf in leaves(prediction).items()
         }
-        return Context(self, model, x, y, key, t, like(x, noised), prediction, losses, taps, batch, number)
-
-    def interpolate(self, x: Tree, noise: Tree, t: Tensor) -> tuple[Tree, Tree]:
-        return along(self.path, x, noise, t)
-
-    def field(self, model: Backbone, y: Tensor, guidance: Guidance) -> Field:
-        return Velocity(model, y, guidance)
+        return Context(self, model, x, y, key, t, noised, prediction, losses, taps, batch, number)

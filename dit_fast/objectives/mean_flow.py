@@ -17,15 +17,13 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dit_fast.diffusion import Guidance, Path, logit_normal
-from dit_fast.diffusion.guidance import Velocity
-from dit_fast.diffusion.solvers import SOLVERS, Field
+from dit_fast.diffusion import SOLVERS, Path, logit_normal
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.models import Backbone, Taps
-from dit_fast.objectives.base import Context, Objective, along, leaf_noise
+from dit_fast.objectives.base import Context, Objective, noise_for
 from dit_fast.options import setting
 from dit_fast.philox import Key, Stream
-from dit_fast.tree import Tree, each, leaves, like
+from dit_fast.tree import Tree, each, leaves
 
 Network = Callable[[Tree, Tensor, Tensor], Tree]  # (z, times [N, 2] = (t, r), y) -> u
 
@@ -160,7 +158,10 @@ def _null_label(model: object, given: int | None) -> int:
 
 
 class MeanFlow(Objective):
-    """Normalised squared error of the mean velocity between two times, on the linear path."""
+    """Normalised squared error of the mean velocity between two times, on the linear path.
+
+    As for flow matching, a `Context` has the velocity at t as its target.
+    """
 
     name = "mean_flow"
     solvers: ClassVar = {name: solver for name, solver in SOLVERS.items() if solver.times == 2}
@@ -202,9 +203,8 @@ class MeanFlow(Objective):
         self, model: Backbone, x: Tree, y: Tensor, key: Key, taps: Taps, batch: Mapping[str, Tensor], number: int
     ) -> Context:
         config = self.config
-        noise = like(x, {name: leaf_noise(name, leaf, key) for name, leaf in leaves(x).items()})
         t, r = self.draw_times(key)
-        z, velocity = self.interpolate(x, noise, t)
+        z, velocity = self.interpolate(x, noise_for(x, key), t)
         if self.guided:
             null, interval = model.null(y), (config.guidance_low, config.guidance_high)
             velocity = guided_velocity(model, velocity, z, t, y, null, config.omega, config.kappa, interval, y == null)
@@ -220,10 +220,3 @@ class MeanFlow(Objective):
         same = key.uniform(Stream.TIMES_AGREE, ()) < self.config.data_proportion
         t = torch.maximum(first, second)
         return t, torch.where(same, t, torch.minimum(first, second))
-
-    def interpolate(self, x: Tree, noise: Tree, t: Tensor) -> tuple[Tree, Tree]:
-        """As for flow matching: a `Context` has the velocity at t as its target."""
-        return along(self.path, x, noise, t)
-
-    def field(self, model: Backbone, y: Tensor, guidance: Guidance) -> Field:
-        return Velocity(model, y, guidance, times=2)

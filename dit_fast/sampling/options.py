@@ -72,7 +72,7 @@ class SampleOptions:
         model, solvers = run.model, run.objective.solvers
         sampler = self.sampler or next(name for name in (USUAL, *solvers) if name in solvers)
         check_solver(sampler, solvers)
-        mean = solvers[sampler].times == 2
+        mean = model.times == 2
         guided = GUIDED if model.null_label >= 0 and not mean else 1.0
         return replace(
             self,

@@ -127,15 +127,6 @@ def test_sampler_rows_of_the_deterministic_fill(wiring, call, monkeypatch):
     assert ours.norm().item() == pytest.approx(norm, rel=1e-6)
 
 
-@loop_over("wiring", list(ROWS))
-def test_projector_row_of_the_deterministic_fill(wiring):
-    model, x = tiny_model(wiring), fill("golden.x", SHAPE, 4)
-    _, features = model(x, torch.tensor([0.3, 0.85], dtype=torch.float64), torch.tensor([7, 1000]), taps=(1,))
-    z = model.projectors[0](features[1])
-    values = (z[1, 9, 3].item(), z.sum().item(), z.norm().item())
-    assert values == pytest.approx((0.0274816529, 1.8170121949, 1.5823490419), rel=1e-6)
-
-
 def test_alignment_of_the_deterministic_fill():
     p, q = fill("golden.p", (2, 4, 8), 4), fill("golden.q", (2, 4, 8), 4)
     assert repa_loss(p, q).item() == pytest.approx(-0.6498071017, abs=1e-10)

@@ -135,8 +135,6 @@ def test_unusable_ranges_and_forms_are_named():
         adaptive_weight(torch.tensor(0.3), 0.5, 0.1)
     with pytest.raises(UserError, match=r"'linear'.*paper, continuous"):
         adaptive_weight(torch.tensor(0.3), form="linear")
-    with pytest.raises(ConfigError, match="'adaptive'"):
-        DiverseDiT.Config(weight="adaptive")
 
 
 def random_features(blocks, seed=0):

@@ -21,8 +21,6 @@ from dit_fast.methods.diversedit import DiverseDiT
 from dit_fast.methods.repa import REPA
 from dit_fast.models import build_model
 from dit_fast.objectives import Flow
-from dit_fast.options import to_dict
-from dit_fast.runs import TrainConfig, changed, stored
 from dit_fast.train.__main__ import main
 from dit_fast.train.loss import TrainingLoss
 from tests.helpers.cases import loop_over
@@ -133,26 +131,6 @@ def test_initial_weights_are_drawn_in_the_order_of_the_methods():
     torch.manual_seed(1)
     build_methods([Brightness.Config(), REPA.Config(encoder_depth=2, projector_width=8)], model, INFO)
     assert torch.equal(model.brightness_head.weight, head.weight)
-
-
-def test_configurations_round_trip_and_take_overrides():
-    config = TrainConfig(methods=(DiverseDiT.Config(pairs="all", encoder_depth=5), Brightness.Config(weight=2.0)))
-    assert stored(to_dict(config)) == config
-    kept = changed(config, ["methods.repa.encoder_depth=3", "methods=brightness,repa"]).methods
-    assert kept == (Brightness.Config(weight=2.0), REPA.Config(encoder_depth=3))
-
-
-@loop_over(
-    ("configs", "message"),
-    [
-        ([SimpleNamespace(name="diversdit")], "unknown method 'diversdit'; did you mean 'diversedit'"),
-        ([SimpleNamespace(name="xyz")], "unknown method 'xyz'; valid here: diversedit, repa"),
-        ([REPA.Config(), REPA.Config(encoder_depth=2)], "'repa' is listed twice"),
-    ],
-)
-def test_wrong_lists_of_methods_are_named(configs, message):
-    with pytest.raises(ConfigError, match=message):
-        build_methods(configs, small(), INFO)
 
 
 @loop_over(

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from dit_fast.diffusion import flow_loss
 from dit_fast.nn.embeddings import TimestepEmbedder, sincos_position_embedding
 from tests.helpers.cases import loop_over
 from tests.helpers.deterministic_fill import fill, tiny_model
@@ -13,15 +12,6 @@ VELOCITY = {
     "off": (-0.4159774207, -0.0385227422, -15.7178189893, 5.8676820480),
     "input": (-0.2351264336, 0.0276432158, 1.4296536510, 6.6751780392),
     "output": (-0.2187210841, -0.0240392409, 1.4042370201, 6.5059117676),
-}
-# (wiring, path): loss of both samples
-LOSS = {
-    ("off", "linear"): (3.9892033942, 4.0429902065),
-    ("off", "cosine"): (4.6276221623, 4.0953393204),
-    ("input", "linear"): (3.9556015719, 4.0293475956),
-    ("input", "cosine"): (4.5771527605, 4.0649200223),
-    ("output", "linear"): (3.9534467543, 4.0247780200),
-    ("output", "cosine"): (4.5747810046, 4.0599737111),
 }
 Y = torch.tensor([7, 1000])
 T = torch.tensor([0.3, 0.85], dtype=torch.float64)
@@ -36,14 +26,6 @@ def test_velocity_and_projector_tap(wiring):
     ours = [v[0, 0, 0, 0], v[1, 3, 7, 5], v.sum(), v.norm(), z[1, 9, 3], z.sum(), z.norm()]
     expected = [*VELOCITY[wiring], 0.0274816529, 1.8170121949, 1.5823490419]
     torch.testing.assert_close(torch.stack(ours), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-8)
-
-
-@loop_over(("wiring", "path"), LOSS)
-def test_denoising_loss(wiring, path):
-    x, noise = fill("golden.x", (2, 4, 8, 8), 4), fill("golden.eps", (2, 4, 8, 8), 4)
-    with torch.no_grad():
-        loss = flow_loss(tiny_model(wiring), x, Y, t=T, noise=noise, path=path)
-    torch.testing.assert_close(loss, torch.tensor(LOSS[wiring, path], dtype=torch.float64), rtol=1e-6, atol=0)
 
 
 def test_position_embedding_is_the_published_one():
