@@ -20,17 +20,10 @@ from dit_fast import files
 from dit_fast.data.batch import open_columns
 from dit_fast.data.dataset import LatentDataset, open_dataset
 from dit_fast.data.description import FIELD_NAME, FILE_NAME, description_bytes, field_entry
-from dit_fast.data.field import DTYPES, RESERVED, Field, ShardInfo
+from dit_fast.data.field import DTYPES, RESERVED, Field
 from dit_fast.data.files import digest_files, reason, shown
 from dit_fast.data.json_object import MAX_DIMENSIONS, MAX_VALUES
-from dit_fast.data.writer import (
-    Producer,
-    Unfinished,
-    check_amounts,
-    read_json,
-    write_shards,
-    writing,
-)  # fmt: skip
+from dit_fast.data.writer import Producer, Unfinished, check_amounts, read_json, write_shards, writing
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.options import diff
 
@@ -80,33 +73,25 @@ def add_fields(
 ) -> LatentDataset:
     """Adds what `producer` gives, in one family of tars; its source numbers are the samples' keys.
 
-    settings: everything besides the fields that decides the bytes. Raises DataError, one line; finished tars are kept.
+    settings: everything besides the fields that decides the bytes. The caller has seen to `check_names`. Raises
+    DataError, one line; finished tars are kept.
     """
     check_amounts(1, processes)
-    check_names(dataset, producer.fields)
     out, info = Path(dataset.root), dataset.info
     declared = {name: field_entry(field) for name, field in producer.fields.items()}
     full = {"fields": declared, "dataset": info.fingerprint, **settings}
-    if _is_there(out, full):
-        return _opened(out, producer.fields)
-    with writing(Unfinished(out, next(iter(producer.fields))), full) as state:
-        results = write_shards(state, producer, np.arange(len(dataset)), info.shard_sizes, processes, progress)
-        tars = tuple(ShardInfo(**result["shard"]) for result in results)
-        entries = {
-            name: field_entry(dataclasses.replace(field, shards=tars), full) for name, field in producer.fields.items()
-        }
-        with _alone(out):
-            if not _is_there(out, full):
-                content = read_json(out / FILE_NAME)
-                content["fields"] = {**content.get("fields", {}), **entries}
-                files.replace(out / FILE_NAME, description_bytes(content))
-    return _opened(out, producer.fields)
-
-
-def _opened(out: Path, fields: Iterable[str]) -> LatentDataset:
-    """The data set, whose shards with these fields can be opened too."""
+    if not _is_there(out, full):
+        with writing(Unfinished(out, next(iter(producer.fields))), full) as state:
+            results = write_shards(state, producer, np.arange(len(dataset)), info.shard_sizes, processes, progress)
+            own = {"settings": full, "shards": [result["shard"] for result in results]}
+            with _alone(out):
+                if not _is_there(out, full):
+                    content = read_json(out / FILE_NAME)
+                    added = {name: {**entry, **own} for name, entry in declared.items()}
+                    content["fields"] = {**content.get("fields", {}), **added}
+                    files.replace(out / FILE_NAME, description_bytes(content))
     dataset = open_dataset(out)
-    open_columns(dataset, tuple(fields))
+    open_columns(dataset, tuple(producer.fields))  # their shards can be opened too
     return dataset
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from dit_fast.data.address import check_address, is_remote, join, one_line, read_bytes
 from dit_fast.data.description import FILE_NAME, DatasetInfo, parse_description
 from dit_fast.data.field import Family, ShardInfo
-from dit_fast.data.index import ShardIndex, index_bytes, index_from_bytes, index_name
+from dit_fast.data.index import ShardIndex, index_bytes, index_from_bytes, index_path
 from dit_fast.data.shards import LABEL_MEMBER, key_of, parse_npy
 from dit_fast.errors import DataError
 
@@ -95,7 +95,7 @@ def _require_folder(root: str, where: str) -> None:
 
 def open_index(root: str, shard: ShardInfo, family: Family, first_key: int, num_classes: int) -> ShardIndex:
     """The checked index of one shard, whose first sample has this key. Raises DataError."""
-    tar, idx = join(root, shard.name), join(root, index_name(shard.name))
+    tar, idx = join(root, shard.name), join(root, index_path(Path(shard.name)).name)
     with one_line(tar):
         index = _open_index(root, tar, idx, shard, family, first_key)
         if LABEL_MEMBER in index.members:

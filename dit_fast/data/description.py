@@ -1,6 +1,5 @@
 """`dataset.json`: what a folder of latent shards holds; every field is checked for its type and its range."""
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -126,19 +125,9 @@ def _digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def field_entry(field: Field, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A field as `dataset.json` declares it. settings: what an added one was made with."""
-    entry = {"member": field.member, "shape": list(field.shape), "dtype": field.dtype, "source": field.source}
-    if not field.shards:
-        return entry
-    return {**entry, "settings": dict(settings or {}), "shards": [dataclasses.asdict(shard) for shard in field.shards]}
-
-
-def make_description(info: Mapping[str, Any], shards: list[ShardInfo]) -> dict[str, Any]:
-    """`dataset.json` as a dictionary: format and version first, the shard table last."""
-    samples = sum(shard.samples for shard in shards)
-    table = [dataclasses.asdict(shard) for shard in shards]
-    return {"format": FORMAT, "version": VERSION, "num_samples": samples, **info, "shards": table}
+def field_entry(field: Field) -> dict[str, Any]:
+    """A field as `dataset.json` declares it; one in tars of its own has "settings", "shards" and "fingerprint" too."""
+    return {"member": field.member, "shape": list(field.shape), "dtype": field.dtype, "source": field.source}
 
 
 def parse_description(data: bytes, where: str, root: str) -> DatasetInfo:

@@ -52,7 +52,7 @@ def check_output(path: str | Path) -> Path:
     return Path(path)
 
 
-def reason(error: BaseException) -> str:
+def reason(error: BaseException | str) -> str:
     """First line of an exception, with the next where that one ends in a colon; its type where it says nothing."""
     lines = (getattr(error, "strerror", None) or str(error)).splitlines()
     count = 2 if lines and lines[0].rstrip().endswith(":") else 1
@@ -96,7 +96,7 @@ def digest_files(root: Path, names: Sequence[str], progress: bool) -> str:
     """
 
     def digests(chunk: Sequence[str]) -> list[bytes]:
-        return [_digest_file(root / name) for name in chunk]
+        return [digest_file(root / name) for name in chunk]
 
     total = hashlib.sha256()
     chunks = [names[first : first + 32] for first in range(0, len(names), 32)]
@@ -118,7 +118,8 @@ def weights_identity(kind: str, files: Sequence[Path]) -> str:
     return f"{kind}:{digest.hexdigest()[:16]}"
 
 
-def _digest_file(path: Path) -> bytes:
+def digest_file(path: Path) -> bytes:
+    """sha256 of a file. Raises DataError naming it when it cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").digest()

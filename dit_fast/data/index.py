@@ -102,8 +102,3 @@ def layout(length: np.ndarray) -> tuple[np.ndarray, int]:
 def index_path(tar: Path) -> Path:
     """`shard-000000.tar` -> `shard-000000.idx`."""
     return tar.with_suffix(".idx")
-
-
-def index_name(shard: str) -> str:
-    """The index's file name for a shard's file name."""
-    return shard.removesuffix(".tar") + ".idx"

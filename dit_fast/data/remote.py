@@ -8,7 +8,7 @@ import time
 import urllib.error
 import urllib.request
 
-from dit_fast.data.files import shown
+from dit_fast.data.files import reason, shown
 from dit_fast.errors import DataError
 
 logger = logging.getLogger("dit_fast")
@@ -93,10 +93,10 @@ class HttpStream:
                 raise
             raise _FinalError(f"the server answers {_words(error)}; check the address") from None
         except urllib.error.URLError as error:
-            reason = error.reason
-            unknown = isinstance(reason, socket.gaierror) and reason.errno != socket.EAI_AGAIN
-            if unknown or isinstance(reason, ssl.SSLCertVerificationError):
-                raise _FinalError(f"cannot be reached ({_words(reason)}); check the address") from None
+            cause = error.reason
+            unknown = isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN
+            if unknown or isinstance(cause, ssl.SSLCertVerificationError):
+                raise _FinalError(f"cannot be reached ({reason(cause)}); check the address") from None
             raise
         except (ValueError, http.client.InvalidURL) as error:  # UnicodeError too
             raise _FinalError(f"is not an address that can be asked for ({_words(error)})") from None
@@ -159,7 +159,7 @@ class HttpStream:
             self._response = None
 
 
-def _words(error: object) -> str:
+def _words(error: BaseException | str) -> str:
     """An error in a few words of one line."""
     if isinstance(error, urllib.error.HTTPError):
         return shown(f"{error.code} {error.reason}".splitlines()[0])
@@ -167,5 +167,4 @@ def _words(error: object) -> str:
         error = error.reason
     if isinstance(error, http.client.IncompleteRead):
         return "the answer ended early"
-    text = str(getattr(error, "strerror", None) or error).splitlines()
-    return shown(text[0]) if text and text[0] else type(error).__name__
+    return reason(error)

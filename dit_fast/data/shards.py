@@ -6,7 +6,6 @@ in tars of its own, as `000001234.NAME.npy` alone. Modification time, owner and 
 equal bytes.
 """
 
-import errno
 import hashlib
 import io
 import math
@@ -14,13 +13,14 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from dit_fast import files
-from dit_fast.data.index import ShardIndex, index_path, index_to_bytes, layout
+from dit_fast.data.address import one_line
+from dit_fast.data.index import ShardIndex, layout
 from dit_fast.errors import DataError
 
 KEY_DIGITS = 9
@@ -71,19 +71,12 @@ def parse_npy(data: bytes, shape: tuple[int, ...], dtype: str, name: str) -> np.
 
 
 class ShardWriter:
-    """Writes one tar and its index to `.partial` names, then renames both into place when `close` is called.
+    """Writes a tar, sample by sample, to an open file, and knows its index."""
 
-    Leaving the context with an exception removes what was written of this shard; earlier shards are untouched.
-    """
-
-    def __init__(self, path: Path, members: tuple[str, ...], first_key: int):
-        self.path, self.members, self.first_key = path, members, first_key
-        self._partial = path.with_name(path.name + ".partial")
-        self._file = open(self._partial, "wb")  # noqa: SIM115
-        self._offset: list[list[int]] = []
-        self._length: list[list[int]] = []
-        self._crc: list[list[int]] = []
-        self._label: list[int] = []
+    def __init__(self, file: BinaryIO, members: tuple[str, ...], first_key: int):
+        self.members, self.first_key, self._file = members, first_key, file
+        self._rows: list[list[tuple[int, int, int]]] = []
+        self._labels: list[int] = []
         self._position = 0
         self._digest = hashlib.sha256()
 
@@ -92,64 +85,40 @@ class ShardWriter:
         """Hex sha256 of the bytes written so far."""
         return self._digest.hexdigest()
 
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is not None:
-            self.abort()
-
     def add(self, payload: Mapping[str, bytes], label: int | None = None) -> None:
         """Appends the next sample. `payload`: member -> bytes for all members but the label's; None: it has none."""
-        key = key_of(self.first_key + len(self._label))
+        key, row = key_of(self.first_key + len(self._rows)), []
         full = dict(payload) if label is None else {**payload, LABEL_MEMBER: str(label).encode("ascii")}
-        if set(full) != set(self.members):
-            raise DataError(f"sample {key}: members {sorted(full)} where the data set has {sorted(self.members)}")
-        offsets, lengths, crcs = [], [], []
         for member in self.members:
             data = full[member]
             self._write(member_header(f"{key}.{member}", len(data)))
-            offsets.append(self._position)
-            lengths.append(len(data))
-            crcs.append(zlib.crc32(data))
+            row.append((self._position, len(data), zlib.crc32(data)))
             self._write(data + b"\0" * (-len(data) % tarfile.BLOCKSIZE))
-        self._offset.append(offsets)
-        self._length.append(lengths)
-        self._crc.append(crcs)
-        self._label.append(label or 0)
+        self._rows.append(row)
+        self._labels.append(label or 0)
 
-    def close(self) -> ShardIndex:
-        """Finishes the tar, syncs it and its index to disk and renames them into place; returns the index."""
+    def finish(self) -> ShardIndex:
+        """Writes the end mark; returns the index."""
         self._write(b"\0" * (2 * tarfile.BLOCKSIZE))
-        index = ShardIndex(
-            first_key=self.first_key,
-            tar_bytes=self._position,
-            members=self.members,
-            offset=np.array(self._offset, np.uint64).reshape(-1, len(self.members)),
-            length=np.array(self._length, np.uint32).reshape(-1, len(self.members)),
-            crc=np.array(self._crc, np.uint32).reshape(-1, len(self.members)),
-            label=np.array(self._label, np.int32),
-        )
-        files.sync(self._file)
-        self._file.close()
-        files.replace(index_path(self.path), index_to_bytes(index))
-        os.replace(self._partial, self.path)
-        files.sync_folder(self.path.parent)
-        return index
-
-    def abort(self) -> None:
-        """Removes the unfinished tar; what does not fit on a full disk any more is dropped."""
-        self._partial.unlink(missing_ok=True)
-        try:
-            self._file.close()
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
+        return _index(self.first_key, self._position, self.members, self._rows, self._labels)
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
         self._digest.update(data)
         self._position += len(data)
+
+
+def _index(
+    first_key: int,
+    tar_bytes: int,
+    members: tuple[str, ...],
+    rows: Sequence[Sequence[tuple[int, int, int]]],
+    labels: Sequence[int],
+) -> ShardIndex:
+    """rows: (offset, length, crc32) of each member of each sample."""
+    table = np.array(rows, np.uint64).reshape(len(rows), len(members), 3)
+    offset, length, crc = table[..., 0], table[..., 1].astype(np.uint32), table[..., 2].astype(np.uint32)
+    return ShardIndex(first_key, tar_bytes, members, offset, length, crc, np.array(labels, np.int32))
 
 
 def member_header(name: str, size: int) -> bytes:
@@ -171,8 +140,8 @@ def scan_tar(path: Path) -> ShardIndex:
     labels: list[int] = []
     first_key = 0
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as raw, tarfile.open(fileobj=raw, mode="r:") as tar:
+        with one_line(str(path)), open(path, "rb") as raw, tarfile.open(fileobj=raw, mode="r:") as tar:
+            size = os.fstat(raw.fileno()).st_size
             for member in tar:
                 found = re.fullmatch(r"(\d{9,18})\.([\w.]+)", member.name, re.ASCII)
                 plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.pax_headers
@@ -195,19 +164,14 @@ def scan_tar(path: Path) -> ShardIndex:
                     if not re.fullmatch(rb"\d{1,9}", data):
                         raise DataError(f"{path}: the label of sample {key} is not a number; rebuild the shard")
                     labels.append(int(data))
-            end = tar.offset
+            tail = os.pread(raw.fileno(), 2 * tarfile.BLOCKSIZE, tar.offset)
     except DataError:
         raise
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception as error:  # tarfile raises many kinds for damaged headers
         raise DataError(
             f"{path}: damaged tar ({type(error).__name__}); rebuild the shard with `dit-fast shards build`"
         ) from None
     # a tar cut between two members, or with a damaged header, reads as a shorter tar: only the end mark tells
-    with open(path, "rb") as raw:
-        raw.seek(end)
-        tail = raw.read(2 * tarfile.BLOCKSIZE)
     if len(tail) < 2 * tarfile.BLOCKSIZE or any(tail):
         raise DataError(
             f"{path}: tar is damaged or cut after {len(rows)} samples; rebuild it with `dit-fast shards build`"
@@ -216,21 +180,12 @@ def scan_tar(path: Path) -> ShardIndex:
     for number, row in enumerate(rows):
         if tuple(row) != members:
             raise DataError(f"{path}: sample {key_of(first_key + number)} has members {sorted(row)}; rebuild the shard")
-    table = np.array([[row[member] for member in members] for row in rows], np.uint64).reshape(
-        len(rows), len(members), 3
-    )
-    places, length = layout(table[..., 1])
-    if not rows or length != size or not np.array_equal(places, table[..., 0]):
+    table = [[row[member] for member in members] for row in rows]
+    index = _index(first_key, size, members, table, labels or [0] * len(rows))
+    places, length = layout(index.length)
+    if not rows or length != size or not np.array_equal(places, index.offset):
         raise DataError(
             f"{path}: holds {len(rows)} samples and something between or behind them; rebuild it with "
             "`dit-fast shards build`"
         )
-    return ShardIndex(
-        first_key=first_key,
-        tar_bytes=size,
-        members=members,
-        offset=table[..., 0],
-        length=table[..., 1].astype(np.uint32),
-        crc=table[..., 2].astype(np.uint32),
-        label=np.array(labels or [0] * len(rows), np.int32),
-    )
+    return index

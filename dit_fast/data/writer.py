@@ -26,13 +26,14 @@ import numpy as np
 import torch
 
 from dit_fast import files
-from dit_fast.data.dataset import LatentDataset, open_dataset
-from dit_fast.data.description import FILE_NAME, description_bytes, field_entry, make_description
-from dit_fast.data.field import MOMENTS, Family, Field, ShardInfo
+from dit_fast.data.address import read_bytes
+from dit_fast.data.dataset import DESCRIPTION_BYTES, LatentDataset, open_dataset
+from dit_fast.data.description import FILE_NAME, FORMAT, VERSION, description_bytes, field_entry
+from dit_fast.data.field import MOMENTS, Family, Field
 from dit_fast.data.files import bar, reason
-from dit_fast.data.index import index_path
+from dit_fast.data.index import index_path, index_to_bytes
 from dit_fast.data.shards import ShardWriter, key_of
-from dit_fast.errors import DataError, UserError
+from dit_fast.errors import ConfigError, DataError, UserError
 from dit_fast.options import diff
 
 SHARD = "shard"  # what the names of the tars with the latents begin with
@@ -70,15 +71,8 @@ def write_dataset(
 
     info: the part of `dataset.json` that is known beforehand and that the producer's fields do not tell. settings:
     everything that decides the bytes; a run with other settings in the same folder is refused with the difference.
-    Raises DataError, one line, with finished shards kept.
+    The caller has seen to `check_amounts` and `check_scaling`. Raises DataError, one line, with finished shards kept.
     """
-    check_amounts(samples_per_shard, processes)
-    for name in ("scale", "shift"):  # as the reader will demand
-        with np.errstate(over="ignore"):
-            value = np.array(info[name], np.float32)
-        if not np.isfinite(value).all() or (name == "scale" and (value <= 0).any()):
-            what = "finite number above 0" if name == "scale" else "finite number"
-            raise DataError(f"{name} {info[name]} is not a {what} in float32; correct it or the autoencoder")
     with one_line_errors(Unfinished(out, SHARD)):
         out.mkdir(parents=True, exist_ok=True)
         if (out / FILE_NAME).is_file():
@@ -88,12 +82,20 @@ def write_dataset(
     sizes = [min(samples_per_shard, len(order) - first) for first in range(0, len(order), samples_per_shard)]
     with writing(Unfinished(out, SHARD), settings) as state:
         results = write_shards(state, producer, order, sizes, processes, progress)
-        shards = [ShardInfo(**result["shard"]) for result in results]
-        fields = {name: field_entry(field) for name, field in producer.fields.items() if name != MOMENTS}
-        moments = {"dtype": producer.fields[MOMENTS].dtype, "latent_shape": producer.fields[MOMENTS].shape[1:]}
-        known = {**info, **moments, "fields": fields}
-        content = {**known, "statistics": _statistics(results), "settings": dict(settings)}
-        files.replace(out / FILE_NAME, description_bytes(make_description(content, shards)))
+        moments = producer.fields[MOMENTS]
+        description = {
+            "format": FORMAT,
+            "version": VERSION,
+            "num_samples": len(order),
+            **info,
+            "dtype": moments.dtype,
+            "latent_shape": moments.shape[1:],
+            "fields": {name: field_entry(field) for name, field in producer.fields.items() if name != MOMENTS},
+            "statistics": _statistics(results),
+            "settings": dict(settings),
+            "shards": [result["shard"] for result in results],
+        }
+        files.replace(out / FILE_NAME, description_bytes(description))
     return open_dataset(out)
 
 
@@ -165,6 +167,17 @@ def check_amounts(samples_per_shard: int, processes: int) -> None:
         raise DataError(f"processes={processes}: at most {most} on this machine; give fewer")
 
 
+def check_scaling(scale: float | Sequence[float], shift: float | Sequence[float]) -> None:
+    """Raises ConfigError unless the reader, to whom they are float32, will take them; one number or one per channel."""
+    with np.errstate(over="ignore"):
+        scales, shifts = np.array(scale, np.float32), np.array(shift, np.float32)
+    if not (np.isfinite(scales).all() and np.isfinite(shifts).all() and (scales > 0).all()):
+        raise ConfigError(
+            f"scale={scale}, shift={shift}: both must be finite and scale above 0 in float32; correct them or the "
+            "autoencoder"
+        )
+
+
 class _Task:
     """One shard: which samples, and where it goes."""
 
@@ -180,10 +193,10 @@ class _Task:
         except (ValueError, KeyError, TypeError):  # a damaged record: write the shard again
             return False
 
-    def write(self, stopped: Callable[[], bool]) -> bool:
-        """Writes the shard; False when told to stop before the end."""
+    def write(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Writes the shard, its index and what is known of it. Raises DataError when told to stop before the end."""
         try:
-            return self._write(stopped)
+            self._write(stopped)
         except OSError as error:
             error.filename = error.filename or str(self.path)
             raise
@@ -193,14 +206,14 @@ class _Task:
                 "--batch-size or --size in another folder"
             ) from None
 
-    def _write(self, stopped: Callable[[], bool]) -> bool:
+    def _write(self, stopped: Callable[[], bool]) -> None:
         sums, count, values = np.zeros((2, 0)), 0, 0
         fields = self.producer.fields
-        with ShardWriter(self.path, Family((), fields).members, self.first_key) as writer:
+        with files.replacing(self.path) as file:
+            writer = ShardWriter(file, Family((), fields).members, self.first_key)
             for arrays, label in self.producer.samples(self.numbers, self.shard):
                 if stopped():
-                    writer.abort()
-                    return False
+                    raise DataError(f"{self.path}: not finished, because another shard failed")
                 writer.add(
                     {field.member: self._encoded(name, arrays[name], count) for name, field in fields.items()}, label
                 )
@@ -210,14 +223,14 @@ class _Task:
                     sample = np.stack([mean.sum(1), (mean**2 + std**2).sum(1)])
                     sums, values = (sample if not count else sums + sample), values + mean.shape[1]
                 count += 1
-            index = writer.close()
+            index = writer.finish()
+            files.replace(index_path(self.path), index_to_bytes(index))
         result = {
             "shard": {"name": self.path.name, "samples": count, "bytes": index.tar_bytes, "sha256": writer.sha256},
             "sums": sums.tolist(),
             "values": values,
         }
         files.replace(self.record, json.dumps(result).encode())
-        return True
 
     def _encoded(self, name: str, array: np.ndarray, row: int) -> bytes:
         try:
@@ -232,7 +245,7 @@ def _run(tasks: Sequence[_Task], processes: int) -> Iterator[int]:
     if processes == 1 or len(tasks) < 2:
         with one_thread():
             for task in tasks:
-                task.write(lambda: False)
+                task.write()
                 yield len(task.numbers)
         return
     context = multiprocessing.get_context("spawn")
@@ -285,7 +298,8 @@ def _leave_with(parent: Any) -> None:
 
 def _work(task: _Task) -> int | Exception:
     try:
-        return len(task.numbers) if task.write(_stop.is_set) else 0
+        task.write(_stop.is_set)
+        return len(task.numbers)
     except (UserError, OSError) as error:
         return error
 
@@ -309,10 +323,9 @@ def refuse_other(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> N
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    data = read_bytes(str(path), DESCRIPTION_BYTES)
     try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({reason(error)})") from None
+        content = json.loads(data)
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):

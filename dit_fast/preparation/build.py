@@ -15,7 +15,15 @@ from dit_fast.data.dataset import LatentDataset
 from dit_fast.data.field import MOMENTS, Field
 from dit_fast.data.files import check_output
 from dit_fast.data.shards import MOMENTS_MEMBER
-from dit_fast.data.writer import SHARD, Unfinished, check_amounts, one_line_errors, one_thread, write_dataset
+from dit_fast.data.writer import (
+    SHARD,
+    Unfinished,
+    check_amounts,
+    check_scaling,
+    one_line_errors,
+    one_thread,
+    write_dataset,
+)
 from dit_fast.encoders import FeatureEncoder, load_encoder
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.philox import Stream, uint32_numpy
@@ -123,6 +131,7 @@ def build_shards(
     with one_line_errors(Unfinished(folder, SHARD)):
         spec, stored_spec = _place_autoencoder(autoencoder, folder, images, order, size, patch, channels)
     model = load_autoencoder(spec)
+    check_scaling(model.scale, model.shift)
     if size % model.factor:
         raise DataError(
             f"size {size} is not a multiple of {model.factor}, the pixels per latent of {autoencoder}; change --size"

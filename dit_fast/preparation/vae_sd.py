@@ -15,11 +15,12 @@ from typing import Literal
 
 import numpy as np
 
+from dit_fast.data.address import one_line
 from dit_fast.data.dataset import LatentDataset
 from dit_fast.data.field import MOMENTS, Field
 from dit_fast.data.files import check_output, check_utf8, digest_files, read_npy, reason, shown
 from dit_fast.data.shards import MOMENTS_MEMBER
-from dit_fast.data.writer import check_amounts, write_dataset
+from dit_fast.data.writer import check_amounts, check_scaling, write_dataset
 from dit_fast.errors import ConfigError, DataError
 
 SD_VAE_SCALE = 0.18215
@@ -91,12 +92,7 @@ def import_vae_sd(
     check_amounts(samples_per_shard, processes)
     if dtype not in ("float16", "float32"):
         raise ConfigError(f"dtype '{dtype}': valid are float16, float32")
-    with np.errstate(over="ignore"):
-        rounded = np.array([scale, shift], np.float32)  # as the model will see them
-    if not (np.isfinite(rounded).all() and rounded[0] > 0):
-        raise ConfigError(
-            f"scale={scale}, shift={shift}: both must be finite and scale above 0 in float32; correct --scale, --shift"
-        )
+    check_scaling(scale, shift)
     if folder.resolve() == root.resolve():
         raise DataError(f"{shown(root)}: is both source and output; choose another folder for the output")
     entries = _entries(root)
@@ -148,15 +144,12 @@ def _digest(root: Path, entries: list[tuple[str, int]], progress: bool) -> str:
 def _entries(root: Path) -> list[tuple[str, int]]:
     """(path, label) of every image, each path in its shortest spelling."""
     where = root / "dataset.json"
+    if not where.exists():
+        raise DataError(f"{where}: missing; give the vae-sd folder itself, its own dataset.json holds the labels")
+    with one_line(str(where)):
+        data = where.read_bytes()
     try:
-        labels = json.loads(where.read_bytes())["labels"]
-        entries = [(name, label) for name, label in labels]
-    except FileNotFoundError:
-        raise DataError(
-            f"{where}: missing; give the vae-sd folder itself, its own dataset.json holds the labels"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{where}: cannot be read ({reason(error)})") from None
+        entries = [(name, label) for name, label in json.loads(data)["labels"]]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise DataError(
             f'{where}: expected {{"labels": [[path, label], ...]}}; write it again with the encode step'

@@ -1,6 +1,5 @@
 """Full check of a local data set, and the way to make its indexes again: every byte of every tar."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,23 +10,13 @@ from dit_fast.data.address import is_remote, one_line
 from dit_fast.data.batch import allocate, columns_of
 from dit_fast.data.dataset import LatentDataset, open_dataset, open_index, read_description
 from dit_fast.data.field import Family, ShardInfo
-from dit_fast.data.files import reason
+from dit_fast.data.files import digest_file, reason
 from dit_fast.data.index import ShardIndex, index_path, index_to_bytes
 from dit_fast.data.reader import MemberReader
 from dit_fast.data.shards import scan_tar
 from dit_fast.errors import DataError, UserError
 
-CHUNK_BYTES = 1 << 22
 CHUNK_SAMPLES = 64
-
-
-def file_sha256(path: str | Path) -> str:
-    """Hex sha256 of a file. Raises DataError when it cannot be read."""
-    digest = hashlib.sha256()
-    with one_line(str(path)), open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def verify_dataset(
@@ -80,7 +69,7 @@ def _shard_problems(root: str, shard: ShardInfo, family: Family, first_key: int,
     try:
         if not tar.is_file() or tar.stat().st_size != shard.bytes:
             return  # said by then
-        if file_sha256(tar) != shard.sha256:
+        if digest_file(tar).hex() != shard.sha256:
             yield f"{tar}: sha256 differs from dataset.json, the file is damaged; restore it or rebuild it"
         elif index is not None:
             if not _equal(scan_tar(tar), index):
@@ -135,7 +124,7 @@ def rebuild_index(tar: str | Path) -> ShardIndex:
     shard = next((s for family in info.families for s in family.shards if s.name == path.name), None)
     if shard is None:
         raise DataError(f"{path}: dataset.json does not name this shard; move it out of the folder")
-    if file_sha256(path) != shard.sha256:
+    if digest_file(path).hex() != shard.sha256:
         raise DataError(
             f"{path}: sha256 differs from dataset.json, the file is damaged and gets no index; restore or rebuild it"
         )

@@ -1,10 +1,7 @@
 """Fields in tars of their own: added to finished shards, read by every reader, and bound to the runs that read them."""
 
-import functools
-import http.server
 import json
 import shutil
-import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +16,9 @@ from dit_fast.errors import CheckpointError, UserError
 from dit_fast.options import to_dict
 from dit_fast.preparation.verify import rebuild_index, verify_dataset
 from dit_fast.train.prepare import check_resume
+from tests.helpers.cases import refused
 from tests.helpers.damage import attack, flip, replace_member
+from tests.helpers.http_server import serving
 from tests.helpers.shard_sets import COUNT, contents, everything, full_after, rewrite
 
 TOKENS = np.arange(COUNT * 6, dtype=np.int32).reshape(COUNT, 3, 2)
@@ -57,13 +56,6 @@ def loader(folder, *fields, start=0, **options):
     dataset = open_dataset(folder)
     sizes = {"global_batch": 8, "micro_batch": 8, "rank": 0, "world_size": 1, "start": start}
     return build_loader(dataset, Plan(dataset.info.shard_sizes, 5, 2), fields=fields, **sizes, **options)
-
-
-def refused(call, *arguments, **options):
-    with pytest.raises(UserError) as caught:
-        call(*arguments, **options)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
 
 
 def test_no_file_that_was_there_changes_nor_any_run_that_does_not_read_it(built, extended):
@@ -106,15 +98,10 @@ def test_every_reader_gives_them_in_the_order_of_the_plan(built, extended, reade
 
 
 def test_they_are_streamed_over_http(extended):
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(extended))
-    handler.func.log_message = lambda *_: None
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        batch, other = next(loader(address, "tokens")), next(loader(extended, "tokens"))
+    with serving(extended) as server:
+        batch, other = next(loader(server.address, "tokens")), next(loader(extended, "tokens"))
         assert all(torch.equal(batch[name], other[name]) for name in other)
-        assert "local data sets only" in refused(add_field, address, "x", "x.npy")
-        server.shutdown()
+        assert "local data sets only" in refused(add_field, server.address, "x", "x.npy")
 
 
 @pytest.mark.parametrize("reader", ["indexed", "stream"])
@@ -218,11 +205,9 @@ def test_random_damage_gives_the_right_samples_or_one_line(extended, tmp_path):
 
 
 DAMAGE = {
-    "missing": "tokens-000001.tar: shard is missing",
-    "cut": "tokens-000001.tar: has 4000 bytes where dataset.json says",
-    "index of another": "tokens-000001.idx: describes samples 16..24",
     "shifted keys": "tokens-000001.idx: describes samples 9..17",
     "bytes": "tokens-000001.tar: 000000010.tokens.npy is corrupt",
+    "nan": "brightness-000001.tar: 000000008.brightness.npy holds NaN or Inf",
     "dtype": "tokens-000001.tar: 000000008.tokens.npy is (3, 2) '<u4' where dataset.json says (3, 2) int32",
     "cut otherwise": "fields.tokens.shards is 5, not cut as the data set's shards are",
     "declared": "fields.tokens does not match its fingerprint (edited, damaged, or made for another data set)",
@@ -231,17 +216,14 @@ DAMAGE = {
 
 def spoil(folder, kind):
     tar, idx, description = (folder / name for name in ("tokens-000001.tar", "tokens-000001.idx", "dataset.json"))
-    if kind == "missing":
-        tar.unlink()
-    elif kind == "cut":
-        tar.write_bytes(tar.read_bytes()[:4000])
-    elif kind == "index of another":
-        idx.write_bytes((folder / "tokens-000002.idx").read_bytes())
-    elif kind == "shifted keys":
+    if kind == "shifted keys":
         index = index_from_bytes(idx.read_bytes(), "")
         idx.write_bytes(index_to_bytes(replace(index, first_key=index.first_key + 1)))
     elif kind == "bytes":
         flip(tar, 8 * (2 * 1024 + 512 + 140))  # row 2, its values
+    elif kind == "nan":
+        tar = folder / "brightness-000001.tar"
+        replace_member(folder, tar, 0, 0, tar.read_bytes()[512 : 512 + 128] + np.float32(np.nan).tobytes())
     elif kind == "dtype":
         replace_member(folder, tar, 0, 0, tar.read_bytes()[512 : 512 + 152].replace(b"<i4", b"<u4"))
     elif kind == "cut otherwise":
@@ -258,7 +240,7 @@ def test_damage_to_a_family_is_named(copied, kind, reader):
     spoil(copied, kind)
 
     def read():
-        batches = loader(copied, "tokens", reader=reader)
+        batches = loader(copied, "tokens", "brightness", reader=reader)
         for _ in range(6):
             next(batches)
 

@@ -15,24 +15,16 @@ import pytest
 from dit_fast import _C
 from dit_fast.cli import main
 from dit_fast.data import open_dataset
-from dit_fast.data.description import description_bytes, make_description
-from dit_fast.data.field import ShardInfo
 from dit_fast.data.index import index_from_bytes, index_to_bytes
 from dit_fast.data.reader import IndexedReader
-from dit_fast.data.shards import ShardWriter, npy_bytes, scan_tar
+from dit_fast.data.shards import scan_tar
 from dit_fast.errors import DataError
 from dit_fast.preparation.verify import rebuild_index, verify_dataset
+from tests.helpers.cases import refused
 from tests.helpers.damage import READERS, attack, flip, read, replace_member
 from tests.helpers.shard_sets import CLASSES, rewrite
 
 SHARD = "shard-000001.tar"
-
-
-def refused(call, *arguments):
-    with pytest.raises(DataError) as caught:
-        call(*arguments)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
 
 
 def test_random_damage_gives_the_right_samples_or_one_line(built, tmp_path):
@@ -115,26 +107,6 @@ def test_images_of_another_kind_are_not_converted(copied):
 def with_header(data, header):
     chunk = b"IHDR" + header + data[26:29]
     return data[:12] + chunk + zlib.crc32(chunk).to_bytes(4, "big") + data[33:]
-
-
-def test_features_are_checked_too(tmp_path):
-    features = np.ones((3, 4, 8), np.float16)
-    features[1, 2, 3] = np.nan
-    with ShardWriter(tmp_path / "shard-000000.tar", ("moments.npy", "features.npy", "cls"), 0) as writer:
-        for row in features:
-            moments = np.ones((2, 12, 4, 4), np.float16)
-            writer.add({"moments.npy": npy_bytes(moments), "features.npy": npy_bytes(row)}, 0)
-        index = writer.close()
-    info = {
-        "num_classes": 1, "class_names": ["a"], "dtype": "float16",
-        "latent_shape": [12, 4, 4], "scale": 1.0, "shift": 0.0, "autoencoder": {"identity": "x", "spec": ""},
-        "statistics": None,
-        "fields": {"features": {"member": "features.npy", "shape": [4, 8], "dtype": "float16", "source": "e"}},
-    }  # fmt: skip
-    shards = [ShardInfo("shard-000000.tar", 3, index.tar_bytes, writer.sha256)]
-    (tmp_path / "dataset.json").write_bytes(description_bytes(make_description(info, shards)))
-    (message,) = {refused(read, tmp_path, reader) for reader in READERS}
-    assert "000000001.features.npy holds NaN or Inf" in message
 
 
 PNG = {"member": "png", "shape": [3, 16, 16], "dtype": "uint8", "source": ""}

@@ -3,31 +3,22 @@
 import hashlib
 import io
 import json
+import re
 import tarfile
 
 import numpy as np
 import pytest
 
 from dit_fast import autoencoders
-from dit_fast.data import Plan, build_loader, open_dataset
+from dit_fast.data import open_dataset
 from dit_fast.data.field import Field
 from dit_fast.data.index import index_from_bytes, index_to_bytes
 from dit_fast.data.reader import IndexedReader
-from dit_fast.data.shards import ShardWriter, npy_bytes, parse_npy
+from dit_fast.data.shards import npy_bytes, parse_npy, scan_tar
 from dit_fast.errors import DataError
 from dit_fast.preparation.verify import rebuild_index, verify_dataset
+from tests.helpers.cases import refused
 from tests.helpers.shard_sets import COUNT, build, contents, make_images, rewrite
-
-
-def read_all(folder):
-    """Every sample through the indexed reader, then every shard through the streaming one."""
-    dataset = open_dataset(folder)
-    IndexedReader(dataset, ("image",)).read(np.arange(len(dataset)), np.arange(len(dataset)))
-    plan = Plan(dataset.info.shard_sizes, 0, 2)
-    options = {"global_batch": 8, "micro_batch": 8, "rank": 0, "world_size": 1, "start": 0, "fields": ("image",)}
-    stream = build_loader(dataset, plan, reader="stream", **options)
-    for _ in range(-(-len(dataset) // 8)):
-        next(stream)
 
 
 def test_tar_is_plain_and_deterministic(array_file, built, tmp_path):
@@ -100,11 +91,7 @@ def test_no_index_is_made_of_a_damaged_tar(copied, damage):
     else:
         del data[{"between members": header, "end mark": len(data) - 600, "inside": header + 700}[damage] :]
     path.write_bytes(data)
-    before = path.with_suffix(".idx").read_bytes()
-    with pytest.raises(DataError, match=r"shard-000001.tar: .*(damaged|cut short)") as caught:
-        rebuild_index(path)
-    assert "\n" not in str(caught.value)
-    assert path.with_suffix(".idx").read_bytes() == before
+    assert re.search(r"shard-000001.tar: .*(damaged|cut short)", refused(scan_tar, path))
 
 
 def test_any_webdataset_user_can_stream_it(built):
@@ -138,25 +125,6 @@ def test_every_flip_and_cut_is_found(copied, seed):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_reading_finds_every_flip_of_a_payload(copied, seed):
-    rng = np.random.default_rng(seed)
-    dataset = open_dataset(copied)
-    shard = int(rng.integers(6))
-    index = dataset.indexes[shard]
-    row = int(rng.integers(len(index)))
-    column = index.members.index(("moments.npy", "png")[seed % 2])
-    where = int(index.offset[row, column]) + int(rng.integers(index.length[row, column]))
-    path = copied / f"shard-{shard:06d}.tar"
-    data = bytearray(path.read_bytes())
-    data[where] ^= 1 << int(rng.integers(8))
-    path.write_bytes(data)
-    with pytest.raises(
-        DataError, match=rf"{path.name}: sample {shard * 8 + row:09d}|{path.name}: {shard * 8 + row:09d}"
-    ):
-        read_all(copied)
-
-
 def test_reading_unchecked_gives_the_damaged_values(copied):
     dataset = open_dataset(copied)
     index = dataset.indexes[0]
@@ -170,43 +138,41 @@ def test_reading_unchecked_gives_the_damaged_values(copied):
 
 
 def test_bad_data_sets_are_refused_at_once(copied):
-    def refused(message):
-        with pytest.raises(DataError, match=message) as caught:
-            open_dataset(copied)
-        assert "\n" not in str(caught.value)
+    def is_refused(message):
+        assert re.search(message, refused(open_dataset, copied))
 
     original = (copied / "dataset.json").read_bytes()
     rewrite(copied, lambda content: content.update(num_classes=2, class_names=[]))
-    refused(r"shard-\d+.tar: sample \d+ has label 2, outside 0..1")
+    is_refused(r"shard-\d+.tar: sample \d+ has label 2, outside 0..1")
     (copied / "dataset.json").write_bytes(original)
     rewrite(copied, lambda content: content.update(latent_shape=[12, 8, 8]))
-    refused(r"000000000.moments.npy has \d+ bytes where dataset.json allows 3073..")
+    is_refused(r"000000000.moments.npy has \d+ bytes where dataset.json allows 3073..")
     (copied / "dataset.json").write_bytes(original)
     rewrite(
         copied, lambda content: content.update(latent_shape=[48, 2, 2], scale=1.0, statistics=None)
     )  # as many bytes
-    refused(r"moments.npy is \(2, 12, 4, 4\) '<f2' where dataset.json says \(2, 48, 2, 2\)")
+    is_refused(r"moments.npy is \(2, 12, 4, 4\) '<f2' where dataset.json says \(2, 48, 2, 2\)")
     (copied / "dataset.json").write_bytes(original)
     rewrite(copied, lambda content: content["shards"][1].update(name="../shard-000001.tar"))
-    refused("not a plain file name")
+    is_refused("not a plain file name")
     (copied / "dataset.json").write_bytes(original)
     rewrite(copied, lambda content: content.update(version=7))
-    refused("format version 7")
+    is_refused("format version 7")
     (copied / "dataset.json").write_bytes(original.replace(b'"bee"', b'"bug"'))
-    refused("does not match its fingerprint")
+    is_refused("does not match its fingerprint")
     (copied / "dataset.json").write_bytes(original)
     tar = (copied / "shard-000004.tar").read_bytes()
     (copied / "shard-000004.tar").write_bytes(tar[:-512])
-    refused(rf"shard-000004.tar: has {len(tar) - 512} bytes where dataset.json says {len(tar)}; restore it")
+    is_refused(rf"shard-000004.tar: has {len(tar) - 512} bytes where dataset.json says {len(tar)}; restore it")
     (copied / "shard-000004.tar").write_bytes(tar)
     (copied / "shard-000002.idx").write_bytes((copied / "shard-000001.idx").read_bytes())
-    refused("shard-000002.idx: describes samples 8..16.*dit-fast shards index")
+    is_refused("shard-000002.idx: describes samples 8..16.*dit-fast shards index")
     (copied / "shard-000002.idx").unlink()
-    refused("shard-000002.idx: index is missing; rebuild it with `dit-fast shards index")
+    is_refused("shard-000002.idx: index is missing; rebuild it with `dit-fast shards index")
     (copied / "shard-000002.tar").unlink()
-    refused("shard-000002.tar: shard is missing; restore it or build")
+    is_refused("shard-000002.tar: shard is missing; restore it or build")
     (copied / "dataset.json").unlink()
-    refused("dataset.json: missing; finish the data set with `dit-fast shards build")
+    is_refused("dataset.json: missing; finish the data set with `dit-fast shards build")
 
 
 def test_the_place_of_the_autoencoder_may_be_edited(copied):
@@ -243,12 +209,3 @@ def test_no_pickles_in_npy():
             parse_npy(junk, (3,), "float64", "x")
     array = np.arange(6, dtype=np.float16).reshape(2, 3)
     assert np.array_equal(parse_npy(npy_bytes(array), (2, 3), "float16", "x"), array)
-
-
-def test_writer_leaves_nothing_behind_on_errors(tmp_path):
-    with (
-        pytest.raises(DataError, match="members"),
-        ShardWriter(tmp_path / "s.tar", ("moments.npy", "cls"), 0) as writer,
-    ):
-        writer.add({"png": b""}, 0)
-    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 import io
 import os
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from dit_fast.data import open_dataset
 from dit_fast.data.reader import IndexedReader
 from dit_fast.data.shards import npy_bytes
 from dit_fast.errors import DataError
+from tests.helpers.damage import flip
 
 needs_host = pytest.mark.skipif(_C.host_unavailable() is not None, reason=f"{_C.host_unavailable()}")
 
@@ -69,13 +71,8 @@ def test_the_compiled_code_is_what_reads(built, in_python, monkeypatch):
 def _flip(place):
     def change(dataset):
         index = dataset.indexes[1]
-        path = f"{dataset.root}/{dataset.info.shards[1].name}"
-        column = index.members.index("moments.npy")
-        with open(path, "r+b") as file:
-            file.seek(int(index.offset[3, column]) + place)
-            byte = file.read(1)
-            file.seek(-1, os.SEEK_CUR)
-            file.write(bytes([byte[0] ^ 0xFF]))
+        start = int(index.offset[3, index.members.index("moments.npy")])
+        flip(Path(dataset.root) / dataset.info.shards[1].name, 8 * (start + place))
 
     return change
 

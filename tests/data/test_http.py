@@ -1,10 +1,5 @@
 """Shards over http: what breaks on the way is asked for again; what is wrong is one line, at once."""
 
-import http.server
-import threading
-from pathlib import Path
-from urllib.parse import urlsplit
-
 import numpy as np
 import pytest
 import torch
@@ -15,71 +10,17 @@ from dit_fast.data.address import check_address, join
 from dit_fast.data.remote import HttpStream
 from dit_fast.errors import DataError
 from tests.helpers.damage import read
+from tests.helpers.http_server import serving
 from tests.helpers.shard_sets import COUNT, rewrite
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Files of a folder. `faults`: file name -> what goes wrong with its next answers, in order; see `Handler`."""
-
-    daemon_threads = True
-
-    def __init__(self, folder):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.faults, self.asked, self.ranges, self.query = Path(folder), {}, [], True, ""
-        self.address = f"http://127.0.0.1:{self.server_port}"
-
-    def handle_error(self, request, client_address):
-        pass
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        server, url = self.server, urlsplit(self.path)
-        name = url.path.rpartition("/")[2]
-        server.asked.append((name, self.headers.get("Range")))
-        fault = server.faults[name].pop(0) if server.faults.get(name) else None
-        if url.query != server.query:
-            return self.send_error(403)
-        if isinstance(fault, int):
-            self.send_response(fault)
-            self.send_header("Retry-After", "7")
-            self.end_headers()
-            return None
-        if fault == "loop":
-            self.send_response(302, "Found\x1b[31m")
-            self.send_header("Location", self.path)
-            return self.end_headers()
-        if not (server.folder / name).is_file():
-            return self.send_error(404)
-        data, start = (server.folder / name).read_bytes(), 0
-        if self.headers.get("Range") and server.ranges:
-            start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        else:
-            self.send_response(200)
-        body = data[start:]
-        self.send_header("Content-Length", str(len(body) + (fault == "longer")))
-        if fault == "packed":
-            self.send_header("Content-Encoding", "gzip")
-        self.end_headers()
-        self.wfile.write(body[: len(body) // 3] if fault == "cut" else body)
-        return None
 
 
 @pytest.fixture
 def server(built, monkeypatch):
     pauses = []
     monkeypatch.setattr(remote.time, "sleep", pauses.append)
-    with Server(built) as server:
+    with serving(built) as server:
         server.pauses = pauses
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
         yield server
-        server.shutdown()
 
 
 def same(ours, theirs):

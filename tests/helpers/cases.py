@@ -1,9 +1,21 @@
-"""Many small cases of one rule as one test, which names every case that fails."""
+"""Many small cases of one rule as one test, which names every case that fails; and what a refusal must be."""
 
 import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import pytest
+
+from dit_fast.errors import UserError
+
+
+def refused(call: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    """The message of the UserError that the call raises, which is one line."""
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **options)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
 
 
 def loop_over(names: str | Sequence[str], values: Sequence[Any]) -> Callable[[Callable], Callable]:

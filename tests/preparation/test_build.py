@@ -363,6 +363,7 @@ def test_bad_latents_name_the_image(array_file, tmp_path, monkeypatch, mean, std
     monkeypatch.setattr(PatchPCA, "encode", encode)
     with pytest.raises(DataError, match=rf"sample 000000001 \(.*pictures.npz, image \d+\) has latents .*{message}"):
         build(array_file, tmp_path / "out")
+    assert not [name for name in contents(tmp_path / "out") if name.endswith(".partial")]
 
 
 def test_command_line(array_file, built, tmp_path, capsys):
