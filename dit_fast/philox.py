@@ -88,19 +88,14 @@ def uint32(seed: int, positions: Tensor, stream: int, count: int) -> Tensor:
     return torch.stack(philox4x32(seed, c0, c1, c2, c3), dim=-1).flatten(1)[:, :count]
 
 
-def uniform(
-    seed: int, positions: Tensor, stream: int, shape: tuple[int, ...], device: torch.device | str | None = None
-) -> Tensor:
-    """Uniform float32 [N, *shape] in [0, 1) for positions int64 [N]; on `device` (default: that of `positions`)."""
-    positions = _to_device(positions, device)
+def uniform(seed: int, positions: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
+    """Uniform float32 [N, *shape] in [0, 1) for positions int64 [N]; on their device."""
     return _to_uniform(uint32(seed, positions, stream, math.prod(shape))).reshape(-1, *shape)
 
 
-def normal(
-    seed: int, positions: Tensor, stream: int, shape: tuple[int, ...], device: torch.device | str | None = None
-) -> Tensor:
-    """Standard normal float32 [N, *shape] for positions int64 [N]; on `device` (default: that of `positions`)."""
-    positions, count = _to_device(positions, device), math.prod(shape)
+def normal(seed: int, positions: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal float32 [N, *shape] for positions int64 [N]; on their device."""
+    count = math.prod(shape)
     first, second = _to_uniform(uint32(seed, positions, stream, count + count % 2)).unflatten(1, (-1, 2)).unbind(-1)
     radius = first.clamp(min=_SMALLEST).double().log().float().mul(-2.0).sqrt()
     angle = second.mul(_TWO_PI).double()
@@ -149,10 +144,6 @@ def uniform_numpy(seed: int, positions: np.ndarray, stream: int, shape: tuple[in
 def _to_uniform(words: Tensor) -> Tensor:
     """Triton's map of a word, read as int32 with negative values folded, to float32 in [0, 1)."""
     return torch.where(words > 0x7FFFFFFF, _MASK - words, words).float().mul_(_SCALE)
-
-
-def _to_device(positions: Tensor, device: torch.device | str | None) -> Tensor:
-    return positions if device is None else positions.to(device, non_blocking=True)
 
 
 def _keys(seed: int) -> list[tuple[int, int]]:

@@ -66,9 +66,8 @@ def run(
                 print(f"dit-fast: {interrupted}", file=sys.stderr)
             return 130
         except Exception as error:
-            if not isinstance(error, BrokenPipeError) or _has_reader(
-                sys.stdout
-            ):  # else it left: `dit-fast info | head`
+            left = isinstance(error, BrokenPipeError) and not _has_reader(sys.stdout)  # as in `dit-fast info | head`
+            if not left:
                 place = f"rank {rank}: " if rank else ""
                 _report(f"{place}{type(error).__name__}: {one_line(error)} ({ADVICE})", show_traceback)
             return 1
@@ -137,14 +136,6 @@ def _to_null() -> TextIO:
     return open(os.devnull, "w")
 
 
-def _can_flush(stream: TextIO) -> bool:
-    try:
-        stream.flush()
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 def _has_reader(stream: TextIO) -> bool:
     try:
         poller = select.poll()
@@ -157,6 +148,8 @@ def _has_reader(stream: TextIO) -> bool:
 def _settle(stream: Any) -> None:
     """What cannot be written now cannot be at exit either, where Python would turn it into status 120."""
     stream = getattr(stream, "_stream", stream)
-    if not _can_flush(stream):
+    try:
+        stream.flush()
+    except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -33,10 +33,6 @@ class World:
                 tensor /= self.size
         return tensor
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
     def agree(self, decide: Callable[[], T], rank: int = 0) -> T:
         """What `decide` returned on rank `rank` (JSON types), on every rank.
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dit_fast import files
-from dit_fast.checkpoint.manifest import MANIFEST, REST, STATE, WEIGHTS, State, optimizer_file, write_manifest
+from dit_fast.checkpoint.manifest import MANIFEST, STATE, State, optimizer_file, write_manifest
 from dit_fast.checkpoint.step import DTYPES, FOLDER, Checkpoint, newest_checkpoint, step_folders, step_name
 from dit_fast.errors import CheckpointError
 from dit_fast.train.engine import Engine
@@ -27,9 +27,11 @@ from dit_fast.world import World
 logger = logging.getLogger("dit_fast")
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+TRAINED = ("model", "ema", *MOMENTS)  # of the trained parameters
 MARGIN = 1 << 20  # bytes for headers, state and manifest
 Entry = tuple[str, torch.dtype, torch.Size]
 Untrained = Mapping[str, Mapping[str, Tensor]]
+Layout = Mapping[str, Mapping[tuple[str, str], Entry]]  # file -> kind and name -> what it holds, in order
 
 
 class TensorFile:
@@ -41,7 +43,7 @@ class TensorFile:
             end = offset + shape.numel() * dtype.itemsize
             header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
-        self._hash, self.bytes = hashlib.sha256(), 0
+        self._hash, self._size = hashlib.sha256(), 0
         self._file: BinaryIO = path.open("wb")
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
@@ -52,19 +54,20 @@ class TensorFile:
         self._put(content.numpy().data)
 
     def finish(self) -> bytes:
-        """Flushes to the disk and closes; returns the sha256."""
+        """Flushes to the disk and closes; returns size (8 bytes) and sha256 (32)."""
         files.sync(self._file)
         self._file.close()
-        return self._hash.digest()
+        return self._size.to_bytes(8, "little") + self._hash.digest()
 
     def abandon(self) -> None:
+        """Closes a file that is not wanted; nothing after `finish`."""
         with contextlib.suppress(OSError):  # a full disk may refuse the last buffer too; the file is removed anyway
             self._file.close()
 
     def _put(self, data: bytes | memoryview) -> None:
         files.write(self._file, data)
         self._hash.update(data)
-        self.bytes += len(data)
+        self._size += len(data)
 
 
 class Checkpoints:
@@ -120,63 +123,87 @@ class Checkpoints:
         tensor holds NaN or Inf. What was there before stays whole whatever happens.
         """
         final = self.folder / step_name(state["step"])
-        partial = final.with_suffix(".partial")
-        error = self._prepare(partial, engine, untrained) if self.world.rank == 0 else None
-        if self._report(error, partial):
+        partial, errors = final.with_suffix(".partial"), list[OSError]()
+        if self.world.rank == 0:
+            with _noting(errors):
+                self._prepare(partial, engine, untrained)
+        if self._failed(errors, partial):
             return False
-        content = _layout(engine, untrained, self.world)
-        digests = torch.zeros(len(content), 40, dtype=torch.int32)
-        finite = Finiteness(self.world)
-        error = _write_files(partial, content, engine, untrained, self.world.rank, digests, finite)
+        layout, finite = _layout(engine, untrained, self.world.size), Finiteness(self.world)
+        digests = self._write(partial, layout, _tensors(engine, untrained), finite, errors)
         if (name := finite.first_exception()) is not None:
             if self.world.rank == 0:
                 files.remove_tree(partial)
             raise Diverged(f"{name} is not finite after step {state['step']}, so no checkpoint was written")
         digests = self.world.reduce(digests.to(self.world.device), "sum").cpu()
-        if self._report(error, partial):
+        if self._failed(errors, partial):
             return False
         if self.world.rank == 0:
-            error = self._publish(partial, final, list(content), digests, state, retire)
-        return not self._report(error, partial)
+            with _noting(errors):
+                self._publish(partial, final, list(layout), digests, state, retire)
+        return not self._failed(errors, partial)
 
-    def _prepare(self, partial: Path, engine: Engine, untrained: Untrained) -> str | None:
+    def _prepare(self, partial: Path, engine: Engine, untrained: Untrained) -> None:
         trained = sum(shape.numel() for _, shape in engine.trainable())
         needed = 16 * trained + sum(x.nbytes for each in untrained.values() for x in each.values()) + MARGIN
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            files.remove_tree(partial)
-            free = files.free_bytes(self.folder)
-            if free < needed:
-                return f"needs {needed >> 20} MiB and the disk has {free >> 20} MiB left"
-            partial.mkdir()
-        except OSError as error:
-            return str(error)
-        return None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files.remove_tree(partial)
+        free = files.free_bytes(self.folder)
+        if free < needed:
+            raise OSError(f"needs {needed >> 20} MiB and the disk has {free >> 20} MiB left")
+        partial.mkdir()
+
+    def _write(
+        self,
+        partial: Path,
+        layout: Layout,
+        tensors: Iterable[tuple[str, str, Tensor]],
+        finite: Finiteness,
+        errors: list[OSError],
+    ) -> Tensor:
+        """Streams this rank's share of the files; int32 [files, 40], what `TensorFile.finish` gave, zeros for others'.
+
+        After an error of the disk it only goes on gathering, so that no other rank waits for this one.
+        """
+        mine: dict[str, TensorFile] = {}
+        with _noting(errors):
+            for file in [*layout][self.world.rank :: self.world.size]:
+                mine[file] = TensorFile(partial / file, layout[file].values())
+        place = {key: writer for file, writer in mine.items() for key in layout[file]}
+        for kind, name, tensor in tensors:
+            finite.look(f"{kind} of '{name}'", tensor)
+            if not errors and (kind, name) in place:
+                with _noting(errors):
+                    place[kind, name].add(tensor)
+        digests = torch.zeros(len(layout), 40, dtype=torch.int32)
+        with _noting(errors):
+            for number, file in enumerate(layout):
+                if file in mine and not errors:
+                    digests[number] = torch.frombuffer(bytearray(mine[file].finish()), dtype=torch.uint8)
+        for writer in mine.values():
+            writer.abandon()
+        return digests
 
     def _publish(
         self, partial: Path, final: Path, names: list[str], digests: Tensor, state: Mapping[str, Any], retire: bool
-    ) -> str | None:
-        try:
-            content = json.dumps(state, indent=1).encode()
-            files.write_synced(partial / STATE, content)
-            listed: dict[str, dict[str, Any]] = {
-                STATE: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            }
-            for name, row in zip(names, digests.to(torch.uint8), strict=True):
-                data = row.numpy().tobytes()
-                listed[name] = {"bytes": int.from_bytes(data[:8], "little"), "sha256": data[8:].hex()}
-            files.write_synced(partial / MANIFEST, write_manifest(state["step"], listed))
-            files.sync_folder(partial)
-            files.rename(partial, final)
-        except OSError as error:
-            return str(error)
+    ) -> None:
+        content = json.dumps(state, indent=1).encode()
+        files.write_synced(partial / STATE, content)
+        listed: dict[str, dict[str, Any]] = {
+            STATE: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        }
+        for name, row in zip(names, digests.to(torch.uint8), strict=True):
+            data = row.numpy().tobytes()
+            listed[name] = {"bytes": int.from_bytes(data[:8], "little"), "sha256": data[8:].hex()}
+        files.write_synced(partial / MANIFEST, write_manifest(state["step"], listed))
+        files.sync_folder(partial)
+        files.rename(partial, final)
         try:
             files.sync_folder(self.folder)  # before this returns, the older ones are the only ones sure to be there
             if retire:
                 self._retire()
         except OSError as error:
             logger.warning("%s is written, but %s; older checkpoints stay", final, error)
-        return None
 
     def _retire(self) -> None:
         """Removes checkpoints beyond `keep`; each loses its name first, so that a kill leaves no half of one."""
@@ -186,81 +213,46 @@ class Checkpoints:
                 files.rename(path, doomed)
                 files.remove_tree(doomed)
 
-    def _report(self, error: str | None, partial: Path) -> bool:
-        """Whether any rank failed; the partial folder is then gone and the reason logged where it arose."""
-        failed = torch.tensor([float(error is not None)], dtype=torch.float32, device=self.world.device)
+    def _failed(self, errors: list[OSError], partial: Path) -> bool:
+        """Whether any rank met an error; the partial folder is then gone and the reason logged where it arose."""
+        failed = torch.tensor([float(bool(errors))], dtype=torch.float32, device=self.world.device)
         if not self.world.reduce(failed, "max").item():
             return False
-        if error is not None:
+        for error in errors[:1]:
             logger.warning("checkpoint %s not written: %s; earlier ones are untouched", partial.stem, error)
         if self.world.rank == 0:
             files.remove_tree(partial)
         return True
 
 
-def _layout(
-    engine: Engine, untrained: Untrained, world: World
-) -> dict[str, tuple[int, dict[str, list[str]], list[Entry]]]:
-    """File name -> (rank that writes it, kind -> parameter names, entries in order); the same on every rank."""
-    trained = engine.trainable()
-    rest = {kind: [(name, x.dtype, x.shape) for name, x in tensors.items()] for kind, tensors in untrained.items()}
-    names = [name for name, _ in trained]
-    weights = [(name, torch.float32, shape) for name, shape in trained]
-    count = min(world.size, len(trained))
-    content: dict[str, tuple[int, dict[str, list[str]], list[Entry]]] = {
-        file: (k % world.size, {kind: names}, weights + rest[kind])
-        for k, (file, kind) in enumerate(zip(WEIGHTS, ("model", "ema"), strict=True))
-    }
-    for k in range(count):
-        mine = trained[k::count]
-        entries = [(f"{kind}.{name}", torch.float32, shape) for kind in MOMENTS for name, shape in mine]
-        chosen = [name for name, _ in mine]
-        content[optimizer_file(k, count)] = (k, dict.fromkeys(MOMENTS, chosen), entries)
-    if rest["rest"]:
-        content[REST] = (world.size - 1, {}, rest["rest"])
-    return content
-
-
-def _write_files(
-    partial: Path,
-    content: Mapping[str, tuple[int, dict[str, list[str]], list[Entry]]],
-    engine: Engine,
-    untrained: Untrained,
-    rank: int,
-    digests: Tensor,
-    finite: Finiteness,
-) -> str | None:
-    """Streams this rank's files while all ranks gather; an error on one rank does not leave the others waiting."""
-    error: str | None = None
-    opened: dict[str, TensorFile] = {}
-    wanted: dict[tuple[str, str], TensorFile] = {}
+@contextlib.contextmanager
+def _noting(errors: list[OSError]) -> Iterator[None]:
+    """What the disk refuses is noted, so that this rank does not leave the others waiting."""
     try:
-        for file, (owner, kinds, entries) in content.items():
-            if owner == rank:
-                opened[file] = TensorFile(partial / file, entries)
-                wanted.update({(kind, name): opened[file] for kind, names in kinds.items() for name in names})
-    except OSError as failure:
-        error = str(failure)
-    for name, tensor in {id(x): (name, x) for tensors in untrained.values() for name, x in tensors.items()}.values():
-        finite.look(f"'{name}'", tensor)
-    for kind in ("model", "ema", *MOMENTS):
+        yield
+    except OSError as error:
+        errors.append(error)
+
+
+def _tensors(engine: Engine, untrained: Untrained) -> Iterator[tuple[str, str, Tensor]]:
+    """Kind, name and value of everything that is saved, in the order of the files; collective."""
+    for kind in TRAINED:
         for name, tensor in engine.full_state(kind):
-            finite.look(f"{kind} of '{name}'", tensor)
-            if error is None and (kind, name) in wanted:
-                try:
-                    wanted[kind, name].add(tensor)
-                except OSError as failure:
-                    error = str(failure)
-    try:
-        for number, file in enumerate(content):
-            if error is None and file in opened:
-                for tensor in untrained.get(file.removesuffix(".safetensors"), {}).values():
-                    opened[file].add(tensor)
-                size = opened[file].bytes.to_bytes(8, "little")
-                digests[number] = torch.frombuffer(bytearray(size + opened[file].finish()), dtype=torch.uint8)
-    except OSError as failure:
-        error = str(failure)
-    if error is not None:
-        for writer in opened.values():
-            writer.abandon()
-    return error
+            yield kind, name, tensor
+    for kind, tensors in untrained.items():
+        for name, tensor in tensors.items():
+            yield kind, name, tensor
+
+
+def _layout(engine: Engine, untrained: Untrained, count: int) -> Layout:
+    """The same on every rank. count: of the moments' files."""
+    trained = engine.trainable()
+    count = min(count, len(trained))
+    moments = {name: optimizer_file(k % count, count) for k, (name, _) in enumerate(trained)}
+    held = [(kind, name, torch.float32, shape) for kind in TRAINED for name, shape in trained]
+    held += [(kind, name, x.dtype, x.shape) for kind, tensors in untrained.items() for name, x in tensors.items()]
+    layout: dict[str, dict[tuple[str, str], Entry]] = {}
+    for kind, name, dtype, shape in held:
+        file, inside = (moments[name], f"{kind}.{name}") if kind in MOMENTS else (f"{kind}.safetensors", name)
+        layout.setdefault(file, {})[kind, name] = (inside, dtype, shape)
+    return layout

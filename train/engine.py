@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dit_fast.errors import ConfigError
 from dit_fast.runs import TrainConfig
-from dit_fast.train.optim import applied_steps, build_optimizer, set_applied_steps
+from dit_fast.train.optim import applied_steps, build_optimizer, init_states, set_applied_steps
 from dit_fast.world import World
 
 Batch = Mapping[str, Tensor]
@@ -191,7 +191,7 @@ class SingleEngine(Engine):
 
     def __init__(self, loss: nn.Module, config: TrainConfig, world: World, groups: Groups = ()):
         super().__init__(loss.to(world.device), config, world, groups)
-        self._optimizer.init_states()
+        init_states(self._optimizer)
 
     def _forward(self, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         return self.loss(batch, step)

@@ -85,8 +85,8 @@ class TrainingLoss(nn.Module):
         return torch.where(drop, self.model.null(labels), labels)
 
     def _taps(self) -> Taps:
-        made = {method.name: (method.collector(), method.blocks) for method in self.methods}
-        return Taps(self.blocks, {name: (each, blocks) for name, (each, blocks) in made.items() if each is not None})
+        made = [(method, method.collector()) for method in self.methods]
+        return Taps(self.blocks, {method.name: (each, method.blocks) for method, each in made if each is not None})
 
     def _terms(self, context: Context) -> dict[str, Term]:
         collected: dict[str, Term] = {}

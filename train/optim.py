@@ -43,12 +43,6 @@ class AdamWEMA(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "ema_decay": ema_decay}
         super().__init__(params, defaults)
 
-    def init_states(self, params: Iterable[Tensor] | None = None) -> None:
-        """Creates the missing states of `params` (default: of every parameter), so that values can be put into them."""
-        for parameter in _parameters(self) if params is None else params:
-            if not self.state[parameter]:
-                self.state[parameter].update(_fresh_states(parameter))
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """One update, in place, by a few multi-tensor operations."""
@@ -58,7 +52,7 @@ class AdamWEMA(torch.optim.Optimizer):
             by_step: dict[float, list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self.init_states([parameter])
+                    init_states(self, [parameter])
                     self.state[parameter]["step"] += 1
                     by_step.setdefault(self.state[parameter]["step"].item(), []).append(parameter)
             for count, parameters in by_step.items():
@@ -90,18 +84,10 @@ def with_ema(base: type[torch.optim.Optimizer]) -> type[Any]:
             for group in self.param_groups:
                 group["ema_decay"] = ema_decay
 
-        def init_states(self, params: Iterable[Tensor] | None = None) -> None:
-            for parameter in _parameters(self) if params is None else params:
-                if not self.state[parameter]:
-                    states = _fresh_states(parameter)
-                    if self.defaults.get("fused") or self.defaults.get("capturable"):
-                        states["step"] = states["step"].to(parameter.device)
-                    self.state[parameter].update(states)
-
         @torch.no_grad()
         def step(self, closure: Callable[[], Any] | None = None) -> None:
             updated = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-            self.init_states(updated)
+            init_states(self, updated)
             super().step()
             for group in self.param_groups:
                 moved = [p for p in group["params"] if p.grad is not None]
@@ -150,7 +136,7 @@ def with_step_per_group(base: type[torch.optim.Optimizer]) -> type[Any]:
             for group in self.param_groups:
                 moved = [p for p in group["params"] if p.grad is not None]
                 if moved:
-                    self.init_states(moved)
+                    init_states(self, moved)
                     group["step"] = max(int(self.state[p]["step"]) for p in moved)
                     self._set_step(moved, group["step"])
                     counted.append((moved, torch.tensor(group["step"] + 1.0, dtype=torch.float32)))
@@ -166,6 +152,21 @@ def with_step_per_group(base: type[torch.optim.Optimizer]) -> type[Any]:
     return StepPerGroup
 
 
+def init_states(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor] | None = None) -> None:
+    """Creates the missing states of parameters (default: of all), so that values can be put into them."""
+    every = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    counts_on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+    for parameter in every if parameters is None else parameters:
+        if not optimizer.state[parameter]:
+            weight = parameter.detach()
+            optimizer.state[parameter] |= {
+                "step": torch.tensor(0.0, dtype=torch.float32, device=weight.device if counts_on_device else None),
+                "exp_avg": torch.zeros_like(weight),
+                "exp_avg_sq": torch.zeros_like(weight),
+                "ema": weight.clone(),
+            }
+
+
 def applied_steps(optimizer: torch.optim.Optimizer) -> int:
     """Updates applied so far (0 before the first); waits for the device where a fused optimizer counts on it."""
     return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
@@ -175,20 +176,6 @@ def set_applied_steps(optimizer: torch.optim.Optimizer, count: int) -> None:
     """Puts the number of applied updates into every parameter's state."""
     for state in optimizer.state.values():
         state["step"].fill_(count)
-
-
-def _fresh_states(parameter: Tensor) -> dict[str, Tensor]:
-    weight = parameter.detach()
-    return {
-        "step": torch.tensor(0.0, dtype=torch.float32),
-        "exp_avg": torch.zeros_like(weight),
-        "exp_avg_sq": torch.zeros_like(weight),
-        "ema": weight.clone(),
-    }
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _apex_fused_adam() -> type[torch.optim.Optimizer]:

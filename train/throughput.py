@@ -1,13 +1,10 @@
 """Samples per second and MFU: model FLOPs against the matrix product this machine really reaches."""
 
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 class Clock:
@@ -17,7 +14,7 @@ class Clock:
         self._since, self._away = time.perf_counter(), 0.0
 
     @contextmanager
-    def away(self) -> "Iterator[None]":
+    def away(self) -> Iterator[None]:
         start = time.perf_counter()
         try:
             yield

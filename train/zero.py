@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dit_fast.errors import ConfigError
 from dit_fast.runs import TrainConfig
 from dit_fast.train.engine import Batch, Engine, Groups, Source
+from dit_fast.train.optim import init_states
 from dit_fast.train.peers import announce
 from dit_fast.world import World, here
 
@@ -115,7 +116,7 @@ class ZeroEngine(Engine):
             dist_init_required=False,
         )
         logger.setLevel(logging.WARNING)
-        self._optimizer.init_states(self._flats())
+        init_states(self._optimizer, self._flats())
 
     def _forward(self, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         return self._engine(batch, step)

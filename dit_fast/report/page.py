@@ -49,17 +49,13 @@ def _facts(main: RunStory, info: DatasetInfo) -> list[tuple[str, str]]:
 
 
 def _what_you_see(main: RunStory) -> Section:
-    diverse = "diversedit" in main.config["methods"]
-    wired = main.config["model"]["skip_wiring"] != "off"
-    extras = [
-        *(["long skip connections carry early block outputs to late blocks"] if wired else []),
-        *(["a diversity loss keeps the blocks from doing the same work"] if diverse else []),
-        *(
-            ["one block is aligned with the features of a frozen image encoder"]
-            if "repa" in main.config["methods"]
-            else []
-        ),
-    ]
+    model, methods = main.config["model"], main.config["methods"]
+    told = {
+        "long skip connections carry early block outputs to late blocks": model["skip_wiring"] != "off",
+        "a diversity loss keeps the blocks from doing the same work": "diversedit" in methods,
+        "one block is aligned with the features of a frozen image encoder": "repa" in methods,
+    }
+    extras = [text for text, holds in told.items() if holds]
     return Section(
         "What you see",
         [

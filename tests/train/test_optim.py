@@ -10,6 +10,7 @@ from dit_fast.train.optim import (
     AdamWEMA,
     applied_steps,
     build_optimizer,
+    init_states,
     learning_rate,
     set_applied_steps,
     with_ema,
@@ -75,7 +76,7 @@ def test_flat_partition_gives_the_same_bits():
 def test_ema_closed_form_and_weights_without_gradient():
     weight, idle = nn.Parameter(torch.full((3,), 2.0)), nn.Parameter(torch.ones(2))
     optimizer = AdamWEMA([weight, idle], lr=0.0, ema_decay=0.9)
-    optimizer.init_states()
+    init_states(optimizer)
     assert torch.equal(optimizer.state[weight]["ema"], torch.full((3,), 2.0))
     with torch.no_grad():
         weight.fill_(5.0)
@@ -98,7 +99,7 @@ def test_states_restored_before_the_first_step_continue_exactly(name):
         first.step()
     resumed.load_state_dict(whole.state_dict())
     second = build_optimizer(config, _trained(resumed), "cpu")
-    second.init_states()
+    init_states(second)
     for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
         if p.requires_grad:
             for key in ("exp_avg", "exp_avg_sq", "ema"):
