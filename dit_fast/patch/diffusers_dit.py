@@ -6,17 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dit_fast.ops import gate_residual, gate_residual_modulate, gelu_mlp, layer_norm_modulate
-from dit_fast.patch.parts import (
-    dropout_reasons,
-    is_tokens,
-    linear_reasons,
-    modulated_dtype,
-    one_dtype,
-    plain_norm_reasons,
-    widened,
-)
-from dit_fast.patch.replacement import Candidate, Forward, rest
+from dit_fast.patch.parts import dropout_reasons, is_tokens, linear_reasons, plain_norm_reasons
+from dit_fast.patch.published import adaln_block, two_maps
+from dit_fast.patch.replacement import Candidate, rest
 
 LOOKED_FOR = 'diffusers\' BasicTransformerBlock with norm_type "ada_norm_zero" and FeedForward'
 
@@ -51,10 +43,6 @@ def _block(path: str, module: Any, backend: str) -> Candidate:
             "class_labels": source.integers(module.num_embeds_ada_norm),
         }
 
-    return Candidate(path, module, "adaln", bypassed, tuple(reasons), _block_forward(backend), arguments)
-
-
-def _block_forward(backend: str) -> Forward:
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -71,29 +59,22 @@ def _block_forward(backend: str) -> Forward:
             return NotImplemented
         if not isinstance(timestep, Tensor) or timestep.shape != each or class_labels.shape != each:
             return NotImplemented
-        norm1, x = self.norm1, hidden_states
-        embedded = norm1.emb(timestep, class_labels, hidden_dtype=x.dtype)
-        parts = norm1.linear(norm1.silu(embedded)).chunk(6, dim=1)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
-        modulated = layer_norm_modulate(
-            x, shift_a, scale_a, norm1.norm.eps, backend, out_dtype=modulated_dtype(x, shift_a)
-        )
-        attended = self.attn1(
-            modulated,
-            encoder_hidden_states=encoder_hidden_states if self.only_cross_attention else None,
-            attention_mask=attention_mask,
-        )
-        x = widened(x, gate_a, attended)
-        x, modulated = gate_residual_modulate(
-            x, attended, gate_a, shift_m, scale_m, self.norm3.eps, backend, out_dtype=modulated_dtype(x, shift_m)
-        )
-        mapped = self.ff(modulated)
-        return gate_residual(widened(x, gate_m, mapped), mapped, gate_m, backend)
+        norm1, others = self.norm1, encoder_hidden_states if self.only_cross_attention else None
 
-    return forward
+        def attend(x: Tensor) -> Tensor:
+            return self.attn1(x, encoder_hidden_states=others, attention_mask=attention_mask)
+
+        embedded = norm1.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
+        modulation = norm1.linear(norm1.silu(embedded)).chunk(6, dim=1)
+        return adaln_block(hidden_states, modulation, attend, self.ff, (norm1.norm.eps, self.norm3.eps), backend)
+
+    return Candidate(path, module, "adaln", bypassed, tuple(reasons), forward, arguments)
 
 
 def _feed_forward(path: str, module: Any, backend: str) -> Candidate:
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        return two_maps(hidden_states, self.net[0].proj, self.net[2], backend)
+
     into, out = module.net[0], module.net[2]
     reasons = linear_reasons(net_0_proj=getattr(into, "proj", None), net_2=out)
     if type(into).__name__ != "GELU" or getattr(into, "approximate", "") != "tanh":
@@ -106,17 +87,6 @@ def _feed_forward(path: str, module: Any, backend: str) -> Candidate:
         "gelu_mlp",
         rest(module),
         tuple(reasons),
-        _feed_forward_forward(backend),
+        forward,
         lambda source: ((source.tokens(width),), {}),
     )
-
-
-def _feed_forward_forward(backend: str) -> Forward:
-    def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        fc1, fc2 = self.net[0].proj, self.net[2]
-        parameters = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-        return (
-            gelu_mlp(hidden_states, *parameters, backend) if one_dtype(hidden_states, *parameters) else NotImplemented
-        )
-
-    return forward

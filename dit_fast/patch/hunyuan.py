@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dit_fast.ops import long_skip
 from dit_fast.patch.diffusers_dit import known
 from dit_fast.patch.parts import is_tokens, linear_reasons
-from dit_fast.patch.replacement import Candidate, Forward, rest
+from dit_fast.patch.replacement import Candidate, rest
 
 LOOKED_FOR = "diffusers' HunyuanDiTBlock with skip_norm, skip_linear"
 
@@ -27,11 +27,6 @@ def find(path: str, module: Any, backend: str) -> Iterator[Candidate]:
         text = source.normal(source.samples, 3, module.attn2.cross_attention_dim)
         return (source.tokens(width), text, source.vectors(width)), {"skip": source.tokens(width)}
 
-    bypassed = rest(module, "norm1", "attn1", "norm2", "attn2", "norm3", "ff")
-    yield Candidate(path, module, "long_skip", bypassed, tuple(reasons), _block_forward(backend), arguments)
-
-
-def _block_forward(backend: str) -> Forward:
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -50,4 +45,5 @@ def _block_forward(backend: str) -> Forward:
         )
         return x + self.ff(self.norm3(x))
 
-    return forward
+    bypassed = rest(module, "norm1", "attn1", "norm2", "attn2", "norm3", "ff")
+    yield Candidate(path, module, "long_skip", bypassed, tuple(reasons), forward, arguments)

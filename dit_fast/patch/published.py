@@ -1,6 +1,6 @@
 """The modules of the published DiT, SiT, REPA and DiverseDiT code, known by their submodules' names and shapes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from dit_fast.patch.parts import (
     plain_norm_reasons,
     widened,
 )
-from dit_fast.patch.replacement import Candidate, Forward, rest
+from dit_fast.patch.replacement import Candidate, rest
 
 LOOKED_FOR = (
     "blocks with norm1, attn, norm2, mlp, adaLN_modulation; heads with norm_final, linear, adaLN_modulation; "
@@ -36,7 +36,39 @@ def find(path: str, module: nn.Module, backend: str) -> Iterator[Candidate]:
         yield _attention(path, module, backend)
 
 
+def adaln_block(
+    x: Tensor,
+    modulation: Sequence[Tensor],
+    attend: Callable[[Tensor], Tensor],
+    mlp: Callable[[Tensor], Tensor],
+    eps: tuple[float, float],
+    backend: str,
+) -> Tensor:
+    """A block of tokens x [N, T, D]. modulation: shift, scale, gate of attention, then of the MLP, [N, D] each."""
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
+    modulated = layer_norm_modulate(x, shift_a, scale_a, eps[0], backend, out_dtype=modulated_dtype(x, shift_a))
+    attended = attend(modulated)
+    x = widened(x, gate_a, attended)
+    x, modulated = gate_residual_modulate(
+        x, attended, gate_a, shift_m, scale_m, eps[1], backend, out_dtype=modulated_dtype(x, shift_m)
+    )
+    mapped = mlp(modulated)
+    return gate_residual(widened(x, gate_m, mapped), mapped, gate_m, backend)
+
+
+def two_maps(x: Tensor, fc1: Any, fc2: Any, backend: str) -> Tensor:
+    """fc2(gelu(fc1(x))), or NotImplemented where its dtypes are several."""
+    parameters = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+    return gelu_mlp(x, *parameters, backend) if one_dtype(x, *parameters) else NotImplemented
+
+
 def _block(path: str, module: Any, backend: str) -> Candidate:
+    def forward(self: Any, x: Tensor, c: Tensor) -> Tensor:
+        if not is_tokens(x, c):
+            return NotImplemented
+        modulation = self.adaLN_modulation(c).chunk(6, dim=1)
+        return adaln_block(x, modulation, self.attn, self.mlp, (self.norm1.eps, self.norm2.eps), backend)
+
     reasons = plain_norm_reasons(norm1=module.norm1, norm2=module.norm2)
     reasons += _modulation_reasons(module.adaLN_modulation, module.norm1, 6)
     width = 0 if reasons else module.norm1.normalized_shape[-1]
@@ -46,31 +78,20 @@ def _block(path: str, module: Any, backend: str) -> Candidate:
         "adaln",
         rest(module, "attn", "mlp", "adaLN_modulation"),
         tuple(reasons),
-        _block_forward(backend),
+        forward,
         lambda source: ((source.tokens(width), source.vectors(module.adaLN_modulation[1].in_features)), {}),
     )
 
 
-def _block_forward(backend: str) -> Forward:
+def _final_layer(path: str, module: Any, backend: str) -> Candidate:
     def forward(self: Any, x: Tensor, c: Tensor) -> Tensor:
         if not is_tokens(x, c):
             return NotImplemented
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
-        modulated = layer_norm_modulate(
-            x, shift_a, scale_a, self.norm1.eps, backend, out_dtype=modulated_dtype(x, shift_a)
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(
+            layer_norm_modulate(x, shift, scale, self.norm_final.eps, backend, out_dtype=modulated_dtype(x, shift))
         )
-        attended = self.attn(modulated)
-        x = widened(x, gate_a, attended)
-        x, modulated = gate_residual_modulate(
-            x, attended, gate_a, shift_m, scale_m, self.norm2.eps, backend, out_dtype=modulated_dtype(x, shift_m)
-        )
-        mapped = self.mlp(modulated)
-        return gate_residual(widened(x, gate_m, mapped), mapped, gate_m, backend)
 
-    return forward
-
-
-def _final_layer(path: str, module: Any, backend: str) -> Candidate:
     reasons = plain_norm_reasons(norm_final=module.norm_final)
     reasons += _modulation_reasons(module.adaLN_modulation, module.norm_final, 2)
     width = 0 if reasons else module.norm_final.normalized_shape[-1]
@@ -80,21 +101,9 @@ def _final_layer(path: str, module: Any, backend: str) -> Candidate:
         "adaln",
         rest(module, "linear", "adaLN_modulation"),
         tuple(reasons),
-        _final_forward(backend),
+        forward,
         lambda source: ((source.tokens(width), source.vectors(module.adaLN_modulation[1].in_features)), {}),
     )
-
-
-def _final_forward(backend: str) -> Forward:
-    def forward(self: Any, x: Tensor, c: Tensor) -> Tensor:
-        if not is_tokens(x, c):
-            return NotImplemented
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(
-            layer_norm_modulate(x, shift, scale, self.norm_final.eps, backend, out_dtype=modulated_dtype(x, shift))
-        )
-
-    return forward
 
 
 def _modulation_reasons(modulation: nn.Module, norm: nn.Module, parts: int) -> list[str]:
@@ -109,6 +118,9 @@ def _modulation_reasons(modulation: nn.Module, norm: nn.Module, parts: int) -> l
 
 
 def _mlp(path: str, module: Any, backend: str) -> Candidate:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return two_maps(x, self.fc1, self.fc2, backend)
+
     reasons = linear_reasons(fc1=module.fc1, fc2=module.fc2)
     if type(module.act) is not nn.GELU or module.act.approximate != "tanh":
         reasons.append(f"act is {module.act!r}, not GELU in its tanh form")
@@ -124,20 +136,26 @@ def _mlp(path: str, module: Any, backend: str) -> Candidate:
         "gelu_mlp",
         rest(module),
         tuple(reasons),
-        _mlp_forward(backend),
+        forward,
         lambda source: ((source.tokens(width),), {}),
     )
 
 
-def _mlp_forward(backend: str) -> Forward:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        parameters = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-        return gelu_mlp(x, *parameters, backend) if one_dtype(x, *parameters) else NotImplemented
-
-    return forward
-
-
 def _attention(path: str, module: Any, backend: str) -> Candidate:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if not is_tokens(x):
+            return NotImplemented
+        q_norm, k_norm = self.q_norm, self.k_norm
+        query, key, value = qk_norm(
+            self.qkv(x), self.num_heads, q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, q_norm.eps, backend
+        )
+        if getattr(self, "fused_attn", True):
+            mixed = F.scaled_dot_product_attention(query, key, value)
+        else:
+            mixed = ((query * self.scale) @ key.transpose(-2, -1)).softmax(dim=-1).to(value.dtype) @ value
+        mixed = self.proj(mixed.transpose(1, 2).flatten(2))
+        return self.proj_drop(mixed) if hasattr(self, "proj_drop") else mixed
+
     reasons = []
     for name, norm in {"q_norm": module.q_norm, "k_norm": module.k_norm}.items():
         if type(norm) is not nn.LayerNorm:
@@ -156,24 +174,6 @@ def _attention(path: str, module: Any, backend: str) -> Candidate:
         "qk_norm",
         rest(module, "qkv", "proj", "proj_drop"),
         tuple(reasons),
-        _attention_forward(backend),
+        forward,
         lambda source: ((source.tokens(width),), {}),
     )
-
-
-def _attention_forward(backend: str) -> Forward:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        if not is_tokens(x):
-            return NotImplemented
-        q_norm, k_norm = self.q_norm, self.k_norm
-        query, key, value = qk_norm(
-            self.qkv(x), self.num_heads, q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, q_norm.eps, backend
-        )
-        if getattr(self, "fused_attn", True):
-            mixed = F.scaled_dot_product_attention(query, key, value)
-        else:
-            mixed = ((query * self.scale) @ key.transpose(-2, -1)).softmax(dim=-1).to(value.dtype) @ value
-        mixed = self.proj(mixed.transpose(1, 2).flatten(2))
-        return self.proj_drop(mixed) if hasattr(self, "proj_drop") else mixed
-
-    return forward
