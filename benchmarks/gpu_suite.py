@@ -20,9 +20,10 @@ from pathlib import Path
 
 LIMIT = 500.0  # seconds, all parts
 START_UP = 12.0  # of a benchmark's time: imports, device, ceilings
+USUAL_SHARE = 10.0
 SHARES = {
-    "tests": 120, "diversity_loss": 100, "step": 80, "long_skip": 90, "adaln": 30,
-    "qk_norm": 20, "gelu_mlp": 25, "repa_cosine": 10, "flow": 10, "mean_flow": 20, "report": 15,
+    "tests": 120, "step": 80, "diversity_loss": 100, "long_skip": 90, "adaln": 30, "qk_norm": 20, "gelu_mlp": 25,
+    "mean_flow": 20, "report": 15,
 }  # fmt: skip
 
 
@@ -74,6 +75,14 @@ def _run(name: str, command: Sequence[str], seconds: float, cwd: Path, say: Call
     return Outcome(name, status, round(time.monotonic() - start, 1), output.rstrip().splitlines()[-12:])
 
 
+def names() -> list[str]:
+    """Of all parts, in their order: every benchmark is one."""
+    from dit_fast.benchmarks.cases import BENCHMARKS
+    from dit_fast.benchmarks.step import BENCHMARK
+
+    return ["tests", BENCHMARK.op, *BENCHMARKS, "report"]
+
+
 def suite(options: argparse.Namespace, root: Path, results: Path, record: Path) -> list[Part]:
     """The parts of the whole suite. record: where the tests' outcome goes, for the benchmarks' gates; without the
     part "tests" each benchmark runs its own."""
@@ -84,7 +93,7 @@ def suite(options: argparse.Namespace, root: Path, results: Path, record: Path) 
     files = sorted(str(path.relative_to(root)) for pattern in patterns for path in root.glob(pattern))
     workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     python = [sys.executable, "-m"]
-    wanted = options.only or list(SHARES)
+    wanted = options.only or names()
     common = ["--device", options.device, "--out", str(results)]
     common += ["--tested", str(record)] if "tests" in wanted else []
     common += ["--small"] * options.small + (["--commit", options.commit] if options.commit else [])
@@ -96,10 +105,10 @@ def suite(options: argparse.Namespace, root: Path, results: Path, record: Path) 
 
     commands: dict[str, Callable[[float], Sequence[str]]] = {
         "tests": lambda seconds: [*python, "pytest", "-q", *workers, f"--junitxml={record}", *files],
-        **{name: benchmark(name) for name in (*BENCHMARKS, BENCHMARK.op)},
+        **{name: benchmark(name) for name in (BENCHMARK.op, *BENCHMARKS)},
         "report": lambda seconds: [*python, "dit_fast.benchmarks", "report", "--out", str(results)],
     }
-    return [Part(name, share, commands[name]) for name, share in SHARES.items() if name in wanted]
+    return [Part(name, SHARES.get(name, USUAL_SHARE), commands[name]) for name in names() if name in wanted]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m dit_fast.benchmarks.gpu_suite", description="See make gpu-suite.")
     parser.add_argument("--device", default="cuda", help="cuda, cpu or auto")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for everything")
-    parser.add_argument("--only", action="append", choices=list(SHARES), help="one part; may be given again")
+    parser.add_argument("--only", action="append", choices=names(), help="one part; may be given again")
     parser.add_argument("--small", action="store_true", help="tiny shapes: a check of the suite, no measurement")
     parser.add_argument("--out", type=Path, help="folder for results instead of benchmarks/results")
     parser.add_argument("--commit", help="recorded where there is no git history")

@@ -42,9 +42,9 @@ def test_time_that_is_left_goes_to_the_next_part(tmp_path):
     assert told[1] > 90
 
 
-def test_all_parts_together_stay_under_nine_minutes():
+def test_every_benchmark_is_a_part_and_all_together_stay_under_nine_minutes():
     assert gpu_suite.LIMIT < 9 * 60 - 30
-    assert sum(SHARES.values()) == pytest.approx(gpu_suite.LIMIT)
+    assert set(gpu_suite.names()) >= BENCHMARKS.keys() | SHARES.keys()
 
 
 def test_one_part_on_a_cpu(tmp_path, capsys):
