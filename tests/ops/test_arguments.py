@@ -13,7 +13,7 @@ from tests.helpers.op_cases import NAMED, TOKENS
 
 def test_every_argument_that_is_missing_is_named():
     functions = [value for value in vars(ops).values() if type(value).__name__ == "function"]
-    assert set(functions) == set(NAMED)
+    assert set(functions) == set(NAMED), "name its arguments in tests/helpers/op_cases.py"
     for function, arguments in NAMED.items():
         function(**arguments)
         for name in arguments:

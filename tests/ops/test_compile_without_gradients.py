@@ -37,7 +37,7 @@ def _leaves(result):
 def test_all_public_ops_are_here():
     functions = {name for name in vars(ops) if name in {call.split(",")[0].split(" ")[0] for call in CASES}}
     public = {name for name, value in vars(ops).items() if callable(value) and name[0].islower() and name[0] != "_"}
-    assert functions == public
+    assert functions == public, "call it in tests/helpers/op_cases.py"
 
 
 @pytest.mark.parametrize("grad_enabled", [False, True])

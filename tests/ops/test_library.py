@@ -14,7 +14,7 @@ from tests.helpers.op_cases import FUSED, REFERENCES, REGISTERED, inputs
 
 def test_all_ops_are_here():
     names = {name.removeprefix("dit_fast::") for name in torch._C._dispatch_get_all_op_names() if "dit_fast::" in name}
-    assert names == set(REGISTERED)
+    assert names == set(REGISTERED), "call it in tests/helpers/op_cases.py"
 
 
 @loop_over("name", REGISTERED)

@@ -20,7 +20,7 @@ def test_the_blocks_of_the_page_run():
     names = {"model": Transformer("sit"), "sit": Transformer("repa"), "diversedit": Transformer("output")}
     names |= {"diffusers_dit": _dit(), "hunyuan": _hunyuan(), "x": x, "t": t, "y": y, "steps": torch.tensor([3, 700])}
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 10
+    assert len(blocks) >= 10
     for block in blocks:
         exec(compile(block, "docs/drop-in.md", "exec"), names)
 
