@@ -149,8 +149,10 @@ def reference() -> str:
 
 def _table(path: str, group: Any) -> str:
     rows, text = list(keys(group, path)), group.__doc__
-    fixed = hasattr(group, "name") and not any(key.path == f"{path}.name" for key in rows)
-    title = f"{path}={group.name}" if fixed and not path.endswith(f".{group.name}") else path
+    title, (component, _, nested) = path, group.__qualname__.partition(".")
+    if nested and not path.endswith(f".{group.name}"):
+        sizes = any(key.path == f"{path}.name" for key in rows)  # one class for several names
+        title += f"={component}-..." if sizes else f"={group.name}"
     lines = [f"## {title}\n", f"{text}\n", "| Key | Values | Default | Resumed | Meaning |", "|---|---|---|---|---|"]
     for key in rows:
         default = str(key.default).lower() if isinstance(key.default, bool | None) else str(key.default) or "(empty)"
