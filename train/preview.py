@@ -21,7 +21,7 @@ from dit_fast.objectives import OBJECTIVES
 from dit_fast.runs import TrainConfig
 from dit_fast.sampling.grids import plain_grid, save_png
 from dit_fast.sampling.images import sample_images
-from dit_fast.sampling.options import SampleOptions, check_solver
+from dit_fast.sampling.options import SampleOptions
 from dit_fast.train.engine import Engine
 from dit_fast.train.guard import Diverged, Finiteness
 from dit_fast.world import World
@@ -51,7 +51,12 @@ class Preview:
             precision=config.engine.precision,
             chunk=preview.count,
         )
-        check_solver(preview.sampler, OBJECTIVES[config.objective.name].solvers)
+        solvers = OBJECTIVES[config.objective.name].solvers
+        if preview.sampler not in solvers:
+            raise ConfigError(
+                f"preview.sampler={preview.sampler} does not fit objective={config.objective.name}; set "
+                f"preview.sampler={next(iter(solvers))} or preview.every=0"
+            )
         if Guidance(preview.cfg_scale).needs_null and not config.model.label_dropout:
             raise ConfigError(
                 f"preview.cfg_scale={preview.cfg_scale} needs a null label, and model.label_dropout=0 trains none; set "

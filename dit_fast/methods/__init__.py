@@ -17,14 +17,36 @@ METHODS: dict[str, type[Method]] = {method.name: method for method in (DiverseDi
 def build_methods(configs: Sequence[Any], model: Backbone, data: DatasetInfo) -> tuple[Method, ...]:
     """The methods of these Config objects, bound to a model and a data set in this order.
 
-    Raises ConfigError for a block that the model does not have, and what the methods raise.
+    Raises ConfigError for a block that the model does not have, unless each leaf that the model denoises beside the
+    image is added by one method, and what the methods raise.
     """
     methods = tuple(METHODS[config.name](config, model, data) for config in configs)
     for method in methods:
         for block in sorted(method.blocks):
             if not 0 <= block < model.depth:
                 raise ConfigError(f"method '{method.name}' reads block {block}; this model has 0..{model.depth - 1}")
+    _check_leaves(methods, model)
     return methods
+
+
+def _check_leaves(methods: Sequence[Method], model: Backbone) -> None:
+    adding: dict[str, str] = {}
+    for method in methods:
+        for leaf in method.adds:
+            if leaf in adding:
+                raise ConfigError(f"methods '{adding[leaf]}' and '{method.name}' both add '{leaf}'; keep one of them")
+            if leaf not in model.shapes:
+                raise ConfigError(
+                    f"method '{method.name}' adds '{leaf}', which this model does not denoise; remove one"
+                )
+            adding[leaf] = method.name
+    for leaf in model.shapes:
+        if leaf != "image" and leaf not in adding:
+            able = ", ".join(name for name, method in METHODS.items() if leaf in method.adds)
+            raise ConfigError(
+                f"the model denoises '{leaf}' beside the image, and no method of this run adds it; set model.{leaf}=0, "
+                f"or use one that does ({able})"
+            )
 
 
 __all__ = ["METHODS", "Method", "Term", "build_methods"]

@@ -34,16 +34,17 @@ class Term:
 class Method(ABC):
     """A training method. Subclasses set `name` and `Config` (a frozen dataclass with defaults and the same `name`).
 
-    fields: of the data set, which a batch then has beside latents and labels. blocks: from 0, whose outputs pass the
-    method's collector and are in the context's `features`. averaged: floating-point buffers of the model whose moving
-    average the EMA file holds. functional: whether it differentiates the model forward or calls it with other
-    parameters.
+    fields: of the data set, which a batch then has beside latents and labels. adds: leaves that `state` gives beside
+    the image. blocks: from 0, whose outputs pass the method's collector and are in the context's `features`. averaged:
+    floating-point buffers of the model whose moving average the EMA file holds. functional: whether it differentiates
+    the model forward or calls it with other parameters.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type]
     functional: ClassVar[bool] = False
     fields: tuple[str, ...] = ()
+    adds: tuple[str, ...] = ()
     blocks: frozenset[int] = frozenset()
     averaged: tuple[str, ...] = ()
 
@@ -63,7 +64,7 @@ class Method(ABC):
         return None
 
     def state(self, x: Tree, batch: Mapping[str, Tensor], key: Key) -> Tree:
-        """What is denoised, from the clean latents: a method may add a leaf, or replace the image."""
+        """What is denoised, from the clean latents: a method may add those of `adds`, or replace the image."""
         return x
 
     @abstractmethod

@@ -65,6 +65,7 @@ class REG(REPA):
 
     name = "reg"
     fields = ("features", "class_token")
+    adds = ("class_token",)
 
     @dataclass(frozen=True, kw_only=True)
     class Config(REPA.Config):

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from dit_fast.diffusion import SOLVERS, Path, time_sampler, velocity_error
+from dit_fast.errors import ConfigError
 from dit_fast.models import Backbone, Taps
 from dit_fast.objectives.base import Context, Objective, noise_for
 from dit_fast.ops import flow_error, flow_noised
@@ -33,6 +34,9 @@ class Flow(Objective):
         time_std: float = setting(1.0, "Standard deviation before the sigmoid (logit_normal)", "(0, 100]")
 
     def __init__(self, config: Config, model: Backbone):
+        """Raises ConfigError for a model of two times."""
+        if model.times != 1:
+            raise ConfigError("objective=flow needs a model of one time; set model.times=1, or objective=mean_flow")
         self.path = Path(config.path)
         self.times = time_sampler(config.time, config.path, config.time_mean, config.time_std)
 

@@ -14,7 +14,10 @@ from dit_fast.data.reader import IndexedReader
 from dit_fast.diffusion import initial_noise
 from dit_fast.diffusion.solvers import LAST_STOCHASTIC_TIME
 from dit_fast.errors import UserError
-from dit_fast.tree import image
+from dit_fast.methods import METHODS, build_methods
+from dit_fast.models import new_model
+from dit_fast.philox import Key
+from dit_fast.tree import Tree, each, leaves, like
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,14 @@ def study_blocks(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = loaded.model.to(device).eval()
     chosen = np.arange(min(count, len(dataset)), dtype=np.int64)
-    batch = _read(dataset, chosen)
-    latents = to_model_space(batch["moments"][:, 0], dataset.info)
-    noise = image(initial_noise(seed, torch.from_numpy(chosen), tuple(latents.shape[1:]))).float()
+    clean, labels = _clean(loaded, dataset, chosen, seed)
+    noise = like(clean, leaves(initial_noise(seed, torch.from_numpy(chosen), model.shapes)))
     times = torch.full((len(chosen),), t, dtype=torch.float32)
-    noised = image(loaded.objective.interpolate(latents, noise, times)[0])
+    noised = loaded.objective.interpolate(clean, each(torch.Tensor.float, noise), times)[0]
     with torch.no_grad():
         t_r = times if model.times == 1 else torch.stack((times, times), 1)
-        _, taps = model(noised.to(device), t_r.to(device), batch["label"].to(device), taps=range(model.depth))
+        shown = each(lambda leaf: leaf.to(device), noised)
+        _, taps = model(shown, t_r.to(device), labels.to(device), taps=range(model.depth))
     features = [taps[index].float().cpu() for index in range(model.depth)]
     for index, feature in enumerate(features):
         if not feature.isfinite().all():
@@ -74,6 +77,18 @@ def real_images(dataset: LatentDataset, classes: tuple[int, ...], per_class: int
         means = _read(dataset, chosen)["moments"][:, 0]
         pictures = to_uint8(autoencoders.of(dataset).decode(means).float().numpy(), f"data set {dataset.root}")
     return pictures, labels[chosen]
+
+
+def _clean(loaded: LoadedRun, dataset: LatentDataset, samples: np.ndarray, seed: int) -> tuple[Tree, torch.Tensor]:
+    """What the run's model denoises, of these samples, and their labels; methods that add to the latents are asked."""
+    adding = [config for config in loaded.config.methods if METHODS[config.name].adds]
+    with torch.device("meta"):  # their heads are not wanted
+        methods = build_methods(adding, new_model(loaded.config.model), dataset.info)
+    batch = _read(dataset, samples, tuple({name for method in methods for name in method.fields}))
+    x: Tree = to_model_space(batch["moments"][:, 0], dataset.info)
+    for method in methods:
+        x = method.state(x, batch, Key(seed, batch["position"]))
+    return x, batch["label"]
 
 
 def _read(dataset: LatentDataset, samples: np.ndarray, fields: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:

@@ -62,8 +62,9 @@ def draw_pictures(stories: Sequence[RunStory], dataset: LatentDataset) -> dict[s
     """Name -> PNG of every picture of a report; `diversity` only where the first run had that method."""
     main = stories[0]
     runs = {story.name: story.metrics for story in stories}
+    axis = " / ".join(dict.fromkeys(story.curve.label for story in stories))
     drawn = {
-        "loss": figures.loss_figure(runs),
+        "loss": figures.loss_figure({story.name: story.metrics.column(story.curve.column) for story in stories}, axis),
         "similarity": figures.similarity_figure({story.name: story.blocks.cka for story in stories}),
         "throughput": figures.throughput_figure(runs),
     }

@@ -42,15 +42,14 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def loss_figure(runs: Mapping[str, Metrics], name: str = "flow") -> "Figure":
-    """Flow-matching loss against the step for each run (first: the run, second: the baseline), smoothed over raw."""
+def loss_figure(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], axis: str) -> "Figure":
+    """Loss against the step, (steps, values) for each run (first: the run, second: the baseline), smoothed over raw."""
     figure, (axes,) = _figure(1, height=3.2)
-    for (label, metrics), colour in zip(runs.items(), RUN_COLOURS, strict=False):
-        steps, values = metrics.column(name)
+    for (label, (steps, values)), colour in zip(curves.items(), RUN_COLOURS, strict=False):
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(steps, smooth(values, _window(values)), color=colour, linewidth=1.8, label=_plain(label))
-    axes.set(xlabel="step", ylabel="flow-matching loss")
-    _head_room(axes, [metrics.column(name)[1] for metrics in runs.values()])
+    axes.set(xlabel="step", ylabel=axis)
+    _head_room(axes, [values for _, values in curves.values()])
     axes.legend(loc="upper right", frameon=False)
     return figure
 

@@ -43,7 +43,7 @@ def _facts(main: RunStory, info: DatasetInfo) -> list[tuple[str, str]]:
         ("parameters", f"{main.blocks.parameters / 1e6:.2f} M"),
         ("latents", f"{info.channels} x {info.size} x {info.size}"),
         ("image passes", f"{main.steps * batch:,}"),
-        ("loss at the end", f"{main.final('flow'):.3f}"),
+        ("loss at the end", f"{main.final(main.curve.column):.3f}"),
         ("samples per second", rate(main.median("samples_per_s"))),
     ]
 
@@ -53,7 +53,9 @@ def _what_you_see(main: RunStory) -> Section:
     told = {
         "long skip connections carry early block outputs to late blocks": model["skip_wiring"] != "off",
         "a diversity loss keeps the blocks from doing the same work": "diversedit" in methods,
-        "one block is aligned with the features of a frozen image encoder": "repa" in methods,
+        "one block is aligned with the features of a frozen image encoder": "repa" in methods or "reg" in methods,
+        "that encoder's class token is denoised beside the image": "reg" in methods,
+        "it learned mean velocities, for samples in one step": main.config["objective"]["name"] == "mean_flow",
     }
     extras = [text for text, holds in told.items() if holds]
     return Section(
@@ -88,13 +90,10 @@ def _samples(stories: Sequence[RunStory], info: DatasetInfo, png: bytes) -> Sect
 
 
 def _curves(stories: Sequence[RunStory], png: bytes) -> Section:
-    ends = ", ".join(f"{story.name} {story.final('flow'):.4f}" for story in stories)
+    ends = ", ".join(f"{story.name} {story.final(story.curve.column):.4f}" for story in stories)
     return Section(
         "Learning curve",
-        [
-            "The flow-matching loss is the mean squared error of the predicted velocity. It falls fast, then flattens "
-            "well above zero, because noise cannot be foreseen; samples go on improving while it barely moves."
-        ],
+        list(dict.fromkeys(story.curve.text for story in stories)),
         [
             Picture(
                 png,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,8 +17,32 @@ from dit_fast.sampling.options import SampleOptions
 from dit_fast.sampling.samples import FILE_NAME, Samples
 from dit_fast.world import single
 
-METHOD_NAMES = {"diversedit": "DiverseDiT", "repa": "REPA"}
+METHOD_NAMES = {"mean_flow": "mean flow", "diversedit": "DiverseDiT", "repa": "REPA", "reg": "REG"}
 TAIL = 0.1  # share of the run over which final values are averaged
+
+
+class Curve(NamedTuple):
+    """What is drawn of an objective: a column of the log, its axis, and what to know about it."""
+
+    column: str
+    label: str
+    text: str
+
+
+CURVES = {
+    "flow": Curve(
+        "flow",
+        "flow-matching loss",
+        "The flow-matching loss is the mean squared error of the predicted velocity. It falls fast, then flattens "
+        "well above zero, because noise cannot be foreseen; samples go on improving while it barely moves.",
+    ),
+    "mean_flow": Curve(
+        "mean_flow/squared_error",
+        "squared error of the mean velocity",
+        "The mean-flow loss is normalised to be near 1; this is the squared error before that, summed over a latent. "
+        "Its target moves with the model, so that it need not fall while samples improve.",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +60,11 @@ class RunStory:
     @property
     def steps(self) -> int:
         return int(self.metrics.rows[-1]["step"])
+
+    @property
+    def curve(self) -> Curve:
+        name = self.config["objective"]["name"]
+        return CURVES.get(name, Curve(name, name, ""))
 
     def final(self, column: str) -> float:
         """Mean of a logged value over the last tenth of the run; nan when it was not logged."""
@@ -67,7 +96,8 @@ def read_story(folder: Path, like: Samples | None = None, data: str | Path | Non
 
 
 def run_name(config: Mapping[str, Any]) -> str:
-    """Its methods, or which plain model it is."""
-    methods = [METHOD_NAMES.get(method, method) for method in config["methods"]]
+    """Its objective, where it is not the usual one, and its methods, or which plain model it is."""
+    objective = [config["objective"]["name"]] if config["objective"]["name"] != "flow" else []
+    methods = [METHOD_NAMES.get(name, name) for name in (*objective, *config["methods"])]
     plain = "plain SiT" if config["model"]["skip_wiring"] == "off" else "SiT with long skips"
     return " + ".join(methods) or plain

@@ -29,11 +29,11 @@ def is_picture(figure):
 
 
 def test_loss_of_both_runs_is_drawn_raw_and_smoothed():
-    runs = {"one": logged(), "two": logged(25)}
-    figure = figures.loss_figure(runs)
+    curves = {"one": logged().column("flow"), "two": logged(25).column("flow")}
+    figure = figures.loss_figure(curves, "loss")
     lines = figure.axes[0].lines
     assert [len(line.get_xdata()) for line in lines] == [40, 40, 25, 25]
-    np.testing.assert_array_equal(lines[0].get_ydata(), runs["one"].column("flow")[1])
+    np.testing.assert_array_equal(lines[0].get_ydata(), curves["one"][1])
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["one", "two"]
     assert is_picture(figure)
 
@@ -44,7 +44,7 @@ def test_loss_of_both_runs_is_drawn_raw_and_smoothed():
 )])  # fmt: skip
 def test_figures_of_runs_that_logged_little_or_nothing_finite(rows):
     metrics = Metrics(rows)
-    assert is_picture(figures.loss_figure({"a folder $x^$": metrics}))
+    assert is_picture(figures.loss_figure({"a folder $x^$": metrics.column("flow")}, "loss"))
     assert is_picture(figures.diversity_figure(metrics, 0.1, 0.5))
     assert is_picture(figures.throughput_figure({"a folder $x^$": metrics}))
 

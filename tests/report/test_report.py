@@ -83,9 +83,12 @@ def test_samples_of_an_older_step_are_drawn_anew(place, tmp_path, monkeypatch, s
 
 
 def test_names_of_runs():
-    def config(methods, wiring="input"):
-        return {"methods": dict.fromkeys(methods), "model": {"skip_wiring": wiring}}
+    def config(methods, wiring="input", objective="flow"):
+        return {
+            "methods": dict.fromkeys(methods), "model": {"skip_wiring": wiring}, "objective": {"name": objective}
+        }  # fmt: skip
 
     assert run_name(config(["diversedit", "repa"])) == "DiverseDiT + REPA"
     assert run_name(config([])) == "SiT with long skips"
     assert run_name(config([], "off")) == "plain SiT"
+    assert run_name(config(["reg"], "off", "mean_flow")) == "mean flow + REG"

@@ -1,5 +1,6 @@
 """Whole runs of REG and mean flow from real shards, alone, together and beside DiverseDiT."""
 
+import re
 import shutil
 
 import numpy as np
@@ -51,6 +52,10 @@ def test_a_run_resumes_exactly_and_samples(name, with_tokens, tmp_path):
     drawn = Samples.load(tmp_path / "images.npz")
     assert drawn.images.shape == (6, 16, 16, 3)
     assert drawn.text.startswith("sde, 3 steps" if name == "reg" else "mean_flow, 1 steps, guidance 1,")
+    assert command(["report", str(once), "--out", str(tmp_path / "report")]) == 0
+    page = re.sub('base64,[^"]*', "", (tmp_path / "report" / "report.html").read_text())
+    assert "nan" not in page
+    assert {"reg": "REG", "mean_flow": "mean flow + DiverseDiT", "both": "mean flow + DiverseDiT + REG"}[name] in page
 
 
 @pytest.mark.launch
@@ -73,7 +78,18 @@ def test_two_ranks_draw_the_same_numbers_and_stage_3_is_refused(with_tokens, tmp
         ("reg", "model.class_token=5", "reg: the shards hold class tokens of width 6; set model.class_token=6"),
         ("reg", "methods.reg.encoder_depth=5", "methods.reg.encoder_depth=5 is not one of this model's blocks 1..4"),
         ("reg", "methods=repa,reg methods.repa.encoder_depth=2", "the model already has 'projectors'"),
+        (
+            "mean_flow",
+            "model.class_token=6",
+            "no method of this run adds it; set model.class_token=0, or use one that does (reg)",
+        ),
         ("mean_flow", "model.times=1", "objective=mean_flow needs a model of two times; set model.times=2"),
+        ("reg", "model.times=2", "objective=flow needs a model of one time; set model.times=1, or objective=mean_flow"),
+        (
+            "mean_flow",
+            "preview.every=4",
+            "preview.sampler=heun does not fit objective=mean_flow; set preview.sampler=mean_",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_at_the_start(name, override, message, with_tokens, tmp_path, capsys):
