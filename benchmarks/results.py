@@ -18,6 +18,7 @@ from dit_fast.benchmarks.ceilings import Ceilings
 from dit_fast.benchmarks.gate import ROOT
 from dit_fast.benchmarks.timing import cache_bytes
 from dit_fast.errors import UserError
+from dit_fast.report.machine import processor
 
 RESULTS = ROOT / "benchmarks" / "results"
 SCHEMA = 1
@@ -56,7 +57,7 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
     return {
         "device": {
             "slug": slug(device),
-            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
             "type": device.type,
             "arch": "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else None,
             "threads": torch.get_num_threads(),
@@ -175,12 +176,3 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()

@@ -7,7 +7,6 @@ name (`chosen`). Here are names, paths and differences; values are checked by `d
 import dataclasses
 import difflib
 import json
-import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,6 @@ from dit_fast.errors import ConfigError
 
 T = TypeVar("T")
 Build = Callable[[type, Mapping[str, Any], str], Any]  # class of a group, its values, its path -> the group
-_INTERVAL = re.compile(r"([\[(])(\S+), (\S+)([\])])")
 
 
 def setting(default: Any, text: str, within: str = "", resumes: bool = False) -> Any:
@@ -26,15 +24,7 @@ def setting(default: Any, text: str, within: str = "", resumes: bool = False) ->
 
     resumes: a run that is resumed may have another value (it says where and how the run is done, not what it computes).
     """
-    bounds = _bounds(within) if within else {}
-    return field(default=default, metadata={"text": text, "within": within, "resumes": resumes, "bounds": bounds})
-
-
-def _bounds(within: str) -> dict[str, float]:
-    match = _INTERVAL.fullmatch(within)
-    assert match, f"{within!r} is not an interval"
-    low, high = (2 ** int(text[2:]) if text.startswith("2^") else float(text) for text in match.group(2, 3))
-    return {"ge" if match[1] == "[" else "gt": low, "le" if match[4] == "]" else "lt": high}
+    return field(default=default, metadata={"text": text, "within": within, "resumes": resumes})
 
 
 def chosen(registry: Mapping[str, Any], default: Any, kind: Callable[[str], str] = str) -> Any:
@@ -61,8 +51,7 @@ def keys(group: type, path: str) -> Iterator[Key]:
     """The keys of a group's class in the order of declaration. path: of the group."""
     hints = typing.get_type_hints(group)
     for item in dataclasses.fields(group):
-        said = {name: value for name, value in item.metadata.items() if name != "bounds"}
-        yield Key(f"{path}.{item.name}", _type_name(hints[item.name]), item.default, **said)
+        yield Key(f"{path}.{item.name}", _type_name(hints[item.name]), item.default, **item.metadata)
 
 
 def groups(cls: type) -> Iterator[tuple[str, type]]:

@@ -195,9 +195,17 @@ def _adapters(group: type) -> dict[str, Any]:
     except ImportError:
         raise ConfigError("checking a configuration needs pydantic; run `pip install 'dit_fast[train]'`") from None
     hints: dict[str, Any] = typing.get_type_hints(group)
-    bounds = {item.name: item.metadata.get("bounds", {}) for item in fields(group)}
-    bounded: dict[str, Any] = {name: Annotated[hints[name], Field(**bounds[name])] for name in bounds}
+    bounds = {item.name: Field(**_bounds(item.metadata.get("within", ""))) for item in fields(group)}
+    bounded: dict[str, Any] = {name: Annotated[hints[name], bound] for name, bound in bounds.items()}
     return {name: TypeAdapter(hint) for name, hint in bounded.items()}
+
+
+def _bounds(within: str) -> dict[str, Any]:
+    """An interval such as "[0, 1)" as pydantic takes it; no bounds for ""."""
+    if not within:
+        return {}
+    low, high = (2 ** int(text[2:]) if text.startswith("2^") else float(text) for text in within[1:-1].split(", "))
+    return {{"[": "ge", "(": "gt"}[within[0]]: low, {"]": "le", ")": "lt"}[within[-1]]: high}
 
 
 def _checked(group: type, values: Mapping[str, Any], path: str) -> Any:

@@ -6,7 +6,7 @@ that are not (a huge rate, eps=0); that is seen at the latest when they are next
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -30,8 +30,8 @@ class Guard:
     """Counts skipped steps; the same on every rank, so all stop at the same step.
 
     newest: step of the newest checkpoint. skipped: how many steps were, before this start. recent: the skipped ones
-    among the newest WINDOW (`state()` of the checkpoint). batch: samples per step. patience: skipped steps in a row
-    that end the run. All steps count from 1.
+    among the newest WINDOW, ascending; a checkpoint keeps them. batch: samples per step. patience: skipped steps in a
+    row that end the run. All steps count from 1.
     """
 
     def __init__(
@@ -43,35 +43,30 @@ class Guard:
         batch: int = 1,
     ):
         self.newest, self.patience, self.skipped, self._batch = newest, patience, skipped, batch
-        self._recent, self._reported = list(recent), max(recent, default=0)
-
-    def state(self) -> list[int]:
-        """What a checkpoint keeps of it: the skipped ones among the newest WINDOW steps, ascending."""
-        return list(self._recent)
+        self.recent, self._reported = list(recent), max(recent, default=0)
 
     def after_step(self, step: int, applied: bool) -> None:
         """step: the one just done. Raises Diverged after `patience` skipped steps in a row."""
         self.skipped += not applied
-        self._recent = [*(old for old in self._recent if old > step - WINDOW), *([] if applied else [step])]
+        self.recent = [*(old for old in self.recent if old > step - WINDOW), *([] if applied else [step])]
         row = self.in_a_row(step)
         if row >= self.patience:
             raise Diverged(f"no finite gradient in steps {step - row + 1} to {step} (none was applied){self.advice()}")
 
     def in_a_row(self, step: int) -> int:
         """How many of the newest steps up to `step` were skipped one after the other."""
-        newest = [step + 1, *reversed(self._recent)]
-        return next((k for k, (later, earlier) in enumerate(pairwise(newest)) if later - earlier > 1), len(newest) - 1)
+        return next(row for row in count() if step - row not in self.recent)
 
     def warning(self, step: int) -> str | None:
-        """At the end of a log interval: what to say if more than TOLERATED of the newest WINDOW steps were skipped and
+        """At the end of an interval: what to say if more than TOLERATED of the newest WINDOW steps were skipped and
         some of them were not reported yet."""
-        new = [number for number in self._recent if number > self._reported]
+        new = [number for number in self.recent if number > self._reported]
         steps = min(step, WINDOW)
-        if not new or len(self._recent) <= TOLERATED * steps:
+        if not new or len(self.recent) <= TOLERATED * steps:
             return None
         self._reported = step
         return (
-            f"{len(self._recent)} of the last {steps} steps had no finite gradient and were skipped: {self._list(new)}"
+            f"{len(self.recent)} of the last {steps} steps had no finite gradient and were skipped: {self._list(new)}"
         )
 
     def finish(self, step: int) -> str | None:
@@ -79,7 +74,7 @@ class Guard:
         the last one was: then it is unknown whether the run still learns."""
         if self.skipped > TOLERATED * step:
             text = f"{self.skipped} of {step} steps had no finite gradient and were skipped"
-            text += f", lately {self._list(self._recent)}" if self._recent else ""
+            text += f", lately {self._list(self.recent)}" if self.recent else ""
         else:
             text = ""
         if self.in_a_row(step):

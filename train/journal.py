@@ -72,10 +72,8 @@ class Journal:
 
     def close_interval(self, step: int, lr: float) -> None:
         """Ends the interval at `step` (steps done); collective. Raises Diverged for a value that is not finite."""
-        steps, batch = step - self._last, self.config.engine.global_batch
-        if not steps:
-            return
-        speed = self.clock.rate(steps * batch)
+        batch = self.config.engine.global_batch
+        speed = self.clock.rate((step - self._last) * batch)
         row: dict[str, Any] = {"step": step, "samples": step * batch, "epoch": round(step * batch / self._epoch, 4)}
         values = None
         if self._applied:

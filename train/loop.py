@@ -69,6 +69,7 @@ class _Run:
 
     def __init__(self, config: TrainConfig, world: World, dataset: LatentDataset, micro: int, held: list[RunLock]):
         self.config, self.world, self.dataset, self.micro, self.held = config, world, dataset, micro, held
+        self.accumulation = config.engine.global_batch // (micro * world.size)
         torch.manual_seed(config.run.seed)  # initial weights: the model's, then the heads' in the order of the methods
         model = new_model(config.model).to(world.device)  # where a method may copy it
         objective = OBJECTIVES[config.objective.name](config.objective, model)
@@ -138,8 +139,7 @@ class _Run:
             return self.start
         journal = Journal(config, world, guard, self.start, len(self.dataset), self.flops)
         batches = self._batches()
-        per_step = config.engine.global_batch // (self.micro * world.size)
-        feed = Feed(batches, per_step, config.run.steps - self.start, world)
+        feed = Feed(batches, self.accumulation, config.run.steps - self.start, world)
         try:
             with StopRequest(Path(config.run.dir), world) as stop:
                 feed.fetch()
@@ -157,11 +157,12 @@ class _Run:
                     feed.fetch()
                     leaving, last = stop.agreed(feed.error is not None), done == config.run.steps
                     failure = feed.failure() if stop.failed else None
-                    if done % config.run.log_every == 0 or last or leaving:
+                    every = config.run.checkpoint_every
+                    saving = last or leaving or (every and done % every == 0)
+                    if saving or done % config.run.log_every == 0:
                         journal.close_interval(done, lr)
                         self._warn(guard.warning(done))
-                    if last or leaving or (config.run.checkpoint_every and done % config.run.checkpoint_every == 0):
-                        journal.close_interval(done, lr)
+                    if saving:
                         journal.drain()
                         with journal.clock.away():
                             self._save(done, required=last or leaving, failure=failure)
@@ -242,7 +243,7 @@ class _Run:
             "step": step,
             "samples_seen": step * self.config.engine.global_batch,
             "optimizer_step": self.engine.applied_steps(),
-            "skipped_steps": self.guard.state(),
+            "skipped_steps": self.guard.recent,
             "seed": self.config.run.seed,
             "dataset_fingerprint": self.dataset.info.fingerprint,
             "field_fingerprints": self.dataset.info.field_fingerprints(self.fields),
@@ -259,13 +260,12 @@ class _Run:
         config, world = self.config, self.world
         millions = sum(shape.numel() for _, shape in self.engine.trainable()) / 1e6
         kind = f"ZeRO-{config.engine.zero_stage}" if launched() else "one process"
-        accumulation = config.engine.global_batch // (self.micro * world.size)
         names = ", ".join(method.name for method in config.methods) or "none"
         self._say(
             f"{config.model.name}, {millions:.1f} M parameters, methods {names}; "
-            f"{len(self.dataset)} samples, batch {config.engine.global_batch} = {world.size} ranks x {accumulation} "
-            f"x {self.micro}; {kind}, {config.engine.precision}, {world.device.type}; from step {self.start} to "
-            f"{config.run.steps} in {config.run.dir}"
+            f"{len(self.dataset)} samples, batch {config.engine.global_batch} = {world.size} ranks x "
+            f"{self.accumulation} x {self.micro}; {kind}, {config.engine.precision}, {world.device.type}; "
+            f"from step {self.start} to {config.run.steps} in {config.run.dir}"
         )
 
     def _say(self, text: str) -> None:

@@ -14,7 +14,7 @@ from dit_fast.diffusion.guidance import Channels, Guidance, Velocity, described,
 from dit_fast.diffusion.paths import Path, as_path
 from dit_fast.diffusion.solvers import SOLVERS, Draw, Field
 from dit_fast.errors import UserError
-from dit_fast.tree import Tree, each, leaves
+from dit_fast.tree import Tree, each, leaves, like
 
 MOST_STEPS = philox.Stream.METHOD - philox.Stream.SAMPLER  # every step draws from a Philox stream of its own
 MOST_ROWS = 1 << 16  # of one batch
@@ -27,7 +27,9 @@ def initial_noise(seed: int, index: Tensor, shape: tuple[int, ...] | Mapping[str
 
     shape: of the image, or of each leaf by name, whose numbers come from streams of their own.
     """
-    return _keyed(seed, index, shape, philox.Stream.INITIAL_NOISE)
+    named = shape if isinstance(shape, Mapping) else {"image": shape}
+    drawn = _keyed(seed, index, named, philox.Stream.INITIAL_NOISE)
+    return drawn if named is shape else drawn["image"]
 
 
 def sample(
@@ -195,27 +197,19 @@ def _given(draws: Sequence[Tree] | Tensor, state: Tree) -> Draw:
 
 
 def _philox(seed: int, index: Tensor, state: Tree) -> Draw:
-    return lambda step: _keyed(seed, index, _row_shapes(state), philox.Stream.SAMPLER + step)
+    shapes = {name: tuple(leaf.shape[1:]) for name, leaf in leaves(state).items()}
+    return lambda step: like(state, _keyed(seed, index, shapes, philox.Stream.SAMPLER + step))
 
 
-def _keyed(seed: int, index: Tensor, shape: tuple[int, ...] | Mapping[str, tuple[int, ...]], stream: int) -> Tree:
-    if isinstance(shape, Mapping):
-        return {
-            name: philox.normal(seed, index, _leaf_stream(name) + stream, size).double() for name, size in shape.items()
-        }
-    return philox.normal(seed, index, stream, tuple(shape)).double()
+def _keyed(seed: int, index: Tensor, shapes: Mapping[str, tuple[int, ...]], stream: int) -> dict[str, Tensor]:
+    streams = {name: stream + _leaf_stream(name) for name in shapes}
+    return {name: philox.normal(seed, index, streams[name], tuple(shape)).double() for name, shape in shapes.items()}
 
 
 def _leaf_stream(name: str) -> int:
     if name not in LEAF_STREAMS:
         raise UserError(f"unknown leaf '{name}' of what is sampled; known: {', '.join(LEAF_STREAMS)}")
     return LEAF_STREAMS[name]
-
-
-def _row_shapes(state: Tree) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
-    if isinstance(state, Tensor):
-        return tuple(state.shape[1:])
-    return {name: tuple(leaf.shape[1:]) for name, leaf in state.items()}
 
 
 def _copy(source: Tree, rows: list[int], target: Tree, places: list[int]) -> None:

@@ -10,14 +10,15 @@ def machine_facts() -> list[tuple[str, str]]:
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    facts = [("processor", _processor()), ("cores", str(cores))]
+    facts = [("processor", processor()), ("cores", str(cores))]
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         facts += [("GPUs", f"{len(names)} x {names[0]}")]
     return [*facts, ("Python", platform.python_version()), ("torch", torch.__version__)]
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of this machine's kind of processor."""
     listing = Path("/proc/cpuinfo")
     if listing.is_file():
         for line in listing.read_text().splitlines():

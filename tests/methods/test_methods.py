@@ -19,11 +19,11 @@ from dit_fast.errors import ConfigError
 from dit_fast.methods import METHODS, Method, Term, build_methods
 from dit_fast.methods.diversedit import DiverseDiT
 from dit_fast.methods.repa import REPA
-from dit_fast.models import build_model
 from dit_fast.objectives import Flow
 from dit_fast.train.__main__ import main
 from dit_fast.train.loss import TrainingLoss
 from tests.helpers.cases import loop_over
+from tests.helpers.tiny_sit import tiny_sit
 from tests.helpers.toy_runs import arguments, tensors
 
 DOCS = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -70,12 +70,7 @@ def registered(monkeypatch):
 
 
 def small():
-    torch.manual_seed(0)
-    sizes = {"input_size": 8, "in_channels": 2, "hidden_size": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
-    model = build_model("SiT-Nano/2", **sizes, skip_wiring="input")
-    for parameter in model.parameters():
-        parameter.data += 0.02 * torch.randn_like(parameter)
-    return model
+    return tiny_sit(in_channels=2, num_classes=5, skip_wiring="input")
 
 
 def step(*configs):

@@ -4,23 +4,18 @@ import pytest
 import torch
 
 from dit_fast.errors import ConfigError, UserError
-from dit_fast.models import Taps, build_model
+from dit_fast.models import Taps
 from dit_fast.objectives import MeanFlow
 from dit_fast.objectives.mean_flow import mean_flow_losses, total_derivative
 from dit_fast.philox import Key, Stream
 from dit_fast.tree import each, leaves
+from tests.helpers.tiny_sit import tiny_sit
 
 KEY, Y = Key(7, torch.arange(6) + 3), torch.tensor([0, 5, 2, 3, 5, 1])  # 5: the null label
 
 
 def small(**changes):
-    torch.manual_seed(0)
-    sizes = {"input_size": 8, "hidden_size": 32, "depth": 4, "num_heads": 2, "num_classes": 5, "times": 2, **changes}
-    model = build_model("SiT-Nano/2", in_channels=2, **sizes)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.05 * torch.randn_like(parameter)
-    return model.double()
+    return tiny_sit(**{"in_channels": 2, "num_classes": 5, "times": 2, **changes}).double()
 
 
 def clean(tree=False):

@@ -8,10 +8,11 @@ import torch
 
 from dit_fast import philox
 from dit_fast.methods import METHODS, Method, Term, build_methods
-from dit_fast.models import Taps, build_model
+from dit_fast.models import Taps
 from dit_fast.objectives import Flow, MeanFlow
 from dit_fast.ops import diversity_loss
 from dit_fast.train.loss import TrainingLoss
+from tests.helpers.tiny_sit import tiny_sit
 
 
 class Spy(Method):
@@ -33,24 +34,6 @@ def registered(monkeypatch):
     monkeypatch.setitem(METHODS, "spy", Spy)
 
 
-def small(**changes):
-    torch.manual_seed(0)
-    sizes = {
-        "input_size": 8,
-        "in_channels": 2,
-        "hidden_size": 32,
-        "depth": 4,
-        "num_heads": 2,
-        "num_classes": 5,
-        **changes,
-    }
-    model = build_model("SiT-Nano/2", **sizes, skip_wiring="input")
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.05 * torch.randn_like(parameter)
-    return model
-
-
 def batch(count=6, start=0):
     position = torch.arange(start, start + count)
     generator = torch.Generator().manual_seed(5)
@@ -60,7 +43,8 @@ def batch(count=6, start=0):
 
 def training(*configs, objective=Flow, **options):
     """The loss, and the first method."""
-    model = small(times=2 if objective is MeanFlow else 1)
+    sizes = {"in_channels": 2, "num_classes": 5, "times": 2 if objective is MeanFlow else 1}
+    model = tiny_sit(**sizes, skip_wiring="input")
     methods = build_methods(configs, model, None)
     loss = TrainingLoss(
         model, objective(objective.Config(), model), methods, **{"seed": 3, "label_dropout": 0.3, **options}

@@ -43,8 +43,8 @@ def test_guard_goes_on_from_a_checkpoint():
     guard = Guard(patience=4, batch=8)
     for step in range(1, 201):
         guard.after_step(step, step not in (5, 150, 199, 200))
-    assert guard.state() == [150, 199, 200]
-    again = Guard(newest=200, patience=4, skipped=4, recent=guard.state(), batch=8)
+    assert guard.recent == [150, 199, 200]
+    again = Guard(newest=200, patience=4, skipped=4, recent=guard.recent, batch=8)
     assert again.in_a_row(200) == 2
     assert again.warning(200) is None  # reported before the restart
     again.after_step(201, False)
