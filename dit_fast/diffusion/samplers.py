@@ -99,6 +99,10 @@ def sample(
     check_times(sampler, getattr(model, "times", solver.times))
     channels: Channels = getattr(model, "cfg_channels", "all") if cfg_channels is None else cfg_channels
     guidance = Guidance(cfg_scale, guidance_low, guidance_high, channels, class_token_cfg_scale)
+    if class_token_cfg_scale is not None and "class_token" not in leaves(noise):
+        raise UserError(
+            f"class_token_cfg_scale={class_token_cfg_scale} is for a class token, and noise has none; drop it"
+        )
     _check_labels(model, y, count)
     times, path, state = solver.grid(num_steps), as_path(path), each(lambda leaf: leaf.double(), noise)
 

@@ -47,8 +47,11 @@ def reg_losses(
 
     model: with a class token and `projectors`. x, noise [N, C, H, W]; y [N] int64; t [N]; class_noise [N, Z]; target
     [N, 1 + T, Z]: the encoder's class token, then its patch tokens; it gets no gradient. encoder_depth: the aligned
-    block, from 1. Source: REG, Eqs. 4 to 7; token and image share t and have noise of their own.
+    block, from 1. Source: REG, Eqs. 4 to 7; token and image share t and have noise of their own. Raises UserError for
+    shapes and a model that do not fit.
     """
+    if not hasattr(model, "projectors"):
+        raise ConfigError("reg_losses needs a model with its alignment head, `projectors`; `load_official` gives one")
     path, block, target = as_path(path), encoder_depth - 1, target.detach()
     noised, velocity = path.interpolate(x, noise, t)
     noised_token, token_velocity = path.interpolate(target[:, 0], class_noise, t)

@@ -23,7 +23,7 @@ from dit_fast.models import Backbone, Taps
 from dit_fast.objectives.base import Context, Objective, noise_for
 from dit_fast.options import setting
 from dit_fast.philox import Key, Stream
-from dit_fast.tree import Tree, each, leaves
+from dit_fast.tree import Tree, each, image, leaves
 
 Network = Callable[[Tree, Tensor, Tensor], Tree]  # (z, times [N, 2] = (t, r), y) -> u
 
@@ -70,7 +70,10 @@ def mean_flow_losses(
         raise UserError(f"mean_flow_losses needs t and r of shape [{len(y)}], not {list(t.shape)} and {list(r.shape)}")
     if prediction not in ("velocity", "x"):
         raise UserError(f"unknown prediction '{prediction}'; valid: velocity, x")
-    z = each(lambda data, eps: _along(1 - t, data) * data + _along(t, data) * eps, x, noise)
+    if dropped is not None and dropped.shape != t.shape:
+        raise UserError(f"dropped must be bool {list(t.shape)}, one for each sample, not {list(dropped.shape)}")
+    image(x)
+    z = each(lambda data, eps: Path("linear").interpolate(data, eps, t)[0], x, noise)
     if prediction == "x":
         velocity = each(lambda a, data: (a - data) / _along(t.clamp(min=t_eps), a), z, x)
         network: Network = lambda z, times, y: each(  # noqa: E731
@@ -78,7 +81,7 @@ def mean_flow_losses(
         )
     else:
         velocity, network = each(torch.sub, noise, x), model
-    if omega is not None:
+    if omega is not None and (omega, kappa) != (1, 0):
         null = torch.full_like(y, _null_label(model, null_label))
         velocity = guided_velocity(network, velocity, z, t, y, null, omega, kappa, interval, dropped)
     u = network(z, torch.stack((t, r), 1), y)
@@ -101,8 +104,6 @@ def guided_velocity(
     dropped: Tensor | None = None,
 ) -> Tree:
     """omega v + (1 - omega - kappa) u(z, t, t, null) + kappa u(z, t, t, y); v outside the interval or dropped."""
-    if omega == 1 and kappa == 0:
-        return velocity
     times = torch.stack((t, t), 1)
     guided = each(lambda v, free: omega * v + (1 - omega - kappa) * free, velocity, network(z, times, null))
     if kappa:

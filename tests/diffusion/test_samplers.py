@@ -252,6 +252,7 @@ def test_mean_flow_gives_the_model_both_times():
         ({"noise": {"image": torch.zeros(2, 2, 3, 3), "text": torch.zeros(2, 5)}}, "unknown leaf 'text'"),
         ({"noise": {"image": torch.zeros(2, 2, 3, 3), "class_token": torch.zeros(3, 5)}}, "equally many rows"),
         ({"class_token_cfg_scale": float("inf")}, "class_token_cfg_scale=inf"),
+        ({"class_token_cfg_scale": 2.0}, "class_token_cfg_scale=2.0 is for a class token, and noise has none"),
         ({"sampler": "sde"}, "generator="),
         ({"seed": 1, "index": torch.arange(2), "generator": torch.Generator()}, "not both"),
         ({"seed": 1}, "belong together"),

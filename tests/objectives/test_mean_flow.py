@@ -83,3 +83,15 @@ def test_what_it_cannot_train_is_refused():
         mean_flow_losses(small(label_dropout=0.0), clean(), Y, half, half, clean(), omega=2.0)
     with pytest.raises(UserError, match=r"t and r of shape \[6\]"):
         mean_flow_losses(small(), clean(), Y, half, half[:, None], clean())
+    with pytest.raises(UserError, match="x and noise of one shape"):
+        mean_flow_losses(small(), clean(), Y, half, half, clean()[:1])
+    with pytest.raises(UserError, match=r"dropped must be bool \[6\]"):
+        mean_flow_losses(small(), clean(), Y, half, half, clean(), omega=2.0, dropped=Y[:1] == 0)
+    with pytest.raises(UserError, match="a tree without an image"):
+        mean_flow_losses(small(), {"token": half}, Y, half, half, {"token": half})
+
+
+def test_a_guided_target_of_scale_one_needs_no_null_label():
+    model, half = small(label_dropout=0.0), torch.full((6,), 0.5, dtype=torch.float64)
+    plain, guided = (mean_flow_losses(model, clean(), Y, half, half / 2, clean(), omega) for omega in (None, 1.0))
+    assert torch.equal(plain.squared_error, guided.squared_error)
