@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -136,6 +137,24 @@ def here() -> World:
             "devices; start fewer processes"
         )
     return World(place.rank, place.size, torch.device("cuda", place.local_rank))
+
+
+def meet() -> None:
+    """Returns when every process that the launcher started has come here; at once without one.
+
+    No process group is joined. Raises UserError where one does not come within half an hour.
+    """
+    place = launch_place()
+    if place is None or place.size == 1:
+        return
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
+        for word in ("came", "left"):  # rank 0 may hold the store, so it leaves last
+            store.set(f"dit_fast/{word}/{rank}", "")
+            if word == "came" or not rank:
+                store.wait([f"dit_fast/{word}/{other}" for other in range(size)])
+    except dist.DistError as error:
+        raise UserError(f"rank {place.rank}: not all {place.size} processes came ({str(error).splitlines()[0]})") from None
 
 
 def single() -> World:

@@ -60,7 +60,7 @@ def _sample(options: argparse.Namespace) -> int:
     from dit_fast.sampling.output import check_writable, writing
     from dit_fast.sampling.parts import Parts
     from dit_fast.sampling.samples import FILE_NAME
-    from dit_fast.world import here
+    from dit_fast.world import here, meet
 
     outputs = [options.out] if options.out else [options.folder / FILE_NAME, options.folder / "samples.png"]
     kept = options.out is not None and (options.out.is_dir() or not options.out.suffix)
@@ -77,14 +77,18 @@ def _sample(options: argparse.Namespace) -> int:
     dataset = run.dataset(options.data)
     chosen = chosen.resolved(run, dataset)
     with writing(place):
-        parts = Parts(place, run, chosen)
-    images = sample_images(run, chosen, world, dataset, done=parts.done())
-    with tqdm(total=chosen.count, desc="sampling", unit="image", disable=True if world.rank else None) as bar:
-        bar.update(parts.images())
+        parts = Parts(place, run, chosen, world.rank)
+        done, there = parts.done(), parts.images()
+    images = sample_images(run, chosen, world, dataset, done=done)
+    if not kept:
+        meet()  # rank 0 will remove the parts, and a rank that comes after that would draw its share again
+    hidden = True if world.rank else None
+    with tqdm(total=chosen.count, initial=there, desc="sampling", unit="image", disable=hidden) as bar:
         for samples in images:
             with writing(place):
                 parts.add(samples)
-            bar.update(parts.images() - bar.n)
+            if not world.rank:
+                bar.update(parts.images() - bar.n)
     if world.rank:
         return 0
     for path in outputs:

@@ -1,5 +1,6 @@
 """A folder of drawn chunks, so that ranks share a drawing and a killed one goes on with the chunks that are missing."""
 
+import fcntl
 import json
 import os
 import re
@@ -23,10 +24,11 @@ _NAME = re.compile(r"images_(\d{8,})\.npz")
 class Parts:
     """FOLDER/images_FIRST.npz, one file of `Samples` for each chunk, and sampling.json, which says what they are of.
 
-    options: resolved. Raises UserError where the folder holds chunks of other weights, data or options.
+    options: resolved. rank: of this process, of which one at a time may draw into a folder. Raises UserError where
+    another one does, and where the folder holds chunks of other weights, data or options.
     """
 
-    def __init__(self, folder: Path, run: LoadedRun, options: SampleOptions):
+    def __init__(self, folder: Path, run: LoadedRun, options: SampleOptions, rank: int):
         self.folder, self.options = folder, options
         content = {
             "options": asdict(options),
@@ -45,6 +47,13 @@ class Parts:
                 f"{folder}: holds images of another command ({_difference(found, json.loads(text))}); remove it, or "
                 "give that command again to finish it"
             )
+        self._held = path.open("rb+")  # with the lock, which goes when the file is closed: nobody reads it from here on
+        try:
+            fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+        except (BlockingIOError, PermissionError):
+            raise UserError(
+                f"{folder}: another process draws into it as rank {rank}; wait for it, or name another place with --out"
+            ) from None
 
     def done(self) -> set[int]:
         """Numbers of the first images of the chunks that are there."""

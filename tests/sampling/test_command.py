@@ -1,6 +1,8 @@
 """`dit-fast sample`: what it writes, how it goes on after a kill, and how ranks share it."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from dit_fast.errors import UserError
 from dit_fast.sampling import images as images_module
 from dit_fast.sampling.options import SampleOptions
 from dit_fast.sampling.samples import Samples, write_samples
+from tests.helpers.toy_runs import environment, free_port
 
 
 def test_sample_command_writes_a_grid_or_an_archive(place, tmp_path, capsys):
@@ -113,6 +116,40 @@ def test_ranks_share_a_folder(place, tmp_path, monkeypatch):
     parts = [Samples.load(path) for path in sorted((tmp_path / "folder").glob("images_*.npz"))]
     np.testing.assert_array_equal(Samples.join(parts).images, Samples.load(tmp_path / "whole.npz").images)
     assert json.loads((tmp_path / "folder" / "sampling.json").read_text())["options"]["classes"] == [0, 1, 2]
+
+
+@pytest.mark.launch
+def test_a_rank_that_starts_late_draws_nothing_again(place, tmp_path, monkeypatch):
+    """All chunks are there, so rank 0 could join and remove them before rank 1 has looked."""
+    parts = tmp_path / "a.npz.parts"
+    parts.mkdir()
+    assert sample(place, "-o", str(parts)) == 0
+    ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    command = ["sample", str(place / "diverse"), "--num-steps", "1", "--batch", "4", "--per-class", "4"]
+    late = subprocess.Popen(
+        [sys.executable, "-m", "dit_fast.cli", *command, "-o", str(tmp_path / "a.npz")],
+        env=environment(RANK="1", LOCAL_RANK="1"),
+    )
+    assert sample(place, "-o", str(tmp_path / "a.npz")) == 0
+    assert late.wait(60) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+@pytest.mark.launch
+def test_two_commands_do_not_draw_into_one_folder(place, tmp_path, capsys):
+    assert sample(place, "-o", str(tmp_path / "folder")) == 0
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'rb+'); fcntl.lockf(f, fcntl.LOCK_EX, 1, 0); print(1); input()"
+    command = [sys.executable, "-uc", hold, str(tmp_path / "folder" / "sampling.json")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert sample(place, "-o", str(tmp_path / "folder")) == 2
+        other.communicate(b"\n")
+    assert "folder: another process draws into it as rank 0; wait for it, or" in capsys.readouterr().err
+    assert sample(place, "-o", str(tmp_path / "folder")) == 0
 
 
 def test_a_file_written_in_parts_has_the_bytes_of_numpy(tmp_path):
