@@ -121,6 +121,8 @@ def _built(group: type, values: Any, path: str, build: Build) -> Any:
     names = [item.name for item in dataclasses.fields(group)]
     of_class = {"name"} - {*names} if hasattr(group, "name") else set()
     _refuse_unknown(_mapping(values, path), [*names, *of_class], f"{path}.")
+    if of_class & values.keys() and values["name"] != group.name:  # type: ignore[attr-defined]
+        raise ConfigError(f"'{path}.name' cannot be {shown(values['name'])}; give the group under that name instead")
     return build(group, {name: value for name, value in values.items() if name not in of_class}, path)
 
 
@@ -139,7 +141,9 @@ def _refuse_unknown(names: Iterable[str], known: Iterable[str], prefix: str) -> 
 def _config(item: dataclasses.Field[Any], name: Any) -> type:
     """The class of a group that `item` chooses by this name."""
     registry, key = item.metadata["registry"], item.name
-    kind = item.metadata["kind"](name) if isinstance(name, str) else None
+    if not isinstance(name, str):
+        raise ConfigError(f"'{key}.name' must be of type str, not {shown(name)}")
+    kind = item.metadata["kind"](name)
     if kind not in registry:
         none = f" ({key}=none for none)" if isinstance(item.default, tuple) else ""
         raise ConfigError(f"unknown {key.rstrip('s')} {shown(name)}{nearest(str(name), registry)}{none}")

@@ -19,6 +19,13 @@ from dit_fast.errors import UserError
 
 _ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07]*\x07?)")  # colours and titles
 ADVICE = "unexpected; --traceback shows where"
+WITH_TRAIN = (
+    "PIL",
+    "matplotlib",
+    "tensorboard",
+    "tqdm",
+    "webdataset",
+)  # packages of the extra, absent in a base install
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,6 +73,9 @@ def run(
                 print(f"dit-fast: {interrupted}", file=sys.stderr)
             return 130
         except Exception as error:
+            if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in WITH_TRAIN:
+                _report(f"{one_line(error)}; run `pip install 'dit_fast[train]'`", show_traceback)
+                return 2
             left = isinstance(error, BrokenPipeError) and not _has_reader(sys.stdout)  # as in `dit-fast info | head`
             if not left:
                 place = f"rank {rank}: " if rank else ""

@@ -154,7 +154,9 @@ def meet() -> None:
             if word == "came" or not rank:
                 store.wait([f"dit_fast/{word}/{other}" for other in range(size)])
     except dist.DistError as error:
-        raise UserError(f"rank {place.rank}: not all {place.size} processes came ({str(error).splitlines()[0]})") from None
+        raise UserError(
+            f"rank {place.rank}: not all {place.size} processes came ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def single() -> World:

@@ -123,6 +123,10 @@ def test_a_class_is_chosen_by_name(monkeypatch):
     assert stored(json.loads(json.dumps(to_dict(config)))) == config
     assert changed(config, ["objective=toy"]) == config
     assert changed(config, ["objective.name=flow"]).objective == Flow.Config()
+    with pytest.raises(ConfigError, match=r"'methods\.reg\.name' cannot be 'repa'; give the group under that name"):
+        changed(TrainConfig(), ["methods=reg", "methods.reg.name=repa"])
+    with pytest.raises(ConfigError, match=r"'model\.name' must be of type str, not '3'"):
+        stored({"model": {"name": 3}})
     with pytest.raises(ConfigError, match="unknown objective 'flwo'; did you mean 'flow'"):
         changed(config, ["objective=flwo"])
     with pytest.raises(ConfigError, match=r"unknown configuration key 'objective\.path'"):

@@ -36,6 +36,16 @@ class Own(UserError):
             1,
             "error: PermissionError: [Errno 13] Permission denied: '/x'",
         ),
+        (
+            ModuleNotFoundError("No module named 'PIL.Image'", name="PIL.Image"),
+            2,
+            "error: No module named 'PIL.Image'; run `pip install 'dit_fast[train]'`",
+        ),
+        (
+            ModuleNotFoundError("No module named 'x'", name="x"),
+            1,
+            "error: ModuleNotFoundError: No module named 'x' (une",
+        ),
         (BrokenPipeError(32, "a socket"), 1, "error: BrokenPipeError"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],

@@ -77,6 +77,12 @@ def add_fields(
     DataError, one line; finished tars are kept.
     """
     check_amounts(1, processes)
+    image = producer.fields.get("image")
+    if image and (image.dtype != "uint8" or image.shape != (3, *2 * image.shape[-1:])):
+        raise DataError(
+            f"{dataset.root}: a field 'image' holds pictures, uint8 [3, S, S], not {image.dtype} {list(image.shape)}; "
+            "give another name"
+        )
     out, info = Path(dataset.root), dataset.info
     declared = {name: field_entry(field) for name, field in producer.fields.items()}
     full = {"fields": declared, "dataset": info.fingerprint, **settings}

@@ -77,7 +77,7 @@ def write_dataset(
         out.mkdir(parents=True, exist_ok=True)
         if (out / FILE_NAME).is_file():
             found = read_json(out / FILE_NAME).get("settings")
-            refuse_other(out, found if isinstance(found, dict) else {}, settings)
+            refuse_other(out, found if isinstance(found, dict) else {}, settings, Unfinished(out, SHARD).instead)
             return open_dataset(out)
     sizes = [min(samples_per_shard, len(order) - first) for first in range(0, len(order), samples_per_shard)]
     with writing(Unfinished(out, SHARD), settings) as state:
@@ -114,6 +114,13 @@ class Unfinished:
         """`shard-000012.tar`."""
         return self.out / f"{self.prefix}-{shard:06d}.tar"
 
+    @property
+    def instead(self) -> str:
+        """What to do about one that was begun otherwise; a field's has finished shards of others beside it."""
+        if self.prefix == SHARD:
+            return "use those, another folder, or delete it"
+        return f"use those, another name, or delete {self.folder.name} and {self.prefix}-*.tar there"
+
     def record(self, shard: int) -> Path:
         return self.folder / f"{self.tar(shard).name}.json"
 
@@ -129,7 +136,7 @@ def writing(state: Unfinished, settings: Mapping[str, Any]) -> Iterator[Unfinish
         state.folder.mkdir(exist_ok=True)
         with _locked(state):
             if (state.folder / "settings.json").is_file():
-                refuse_other(out, read_json(state.folder / "settings.json"), settings)
+                refuse_other(out, read_json(state.folder / "settings.json"), settings, state.instead)
             else:
                 foreign = sorted(out.glob(f"{state.prefix}-*.tar"))
                 if foreign:
@@ -314,12 +321,10 @@ def _statistics(results: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     return {"mean": mean.tolist(), "std": np.sqrt(np.maximum(square - mean**2, 0)).tolist()}
 
 
-def refuse_other(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def refuse_other(out: Path, old: Mapping[str, Any], new: Mapping[str, Any], instead: str) -> None:
     changes = diff(old, json.loads(json.dumps(new)))
     if changes:
-        raise DataError(
-            f"{out}: was begun with other settings ({'; '.join(changes)}); use those, another folder, or delete it"
-        )
+        raise DataError(f"{out}: was begun with other settings ({'; '.join(changes)}); {instead}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

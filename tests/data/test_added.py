@@ -13,6 +13,7 @@ import torch
 from dit_fast.data import Plan, add_field, build_loader, open_dataset
 from dit_fast.data.index import index_from_bytes, index_to_bytes
 from dit_fast.errors import CheckpointError, UserError
+from dit_fast.files import remove_tree
 from dit_fast.options import to_dict
 from dit_fast.preparation.verify import rebuild_index, verify_dataset
 from dit_fast.train.prepare import check_resume
@@ -182,6 +183,27 @@ def test_names_and_files_that_cannot_be_added_are_one_line(extended, arrays, tmp
     ):
         assert message in refused(add_field, extended, name, arrays / f"{file}.npy", progress=False)
     assert contents(extended) == before
+
+
+def test_a_corrected_array_is_told_what_to_delete_and_it_is_not_the_data_set(bare, tmp_path):
+    np.save(tmp_path / "x.npy", np.where(np.arange(COUNT) == 20, np.float32(np.nan), BRIGHTNESS))
+    refused(add_field, bare, "x", tmp_path / "x.npy", progress=False)
+    np.save(tmp_path / "x.npy", BRIGHTNESS)
+    line = refused(add_field, bare, "x", tmp_path / "x.npy", progress=False)
+    assert line.endswith("; use those, another name, or delete .build-x and x-*.tar there")
+    for path in (*bare.glob("x-*.tar"), bare / ".build-x"):
+        remove_tree(path)
+    add_field(bare, "x", tmp_path / "x.npy", progress=False)
+
+
+def test_a_field_of_images_holds_images(shards, tmp_path):
+    """Encoders and reports read it as such."""
+    folder = shutil.copytree(shards, tmp_path / "shards")
+    np.save(tmp_path / "x.npy", np.zeros((48, 3, 16, 8), np.uint8))
+    line = refused(add_field, folder, "image", tmp_path / "x.npy", progress=False)
+    assert "a field 'image' holds pictures, uint8 [3, S, S], not uint8 [3, 16, 8]" in line
+    np.save(tmp_path / "x.npy", np.zeros((48, 3, 16, 16), np.uint8))
+    assert "image" in add_field(folder, "image", tmp_path / "x.npy", progress=False).info.fields
 
 
 def test_a_run_is_bound_to_the_added_fields_that_it_reads(bare, extended, tmp_path):
