@@ -12,6 +12,7 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -117,6 +118,22 @@ class Key:
     def uniform(self, stream: int, shape: tuple[int, ...]) -> Tensor:
         """Uniform float32 [N, *shape] in [0, 1), otherwise as `normal`."""
         return uniform(self.seed, self.position, stream, shape)
+
+    def leaves(self, stream: int, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """`normal` for the leaves of what is denoised; `stream` is the image's (`leaf_stream`)."""
+        return {name: self.normal(leaf_stream(name, stream), tuple(shape)) for name, shape in shapes.items()}
+
+
+def leaf_stream(name: str, image: int) -> int:
+    """The stream of a leaf of what is denoised, where the image's is `image`; no leaf changes another's numbers.
+
+    Raises UserError for a leaf of another name.
+    """
+    token = Stream.CLASS_TOKEN if image == Stream.NOISE else Stream.SAMPLED_CLASS_TOKEN + image
+    streams = {"image": image, "class_token": token}
+    if name not in streams:
+        raise UserError(f"unknown leaf '{name}' of what is denoised; known: {', '.join(streams)}")
+    return streams[name]
 
 
 def uint32_numpy(seed: int, positions: np.ndarray, stream: int, count: int) -> np.ndarray:

@@ -43,7 +43,7 @@ class Journal:
         self._applied, self._skipped, self._last = 0, 0, start
         self._pending: list[tuple[dict[str, Any], list[str], Late | None]] = []
         self._writer: Any = None
-        self._bar: Any = None
+        self._progress: _Progress | None = None
         self._file: AppendedLines | None = None
         self._ceiling = 0.0
         self.started = time.time()
@@ -56,12 +56,12 @@ class Journal:
         files.replace(self.run / CONFIG, json.dumps(to_dict(config), indent=1).encode())
         truncate_metrics(self.run / METRICS, start)
         self._file = AppendedLines(self.run / METRICS)
-        self._bar = _progress_bar(config.run.steps, start)
+        self._progress = _Progress(config.run.steps, start)
         self._writer = _tensorboard(self.run, start) if config.run.tensorboard else None
 
     def step(self, result: StepResult) -> None:
         """Adds one step; skipped ones (no finite gradient) are counted, their values are not averaged."""
-        self._show(lambda bar: bar.update(1))
+        self._show(_Progress.step)
         if not result.applied:
             self._skipped += 1
             return
@@ -100,17 +100,17 @@ class Journal:
             return
         safe = {key: value if math.isfinite(value) else None for key, value in row.items()}
         self._file.add(json.dumps(safe))
-        self._show(lambda bar: bar.show(row))
+        self._show(lambda progress: progress.show(row))
         scalars = {name: value for name, value in row.items() if name not in ("step", "samples", "epoch", "seconds")}
         self._plot(lambda writer: [writer.add_scalar(name, value, row["step"]) for name, value in scalars.items()])
 
-    def _show(self, act: Callable[[Any], Any]) -> None:
+    def _show(self, act: "Callable[[_Progress], None]") -> None:
         """Progress goes to a terminal that may be gone; the run goes on without it."""
         try:
-            if self._bar is not None:
-                act(self._bar)
+            if self._progress is not None:
+                act(self._progress)
         except OSError:
-            self._bar = None
+            self._progress = None
 
     def _plot(self, act: Callable[[Any], Any]) -> None:
         """TensorBoard writes from a thread of its own; what failed there is raised by a later call, of any kind."""
@@ -128,7 +128,7 @@ class Journal:
         finally:
             if self._file is not None:
                 self._file.close()
-            self._show(lambda bar: bar.close())
+            self._show(_Progress.close)
             self._plot(lambda writer: writer.close())
 
 
@@ -180,48 +180,37 @@ def truncate_metrics(path: Path, step: int) -> None:
         files.replace(path, kept)
 
 
-class _Lines:
-    """Progress for log files: one line per interval."""
+class _Progress:
+    """A bar in terminals, a line for each interval in log files."""
 
     def __init__(self, total: int, start: int):
         self._total, self._first, self._since = total, start, time.perf_counter()
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
 
-    def update(self, count: int) -> None: ...
+                shown: dict[str, Any] = {"dynamic_ncols": True, "mininterval": 0.5, "smoothing": 0.1}
+                self._bar = tqdm(total=total, initial=start, unit="step", **shown)
+            except ImportError:
+                logger.info("tqdm is not installed, so progress is printed line by line; pip install tqdm for a bar")
+
+    def step(self) -> None:
+        if self._bar is not None:
+            self._bar.update(1)
 
     def show(self, row: Mapping[str, Any]) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(_summary(row), refresh=False)
+            return
         per_step = (time.perf_counter() - self._since) / max(row["step"] - self._first, 1)
         left = int(per_step * (self._total - row["step"]))
         eta = f"{left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
         print(f"step {row['step']}/{self._total}  {_summary(row)}  eta {eta}", file=sys.stderr, flush=True)
 
-    def close(self) -> None: ...
-
-
-class _Bar:
-    """Progress for terminals."""
-
-    def __init__(self, tqdm: Any, total: int, start: int):
-        self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.1)
-
-    def update(self, count: int) -> None:
-        self._bar.update(count)
-
-    def show(self, row: Mapping[str, Any]) -> None:
-        self._bar.set_postfix_str(_summary(row), refresh=False)
-
     def close(self) -> None:
-        self._bar.close()
-
-
-def _progress_bar(total: int, start: int) -> Any:
-    if sys.stderr.isatty():
-        try:
-            from tqdm import tqdm
-
-            return _Bar(tqdm, total, start)
-        except ImportError:
-            logger.info("tqdm is not installed, so progress is printed line by line; pip install tqdm for a bar")
-    return _Lines(total, start)
+        if self._bar is not None:
+            self._bar.close()
 
 
 def _summary(row: Mapping[str, Any]) -> str:

@@ -9,17 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_fast import philox
 from dit_fast.diffusion.guidance import Channels, Guidance, Velocity, described, shapes_of
 from dit_fast.diffusion.paths import Path, as_path
 from dit_fast.diffusion.solvers import SOLVERS, Draw, Field
 from dit_fast.errors import UserError
-from dit_fast.tree import Tree, each, leaves, like
+from dit_fast.philox import Key, Stream, leaf_stream
+from dit_fast.tree import Tree, each, image, leaves, like
 
-MOST_STEPS = philox.Stream.METHOD - philox.Stream.SAMPLER  # every step draws from a Philox stream of its own
+MOST_STEPS = Stream.METHOD - Stream.SAMPLER  # every step draws from a Philox stream of its own
 MOST_ROWS = 1 << 16  # of one batch
-# added to the image's streams for the other leaves of what is sampled
-LEAF_STREAMS = {"image": 0, "class_token": philox.Stream.SAMPLED_CLASS_TOKEN}
 
 
 def initial_noise(seed: int, index: Tensor, shape: tuple[int, ...] | Mapping[str, tuple[int, ...]]) -> Tree:
@@ -28,8 +26,8 @@ def initial_noise(seed: int, index: Tensor, shape: tuple[int, ...] | Mapping[str
     shape: of the image, or of each leaf by name, whose numbers come from streams of their own.
     """
     named = shape if isinstance(shape, Mapping) else {"image": shape}
-    drawn = _keyed(seed, index, named, philox.Stream.INITIAL_NOISE)
-    return drawn if named is shape else drawn["image"]
+    drawn = each(Tensor.double, Key(seed, index).leaves(Stream.INITIAL_NOISE, named))
+    return drawn if named is shape else image(drawn)
 
 
 def sample(
@@ -153,7 +151,7 @@ def _check_noise(noise: Tree) -> int:
     if not named or not sound:
         raise UserError(f"noise must be a floating point tensor [N, C, ...], not {described(noise)}")
     for name, leaf in named.items():
-        _leaf_stream(name)
+        leaf_stream(name, Stream.SAMPLER)
         _check_dense("noise", leaf)
         if not (finite := leaf.flatten(1).isfinite().all(1)).all():
             raise UserError(f"noise row {int(finite.logical_not().nonzero()[0])} holds NaN or Inf")
@@ -201,19 +199,8 @@ def _given(draws: Sequence[Tree] | Tensor, state: Tree) -> Draw:
 
 
 def _philox(seed: int, index: Tensor, state: Tree) -> Draw:
-    shapes = {name: tuple(leaf.shape[1:]) for name, leaf in leaves(state).items()}
-    return lambda step: like(state, _keyed(seed, index, shapes, philox.Stream.SAMPLER + step))
-
-
-def _keyed(seed: int, index: Tensor, shapes: Mapping[str, tuple[int, ...]], stream: int) -> dict[str, Tensor]:
-    streams = {name: stream + _leaf_stream(name) for name in shapes}
-    return {name: philox.normal(seed, index, streams[name], tuple(shape)).double() for name, shape in shapes.items()}
-
-
-def _leaf_stream(name: str) -> int:
-    if name not in LEAF_STREAMS:
-        raise UserError(f"unknown leaf '{name}' of what is sampled; known: {', '.join(LEAF_STREAMS)}")
-    return LEAF_STREAMS[name]
+    key, shapes = Key(seed, index), {name: leaf.shape[1:] for name, leaf in leaves(state).items()}
+    return lambda step: each(Tensor.double, like(state, key.leaves(Stream.SAMPLER + step, shapes)))
 
 
 def _copy(source: Tree, rows: list[int], target: Tree, places: list[int]) -> None:

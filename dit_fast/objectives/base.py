@@ -15,22 +15,14 @@ from torch import Tensor
 from dit_fast.diffusion import Guidance, Path, Solver
 from dit_fast.diffusion.guidance import Velocity
 from dit_fast.diffusion.solvers import Field
-from dit_fast.errors import UserError
 from dit_fast.models import Backbone, Taps
 from dit_fast.philox import Key, Stream
 from dit_fast.tree import Tree, leaves, like
 
-# The leaves' own numbers, so that a leaf more changes nothing for the others.
-NOISE: Mapping[str, Stream] = {"image": Stream.NOISE, "class_token": Stream.CLASS_TOKEN}
-
 
 def noise_for(x: Tree, key: Key) -> Tree:
     """Standard normal float32, of the form of x. Raises UserError for a leaf without a stream."""
-    named = leaves(x)
-    for name in named:
-        if name not in NOISE:
-            raise UserError(f"unknown leaf '{name}' of what is denoised; known: {', '.join(NOISE)}")
-    return like(x, {name: key.normal(NOISE[name], tuple(leaf.shape[1:])) for name, leaf in named.items()})
+    return like(x, key.leaves(Stream.NOISE, {name: leaf.shape[1:] for name, leaf in leaves(x).items()}))
 
 
 @dataclass(frozen=True)
