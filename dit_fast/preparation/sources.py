@@ -51,7 +51,9 @@ class FolderSource:
         self.files = [name for names in walk.classes.values() for name in names]
         sizes = [len(names) for names in walk.classes.values()]
         self.labels = np.repeat(np.arange(len(sizes), dtype=np.int64), sizes)
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(walk.skipped.items(), key=_by_count))
+        kinds = ", ".join(
+            f"{count} {kind}" for kind, count in sorted(walk.skipped.items(), key=lambda item: (-item[1], item[0]))
+        )
         self.notes = walk.notes
         if kinds:
             count = walk.skipped.total()
@@ -167,10 +169,6 @@ class _Walk:
         except OSError as error:
             raise _unlisted(folder, error) from None
         return status.st_dev, status.st_ino
-
-
-def _by_count(item: tuple[str, int]) -> tuple[int, str]:
-    return -item[1], item[0]
 
 
 def _unlisted(folder: str, error: OSError) -> DataError:

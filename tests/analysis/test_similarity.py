@@ -18,32 +18,6 @@ def rotation(size, seed=1):
     return torch.linalg.qr(draw(size, size, seed=seed)).Q
 
 
-def test_equal_representations_have_cka_one():
-    x = draw(40, 7)
-    assert linear_cka(x, x).item() == pytest.approx(1.0, abs=1e-12)
-
-
-def test_cka_ignores_rotation_scale_and_shift():
-    x, y = draw(40, 7), draw(40, 11, seed=2)
-    reference = linear_cka(x, y).item()
-    moved = 3.5 * y @ rotation(11) + draw(11, seed=3)
-    assert 0.01 < reference < 0.9
-    assert linear_cka(x, moved).item() == pytest.approx(reference, abs=1e-12)
-    assert linear_cka(y, x).item() == pytest.approx(reference, abs=1e-12)
-
-
-def test_cka_notices_an_uneven_stretch():
-    x, y = draw(40, 4), draw(40, 4, seed=2)
-    stretched = y * torch.tensor([100.0, 1.0, 1.0, 1.0], dtype=torch.float64)
-    assert abs(linear_cka(x, stretched).item() - linear_cka(x, y).item()) > 1e-3
-
-
-def test_cka_of_columns_that_do_not_correlate_is_zero():
-    x = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]])
-    y = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]])
-    assert linear_cka(x, y).item() == 0.0
-
-
 def test_cka_against_kernel_form():
     # methods.md 2.9: HSIC(K, L) = Tr(KHLH) / (n - 1)^2
     x, y = draw(9, 3), draw(9, 5, seed=4)

@@ -90,14 +90,6 @@ def test_wrong_specs_name_the_forms_or_the_file(spec, message):
     assert "\n" not in str(caught.value)
 
 
-def test_bad_pca_requests():
-    images, _ = make_images(4)
-    with pytest.raises(DataError, match="not a multiple of the patch size 5"):
-        PatchPCA.fit(images, 5, 3)
-    with pytest.raises(DataError, match=r"outside 1..48"):
-        PatchPCA.fit(images, 4, 49)
-
-
 def test_damaged_pca_files_are_refused(tmp_path):
     code, path = PatchPCA.fit(make_images(4)[0], 4, 3), tmp_path / "a.safetensors"
     code._std[0] = torch.nan
@@ -207,8 +199,3 @@ def test_encoder_features_lie_on_the_token_grid(spec, width):
     change = (encoder(half, 4)["features"] - features).norm(dim=-1).reshape(4, 4)
     assert change[:, 3].mean() > change[:, 0].mean()
     assert torch.equal(encoder(image, 4)["features"], features)
-
-
-def test_unknown_encoder_lists_the_forms():
-    with pytest.raises(ConfigError, match="unknown encoder 'clip'; valid forms: efficientnet-lite0"):
-        load_encoder("clip")

@@ -16,13 +16,7 @@ from dit_fast.diffusion import sample
 from dit_fast.errors import CheckpointError, ConfigError, UserError
 from tests.helpers.cases import loop_over
 from tests.helpers.deterministic_fill import tiny_state
-
-
-def _same(left, right):
-    assert list(left) == list(right)
-    for key in left:
-        assert left[key].dtype == right[key].dtype, key
-        assert torch.equal(left[key], right[key]), key
+from tests.helpers.golden import assert_same_state
 
 
 def test_legacy_and_wrapped_names():
@@ -31,7 +25,7 @@ def test_legacy_and_wrapped_names():
     for key, value in state.items():
         block = int(key.split(".")[1]) if key.startswith("blocks.") else -1
         legacy[key if block < 2 else key.replace(f"blocks.{block}.", f"decoder_blocks.{block - 2}.")] = value
-    _same(export_official(load_official(legacy, "repa", num_heads=4, encoder_depth=2)), state)
+    assert_same_state(export_official(load_official(legacy, "repa", num_heads=4, encoder_depth=2)), state)
     with pytest.raises(CheckpointError, match=r"decoder_blocks.*encoder_depth"):
         load_official(legacy, "repa", num_heads=4)
     with pytest.raises(CheckpointError, match="encoder_depth=1"):
@@ -43,7 +37,7 @@ def test_legacy_and_wrapped_names():
         ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.module."),
     ):
         wrapped = {outer + key.replace("blocks.1.", f"blocks.1.{inner}"): value for key, value in state.items()}
-        _same(export_official(load_official(wrapped, "repa", num_heads=4)), state)
+        assert_same_state(export_official(load_official(wrapped, "repa", num_heads=4)), state)
     with pytest.raises(CheckpointError, match="wrapper"):
         load_official({**state, "module.pos_embed": state["pos_embed"]}, "repa", num_heads=4)
 
@@ -59,8 +53,8 @@ def test_training_checkpoints_give_ema_or_model(tmp_path):
     content = _training_checkpoint()
     path = tmp_path / "0050000.pt"
     torch.save(content, path)
-    _same(export_official(load_official(path, "repa", num_heads=4)), content["ema"])
-    _same(export_official(load_official(str(path), "repa", num_heads=4, weights="model")), content["model"])
+    assert_same_state(export_official(load_official(path, "repa", num_heads=4)), content["ema"])
+    assert_same_state(export_official(load_official(str(path), "repa", num_heads=4, weights="model")), content["model"])
     assert read_published(path)["args"].encoder_depth == 8
     with pytest.raises(CheckpointError, match="weights='model'"):
         load_official({"model": content["model"]}, "repa", num_heads=4)
@@ -122,7 +116,7 @@ def test_plain_values_beside_the_weights_are_no_obstacle(tmp_path):
     }  # fmt: skip
     content = {**_training_checkpoint(), "args": argparse.Namespace(**values), "step": torch.tensor(5)}
     torch.save(content, tmp_path / "a.pt")
-    _same(export_official(load_official(tmp_path / "a.pt", "repa", num_heads=4)), content["ema"])
+    assert_same_state(export_official(load_official(tmp_path / "a.pt", "repa", num_heads=4)), content["ema"])
     assert read_published(tmp_path / "a.pt")["args"].lr == 1e-4
     assert read_published(tmp_path / "a.pt")["args"].dir == PurePosixPath("/data")
 
@@ -131,11 +125,13 @@ def test_plain_values_beside_the_weights_are_no_obstacle(tmp_path):
 def test_state_dicts_of_other_trainers(where):
     """Lightning and DeepSpeed; a trainer that is itself a module puts its attribute's name before each parameter."""
     content = _training_checkpoint()
-    _same(export_official(load_official({where: content["ema"], "epoch": 1}, "repa", num_heads=4)), content["ema"])
+    assert_same_state(
+        export_official(load_official({where: content["ema"], "epoch": 1}, "repa", num_heads=4)), content["ema"]
+    )
     owned = {f"{owner}.{name}": value for owner in ("ema", "model") for name, value in content[owner].items()}
     for weights in ("ema", "model"):
         model = load_official({where: owned, "epoch": 1}, "repa", num_heads=4, weights=weights)
-        _same(export_official(model), content[weights])
+        assert_same_state(export_official(model), content[weights])
     with pytest.raises(CheckpointError, match="'vae' beside 'ema"):
         load_official({where: {**owned, "vae": torch.zeros(1)}}, "repa", num_heads=4)
 
@@ -148,9 +144,9 @@ def test_averaged_weights_are_found_beside_a_state_dict():
         file = {raw: content["model"], average: content["ema"]}
         for weights in ("ema", "model"):
             model = load_official(file, "repa", num_heads=4, weights=weights)
-            _same(export_official(model), content[weights])
+            assert_same_state(export_official(model), content[weights])
     settings = {"state_dict": content["model"], "ema": {"decay": 0.999}}
-    _same(export_official(load_official(settings, "repa", num_heads=4)), content["model"])
+    assert_same_state(export_official(load_official(settings, "repa", num_heads=4)), content["model"])
     with pytest.raises(CheckpointError, match=r"nor under .*first keys: net"):
         load_official({"net": content["model"]}, "repa", num_heads=4)
 

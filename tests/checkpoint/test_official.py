@@ -7,9 +7,10 @@ from dit_fast.checkpoint import export_official, load_official, official_paramet
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.models import SiT, build_model
 from dit_fast.models.reversed_sit import ReversedSiT
+from dit_fast.nn.projector import projector
 from tests.helpers.cases import loop_over
 from tests.helpers.deterministic_fill import tiny_state
-from tests.helpers.golden import assert_close, golden, golden_names
+from tests.helpers.golden import assert_close, assert_same_state, golden, golden_names
 
 SIZES = {"input_size": 8, "in_channels": 4, "hidden_size": 32, "depth": 4, "num_heads": 4, "num_classes": 10}
 INPUTS = (torch.randn(3, 4, 8, 8), torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 4, 10]))
@@ -25,13 +26,6 @@ def _sit_state():
     return _random_state(ReversedSiT(SiT.Config(name="SiT-S/2", **SIZES), 8))
 
 
-def _same(left, right):
-    assert list(left) == list(right)
-    for key in left:
-        assert left[key].dtype == right[key].dtype, key
-        assert torch.equal(left[key], right[key]), key
-
-
 FAMILY = {"sit": "repa", "repa": "repa", "diversedit": "diversedit", "reg": "reg", "meanflow": "mean_flow"}
 
 
@@ -42,7 +36,7 @@ def test_import_then_export_returns_the_same_bits_order_and_dtypes(name):
     state = reference.group("state/")
     wiring = reference.meta["skip_wiring"] if family == "diversedit" else None
     model = load_official(state, family, num_heads=reference.meta["num_heads"], skip_wiring=wiring)
-    _same(export_official(model), state)
+    assert_same_state(export_official(model), state)
     assert wiring or official_parameter_order(model, family) == list(state)
     assert model.config.qk_norm is reference.meta.get("qk_norm", False)
     assert model.depth == reference.meta["depth"]
@@ -55,7 +49,7 @@ def test_import_copies_and_leaves_the_source_alone():
     model = load_official(state, "repa", num_heads=4)
     for parameter in model.parameters():
         parameter.data.add_(1)
-    _same(state, before)
+    assert_same_state(state, before)
 
 
 @loop_over("family", ["sit", "repa", "diversedit"])
@@ -70,9 +64,9 @@ def test_mixed_dtypes_and_shuffled_order_survive(family):
     shuffled = {key: state[key].to(dtypes[i % 3]) for i, key in enumerate(sorted(state, key=lambda key: key[::-1]))}
     model = load_official(shuffled, family, **arguments)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    _same(export_official(model), shuffled)
+    assert_same_state(export_official(model), shuffled)
     double = {**shuffled, "final_layer.linear.bias": shuffled["final_layer.linear.bias"].double() + 1e-12}
-    _same(export_official(load_official(double, family, **arguments)), double)
+    assert_same_state(export_official(load_official(double, family, **arguments)), double)
 
 
 def test_sit_takes_our_time_and_returns_our_velocity():
@@ -90,7 +84,7 @@ def test_sit_takes_our_time_and_returns_our_velocity():
     assert_close(v, -plain(x, 1 - t, y), 1e-6)
     assert_close(features[1], plain(x, 1 - t, y, taps=(1,))[1][1], 1e-6)
     assert torch.equal(model(x, t, y), v)
-    _same(export_official(model), state)
+    assert_same_state(export_official(model), state)
 
 
 def test_training_an_official_sit_leaves_the_unused_head_alone():
@@ -109,7 +103,7 @@ def test_official_sit_without_learned_sigma():
     state = _random_state(build_model("SiT-S/2", **SIZES))
     model = load_official(state, "sit", num_heads=4)
     assert model.head_channels == 4
-    _same(export_official(model), state)
+    assert_same_state(export_official(model), state)
 
 
 def test_a_model_made_here_exports_to_the_official_sit_convention():
@@ -124,10 +118,12 @@ def test_a_model_made_here_exports_to_the_official_sit_convention():
 
 def test_models_made_here_export_in_official_order():
     model = build_model("SiT-S/2", **SIZES, skip_wiring="output")
+    model.add_head("projectors", torch.nn.ModuleList([projector(32, 16, 8)]))
     names = list(export_official(model))
     groups = list(dict.fromkeys(name.split(".")[0] for name in names))
     expected = ["pos_embed", "skip_linears", "skip_norms", "x_embedder", "t_embedder", "y_embedder", "blocks"]
-    assert groups == [*expected, "final_layer"]
+    assert groups == [*expected, "projectors", "final_layer"]
+    assert names[1:3] == ["skip_linears.0.linear.weight", "skip_linears.0.linear.bias"]
     with pytest.raises(CheckpointError, match=r"skip_linears\.0"):
         export_official(model, "repa")
     for family, named in (("diversedit", "skip_linears"), ("reg", "cls_projectors2"), ("mean_flow", "r_embedder")):
@@ -252,8 +248,6 @@ def test_saved_files_load_back_and_safetensors_remember_the_wiring(tmp_path, suf
 
 
 def test_full_sizes_have_the_published_keys():
-    from dit_fast.nn.projector import projector
-
     for name, keys, total in (
         ("SiT-B/2", 162, 144_945_936),
         ("SiT-L/2", 306, 491_182_864),

@@ -31,24 +31,6 @@ def test_state_is_found_by_name(wiring):
         assert torch.equal(entry["exp_avg"], optimizer.state[parameters[name]]["exp_avg"])
 
 
-def test_order_is_the_published_registration_order():
-    order = official_parameter_order(tiny_model("input"), "diversedit")
-    assert order[:4] == [
-        "pos_embed",
-        "skip_linears.0.linear.weight",
-        "skip_linears.0.linear.bias",
-        "skip_linears.1.linear.weight",
-    ]
-    assert order[5:7] == ["skip_norms.0.weight", "skip_norms.0.bias"]
-    assert order[9] == "x_embedder.proj.weight"
-    assert order[-4:] == [
-        f"final_layer.{part}.{kind}" for part in ("linear", "adaLN_modulation.1") for kind in ("weight", "bias")
-    ]
-    assert [name.split(".")[0] for name in order].index("projectors") > order.index("blocks.3.mlp.fc2.bias")
-    plain = official_parameter_order(tiny_model("off"), "repa")
-    assert plain[:2] == ["pos_embed", "x_embedder.proj.weight"]
-
-
 def test_states_of_another_family_are_refused():
     model, _, _, optimizer = _trained("off")
     fused = tiny_model("input")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dit_fast.checkpoint.run import load_run
-from tests.helpers.toy_runs import Ranks, arguments, environment, free_port, wait_for
+from tests.helpers.toy_runs import Ranks, arguments, environment, free_port, rows_so_far, wait_for
 
 pytestmark = pytest.mark.launch
 
@@ -35,11 +35,6 @@ def processes(run):
     return found
 
 
-def rows(run):
-    path = run / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
-
-
 @pytest.mark.parametrize(
     ("launcher", "victim", "number"),
     [
@@ -58,7 +53,7 @@ def test_ranks_end_with_their_launcher_and_save(shards, tmp_path, launcher, vict
             [*LAUNCHERS[launcher](), "dit_fast.train", *command], env=environment(), stdout=file, stderr=file, cwd="/"
         )
     try:
-        wait_for(lambda: rows(run) >= 3 or job.poll() is not None)
+        wait_for(lambda: len(rows_so_far(run)) >= 3 or job.poll() is not None)
         (pid,) = (pid for pid, words in processes(run).items() if victim in map(os.path.basename, words))
         os.kill(pid, number)
         wait_for(lambda: job.poll() is not None)
@@ -98,7 +93,7 @@ def test_a_rank_whose_launcher_has_died_ends_before_it_begins(shards, tmp_path, 
 def test_the_death_of_a_rank_is_one_line(shards, tmp_path):
     run = tmp_path / "run"
     with Ranks(arguments(shards, run, "run.steps=100000", "engine.global_batch=6"), tmp_path / "log", size=3) as ranks:
-        wait_for(lambda: rows(run) >= 3 or ranks.processes[0].poll() is not None)
+        wait_for(lambda: len(rows_so_far(run)) >= 3 or ranks.processes[0].poll() is not None)
         ranks.processes[1].kill()
         codes = [ranks.processes[number].wait(60) for number in (0, 2)]
         said = [line for line in ranks.text().splitlines() if not re.match(r"step \d|dit-fast: (?!error)", line)]

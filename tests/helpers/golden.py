@@ -60,6 +60,14 @@ def golden(name: str) -> Golden:
     raise FileNotFoundError(f"no golden file {name}.npz in {[str(folder) for folder in _folders()]}")
 
 
+def assert_same_state(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    """The same names in the same order, dtypes and bits."""
+    assert list(left) == list(right)
+    for key in left:
+        assert left[key].dtype == right[key].dtype, key
+        assert torch.equal(left[key], right[key]), key
+
+
 def assert_close(ours: torch.Tensor, reference, tol: float, extra: float = 0.0) -> None:
     """norm(ours - reference) <= tol * norm(reference) + extra, in float64 (the rule of the golden files)."""
     ours = torch.as_tensor(ours).detach().double().cpu()

@@ -116,12 +116,16 @@ def wait_for(condition, timeout=180):
         time.sleep(0.02)
 
 
+def rows_so_far(run):
+    """The lines of metrics.jsonl; the last one may be half written."""
+    path = Path(run) / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
 def rows(run):
     """The rows of metrics.jsonl without what depends on the clock."""
-    path = Path(run) / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
     clocked = ("seconds", "samples_per_s", "mfu")
-    return [{k: v for k, v in json.loads(line).items() if k not in clocked} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in clocked} for line in rows_so_far(run)]
 
 
 def losses(run):
