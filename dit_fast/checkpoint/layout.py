@@ -65,9 +65,9 @@ class Layout:
 def read_layout(
     state: Mapping[str, Tensor],
     family: str,
-    num_heads: int | None = None,
-    num_classes: int | None = None,
-    label_dropout: float | None = None,
+    num_heads: int | None,
+    num_classes: int | None,
+    label_dropout: float | None,
 ) -> Layout:
     """Sizes from shapes and from what else is known about the model (None: not known).
 

@@ -74,8 +74,8 @@ def load_run(path: str | Path, weights: Literal["ema", "model"] = "ema") -> Load
     return LoadedRun(model.eval(), config, state)
 
 
-def find_checkpoint(path: str | Path, files: Collection[str] | None = None) -> Checkpoint:
-    """The checkpoint a run or step folder stands for; `files` of it, by default all, verified against the manifest."""
+def find_checkpoint(path: str | Path, files: Collection[str]) -> Checkpoint:
+    """The checkpoint a run or step folder stands for; `files` of it verified against the manifest."""
     path = Path(path)
     try:
         if (path / MANIFEST).is_file():

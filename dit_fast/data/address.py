@@ -69,7 +69,7 @@ def join(root: str, name: str) -> str:
 
 
 @contextmanager
-def one_line(location: str) -> Iterator[None]:
+def reading(location: str) -> Iterator[None]:
     """Turns what the system says about a file (EIO, ESTALE, no permission) into a DataError that names it."""
     try:
         yield
@@ -78,19 +78,13 @@ def one_line(location: str) -> Iterator[None]:
 
 
 def open_stream(location: str, size: int | None = None) -> IO[bytes] | HttpStream:
-    """Opens a local file or an http(s) address for reading from its start. size: its bytes, where they are known.
-
-    Raises DataError naming it.
-    """
-    if is_remote(location):
-        return HttpStream(location, size)
-    with one_line(location):
-        return open(location, "rb")
+    """Opens a local file or an http(s) address, from its start; inside `reading`. size: its bytes, where known."""
+    return HttpStream(location, size) if is_remote(location) else open(location, "rb")
 
 
 def read_bytes(location: str, limit: int) -> bytes:
     """All bytes of a small file. Raises DataError naming it when it cannot be read or holds more than `limit` bytes."""
-    with one_line(location), open_stream(location) as stream:
+    with reading(location), open_stream(location) as stream:
         data = stream.read(limit + 1)
     if len(data) > limit:
         raise DataError(f"{location}: has more than the {limit} bytes that it may have; restore or rebuild it")

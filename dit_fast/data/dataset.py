@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dit_fast.data.address import check_address, is_remote, join, one_line, read_bytes
+from dit_fast.data.address import check_address, is_remote, join, read_bytes, reading
 from dit_fast.data.description import FILE_NAME, DatasetInfo, parse_description
 from dit_fast.data.field import Family, ShardInfo
 from dit_fast.data.index import ShardIndex, index_bytes, index_from_bytes, index_path
@@ -76,7 +76,7 @@ def read_description(path_or_url: str | Path) -> tuple[str, DatasetInfo]:
     """(root, description) of a folder or http(s) address. Raises DataError."""
     root = check_address(str(path_or_url))
     where = join(root, FILE_NAME)
-    with one_line(root):
+    with reading(root):
         if not is_remote(root):
             _require_folder(root, where)
         return root, parse_description(read_bytes(where, DESCRIPTION_BYTES), where, root)
@@ -96,7 +96,7 @@ def _require_folder(root: str, where: str) -> None:
 def open_index(root: str, shard: ShardInfo, family: Family, first_key: int, num_classes: int) -> ShardIndex:
     """The checked index of one shard, whose first sample has this key. Raises DataError."""
     tar, idx = join(root, shard.name), join(root, index_path(Path(shard.name)).name)
-    with one_line(tar):
+    with reading(tar):
         index = _open_index(root, tar, idx, shard, family, first_key)
         if LABEL_MEMBER in index.members:
             _check_labels(tar, idx, index, num_classes)

@@ -81,9 +81,7 @@ def _or_error(read: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Te
     """A batch, or what the user can mend; other errors are ours and keep their traceback."""
     try:
         batch = read()
-        if (
-            get_worker_info()
-        ):  # here, where a full /dev/shm can be told; else a thread of torch meets it and goes silent
+        if get_worker_info():  # where a full /dev/shm can be told; else a thread of torch meets it and goes silent
             for tensor in batch.values():
                 tensor.share_memory_()
         return batch
@@ -91,9 +89,8 @@ def _or_error(read: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Te
         return error
     except (MemoryError, RuntimeError) as error:  # torch's allocators raise RuntimeError
         text = (str(error).splitlines() or [""])[0]
-        if isinstance(error, RuntimeError) and not any(
-            words in text for words in ("allocate", "unable to", "No space")
-        ):
+        known = any(words in text for words in ("allocate", "unable to", "No space"))
+        if isinstance(error, RuntimeError) and not known:
             raise
         return DataError(
             f"no memory for a batch ({text or 'MemoryError'}); use fewer data.num_workers, a smaller "

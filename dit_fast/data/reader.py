@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dit_fast import _C
-from dit_fast.data.address import one_line
+from dit_fast.data.address import reading
 from dit_fast.data.batch import Batch, Column, allocate, finished, open_columns
 from dit_fast.data.dataset import LatentDataset
 from dit_fast.data.field import MOMENTS
@@ -84,7 +84,7 @@ class MemberReader:
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
             while len(self._handles) >= (MOST_FILES if limit < 0 else min(max(limit // 2, 1), MOST_FILES)):
                 os.close(self._handles.pop(next(iter(self._handles))))  # used longest ago
-            with one_line(tar):
+            with reading(tar):
                 handle = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
         self._handles[tar] = handle
         return handle

@@ -20,10 +20,6 @@ LONGEST_ASKED = 120.0  # seconds that a server may ask for
 CHUNK_BYTES = 1 << 20
 
 
-class _FinalError(Exception):
-    """What another request would not change."""
-
-
 class HttpStream:
     """Bytes of an http(s) address. size: how many there must be, where that is known.
 
@@ -77,10 +73,12 @@ class HttpStream:
             try:
                 self._response = self._request()
                 return
-            except _FinalError as error:
-                raise DataError(f"{self.address}: {error}") from None
             except (OSError, http.client.HTTPException) as error:
                 self._wait(error)
+
+    def _final(self, words: str) -> DataError:
+        """What another request would not change."""
+        return DataError(f"{self.address}: {words}")
 
     def _request(self) -> http.client.HTTPResponse:
         try:
@@ -91,15 +89,15 @@ class HttpStream:
             error.close()
             if error.code in (408, 429) or error.code >= 500:
                 raise
-            raise _FinalError(f"the server answers {_words(error)}; check the address") from None
+            raise self._final(f"the server answers {_words(error)}; check the address") from None
         except urllib.error.URLError as error:
             cause = error.reason
             unknown = isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN
             if unknown or isinstance(cause, ssl.SSLCertVerificationError):
-                raise _FinalError(f"cannot be reached ({reason(cause)}); check the address") from None
+                raise self._final(f"cannot be reached ({reason(cause)}); check the address") from None
             raise
         except (ValueError, http.client.InvalidURL) as error:  # UnicodeError too
-            raise _FinalError(f"is not an address that can be asked for ({_words(error)})") from None
+            raise self._final(f"is not an address that can be asked for ({_words(error)})") from None
         try:
             self._begin(response)
         except BaseException:
@@ -111,18 +109,18 @@ class HttpStream:
         """Compares the length with what is known and goes to the byte that is to be read next."""
         start, packed = 0, response.headers.get("Content-Encoding", "identity")
         if packed != "identity":
-            raise _FinalError(f"the server sends it packed ({shown(packed)}); have it send the file as it is")
+            raise self._final(f"the server sends it packed ({shown(packed)}); have it send the file as it is")
         if response.status == 206:
             span = (response.headers.get("Content-Range") or "").removeprefix("bytes ").partition("/")
             first = span[0].partition("-")[0]
             if not first.isdecimal() or int(first) != self._at:
-                raise _FinalError(f"the server sends another part ({span[0]!r}) than the one from byte {self._at}")
+                raise self._final(f"the server sends another part ({span[0]!r}) than the one from byte {self._at}")
             start = self._at
         length = response.headers.get("Content-Length")
         if length is not None and length.isdecimal():
             total = start + int(length)
             if self._size is not None and total != self._size:
-                raise _FinalError(f"has {total} bytes where {self._size} are expected; restore or rebuild it")
+                raise self._final(f"has {total} bytes where {self._size} are expected; restore or rebuild it")
             self._size = total
         while start < self._at:  # a server that does not know ranges begins again
             data = response.read(min(self._at - start, CHUNK_BYTES))

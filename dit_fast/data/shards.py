@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from dit_fast.data.address import one_line
+from dit_fast.data.address import reading
 from dit_fast.data.index import ShardIndex, layout
 from dit_fast.errors import DataError
 
@@ -140,7 +140,7 @@ def scan_tar(path: Path) -> ShardIndex:
     labels: list[int] = []
     first_key = 0
     try:
-        with one_line(str(path)), open(path, "rb") as raw, tarfile.open(fileobj=raw, mode="r:") as tar:
+        with reading(str(path)), open(path, "rb") as raw, tarfile.open(fileobj=raw, mode="r:") as tar:
             size = os.fstat(raw.fileno()).st_size
             for member in tar:
                 found = re.fullmatch(r"(\d{9,18})\.([\w.]+)", member.name, re.ASCII)

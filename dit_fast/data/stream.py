@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_fast.data.address import one_line, open_stream
+from dit_fast.data.address import open_stream, reading
 from dit_fast.data.batch import Batch, Column, allocate, finished, open_columns
 from dit_fast.data.dataset import LatentDataset
 from dit_fast.data.index import ShardIndex
@@ -90,7 +90,7 @@ class StreamReader:
     def _read_tar(family: Sequence[Column], shard: int) -> Iterator[dict[str, bytes]]:
         """The members of these columns, of each sample. Raises DataError where the tar is not what the index says."""
         name, index = family[0].tars[shard], family[0].indexes[shard]
-        with one_line(name), open_stream(name, index.tar_bytes) as stream:
+        with reading(name), open_stream(name, index.tar_bytes) as stream:
             checked = _CheckedTar(name, index, stream)
             try:
                 for sample in _webdataset_samples(name, checked):

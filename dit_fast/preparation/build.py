@@ -137,10 +137,8 @@ def build_shards(
             f"size {size} is not a multiple of {model.factor}, the pixels per latent of {autoencoder}; change --size"
         )
     latent = size // model.factor
-    grid = latent // 2 if token_grid is None else token_grid
     network = load_encoder(encoder) if encoder else None
-    if network is not None and not 1 <= grid <= latent:
-        raise ConfigError(f"token_grid={grid} is outside 1..{latent}, the latents a side; give --token-grid")
+    grid = grid_of(token_grid, latent) if network else 0
     fields = {MOMENTS: Field(MOMENTS_MEMBER, (2, model.channels, latent, latent), dtype)}
     if store_images:
         fields["image"] = Field("png", (3, size, size), "uint8")
@@ -176,6 +174,14 @@ def order_of(count: int, shuffle: bool) -> np.ndarray:
     if shuffle:
         order = np.argsort(uint32_numpy(ORDER_SEED, order, Stream.SAMPLE_ORDER, 1)[:, 0], kind="stable")
     return order
+
+
+def grid_of(token_grid: int | None, latent: int) -> int:
+    """Feature tokens a side, by default half the latents (patch 2). Raises ConfigError for more than those or none."""
+    grid = latent // 2 if token_grid is None else token_grid
+    if not 1 <= grid <= latent:
+        raise ConfigError(f"token_grid={grid} is outside 1..{latent}, the latents a side; give --token-grid")
+    return grid
 
 
 def encoded_field(encoder: FeatureEncoder, name: str, grid: int) -> Field:

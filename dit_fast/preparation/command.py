@@ -156,11 +156,9 @@ def _index(options: argparse.Namespace) -> int:
     if is_remote(root):
         raise DataError(f"{root}: only local data sets are indexed; download it first")
     problems: list[str] = []
-    for shard in (
-        shard for family in info.families for shard in family.shards
-    ):  # a damaged one does not keep the others from their index
-        try:
-            print(f"{root}/{shard.name}: {len(rebuild_index(Path(root) / shard.name))} samples", flush=True)
+    for name in (shard.name for family in info.families for shard in family.shards):
+        try:  # a damaged one does not keep the others from their index
+            print(f"{root}/{name}: {len(rebuild_index(Path(root) / name))} samples", flush=True)
         except DataError as error:
             problems.append(str(error))
             print(error, flush=True)

@@ -18,7 +18,7 @@ from dit_fast.data.shards import key_of
 from dit_fast.data.writer import read_json
 from dit_fast.encoders import FeatureEncoder, load_encoder
 from dit_fast.errors import ConfigError, DataError
-from dit_fast.preparation.build import encoded_field, order_of, read_image
+from dit_fast.preparation.build import encoded_field, grid_of, order_of, read_image
 from dit_fast.preparation.sources import ImageSource, open_source
 
 IMAGE = "image"  # the field that `build --store-images` writes
@@ -94,9 +94,7 @@ def add_encoded(
     """
     dataset = open_dataset(shards)
     check_names(dataset, names)
-    grid = dataset.info.size // 2 if token_grid is None else token_grid
-    if not 1 <= grid <= dataset.info.size:
-        raise ConfigError(f"token_grid={grid} is outside 1..{dataset.info.size}, the latents a side; give --token-grid")
+    grid = grid_of(token_grid, dataset.info.size)
     if batch_size < 1 or dtype not in (None, "float16", "float32"):
         raise ConfigError(f"batch_size={batch_size}, dtype '{dtype}': at least 1, and float16 or float32")
     network = load_encoder(encoder)

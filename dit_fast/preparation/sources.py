@@ -11,7 +11,7 @@ from typing import NoReturn, Protocol
 import numpy as np
 from PIL import Image
 
-from dit_fast.data.address import one_line
+from dit_fast.data.address import reading
 from dit_fast.data.files import check_utf8, digest_files, is_ignored, read_npy, reason, shown
 from dit_fast.errors import DataError
 from dit_fast.preparation.images import SUFFIXES, center_crop, read_image
@@ -266,7 +266,7 @@ class ArraySource:
     def _load(self, *names: str) -> dict[str, np.ndarray]:
         """Those of the arrays that are there; nothing is allocated on the word of a header alone."""
         arrays = {}
-        with one_line(shown(self.path)):
+        with reading(shown(self.path)):
             file = open(self.path, "rb")  # noqa: SIM115
         try:
             with file, zipfile.ZipFile(file) as archive:

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from dit_fast.data.address import one_line
+from dit_fast.data.address import reading
 from dit_fast.data.dataset import LatentDataset
 from dit_fast.data.field import MOMENTS, Field
 from dit_fast.data.files import check_output, check_utf8, digest_files, read_npy, reason, shown
@@ -146,7 +146,7 @@ def _entries(root: Path) -> list[tuple[str, int]]:
     where = root / "dataset.json"
     if not where.exists():
         raise DataError(f"{where}: missing; give the vae-sd folder itself, its own dataset.json holds the labels")
-    with one_line(str(where)):
+    with reading(str(where)):
         data = where.read_bytes()
     try:
         entries = [(name, label) for name, label in json.loads(data)["labels"]]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from dit_fast import autoencoders, files
-from dit_fast.data.address import is_remote, one_line
+from dit_fast.data.address import is_remote, reading
 from dit_fast.data.batch import allocate, columns_of
 from dit_fast.data.dataset import LatentDataset, open_dataset, open_index, read_description
 from dit_fast.data.field import Family, ShardInfo
@@ -117,7 +117,7 @@ def rebuild_index(tar: str | Path) -> ShardIndex:
     names: an index of a damaged tar would make the damage legal.
     """
     path = Path(tar)
-    with one_line(str(path)):
+    with reading(str(path)):
         if not path.is_file():
             raise DataError(f"{path}: no such shard; restore it or rebuild it with `dit-fast shards build`")
     _, info = read_description(path.parent)
