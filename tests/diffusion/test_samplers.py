@@ -247,7 +247,7 @@ def test_mean_flow_gives_the_model_both_times():
         ({"sampler": "dopri5"}, "'dopri5'; valid: euler, heun"),
         (
             {"sampler": "mean_flow", "model": SingleTime()},
-            "'mean_flow' does not fit a model with 1 time; use euler, heun, sde",
+            "'mean_flow' does not fit a model with 1 time; use euler, heun",
         ),
         ({"noise": {"image": torch.zeros(2, 2, 3, 3), "text": torch.zeros(2, 5)}}, "unknown leaf 'text'"),
         ({"noise": {"image": torch.zeros(2, 2, 3, 3), "class_token": torch.zeros(3, 5)}}, "equally many rows"),
