@@ -51,7 +51,7 @@ def _facts(main: RunStory, info: DatasetInfo) -> list[tuple[str, str]]:
 def _what_you_see(main: RunStory) -> Section:
     model, methods = main.config["model"], main.config["methods"]
     told = {
-        "long skip connections carry early block outputs to late blocks": model["skip_wiring"] != "off",
+        "long skip connections carry early block outputs to late blocks": model.get("skip_wiring", "off") != "off",
         "a diversity loss keeps the blocks from doing the same work": "diversedit" in methods,
         "one block is aligned with the features of a frozen image encoder": "repa" in methods or "reg" in methods,
         "that encoder's class token is denoised beside the image": "reg" in methods,

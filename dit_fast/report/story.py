@@ -9,6 +9,7 @@ import numpy as np
 
 from dit_fast.checkpoint.run import load_run
 from dit_fast.data import LatentDataset
+from dit_fast.models.registry import kind
 from dit_fast.options import to_dict
 from dit_fast.report.blocks import BlockStudy, study_blocks
 from dit_fast.report.metrics import Metrics, read_metrics
@@ -99,5 +100,5 @@ def run_name(config: Mapping[str, Any]) -> str:
     """Its objective, where it is not the usual one, and its methods, or which plain model it is."""
     objective = [config["objective"]["name"]] if config["objective"]["name"] != "flow" else []
     methods = [METHOD_NAMES.get(name, name) for name in (*objective, *config["methods"])]
-    plain = "plain SiT" if config["model"]["skip_wiring"] == "off" else "SiT with long skips"
-    return " + ".join(methods) or plain
+    model, wiring = kind(config["model"]["name"]), config["model"].get("skip_wiring", "off")
+    return " + ".join(methods) or (f"plain {model}" if wiring == "off" else f"{model} with long skips")

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from dit_fast.cli import main
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.models import Backbone, Taps, build_model
 from dit_fast.models.registry import BACKBONES, PRESETS
 from tests.helpers.cases import loop_over
 from tests.helpers.tiny_sit import WIRINGS, inputs_for, tiny_sit
+from tests.helpers.toy_runs import arguments
 
 
 def test_taps_hand_out_only_what_was_asked_for():
@@ -162,10 +164,25 @@ class Pixels(Backbone):
         return 2 * self.depth * self.num_tokens * self.hidden_size**2
 
 
-def test_a_backbone_is_one_class_and_one_entry(monkeypatch):
-    """It is built by name, and has taps, early exit, heads and refusals from the base."""
+@pytest.fixture
+def pixels(monkeypatch):
     monkeypatch.setitem(BACKBONES, "Pixels", Pixels)
     monkeypatch.setitem(PRESETS, "Pixels-S", {"depth": 3})
+
+
+@pytest.mark.usefixtures("pixels")
+def test_it_trains_samples_and_is_reported_by_code_that_does_not_know_it(shards, tmp_path):
+    run = tmp_path / "run"
+    previews = ("preview.every=2", "preview.num_steps=1")
+    assert main(["train", *arguments(shards, run, "model=Pixels-S", "run.steps=2", *previews)]) == 0
+    assert (run / "samples" / "step_00000002.png").exists()
+    assert main(["sample", str(run), "--per-class", "1", "--num-steps", "1"]) == 0
+    assert main(["report", str(run), "--out", str(tmp_path)]) == 0
+
+
+@pytest.mark.usefixtures("pixels")
+def test_a_backbone_is_one_class_and_one_entry():
+    """It is built by name, and has taps, early exit, heads and refusals from the base."""
     model = build_model("Pixels-S", input_size=4, in_channels=6)
     x, t, y = torch.randn(2, 6, 4, 4), torch.rand(2), torch.tensor([0, 1])
     v, features = model(x, t, y, taps=[2])

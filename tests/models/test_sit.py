@@ -259,7 +259,7 @@ def test_odd_depth_is_fine_without_skips():
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(ConfigError, match="unknown model 'SiT-XXL/2'; did you mean 'SiT-XL/2'"):
         build_model("SiT-XXL/2")
-    with pytest.raises(ConfigError, match="unknown model 'xyz'; valid here: .*SiT-Nano/2, SiT-S/2"):
+    with pytest.raises(ConfigError, match=r"unknown model 'xyz'; valid here: .*SiT-Nano/2, SiT-S/2"):
         build_model("xyz")
     with pytest.raises(ConfigError, match="patchsize"):
         build_model("SiT-S/2", patchsize=4)

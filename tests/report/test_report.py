@@ -84,9 +84,8 @@ def test_samples_of_an_older_step_are_drawn_anew(place, tmp_path, monkeypatch, s
 
 def test_names_of_runs():
     def config(methods, wiring="input", objective="flow"):
-        return {
-            "methods": dict.fromkeys(methods), "model": {"skip_wiring": wiring}, "objective": {"name": objective}
-        }  # fmt: skip
+        model = {"name": "SiT-S/2", "skip_wiring": wiring}
+        return {"methods": dict.fromkeys(methods), "model": model, "objective": {"name": objective}}
 
     assert run_name(config(["diversedit", "repa"])) == "DiverseDiT + REPA"
     assert run_name(config([])) == "SiT with long skips"
