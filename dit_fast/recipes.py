@@ -39,6 +39,18 @@ GUIDED_TARGETS = {  # omega, kappa, largest guided t of mean flow: B and L as pu
 }
 
 
+def _imagenet(size: str, resolution: int, methods: Sequence[str], **more: Any) -> SiT.Config:
+    """The model of a size ("b2", "xl2") for f8 latents; with long skips where its blocks are to differ."""
+    return SiT.Config(
+        name=f"SiT-{size[:-1].upper()}/{size[-1]}",
+        input_size=resolution // 8,
+        in_channels=4,
+        num_classes=1000,
+        skip_wiring="input" if "diversedit" in methods else "off",
+        **more,
+    )
+
+
 def paper(methods: Sequence[str], size: str, resolution: int) -> TrainConfig:
     """The published setting for one backbone size ("b2", "l2", "xl2") at 256 or 512 pixels (f8 latents, 4 channels)."""
     depth = ENCODER_DEPTH[size]
@@ -49,37 +61,23 @@ def paper(methods: Sequence[str], size: str, resolution: int) -> TrainConfig:
     }
     name = f"{'-'.join(methods) or 'sit'}-{size}-{resolution}"
     return TrainConfig(
-        model=SiT.Config(
-            name=f"SiT-{size[:-1].upper()}/{size[-1]}",
-            input_size=resolution // 8,
-            in_channels=4,
-            num_classes=1000,
-            skip_wiring="input" if "diversedit" in methods else "off",
-            class_token=768 if "reg" in methods else 0,  # DINOv2-B's
-        ),
+        model=_imagenet(size, resolution, methods, class_token=768 if "reg" in methods else 0),  # DINOv2-B's
         methods=tuple(configs[method] for method in methods),
         run=RunConfig(dir=f"runs/{name}"),
     )
 
 
-def mean_flow(size: str, diverse: bool) -> TrainConfig:
+def mean_flow(methods: Sequence[str], size: str) -> TrainConfig:
     """The published setting at 256 pixels for "b4", "b2", "l2" or "xl2", plain or with DiverseDiT."""
     omega, kappa, high = GUIDED_TARGETS[size]
     return TrainConfig(
-        model=SiT.Config(
-            name=f"SiT-{size[:-1].upper()}/{size[-1]}",
-            input_size=32,
-            in_channels=4,
-            num_classes=1000,
-            skip_wiring="input" if diverse else "off",
-            times=2,
-        ),
+        model=_imagenet(size, 256, methods, times=2),
         objective=MeanFlow.Config(omega=omega, kappa=kappa, guidance_high=high),
-        methods=(DiverseDiT.Config(),) if diverse else (),
+        methods=(DiverseDiT.Config(),) if methods else (),
         optimizer=OptimizerConfig(beta2=0.95, grad_clip=0.0),
         engine=EngineConfig(precision="fp32"),
         preview=PreviewConfig(sampler="mean_flow", num_steps=1, cfg_scale=1.0),
-        run=RunConfig(dir=f"runs/{'diversedit-' if diverse else ''}mean_flow-{size}-256"),
+        run=RunConfig(dir=f"runs/{'-'.join([*methods, 'mean_flow'])}-{size}-256"),
     )
 
 
@@ -108,8 +106,8 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
         for resolution in (256, 512)
     },
     **{
-        f"{prefix}mean_flow-{size}-256": partial(mean_flow, size, bool(prefix))
-        for prefix in ("", "diversedit-")
+        f"{'-'.join([*methods, 'mean_flow'])}-{size}-256": partial(mean_flow, methods, size)
+        for methods in ((), ("diversedit",))
         for size in GUIDED_TARGETS
     },
 }

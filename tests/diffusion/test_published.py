@@ -58,21 +58,6 @@ def test_samples_of_the_official_sit(name):
         assert_close(ours, data.tensor(f"out/{call}"), 1e-5)
 
 
-@loop_over("name", golden_names("sit_", "repa_", "diversedit_"))
-def test_published_denoising_loss(name):
-    data = golden(name)
-    meta = data.meta
-    diverse = name.startswith("diversedit_")
-    model = load_official(
-        data.group("state/"),
-        family="diversedit" if diverse else "repa",
-        num_heads=meta["num_heads"],
-        skip_wiring=meta["skip_wiring"] if diverse else None,
-    ).eval()
-    x, t, y, noise = (data.tensor(f"in/{key}") for key in ("x", "t", "y", "noise"))
-    assert_close(flow_loss(model, x, y, t, noise, meta["path_type"]), data.tensor("out/denoising"), 1e-5)
-
-
 SHAPE = (2, 4, 8, 8)
 ROWS = {
     "off": {

@@ -189,11 +189,6 @@ def test_samples_need_no_other_file_of_a_checkpoint_than_their_weights(place, tm
     assert load_run(run).step == STEPS - 2
 
 
-def test_a_class_outside_the_data_set_is_refused(place):
-    with pytest.raises(UserError, match=r"class 3 is not in this data set; labels are 0\.\.2"):
-        sample_run(place / "diverse", classes=(0, 3))
-
-
 def test_scaling_and_its_inverse():
     class Info:
         scale, shift = (2.0, 0.5), 0.25

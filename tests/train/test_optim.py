@@ -13,7 +13,6 @@ from dit_fast.train.optim import (
     init_states,
     learning_rate,
     set_applied_steps,
-    with_ema,
 )
 
 
@@ -139,10 +138,6 @@ def test_what_cannot_run_here_says_why(name):
 def test_pypi_apex_is_named_as_the_wrong_package():
     with pytest.raises(ConfigError, match="another project"):
         build_optimizer(OptimizerConfig(name="apex_fused_adam"), _net().parameters(), "cuda")
-
-
-def test_wrapped_class_keeps_the_base_visible():
-    assert issubclass(with_ema(torch.optim.AdamW), torch.optim.AdamW)
 
 
 def test_learning_rate_warms_up_linearly():
