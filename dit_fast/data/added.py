@@ -49,7 +49,7 @@ def add_field(
         )
     digest = digest_files(path.parent, [path.name], False)
     producer.fields[name] = dataclasses.replace(producer.fields[name], source=f"array:{digest[:16]}")
-    return add_fields(dataset, producer, {"array": digest}, processes, progress)
+    return add_fields(dataset, producer, np.arange(len(dataset)), {"array": digest}, processes, progress)
 
 
 def check_names(dataset: LatentDataset, names: Iterable[str]) -> None:
@@ -69,9 +69,14 @@ def check_names(dataset: LatentDataset, names: Iterable[str]) -> None:
 
 
 def add_fields(
-    dataset: LatentDataset, producer: Producer, settings: Mapping[str, Any], processes: int, progress: bool
+    dataset: LatentDataset,
+    producer: Producer,
+    order: np.ndarray,
+    settings: Mapping[str, Any],
+    processes: int,
+    progress: bool,
 ) -> LatentDataset:
-    """Adds what `producer` gives, in one family of tars; its source numbers are the samples' keys.
+    """Adds what `producer` gives, in one family of tars. order: the source number of each key, int64 [num_samples].
 
     settings: everything besides the fields that decides the bytes. The caller has seen to `check_names`. Raises
     DataError, one line; finished tars are kept.
@@ -88,7 +93,7 @@ def add_fields(
     full = {"fields": declared, "dataset": info.fingerprint, **settings}
     if not _is_there(out, full):
         with writing(Unfinished(out, next(iter(producer.fields))), full) as state:
-            results = write_shards(state, producer, np.arange(len(dataset)), info.shard_sizes, processes, progress)
+            results = write_shards(state, producer, order, info.shard_sizes, processes, progress)
             own = {"settings": full, "shards": [result["shard"] for result in results]}
             with _alone(out):
                 if not _is_there(out, full):

@@ -33,38 +33,44 @@ from dit_fast.preparation.sources import FolderSource, ImageSource, open_source
 AUTOENCODER_FILE = "autoencoder.safetensors"
 FIT_IMAGES, FIT_BYTES = 10_000, 1 << 28  # patch PCA is fitted on as many images as both allow
 ORDER_SEED = 0
+IMAGE = "image"  # the field that `store_images` writes
 
 
-class _ImageProducer:
-    """Samples from images. Networks are loaded when first used, once per process and device."""
+class ImageProducer:
+    """Samples from images: of an autoencoder the moments and the labels, of an encoder its features. Networks are
+    loaded when first used, once per process and device.
+    """
 
     def __init__(
-        self, source: ImageSource, autoencoder: str, size: int, fields: Mapping[str, Field], encoder: str | None,
-        token_grid: int, batch_size: int, device: str,
+        self, source: ImageSource, autoencoder: str | None, size: int, fields: Mapping[str, Field],
+        encoder: str | None, token_grid: int, batch_size: int, device: str,
     ):  # fmt: skip
         self.source, self.autoencoder, self.size, self.fields = source, autoencoder, size, fields
         self.encoder, self.token_grid, self.batch_size, self.device = encoder, token_grid, batch_size, device
-        self._loaded: dict[str, tuple[Autoencoder, FeatureEncoder | None]] = {}
+        self._loaded: dict[str, tuple[Autoencoder | None, FeatureEncoder | None]] = {}
 
     def name(self, number: int) -> str:
         return self.source.name(number)
 
-    def samples(self, numbers: np.ndarray, shard: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+    def samples(self, numbers: np.ndarray, shard: int) -> Iterator[tuple[dict[str, np.ndarray], int | None]]:
         device = f"cuda:{shard % torch.cuda.device_count()}" if self.device == "cuda" else "cpu"
         if device not in self._loaded:
             encoder = load_encoder(self.encoder) if self.encoder else None
-            self._loaded[device] = (load_autoencoder(self.autoencoder).to(device), encoder)
+            autoencoder = load_autoencoder(self.autoencoder).to(device) if self.autoencoder else None
+            self._loaded[device] = autoencoder, encoder
         autoencoder, encoder = self._loaded[device]
         for first in range(0, len(numbers), self.batch_size):
             chunk = numbers[first : first + self.batch_size].tolist()
             images = np.stack([read_image(self.source, number, self.size) for number in chunk])
-            pixels = to_float(images)
-            mean, std = autoencoder.encode(pixels.to(device))
-            arrays = {MOMENTS: torch.stack([mean, std], 1).float().cpu().numpy(), "image": images.transpose(0, 3, 1, 2)}
+            pixels, arrays = to_float(images), {IMAGE: images.transpose(0, 3, 1, 2)}
+            if autoencoder is not None:
+                mean, std = autoencoder.encode(pixels.to(device))
+                arrays[MOMENTS] = torch.stack([mean, std], 1).float().cpu().numpy()
             if encoder is not None:
                 arrays |= {name: value.numpy() for name, value in encoder(pixels, self.token_grid).items()}
             for i, number in enumerate(chunk):
-                yield {name: array[i] for name, array in arrays.items()}, int(self.source.labels[number])
+                label = int(self.source.labels[number]) if MOMENTS in arrays else None
+                yield {name: array[i] for name, array in arrays.items()}, label
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loaded": {}}
@@ -141,7 +147,7 @@ def build_shards(
     grid = grid_of(token_grid, latent) if network else 0
     fields = {MOMENTS: Field(MOMENTS_MEMBER, (2, model.channels, latent, latent), dtype)}
     if store_images:
-        fields["image"] = Field("png", (3, size, size), "uint8")
+        fields[IMAGE] = Field("png", (3, size, size), "uint8")
     for name in ("features", "class_token") if class_token else ("features",):
         if network is not None:
             fields[name] = encoded_field(network, name, grid)
@@ -157,7 +163,7 @@ def build_shards(
         settings["autoencoder_config"] = dict(model.config)
     if class_token:
         settings["class_token"] = True
-    producer = _ImageProducer(images, spec, size, fields, encoder, grid, batch_size, device)
+    producer = ImageProducer(images, spec, size, fields, encoder, grid, batch_size, device)
     info = {
         "num_classes": len(images.class_names),
         "class_names": list(images.class_names),

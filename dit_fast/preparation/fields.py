@@ -2,75 +2,43 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from dit_fast.autoencoders.patch_pca import to_float
 from dit_fast.data.added import add_fields, check_names
 from dit_fast.data.dataset import LatentDataset, open_dataset
 from dit_fast.data.description import FILE_NAME
-from dit_fast.data.field import Field
 from dit_fast.data.reader import IndexedReader
 from dit_fast.data.shards import key_of
 from dit_fast.data.writer import read_json
-from dit_fast.encoders import FeatureEncoder, load_encoder
+from dit_fast.encoders import load_encoder
 from dit_fast.errors import ConfigError, DataError
-from dit_fast.preparation.build import encoded_field, grid_of, order_of, read_image
+from dit_fast.preparation.build import IMAGE, ImageProducer, encoded_field, grid_of, order_of
 from dit_fast.preparation.sources import ImageSource, open_source
 
-IMAGE = "image"  # the field that `build --store-images` writes
 
+class _StoredImages:
+    """The images in the shards, by key; opened when first used, once per process."""
 
-class _EncodedProducer:
-    """What an encoder gives. Networks, shards and images are opened when first used, once per process."""
+    def __init__(self, dataset: LatentDataset):
+        self.root, self.labels = dataset.root, dataset.labels
+        self.class_names, self.digest = dataset.info.class_names, dataset.info.fingerprint
+        self._reader: IndexedReader | None = None
 
-    def __init__(
-        self, root: str, fields: Mapping[str, Field], encoder: str, grid: int, batch_size: int,
-        images: "_Source | None",
-    ):  # fmt: skip
-        self.root, self.fields, self.encoder, self.grid, self.batch_size = root, fields, encoder, grid, batch_size
-        self.images = images
-        self._opened: tuple[FeatureEncoder, IndexedReader | None] | None = None
+    def name(self, index: int) -> str:
+        return f"image of sample {key_of(index)}"
 
-    def name(self, number: int) -> str:
-        return self.images.name(number) if self.images else f"image of sample {key_of(number)}"
-
-    def samples(self, numbers: np.ndarray, shard: int) -> Iterator[tuple[dict[str, np.ndarray], None]]:
-        if self._opened is None:
-            stored = None if self.images else IndexedReader(open_dataset(self.root), (IMAGE,))
-            self._opened = load_encoder(self.encoder), stored
-        encoder, stored = self._opened
-        for first in range(0, len(numbers), self.batch_size):
-            chunk = numbers[first : first + self.batch_size]
-            if stored is not None:
-                images = stored.read(chunk, chunk)[IMAGE].numpy().transpose(0, 2, 3, 1)
-            else:
-                assert self.images is not None
-                images = np.stack([self.images.read(number) for number in chunk.tolist()])
-            given = {name: value.numpy() for name, value in encoder(to_float(images), self.grid).items()}
-            for i in range(len(chunk)):
-                yield {name: given[name][i] for name in self.fields}, None
+    def read(self, index: int, size: int) -> np.ndarray:
+        if self._reader is None:
+            self._reader = IndexedReader(open_dataset(self.root), (IMAGE,))
+        key = np.array([index])
+        return self._reader.read(key, key)[IMAGE][0].numpy().transpose(1, 2, 0)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None}
-
-
-@dataclasses.dataclass
-class _Source:
-    """The images that a data set was built from, by key."""
-
-    source: ImageSource
-    order: np.ndarray
-    size: int
-
-    def name(self, key: int) -> str:
-        return self.source.name(int(self.order[key]))
-
-    def read(self, key: int) -> np.ndarray:
-        return read_image(self.source, int(self.order[key]), self.size)
+        return {**self.__dict__, "_reader": None}
 
 
 def add_encoded(
@@ -99,8 +67,12 @@ def add_encoded(
         raise ConfigError(f"batch_size={batch_size}, dtype '{dtype}': at least 1, and float16 or float32")
     network = load_encoder(encoder)
     fields = {name: dataclasses.replace(encoded_field(network, name, grid), dtype=dtype or "float16") for name in names}
-    source = _source(dataset, images, progress) if images is not None else None
-    if source is None and IMAGE not in dataset.info.fields:
+    source: ImageSource
+    if images is not None:
+        source, order, size = _source(dataset, images, progress)
+    elif IMAGE in dataset.info.fields:
+        source, order, size = _StoredImages(dataset), np.arange(len(dataset)), dataset.info.field(IMAGE).shape[-1]
+    else:
         raise DataError(
             f"{dataset.root}: holds no images to encode; give the source they were built from with --images"
         )
@@ -108,14 +80,14 @@ def add_encoded(
         "encoder": network.identity,
         "token_grid": grid,
         "batch_size": batch_size,
-        "from": "source" if source else IMAGE,
+        "from": IMAGE if images is None else "source",
     }
-    producer = _EncodedProducer(dataset.root, fields, encoder, grid, batch_size, source)
-    return add_fields(dataset, producer, settings, processes, progress)
+    producer = ImageProducer(source, None, size, fields, encoder, grid, batch_size, "cpu")
+    return add_fields(dataset, producer, order, settings, processes, progress)
 
 
-def _source(dataset: LatentDataset, images: str | Path, progress: bool) -> _Source:
-    """Raises DataError unless these are the images that the shards were built from."""
+def _source(dataset: LatentDataset, images: str | Path, progress: bool) -> tuple[ImageSource, np.ndarray, int]:
+    """The images that the shards were built from, the number of each key's, and their size. DataError for others."""
     built = read_json(Path(dataset.root) / FILE_NAME).get("settings")
     if not isinstance(built, dict) or not {"source", "size", "shuffle"} <= built.keys():
         raise DataError(f"{dataset.root}: was not built from images by `dit-fast shards build`; add an --array instead")
@@ -124,4 +96,4 @@ def _source(dataset: LatentDataset, images: str | Path, progress: bool) -> _Sour
         print(note, file=sys.stderr)
     if opened.digest != built["source"]:
         raise DataError(f"{images}: not the images that {dataset.root} was built from; give those, unchanged")
-    return _Source(opened, order_of(len(opened.labels), built["shuffle"]), built["size"])
+    return opened, order_of(len(opened.labels), built["shuffle"]), built["size"]

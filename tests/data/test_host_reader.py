@@ -3,7 +3,6 @@
 import io
 import os
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from dit_fast.data import open_dataset
 from dit_fast.data.reader import IndexedReader
 from dit_fast.data.shards import npy_bytes
 from dit_fast.errors import DataError
-from tests.helpers.damage import flip
 
 needs_host = pytest.mark.skipif(_C.host_unavailable() is not None, reason=f"{_C.host_unavailable()}")
 
@@ -68,57 +66,15 @@ def test_the_compiled_code_is_what_reads(built, in_python, monkeypatch):
     assert len(read) == 1
 
 
-def _flip(place):
-    def change(dataset):
-        index = dataset.indexes[1]
-        start = int(index.offset[3, index.members.index("moments.npy")])
-        flip(Path(dataset.root) / dataset.info.shards[1].name, 8 * (start + place))
-
-    return change
-
-
-def _cut(dataset):
-    index = dataset.indexes[1]
-    column = index.members.index("moments.npy")
-    os.truncate(f"{dataset.root}/{dataset.info.shards[1].name}", int(index.offset[3, column]) + 40)
-
-
-def _wrong_crc(dataset):
-    index = dataset.indexes[1]
-    index.crc[3, index.members.index("moments.npy")] ^= 1
-
-
-def _replace(array, dataset):
-    """Sample 11 gets another payload, at the end of its shard, as the index says."""
-    index, data = dataset.indexes[1], npy_bytes(array) if isinstance(array, np.ndarray) else array
-    path, column = f"{dataset.root}/{dataset.info.shards[1].name}", index.members.index("moments.npy")
-    index.offset[3, column], index.length[3, column] = os.path.getsize(path), len(data)
-    index.crc[3, column] = zlib.crc32(data)
-    with open(path, "ab") as file:
-        file.write(data)
-
-
 @needs_host
 @pytest.mark.parametrize("check_crc", [True, False])
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (_flip(400), "is corrupt"),
-        (_flip(20), "is corrupt"),
-        (_cut, "bytes where the index says"),
-        (_wrong_crc, "is corrupt"),
-        (lambda d: _replace(np.zeros((2, 3, 4, 4), np.float32), d), "where dataset.json says"),
-        (lambda d: _replace(b"no array at all", d), "not a readable npy array"),
-    ],
-    ids=["payload", "header", "truncated", "crc", "shape", "no array"],
-)
-def test_damage_is_told_in_the_same_words(copied, in_python, change, message, check_crc):
-    if change is not _cut and not check_crc and message == "is corrupt":
-        pytest.skip("without the check this is not found")
-    theirs, ours = read_both(copied, np.arange(43), in_python, change, check_crc=check_crc)
-    assert isinstance(theirs, str)
-    assert message in theirs
-    assert "000000011.moments.npy" in theirs
+def test_a_tar_cut_since_it_was_opened_is_told_in_the_same_words(copied, in_python, check_crc):
+    def cut(dataset):
+        start = int(dataset.indexes[1].offset[3, dataset.indexes[1].members.index("moments.npy")])
+        os.truncate(f"{dataset.root}/{dataset.info.shards[1].name}", start + 40)
+
+    theirs, ours = read_both(copied, np.arange(43), in_python, cut, check_crc=check_crc)
+    assert "000000011.moments.npy has 40 bytes where the index says" in theirs
     assert ours == theirs
 
 

@@ -8,7 +8,8 @@ import torch
 
 from dit_fast.cli import main
 from dit_fast.errors import UserError
-from dit_fast.preparation import fields as preparation
+from dit_fast.preparation import build as building
+from dit_fast.preparation import fields as adding
 from dit_fast.preparation.fields import add_encoded
 from dit_fast.preparation.verify import verify_dataset
 from tests.helpers.shard_sets import CLASSES, COUNT, build, everything, make_images
@@ -29,7 +30,8 @@ class Encoder:
 
 @pytest.fixture(autouse=True)
 def _toy_encoder(monkeypatch):
-    monkeypatch.setattr(preparation, "load_encoder", lambda spec: Encoder())
+    for module in (building, adding):
+        monkeypatch.setattr(module, "load_encoder", lambda spec: Encoder())
 
 
 def test_from_the_stored_images_and_from_their_source(copied, array_file, tmp_path):
