@@ -37,7 +37,7 @@ class Parts:
         text = json.dumps(content, indent=1)
         path = folder / DESCRIPTION
         folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
+        if not (path.exists() and self.done()):  # a command that was refused left none
             partial = folder / f"{DESCRIPTION}.{os.getpid()}.partial"  # ranks write the same, perhaps at once
             partial.write_text(text)
             partial.replace(path)

@@ -77,6 +77,13 @@ def sample(place, *options):
     return main(["sample", str(place / "diverse"), "--num-steps", "1", "--batch", "4", "--per-class", "4", *options])
 
 
+def test_a_command_that_was_refused_leaves_nothing_in_the_way(place, tmp_path, capsys):
+    out = ["--batch", "16", "-o", str(tmp_path / "a.npz")]
+    assert sample(place, *out, "--class-token-cfg-scale", "2") == 2
+    assert "is for a class token, and noise has none" in capsys.readouterr().err
+    assert sample(place, *out) == 0
+
+
 def test_a_killed_drawing_goes_on_with_the_missing_chunks(place, tmp_path, monkeypatch, capsys):
     assert sample(place, "-o", str(tmp_path / "whole.npz")) == 0
     real, drawn = images_module.sample_images, []
