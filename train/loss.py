@@ -92,7 +92,11 @@ class TrainingLoss(nn.Module):
         collected: dict[str, Term] = {}
         for method in self.methods:
             for name, term in method.terms(context).items():
-                if not name.startswith(f"{method.name}/"):
-                    raise ConfigError(f"method '{method.name}' names a term '{name}'; use '{method.name}/{name}'")
+                for key in (name, *term.logs):
+                    if not key.startswith(f"{method.name}/"):
+                        raise ConfigError(f"method '{method.name}' names a term '{key}'; use '{method.name}/{key}'")
+                if term.value.dim():
+                    shape = list(term.value.shape)
+                    raise ConfigError(f"'{name}' of method '{method.name}' is {shape}; a term is one number, 0-d")
                 collected[name] = term
         return collected

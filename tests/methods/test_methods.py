@@ -59,18 +59,32 @@ class Rude(Brightness):
         return {"error": Term(torch.zeros(()))}
 
 
+class Forward(Brightness):
+    def terms(self, context):
+        return {"brightness/error": Term(torch.zeros(()), logs={"loss": torch.zeros(())})}
+
+
+class Wide(Brightness):
+    def terms(self, context):
+        return {"brightness/error": Term(context.losses["image"])}
+
+
 class Deep(Brightness):
     def __init__(self, config, model, data):
         self.blocks = frozenset({model.depth})
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    monkeypatch.setitem(METHODS, "brightness", Brightness)
+def registered():
+    known = dict(METHODS)
+    METHODS["brightness"] = Brightness
+    yield
+    METHODS.clear()
+    METHODS.update(known)
 
 
-def small():
-    return tiny_sit(in_channels=2, num_classes=5, skip_wiring="input")
+def small(**changes):
+    return tiny_sit(in_channels=2, num_classes=5, skip_wiring="input", **changes)
 
 
 def step(*configs):
@@ -132,6 +146,8 @@ def test_initial_weights_are_drawn_in_the_order_of_the_methods():
     ("method", "message"),
     [
         (Rude, "'brightness' names a term 'error'; use 'brightness/error'"),
+        (Forward, "'brightness' names a term 'loss'; use 'brightness/loss'"),
+        (Wide, r"'brightness/error' of method 'brightness' is \[3\]; a term is one number"),
         (Deep, r"'brightness' reads block 4.*0\.\.3"),
     ],
 )
@@ -139,6 +155,25 @@ def test_misbehaving_methods_are_named(method, message):
     METHODS["brightness"] = method
     with pytest.raises(ConfigError, match=message):
         step(Brightness.Config())
+
+
+@loop_over(
+    ("width", "names", "message"),
+    [
+        (0, ["one"], "'one' adds 'class_token', which this model does not denoise"),
+        (6, ["one", "two"], "'one' and 'two' both add 'class_token'; keep one"),
+        (
+            6,
+            ["brightness"],
+            r"denoises 'class_token'.* set model\.class_token=0, or use one that does \(reg, one, two\)",
+        ),
+    ],
+)
+def test_one_method_adds_what_the_model_denoises_beside_the_image(width, names, message):
+    for name in ("one", "two"):
+        METHODS[name] = type(name, (Brightness,), {"name": name, "adds": ("class_token",), "__init__": Method.__init__})
+    with pytest.raises(ConfigError, match=message):
+        build_methods([SimpleNamespace(name=name, weight=1.0) for name in names], small(class_token=width), INFO)
 
 
 def test_two_methods_cannot_add_a_module_of_one_name():
