@@ -86,6 +86,7 @@ def find_checkpoint(path: str | Path, files: Collection[str]) -> Checkpoint:
     except OSError as error:
         raise CheckpointError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
     if checkpoint is None:
-        reason = complaints[0] if complaints else f"{path / FOLDER}: holds no checkpoint"
-        raise CheckpointError(f"{reason}; give the folder of a run that has saved at least once")
+        if complaints:
+            raise CheckpointError(f"{complaints[0]}, and no older checkpoint is whole; restore it")
+        raise CheckpointError(f"{path / FOLDER}: holds no checkpoint; give the folder of a run that has saved one")
     return checkpoint

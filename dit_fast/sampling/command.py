@@ -84,11 +84,16 @@ def _sample(options: argparse.Namespace) -> int:
         meet()  # rank 0 will remove the parts, and a rank that comes after that would draw its share again
     hidden = True if world.rank else None
     with tqdm(total=chosen.count, initial=there, desc="sampling", unit="image", disable=hidden) as bar:
-        for samples in images:
+        try:
+            for samples in images:
+                with writing(place):
+                    parts.add(samples)
+                if not world.rank:
+                    bar.update(parts.images() - bar.n)
+        except UserError:
             with writing(place):
-                parts.add(samples)
-            if not world.rank:
-                bar.update(parts.images() - bar.n)
+                parts.give_up()
+            raise
     if world.rank:
         return 0
     for path in outputs:

@@ -1,5 +1,6 @@
 """A folder of drawn chunks, so that ranks share a drawing and a killed one goes on with the chunks that are missing."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_fast.checkpoint.run import LoadedRun
-from dit_fast.errors import UserError
+from dit_fast.errors import DataError, UserError
 from dit_fast.sampling.options import SampleOptions
 from dit_fast.sampling.samples import Samples
 
@@ -41,7 +42,7 @@ class Parts:
             partial = folder / f"{DESCRIPTION}.{os.getpid()}.partial"  # ranks write the same, perhaps at once
             partial.write_text(text)
             partial.replace(path)
-        found = path.read_text()
+        found = path.read_text(errors="replace")
         if found != text:
             raise UserError(
                 f"{folder}: holds images of another command ({_difference(found, json.loads(text))}); remove it, or "
@@ -71,10 +72,21 @@ class Parts:
         for first in range(0, self.options.count, self.options.chunk):
             while not self._path(first).exists():
                 time.sleep(POLL)
-            yield Samples.load(self._path(first))
+            try:
+                samples = Samples.load(self._path(first))
+            except DataError:
+                raise DataError(f"{self._path(first)}: damaged; remove it and give the same command again") from None
+            yield samples
 
     def remove(self) -> None:
         shutil.rmtree(self.folder)
+
+    def give_up(self) -> None:
+        """Nothing may stay that would refuse the next command, where not one chunk could be drawn."""
+        if not self.done():
+            (self.folder / DESCRIPTION).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # other files are there
+                self.folder.rmdir()
 
     def _path(self, first: int) -> Path:
         return self.folder / f"images_{first:08d}.npz"

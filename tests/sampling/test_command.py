@@ -123,6 +123,32 @@ def test_ranks_share_a_folder(place, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "folder" / "sampling.json").read_text())["options"]["classes"] == [0, 1, 2]
 
 
+def test_a_command_that_cannot_draw_does_not_refuse_the_next(place, tmp_path, capsys):
+    for out in ("a.npz", "folder"):
+        if out == "folder":
+            (tmp_path / out).mkdir()
+            (tmp_path / out / "mine").touch()
+        assert sample(place, "-o", str(tmp_path / out), "--class-token-cfg-scale", "2") == 2
+        assert "is for a class token" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.rglob("*")] == (["folder", "mine"] if out == "folder" else [])
+    assert sample(place, "-o", str(tmp_path / "folder")) == 0
+
+
+def test_a_damaged_chunk_or_description_is_named_with_the_fix(place, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    assert sample(place, "-o", str(folder)) == 0
+    chunk, whole = folder / "images_00000004.npz", (folder / "images_00000004.npz").read_bytes()
+    chunk.write_bytes(whole[:50])
+    assert sample(place, "-o", str(folder)) == 2
+    assert "images_00000004.npz: damaged; remove it and give the same command again" in capsys.readouterr().err
+    chunk.unlink()
+    assert sample(place, "-o", str(folder)) == 0
+    assert chunk.read_bytes() == whole
+    (folder / "sampling.json").write_bytes(b"\xff")
+    assert sample(place, "-o", str(folder)) == 2
+    assert "its sampling.json is damaged" in capsys.readouterr().err
+
+
 @pytest.mark.launch
 def test_a_rank_that_starts_late_draws_nothing_again(place, tmp_path, monkeypatch):
     """All chunks are there, so rank 0 could join and remove them before rank 1 has looked."""
