@@ -13,28 +13,11 @@ from torch import Tensor
 from dit_fast.errors import UserError
 
 
-def linear_cka(x: Tensor, y: Tensor) -> Tensor:
-    """Linear CKA of two sets of representations of the same n samples.
-
-    x: [n, P], y: [n, Q], any float dtype. Returns a 0-d float64 tensor in [0, 1]:
-    ||X'Y||_F^2 / (||X'X||_F ||Y'Y||_F) with centred columns (Kornblith et al. 2019, Eq. 4; biased estimator).
-    1 for equal representations up to rotation, scale and shift; 0 when one of them does not vary at all.
-    Raises UserError unless both are matrices with the same number (at least 2) of rows.
-    """
-    for name, value in (("x", x), ("y", y)):
-        if value.ndim != 2 or value.shape[0] < 2 or value.shape[0] != x.shape[0]:
-            raise UserError(
-                f"linear_cka: {name} has shape {tuple(value.shape)}; both must be [n, features] with one n >= 2"
-            )
-        _check_finite(f"linear_cka: {name}", value)
-    return _cka(_centred(x), _centred(y))
-
-
 def cka_matrix(features: Sequence[Tensor]) -> Tensor:
     """Linear CKA of every pair of blocks on token-pooled features.
 
-    features: K tensors [N, T, D] (one per block, same N; T and D may differ). Returns float64 [K, K], symmetric, with
-    ones on the diagonal (zeros where a block's pooled feature does not vary).
+    features: K tensors [N, T, D] (one per block, same N; T and D may differ). Returns float64 [K, K] in [0, 1],
+    symmetric, with ones on the diagonal (zeros where a block's pooled feature does not vary).
     """
     _check(features)
     pooled = [_centred(feature.double().mean(dim=1)) for feature in features]
@@ -77,6 +60,10 @@ def _centred(x: Tensor) -> Tensor:
 
 
 def _cka(x: Tensor, y: Tensor) -> Tensor:
+    """||X'Y||_F^2 / (||X'X||_F ||Y'Y||_F) of centred columns [n, P], [n, Q] (Kornblith et al. 2019, Eq. 4; biased).
+
+    1 for equal representations up to rotation, scale and shift; 0 when one of them does not vary at all.
+    """
     cross = (x.T @ y).square().sum()
     norms = torch.linalg.matrix_norm(x.T @ x) * torch.linalg.matrix_norm(y.T @ y)
     return torch.where(norms > 0, cross / norms.clamp_min(torch.finfo(torch.float64).tiny), torch.zeros_like(cross))

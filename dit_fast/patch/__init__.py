@@ -18,7 +18,7 @@ from dit_fast.options import nearest
 from dit_fast.patch import diffusers_dit, diversedit, hunyuan, published
 from dit_fast.patch.diversedit import SkipWiring
 from dit_fast.patch.proof import Proofs
-from dit_fast.patch.replacement import Candidate, Forward, foreign_forward, install, installed, uninstall
+from dit_fast.patch.replacement import Forward, foreign_forward, install, installed, uninstall
 
 logger = logging.getLogger("dit_fast")
 
@@ -109,7 +109,13 @@ def apply(
             report.replaced[path] = mark.op
             done.append((path, module, vars(module)["forward"].__func__))
             continue
-        for candidate in _find(path, module, backend, skip_wiring, proofs):
+        candidates = (
+            *published.find(path, module, backend),
+            *diversedit.find(path, module, backend, skip_wiring, proofs),
+            *diffusers_dit.find(path, module, backend),
+            *hunyuan.find(path, module, backend),
+        )
+        for candidate in candidates:
             if candidate.op not in chosen:
                 continue
             reason = proofs.refusal(candidate)
@@ -126,15 +132,6 @@ def apply(
     for path, reason in report.refused.items():
         logger.warning("patch.apply: %s stays as it is: %s", path or "the model", reason)
     return Handle(report, done)
-
-
-def _find(
-    path: str, module: nn.Module, backend: str, skip_wiring: SkipWiring | None, proofs: Proofs
-) -> Iterator[Candidate]:
-    yield from published.find(path, module, backend)
-    yield from diversedit.find(path, module, backend, skip_wiring, proofs)
-    yield from diffusers_dit.find(path, module, backend)
-    yield from hunyuan.find(path, module, backend)
 
 
 def _check_ops(ops: Collection[str] | None) -> tuple[str, ...]:

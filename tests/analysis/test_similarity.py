@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from dit_fast.analysis.similarity import cka_matrix, effective_rank, linear_cka, token_cosine_matrix
+from dit_fast.analysis.similarity import cka_matrix, effective_rank, token_cosine_matrix
 from dit_fast.errors import UserError
-from tests.helpers.cases import loop_over
 
 
 def draw(*shape, seed=0):
@@ -28,17 +27,11 @@ def test_cka_against_kernel_form():
 
     k, other = x @ x.T, y @ y.T
     expected = hsic(k, other) / (hsic(k, k) * hsic(other, other)).sqrt()
-    assert linear_cka(x, y).item() == pytest.approx(expected.item(), abs=1e-12)
+    assert cka_matrix([x[:, None], y[:, None]])[0, 1].item() == pytest.approx(expected.item(), abs=1e-12)
 
 
 def test_constant_feature_gives_zero_not_nan():
-    assert linear_cka(torch.ones(5, 3), draw(5, 3)).item() == 0.0
-
-
-@loop_over("shapes", [((5, 2), (4, 2)), ((1, 2), (1, 2)), ((5, 2, 2), (5, 2))])
-def test_cka_refuses_shapes_without_common_samples(shapes):
-    with pytest.raises(UserError, match="linear_cka"):
-        linear_cka(*(draw(*shape) for shape in shapes))
+    assert cka_matrix([torch.ones(5, 1, 3), draw(5, 1, 3)])[0].tolist() == [0.0, 0.0]
 
 
 def test_matrix_is_symmetric_pools_tokens_and_takes_strided_input():
@@ -48,8 +41,8 @@ def test_matrix_is_symmetric_pools_tokens_and_takes_strided_input():
     assert matrix.shape == (3, 3)
     torch.testing.assert_close(matrix, matrix.T, rtol=0, atol=0)
     torch.testing.assert_close(matrix.diagonal(), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-12)
-    expected = linear_cka(features[0].mean(1), features[1].double().mean(1))
-    assert matrix[0, 1].item() == pytest.approx(expected.item(), abs=1e-12)
+    pooled = cka_matrix([feature.double().mean(1, keepdim=True) for feature in features])
+    torch.testing.assert_close(matrix, pooled, rtol=0, atol=1e-12)
     assert matrix[0, 2].item() == pytest.approx(1.0, abs=1e-12)
 
 
@@ -85,7 +78,6 @@ def test_features_that_are_not_finite_are_refused():
     broken = draw(4, 2, 3)
     broken[1, 0, 2] = float("nan")
     calls = [
-        lambda: linear_cka(draw(4, 6), broken.flatten(1)),
         lambda: cka_matrix([draw(4, 2, 3), broken]),
         lambda: token_cosine_matrix([draw(4, 2, 3), broken]),
         lambda: effective_rank(broken),
