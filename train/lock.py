@@ -54,11 +54,12 @@ class RunLock:
 
     def __init__(self, run: Path):
         self.run, self.path = run, run / FILE
+        boot, namespace = kernel()
         self._record = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "boot": _read_text("/proc/sys/kernel/random/boot_id") or socket.gethostname(),
-            "namespace": _namespace(),
+            "boot": boot or socket.gethostname(),
+            "namespace": namespace,
             "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "token": uuid.uuid4().hex,  # tells this holder from every other
         }
@@ -224,15 +225,11 @@ def _file_system_time(folder: Path) -> int:
         return os.fstat(file.fileno()).st_mtime_ns
 
 
-def _namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return ""
+def kernel() -> tuple[str, str]:
+    """This boot of the machine, and whose process numbers this process sees; "" for what the system does not tell."""
+    boot = namespace = ""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    with contextlib.suppress(OSError):
+        namespace = os.readlink("/proc/self/ns/pid")
+    return boot, namespace

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dit_fast.errors import UserError
+from dit_fast.train.lock import kernel
 
 ANSWER = 10.0  # seconds in which every surviving rank meets the failure, on a busy machine too
 GLOO = re.compile(r"gloo|(closed|reset) by peer|broken pipe", re.IGNORECASE)  # it raises plain RuntimeErrors
@@ -55,12 +56,8 @@ def announce(rank: int) -> None:
 
 
 def _machine() -> str:
-    """The kernel and the process numbers that this process sees; "" where the system does not tell."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
+    """Where process numbers mean what they mean here; "" where the system does not tell."""
+    return "/".join(kernel()) if all(kernel()) else ""
 
 
 def _has_ended(process: str) -> bool:
