@@ -76,24 +76,20 @@ def test_round_trip_and_no_pickle(tmp_path):
         checkpoint.source("exp_avg")("nobody")
 
 
-def _count_operations(tmp_path, monkeypatch):
-    calls = []
-    with monkeypatch.context() as patch:
-        for name in OPERATIONS:
-            real = getattr(files, name)
-            patch.setattr(files, name, lambda *a, real=real, name=name: (calls.append(name), real(*a))[1])
-        save(tmp_path / "count", 5)
-    return len(calls)
-
-
 OPERATIONS = ("write", "sync", "sync_folder", "rename", "write_synced", "remove_tree")
 
 
 class Deaths:
-    """Kills at operation number `victim`, before or after it is done."""
+    """Counts the operations of a save, and kills at number `victim`, before or after it is done."""
 
-    def __init__(self, victim, moment):
+    def __init__(self, victim=None, moment=None):
         self.victim, self.moment, self.count = victim, moment, 0
+
+    def save(self, run, step, monkeypatch):
+        with monkeypatch.context() as patch:
+            for name in OPERATIONS:
+                patch.setattr(files, name, self.wrap(getattr(files, name)))
+            save(run, step)
 
     def wrap(self, real):
         def operation(*arguments):
@@ -110,18 +106,14 @@ class Deaths:
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_killed_at_every_write_flush_and_rename(tmp_path, monkeypatch, moment):
-    total = _count_operations(tmp_path, monkeypatch)
-    assert total > 20
-    newest = []
-    for victim in range(total):
+    calm, newest = Deaths(), []
+    calm.save(tmp_path / "count", 5, monkeypatch)
+    assert calm.count > 20
+    for victim in range(calm.count):
         run = tmp_path / f"{victim}"
         save(run, 4)
-        with monkeypatch.context() as patch:
-            deaths = Deaths(victim, moment)
-            for name in OPERATIONS:
-                patch.setattr(files, name, deaths.wrap(getattr(files, name)))
-            with pytest.raises(Killed):
-                save(run, 8)
+        with pytest.raises(Killed):
+            Deaths(victim, moment).save(run, 8, monkeypatch)
         again = Checkpoints(run, WORLD)
         checkpoint = again.newest()
         assert checkpoint.step in (4, 8)
