@@ -14,11 +14,15 @@ from dit_fast.runs import TrainConfig, stored
 
 
 class LoadedRun(NamedTuple):
-    """model: on the CPU, in eval mode. state: what the checkpoint says about itself (step, samples_seen, ...)."""
+    """model: on the CPU, in eval mode. state: what the checkpoint says about itself (step, samples_seen, ...).
+
+    digest: sha256 of the file that the weights were read from.
+    """
 
     model: Backbone
     config: TrainConfig
     state: dict[str, Any]
+    digest: str = ""
 
     @property
     def step(self) -> int:
@@ -61,7 +65,8 @@ def load_run(path: str | Path, weights: Literal["ema", "model"] = "ema") -> Load
     """
     if weights not in ("ema", "model"):
         raise CheckpointError(f"unknown weights '{weights}'; valid: ema, model")
-    checkpoint = find_checkpoint(path, (STATE, f"{weights}.safetensors"))
+    file = f"{weights}.safetensors"
+    checkpoint = find_checkpoint(path, (STATE, file))
     state = checkpoint.state
     try:
         config = stored(state.get("config"))
@@ -71,7 +76,7 @@ def load_run(path: str | Path, weights: Literal["ema", "model"] = "ema") -> Load
     own = model.state_dict()
     checkpoint.require(weights, own)
     model.load_state_dict({name: tensor for name, tensor in checkpoint.state_dict(weights).items() if name in own})
-    return LoadedRun(model.eval(), config, state)
+    return LoadedRun(model.eval(), config, state, checkpoint.files[file][1])
 
 
 def find_checkpoint(path: str | Path, files: Collection[str]) -> Checkpoint:

@@ -33,12 +33,16 @@ class Parts:
         self.folder, self.options = folder, options
         content = {
             "options": asdict(options),
-            "weights": {name: run.state.get(name) for name in ("step", "saved_at", "dataset_fingerprint")},
+            "weights": {
+                "step": run.step,
+                "sha256": run.digest,
+                "dataset_fingerprint": run.state.get("dataset_fingerprint"),
+            },
         }
         text = json.dumps(content, indent=1)
         path = folder / DESCRIPTION
         folder.mkdir(parents=True, exist_ok=True)
-        if not (path.exists() and self.done()):  # a command that was refused left none
+        if not path.exists():
             partial = folder / f"{DESCRIPTION}.{os.getpid()}.partial"  # ranks write the same, perhaps at once
             partial.write_text(text)
             partial.replace(path)

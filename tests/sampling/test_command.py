@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dit_fast.checkpoint.run import load_run
 from dit_fast.cli import main
 from dit_fast.errors import UserError
 from dit_fast.sampling import images as images_module
 from dit_fast.sampling.options import SampleOptions
+from dit_fast.sampling.parts import Parts
 from dit_fast.sampling.samples import Samples, write_samples
 from tests.helpers.toy_runs import environment, free_port
 
@@ -77,13 +79,6 @@ def sample(place, *options):
     return main(["sample", str(place / "diverse"), "--num-steps", "1", "--batch", "4", "--per-class", "4", *options])
 
 
-def test_a_command_that_was_refused_leaves_nothing_in_the_way(place, tmp_path, capsys):
-    out = ["--batch", "16", "-o", str(tmp_path / "a.npz")]
-    assert sample(place, *out, "--class-token-cfg-scale", "2") == 2
-    assert "is for a class token, and noise has none" in capsys.readouterr().err
-    assert sample(place, *out) == 0
-
-
 def test_a_killed_drawing_goes_on_with_the_missing_chunks(place, tmp_path, monkeypatch, capsys):
     assert sample(place, "-o", str(tmp_path / "whole.npz")) == 0
     real, drawn = images_module.sample_images, []
@@ -132,6 +127,14 @@ def test_a_command_that_cannot_draw_does_not_refuse_the_next(place, tmp_path, ca
         assert "is for a class token" in capsys.readouterr().err
         assert [path.name for path in tmp_path.rglob("*")] == (["folder", "mine"] if out == "folder" else [])
     assert sample(place, "-o", str(tmp_path / "folder")) == 0
+
+
+def test_chunks_of_other_weights_are_not_mixed(place, tmp_path):
+    """Other weights may bear the same step. Without chunks too: another process may be drawing the first."""
+    run, chosen = load_run(place / "plain"), SampleOptions(classes=(0,), sampler="euler")
+    Parts(tmp_path / "folder", run, chosen, 0)
+    with pytest.raises(UserError, match=r"holds images of another command \(sha256 [0-9a-f]{64} there, 0 here\)"):
+        Parts(tmp_path / "folder", run._replace(digest="0"), chosen, 0)
 
 
 def test_a_damaged_chunk_or_description_is_named_with_the_fix(place, tmp_path, capsys):
