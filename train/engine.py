@@ -28,7 +28,7 @@ Groups = Sequence[Mapping[str, Any]]
 class StepResult:
     """logs: this rank's values, averaged over micro-batches, 0-d on the device. grad_norm: global L2 norm before
     clipping (inf or nan where the step was not applied). applied: False when the gradient was not finite: then weights,
-    EMA and moments are what they were before, on every rank."""
+    EMA, moments and buffers of the model are what they were before, on every rank."""
 
     logs: dict[str, Tensor]
     grad_norm: Tensor
@@ -64,6 +64,7 @@ class Engine(ABC):
         if not self._checked:
             self._refuse_unknown(parameter for _, parameter in own_parameters(self.loss))
         sums: dict[str, Tensor] = {}
+        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         for group, share in zip(self._optimizer.param_groups, self._lr_shares, strict=True):
             group["lr"] = lr * share
         for batch in micro_batches:
@@ -78,7 +79,11 @@ class Engine(ABC):
                 value = value.float() / len(micro_batches)
                 sums[name] = sums[name] + value if name in sums else value
         norm = self._clip()
-        return StepResult(sums, norm, self._update(norm))
+        applied = self._update(norm)
+        if not applied:  # statistics that have seen a NaN never lose it
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(before[name])
+        return StepResult(sums, norm, applied)
 
     @abstractmethod
     def _forward(self, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]: ...
