@@ -113,9 +113,14 @@ def test_a_forward_put_in_its_place_is_not_removed():
 
 def test_handles_undo_what_they_installed_in_any_order():
     model, twin = _model()
-    first, second = patch.apply(model), patch.apply(model)
+    attributes = [set(vars(module)) for module in model.modules()]
+    first = patch.apply(model)
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    second = patch.apply(model)
+    assert [vars(module).get("forward") for module in model.modules()] == forwards
+    assert second.report.replaced == first.report.replaced
     first.undo()
-    assert not _patched(model)
+    assert [set(vars(module)) for module in model.modules()] == attributes
     third = patch.apply(model)
     first.undo()
     second.undo()
