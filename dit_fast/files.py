@@ -1,11 +1,14 @@
 """Durable file operations, and the one way to give a file new content while others may read it."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # what a file system without locks answers
 
 
 def write(file: BinaryIO, data: bytes | memoryview) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_fast.errors import UserError
+from dit_fast.files import NO_LOCKS
 
 logger = logging.getLogger("dit_fast")
 
@@ -30,7 +31,6 @@ LEAVING = 10.0  # seconds granted to a holder that may be about to end
 BEAT = 10.0  # seconds between renewals
 PATIENCE = 60.0  # without a renewal for so long, a holder on another kernel counts as dead
 SETTLE = 2.0  # without locks: seconds until two starts at one moment have both written their record
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # what a file system without flock answers
 
 _open_locks: set[int] = set()
 

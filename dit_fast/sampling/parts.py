@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -14,8 +15,11 @@ from typing import Any
 
 from dit_fast.checkpoint.run import LoadedRun
 from dit_fast.errors import DataError, UserError
+from dit_fast.files import NO_LOCKS
 from dit_fast.sampling.options import SampleOptions
 from dit_fast.sampling.samples import Samples
+
+logger = logging.getLogger("dit_fast")
 
 DESCRIPTION = "sampling.json"
 POLL = 0.5  # seconds between looks for the chunks of other ranks
@@ -59,6 +63,10 @@ class Parts:
             raise UserError(
                 f"{folder}: another process draws into it as rank {rank}; wait for it, or name another place with --out"
             ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            logger.warning("%s: lies on a file system without locks; see that no other process draws into it", folder)
 
     def done(self) -> set[int]:
         """Numbers of the first images of the chunks that are there."""

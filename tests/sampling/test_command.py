@@ -1,5 +1,7 @@
 """`dit-fast sample`: what it writes, how it goes on after a kill, and how ranks share it."""
 
+import errno
+import fcntl
 import json
 import subprocess
 import sys
@@ -127,6 +129,15 @@ def test_a_command_that_cannot_draw_does_not_refuse_the_next(place, tmp_path, ca
         assert "is for a class token" in capsys.readouterr().err
         assert [path.name for path in tmp_path.rglob("*")] == (["folder", "mine"] if out == "folder" else [])
     assert sample(place, "-o", str(tmp_path / "folder")) == 0
+
+
+def test_a_file_system_without_locks_is_warned_of(place, tmp_path, monkeypatch, caplog):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    assert sample(place, "-o", str(tmp_path / "a.npz")) == 0
+    assert "a.npz.parts: lies on a file system without locks" in caplog.text
 
 
 def test_chunks_of_other_weights_are_not_mixed(place, tmp_path):
