@@ -169,6 +169,9 @@ def official_parameter_order(model: nn.Module, family: str) -> list[str]:
     """
     groups = GROUPS[family]
     names = list(model.state_dict())
+    parts = dict(OWN[group] for group in dict.fromkeys(name.split(".")[0] for name in names) if group in OWN)
+    if len(parts) > 1:
+        raise CheckpointError(f"no published code has this, {' and '.join(parts.values())} in one; keep our checkpoint")
     for name in names:
         if name.split(".")[0] not in groups:
             raise CheckpointError(

@@ -146,6 +146,14 @@ def test_families_with_parts_of_their_own_are_named_to_whoever_loads_another(fam
         export_official(model, "repa")
 
 
+def test_a_model_with_parts_of_two_families_has_no_official_form():
+    model = build_model("SiT-S/2", **SIZES, class_token=6, skip_wiring="input")
+    with pytest.raises(
+        CheckpointError, match="no published code has this, a model with long skips and a model with a class"
+    ):
+        export_official(model)
+
+
 def test_modules_of_other_methods_have_no_place_in_a_family():
     model = load_official(tiny_state("off"), "repa", num_heads=4)
     model.add_head("teacher_head", torch.nn.Linear(2, 2))
