@@ -200,7 +200,7 @@ def test_supports_names_what_it_refuses():
 class Scale(nn.Module):
     """As much of a model as the objective asks for."""
 
-    depth, hidden_size, num_tokens, in_channels, null_label = 1, 1, 1, 3, 10
+    depth, hidden_size, num_tokens, in_channels, null_label, times = 1, 1, 1, 3, 10, 1
 
     def __init__(self):
         super().__init__()
