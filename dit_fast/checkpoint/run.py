@@ -16,13 +16,12 @@ from dit_fast.runs import TrainConfig, stored
 class LoadedRun(NamedTuple):
     """model: on the CPU, in eval mode. state: what the checkpoint says about itself (step, samples_seen, ...).
 
-    digest: sha256 of the file that the weights were read from.
+    `load_run` adds "weights_sha256" to the state: of the file that the weights were read from.
     """
 
     model: Backbone
     config: TrainConfig
     state: dict[str, Any]
-    digest: str = ""
 
     @property
     def step(self) -> int:
@@ -68,6 +67,7 @@ def load_run(path: str | Path, weights: Literal["ema", "model"] = "ema") -> Load
     file = f"{weights}.safetensors"
     checkpoint = find_checkpoint(path, (STATE, file))
     state = checkpoint.state
+    state["weights_sha256"] = checkpoint.files[file][1]
     try:
         config = stored(state.get("config"))
         model = new_model(config.model)
@@ -76,7 +76,7 @@ def load_run(path: str | Path, weights: Literal["ema", "model"] = "ema") -> Load
     own = model.state_dict()
     checkpoint.require(weights, own)
     model.load_state_dict({name: tensor for name, tensor in checkpoint.state_dict(weights).items() if name in own})
-    return LoadedRun(model.eval(), config, state, checkpoint.files[file][1])
+    return LoadedRun(model.eval(), config, state)
 
 
 def find_checkpoint(path: str | Path, files: Collection[str]) -> Checkpoint:

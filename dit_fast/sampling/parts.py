@@ -39,7 +39,7 @@ class Parts:
             "options": asdict(options),
             "weights": {
                 "step": run.step,
-                "sha256": run.digest,
+                "sha256": run.state["weights_sha256"],
                 "dataset_fingerprint": run.state.get("dataset_fingerprint"),
             },
         }

@@ -145,7 +145,7 @@ def test_chunks_of_other_weights_are_not_mixed(place, tmp_path):
     run, chosen = load_run(place / "plain"), SampleOptions(classes=(0,), sampler="euler")
     Parts(tmp_path / "folder", run, chosen, 0)
     with pytest.raises(UserError, match=r"holds images of another command \(sha256 [0-9a-f]{64} there, 0 here\)"):
-        Parts(tmp_path / "folder", run._replace(digest="0"), chosen, 0)
+        Parts(tmp_path / "folder", run._replace(state={**run.state, "weights_sha256": "0"}), chosen, 0)
 
 
 def test_a_damaged_chunk_or_description_is_named_with_the_fix(place, tmp_path, capsys):
