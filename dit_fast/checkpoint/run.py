@@ -67,7 +67,6 @@ def load_run(path: str | Path, weights: Literal["ema", "model"] = "ema") -> Load
     file = f"{weights}.safetensors"
     checkpoint = find_checkpoint(path, (STATE, file))
     state = checkpoint.state
-    state["weights_sha256"] = checkpoint.files[file][1]
     try:
         config = stored(state.get("config"))
         model = new_model(config.model)
@@ -76,6 +75,7 @@ def load_run(path: str | Path, weights: Literal["ema", "model"] = "ema") -> Load
     own = model.state_dict()
     checkpoint.require(weights, own)
     model.load_state_dict({name: tensor for name, tensor in checkpoint.state_dict(weights).items() if name in own})
+    state["weights_sha256"] = checkpoint.files[file][1]
     return LoadedRun(model.eval(), config, state)
 
 
