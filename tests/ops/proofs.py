@@ -31,6 +31,7 @@ OP_TESTS = {
 ALWAYS = ["test_interpreter.py", "test_aot.py", "aot.py", "launches.py", "install_triton.py"]  # VERSIONS too
 # Beyond these folders a file that is imported counts, but not what it imports in turn.
 FOLLOWED = [ROOT / "kernels", ROOT / "dit_fast/ops", ROOT / "tests"]
+FIXTURES = ROOT / "tests/conftest.py"  # it makes data sets and runs too, which no proof uses
 
 
 def _file(module: str) -> Path | None:
@@ -68,14 +69,14 @@ def sources(family: str) -> set[Path]:
     """Every file that decides what the proofs of a family find, except the lock."""
     found: set[Path] = set()
     todo = [HERE / f"interpreted/test_{family}_kernels.py", HERE / f"launched/{family}.py", *op_tests(family)]
-    todo += [HERE / name for name in ALWAYS] + [*HERE.glob("**/conftest.py"), HERE.parent / "conftest.py"]
+    todo += [HERE / name for name in ALWAYS] + [*HERE.glob("**/conftest.py"), FIXTURES]
     todo.append(ROOT / "kernels/__init__.py")
     while todo:
         path = todo.pop()
         if path in found:
             continue
         found.add(path)
-        if path.suffix == ".py" and any(folder in path.parents for folder in FOLLOWED):
+        if path.suffix == ".py" and path != FIXTURES and any(folder in path.parents for folder in FOLLOWED):
             todo += _imported(path).values()
     return found
 

@@ -33,6 +33,7 @@ def test_sources_of_a_family_are_its_own():
     by_name = {family: {path.name for path in proofs.sources(family)} for family in FAMILIES}
     assert {"qk_norm.py", "rows.py", "ordered_sum.py", "test_qk_norm_kernels.py"} <= by_name["qk_norm"]
     assert not {"gelu.py", "gelu_mlp.py", "adaln.py", "flow.py"} & by_name["qk_norm"]
+    assert not {"loop.py", "recipes.py", "toy_runs.py"} & by_name["gelu"]  # what fixtures of whole runs import
     assert {"adaln_rows.py", "adaln_cpp.py", "test_interpreter.py", "aot.py", "conftest.py"} <= by_name["adaln"]
     assert {"diversity_sums.py", "test_diversity_native.py", "golden.py"} <= by_name["diversity"]
     assert {"test_long_skip_op.py", "long_skip_tiles.py", "row_statistics.py"} <= by_name["long_skip"]
