@@ -6,8 +6,8 @@ Along the path dz/dt = v, so (t - r) u = integral of v from r to t, and by diffe
 
 The right side, with gradients stopped, is the target. It is got by a pass in forward mode that keeps nothing for a
 backward pass; u itself comes from an ordinary forward with fused attention, whose block outputs methods may read. One
-pass for both, with gradients through the duals, took 0.8 of the time and 1.8 times the memory on a CPU (width 384, six
-blocks, 256 tokens), because attention with a tangent keeps its N x H x T x T weights.
+pass for both, with gradients through the duals, takes 0.89 of the time and 3.3 times the memory on a CPU (S/2, batch 4:
+benchmarks/results/cpu/mean_flow.json), because attention with a tangent keeps its N x H x T x T weights.
 """
 
 from collections.abc import Callable, Mapping
