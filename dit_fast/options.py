@@ -153,7 +153,7 @@ def _config(item: dataclasses.Field[Any], name: Any) -> type:
 def _once(names: list[str], key: str) -> list[str]:
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"{key.rstrip('s')} '{name}' is listed twice; keep one")
+            raise ConfigError(f"{key.rstrip('s')} {shown(name)} is listed twice; keep one")
     return names
 
 
@@ -186,7 +186,7 @@ def assign(config: Any, assignments: Sequence[str]) -> dict[str, Any]:
         place = tree
         for depth, part in enumerate(parts):
             if depth and parts[0] in lists and part not in place:
-                listed = ", ".join(place) or "none"
+                listed = ", ".join(map(shown, place)) or "none"
                 raise ConfigError(f"{shown(path)}: {shown(part)} is not in this run; add it to {parts[0]}= ({listed})")
             place = place.setdefault(part, {})
             if not isinstance(place, dict):

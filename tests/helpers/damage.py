@@ -236,7 +236,8 @@ def _index(folder, rng):
 
 def _payload(folder, rng):
     """Values, types and shapes that no autoencoder gives, in a tar that is legal throughout."""
-    path, what = folder / f"shard-{rng.integers(6):06d}.tar", int(rng.integers(6))
+    shards = sorted(folder.glob("shard-*.tar"))
+    path, what = shards[rng.integers(len(shards))], int(rng.integers(6))
     index = index_from_bytes(path.with_suffix(".idx").read_bytes(), "index")
     row, column = int(rng.integers(len(index))), index.members.index("moments.npy")
     start, length = int(index.offset[row, column]), int(index.length[row, column])
