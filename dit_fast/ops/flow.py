@@ -48,7 +48,7 @@ def flow_noised(
     NOISED.check(backend, latents=latents, t=t, positions=positions)
     _check_key(NOISED, latents, t, seed, path)
     chosen = NOISED.choose(backend, latents.device, latents)
-    if chosen == "torch":
+    if chosen == "torch" and not torch.compiler.is_compiling():  # inductor's 64-bit products give other noise
         return flow_reference.noised(latents, t, positions, seed, path)
     return _fused_noised(latents.flatten(1), t, positions, _signed(seed), path, chosen).view(latents.shape)
 
@@ -73,7 +73,7 @@ def flow_error(
     ERROR.check(backend, latents=latents, t=t, positions=positions, prediction=prediction)
     _check_key(ERROR, latents, t, seed, path)
     chosen = ERROR.choose(backend, latents.device, latents, prediction)
-    if chosen == "torch":
+    if chosen == "torch" and not torch.compiler.is_compiling():
         return flow_reference.error(prediction, latents, t, positions, seed, path)
     return _fused_error(prediction.flatten(1), latents.flatten(1), t, positions, _signed(seed), path, chosen)
 
