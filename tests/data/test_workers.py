@@ -43,19 +43,20 @@ def test_a_connection_that_ends_before_its_worker_does():
     assert "a loader worker was killed" in str(loader._next(found, 2))
 
 
+KILLED = "a loader worker was killed, most often because memory ran out; use fewer than 2 data"
+
+
 @pytest.mark.launch
 @pytest.mark.parametrize(
-    ("number", "words"),
+    ("reader", "number", "words"),
     [
-        (signal.SIGKILL, "a loader worker was killed, most often because memory ran out; use fewer than 2 data"),
-        (signal.SIGBUS, "/dev/shm is full"),
-        (signal.SIGSEGV, "a loader worker ended by SIGSEGV"),
+        ("indexed", signal.SIGKILL, KILLED),
+        ("stream", signal.SIGKILL, KILLED),
+        ("indexed", signal.SIGBUS, "/dev/shm is full"),
+        ("indexed", signal.SIGSEGV, "a loader worker ended by SIGSEGV"),
     ],
 )
-@pytest.mark.parametrize("reader", ["indexed", "stream"])
-def test_a_killed_worker_is_one_line_from_next(built, monkeypatch, number, words, reader):
-    if reader == "stream" and number != signal.SIGKILL:
-        pytest.skip("ends of other kinds do not depend on the reader")
+def test_a_killed_worker_is_one_line_from_next(built, monkeypatch, reader, number, words):
     monkeypatch.setattr(loader, "POLL_SECONDS", 1)
     before = signal.getsignal(signal.SIGCHLD)
     found = batches(built, reader=reader)
