@@ -20,6 +20,11 @@ from dit_fast.philox import Key, Stream
 from dit_fast.tree import Tree, leaves, like
 
 
+def first(times: Tensor) -> Tensor:
+    """t [N] of times [N] or [N, 2] = (t, r)."""
+    return times if times.dim() == 1 else times[:, 0]
+
+
 def noise_for(x: Tree, key: Key) -> Tree:
     """Standard normal float32, of the form of x. Raises UserError for a leaf without a stream."""
     return like(x, key.leaves(Stream.NOISE, {name: leaf.shape[1:] for name, leaf in leaves(x).items()}))
@@ -30,11 +35,12 @@ class Context:
     """One micro-batch after the model's forward.
 
     model: the bare model, with the heads of all methods. x: clean latents, with what methods added to them; y: labels
-    int64 [N], after label dropout. key: of all random numbers of these samples. t: times [N]. noised (x_t), prediction,
-    noise, target: of the form of x. losses: [N] float32 by leaf; the image's is the base loss, another leaf's is a term
-    of the method that added the leaf. taps: block outputs in `features` by index from 0 ([N, T, D]), and the methods'
-    collectors by name. batch: the batch's fields by name. number: of the optimizer step, from 0. logs: further 0-d
-    tensors of the objective by full name.
+    int64 [N], after label dropout. key: of all random numbers of these samples. times: as the model got them, [N], or
+    [N, 2] = (t, r) for a mean velocity; t: the time of noised (x_t), [N]. noised, prediction, noise, target: of the
+    form of x. losses: [N] float32 by leaf; the image's is the base loss, another leaf's is a term of the method that
+    added the leaf. taps: block outputs in `features` by index from 0 ([N, T, D]), and the methods' collectors by name.
+    batch: the batch's fields by name. number: of the optimizer step, from 0. logs: further 0-d tensors of the objective
+    by full name.
     """
 
     objective: "Objective"
@@ -42,7 +48,7 @@ class Context:
     x: Tree
     y: Tensor
     key: Key
-    t: Tensor
+    times: Tensor
     noised: Tree
     prediction: Tree
     losses: Mapping[str, Tensor]
@@ -50,6 +56,10 @@ class Context:
     batch: Mapping[str, Tensor]
     number: int
     logs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def t(self) -> Tensor:
+        return first(self.times)
 
     @property
     def features(self) -> Mapping[int, Tensor]:
@@ -69,9 +79,14 @@ class Context:
         """x with the same noise at other times [N]."""
         return self.objective.interpolate(self.x, self.noise, t)[0]
 
+    def earlier(self, shift: Tensor) -> tuple[Tree, Tensor]:
+        """What a teacher at less noise is given, (noised, times): `Objective.earlier` by shift [N], the same noise."""
+        times = self.objective.earlier(self.times, shift)
+        return self.noised_at(first(times)), times
+
 
 class Objective(ABC):
-    """A formulation; here, of a model that predicts a velocity.
+    """A formulation; here, of a model that predicts a velocity at one time in [0, 1].
 
     Subclasses set `name`, `Config` (a frozen dataclass with defaults) and `solvers`, and define `run`.
 
@@ -104,6 +119,14 @@ class Objective(ABC):
         pairs = {name: self.path.interpolate(leaf, drawn[name], t) for name, leaf in leaves(x).items()}
         noised, target = (like(x, {name: pair[k] for name, pair in pairs.items()}) for k in (0, 1))
         return noised, target
+
+    def earlier(self, times: Tensor, shift: Tensor) -> Tensor:
+        """Times like `times` of less noise, by shift [N] in [0, 1] of the whole span: clamp(t - shift, 0, 1)."""
+        return (times - shift).clamp(0, 1)
+
+    def unit(self, times: Tensor) -> Tensor:
+        """t [N] from 0 (data) to 1 (noise), in floating point, of times as the model is given them."""
+        return first(times)
 
     def field(self, model: Backbone, y: Tensor, guidance: Guidance) -> Field:
         """v(x, t, s): float64, what a solver follows from time t to time s, for the labels y [N] and with guidance."""

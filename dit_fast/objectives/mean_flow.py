@@ -209,11 +209,18 @@ class MeanFlow(Objective):
         if self.guided:
             null, interval = model.null(y), (config.guidance_low, config.guidance_high)
             velocity = guided_velocity(model, velocity, z, t, y, null, config.omega, config.kappa, interval, y == null)
-        u = model(z, torch.stack((t, r), 1), y, taps)
+        times = torch.stack((t, r), 1)
+        u = model(z, times, y, taps)
         errors = leaves(squared_error(u, total_derivative(model, z, velocity, t, r, y), velocity, t, r))
         losses = {name: normalised(error, config.norm_p, config.norm_eps) for name, error in errors.items()}
         logs = {"mean_flow/squared_error": errors["image"].mean()}
-        return Context(self, model, x, y, key, t, z, u, losses, taps, batch, number, logs)
+        return Context(self, model, x, y, key, times, z, u, losses, taps, batch, number, logs)
+
+    def earlier(self, times: Tensor, shift: Tensor) -> Tensor:
+        """t as in flow matching; r stays where it does not lie later."""
+        t, r = times.unbind(1)
+        t = super().earlier(t, shift)
+        return torch.stack((t, torch.minimum(r, t)), 1)
 
     def draw_times(self, key: Key) -> tuple[Tensor, Tensor]:
         """t >= r, each [N]: two draws in order, the same one for `data_proportion` of the samples."""

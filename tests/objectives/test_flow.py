@@ -80,6 +80,16 @@ def test_the_same_noise_at_another_time():
     assert torch.equal(image(context.noised_at(torch.ones(4))), image(context.noise))
 
 
+def test_an_earlier_time_has_the_same_noise():
+    context, shift = run("tree"), torch.tensor([0.0, 0.3, 1.0, 0.1])
+    noised, times = context.earlier(shift)
+    assert torch.equal(times, (context.t - shift).clamp(0, 1))
+    assert times[2] == 0
+    assert all(torch.equal(leaf, context.noised_at(times)[name]) for name, leaf in noised.items())
+    assert torch.equal(noised["image"][0], context.noised["image"][0])
+    assert context.t is context.times is context.objective.unit(context.times)
+
+
 def test_its_field_is_what_the_samplers_follow():
     model, noise = Scale().double(), torch.rand(4, 3, 8, 8, dtype=torch.float64)
     field = Flow(Flow.Config(), model).field(model, Y, Guidance(2.0, 0.4, 1.0))

@@ -56,6 +56,16 @@ def test_losses_are_those_of_the_plain_function(tree):
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
+def test_at_an_earlier_time_no_interval_begins_after_its_end():
+    context, shift = run(small(), clean()), torch.tensor([0.0, 0.9, 0.05, 0.1, 0.2, 1.0])
+    noised, times = context.earlier(shift)
+    t, r = (context.t - shift).clamp(0, 1), context.times[:, 1]
+    assert torch.equal(times, torch.stack((t, torch.minimum(r, t)), 1))
+    assert 0 < (r > t).sum() < 6
+    assert torch.equal(noised, context.noised_at(t))
+    assert torch.equal(context.objective.unit(context.times), context.t)
+
+
 @pytest.mark.parametrize("wiring", ["off", "input", "output"])
 def test_total_derivative_is_that_of_finite_differences(wiring):
     model = small(skip_wiring=wiring, qk_norm=True, class_token=12)
