@@ -216,9 +216,8 @@ def _empty_model(layout: Layout, family: str, wiring: str) -> SiT:
             f"the latents ({layout.in_channels}); an official SiT file needs family='sit'"
         )
     model = _with_labels(SiT(config), layout)
-    if layout.projectors:
-        heads = [projector(layout.hidden_size, width, features) for width, features in layout.projectors]
-        model.add_head("projectors", nn.ModuleList(heads))
+    for width, features in layout.projectors:
+        model.add_projector(projector(layout.hidden_size, width, features))
     return model
 
 

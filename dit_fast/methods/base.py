@@ -49,7 +49,7 @@ class Method(ABC):
     averaged: tuple[str, ...] = ()
 
     def __init__(self, config: Any, model: Backbone, data: DatasetInfo):
-        """Binds the method to a run: works out its blocks and adds its heads with `model.add_head`.
+        """Binds the method to a run: works out its blocks and adds its heads (`model.add_projector`, `model.add_head`).
 
         A head is trained, averaged and saved with the model. Raises ConfigError or DataError for everything that can be
         refused before the first step.

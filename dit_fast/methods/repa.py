@@ -6,7 +6,7 @@ The targets are read from the shards (field "features"), where they were written
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit_fast.data import DatasetInfo
 from dit_fast.errors import ConfigError
@@ -27,7 +27,7 @@ def repa_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 class REPA(Method):
-    """Alignment term; its projector lies in the model as `projectors.0`, and so in the EMA and the checkpoints."""
+    """Alignment term over the patch tokens; its head is one of the model's `projectors`, and so in the checkpoints."""
 
     name = "repa"
     fields: tuple[str, ...] = ("features",)
@@ -53,8 +53,9 @@ class REPA(Method):
                 "tokens; use a patch size or an encoder grid that agree"
             )
         self.head = projector(model.hidden_size, config.projector_width, width)
-        model.add_head("projectors", nn.ModuleList([self.head]))
+        model.add_projector(self.head)
 
     def terms(self, context: Context) -> dict[str, Term]:
-        prediction = self.head(context.features[self.block])
-        return {"repa/alignment": Term(repa_loss(prediction, context.batch["features"]), self.config.weight)}
+        target, feature = context.batch["features"], context.features[self.block]
+        prediction = self.head(feature[:, feature.shape[1] - target.shape[1] :])  # without a class token
+        return {"repa/alignment": Term(repa_loss(prediction, target), self.config.weight)}

@@ -83,6 +83,7 @@ class Backbone(nn.Module, ABC):
     cfg_channels: Literal["all", "first_three"] = "all"
 
     blocks: nn.ModuleList
+    projectors: nn.ModuleList  # once there is one
     depth: int
     hidden_size: int
     num_heads: int
@@ -180,6 +181,15 @@ class Backbone(nn.Module, ABC):
         names = list(self._modules)
         for later in names[names.index(HEAD) : -1]:
             self._modules[later] = self._modules.pop(later)
+
+    def add_projector(self, module: nn.Module) -> None:
+        """Appends an alignment head to `projectors`, which the first one makes: names go by the order of the methods.
+
+        Raises ConfigError where `projectors` is a method's own module.
+        """
+        if not isinstance(getattr(self, "projectors", None), nn.ModuleList):
+            self.add_head("projectors", nn.ModuleList())
+        self.projectors.append(module)
 
     def _check(self, x: Tree, t: Tensor, y: Tensor) -> None:
         named, count = leaves(x), len(image(x))

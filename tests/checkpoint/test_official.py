@@ -118,7 +118,7 @@ def test_a_model_made_here_exports_to_the_official_sit_convention():
 
 def test_models_made_here_export_in_official_order():
     model = build_model("SiT-S/2", **SIZES, skip_wiring="output")
-    model.add_head("projectors", torch.nn.ModuleList([projector(32, 16, 8)]))
+    model.add_projector(projector(32, 16, 8))
     names = list(export_official(model))
     groups = list(dict.fromkeys(name.split(".")[0] for name in names))
     expected = ["pos_embed", "skip_linears", "skip_norms", "x_embedder", "t_embedder", "y_embedder", "blocks"]
@@ -263,6 +263,6 @@ def test_full_sizes_have_the_published_keys():
     ):
         with torch.device("meta"):
             model = build_model(name, skip_wiring="input")
-            model.add_head("projectors", torch.nn.ModuleList([projector(model.hidden_size, 2048, 768)]))
+            model.add_projector(projector(model.hidden_size, 2048, 768))
         assert len(model.state_dict()) == keys
         assert sum(value.numel() for value in model.state_dict().values()) == total

@@ -21,7 +21,7 @@ def fill(key: str, shape: tuple[int, ...], scale: float) -> torch.Tensor:
 def tiny_state(skip_wiring: str) -> dict[str, torch.Tensor]:
     """float64 state_dict of the tiny model, position embedding by formula."""
     model = build_model("SiT-S/2", **TINY, skip_wiring=skip_wiring)
-    model.add_head("projectors", torch.nn.ModuleList([projector(64, 32, 16)]))
+    model.add_projector(projector(64, 32, 16))
     state = {}
     for key, value in export_official(model).items():
         filled = value.double() if key == "pos_embed" else fill(key, tuple(value.shape), 0.2)

@@ -177,9 +177,9 @@ def test_one_method_adds_what_the_model_denoises_beside_the_image(width, names, 
 
 
 def test_two_methods_cannot_add_a_module_of_one_name():
-    model, configs = small(), [REPA.Config(encoder_depth=2, projector_width=8)]
+    model, configs = small(), [Brightness.Config()]
     build_methods(configs, model, INFO)
-    with pytest.raises(ConfigError, match="projectors"):
+    with pytest.raises(ConfigError, match="the model already has 'brightness_head'"):
         build_methods(configs, model, INFO)
 
 

@@ -1,13 +1,16 @@
 """REPA: the loss, the projector it adds, and its complaints."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from dit_fast.checkpoint import export_official, load_official
 from dit_fast.data.field import Field
 from dit_fast.errors import ConfigError
 from dit_fast.methods import build_methods
+from dit_fast.methods.reg import REG
 from dit_fast.methods.repa import REPA, repa_loss
 from dit_fast.models import build_model
 from tests.helpers.golden import assert_close
@@ -66,6 +69,23 @@ def test_term_aligns_the_block_counted_from_one():
     term = method.terms(context)["repa/alignment"]
     assert_close(term.value, repa_loss(model.projectors[0](feature), target), 1e-6)
     assert term.weight == 0.7
+
+
+def test_repa_beside_reg_aligns_the_patch_tokens_with_a_projector_of_its_own():
+    """Projectors stand in the order of the methods, under the names that the published code gives several encoders."""
+    fields = {"features": Field("features.npy", (16, 12), "float16"), "class_token": Field("t.npy", (12,), "float32")}
+    data: Any = SimpleNamespace(field=fields.__getitem__)
+    configs = [REG.Config(encoder_depth=2, projector_width=8), REPA.Config(encoder_depth=3, projector_width=4)]
+    for order in (configs, configs[::-1]):
+        model = small(class_token=12)
+        methods = {method.name: method for method in build_methods(order, model, data)}
+        assert list(model.projectors) == [methods[config.name].head for config in order]
+        again = load_official(export_official(model), "reg", num_heads=2)
+        assert [len(head[0].bias) for head in again.projectors] == [config.projector_width for config in order]
+    feature, target = torch.randn(2, 17, 32), torch.randn(2, 16, 12)
+    context: Any = SimpleNamespace(features={2: feature}, batch={"features": target})
+    term = methods["repa"].terms(context)["repa/alignment"]
+    assert_close(term.value, repa_loss(model.projectors[0](feature[:, 1:]), target), 1e-6)
 
 
 def test_token_grids_that_differ_are_named():

@@ -58,6 +58,14 @@ def test_a_run_resumes_exactly_and_samples(name, with_tokens, tmp_path):
     assert {"reg": "REG", "mean_flow": "mean flow + DiverseDiT", "both": "mean flow + DiverseDiT + REG"}[name] in page
 
 
+def test_repa_beside_reg_has_a_projector_of_its_own(with_tokens, tmp_path):
+    repa = ("methods=reg,repa", "methods.repa.encoder_depth=3", "methods.repa.projector_width=4")
+    assert main(start(with_tokens, tmp_path / "run", "reg", *repa, "run.steps=2")) == 0
+    assert {"reg/class_token", "reg/alignment", "repa/alignment"} <= rows(tmp_path / "run")[-1].keys()
+    saved = tensors(tmp_path / "run", 2)
+    assert [len(saved[f"model/projectors.{place}.0.bias"]) for place in (0, 1)] == [8, 4]
+
+
 @pytest.mark.launch
 def test_two_ranks_draw_the_same_numbers_and_stage_3_is_refused(with_tokens, tmp_path):
     alone, shared, refused = (tmp_path / name for name in ("alone", "shared", "refused"))
@@ -77,7 +85,6 @@ def test_two_ranks_draw_the_same_numbers_and_stage_3_is_refused(with_tokens, tmp
     [
         ("reg", "model.class_token=5", "reg: the shards hold class tokens of width 6; set model.class_token=6"),
         ("reg", "methods.reg.encoder_depth=5", "methods.reg.encoder_depth=5 is not one of this model's blocks 1..4"),
-        ("reg", "methods=repa,reg methods.repa.encoder_depth=2", "the model already has 'projectors'"),
         (
             "mean_flow",
             "model.class_token=6",
