@@ -48,8 +48,11 @@ def logit_normal(mean: float = 0.0, std: float = 1.0) -> TimeSampler:
 
 def lognormal(path: Path | str = "linear") -> TimeSampler:
     """The published "lognormal": s = exp(z), then t = s / (1 + s) (linear path) or (2/pi) atan(s) (cosine path)."""
-    if as_path(path).name == "linear":
+    name = as_path(path).name
+    if name == "linear":
         return logit_normal(0.0, 1.0)
+    if name != "cosine":
+        raise UserError(f"time sampler 'lognormal' is published for the paths linear and cosine, not for '{name}'")
     return TimeSampler("normal", lambda z: 2 / math.pi * torch.atan(torch.exp(z)))
 
 

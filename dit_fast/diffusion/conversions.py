@@ -1,0 +1,139 @@
+"""What a network may predict at x_t = alpha x + sigma e, turned into one another; diffusion coefficients; time ranges.
+
+With D = alpha sigma' - alpha' sigma, which is positive on every path,
+
+    v = alpha' x + sigma' e = (alpha' x_t + D e) / alpha = (sigma' x_t - D x) / sigma,        score = -e / sigma.
+
+Source: SiT (arXiv 2401.08740) and its transport code. Time runs from data (0) to noise (1): a velocity is minus the
+published one, a score or a noise is the published one.
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from dit_fast.diffusion.paths import Path, as_path
+from dit_fast.errors import UserError
+
+Prediction = Literal["velocity", "score", "noise", "x"]
+Diffusion = Literal["constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing"]
+
+
+def convert(
+    value: Tensor,
+    x_t: Tensor,
+    t: Tensor | float,
+    path: Path | str = "linear",
+    source: Prediction | str = "velocity",
+    target: Prediction | str = "velocity",
+    t_eps: float = 0.0,
+) -> Tensor:
+    """The `target` at x_t [N, ...] that belongs to the `source` `value` of the same shape, at t [N] or at one time.
+
+    In the common dtype of value and x_t, at least float32; coefficients are computed in the widest dtype given.
+    t_eps: between x and velocity the coefficients are those at max(t, t_eps), on the linear path v = (x_t - x) / max(t,
+    t_eps) (JiT, arXiv 2511.13720). Infinite where the path makes it so: `field_range`. Raises UserError for an unknown
+    path, source or target, and for shapes that do not fit.
+    """
+    path = as_path(path)
+    for name, what in (("source", source), ("target", target)):
+        _check(name, what, Prediction)
+    if value.shape != x_t.shape or (isinstance(t, Tensor) and t.dim() and t.shape != x_t.shape[:1]):
+        shapes = f"{list(value.shape)}, {list(x_t.shape)}, {list(t.shape) if isinstance(t, Tensor) else t}"
+        raise UserError(f"convert needs value and x_t of one shape [N, ...] and t [N] or one time, not {shapes}")
+    dtype = torch.promote_types(torch.promote_types(value.dtype, x_t.dtype), torch.float32)
+    value, x_t = value.to(dtype), x_t.to(dtype)
+    if source == target:
+        return value
+    times = torch.as_tensor(t, device=x_t.device, dtype=None if isinstance(t, Tensor) else torch.float64)
+    times = times.to(torch.promote_types(times.dtype, dtype))
+    times = times.reshape(-1, *[1] * (x_t.dim() - 1)) if times.dim() else times
+
+    c = _terms(path, times, dtype)
+    if {source, target} == {"score", "noise"}:
+        return value / -c.sigma if source == "noise" else value * -c.sigma
+    late = _terms(path, times.clamp(min=t_eps), dtype) if t_eps and "x" in (source, target) else c
+    velocity = value
+    if source == "noise":
+        velocity = (c.d_alpha * x_t + c.d * value) / c.alpha
+    elif source == "score":
+        velocity = (c.d_alpha * x_t - c.sigma_d * value) / c.alpha
+    elif source == "x":
+        velocity = (late.d_sigma * x_t - late.d * value) / late.sigma
+    if target == "noise":
+        return (c.alpha * velocity - c.d_alpha * x_t) / c.d
+    if target == "score":
+        return (c.d_alpha * x_t - c.alpha * velocity) / c.sigma_d
+    if target == "x":
+        return (late.d_sigma * x_t - late.sigma * velocity) / late.d
+    return velocity
+
+
+def diffusion_coefficient(
+    form: Diffusion | str, t: Tensor | float, path: Path | str = "linear", norm: float = 1.0
+) -> Tensor:
+    """w(t) of dx = (v - w score) dt + sqrt(2 w) dW, of t's shape: [N], or 0-d float64 for a float.
+
+    With c = norm: "constant" c; "sbdm" c sigma D / alpha, that of the forward process, infinite at t = 1 on linear and
+    cosine; "sigma" c sigma; "linear" c t; "decreasing" (1 - c cos(pi t))^2 / 4; "increasing-decreasing" c sin(pi t)^2.
+    Raises UserError for an unknown form or path.
+    """
+    _check("diffusion", form, Diffusion)
+    path = as_path(path)
+    times = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
+    if form == "constant":
+        return torch.full_like(times, norm)
+    if form == "linear":
+        return norm * times
+    if form == "decreasing":
+        return (1 - norm * torch.cos(torch.pi * times)).square() / 4
+    if form == "increasing-decreasing":
+        return norm * torch.sin(torch.pi * times).square()
+    c = _terms(path, times, times.dtype)
+    return norm * (c.sigma if form == "sigma" else c.sigma_d / c.alpha)
+
+
+def field_range(path: Path | str, prediction: Prediction | str) -> tuple[float, float]:
+    """(noisy end, clean end) of sampling: where a velocity made from such a prediction is finite, as published.
+
+    x has (1, 0): with a t_eps it is finite everywhere.
+    """
+    return _range(path, prediction, 1e-3)
+
+
+def train_range(path: Path | str, prediction: Prediction | str) -> tuple[float, float]:
+    """(noisy end, clean end) of the times at which such a prediction is trained, as published; x has (1, 0)."""
+    return _range(path, prediction, 1e-5)
+
+
+def _range(path: Path | str, prediction: Prediction | str, vp_end: float) -> tuple[float, float]:
+    path = as_path(path)
+    _check("prediction", prediction, Prediction)
+    if prediction == "x":
+        return 1.0, 0.0
+    if path.name == "vp":  # sigma' is infinite at 0; alpha is positive at 1
+        return 1.0, vp_end
+    return (1.0, 0.0) if prediction == "velocity" else (0.999, 0.001)
+
+
+class _Terms(NamedTuple):
+    alpha: Tensor
+    sigma: Tensor
+    d_alpha: Tensor
+    d_sigma: Tensor
+    d: Tensor
+    sigma_d: Tensor  # sigma D
+
+
+def _terms(path: Path, t: Tensor, dtype: torch.dtype) -> _Terms:
+    alpha, sigma, d_alpha, d_sigma = path.coefficients(t)
+    d = alpha * d_sigma - d_alpha * sigma
+    sigma_d = -d_alpha if path.name == "vp" else sigma * d  # the same, and finite at t = 0 too
+    parts = (alpha, sigma, d_alpha, d_sigma, d, sigma_d)
+    return _Terms(*(torch.as_tensor(part, dtype=dtype, device=t.device) for part in parts))
+
+
+def _check(option: str, value: str, valid: object) -> None:
+    if value not in get_args(valid):
+        raise UserError(f"unknown {option} '{value}'; valid: {', '.join(get_args(valid))}")
