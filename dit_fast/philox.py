@@ -106,7 +106,9 @@ def normal(seed: int, positions: Tensor, stream: int, shape: tuple[int, ...]) ->
 
 @dataclass(frozen=True)
 class Key:
-    """What all random numbers of a batch depend on: the run's seed and each sample's position in the run, int64 [N]."""
+    """What all random numbers of a batch depend on: the noise seed and each sample's position in the run,
+    int64 [N].
+    """
 
     seed: int
     position: Tensor

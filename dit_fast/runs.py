@@ -33,6 +33,7 @@ class DataConfig:
     reader: Literal["auto", "indexed", "stream"] = setting(
         "auto", "indexed: local files; stream: WebDataset; auto: by the path; the order is the same", resumes=True
     )
+    seed: int | None = setting(None, "Key of the order of the samples; none = run.seed", "[0, 2^64)")
     shuffle_group: int = setting(64, "Shards shuffled together; 0 = all of them (exact shuffle)", "[0, 1e6]")
     num_workers: int = setting(4, "Reading processes of each rank; 0 = none", "[0, 256]", resumes=True)
     check_crc: bool = setting(True, "Check every sample against its checksum", resumes=True)
@@ -95,7 +96,10 @@ class RunConfig:
 
     dir: str = setting("", "Run folder; starting the same command again resumes it", resumes=True)
     steps: int = setting(400_000, "Optimizer steps of the whole run", "[1, 1e9]", resumes=True)
-    seed: int = setting(0, "Key of every random number", "[0, 2^64)")
+    seed: int = setting(0, "Key of the initial weights and previews, and of all else that has no key", "[0, 2^64)")
+    noise_seed: int | None = setting(
+        None, "Key of what each step draws: posterior, noise, times, dropped labels; none = run.seed", "[0, 2^64)"
+    )
     log_every: int = setting(50, "Steps between rows of metrics.jsonl", "[1, 1e9]", resumes=True)
     checkpoint_every: int = setting(10_000, "Steps between checkpoints; 0 = only at the end", "[0, 1e9]", resumes=True)
     keep_checkpoints: int = setting(3, "Newest checkpoints kept; 0 = all", "[0, 1e9]", resumes=True)
@@ -117,6 +121,16 @@ class TrainConfig:
     engine: EngineConfig = EngineConfig()
     preview: PreviewConfig = PreviewConfig()
     run: RunConfig = RunConfig()
+
+    @property
+    def data_seed(self) -> int:
+        """Of the order of the samples."""
+        return self.run.seed if self.data.seed is None else self.data.seed
+
+    @property
+    def noise_seed(self) -> int:
+        """Of everything that is drawn within a step."""
+        return self.run.seed if self.run.noise_seed is None else self.run.noise_seed
 
 
 MOVED = {"flow": "objective"}  # groups of keys by their former names

@@ -24,9 +24,6 @@ from dit_fast.recipes import load
 
 CACHE = Path(".cache/quickstart")
 GUIDANCE = ["--cfg-scale", "2.5", "--sampler", "heun", "--num-steps", "20"]
-# aligned block: early in the model, as in the published settings; a projector that does not outweigh the model
-REPA = ["methods=diversedit,repa", "methods.repa.encoder_depth=2", "methods.repa.projector_width=256"]
-PLAIN = ["methods=none", "model.skip_wiring=off"]
 
 
 @dataclass(frozen=True)
@@ -86,12 +83,12 @@ def _run(options: argparse.Namespace) -> None:
         [_program("dit-fast"), "shards", "build", str(source.path), str(shards), "--autoencoder", "pca", "--size", "32",
          "--batch-size", "256", "--processes", workers, *features], threads=1,
     )  # fmt: skip
-    runs = {"diversedit-repa": REPA} if options.repa else {"diversedit": []}
+    runs = {"diversedit-repa": "quickstart-diversedit-repa"} if options.repa else {"diversedit": "quickstart"}
     if options.baseline:
-        runs["baseline"] = PLAIN
-    for name, overrides in runs.items():
+        runs["baseline"] = "quickstart-sit"
+    for name, recipe in runs.items():
         _stage(3, f"training: {name}")
-        _call(train_command(machine, shards, out / name, options.steps, overrides), machine.threads)
+        _call(train_command(machine, recipe, shards, out / name, options.steps), machine.threads)
     for name in runs:
         _stage(4, f"samples: {name}")
         _call([_program("dit-fast"), "sample", str(out / name), "--per-class", "8", *GUIDANCE], threads=0)
@@ -121,13 +118,12 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def train_command(machine: Machine, shards: Path, run: Path, steps: int | None, overrides: list[str]) -> list[str]:
+def train_command(machine: Machine, recipe: str, shards: Path, run: Path, steps: int | None) -> list[str]:
     """The `deepspeed` command of one training run; started again it resumes."""
-    changes = [f"data.path={shards}", f"run.dir={run}", *overrides]
-    changes += [f"run.steps={steps}"] if steps else []
+    changes = [f"data.path={shards}", f"run.dir={run}", *([f"run.steps={steps}"] if steps else [])]
     launcher = [_program("deepspeed"), "--num_gpus", str(machine.processes), "--master_port", str(_free_port())]
     launcher += ["--module", "dit_fast.train"]
-    return [*launcher, "quickstart", *changes]
+    return [*launcher, recipe, *changes]
 
 
 def _free_port() -> int:

@@ -82,7 +82,7 @@ class _Run:
             model,
             objective,
             methods,
-            seed=config.run.seed,
+            seed=config.noise_seed,
             scale=dataset.info.scale,
             shift=dataset.info.shift,
             label_dropout=config.model.label_dropout,
@@ -184,7 +184,7 @@ class _Run:
 
     def _batches(self) -> Iterator[Batch]:
         config = self.config
-        plan = Plan(self.dataset.info.shard_sizes, config.run.seed, config.data.shuffle_group)
+        plan = Plan(self.dataset.info.shard_sizes, config.data_seed, config.data.shuffle_group)
         return build_loader(
             self.dataset,
             plan,

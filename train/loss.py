@@ -1,7 +1,7 @@
 """From a micro-batch of latent moments to the summed loss: the objective's, plus the terms of the configured methods.
 
-Every random number is keyed by (seed, position in the run): posterior noise, label dropout and what the objective draws
-do not depend on the batch, the rank, the world size or on what ran before.
+Every random number is keyed by (noise seed, position in the run): posterior noise, label dropout and what the objective
+draws do not depend on the batch, the rank, the world size or on what ran before.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,9 +24,9 @@ class TrainingLoss(nn.Module):
     """`forward(batch, number)` -> (loss 0-d, logs of detached 0-d tensors); the only code that an engine calls.
 
     model: on any device; it is the only thing here that has parameters. methods: bound to it. scale, shift: of the data
-    set, one number or one per channel. seed: of the run. precision "bf16": the forward runs under autocast, weights and
-    losses stay float32. label_dropout: probability of the null label. Block outputs are taken only where a method
-    asked for them.
+    set, one number or one per channel. seed: of all that is drawn here. precision "bf16": the forward runs under
+    autocast, weights and losses stay float32. label_dropout: probability of the null label. Block outputs are taken
+    only where a method asked for them.
     """
 
     scale: Tensor

@@ -29,7 +29,7 @@ class Group:
 class Plan:
     """Order of samples over all epochs.
 
-    shard_sizes: samples per shard. seed: of the run. group: shards shuffled together; 0, "all" or at least the number
+    shard_sizes: samples per shard. seed: of the order. group: shards shuffled together; 0, "all" or at least the number
     of shards gives an exact shuffle of each whole epoch, which then does not depend on how samples are cut into
     shards. Raises ConfigError for an empty data set or a negative group.
     """

@@ -56,7 +56,7 @@ def test_baseline_differs_in_model_and_methods_only(calls, monkeypatch):
     assert start(monkeypatch, "--baseline") == 0
     one, two = (command for command, _ in calls if Path(command[0]).name == "deepspeed")
     one, two = ([part for part in command if not part.isdigit()] for command in (one, two))  # ports are drawn
-    assert set(two) - set(one) == {"run.dir=runs/quickstart/baseline", "methods=none", "model.skip_wiring=off"}
+    assert set(two) - set(one) == {"run.dir=runs/quickstart/baseline", "quickstart-sit"}
     report = calls[-1][0]
     assert report[report.index("--baseline") + 1] == "runs/quickstart/baseline"
 
@@ -66,7 +66,9 @@ def test_repa_has_shards_and_a_run_of_its_own(calls, monkeypatch):
     build, train = calls[0][0], calls[1][0]
     assert build[4] == "there/shards-features"
     assert build[-2:] == ["--encoder", "efficientnet-lite0"]
-    assert {"data.path=there/shards-features", "run.dir=there/diversedit-repa", "methods=diversedit,repa"} <= set(train)
+    assert {"data.path=there/shards-features", "run.dir=there/diversedit-repa", "quickstart-diversedit-repa"} <= set(
+        train
+    )
 
 
 def test_other_data_in_the_same_folder_is_refused(calls, monkeypatch, capsys, tmp_path):
