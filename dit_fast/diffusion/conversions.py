@@ -1,4 +1,4 @@
-"""What a network may predict at x_t = alpha x + sigma e, turned into one another; diffusion coefficients; time ranges.
+"""What a network may predict at x_t = alpha x + sigma e, turned into one another; weights, diffusion, ranges of time.
 
 With D = alpha sigma' - alpha' sigma, which is positive on every path,
 
@@ -17,6 +17,7 @@ from dit_fast.diffusion.paths import Path, as_path
 from dit_fast.errors import UserError
 
 Prediction = Literal["velocity", "score", "noise", "x"]
+Weighting = Literal["none", "velocity", "likelihood"]
 Diffusion = Literal["constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing"]
 
 
@@ -46,10 +47,7 @@ def convert(
     value, x_t = value.to(dtype), x_t.to(dtype)
     if source == target:
         return value
-    times = torch.as_tensor(t, device=x_t.device, dtype=None if isinstance(t, Tensor) else torch.float64)
-    times = times.to(torch.promote_types(times.dtype, dtype))
-    times = times.reshape(-1, *[1] * (x_t.dim() - 1)) if times.dim() else times
-
+    times = _beside(t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64, device=x_t.device), x_t)
     c = _terms(path, times, dtype)
     if {source, target} == {"score", "noise"}:
         return value / -c.sigma if source == "noise" else value * -c.sigma
@@ -68,6 +66,45 @@ def convert(
     if target == "x":
         return (late.d_sigma * x_t - late.sigma * velocity) / late.d
     return velocity
+
+
+def training_pair(
+    x: Tensor, noise: Tensor, t: Tensor, path: Path | str = "linear", prediction: Prediction | str = "velocity"
+) -> tuple[Tensor, Tensor]:
+    """(x_t, what the prediction is compared with), each [N, ...], for data and noise of that shape and t [N]."""
+    path = as_path(path)
+    _check("prediction", prediction, Prediction)
+    x_t, velocity = path.interpolate(x, noise, t)
+    if prediction == "score":
+        sigma = _terms(path, _beside(t, x_t), x_t.dtype).sigma
+        return x_t, -noise / sigma
+    return x_t, {"velocity": velocity, "noise": noise, "x": x}[prediction]
+
+
+def error_weight(
+    t: Tensor,
+    path: Path | str = "linear",
+    prediction: Prediction | str = "velocity",
+    weighting: Weighting | str = "none",
+    t_eps: float = 0.05,
+) -> Tensor:
+    """w(t) [N] of a prediction's squared error, in t's dtype.
+
+    "none": 1; sigma^2 for a score, whose error is then that of the noise. "velocity": what makes it the error of the
+    velocity, (D / alpha)^2 for noise, (sigma D / alpha)^2 for a score, (D / sigma)^2 for x with t at least t_eps.
+    "likelihood": the latter divided by sigma D / alpha. A velocity has 1, whatever the weighting, as in SiT's code.
+    Raises UserError for unknown names.
+    """
+    path = as_path(path)
+    _check("prediction", prediction, Prediction)
+    _check("weighting", weighting, Weighting)
+    if prediction == "velocity" or (weighting == "none" and prediction != "score"):
+        return torch.ones_like(t)
+    c = _terms(path, t.clamp(min=t_eps) if prediction == "x" else t, t.dtype)
+    if weighting == "none":
+        return c.sigma.square()
+    gain = {"noise": c.d / c.alpha, "score": c.sigma_d / c.alpha, "x": c.d / c.sigma}[prediction]
+    return gain.square() if weighting == "velocity" else gain.square() * c.alpha / c.sigma_d
 
 
 def diffusion_coefficient(
@@ -115,6 +152,12 @@ def _range(path: Path | str, prediction: Prediction | str, vp_end: float) -> tup
     if path.name == "vp":  # sigma' is infinite at 0; alpha is positive at 1
         return 1.0, vp_end
     return (1.0, 0.0) if prediction == "velocity" else (0.999, 0.001)
+
+
+def _beside(t: Tensor, like: Tensor) -> Tensor:
+    """t [N] as [N, 1, ...] beside `like` [N, ...], 0-d as it is; in the wider of the two dtypes."""
+    wide = t.to(torch.promote_types(t.dtype, like.dtype))
+    return wide.reshape(-1, *[1] * (like.dim() - 1)) if t.dim() else wide
 
 
 class _Terms(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from dit_fast.diffusion import Guidance, Path, Solver
+from dit_fast.diffusion.conversions import Prediction, training_pair
 from dit_fast.diffusion.guidance import Velocity
 from dit_fast.diffusion.solvers import Field
 from dit_fast.models import Backbone, Taps
@@ -86,12 +87,12 @@ class Context:
 
 
 class Objective(ABC):
-    """A formulation; here, of a model that predicts a velocity at one time in [0, 1].
+    """A formulation; here, of a model of one time in [0, 1].
 
     Subclasses set `name`, `Config` (a frozen dataclass with defaults) and `solvers`, and define `run`.
 
     solvers: by name, what can follow its `field` from noise to data. functional: whether it differentiates the model
-    forward or calls it with other parameters. path: between data and noise.
+    forward or calls it with other parameters. path: between data and noise. prediction: what the model gives for x_t.
     """
 
     name: ClassVar[str]
@@ -99,6 +100,7 @@ class Objective(ABC):
     functional: ClassVar[bool] = False
     solvers: ClassVar[Mapping[str, Solver]]
     path: Path
+    prediction: Prediction = "velocity"
 
     @abstractmethod
     def __init__(self, config: Any, model: Backbone):
@@ -116,7 +118,9 @@ class Objective(ABC):
     def interpolate(self, x: Tree, noise: Tree, t: Tensor) -> tuple[Tree, Tree]:
         """What the model is given at times t [N], and what its prediction is compared with; both of the form of x."""
         drawn = leaves(noise)
-        pairs = {name: self.path.interpolate(leaf, drawn[name], t) for name, leaf in leaves(x).items()}
+        pairs = {
+            name: training_pair(leaf, drawn[name], t, self.path, self.prediction) for name, leaf in leaves(x).items()
+        }
         noised, target = (like(x, {name: pair[k] for name, pair in pairs.items()}) for k in (0, 1))
         return noised, target
 

@@ -1,58 +1,115 @@
-"""Flow matching with velocity prediction (SiT, arXiv 2401.08740): the model predicts v = dx_t/dt at one time."""
+"""Flow matching (SiT, arXiv 2401.08740): the model predicts, at one time, v = dx_t/dt or what gives v."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from dit_fast.diffusion import SOLVERS, Path, time_sampler, velocity_error
-from dit_fast.errors import ConfigError
+from dit_fast.diffusion.conversions import Prediction, Weighting, error_weight, train_range, training_pair
+from dit_fast.diffusion.guidance import described
+from dit_fast.diffusion.paths import PathName
+from dit_fast.errors import ConfigError, UserError
 from dit_fast.models import Backbone, Taps
 from dit_fast.objectives.base import Context, Objective, noise_for
 from dit_fast.ops import flow_error, flow_noised
 from dit_fast.ops.flow import draws_noise_in_registers
+from dit_fast.ops.flow_reference import PATHS
 from dit_fast.options import setting
 from dit_fast.philox import Key
 from dit_fast.tree import Tree, leaves, like
 
 
+def flow_losses(
+    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    path: Path | str = "linear",
+    prediction: Prediction | str = "velocity",
+    weighting: Weighting | str = "none",
+    t_eps: float = 0.05,
+) -> Tensor:
+    """w(t) times the mean over C, H, W of (model(x_t, t, y) - target)^2, [N] in at least float32.
+
+    x, noise [N, C, H, W]; y int64 [N]; t [N] from 0 (data) to 1 (noise). The target is dx_t/dt, -noise / sigma, noise
+    or x, by `prediction`. w: `conversions.error_weight`, for x with its t_eps; that of a velocity is 1 whatever the
+    weighting, as in SiT's code. Infinite outside of `conversions.train_range`. Raises UserError for shapes and unknown
+    names.
+    """
+    x_t, target = training_pair(x, noise, t, path, prediction)
+    output = model(x_t, t, y)
+    if output.shape != x.shape:
+        raise UserError(f"the model returned {described(output)} for {described(x_t)}; it must be a {prediction}")
+    error = velocity_error(output, target)
+    return error * error_weight(t.to(error.dtype), path, prediction, weighting, t_eps)
+
+
 class Flow(Objective):
-    """Mean squared error of the velocity of each leaf, at times drawn from one distribution."""
+    """Mean squared error of the prediction of each leaf, at times drawn from one distribution.
+
+    A `Context` has as prediction what the model gave and as target what that is compared with: velocity, score, noise
+    or clean data.
+    """
 
     name = "flow"
     solvers: ClassVar = {name: solver for name, solver in SOLVERS.items() if solver.times == 1}
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """Path from data (t = 0) to noise (t = 1) and the distribution of t."""
+        """Path from data (t = 0) to noise (t = 1), what is predicted, and the distribution of t."""
 
         name: ClassVar[str] = "flow"
-        path: Literal["linear", "cosine"] = setting("linear", "Interpolation between latents and noise")
+        path: PathName = setting("linear", "Interpolation between latents and noise")
+        prediction: Prediction = setting("velocity", "What the model gives; velocities of samplers are made from it")
+        weighting: Weighting = setting("none", "Weight over t of a score's, a noise's or x's error")
+        t_eps: float = setting(0.05, "Least t by which a prediction of x is turned into a velocity", "(0, 1]")
         time: Literal["uniform", "lognormal", "logit_normal"] = setting("uniform", "Distribution of t")
         time_mean: float = setting(0.0, "Mean before the sigmoid (logit_normal)", "[-100, 100]")
         time_std: float = setting(1.0, "Standard deviation before the sigmoid (logit_normal)", "(0, 100]")
+
+        def __post_init__(self) -> None:
+            if self.prediction == "velocity" and self.weighting != "none":
+                raise ConfigError(
+                    f"objective.weighting={self.weighting} is for the errors of a score, of noise or of x; that of a "
+                    "velocity has no weight. Set objective.weighting=none, or another objective.prediction"
+                )
+            if self.path == "vp" and self.time == "lognormal":
+                raise ConfigError(
+                    "objective.time=lognormal is published for the paths linear and cosine, not for vp; set "
+                    "objective.time=uniform"
+                )
 
     def __init__(self, config: Config, model: Backbone):
         """Raises ConfigError for a model of two times."""
         if model.times != 1:
             raise ConfigError("objective=flow needs a model of one time; set model.times=1, or objective=mean_flow")
-        self.path = Path(config.path)
+        self.config, self.path, self.prediction = config, Path(config.path), config.prediction
         self.times = time_sampler(config.time, config.path, config.time_mean, config.time_std)
+        self.fusible = self.prediction == "velocity" and self.path.name in PATHS
 
     def run(
         self, model: Backbone, x: Tree, y: Tensor, key: Key, taps: Taps, batch: Mapping[str, Tensor], number: int
     ) -> Context:
         """As `Objective.run`. Where the fused ops run, the image's noise and target are never tensors."""
-        t, clean = self.times.keyed(key.seed, key.position), leaves(x)
+        t, clean = self.draw_times(key), leaves(x)
         draw = (t, key.position, key.seed, self.path.name)
-        fused = {"image": clean["image"]} if draws_noise_in_registers(clean["image"]) else {}
+        fused = {"image": clean["image"]} if self.fusible and draws_noise_in_registers(clean["image"]) else {}
         plain = {name: leaf for name, leaf in clean.items() if name not in fused}
         drawn, target = map(leaves, self.interpolate(plain, noise_for(plain, key), t))
         noised = like(x, {name: flow_noised(leaf, *draw) for name, leaf in fused.items()} | drawn)
         prediction = model(noised, t, y, taps)
-        losses = {
+        errors = {
             name: flow_error(leaf, fused[name], *draw) if name in fused else velocity_error(leaf, target[name])
             for name, leaf in leaves(prediction).items()
         }
+        weight = error_weight(t, self.path, self.prediction, self.config.weighting, self.config.t_eps)
+        losses = {name: error * weight for name, error in errors.items()}
         return Context(self, model, x, y, key, t, noised, prediction, losses, taps, batch, number)
+
+    def draw_times(self, key: Key) -> Tensor:
+        """t [N], keyed; where the published range of training is not [0, 1], the distribution is shrunk to it."""
+        t, (noisy, clean) = self.times.keyed(key.seed, key.position), train_range(self.path, self.prediction)
+        return t if (noisy, clean) == (1, 0) else clean + (noisy - clean) * t

@@ -1,0 +1,116 @@
+"""Flow matching by velocity, score, noise or x: losses, times and refusals of a run, and the plain function."""
+
+import pytest
+import torch
+
+from dit_fast.diffusion import Path, velocity_error
+from dit_fast.diffusion.conversions import convert
+from dit_fast.errors import ConfigError, UserError
+from dit_fast.models import Taps
+from dit_fast.objectives import Flow, flow
+from dit_fast.objectives.flow import flow_losses
+from dit_fast.objectives.x_prediction import x_prediction_losses
+from dit_fast.philox import Key, Stream
+from dit_fast.tree import leaves
+from tests.helpers.cases import loop_over
+from tests.helpers.golden import assert_close
+from tests.objectives.test_flow import KEY, Scale, Y, clean
+
+CASES = [(path, prediction) for path in Path.NAMES for prediction in ("velocity", "score", "noise", "x")]
+T = torch.tensor([0.02, 0.4, 0.7, 0.99], dtype=torch.float64)
+
+
+def bound(**config):
+    return Flow(Flow.Config(**config), Scale())
+
+
+def output(x_t, t, y):
+    return 0.3 * x_t + t.view(-1, 1, 1, 1)
+
+
+@loop_over(("path", "prediction"), CASES)
+def test_weighted_by_velocity_a_loss_is_that_of_the_velocity(path, prediction):
+    x, noise = clean("image").double(), KEY.normal(Stream.NOISE, (3, 8, 8)).double()
+    x_t, velocity = Path(path).interpolate(x, noise, T)
+    ours = flow_losses(output, x, Y, T, noise, path, prediction, "velocity", t_eps=0.01)
+    made = convert(output(x_t, T, Y), x_t, T, path, prediction, "velocity", t_eps=0.01)
+    assert_close(ours, velocity_error(made, velocity), 1e-9)
+    likelihood = flow_losses(output, x, Y, T, noise, path, prediction, "likelihood", t_eps=0.01)
+    c = Path(path).coefficients(T)
+    half_variance = c.sigma * (c.d_sigma - c.d_alpha * c.sigma / c.alpha)  # d(sigma^2)/dt / 2 of the forward process
+    assert_close(likelihood, ours if prediction == "velocity" else ours / half_variance, 1e-9)
+
+
+@loop_over(("path", "prediction", "form"), [(*case, form) for case in CASES for form in ("image", "tree")])
+def test_a_run_has_the_loss_of_the_plain_function_for_each_leaf(path, prediction, form):
+    weighting = "none" if prediction == "velocity" else "likelihood"
+    model, x = Scale(), clean(form)
+    context = bound(path=path, prediction=prediction, weighting=weighting).run(model, x, Y, KEY, Taps(), {}, 3)
+    for name, leaf in leaves(x).items():
+        noise = leaves(context.noise)[name]
+        alone = flow_losses(model, leaf, Y, context.t, noise, path, prediction, weighting)
+        assert torch.equal(context.losses[name], alone)
+        target = {"velocity": Path(path).interpolate(leaf, noise, context.t)[1], "noise": noise, "x": leaf}
+        if prediction in target:
+            assert torch.equal(leaves(context.target)[name], target[prediction])
+        else:
+            sigma = Path(path).coefficients(context.t).sigma.view(-1, *[1] * (leaf.dim() - 1))
+            assert_close(leaves(context.target)[name] * -sigma, noise, 1e-6)
+        assert torch.equal(leaves(context.noised_at(context.t))[name], leaves(context.noised)[name])
+
+
+@loop_over(("path", "prediction"), [("linear", "noise"), ("cosine", "x"), ("vp", "velocity")])
+def test_what_the_fused_ops_do_not_know_is_computed_without_them(path, prediction, monkeypatch):
+    plain = bound(path=path, prediction=prediction).run(Scale(), clean("image"), Y, KEY, Taps(), {}, 3)
+    monkeypatch.setattr(flow, "draws_noise_in_registers", lambda latents: True)
+    context = bound(path=path, prediction=prediction).run(Scale(), clean("image"), Y, KEY, Taps(), {}, 3)
+    assert torch.equal(context.losses["image"], plain.losses["image"])
+
+
+def test_times_keep_to_the_published_ranges():
+    key = Key(3, torch.arange(20_000))
+    for path, prediction, low, high in (
+        ("linear", "velocity", 0, 1),
+        ("cosine", "score", 0.001, 0.999),
+        ("vp", "velocity", 1e-5, 1),
+        ("vp", "x", 0, 1),
+    ):
+        t, whole = bound(path=path, prediction=prediction).draw_times(key), bound().draw_times(key)
+        assert t.dtype == torch.float32
+        assert_close(t, low + (high - low) * whole, 1e-6)
+        assert low <= t.min() < low + 1e-3
+        assert high - 1e-3 < t.max() <= high
+        assert (low, high) != (0, 1) or torch.equal(t, whole)
+
+
+@loop_over(
+    ("config", "message"),
+    [
+        (
+            {"weighting": "velocity"},
+            "objective.weighting=velocity.*velocity has no weight",
+        ),
+        ({"path": "vp", "prediction": "noise", "time": "lognormal"}, "objective.time=lognormal.*not for vp"),
+    ],
+)
+def test_void_combinations_are_refused(config, message):
+    with pytest.raises(ConfigError, match=message):
+        Flow.Config(**config)
+
+
+ONE, TIME = torch.ones(4, 3, 2, 2), torch.ones(4)
+
+
+@loop_over(
+    ("call", "message"),
+    [
+        (lambda: flow_losses(output, ONE, Y, TIME, ONE, prediction="eps"), "prediction 'eps'.*score, noise, x"),
+        (lambda: flow_losses(output, ONE, Y, TIME, ONE, "linear", "noise", "snr"), "weighting 'snr'.*likelihood"),
+        (lambda: flow_losses(lambda x, t, y: x[:, :1], ONE, Y, TIME, ONE), r"returned .*\[4, 1, 2, 2\]"),
+        (lambda: flow_losses(output, ONE, Y, TIME[:2], ONE), r"t \[N\], not"),
+        (lambda: x_prediction_losses(output, ONE, Y, TIME, ONE, t_eps=0.0), "t_eps=0.0 must be positive"),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises(UserError, match=message):
+        call()
