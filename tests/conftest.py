@@ -50,6 +50,14 @@ def shards(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def token_shards(shards, tmp_path_factory):
+    """The same with what an encoder would give: features of four tokens and a class token; read only."""
+    from tests.helpers.parts import add_tokens
+
+    return add_tokens(shards, tmp_path_factory.mktemp("tokens"))
+
+
+@pytest.fixture(scope="session")
 def array_file(tmp_path_factory):
     """Pictures and labels as an .npz."""
     from tests.helpers.shard_sets import CLASSES, make_images

@@ -1,14 +1,11 @@
 """Whole runs of REG and mean flow from real shards, alone, together and beside DiverseDiT."""
 
 import re
-import shutil
 
-import numpy as np
 import pytest
 import torch
 
 from dit_fast.cli import main as command
-from dit_fast.data import add_field
 from dit_fast.sampling.samples import Samples
 from dit_fast.train.__main__ import main
 from tests.helpers.toy_runs import Ranks, arguments, losses, rows, tensors
@@ -19,27 +16,16 @@ MEAN_FLOW = ("objective=mean_flow", "model.times=2")
 RUNS = {"reg": REG, "mean_flow": (*MEAN_FLOW, "methods=diversedit"), "both": (*MEAN_FLOW, *REG)}
 
 
-@pytest.fixture(scope="module")
-def with_tokens(shards, tmp_path_factory):
-    """The toy data set with features of four tokens and a class token, both of width 6."""
-    folder, generator = tmp_path_factory.mktemp("tokens"), np.random.default_rng(0)
-    place = shutil.copytree(shards, folder / "shards")
-    for name, shape in (("features", (48, 4, 6)), ("class_token", (48, 6))):
-        np.save(folder / f"{name}.npy", generator.standard_normal(shape, np.float32))
-        add_field(place, name, folder / f"{name}.npy", progress=False)
-    return place
-
-
 def start(shards, run, name, *overrides):
     return arguments(shards, run, *SMALL, *RUNS[name], "run.steps=8", *overrides)
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_resumes_exactly_and_samples(name, with_tokens, tmp_path):
+def test_a_run_resumes_exactly_and_samples(name, token_shards, tmp_path):
     once, again = tmp_path / "once", tmp_path / "again"
-    assert main(start(with_tokens, once, name)) == 0
-    assert main(start(with_tokens, again, name, "run.steps=4")) == 0
-    assert main(start(with_tokens, again, name)) == 0
+    assert main(start(token_shards, once, name)) == 0
+    assert main(start(token_shards, again, name, "run.steps=4")) == 0
+    assert main(start(token_shards, again, name)) == 0
     assert losses(once) == losses(again)
     first, second = tensors(once, 8), tensors(again, 8)
     assert first.keys() == second.keys()
@@ -58,24 +44,24 @@ def test_a_run_resumes_exactly_and_samples(name, with_tokens, tmp_path):
     assert {"reg": "REG", "mean_flow": "mean flow + DiverseDiT", "both": "mean flow + DiverseDiT + REG"}[name] in page
 
 
-def test_repa_beside_reg_has_a_projector_of_its_own(with_tokens, tmp_path):
+def test_repa_beside_reg_has_a_projector_of_its_own(token_shards, tmp_path):
     repa = ("methods=reg,repa", "methods.repa.encoder_depth=3", "methods.repa.projector_width=4")
-    assert main(start(with_tokens, tmp_path / "run", "reg", *repa, "run.steps=2")) == 0
+    assert main(start(token_shards, tmp_path / "run", "reg", *repa, "run.steps=2")) == 0
     assert {"reg/class_token", "reg/alignment", "repa/alignment"} <= rows(tmp_path / "run")[-1].keys()
     saved = tensors(tmp_path / "run", 2)
     assert [len(saved[f"model/projectors.{place}.0.bias"]) for place in (0, 1)] == [8, 4]
 
 
 @pytest.mark.launch
-def test_two_ranks_draw_the_same_numbers_and_stage_3_is_refused(with_tokens, tmp_path):
+def test_two_ranks_draw_the_same_numbers_and_stage_3_is_refused(token_shards, tmp_path):
     alone, shared, refused = (tmp_path / name for name in ("alone", "shared", "refused"))
-    assert main(start(with_tokens, alone, "both")) == 0
-    with Ranks(start(with_tokens, shared, "both", "engine.zero_stage=2"), tmp_path / "log") as ranks:
+    assert main(start(token_shards, alone, "both")) == 0
+    with Ranks(start(token_shards, shared, "both", "engine.zero_stage=2"), tmp_path / "log") as ranks:
         assert ranks.wait() == [0, 0], ranks.text()
     assert [row["mean_flow"] for row in rows(shared)] == pytest.approx(
         [row["mean_flow"] for row in rows(alone)], rel=1e-4
     )
-    with Ranks(start(with_tokens, refused, "both", "engine.zero_stage=3"), tmp_path / "log3") as ranks:
+    with Ranks(start(token_shards, refused, "both", "engine.zero_stage=3"), tmp_path / "log3") as ranks:
         assert ranks.wait() == [2, 2]
     assert "engine.zero_stage=3 cannot run 'mean_flow'" in ranks.text()
 
@@ -99,6 +85,6 @@ def test_two_ranks_draw_the_same_numbers_and_stage_3_is_refused(with_tokens, tmp
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_at_the_start(name, override, message, with_tokens, tmp_path, capsys):
-    assert main(start(with_tokens, tmp_path / "run", name, *override.split())) == 2
+def test_what_does_not_fit_is_refused_at_the_start(name, override, message, token_shards, tmp_path, capsys):
+    assert main(start(token_shards, tmp_path / "run", name, *override.split())) == 2
     assert message in capsys.readouterr().err

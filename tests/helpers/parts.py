@@ -1,0 +1,73 @@
+"""Every method and every kind of objective at toy size, alone and in pairs: what a run of it sets, on one data set."""
+
+import itertools
+import shutil
+
+import numpy as np
+
+from dit_fast.data import add_field
+from dit_fast.methods import METHODS
+from dit_fast.objectives import OBJECTIVES
+
+WIDTH = 6  # of the features and the class token
+# What a part needs beside its name; a method that is not here runs with its defaults.
+METHOD = {
+    "diversedit": ("model.skip_wiring=input", "methods.diversedit.pairs=all", "methods.diversedit.low=0.01"),
+    "repa": ("methods.repa.encoder_depth=2", "methods.repa.projector_width=8"),
+    "reg": ("methods.reg.encoder_depth=2", "methods.reg.projector_width=8", f"model.class_token={WIDTH}"),
+    "sra": ("methods.sra.student_depth=2", "methods.sra.teacher_depth=3"),
+    "self_transcendence": (
+        "methods.self_transcendence.student_depth=2",
+        "methods.self_transcendence.teacher_depth=3",
+    ),
+    "dispersive": ("methods.dispersive.depth=3",),
+}
+OBJECTIVE = {
+    "flow": (),
+    "score": ("objective.prediction=score",),
+    "noise": ("objective.prediction=noise",),
+    "x": ("objective.prediction=x",),
+    "vp": ("objective.path=vp", "objective.prediction=noise"),
+    "mean_flow": ("objective=mean_flow", "model.times=2"),
+    "ddpm": ("objective=ddpm", "model=DiT-Nano/2"),
+}
+
+
+def parts():
+    """Names of all parts: first what replaces flow matching, then the methods."""
+    kinds = [name for name in OBJECTIVE if name != "flow" and name in {*OBJECTIVES, "score", "noise", "x", "vp"}]
+    return [*kinds, *(name for name in OBJECTIVES if name not in OBJECTIVE), *METHODS]
+
+
+def cells():
+    """Each part alone and each pair that is not of two objectives, in one order; "flow" is what stands alone."""
+    objectives = [name for name in parts() if name not in METHODS]
+    pairs = [pair for pair in itertools.combinations(parts(), 2) if not set(pair) <= set(objectives)]
+    return [("flow",), *((name,) for name in parts()), *pairs]
+
+
+def settings(cell):
+    """The command line's `key=value` of a run of these parts together, four blocks of width 32."""
+    objectives = [name for name in cell if name not in METHODS]
+    methods = [name for name in cell if name in METHODS]
+    chosen = [text for name in objectives for text in OBJECTIVE.get(name, (f"objective={name}",))]
+    needed = [text for name in methods for text in METHOD.get(name, ())]
+    return [
+        f"methods={','.join(methods) or 'none'}",
+        "model.skip_wiring=off",
+        "model.depth=4",
+        "model.hidden_size=32",
+        "model.num_heads=2",
+        *chosen,
+        *needed,
+    ]
+
+
+def add_tokens(shards, folder):
+    """A copy of a toy data set, in folder, with features of four tokens and a class token beside the latents."""
+    generator = np.random.default_rng(0)
+    place = shutil.copytree(shards, folder / "with-tokens")
+    for name, shape in (("features", (48, 4, WIDTH)), ("class_token", (48, WIDTH))):
+        np.save(folder / f"{name}.npy", generator.standard_normal(shape, np.float32))
+        add_field(place, name, folder / f"{name}.npy", progress=False)
+    return place
