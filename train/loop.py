@@ -76,6 +76,8 @@ class _Run:
         methods = build_methods(config.methods, model, dataset.info)
         if launched():
             check_stage(config.engine, (objective, *methods))
+        for method in methods:
+            method.check_batch(micro)
         self.fields = tuple(dict.fromkeys(name for method in methods for name in method.fields))
         dataset.require(self.fields)
         loss = TrainingLoss(

@@ -6,12 +6,13 @@ from typing import Any
 from dit_fast.data import DatasetInfo
 from dit_fast.errors import ConfigError
 from dit_fast.methods.base import Method, Term
+from dit_fast.methods.dispersive import Dispersive
 from dit_fast.methods.diversedit import DiverseDiT
 from dit_fast.methods.reg import REG
 from dit_fast.methods.repa import REPA
 from dit_fast.models import Backbone
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (DiverseDiT, REPA, REG)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (DiverseDiT, REPA, REG, Dispersive)}
 
 
 def build_methods(configs: Sequence[Any], model: Backbone, data: DatasetInfo) -> tuple[Method, ...]:

@@ -56,6 +56,9 @@ class Method(ABC):
         """
         self.config = config
 
+    def check_batch(self, micro_batch: int) -> None:  # noqa: B027 (most terms are means over samples)
+        """Raises ConfigError where that many samples of a rank at a time are too few for its terms; before any step."""
+
     def collector(self) -> Collector | None:
         """A new object for one forward, which the outputs of `blocks` pass in ascending order; most methods need none.
 

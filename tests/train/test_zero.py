@@ -18,6 +18,7 @@ WORKER = Path(__file__).with_name("engine_worker.py")
 STAGES = (0, 1, 2, 3)
 DIVERSE = {"diversedit": {"pairs": "all", "scope": "global", "weight": "continuous", "low": 0.0}}
 
+SPREAD = {"dispersive": {"scope": "global", "weight": 5.0}}
 QK = {"qk_norm": True}
 TOY = {"toy": {"steps_of_b": [0]}, "poisoned": [3]}
 SECOND = "toy-{}/checkpoints/step_00000002"
@@ -50,6 +51,7 @@ TWO_RANKS = [
         for name, compiled, saves in READS
     ),
     {"name": "global", "stage": 1, "steps": 3, "methods": DIVERSE},
+    *({"name": f"spread-{stage}", "stage": stage, "steps": 3, "methods": SPREAD} for stage in STAGES),
     {"name": "half-1", "stage": 1, "steps": 3},
     {"name": "half-3", "stage": 3, "steps": 3},
     {"name": "1-to-3", "stage": 3, "steps": 6, "load": "half-1/checkpoints/step_00000003"},
@@ -67,6 +69,7 @@ AFTER = [
     {"name": "twice-single", "steps": 1, "toy": {**TOY["toy"], "twice": True}},
     {"name": "reads-single", "steps": 3, "model": QK},
     {"name": "global-single", "steps": 3, "methods": DIVERSE},
+    {"name": "spread-single", "steps": 3, "methods": SPREAD},
     {"name": "2-ranks-to-one", "steps": 6, "load": "half-1/checkpoints/step_00000003"},
     {"name": "3-sharded-to-one", "steps": 6, "load": "half-3/checkpoints/step_00000003"},
 ]
@@ -217,6 +220,14 @@ def test_parameters_that_another_module_reads_are_there_in_stage_3(results, name
 
 def test_global_statistics_equal_the_whole_batch(results):
     assert results["global"]["losses"] == pytest.approx(results["global-single"]["losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_samples_that_others_hold_count_as_in_the_whole_batch(results, folder, stage):
+    """Dispersive Loss gathers the samples of all ranks."""
+    assert results[f"spread-{stage}"]["losses"] == pytest.approx(results["spread-single"]["losses"], rel=1e-6)
+    assert results[f"spread-{stage}"]["norms"] == pytest.approx(results["spread-single"]["norms"], rel=1e-6)
+    _close(folder, f"spread-{stage}", "spread-single", 3, 2e-5)
 
 
 @pytest.mark.parametrize("name", ["1-to-3", "3-to-2", "3-to-0", "2-ranks-to-one", "3-sharded-to-one"])
