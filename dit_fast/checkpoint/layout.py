@@ -18,6 +18,7 @@ BASE = ("pos_embed", "x_embedder", "t_embedder", "y_embedder", "blocks", "final_
 # Registration order of each published class: the order of `model.parameters()`, by which its optimizer counts.
 GROUPS = {
     "sit": BASE,
+    "dit": BASE,
     "repa": (*BASE[:-1], "projectors", BASE[-1]),
     "diversedit": (BASE[0], "skip_linears", "skip_norms", *BASE[1:-1], "projectors", BASE[-1]),
     "reg": (*BASE[:-1], "projectors", BASE[-1], "cls_projectors2", "wg_norm"),

@@ -1,7 +1,7 @@
-"""Checkpoints of the published REPA, SiT, DiverseDiT, REG and mean flow codes, in and out, bit for bit.
+"""Checkpoints of the published REPA, SiT, DiT, DiverseDiT, REG and mean flow codes, in and out, bit for bit.
 
-Names and shapes are those of the published modules (REPA, arXiv 2410.06940; SiT, 2401.08740; DiverseDiT, 2603.04239;
-REG, 2507.01467; mean flow, 2505.13447, as in the PyTorch code).
+Names and shapes are those of the published modules (REPA, arXiv 2410.06940; SiT, 2401.08740; DiT, 2212.09748;
+DiverseDiT, 2603.04239; REG, 2507.01467; mean flow, 2505.13447, as in the PyTorch code).
 What a state_dict does not say must be given (wiring of the long skips) or is taken to be as usual and logged in one
 line (number of heads, a null label in the label table).
 """
@@ -27,6 +27,7 @@ from dit_fast.checkpoint.layout import (
 from dit_fast.checkpoint.official_time import reversed_state
 from dit_fast.checkpoint.published import read_state
 from dit_fast.errors import CheckpointError, ConfigError
+from dit_fast.models.dit import DiT
 from dit_fast.models.reversed_sit import ReversedSiT
 from dit_fast.models.sit import SiT
 from dit_fast.nn.embeddings import LabelEmbedder
@@ -56,8 +57,9 @@ def load_official(
     """A model, in eval mode, with published weights.
 
     source: a state_dict, a training checkpoint {model, ema, opt, args, steps}, or the path of a `.pt` or `.safetensors`
-    file. family: "repa", "sit", "diversedit", "reg" or "mean_flow". "sit" models take our t and return our v, and
-    `sample` guides three of their channels by default, as the released sampler does. "reg" models take and return
+    file. family: "repa", "sit", "dit", "diversedit", "reg" or "mean_flow". "sit" models take our t and return our v;
+    "dit" models take steps t int64 and return noise and logits of the variance [N, 2C, H, W] (samplers "ddpm", "ddim").
+    `sample` guides three channels of both by default, as the released samplers do. "reg" models take and return
     {"image", "class_token"}, "mean_flow" models take t [N, 2]. Alignment heads come as `model.projectors`.
     Sizes are read off the shapes. num_heads is read off the query norm where there is one, else off the file's header
     or arguments; it defaults to head width 64 (72 at width 1152), which is logged.
@@ -103,10 +105,10 @@ def load_official(
 def export_official(model: nn.Module, family: str | None = None) -> dict[str, Tensor]:
     """The state_dict that the published code of a family loads: CPU copies, in its key order.
 
-    family defaults to where the weights came from, else to "reg" with a class token, "mean_flow" with two times,
-    "diversedit" with long skips and "repa" without. A model that `load_official` made gives back the source's bits, key
-    order and dtypes. A model of ours exported as "sit" gets the reversed time and sign folded into its weights (exact
-    up to rounding) and an 8-channel style head whose second half is zero.
+    family defaults to where the weights came from, else to "dit" with a learned variance, "reg" with a class token,
+    "mean_flow" with two times, "diversedit" with long skips and "repa" without. A model that `load_official` made gives
+    back the source's bits, key order and dtypes. A model of ours exported as "sit" gets the reversed time and sign
+    folded into its weights (exact up to rounding) and an 8-channel style head whose second half is zero.
     Raises CheckpointError if the family cannot hold the model, naming the key.
     """
     sit = cast(SiT, model)
@@ -116,6 +118,8 @@ def export_official(model: nn.Module, family: str | None = None) -> dict[str, Te
     _check_family(family)
     names = official_parameter_order(model, family)
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    if (family == "dit") != sit.learns_variance:
+        raise CheckpointError(f"family '{family}' cannot hold a {type(model).__name__}; only 'dit' learns a variance")
     if family == "sit" and not isinstance(model, ReversedSiT):
         state = reversed_state(state, sit.config.patch_size)
     elif family != "sit" and isinstance(model, ReversedSiT):
@@ -154,6 +158,8 @@ def _check_family(family: str) -> None:
 def _natural_family(model: SiT) -> str:
     if isinstance(model, ReversedSiT):
         return "sit"
+    if model.learns_variance:
+        return "dit"
     if model.class_token or model.times == 2:
         return "reg" if model.class_token else "mean_flow"
     return "repa" if model.config.skip_wiring == "off" else "diversedit"
@@ -202,6 +208,8 @@ def _wiring(family: str, given: str | None, recorded: str | None) -> str:
 
 
 def _empty_model(layout: Layout, family: str, wiring: str) -> SiT:
+    if family == "dit":
+        return _with_labels(_empty_dit(layout), layout)
     config = SiT.Config(**layout.settings(), skip_wiring=cast(Any, wiring))
     if family == "sit":
         if layout.head_channels not in (layout.in_channels, 2 * layout.in_channels):
@@ -213,11 +221,22 @@ def _empty_model(layout: Layout, family: str, wiring: str) -> SiT:
     if layout.head_channels != layout.in_channels:
         raise CheckpointError(
             f"final_layer.linear.weight: {layout.head_channels} output channels, but family '{family}' has as many as "
-            f"the latents ({layout.in_channels}); an official SiT file needs family='sit'"
+            f"the latents ({layout.in_channels}); an official SiT or DiT file needs family='sit' or family='dit'"
         )
     model = _with_labels(SiT(config), layout)
     for width, features in layout.projectors:
         model.add_projector(projector(layout.hidden_size, width, features))
+    return model
+
+
+def _empty_dit(layout: Layout) -> DiT:
+    if layout.head_channels != 2 * layout.in_channels:
+        raise CheckpointError(
+            f"final_layer.linear.weight: {layout.head_channels} output channels; a DiT with a learned variance on "
+            f"{layout.in_channels}-channel latents has {2 * layout.in_channels}"
+        )
+    model = DiT(DiT.Config(**layout.settings()))
+    model.cfg_channels = "first_three"
     return model
 
 

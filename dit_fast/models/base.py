@@ -65,6 +65,8 @@ class Backbone(nn.Module, ABC):
     their rows and columns. class_token: width of a token that is denoised beside the image, 0 = none; the features then
     hold it before the patch tokens. times: 1, or 2 for a mean velocity between two times. null_label: the label that
     stands for none, -1 where none was trained. cfg_channels: what the released sampler of its weights guides.
+    learns_variance: a model of DDPM: t is a whole step, and the image of the output has 2C channels, the noise and the
+    variance's logits.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,7 @@ class Backbone(nn.Module, ABC):
         times: Literal[1, 2] = setting(1, "1: velocity at t; 2: mean velocity between two times (mean flow)")
 
     cfg_channels: Literal["all", "first_three"] = "all"
+    learns_variance: bool = False
 
     blocks: nn.ModuleList
     projectors: nn.ModuleList  # once there is one
@@ -137,7 +140,8 @@ class Backbone(nn.Module, ABC):
         """Output, like x, at x and t for labels y [N] int64; nothing is drawn at random.
 
         x: [N, C, H, W]; with a class token {"image": [N, C, H, W], "class_token": [N, Z]}. t: [N] in [0, 1], or where
-        `times` is 2 [N, 2] = (t, r): the output is the mean velocity from r to t.
+        `times` is 2 [N, 2] = (t, r): the output is the mean velocity from r to t. Where the model `learns_variance`,
+        int64 [N] in 0 .. 999, and the output's image is [N, 2C, H, W].
         taps: a `Taps`, filled on the way; or indices (from 0) of blocks, whose outputs [N, T, D] are then returned as
         (output, {block: feature}) if there are any. A feature is what the published code records: in "output" wiring,
         after the fusion. stop: the last block that runs; there is then no output, but None.
@@ -213,6 +217,8 @@ class Backbone(nn.Module, ABC):
                 raise UserError(f"{name} must be {meaning}, here {size}, not {tuple(vector.shape)}")
         if y.is_floating_point():
             raise UserError(f"y must hold integer labels, not {y.dtype}")
+        if self.learns_variance and t.is_floating_point():
+            raise UserError(f"t must hold whole steps 0 .. 999 for this model, not {t.dtype}")
 
 
 def check_sizes(config: Backbone.Config, least: int, *names: str) -> None:

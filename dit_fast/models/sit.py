@@ -28,13 +28,18 @@ _WIDTHS = {
     "L": (1024, 24, 16),
     "XL": (1152, 28, 16),
 }
-PRESETS.update(
-    {
-        f"SiT-{size}/{patch}": {"hidden_size": width, "depth": depth, "num_heads": heads, "patch_size": patch}
+
+
+def presets(model: str) -> dict[str, dict[str, int]]:
+    """Sizes by name of a model with these widths: "SiT-XL/2", ..."""
+    return {
+        f"{model}-{size}/{patch}": {"hidden_size": width, "depth": depth, "num_heads": heads, "patch_size": patch}
         for size, (width, depth, heads) in _WIDTHS.items()
         for patch in ((2,) if size == "Nano" else (2, 4, 8))
     }
-)
+
+
+PRESETS.update(presets("SiT"))
 
 
 class Residual(NamedTuple):
@@ -111,7 +116,8 @@ class SiT(Backbone):
         self.blocks = nn.ModuleList(
             Block(width, config.num_heads, config.qk_norm, config.attention) for _ in range(depth)
         )
-        self.final_layer = FinalLayer(width, config.patch_size, config.in_channels, config.class_token)
+        channels = config.in_channels * (2 if self.learns_variance else 1)
+        self.final_layer = FinalLayer(width, config.patch_size, channels, config.class_token)
         if config.class_token:
             self.cls_projectors2 = xavier_linear(config.class_token, width)
             self.wg_norm = nn.LayerNorm(width, eps=1e-6)

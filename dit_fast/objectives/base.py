@@ -16,6 +16,7 @@ from dit_fast.diffusion import Guidance, Path, Solver
 from dit_fast.diffusion.conversions import Prediction, training_pair
 from dit_fast.diffusion.guidance import Velocity
 from dit_fast.diffusion.solvers import Field
+from dit_fast.errors import ConfigError
 from dit_fast.models import Backbone, Taps
 from dit_fast.philox import Key, Stream
 from dit_fast.tree import Tree, leaves, like
@@ -131,6 +132,18 @@ class Objective(ABC):
     def unit(self, times: Tensor) -> Tensor:
         """t [N] from 0 (data) to 1 (noise), in floating point, of times as the model is given them."""
         return first(times)
+
+    def from_unit(self, t: Tensor) -> Tensor:
+        """Times as the model is given them, of no length, for t [N] in [0, 1]: the inverse of `unit`."""
+        return t
+
+    def refuse_variance(self, model: Backbone) -> None:
+        """Raises ConfigError for a model that predicts noise and a variance."""
+        if model.learns_variance:
+            raise ConfigError(
+                f"objective={self.name} trains no variance, which {model.config.name} predicts beside the noise; set "
+                f"objective=ddpm, or model={model.config.name.replace('DiT', 'SiT', 1)}"
+            )
 
     def field(self, model: Backbone, y: Tensor, guidance: Guidance) -> Field:
         """v(x, t, s): float64, what a solver follows from time t to time s, for the labels y [N] and with guidance."""

@@ -83,7 +83,8 @@ class Flow(Objective):
                 )
 
     def __init__(self, config: Config, model: Backbone):
-        """Raises ConfigError for a model of two times."""
+        """Raises ConfigError for a model of two times, and for one that learns a variance."""
+        self.refuse_variance(model)
         if model.times != 1:
             raise ConfigError("objective=flow needs a model of one time; set model.times=1, or objective=mean_flow")
         self.config, self.path, self.prediction = config, Path(config.path), config.prediction

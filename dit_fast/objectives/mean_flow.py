@@ -188,7 +188,10 @@ class MeanFlow(Objective):
                 raise ConfigError("objective.guidance_low lies above objective.guidance_high; swap them")
 
     def __init__(self, config: Config, model: Backbone):
-        """Raises ConfigError for a model with one time, and for guidance of one without a trained null label."""
+        """Raises ConfigError for a model with one time or a learned variance, and for guidance of one without a trained
+        null label.
+        """
+        self.refuse_variance(model)
         self.config, self.path = config, Path("linear")
         self.times = logit_normal(config.time_mean, config.time_std)
         self.guided = (config.omega, config.kappa) != (1.0, 0.0)
@@ -221,6 +224,9 @@ class MeanFlow(Objective):
         t, r = times.unbind(1)
         t = super().earlier(t, shift)
         return torch.stack((t, torch.minimum(r, t)), 1)
+
+    def from_unit(self, t: Tensor) -> Tensor:
+        return torch.stack((t, t), 1)
 
     def draw_times(self, key: Key) -> tuple[Tensor, Tensor]:
         """t >= r, each [N]: two draws in order, the same one for `data_proportion` of the samples."""

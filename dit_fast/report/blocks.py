@@ -16,6 +16,7 @@ from dit_fast.diffusion.solvers import LAST_STOCHASTIC_TIME
 from dit_fast.errors import UserError
 from dit_fast.methods import METHODS, build_methods
 from dit_fast.models import new_model
+from dit_fast.objectives.base import first
 from dit_fast.philox import Key
 from dit_fast.tree import Tree, each, leaves, like
 
@@ -46,12 +47,11 @@ def study_blocks(
     chosen = np.arange(min(count, len(dataset)), dtype=np.int64)
     clean, labels = _clean(loaded, dataset, chosen, seed)
     noise = like(clean, leaves(initial_noise(seed, torch.from_numpy(chosen), model.shapes)))
-    times = torch.full((len(chosen),), t, dtype=torch.float32)
-    noised = loaded.objective.interpolate(clean, each(torch.Tensor.float, noise), times)[0]
+    times = loaded.objective.from_unit(torch.full((len(chosen),), t, dtype=torch.float32))
+    noised = loaded.objective.interpolate(clean, each(torch.Tensor.float, noise), first(times))[0]
     with torch.no_grad():
-        t_r = times if model.times == 1 else torch.stack((times, times), 1)
         shown = each(lambda leaf: leaf.to(device), noised)
-        _, taps = model(shown, t_r.to(device), labels.to(device), taps=range(model.depth))
+        _, taps = model(shown, times.to(device), labels.to(device), taps=range(model.depth))
     features = [taps[index].float().cpu() for index in range(model.depth)]
     for index, feature in enumerate(features):
         if not feature.isfinite().all():

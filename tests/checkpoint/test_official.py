@@ -26,7 +26,14 @@ def _sit_state():
     return _random_state(ReversedSiT(SiT.Config(name="SiT-S/2", **SIZES), 8))
 
 
-FAMILY = {"sit": "repa", "repa": "repa", "diversedit": "diversedit", "reg": "reg", "meanflow": "mean_flow"}
+FAMILY = {
+    "sit": "repa",
+    "dit": "dit",
+    "repa": "repa",
+    "diversedit": "diversedit",
+    "reg": "reg",
+    "meanflow": "mean_flow",
+}
 
 
 @pytest.mark.parametrize("name", golden_names(*(f"{prefix}_" for prefix in FAMILY)))
@@ -173,9 +180,9 @@ def test_diversedit_without_wiring_is_refused_with_the_reason():
         load_official(tiny_state("off"), "repa", num_heads=4, skip_wiring="input")
 
 
-@loop_over("family", ["dit", "sra", "self_transcendence", "repa_e", "rape"])
+@loop_over("family", ["sra", "self_transcendence", "repa_e", "rape"])
 def test_other_families_say_what_is_supported(family):
-    with pytest.raises(ConfigError, match="sit, repa, diversedit, reg, mean_flow"):
+    with pytest.raises(ConfigError, match="sit, dit, repa, diversedit, reg, mean_flow"):
         load_official(tiny_state("off"), family, num_heads=4)
 
 

@@ -17,10 +17,10 @@ TINY = {
 WIRINGS = ("off", "input", "output")
 
 
-def tiny_sit(seed=0, **arguments) -> Any:
+def tiny_sit(seed=0, name="SiT-S/2", **arguments) -> Any:
     """A model whose zero-initialised layers are filled, so that every part shows in the output."""
     torch.manual_seed(seed)
-    model = build_model("SiT-S/2", **{**TINY, **arguments})
+    model = build_model(name, **{**TINY, **arguments})
     generator = torch.Generator().manual_seed(seed + 1)
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.abs().max() == 0:
@@ -35,5 +35,6 @@ def inputs_for(model, n=3, dtype=torch.float32):
         leaf: torch.randn((n, *shape), generator=generator, dtype=torch.float64).to(dtype)
         for leaf, shape in model.shapes.items()
     }
-    t = torch.rand((n, 2)[: model.times], generator=generator, dtype=torch.float64).to(dtype)
+    t = torch.rand((n, 2)[: model.times], generator=generator, dtype=torch.float64)
+    t = (1000 * t).long() if model.learns_variance else t.to(dtype)
     return x if model.class_token else x["image"], t, torch.randint(0, model.num_classes + 1, (n,), generator=generator)

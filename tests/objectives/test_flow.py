@@ -17,7 +17,7 @@ Y = torch.arange(4)
 class Scale(nn.Module):
     """v = weight x + t on every leaf; label 7 stands for none and halves it."""
 
-    null_label, times = 7, 1
+    null_label, times, learns_variance = 7, 1, False
 
     def __init__(self):
         super().__init__()

@@ -201,6 +201,7 @@ class Scale(nn.Module):
     """As much of a model as the objective asks for."""
 
     depth, hidden_size, num_tokens, in_channels, null_label, times = 1, 1, 1, 3, 10, 1
+    learns_variance = False
 
     def __init__(self):
         super().__init__()
