@@ -17,6 +17,7 @@ OPTIONAL = {
     "webdataset": ("streaming shards over http(s)", "pip install 'dit_fast[train]'"),
     "tensorboard": ("TensorBoard logs", "pip install 'dit_fast[train]'"),
     "matplotlib": ("figures and reports", "pip install 'dit_fast[train]'"),
+    "torchdiffeq": ("sampler=dopri5", "pip install 'dit_fast[ode]'"),
     "diffusers": ("AutoencoderKL", "pip install 'dit_fast[diffusers]'"),
     "efficientnet_lite_pytorch": ("alignment targets without a download", "pip install 'dit_fast[repa]'"),
 }

@@ -47,11 +47,13 @@ def convert(
     value, x_t = value.to(dtype), x_t.to(dtype)
     if source == target:
         return value
-    times = _beside(t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64, device=x_t.device), x_t)
+    times = _beside(t, x_t) if isinstance(t, Tensor) else t
     c = _terms(path, times, dtype)
     if {source, target} == {"score", "noise"}:
         return value / -c.sigma if source == "noise" else value * -c.sigma
-    late = _terms(path, times.clamp(min=t_eps), dtype) if t_eps and "x" in (source, target) else c
+    late = c
+    if t_eps and "x" in (source, target):
+        late = _terms(path, times.clamp(min=t_eps) if isinstance(times, Tensor) else max(times, t_eps), dtype)
     velocity = value
     if source == "noise":
         velocity = (c.d_alpha * x_t + c.d * value) / c.alpha
@@ -61,11 +63,20 @@ def convert(
         velocity = (late.d_sigma * x_t - late.d * value) / late.sigma
     if target == "noise":
         return (c.alpha * velocity - c.d_alpha * x_t) / c.d
-    if target == "score":
-        return (c.d_alpha * x_t - c.alpha * velocity) / c.sigma_d
+    if target == "score":  # written as REPA's sampler does, whose bits are kept
+        ratio = c.alpha / c.d_alpha
+        return (ratio * velocity - x_t) / (1 if path.name == "vp" else c.sigma**2 - ratio * c.d_sigma * c.sigma)
     if target == "x":
         return (late.d_sigma * x_t - late.sigma * velocity) / late.d
     return velocity
+
+
+def finite_at(
+    t: float, path: Path | str, source: Prediction | str, target: Prediction | str, t_eps: float = 0.0
+) -> bool:
+    """Whether `convert` has finite coefficients at one time; those above 1e9 are infinite but for rounding."""
+    value, x_t = torch.eye(2, dtype=torch.float64)
+    return bool((convert(value, x_t, t, path, source, target, t_eps).abs() < 1e9).all())
 
 
 def training_pair(
@@ -169,12 +180,14 @@ class _Terms(NamedTuple):
     sigma_d: Tensor  # sigma D
 
 
-def _terms(path: Path, t: Tensor, dtype: torch.dtype) -> _Terms:
+def _terms(path: Path, t: Tensor | float, dtype: torch.dtype) -> _Terms:
+    """Of t's shape. A float goes through the coefficients of floats, which differ from a tensor's in the last bit."""
     alpha, sigma, d_alpha, d_sigma = path.coefficients(t)
     d = alpha * d_sigma - d_alpha * sigma
     sigma_d = -d_alpha if path.name == "vp" else sigma * d  # the same, and finite at t = 0 too
     parts = (alpha, sigma, d_alpha, d_sigma, d, sigma_d)
-    return _Terms(*(torch.as_tensor(part, dtype=dtype, device=t.device) for part in parts))
+    device = t.device if isinstance(t, Tensor) else None  # 0-d ones go with any
+    return _Terms(*(torch.as_tensor(part, dtype=dtype, device=device) for part in parts))
 
 
 def _check(option: str, value: str, valid: object) -> None:

@@ -1,4 +1,4 @@
-"""Classifier-free guidance with an interval: v = v_null + scale (v_label - v_null) while low <= t <= high."""
+"""Classifier-free guidance with an interval, and the velocity of a model: v = v_null + scale (v_label - v_null)."""
 
 import math
 from collections.abc import Callable
@@ -9,21 +9,28 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from dit_fast.diffusion.conversions import Prediction, convert, field_range, finite_at
+from dit_fast.diffusion.paths import Path, as_path
 from dit_fast.errors import UserError
 from dit_fast.tree import Tree, each, image, leaves
 
 Channels = Literal["all", "first_three"]
+Bounds = Literal["inclusive", "exclusive"]
+Decision = Literal["first", "each"]
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """Scale, closed interval of times, and the channels that are guided.
+    """Scale, interval of times, and the channels that are guided.
 
     scale: any finite number. 1 is the label's velocity alone, with one model row per sample; 0 is the null label's;
     between them lies a mixture, above 1 an extrapolation, below 0 one away from the label.
     channels: "first_three" guides channels 0 to 2 and leaves the others at the label's velocity, as the released
     samplers of DiT, SiT and LightningDiT do.
     class_token_scale: of the class token, where one is sampled with the image (REG); None is the image's scale.
+    bounds: "inclusive", low <= t <= high (REPA), or "exclusive", low < t < high, where high = 1 is no bound (JiT).
+    decision: whether an evaluation is guided is decided by the "first" of its step, at the noisier end (REPA), or by
+    "each" for itself (JiT).
     Sources: Ho & Salimans (arXiv 2207.12598); Kynkäänniemi et al. (arXiv 2404.07724) for the interval.
     Raises UserError for a scale that is not finite, times outside [0, 1] or swapped, and unknown channels.
     """
@@ -33,18 +40,25 @@ class Guidance:
     high: float = 1.0
     channels: Channels = "all"
     class_token_scale: float | None = None
+    bounds: Bounds = "inclusive"
+    decision: Decision = "first"
 
     def __post_init__(self) -> None:
         for name, scale in (("cfg_scale", self.scale), ("class_token_cfg_scale", self.token_scale)):
-            if not _is_number(scale) or not math.isfinite(scale):
+            if not is_number(scale) or not math.isfinite(scale):
                 raise UserError(f"{name}={scale!r} must be a finite number; 1 = no guidance, 0 = without the label")
         for name, value in (("guidance_low", self.low), ("guidance_high", self.high)):
-            if not _is_number(value) or not 0 <= value <= 1:
+            if not is_number(value) or not 0 <= value <= 1:
                 raise UserError(f"{name}={value!r} must be a time in [0, 1] (0 is data, 1 is noise)")
         if self.low > self.high:
             raise UserError(f"guidance_low={self.low} lies above guidance_high={self.high}; swap them")
-        if self.channels not in get_args(Channels):
-            raise UserError(f"cfg_channels='{self.channels}' must be one of {', '.join(get_args(Channels))}")
+        for name, choice, kind in (
+            ("cfg_channels", self.channels, Channels),
+            ("guidance_bounds", self.bounds, Bounds),
+            ("heun_guidance", self.decision, Decision),
+        ):
+            if choice not in get_args(kind):
+                raise UserError(f"{name}='{choice}' must be one of {', '.join(get_args(kind))}")
 
     @property
     def token_scale(self) -> float:
@@ -54,8 +68,12 @@ class Guidance:
     def needs_null(self) -> bool:
         return self.scale != 1 or self.token_scale != 1
 
-    def active(self, t: float) -> bool:
-        return self.needs_null and self.low <= t <= self.high
+    def active(self, t: float, s: float) -> bool:
+        """Whether an evaluation at time t of a step, whose other end is s, is guided."""
+        time = max(t, s) if self.decision == "first" else t
+        if self.bounds == "inclusive":
+            return self.needs_null and self.low <= time <= self.high
+        return self.needs_null and self.low < time and (self.high == 1 or time < self.high)
 
     def combine(self, label: Tree, null: Tree) -> Tree:
         """The guided velocity from those of the label and of the null label."""
@@ -74,26 +92,40 @@ class Velocity:
     """A model's velocity for labels y [N] as a float64 function v(x, t, s) of a float64 state, guided or not.
 
     model(x, t, y) is called in the dtype of its parameters (t in at least float32); a callable without parameters gets
-    float64. times: 1 gives the model t [N]; 2 gives it [N, 2] = (t, s), and what it returns is the mean velocity.
-    Whether a step between t and s is guided is decided by its noisier end, as published (REPA). With guidance the batch
-    is doubled, [labels; null], and the null label is `model.null_label`; a model whose null_label is negative has none,
-    and guidance is refused (UserError).
+    float64. times: 1 gives the model t [N]; 2 gives it [N, 2] = (t, s), and what it returns is a mean velocity, or an x
+    from which that is made. prediction: what the model returns, on this path; made a velocity in float64
+    (`conversions.convert`; t_eps is for x). Whether an evaluation is guided: `Guidance.active`. With guidance the batch
+    is doubled, [labels; null]. The null label is null_label, or `model.null_label`; where that is negative or absent
+    there is none, and guidance is refused (UserError), as a time is at which the velocity would be infinite.
     """
 
-    def __init__(self, model: Callable[..., Tree], y: Tensor, guidance: Guidance, times: int = 1):
+    def __init__(
+        self,
+        model: Callable[..., Tree],
+        y: Tensor,
+        guidance: Guidance,
+        times: int = 1,
+        prediction: Prediction = "velocity",
+        path: Path | str = "linear",
+        t_eps: float = 0.05,
+        null_label: int | None = None,
+    ):
         self.model, self.y, self.guidance, self.times = model, y, guidance, times
+        self.prediction, self.path, self.t_eps = prediction, as_path(path), t_eps
+        if times == 2 and prediction not in ("velocity", "x"):
+            raise UserError(f"prediction '{prediction}' is not of a mean velocity; valid: velocity, x")
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self.dtype = torch.float64 if parameter is None else parameter.dtype
-        self.null_label: int = getattr(model, "null_label", -1)
+        self.null_label: int = getattr(model, "null_label", -1) if null_label is None else null_label
         if guidance.needs_null and self.null_label < 0:
             raise UserError(
                 f"cfg_scale={guidance.scale} needs a model with a trained null_label; this {type(model).__name__} has "
-                "none (label dropout 0 trains none); use cfg_scale=1"
+                "none (label dropout 0 trains none; for a plain function give null_label=); use cfg_scale=1"
             )
 
     def __call__(self, x: Tree, t: float, s: float) -> Tree:
         """float64 velocity, shapes of x, at time t of a step between t and s."""
-        if not self.guidance.active(max(t, s)):
+        if not self.guidance.active(t, s):
             return self._evaluate(x, t, s, self.y)
         y = torch.cat((self.y, torch.full_like(self.y, self.null_label)))
         both = self._evaluate(each(lambda leaf: torch.cat((leaf, leaf)), x), t, s, y)
@@ -107,8 +139,22 @@ class Velocity:
             each(lambda leaf: leaf.to(self.dtype), x), torch.stack(times, dim=1) if self.times == 2 else times[0], y
         )
         if shapes_of(value) != shapes_of(x):
-            raise UserError(f"the model returned {described(value)} for a state {described(x)}; it must be a velocity")
-        return each(lambda leaf: leaf.double(), value)
+            raise UserError(
+                f"the model returned {described(value)} for a state {described(x)}; it must be a {self.prediction} of "
+                "that shape"
+            )
+        if self.prediction == "velocity":
+            return each(lambda leaf: leaf.double(), value)
+        if not finite_at(t, self.path, self.prediction, "velocity", self.t_eps):
+            noisy, clean = field_range(self.path, self.prediction)
+            raise UserError(
+                f"the velocity of a prediction '{self.prediction}' is infinite at t={t} on the {self.path.name} path; "
+                f"stay within time_range=({noisy}, {clean})"
+            )
+        return each(lambda leaf, state: self._velocity(leaf.double(), state, t), value, x)
+
+    def _velocity(self, value: Tensor, x: Tensor, t: float) -> Tensor:
+        return convert(value, x, t, self.path, self.prediction, "velocity", self.t_eps)
 
 
 def described(value: object) -> str:
@@ -127,7 +173,7 @@ def shapes_of(value: object) -> object:
     return list(value.shape) if isinstance(value, Tensor) else None
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     if not isinstance(value, Real) or isinstance(value, bool):
         return False
     try:

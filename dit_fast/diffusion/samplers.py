@@ -1,23 +1,30 @@
 """`sample`: a solver on the guided velocity of a model, with noise from one source, in fixed chunks."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
-from typing import Any
+from types import MappingProxyType
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from dit_fast.diffusion.guidance import Channels, Guidance, Velocity, described, shapes_of
+from dit_fast.diffusion.conversions import Diffusion, Prediction
+from dit_fast.diffusion.grids import time_grid
+from dit_fast.diffusion.guidance import Bounds, Channels, Decision, Guidance, Velocity, described, is_number, shapes_of
 from dit_fast.diffusion.paths import Path, as_path
-from dit_fast.diffusion.solvers import SOLVERS, Draw, Field
+from dit_fast.diffusion.reverse import LastStep
+from dit_fast.diffusion.solvers import SOLVERS, Draw, Field, Follows
 from dit_fast.errors import UserError
 from dit_fast.philox import Key, Stream, leaf_stream
 from dit_fast.tree import Tree, each, image, leaves, like
 
 MOST_STEPS = Stream.METHOD - Stream.SAMPLER  # every step draws from a Philox stream of its own
 MOST_ROWS = 1 << 16  # of one batch
+TIMES: dict[Follows, int] = {"velocity": 1, "mean_velocity": 2}  # that a model has which gives such a field
+CHOICES = {"diffusion": get_args(Diffusion), "last_step": get_args(LastStep)}  # of solvers' options
 
 
 def initial_noise(seed: int, index: Tensor, shape: tuple[int, ...] | Mapping[str, tuple[int, ...]]) -> Tree:
@@ -48,40 +55,77 @@ def sample(
     class_token_cfg_scale: float | None = None,
     draws: Sequence[Tree] | Tensor | None = None,
     field: Callable[[Any, Tensor, Guidance], Field] | None = None,
+    prediction: Prediction = "velocity",
+    null_label: int | None = None,
+    time_range: Sequence[float] | None = None,
+    times: Sequence[float] | Tensor | None = None,
+    time_shift: float | None = None,
+    diffusion: Diffusion | None = None,
+    diffusion_norm: float | None = None,
+    last_step: LastStep | None = None,
+    last_step_size: float | None = None,
+    atol: float | None = None,
+    rtol: float | None = None,
+    t_eps: float = 0.05,
+    guidance_bounds: Bounds = "inclusive",
+    heun_guidance: Decision = "first",
 ) -> Tree:
     """Latents float64 [N, C, H, W] from `noise` [N, C, H, W] (any float dtype) and labels y int64 [N].
 
     noise may be a tree of the leaves that the model denoises together, {"image": ..., "class_token": [N, Z]}; then so
-    is the result.
+    is the result. A model in training mode is evaluated in eval mode and put back.
 
-    sampler: a name of `solvers.SOLVERS`: "euler"; "heun" (second order, Euler on the last step; its second evaluation
-    keeps the guidance decision of the first); "sde" (num_steps - 1 noisy steps on linspace(1, 0.04), then one without
-    noise to 0); "mean_flow" (Euler on the mean velocity of a model with two times, which gets t [N, 2] = (t, s)).
-    `path` is the path the model was trained on; only the SDE needs it. A model in training mode is evaluated in eval
-    mode and put back.
+    sampler: a name of `solvers.SOLVERS`, for the ODE "euler"; "heun" (trapezoid, Euler on a step that reaches t = 0);
+    "heun2" (trapezoid throughout); "rk4" (3/8 rule); "dopri5" (torchdiffeq; its steps are its own, num_steps decides
+    nothing, atol 1e-6 and rtol 1e-3 bound its error); for the SDE "sde" (Euler-Maruyama) and "sde_heun"; "mean_flow"
+    (Euler on the mean velocity of a model with two times, which gets t [N, 2] = (t, s)).
+    path, prediction: what the model was trained on, and what it returns: "velocity", "score", "noise", or "x", whose
+    velocity is (x_t - x) / max(t, t_eps) on the linear path; a mean velocity may be given as x too.
+
+    Times: num_steps equal steps (SDE: num_steps - 1 noisy ones, and a last one) through time_range = (from, to), from
+    noise to data, by default (1, 0), or inside of it where the velocity is infinite at an end
+    (`conversions.field_range`); an SDE's noisy steps end at last_step_size (0.04). time_shift: equal steps under
+    `times.shift_times`. times: an explicit grid instead of num_steps (SDE: of the noisy steps).
+
+    SDE, dx = (v - w score) dt + sqrt(2 w) dW: diffusion is a form of `conversions.diffusion_coefficient`, with
+    diffusion_norm; by default REPA's w = t on every path. last_step: "mean" along the drift, "euler" along v, "tweedie"
+    the expected data, "none"; of length last_step_size, by default all that is left.
 
     Guidance: v = v_null + cfg_scale (v_label - v_null) while guidance_low <= t <= guidance_high, for every finite
-    cfg_scale; 1 is the label alone (one model row per sample), 0 the null label. cfg_channels: "all", or "first_three"
-    as the released samplers of DiT and SiT; by default what `model.cfg_channels` says ("all" where it says nothing).
-    class_token_cfg_scale: scale of the class token, by default the image's.
+    cfg_scale; 1 is the label alone (one model row per sample), 0 the null label. null_label: by default
+    `model.null_label`. cfg_channels: "all", or "first_three" as the released samplers of DiT and SiT; by default what
+    `model.cfg_channels` says ("all" where it says nothing). class_token_cfg_scale: scale of the class token, by default
+    the image's. guidance_bounds: "exclusive" guides while low < t < high, where high = 1 is no bound (JiT).
+    heun_guidance: whether the "first" evaluation of a step decides for all (REPA), or "each" for itself (JiT); dopri5's
+    always do.
 
     Randomness of the SDE: `generator` (per noisy step one float64 standard normal of the state's shape, in order, leaf
-    by leaf), or `draws` (those num_steps - 1 states of noise themselves), or `seed` and `index` int64 [N] (Philox per
-    seed, index and step).
+    by leaf), or `draws` (those states of noise themselves, one for each noisy step), or `seed` and `index` int64 [N]
+    (Philox per seed, index and step).
 
     field: what the solver follows, from (model, y, guidance); an `Objective.field`. By default the model's velocity.
 
     With seed and index the work is cut into the fixed chunks [c * chunk, (c + 1) * chunk) of the index space; index k
     is always row k % chunk of a batch of `chunk` rows, and rows that fill it up are computed on zeros. Image k is then
     the same bytes however the indices are spread over calls and ranks; hand out whole chunks, so that no row is wasted.
-    Otherwise all N rows are one batch.
+    dopri5, whose steps depend on all rows of a batch, then computes one row at a time. Otherwise all N rows are one
+    batch.
 
-    Raises UserError for an unknown sampler or path, a number out of range, guidance of a model without a null label,
-    labels that the model does not have (where it says num_classes; its null label is one it has), a sampler for another
-    number of times than the model's, noise that is not finite, shapes that do not fit, several or no sources of
-    randomness where one is needed, and repeated indices.
+    Raises UserError for an unknown sampler or path, an option that the sampler does not take, a number out of range,
+    times at which the velocity is infinite, guidance of a model without a null label, labels that the model does not
+    have (where it says num_classes; its null label is one it has), a sampler for another number of times than the
+    model's, noise that is not finite, shapes that do not fit, several or no sources of randomness where one is needed,
+    and repeated indices.
     """
-    check_options(sampler, num_steps, chunk, seed)
+    given = {
+        "diffusion": diffusion,
+        "diffusion_norm": diffusion_norm,
+        "last_step": last_step,
+        "last_step_size": last_step_size,
+        "atol": atol,
+        "rtol": rtol,
+    }
+    options = check_options(sampler, num_steps, chunk, seed, given)
     solver = SOLVERS[sampler]
     count = _check_noise(noise)
     if sum(source is not None for source in (generator, draws, index if seed is None else seed)) > 1:
@@ -92,49 +136,88 @@ def sample(
         raise UserError(f"sampler '{sampler}' draws noise; give generator=, or draws=, or seed= and index=")
     if not isinstance(generator, torch.Generator | None):
         raise UserError(f"generator must be a torch.Generator, not {described(generator)}")
+    check_fits(sampler, getattr(model, "times", TIMES[solver.follows]))
+    if null_label is not None:
+        check_whole("null_label", null_label, 0, 2**31 - 1)
+    if not is_number(t_eps) or not 0 <= t_eps < 1:
+        raise UserError(f"t_eps={t_eps!r} must be a time in [0, 1)")
+    path = as_path(path)
+    grid = time_grid(solver, num_steps, path, prediction, options, time_range, times, time_shift)
     if solver.noisy and draws is not None:
-        _check_draws(draws, noise, num_steps - 1)
-    check_times(sampler, getattr(model, "times", solver.times))
+        _check_draws(draws, noise, len(grid) - 1)
     channels: Channels = getattr(model, "cfg_channels", "all") if cfg_channels is None else cfg_channels
-    guidance = Guidance(cfg_scale, guidance_low, guidance_high, channels, class_token_cfg_scale)
+    guidance = Guidance(
+        cfg_scale, guidance_low, guidance_high, channels, class_token_cfg_scale, guidance_bounds, heun_guidance
+    )
     if class_token_cfg_scale is not None and "class_token" not in leaves(noise):
         raise UserError(
             f"class_token_cfg_scale={class_token_cfg_scale} is for a class token, and noise has none; drop it"
         )
     _check_labels(model, y, count)
-    times, path, state = solver.grid(num_steps), as_path(path), each(lambda leaf: leaf.double(), noise)
+    state, batch = each(lambda leaf: leaf.double(), noise), 1 if solver.adaptive else chunk
 
     def solved(x: Tree, labels: Tensor, draw: Draw) -> Tree:
-        v = field(model, labels, guidance) if field else Velocity(model, labels, guidance, solver.times)
-        return deque(solver(v, x, times, path, draw), maxlen=1).pop()
+        v = (
+            field(model, labels, guidance)
+            if field
+            else Velocity(model, labels, guidance, TIMES[solver.follows], prediction, path, t_eps, null_label)
+        )
+        return deque(solver(v, x, grid, path, draw, **options), maxlen=1).pop()
 
     with torch.no_grad(), _evaluating(model):
         if seed is None or index is None:
             return solved(state, y, _from_generator(generator, state) if draws is None else _given(draws, state))
         result = each(torch.empty_like, state)
-        for first, (rows, places) in _chunks(index, count, chunk).items():
-            x, labels = each(lambda leaf: leaf.new_zeros(chunk, *leaf.shape[1:]), state), y.new_zeros(chunk)
+        for first, (rows, places) in _chunks(index, count, batch).items():
+            x, labels = each(lambda leaf: leaf.new_zeros(batch, *leaf.shape[1:]), state), y.new_zeros(batch)
             _copy(state, rows, x, places)
             labels[places] = y[rows]
-            numbers = torch.arange(first, first + chunk, dtype=torch.int64, device=y.device)
+            numbers = torch.arange(first, first + batch, dtype=torch.int64, device=y.device)
             _copy(solved(x, labels, _philox(seed, numbers, state)), places, result, rows)
         return result
 
 
-def check_options(sampler: str, num_steps: int, chunk: int = 1, seed: int | None = None) -> None:
-    """Raises UserError naming the option, for an unknown sampler or a number out of range."""
+def check_options(
+    sampler: str,
+    num_steps: int,
+    chunk: int = 1,
+    seed: int | None = None,
+    options: Mapping[str, float | str | None] = MappingProxyType({}),
+) -> dict[str, float | str]:
+    """Those of the solver's own options that were given (are not None).
+
+    Raises UserError naming the option, for an unknown sampler, a number out of range, and an option that this sampler
+    does not take.
+    """
     if sampler not in SOLVERS:
         raise UserError(f"unknown sampler '{sampler}'; valid: {', '.join(SOLVERS)}")
     check_whole("num_steps", num_steps, 1, MOST_STEPS)
     check_whole("chunk", chunk, 1, MOST_ROWS)
     if seed is not None:
         check_whole("seed", seed, 0, 2**64 - 1)
+    given = {name: value for name, value in options.items() if value is not None}
+    for name, value in given.items():
+        if name not in SOLVERS[sampler].options:
+            fitting = ", ".join(other for other, solver in SOLVERS.items() if name in solver.options)
+            raise UserError(f"sampler '{sampler}' takes no {name}; drop it, or use {fitting}")
+        if name in CHOICES:
+            if value not in CHOICES[name]:
+                raise UserError(f"unknown {name} '{value}'; valid: {', '.join(CHOICES[name])}")
+        elif not is_number(value) or not math.isfinite(value) or not value >= 0:  # type: ignore[arg-type, operator]
+            raise UserError(f"{name}={value!r} must be a finite number, 0 or more")
+    for name in ("atol", "rtol"):
+        if given.get(name) == 0:
+            raise UserError(f"{name}=0 asks for more than floating point has; give a number above 0")
+    none, size = given.get("last_step") == "none", given.get("last_step_size")
+    if size is not None and none != (size == 0):
+        raise UserError(f"last_step_size={size} does not fit last_step='{given.get('last_step', 'mean')}'; 0 is 'none'")
+    return given
 
 
-def check_times(sampler: str, times: int) -> None:
+def check_fits(sampler: str, times: int) -> None:
     """Raises UserError where a solver cannot sample a model with this number of times."""
-    if SOLVERS[sampler].times != times:
-        fitting = ", ".join(name for name, solver in SOLVERS.items() if solver.times == times)
+    if TIMES[SOLVERS[sampler].follows] != times:
+        fitting = ", ".join(name for name, solver in SOLVERS.items() if TIMES[solver.follows] == times)
         raise UserError(f"sampler '{sampler}' does not fit a model with {times} time{'s' * (times > 1)}; use {fitting}")
 
 
@@ -169,7 +252,7 @@ def _check_dense(name: str, tensor: Tensor) -> None:
 def _check_draws(draws: object, noise: Tree, count: int) -> None:
     entries = draws if isinstance(draws, Tensor | Sequence) and not isinstance(draws, str) else ()
     if [shapes_of(entry) for entry in entries] != [shapes_of(noise)] * count:
-        raise UserError(f"draws must be num_steps - 1 = {count} tensors {shapes_of(noise)}, like the noise")
+        raise UserError(f"draws must be {count} tensors {shapes_of(noise)}, like the noise, one for each noisy step")
 
 
 def _check_labels(model: object, y: Tensor, count: int) -> None:

@@ -65,3 +65,13 @@ def time_sampler(name: str, path: Path | str = "linear", mean: float = 0.0, std:
     if name == "logit_normal":
         return logit_normal(mean, std)
     raise UserError(f"unknown time sampler '{name}'; valid: uniform, lognormal, logit_normal")
+
+
+def shift_times(t: Tensor, shift: float) -> Tensor:
+    """shift t / (1 + (shift - 1) t) for t in [0, 1], above 1 towards the noise (Esser et al., arXiv 2403.03206).
+
+    The inverse has 1 / shift. Raises UserError unless shift is a finite number above 0.
+    """
+    if not 0 < shift < math.inf:
+        raise UserError(f"time_shift={shift!r} must be a finite number above 0; 1 = no shift")
+    return shift * t / (1 + (shift - 1) * t)

@@ -55,7 +55,7 @@ class Flow(Objective):
     """
 
     name = "flow"
-    solvers: ClassVar = {name: solver for name, solver in SOLVERS.items() if solver.times == 1}
+    solvers: ClassVar = {name: solver for name, solver in SOLVERS.items() if solver.follows == "velocity"}
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

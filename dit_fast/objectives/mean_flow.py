@@ -165,7 +165,7 @@ class MeanFlow(Objective):
     """
 
     name = "mean_flow"
-    solvers: ClassVar = {name: solver for name, solver in SOLVERS.items() if solver.times == 2}
+    solvers: ClassVar = {name: solver for name, solver in SOLVERS.items() if solver.follows == "mean_velocity"}
     functional = True
 
     @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,9 @@ class SingleTime(Small):
     times = 1
 
 
+NOISY = {"sampler": "sde", "num_steps": 3, "draws": torch.zeros(2, 2, 2, 3, 3)}
+
+
 def labels(count):
     return torch.arange(count) % 3
 
@@ -244,7 +247,7 @@ def test_mean_flow_gives_the_model_both_times():
 @loop_over(
     ("change", "message"),
     [
-        ({"sampler": "dopri5"}, "'dopri5'; valid: euler, heun"),
+        ({"sampler": "lsoda"}, "'lsoda'; valid: euler, heun"),
         (
             {"sampler": "mean_flow", "model": SingleTime()},
             "'mean_flow' does not fit a model with 1 time; use euler, heun",
@@ -262,7 +265,7 @@ def test_mean_flow_gives_the_model_both_times():
         ({"seed": 1, "index": torch.arange(3)}, r"\[2\]"),
         ({"num_steps": 0}, "num_steps=0"),
         ({"y": torch.zeros(3, dtype=torch.int64)}, r"\[3\]"),
-        ({"path": "vp"}, "path 'vp'"),
+        ({"path": "gvp"}, "path 'gvp'"),
         ({"cfg_scale": 2.0, "model": Exact()}, "null_label"),
         ({"cfg_scale": 2.0, "guidance_low": 0.8, "guidance_high": 0.2}, "swap"),
         ({"cfg_scale": float("nan")}, "cfg_scale=nan"),
@@ -289,8 +292,59 @@ def test_mean_flow_gives_the_model_both_times():
         ({"cfg_scale": 10**400}, "cfg_scale=1000"),
         ({"seed": 0, "index": [0, 1]}, "index must be int64"),
         ({"sampler": "sde", "generator": 3}, "generator must be a torch.Generator, not a int"),
-        ({"sampler": "sde", "num_steps": 3, "draws": iter([])}, "draws must be num_steps - 1 = 2 tensors"),
-        ({"sampler": "sde", "num_steps": 3, "draws": [None, None]}, "draws must be num_steps - 1 = 2 tensors"),
+        ({"sampler": "sde", "num_steps": 3, "draws": iter([])}, "draws must be 2 tensors"),
+        ({"sampler": "sde", "num_steps": 3, "draws": [None, None]}, "draws must be 2 tensors"),
+        ({"diffusion": "sigma"}, "'euler' takes no diffusion; drop it, or use sde, sde_heun"),
+        ({"sampler": "sde", "atol": 1e-3}, "'sde' takes no atol; drop it, or use dopri5"),
+        ({**NOISY, "diffusion": "brownian"}, "unknown diffusion 'brownian'; valid: constant, sbdm"),
+        ({**NOISY, "diffusion_norm": -1.0}, "diffusion_norm=-1.0 must be a finite number, 0 or more"),
+        ({**NOISY, "last_step": "heun"}, "unknown last_step 'heun'; valid: mean, euler, tweedie, none"),
+        ({**NOISY, "last_step_size": float("nan")}, "last_step_size=nan"),
+        ({**NOISY, "last_step_size": 0}, "last_step_size=0 does not fit last_step='mean'; 0 is 'none'"),
+        ({**NOISY, "last_step": "none", "last_step_size": 0.1}, "last_step_size=0.1 does not fit last_step='none'"),
+        (
+            {**NOISY, "last_step_size": 0.2, "time_range": (1, 0.1)},
+            "=0.2 leads beyond the data from t=0.1",
+        ),
+        ({**NOISY, "last_step_size": 1.0}, "the noisy steps end at t=1.0, where they begin; last_step_size must be"),
+        ({**NOISY, "num_steps": 1, "last_step": "none"}, "num_steps=1 of sampler 'sde' is its last step alone"),
+        ({**NOISY, "num_steps": 1, "draws": [], "last_step": "tweedie"}, "divides by alpha, which is 0 at t=1.0"),
+        (
+            {**NOISY, "diffusion": "sbdm", "time_range": (1, 0.1)},
+            "'sbdm' is infinite at t=1.0 on the linear",
+        ),
+        ({**NOISY, "sampler": "sde_heun", "last_step": "none"}, "the score is infinite at t=0.0 on the linear path"),
+        ({"sampler": "dopri5", "atol": 0}, "atol=0 asks for more"),
+        ({"sampler": "dopri5", "times": [1, 0.5, 0]}, r"chooses its steps between two times; give times=\(from, to\)"),
+        ({"sampler": "dopri5", "time_shift": 2}, "'dopri5' chooses its steps itself; drop time_shift="),
+        ({"times": [1, 0], "time_range": (1, 0)}, "drop time_range="),
+        ({"times": [1, 0], "time_shift": 2.0}, "drop time_shift="),
+        ({"times": [1.0]}, "times must be two or more times"),
+        ({"times": [0.0, 1.0]}, "times must descend, from noise to data, and 1.0 follows 0.0"),
+        ({"times": [1.0, float("nan")]}, "times holds nan"),
+        ({"times": [1.0, -0.1]}, "times holds -0.1; a time lies in"),
+        ({"times": ["1", "0"]}, "times holds '1'"),
+        ({"time_range": (0.0, 1.0)}, "time_range must descend"),
+        ({"time_range": 0.5}, r"time_range must be two times, \(from, to\), not 0.5"),
+        ({"time_range": (1, 0.5, 0)}, r"time_range must be two times, \(from, to\)"),
+        ({"time_shift": 0}, "time_shift=0 must be a finite number above 0"),
+        ({"time_shift": float("inf")}, "time_shift=inf"),
+        ({"prediction": "epsilon"}, "unknown prediction 'epsilon'; valid: velocity, score, noise, x"),
+        (
+            {"prediction": "noise", "time_range": (1, 0)},
+            "infinite at t=1.0 on the linear path; stay within",
+        ),
+        ({"prediction": "noise", "path": "cosine", "time_range": (1, 0)}, "infinite at t=1.0 on the cosine path"),
+        (
+            {"prediction": "noise", "path": "vp", "times": [1, 0], "sampler": "heun2"},
+            "infinite at t=0.0 on the vp",
+        ),
+        ({"prediction": "x", "t_eps": 0, "sampler": "heun2"}, "'x' is infinite at t=0.0"),
+        ({"prediction": "noise", "sampler": "mean_flow", "model": Exact()}, "'noise' is not of a mean velocity"),
+        ({"t_eps": 1.0}, r"t_eps=1.0 must be a time in \[0, 1\)"),
+        ({"null_label": -1}, "null_label=-1 must be a whole number"),
+        ({"guidance_bounds": "open"}, "guidance_bounds='open' must be one of inclusive, exclusive"),
+        ({"heun_guidance": "last"}, "heun_guidance='last' must be one of first, each"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
