@@ -147,4 +147,4 @@ class Objective(ABC):
 
     def field(self, model: Backbone, y: Tensor, guidance: Guidance) -> Field:
         """v(x, t, s): float64, what a solver follows from time t to time s, for the labels y [N] and with guidance."""
-        return Velocity(model, y, guidance, model.times)
+        return Velocity(model, y, guidance, model.times, self.prediction, self.path)

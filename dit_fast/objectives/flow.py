@@ -6,10 +6,11 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from dit_fast.diffusion import SOLVERS, Path, time_sampler, velocity_error
+from dit_fast.diffusion import SOLVERS, Guidance, Path, time_sampler, velocity_error
 from dit_fast.diffusion.conversions import Prediction, Weighting, error_weight, train_range, training_pair
-from dit_fast.diffusion.guidance import described
+from dit_fast.diffusion.guidance import Velocity, described
 from dit_fast.diffusion.paths import PathName
+from dit_fast.diffusion.solvers import Field
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.models import Backbone, Taps
 from dit_fast.objectives.base import Context, Objective, noise_for
@@ -109,6 +110,10 @@ class Flow(Objective):
         weight = error_weight(t, self.path, self.prediction, self.config.weighting, self.config.t_eps)
         losses = {name: error * weight for name, error in errors.items()}
         return Context(self, model, x, y, key, t, noised, prediction, losses, taps, batch, number)
+
+    def field(self, model: Backbone, y: Tensor, guidance: Guidance) -> Field:
+        """As `Objective.field`, with the configured t_eps for a prediction of x."""
+        return Velocity(model, y, guidance, model.times, self.prediction, self.path, self.config.t_eps)
 
     def draw_times(self, key: Key) -> Tensor:
         """t [N], keyed; where the published range of training is not [0, 1], the distribution is shrunk to it."""

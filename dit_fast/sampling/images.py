@@ -47,7 +47,14 @@ def sample_images(
         noise = initial_noise(options.seed, index, shapes)
         with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
             latents = sample(
-                model, noise, labels, index=index, path=objective.path, field=objective.field, **options.arguments()
+                model,
+                noise,
+                labels,
+                index=index,
+                path=objective.path,
+                prediction=objective.prediction,
+                field=objective.field,
+                **options.arguments(),
             )
         pictures = decode_images(image(latents), info, decoder, f"weights of step {run.step}", first)
         return Samples(pictures, labels.cpu().numpy(), run.step, options.text(), first)
