@@ -3,7 +3,8 @@
 Paper presets are named METHOD-SIZE-RESOLUTION (`diversedit-xl2-256`, `sit-b2-512`, `repa-l2-256`,
 `diversedit-repa-b2-256`). They carry the settings of DiverseDiT (arXiv 2603.04239, Sec. 4.1 and Tab. A1): AdamW 1e-4
 constant, batch 256, clip 1.0, EMA 0.9999, label dropout 0.1, 400K steps, linear path, uniform t; bf16 in place of
-fp16. REPA is aligned at block 5 (B) or 8 (L, XL), REG at 4 or 8, coefficient 0.5. Mean flow (`mean_flow-b4-256`,
+fp16. REPA is aligned at block 5 (B) or 8 (L, XL), REG at 4 or 8, coefficient 0.5. SRA has the blocks, the distance and
+the weight of its paper (arXiv 2505.02831); DiverseDiT with it names no coefficients. Mean flow (`mean_flow-b4-256`,
 `diversedit-mean_flow-xl2-256`) has its own settings (arXiv 2505.13447): beta2 0.95, no clipping, float32.
 `quickstart` and `quickstart-METHOD` learn ten classes in minutes on two CPU cores.
 """
@@ -18,6 +19,7 @@ from dit_fast.errors import ConfigError
 from dit_fast.methods.diversedit import DiverseDiT
 from dit_fast.methods.reg import REG
 from dit_fast.methods.repa import REPA
+from dit_fast.methods.sra import SRA
 from dit_fast.models import SiT
 from dit_fast.objectives import MeanFlow
 from dit_fast.options import groups, keys, nearest
@@ -34,6 +36,9 @@ from dit_fast.runs import (
 
 NANO = SiT.Config(name="SiT-Nano/2")  # six blocks of quick-start size
 ENCODER_DEPTH = {"b2": 5, "l2": 8, "xl2": 8}  # aligned block, counted from 1
+SELF_ALIGNED = {"b2": (3, 8), "l2": (6, 16), "xl2": (8, 20)}  # blocks of SRA's student and teacher, from 1
+SELF_WEIGHT = {256: (149, 1000), 512: (99, 800)}  # epochs of SRA's weight: until it falls, then to a tenth
+EPOCH = 5004  # steps of 256 samples in ImageNet's 1,281,167
 GUIDED_TARGETS = {  # omega, kappa, largest guided t of mean flow: B and L as published, XL as other trainers have it
     "b4": (1.0, 0.5, 1.0),
     "b2": (1.0, 0.5, 1.0),
@@ -57,10 +62,19 @@ def _imagenet(size: str, resolution: int, methods: Sequence[str], **more: Any) -
 def paper(methods: Sequence[str], size: str, resolution: int) -> TrainConfig:
     """The published setting for one backbone size ("b2", "l2", "xl2") at 256 or 512 pixels (f8 latents, 4 channels)."""
     depth = ENCODER_DEPTH[size]
+    (student, teacher), (knee, decade) = SELF_ALIGNED[size], SELF_WEIGHT[resolution]
     configs = {
         "diversedit": DiverseDiT.Config(encoder_depth=depth if "repa" in methods else None),
         "repa": REPA.Config(encoder_depth=depth),
         "reg": REG.Config(encoder_depth=4 if size == "b2" else 8),
+        "sra": SRA.Config(
+            student_depth=student,
+            teacher_depth=teacher,
+            distance="smooth_l1",
+            weight=0.2,
+            weight_knee=knee * EPOCH,
+            weight_decade=decade * EPOCH,
+        ),
     }
     name = f"{'-'.join(methods) or 'sit'}-{size}-{resolution}"
     return TrainConfig(
@@ -130,6 +144,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "methods": (REG.Config(encoder_depth=2, projector_width=256),),
         "model": replace(NANO, class_token=112),
     },
+    "sra": {"methods": (SRA.Config(student_depth=2, teacher_depth=4, decay=0.995),)},
     "mean_flow": {
         "objective": MeanFlow.Config(),
         "model": replace(NANO, times=2),
@@ -138,7 +153,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "cfg_scale": 1.0,
     },
 }
-BESIDE_DIVERSEDIT = ("repa", "reg", "mean_flow")  # those of SMALL that are also there with it
+BESIDE_DIVERSEDIT = ("repa", "reg", "sra", "mean_flow")  # those of SMALL that are also there with it
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "quickstart": quickstart,
@@ -149,7 +164,8 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     },
     **{
         f"{'-'.join(methods) or 'sit'}-{size}-{resolution}": partial(paper, methods, size, resolution)
-        for methods in ((), ("diversedit",), ("repa",), ("diversedit", "repa"), ("reg",), ("diversedit", "reg"))
+        for methods in ((), ("repa",), ("reg",), ("sra",))
+        for methods in (methods, ("diversedit", *methods))
         for size in ENCODER_DEPTH
         for resolution in (256, 512)
     },

@@ -112,8 +112,9 @@ class _Run:
         )
         self.flops = model.flops_per_sample()
         if config.engine.compile:
-            for block in model.blocks:
-                block.compile()
+            for network in (model, *(teacher for method in methods for teacher in method.teachers)):
+                for block in network.blocks:
+                    block.compile()
         self.engine = self._engine(loss, [group for method in methods for group in method.param_groups()])
         if checkpoint is not None:
             with self._alone():

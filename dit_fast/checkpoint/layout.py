@@ -23,6 +23,7 @@ GROUPS = {
     "diversedit": (BASE[0], "skip_linears", "skip_norms", *BASE[1:-1], "projectors", BASE[-1]),
     "reg": (*BASE[:-1], "projectors", BASE[-1], "cls_projectors2", "wg_norm"),
     "mean_flow": (*BASE, "r_embedder"),
+    "sra": (*BASE[:-1], "ap_head", BASE[-1]),
 }
 # What one family alone has: where it belongs, and what makes a model have it.
 OWN = {
@@ -31,6 +32,7 @@ OWN = {
     "cls_projectors2": ("reg", "a model with a class token"),
     "wg_norm": ("reg", "a model with a class token"),
     "r_embedder": ("mean_flow", "a model of two times"),
+    "ap_head": ("sra", "the head of SRA"),
 }
 
 

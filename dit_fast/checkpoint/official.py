@@ -1,7 +1,7 @@
-"""Checkpoints of the published REPA, SiT, DiT, DiverseDiT, REG and mean flow codes, in and out, bit for bit.
+"""Checkpoints of the published REPA, SiT, DiT, DiverseDiT, REG, mean flow and SRA codes, in and out, bit for bit.
 
 Names and shapes are those of the published modules (REPA, arXiv 2410.06940; SiT, 2401.08740; DiT, 2212.09748;
-DiverseDiT, 2603.04239; REG, 2507.01467; mean flow, 2505.13447, as in the PyTorch code).
+DiverseDiT, 2603.04239; REG, 2507.01467; mean flow, 2505.13447, as in the PyTorch code; SRA on SiT, 2505.02831).
 What a state_dict does not say must be given (wiring of the long skips) or is taken to be as usual and logged in one
 line (number of heads, a null label in the label table).
 """
@@ -31,7 +31,7 @@ from dit_fast.models.dit import DiT
 from dit_fast.models.reversed_sit import ReversedSiT
 from dit_fast.models.sit import SiT
 from dit_fast.nn.embeddings import LabelEmbedder
-from dit_fast.nn.projector import projector
+from dit_fast.nn.projector import SelfProjector, projector
 
 LABEL_DROPOUT = ("label_dropout", "class_dropout_prob", "cfg_prob")  # its names in headers and training arguments
 
@@ -57,10 +57,11 @@ def load_official(
     """A model, in eval mode, with published weights.
 
     source: a state_dict, a training checkpoint {model, ema, opt, args, steps}, or the path of a `.pt` or `.safetensors`
-    file. family: "repa", "sit", "dit", "diversedit", "reg" or "mean_flow". "sit" models take our t and return our v;
-    "dit" models take steps t int64 and return noise and logits of the variance [N, 2C, H, W] (samplers "ddpm", "ddim").
-    `sample` guides three channels of both by default, as the released samplers do. "reg" models take and return
-    {"image", "class_token"}, "mean_flow" models take t [N, 2]. Alignment heads come as `model.projectors`.
+    file. family: "repa", "sit", "dit", "diversedit", "reg", "mean_flow" or "sra". "sit" models take our t and return
+    our v; "dit" models take steps t int64 and return noise and logits of the variance [N, 2C, H, W] (samplers "ddpm",
+    "ddim"). `sample` guides three channels of both by default, as the released samplers do. "reg" models take and
+    return {"image", "class_token"}, "mean_flow" models take t [N, 2]. Alignment heads come as `model.projectors`, SRA's
+    as `model.ap_head`.
     Sizes are read off the shapes. num_heads is read off the query norm where there is one, else off the file's header
     or arguments; it defaults to head width 64 (72 at width 1152), which is logged.
     num_classes: rows of the label table without the null label's; default: what the file's header or arguments say,
@@ -106,9 +107,10 @@ def export_official(model: nn.Module, family: str | None = None) -> dict[str, Te
     """The state_dict that the published code of a family loads: CPU copies, in its key order.
 
     family defaults to where the weights came from, else to "dit" with a learned variance, "reg" with a class token,
-    "mean_flow" with two times, "diversedit" with long skips and "repa" without. A model that `load_official` made gives
-    back the source's bits, key order and dtypes. A model of ours exported as "sit" gets the reversed time and sign
-    folded into its weights (exact up to rounding) and an 8-channel style head whose second half is zero.
+    "mean_flow" with two times, "sra" with its head, "diversedit" with long skips and "repa" without. A model that
+    `load_official` made gives back the source's bits, key order and dtypes. A model of ours exported as "sit" gets the
+    reversed time and sign folded into its weights (exact up to rounding) and an 8-channel style head whose second half
+    is zero.
     Raises CheckpointError if the family cannot hold the model, naming the key.
     """
     sit = cast(SiT, model)
@@ -162,6 +164,8 @@ def _natural_family(model: SiT) -> str:
         return "dit"
     if model.class_token or model.times == 2:
         return "reg" if model.class_token else "mean_flow"
+    if hasattr(model, "ap_head"):
+        return "sra"
     return "repa" if model.config.skip_wiring == "off" else "diversedit"
 
 
@@ -224,6 +228,8 @@ def _empty_model(layout: Layout, family: str, wiring: str) -> SiT:
             f"the latents ({layout.in_channels}); an official SiT or DiT file needs family='sit' or family='dit'"
         )
     model = _with_labels(SiT(config), layout)
+    if family == "sra":
+        model.add_head("ap_head", SelfProjector(layout.hidden_size))
     for width, features in layout.projectors:
         model.add_projector(projector(layout.hidden_size, width, features))
     return model

@@ -36,8 +36,9 @@ class Method(ABC):
 
     fields: of the data set, which a batch then has beside latents and labels. adds: leaves that `state` gives beside
     the image. blocks: from 0, whose outputs pass the method's collector and are in the context's `features`. averaged:
-    floating-point buffers of the model whose moving average the EMA file holds. functional: whether it differentiates
-    the model forward or calls it with other parameters.
+    floating-point buffers of the model whose moving average the EMA file holds. teachers: networks beside the model
+    that it runs, without gradients; they are compiled where the model is. functional: whether it differentiates the
+    model forward or calls it with other parameters.
     """
 
     name: ClassVar[str]
@@ -47,6 +48,7 @@ class Method(ABC):
     adds: tuple[str, ...] = ()
     blocks: frozenset[int] = frozenset()
     averaged: tuple[str, ...] = ()
+    teachers: tuple[Backbone, ...] = ()
 
     def __init__(self, config: Any, model: Backbone, data: DatasetInfo):
         """Binds the method to a run: works out its blocks and adds its heads (`model.add_projector`, `model.add_head`).

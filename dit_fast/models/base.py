@@ -1,5 +1,6 @@
 """What every backbone offers: its facts as attributes, one signature of `forward`, and block outputs through `Taps`."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -194,6 +195,20 @@ class Backbone(nn.Module, ABC):
         if not isinstance(getattr(self, "projectors", None), nn.ModuleList):
             self.add_head("projectors", nn.ModuleList())
         self.projectors.append(module)
+
+    def trunk(self, last: int) -> "Backbone":
+        """A teacher's network: a frozen copy in eval mode, on the same device, of what a forward with `stop=last` runs.
+
+        Names of parameters stay. It can run with no later stop.
+        """
+        copied = copy.deepcopy(self, {id(module): nn.Identity() for module in self.beyond(last)})
+        return copied.requires_grad_(False).eval()
+
+    def beyond(self, last: int) -> list[nn.Module]:
+        """The modules that a forward with `stop=last` does not run: later blocks, heads of methods, the head."""
+        names = list(self._modules)
+        heads = names[names.index("blocks") + 1 : names.index(HEAD) + 1]
+        return [*list(self.blocks)[last + 1 :], *(getattr(self, name) for name in heads)]
 
     def _check(self, x: Tree, t: Tensor, y: Tensor) -> None:
         named, count = leaves(x), len(image(x))

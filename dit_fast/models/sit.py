@@ -158,6 +158,12 @@ class SiT(Backbone):
             return self._unpatchify(output)
         return {**output, "image": self._unpatchify(output["image"])}
 
+    def beyond(self, last: int) -> list[nn.Module]:
+        if self.config.skip_wiring == "off":
+            return super().beyond(last)
+        used = max(0, last + 1 - self.depth // 2)
+        return [*super().beyond(last), *list(self.skip_linears)[used:], *list(self.skip_norms)[used:]]
+
     def _condition(self, t: Tensor, y: Tensor) -> Tensor:
         if self.times == 1:
             return self.t_embedder(t) + self.y_embedder(y)

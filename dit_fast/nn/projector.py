@@ -1,6 +1,7 @@
-"""The alignment head of REPA (arXiv 2410.06940): three linear layers from a block's features to an encoder's."""
+"""Alignment heads of REPA (arXiv 2410.06940), from a block's features to an encoder's, and of SRA, to a block's."""
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dit_fast.nn.linear import xavier_linear
 
@@ -14,3 +15,15 @@ def projector(hidden_size: int, width: int, out_features: int) -> nn.Sequential:
         nn.SiLU(),
         xavier_linear(width, out_features),
     )
+
+
+class SelfProjector(nn.Module):
+    """SRA's (arXiv 2505.02831): [..., width] to the same through a hidden layer of twice the width, SiLU between."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear1 = xavier_linear(width, 2 * width)
+        self.linear2 = xavier_linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear2(F.silu(self.linear1(x)))

@@ -55,6 +55,7 @@ def _what_you_see(main: RunStory) -> Section:
         "a diversity loss keeps the blocks from doing the same work": "diversedit" in methods,
         "one block is aligned with the features of a frozen image encoder": "repa" in methods or "reg" in methods,
         "that encoder's class token is denoised beside the image": "reg" in methods,
+        "one block is aligned with a later block of the model's own average, at less noise": "sra" in methods,
         "it learned mean velocities, for samples in one step": main.config["objective"]["name"] == "mean_flow",
     }
     extras = [text for text, holds in told.items() if holds]

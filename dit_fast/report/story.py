@@ -18,7 +18,7 @@ from dit_fast.sampling.options import SampleOptions
 from dit_fast.sampling.samples import FILE_NAME, Samples
 from dit_fast.world import single
 
-METHOD_NAMES = {"mean_flow": "mean flow", "diversedit": "DiverseDiT", "repa": "REPA", "reg": "REG"}
+METHOD_NAMES = {"mean_flow": "mean flow", "diversedit": "DiverseDiT", "repa": "REPA", "reg": "REG", "sra": "SRA"}
 TAIL = 0.1  # share of the run over which final values are averaged
 
 

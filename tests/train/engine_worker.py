@@ -73,10 +73,11 @@ def run(scenario, world, folder):
     for parameter in model.parameters():  # zero-initialised gates would leave most gradients at zero
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.03)
+    methods = build_methods(config.methods, model, None)
     loss = TrainingLoss(
         model,
         OBJECTIVES[config.objective.name](config.objective, model),
-        build_methods(config.methods, model, None),
+        methods,
         seed=3,
         label_dropout=0.1,
         precision=config.engine.precision,
@@ -91,10 +92,12 @@ def run(scenario, world, folder):
             block.compile(backend="aot_eager")
     engine = engine_of(loss, config, world)
     restore(engine, checkpoint)
+    rest = Rest(methods, engine, 0.9, checkpoint)
     result = {"losses": [], "norms": [], "applied": []}
     for step in range(first, scenario["steps"]):
         batches = micro_batches(step, world, micro, scenario.get("poisoned", ()))
         outcome = engine.train_step(batches, step, 1e-3)
+        rest.after_update(outcome.applied)
         result["losses"].append(world.reduce(outcome.logs["loss"].clone(), "mean").item())
         result["norms"].append(float(outcome.grad_norm))
         result["applied"].append(outcome.applied)
@@ -105,7 +108,7 @@ def run(scenario, world, folder):
     if "broken" in scenario:
         result["diverged"] = diverged(checkpoints, engine, state, scenario["broken"])
     else:
-        assert checkpoints.save(engine, Rest((), engine, 0.9).tensors(), state)
+        assert checkpoints.save(engine, rest.tensors(), state)
     return result
 
 

@@ -1,4 +1,4 @@
-"""Whole runs of REG and mean flow from real shards, alone, together and beside DiverseDiT."""
+"""Whole runs of REG, SRA and mean flow from real shards, alone, together and beside DiverseDiT."""
 
 import re
 
@@ -13,7 +13,19 @@ from tests.helpers.toy_runs import Ranks, arguments, losses, rows, tensors
 SMALL = ("model.depth=4", "model.hidden_size=32", "model.num_heads=2", "optimizer.ema_decay=0.5")
 REG = ("methods=diversedit,reg", "methods.reg.encoder_depth=2", "methods.reg.projector_width=8", "model.class_token=6")
 MEAN_FLOW = ("objective=mean_flow", "model.times=2")
-RUNS = {"reg": REG, "mean_flow": (*MEAN_FLOW, "methods=diversedit"), "both": (*MEAN_FLOW, *REG)}
+SRA = ("methods.sra.student_depth=1", "methods.sra.teacher_depth=3", "methods.sra.decay=0.5")
+RUNS = {
+    "reg": REG,
+    "mean_flow": (*MEAN_FLOW, "methods=diversedit"),
+    "sra": ("methods=diversedit,sra", *SRA),
+    "both": (*MEAN_FLOW, *REG, "methods=diversedit,reg,sra", *SRA),
+}
+TITLES = {
+    "reg": "REG",
+    "mean_flow": "mean flow + DiverseDiT",
+    "sra": "DiverseDiT + SRA",
+    "both": "mean flow + DiverseDiT + REG + SRA",
+}
 
 
 def start(shards, run, name, *overrides):
@@ -30,18 +42,20 @@ def test_a_run_resumes_exactly_and_samples(name, token_shards, tmp_path):
     first, second = tensors(once, 8), tensors(again, 8)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
-    last = rows(once)[-1]
-    logged = {"diversedit/total", *({"reg/class_token", "reg/alignment"} if name != "mean_flow" else ())}
-    assert logged | {"flow" if name == "reg" else "mean_flow"} <= last.keys()
-    options = ["--per-class", "2", *(["--num-steps", "3", "--sampler", "sde"] if name == "reg" else [])]
+    flow, last = MEAN_FLOW[0] not in RUNS[name], rows(once)[-1]
+    logged = {"diversedit/total", "flow" if flow else "mean_flow"}
+    logged |= {"reg/class_token", "reg/alignment"} if name in ("reg", "both") else set()
+    logged |= {"sra/alignment"} if name in ("sra", "both") else set()
+    assert logged <= last.keys()
+    options = ["--per-class", "2", *(["--num-steps", "3", "--sampler", "sde"] if flow else [])]
     assert command(["sample", str(once), "--out", str(tmp_path / "images.npz"), *options]) == 0
     drawn = Samples.load(tmp_path / "images.npz")
     assert drawn.images.shape == (6, 16, 16, 3)
-    assert drawn.text.startswith("sde, 3 steps" if name == "reg" else "mean_flow, 1 steps, guidance 1,")
+    assert drawn.text.startswith("sde, 3 steps" if flow else "mean_flow, 1 steps, guidance 1,")
     assert command(["report", str(once), "--out", str(tmp_path / "report")]) == 0
     page = re.sub('base64,[^"]*', "", (tmp_path / "report" / "report.html").read_text())
     assert "nan" not in page
-    assert {"reg": "REG", "mean_flow": "mean flow + DiverseDiT", "both": "mean flow + DiverseDiT + REG"}[name] in page
+    assert TITLES[name] in page
 
 
 def test_repa_beside_reg_has_a_projector_of_its_own(token_shards, tmp_path):

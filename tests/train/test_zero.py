@@ -19,6 +19,8 @@ STAGES = (0, 1, 2, 3)
 DIVERSE = {"diversedit": {"pairs": "all", "scope": "global", "weight": "continuous", "low": 0.0}}
 
 SPREAD = {"dispersive": {"scope": "global", "weight": 5.0}}
+# A teacher that keeps half of itself: whether it follows the weights shows at once.
+SRA = {"methods": {"sra": {"student_depth": 2, "teacher_depth": 5, "decay": 0.5, "distance": "smooth_l1"}}}
 QK = {"qk_norm": True}
 TOY = {"toy": {"steps_of_b": [0]}, "poisoned": [3]}
 SECOND = "toy-{}/checkpoints/step_00000002"
@@ -39,6 +41,8 @@ TWO_RANKS = [
         for stage in STAGES
     ),
     *({"name": f"twice-{stage}", "stage": stage, "steps": 1, "toy": {**TOY["toy"], "twice": True}} for stage in STAGES),
+    {"name": "sra-start", "stage": 3, "steps": 0, **SRA},
+    *({"name": f"sra-{stage}", "stage": stage, "steps": 4, "micro": 2, "poisoned": [3], **SRA} for stage in STAGES),
     {"name": "uneven", "stage": 2, "steps": 2, "toy": {**TOY["toy"], "uneven": True}},
     *(
         {
@@ -67,6 +71,8 @@ AFTER = [
     {"name": "toy-single", "steps": 5, "micro": 4, **TOY},
     {"name": "toy-single-on", "steps": 5, "micro": 4, "load": SECOND.format("single"), **TOY},
     {"name": "twice-single", "steps": 1, "toy": {**TOY["toy"], "twice": True}},
+    {"name": "sra-single", "steps": 4, "poisoned": [3], **SRA},
+    {"name": "sra-before", "steps": 3, **SRA},
     {"name": "reads-single", "steps": 3, "model": QK},
     {"name": "global-single", "steps": 3, "methods": DIVERSE},
     {"name": "spread-single", "steps": 3, "methods": SPREAD},
@@ -199,6 +205,24 @@ def test_untrained_state_moves_and_survives(results, folder, stage):
     torch.testing.assert_close(once["model/mean"], mean)
     torch.testing.assert_close(once["ema/mean"], average)
     assert torch.equal(once["model/frozen"], _state(folder, "toy-single", 2)["model/frozen"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_teacher_is_the_same_on_all_ranks_and_that_of_one_process(results, folder, stage):
+    """Saving compares its bits over the ranks. The last step is skipped, and leaves it as it was."""
+    assert results[f"sra-{stage}"]["losses"][:3] == pytest.approx(results["sra-single"]["losses"][:3], rel=1e-5)
+    assert results[f"sra-{stage}"]["applied"] == [True, True, True, False]
+    alone, before, start, found = (
+        {name: tensor for name, tensor in _state(folder, f"sra-{kind}", steps).items() if name.startswith("rest/sra.")}
+        for kind, steps in (("single", 4), ("before", 3), ("start", 0), (stage, 4))
+    )
+    assert alone.keys() == before.keys() == start.keys() == found.keys()
+    for name, tensor in alone.items():
+        assert torch.equal(tensor, before[name])
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=2e-5, msg=name)
+    model = _state(folder, "sra-start", 0)
+    assert all(torch.equal(tensor, model[name.replace("rest/sra.", "model/")]) for name, tensor in start.items())
+    assert not any(torch.equal(start[name], tensor) for name, tensor in alone.items() if "blocks" in name)
 
 
 def test_a_buffer_that_differs_between_ranks_is_refused(results):
