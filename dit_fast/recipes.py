@@ -4,7 +4,8 @@ Paper presets are named METHOD-SIZE-RESOLUTION (`diversedit-xl2-256`, `sit-b2-51
 `diversedit-repa-b2-256`). They carry the settings of DiverseDiT (arXiv 2603.04239, Sec. 4.1 and Tab. A1): AdamW 1e-4
 constant, batch 256, clip 1.0, EMA 0.9999, label dropout 0.1, 400K steps, linear path, uniform t; bf16 in place of
 fp16. REPA is aligned at block 5 (B) or 8 (L, XL), REG at 4 or 8, coefficient 0.5. SRA has the blocks, the distance and
-the weight of its paper (arXiv 2505.02831); DiverseDiT with it names no coefficients. Mean flow (`mean_flow-b4-256`,
+the weight of its paper (arXiv 2505.02831). DiverseDiT tells no coefficients of its runs with SRA, or with Dispersive
+Loss and SRA (Tab. 9): here they have each method's own. Mean flow (`mean_flow-b4-256`,
 `diversedit-mean_flow-xl2-256`) has its own settings (arXiv 2505.13447): beta2 0.95, no clipping, float32.
 `quickstart` and `quickstart-METHOD` learn ten classes in minutes on two CPU cores.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_fast.errors import ConfigError
+from dit_fast.methods.dispersive import Dispersive
 from dit_fast.methods.diversedit import DiverseDiT
 from dit_fast.methods.reg import REG
 from dit_fast.methods.repa import REPA
@@ -75,6 +77,7 @@ def paper(methods: Sequence[str], size: str, resolution: int) -> TrainConfig:
             weight_knee=knee * EPOCH,
             weight_decade=decade * EPOCH,
         ),
+        "dispersive": Dispersive.Config(),
     }
     name = f"{'-'.join(methods) or 'sit'}-{size}-{resolution}"
     return TrainConfig(
@@ -169,6 +172,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
         for size in ENCODER_DEPTH
         for resolution in (256, 512)
     },
+    "diversedit-dispersive-sra-b2-256": partial(paper, ("diversedit", "dispersive", "sra"), "b2", 256),
     **{
         f"{'-'.join([*methods, 'mean_flow'])}-{size}-256": partial(mean_flow, methods, size)
         for methods in ((), ("diversedit",))

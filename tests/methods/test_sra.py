@@ -11,9 +11,11 @@ from dit_fast.checkpoint import load_official
 from dit_fast.errors import UserError
 from dit_fast.methods import build_methods
 from dit_fast.methods.sra import SHIFT_STREAM, SRA, alignment, sra_loss
+from dit_fast.models.registry import new_model
 from dit_fast.nn.projector import SelfProjector
 from dit_fast.objectives import Flow, MeanFlow
 from dit_fast.philox import Key
+from dit_fast.recipes import RECIPES, load
 from dit_fast.train.loss import TrainingLoss
 from tests.helpers.deterministic_fill import fill
 from tests.helpers.golden import assert_close, golden, golden_names
@@ -207,3 +209,13 @@ def test_the_weight_falls_tenfold_after_its_knee():
     for epoch, expected in ((0, 0.2), (149, 0.2), (649, 2 * 0.1**1.5), (1149, 0.02)):
         assert method.weight(epoch * 5004) == pytest.approx(expected)
     assert bound()[1].weight(10**9) == 0.5
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "sra" in name.split("-")])
+def test_recipes_align_blocks_that_their_models_have(name):
+    config = load(name, ["model.input_size=8", "model.in_channels=12", "model.num_classes=10"])
+    with torch.device("meta"):
+        method = SRA(next(each for each in config.methods if each.name == "sra"), new_model(config.model), None)
+    published = {"b2": (3, 8), "l2": (6, 16), "xl2": (8, 20)}
+    size = next((part for part in name.split("-") if part in published), None)
+    assert (method.block + 1, method.last + 1) == published.get(size, (2, 4))
