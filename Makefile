@@ -16,11 +16,11 @@ INSTALLED := $(VENV)/.installed
 EXTRAS := train,dev,diffusers,repa,twemoji
 CODE := dit_fast examples
 
-.PHONY: help install native quickstart test test-kernels test-long chaos gpu-suite pytest lint format clean
+.PHONY: help install native quickstart test test-kernels test-long chaos matrix gpu-suite pytest lint format clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
-	@echo "make native | test | test-kernels | test-long | chaos | gpu-suite | lint | format | clean"
+	@echo "make native | test | test-kernels | test-long | chaos | matrix | gpu-suite | lint | format | clean"
 
 install: $(INSTALLED)
 
@@ -65,6 +65,10 @@ test-kernels: $(INSTALLED)
 # Accidents at random to small runs: kills, torn checkpoints, damaged shards ... for SECONDS (60), from SEED (random).
 chaos: $(INSTALLED)
 	@$(BIN)/python -m tests.chaos --seconds $(or $(SECONDS),60) $(if $(SEED),--seed '$(SEED)') $(PARTS)
+
+# Every method and every allowed pair: 20 steps in two processes, killed, resumed with equal bits, sampled.
+matrix: $(INSTALLED)
+	@$(BIN)/python -m tests.matrix $(if $(RECORD),--record) $(if $(SEED),--seed '$(SEED)')
 
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest -m long

@@ -22,12 +22,15 @@ METHOD = {
     ),
     "dispersive": ("methods.dispersive.depth=3",),
 }
-OBJECTIVE = {
-    "flow": (),
+PREDICTIONS = {
     "score": ("objective.prediction=score",),
     "noise": ("objective.prediction=noise",),
     "x": ("objective.prediction=x",),
     "vp": ("objective.path=vp", "objective.prediction=noise"),
+}
+OBJECTIVE = {
+    "flow": (),
+    **PREDICTIONS,
     "mean_flow": ("objective=mean_flow", "model.times=2"),
     "ddpm": ("objective=ddpm", "model=DiT-Nano/2"),
 }
@@ -35,7 +38,7 @@ OBJECTIVE = {
 
 def parts():
     """Names of all parts: first what replaces flow matching, then the methods."""
-    kinds = [name for name in OBJECTIVE if name != "flow" and name in {*OBJECTIVES, "score", "noise", "x", "vp"}]
+    kinds = [name for name in OBJECTIVE if name != "flow" and name in {*OBJECTIVES, *PREDICTIONS}]
     return [*kinds, *(name for name in OBJECTIVES if name not in OBJECTIVE), *METHODS]
 
 

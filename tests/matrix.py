@@ -1,0 +1,216 @@
+"""Every method and every allowed pair, for real: `make matrix`, or python -m tests.matrix [--only A,B ...] [--record].
+
+A cell is a toy run of 20 steps in two processes under ZeRO-1: once undisturbed; again with both processes killed at a
+random step, and once more by the same command to the end, which must give equal bits (weights, averages, moments, what
+methods keep, logged rows); then samples. A pair that is refused is written down with its reason. The last line is JSON;
+--record writes benchmarks/results/cpu/method_matrix.json and the table in docs/methods.md.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dit_fast.benchmarks.results import RESULTS, environment
+from dit_fast.cli import main as command
+from dit_fast.sampling.samples import Samples
+from dit_fast.train import loop as loop  # imported once, so that forked ranks start in no time
+from dit_fast.train import zero as zero
+from dit_fast.train.__main__ import main as train
+from tests.helpers.parts import PREDICTIONS, add_tokens, cells, settings
+from tests.helpers.toy_runs import arguments, free_port, make_shards, rows, rows_so_far, tensors, wait_for
+
+STEPS, EVERY, RANKS = 20, 5, 2
+PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
+BEGIN, END = "<!-- matrix: python -m tests.matrix --record -->", "<!-- end of matrix -->"
+
+
+def pairs_that_matter():
+    """All cells but pairs with a prediction of flow matching, which differ from `flow` in one line of arithmetic."""
+    return [cell for cell in cells() if len(cell) == 1 or not set(cell) & set(PREDICTIONS)]
+
+
+def fork(log, act, **variables):
+    """act() in a forked process with its output in a file; the process id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 70  # a traceback
+    try:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.environ.update(variables)
+        torch.set_num_threads(1)
+        code = act()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def launch(log, line):
+    """The two ranks of a training command."""
+    place = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [fork(log, lambda: train(line), RANK=str(rank), LOCAL_RANK=str(rank), **place) for rank in range(RANKS)]
+
+
+def ended(children, timeout=300):
+    """Exit codes; an abort in the teardown after all work is done (rarely, gloo) counts as 0."""
+    codes = {}
+    with contextlib.suppress(TimeoutError):
+        wait_for(lambda: codes.update(reap(children, codes)) or len(codes) == len(children), timeout)
+    for child in children:
+        if child not in codes:
+            os.kill(child, signal.SIGKILL)
+            codes[child] = f"still running after {timeout} s ({os.waitpid(child, 0)[1]})"
+    return [0 if code == -signal.SIGABRT else code for code in codes.values()]
+
+
+def reap(children, codes):
+    found = {child: os.waitpid(child, os.WNOHANG) for child in children if child not in codes}
+    return {child: os.waitstatus_to_exitcode(status) for child, (pid, status) in found.items() if pid}
+
+
+def stages(run):
+    """The run folders that one command made."""
+    return [run] if (run / "checkpoints").is_dir() else sorted(run.glob("stage*"))
+
+
+def try_cell(cell, shards, folder, rng):
+    """What became of one cell: a row of the result. Raises AssertionError where something is not as it must be."""
+    log, calm, killed = folder / "log.txt", folder / "calm", folder / "killed"
+    options = [f"run.steps={STEPS}", f"run.checkpoint_every={EVERY}", "engine.micro_batch=2", "engine.zero_stage=1"]
+    line = lambda run: arguments(shards, run, *settings(cell), *options)  # noqa: E731
+    codes = ended(launch(log, line(calm)))
+    if codes == [2, 2]:
+        reason = re.search(r"dit-fast: error: (.*)", log.read_text())
+        assert reason, log.read_text()[-2000:]
+        return {"parts": cell, "outcome": "refused", "reason": reason[1]}
+    assert codes == [0, 0], f"exit codes {codes}: {log.read_text()[-2000:]}"
+    runs = stages(calm)
+    victim = rng.choice(runs).relative_to(calm)
+    step = rng.randint(2, STEPS - 2)
+    children = launch(log, line(killed))
+    try:
+        wait_for(lambda: len(rows_so_far(killed / victim)) >= step)
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+    ended(children)
+    codes = ended(launch(log, line(killed)))
+    assert codes == [0, 0], f"after the kill at step {step}: exit codes {codes}: {log.read_text()[-2000:]}"
+    for run in runs:
+        place = run.relative_to(calm)
+        assert rows(run) == rows(killed / place), f"after the kill at step {step} of {place}: other rows"
+        ours, theirs = tensors(run, STEPS), tensors(killed / place, STEPS)
+        different = [name for name in ours if name not in theirs or not torch.equal(ours[name], theirs[name])]
+        assert not different, f"other bits: {different[:3]}, {len(different)} in all"
+        assert ours.keys() == theirs.keys(), "other tensors"
+    images = folder / "images.npz"
+    drawing = ["sample", str(stages(killed)[-1]), "--per-class", "1", "--num-steps", "4", "--out", str(images)]
+    assert ended([fork(log, lambda: command(drawing))]) == [0], log.read_text()[-2000:]
+    drawn, logged = Samples.load(images).images, rows(stages(calm)[-1])
+    assert np.isfinite([row["loss"] for row in logged]).all(), "losses that are not finite"
+    assert drawn.std() > 0, "every pixel drawn is the same"
+    return {
+        "parts": cell,
+        "outcome": "trained",
+        "killed_at": {"run": str(victim), "step": step},
+        "loss": [logged[0]["loss"], logged[-1]["loss"]],
+        "terms": sorted(name for name in logged[-1] if "/" in name),
+        "sampler": Samples.load(images).text.split(",")[0],
+    }
+
+
+def table(result):
+    """The lower half of the square of parts: yes, or the number of the reason below."""
+    rows = {tuple(row["parts"]): row for row in result["cells"]}
+    names = list(dict.fromkeys(name for cell in rows for name in cell if name != "flow"))
+    reasons = list(dict.fromkeys(row["reason"] for row in rows.values() if row["outcome"] == "refused"))
+    lines = [f"| | alone | {' | '.join(f'`{name}`' for name in names)} |", "|---" * (len(names) + 2) + "|"]
+    for number, name in enumerate(names):
+        shown = []
+        for other in (None, *names):
+            row = rows.get((name,)) if other is None else rows.get((other, name))
+            ahead = other is not None and names.index(other) >= number
+            mark = "" if ahead else "objectives" if row is None else "yes" if row["outcome"] == "trained" else ""
+            shown.append(mark or ("" if ahead else f"no ({reasons.index(row['reason']) + 1})"))
+        lines.append(f"| `{name}` | {' | '.join(shown)} |".replace("objectives", "-"))
+    notes = [f"{number}. `{reason}`" for number, reason in enumerate(reasons, 1)]
+    return "\n".join([*lines, "", *notes]).strip()
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", help="cells, e.g. diversedit,sra flow; default: all")
+    parser.add_argument("--count", type=int, help="this many cells, drawn with the seed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", action="store_true", help="write the result file and the table of docs/methods.md")
+    options = parser.parse_args(arguments)
+    chosen = [tuple(text.split(",")) for text in options.only] if options.only else pairs_that_matter()
+    if options.count is not None:
+        chosen = random.Random(options.seed).sample(chosen, options.count)
+    where = environment(torch.device("cpu"))
+    where["versions"]["deepspeed"] = zero.deepspeed.__version__
+    folder, done, failed = Path(tempfile.mkdtemp(prefix="matrix-")), [], []
+    shards = add_tokens(make_shards(folder), folder)
+    for cell in (bar := tqdm(chosen, unit="cell")):
+        name = "+".join(cell)
+        bar.set_description(name)
+        place = folder / name
+        place.mkdir()
+        try:
+            done.append(try_cell(cell, shards, place, random.Random(f"{options.seed} {name}")))
+            shutil.rmtree(place)
+        except Exception as error:
+            failed.append(name)
+            again = f"python -m tests.matrix --only {','.join(cell)} --seed {options.seed}"
+            print(f"\nFAILED {name}: {error}\nits files: {place}; again: {again}", flush=True)
+    result = {
+        "schema": 1,
+        "run": "method_matrix",
+        **where,
+        "command": "python -m tests.matrix --record",
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "steps": STEPS,
+        "processes": RANKS,
+        "zero_stage": 1,
+        "seed": options.seed,
+        "failed": failed,
+        "cells": done,
+    }
+    if not failed:
+        shutil.rmtree(folder)
+    if options.record and not failed and len(done) == len(pairs_that_matter()):
+        (RESULTS / "cpu" / "method_matrix.json").write_text(json.dumps(result, indent=1) + "\n")
+        page = PAGE.read_text()
+        before, after = page.partition(BEGIN)[0], page.partition(END)[2]
+        PAGE.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{after}")
+    outcomes = [row["outcome"] for row in done]
+    summary = {
+        "seed": options.seed,
+        "failed": failed,
+        **{kind: outcomes.count(kind) for kind in ("trained", "refused")},
+    }
+    print(json.dumps(summary))
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
