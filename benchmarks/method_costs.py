@@ -1,8 +1,8 @@
 """What each method costs at published size, counted and not timed: python -m dit_fast.benchmarks.method_costs.
 
-A whole micro-batch of a recipe (draws, forward, backward, all terms) runs on tensors without values, through
-the plain torch reference of every op. Counted are the FLOPs of matrix products, convolutions and attention (multiply-add
-= 2; torch's FlopCounterMode), the bytes that autograd keeps for the backward pass (each storage once, parameters not),
+A whole micro-batch of a recipe (draws, forward, backward, all terms) runs on tensors without values, through the plain
+torch reference of every op. Counted are the FLOPs of matrix products, convolutions and attention (multiply-add = 2;
+torch's FlopCounterMode), the bytes that autograd keeps for the backward pass (each storage once, parameters not),
 the trained parameters, and the float32 bytes of frozen and moving copies beside them. Fused ops keep less. An operation
 that needs a value on the host would fail here: none of the losses has one.
 """
@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit_fast import files
 from dit_fast.backend import force
-from dit_fast.benchmarks.results import RESULTS, environment
+from dit_fast.benchmarks.gate import ROOT
+from dit_fast.benchmarks.results import RESULTS, environment, write_table
 from dit_fast.data import DatasetInfo
 from dit_fast.data.field import Field
 from dit_fast.methods import build_methods
@@ -31,6 +32,7 @@ from dit_fast.runs import TrainConfig
 from dit_fast.train.loss import TrainingLoss
 
 BATCH, TOKENS, WIDTH = 4, 256, 768
+PAGE = ROOT / "docs" / "methods.md"
 SIZES = ("b2", "xl2")
 BASE = "sit"  # what the others are compared with
 FIELDS = {"features": (TOKENS, WIDTH), "class_token": (WIDTH,)}  # DINOv2-B at 256 pixels
@@ -151,7 +153,7 @@ def main() -> None:
     }
     with files.replacing(RESULTS / "cpu" / "method_costs.json") as file:
         file.write((json.dumps(result, indent=1) + "\n").encode())
-    print(table(rows))
+    write_table(PAGE, "costs", table(rows))
 
 
 def table(rows: list[dict[str, Any]]) -> str:

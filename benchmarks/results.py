@@ -163,6 +163,17 @@ def load_all(folder: Path = RESULTS) -> list[dict[str, Any]]:
     return results
 
 
+def write_table(page: Path, name: str, text: str) -> None:
+    """Puts text between the two lines of a Markdown page that bear the name. Raises UserError where there are none."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, found, rest = page.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise UserError(f"{page}: has no lines '{begin}' and '{end}' for the table; put them back")
+    with files.replacing(page) as file:
+        file.write(f"{before}{begin}\n{text}\n{end}{after}".encode())
+
+
 def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dit_fast.benchmarks.results import RESULTS, environment
+from dit_fast.benchmarks.results import RESULTS, environment, write_table
 from dit_fast.cli import main as command
 from dit_fast.sampling.samples import Samples
 from dit_fast.train import loop as loop  # imported once, so that forked ranks start in no time
@@ -35,7 +35,6 @@ from tests.helpers.toy_runs import arguments, free_port, make_shards, rows, rows
 
 STEPS, EVERY, RANKS = 20, 5, 2
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
-BEGIN, END = "<!-- matrix: python -m tests.matrix --record -->", "<!-- end of matrix -->"
 
 
 def pairs_that_matter():
@@ -199,9 +198,7 @@ def main(arguments=None):
         shutil.rmtree(folder)
     if options.record and not failed and len(done) == len(pairs_that_matter()):
         (RESULTS / "cpu" / "method_matrix.json").write_text(json.dumps(result, indent=1) + "\n")
-        page = PAGE.read_text()
-        before, after = page.partition(BEGIN)[0], page.partition(END)[2]
-        PAGE.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{after}")
+        write_table(PAGE, "matrix", table(result))
     outcomes = [row["outcome"] for row in done]
     summary = {
         "seed": options.seed,
