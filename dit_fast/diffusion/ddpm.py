@@ -9,13 +9,16 @@ q(x_k | x) = N(signal_k x, noise_k^2) for steps k = 0 .. n - 1 from data to nois
 Settings are those of DiT (2212.09748): 1000 steps, beta from 1e-4 to 0.02 in equal steps, nothing clipped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from dit_fast.diffusion.guidance import Guided, described, shapes_of
 from dit_fast.errors import UserError
+from dit_fast.tree import Tree, each, image
 
 STEPS = 1000
 
@@ -23,15 +26,15 @@ STEPS = 1000
 class Process:
     """Diffusion over some of the 1000 steps; tables are float64 [n], by place in `steps`.
 
-    steps: two or more, ascending, as the model is told them. The betas of a choice are those with which x is
+    steps: two or more, as the model is told them; kept ascending. The betas of a choice are those with which x is
     distributed at the chosen steps as it is in the whole (2102.09672, Sec. 4).
     signal, noise: factors of data and noise. least_log, most_log: bounds of the log-variance, that of
     q(x_(k-1) | x_k, x), taken from k = 1 for k = 0 where there is none, and log(beta).
     """
 
-    def __init__(self, steps: Sequence[int] = range(STEPS)):
-        self.steps = tuple(steps)
-        kept = (1 - torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64, device="cpu")).cumprod(0)[list(steps)]
+    def __init__(self, steps: Sequence[float] = range(STEPS)):
+        self.steps = tuple(sorted(int(step) for step in steps))
+        kept = (1 - torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64, device="cpu")).cumprod(0)[list(self.steps)]
         self.signal, self.noise = kept.sqrt(), (1 - kept).sqrt()
         before = torch.cat((kept.new_ones(1), kept[:-1]))
         self.betas = 1 - kept / before
@@ -57,16 +60,70 @@ def log_variance(logits: Tensor, least: Tensor | float, most: Tensor | float) ->
     return share * most + (1 - share) * least
 
 
-def spaced_steps(count: int) -> list[int]:
-    """`count` of the 1000 steps from the first to the last, ascending, at equal distances before rounding.
+def spaced_steps(count: int) -> list[float]:
+    """`count` of the 1000 steps from the last to the first, at equal distances before rounding; whole numbers.
 
     As published, by repeated addition: at some odd counts (21, 23, 27, ...) a step that lies halfway between two whole
     ones is rounded to the other one than i * 999 / (count - 1) would be. Raises UserError below 2 and above 1000.
     """
     if not 2 <= count <= STEPS:
         raise UserError(f"num_steps={count} must lie from 2 to {STEPS}, the steps that the model was trained on")
-    place, stride, steps = 0.0, (STEPS - 1) / (count - 1), []
+    place, stride, steps = 0.0, (STEPS - 1) / (count - 1), list[float]()
     for _ in range(count):
         steps.append(round(place))
         place += stride
-    return steps
+    return steps[::-1]
+
+
+class Noise(Guided):
+    """A model's noise and logits of the variance, [N, 2C, H, W], at step t; s is the next one, -1 after the last.
+
+    model(x, t, y) gets t int64 [N]. Guidance is that of the noise, in channels 0 to 2 or in all of its C; the logits
+    are the label's, as published (DiT). Its interval is one of t / 1000. Raises UserError for what is no image.
+    """
+
+    unit = STEPS
+
+    def evaluate(self, x: Tree, t: float, s: float, y: Tensor) -> Tree:
+        value = self.model(
+            each(lambda leaf: leaf.to(self.dtype), x),
+            torch.full(y.shape, int(t), dtype=torch.int64, device=y.device),
+            y,
+        )
+        if not isinstance(x, Tensor) or shapes_of(value) != [len(x), 2 * x.shape[1], *x.shape[2:]]:
+            raise UserError(
+                f"the model returned {described(value)} for a state {described(x)}; it must be the noise and the "
+                "logits of a variance, [N, 2C, H, W] for [N, C, H, W]"
+            )
+        return image(value).double()
+
+    def combine(self, label: Tree, null: Tree) -> Tree:
+        (eps, logits), (free, _) = image(label).chunk(2, 1), image(null).chunk(2, 1)
+        return torch.cat((image(self.guidance.combine(eps, free)), logits), 1)
+
+
+def ddpm(v: Guided, x: Tree, times: Sequence[float], path: object, noise: Callable[[int], Tree]) -> Iterator[Tree]:
+    """Ancestral sampling from p, with noise(i) in every step but the last, which takes the mean."""
+    process, state = Process(times), image(x)
+    for i, (t, s) in enumerate(pairwise((*times, -1))):
+        k = len(times) - 1 - i
+        beta, level, least, most = (
+            table[k].item() for table in (process.betas, process.noise, process.least_log, process.most_log)
+        )
+        eps, logits = image(v(state, t, s)).chunk(2, 1)
+        state = (state - beta / level * eps) / (1 - beta) ** 0.5
+        if k:
+            state = state + (log_variance(logits, least, most) / 2).exp() * image(noise(i))
+        yield state
+
+
+def ddim(v: Guided, x: Tree, times: Sequence[float]) -> Iterator[Tree]:
+    """DDIM (arXiv 2010.02502, Eq. 12) with eta = 0: the predicted x, and the same noise at the next step's level."""
+    process, state = Process(times), image(x)
+    for i, (t, s) in enumerate(pairwise((*times, -1))):
+        k = len(times) - 1 - i
+        eps = image(v(state, t, s)).chunk(2, 1)[0]
+        state = (state - process.noise[k].item() * eps) / process.signal[k].item()
+        if k:
+            state = process.signal[k - 1].item() * state + process.noise[k - 1].item() * eps
+        yield state

@@ -27,13 +27,19 @@ def time_grid(
     times: Sequence[float] | Tensor | None = None,
     time_shift: float | None = None,
 ) -> list[float]:
-    """float64 times, strictly descending. options: those of the solver, checked, as far as they were given.
+    """float64 times (or whole steps), strictly descending. options: those of the solver, checked, as far as they were
+    given.
 
     times: these themselves. Otherwise `solver.grid` from the noisy to the clean end of time_range; by default of where
     the velocity is finite, for an SDE to where its last step begins. time_shift: the grid's inner times are those of
     equal steps under `shift_times`; the ends stay. Raises UserError for what does not fit.
     """
     _check_shift(time_shift)
+    if solver.follows == "noise":
+        for name, value in (("times", times), ("time_range", time_range), ("time_shift", time_shift)):
+            if value is not None:
+                raise UserError(f"sampler '{solver.name}' takes num_steps of the 1000 whole steps; drop {name}=")
+        return solver.grid(num_steps)
     if times is not None:
         for name, other in (("time_range", time_range), ("time_shift", time_shift)):
             if other is not None:

@@ -1,10 +1,11 @@
 """Classifier-free guidance with an interval, and the velocity of a model: v = v_null + scale (v_label - v_null)."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -88,15 +89,51 @@ class Guidance:
         return guided
 
 
-class Velocity:
-    """A model's velocity for labels y [N] as a float64 function v(x, t, s) of a float64 state, guided or not.
+class Guided(ABC):
+    """A model's field for labels y [N] as a float64 function (x, t, s) of a float64 state, guided or not.
 
-    model(x, t, y) is called in the dtype of its parameters (t in at least float32); a callable without parameters gets
-    float64. times: 1 gives the model t [N]; 2 gives it [N, 2] = (t, s), and what it returns is a mean velocity, or an x
-    from which that is made. prediction: what the model returns, on this path; made a velocity in float64
-    (`conversions.convert`; t_eps is for x). Whether an evaluation is guided: `Guidance.active`. With guidance the batch
-    is doubled, [labels; null]. The null label is null_label, or `model.null_label`; where that is negative or absent
-    there is none, and guidance is refused (UserError), as a time is at which the velocity would be infinite.
+    model(x, t, y) is called in the dtype of its parameters; a callable without parameters gets float64. Whether an
+    evaluation is guided: `Guidance.active`. With guidance the batch is doubled, [labels; null]. The null label is
+    null_label, or `model.null_label`; where that is negative or absent there is none, and guidance is refused
+    (UserError).
+    """
+
+    unit: ClassVar[float] = 1.0  # the time of pure noise
+
+    def __init__(self, model: Callable[..., Tree], y: Tensor, guidance: Guidance, null_label: int | None = None):
+        self.model, self.y, self.guidance = model, y, guidance
+        parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+        self.dtype = torch.float64 if parameter is None else parameter.dtype
+        self.null_label: int = getattr(model, "null_label", -1) if null_label is None else null_label
+        if guidance.needs_null and self.null_label < 0:
+            raise UserError(
+                f"cfg_scale={guidance.scale} needs a model with a trained null_label; this {type(model).__name__} has "
+                "none (label dropout 0 trains none; for a plain function give null_label=); use cfg_scale=1"
+            )
+
+    def __call__(self, x: Tree, t: float, s: float) -> Tree:
+        """The float64 field at time t of a step between t and s."""
+        if not self.guidance.active(t / self.unit, s / self.unit):
+            return self.evaluate(x, t, s, self.y)
+        y = torch.cat((self.y, torch.full_like(self.y, self.null_label)))
+        both = self.evaluate(each(lambda leaf: torch.cat((leaf, leaf)), x), t, s, y)
+        label, null = (each(lambda leaf, half=half: leaf.chunk(2)[half], both) for half in (0, 1))
+        return self.combine(label, null)
+
+    @abstractmethod
+    def evaluate(self, x: Tree, t: float, s: float, y: Tensor) -> Tree:
+        """The field of labels y, float64, unguided."""
+
+    def combine(self, label: Tree, null: Tree) -> Tree:
+        return self.guidance.combine(label, null)
+
+
+class Velocity(Guided):
+    """A model's velocity, shapes of x, at time t of a step between t and s.
+
+    times: 1 gives the model t [N], in at least float32; 2 gives it [N, 2] = (t, s), and what it returns is a mean
+    velocity, or an x from which that is made. prediction: what the model returns, on this path; made a velocity in
+    float64 (`conversions.convert`; t_eps is for x). Raises UserError at a time at which the velocity would be infinite.
     """
 
     def __init__(
@@ -110,29 +147,12 @@ class Velocity:
         t_eps: float = 0.05,
         null_label: int | None = None,
     ):
-        self.model, self.y, self.guidance, self.times = model, y, guidance, times
-        self.prediction, self.path, self.t_eps = prediction, as_path(path), t_eps
+        super().__init__(model, y, guidance, null_label)
+        self.times, self.prediction, self.path, self.t_eps = times, prediction, as_path(path), t_eps
         if times == 2 and prediction not in ("velocity", "x"):
             raise UserError(f"prediction '{prediction}' is not of a mean velocity; valid: velocity, x")
-        parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-        self.dtype = torch.float64 if parameter is None else parameter.dtype
-        self.null_label: int = getattr(model, "null_label", -1) if null_label is None else null_label
-        if guidance.needs_null and self.null_label < 0:
-            raise UserError(
-                f"cfg_scale={guidance.scale} needs a model with a trained null_label; this {type(model).__name__} has "
-                "none (label dropout 0 trains none; for a plain function give null_label=); use cfg_scale=1"
-            )
 
-    def __call__(self, x: Tree, t: float, s: float) -> Tree:
-        """float64 velocity, shapes of x, at time t of a step between t and s."""
-        if not self.guidance.active(t, s):
-            return self._evaluate(x, t, s, self.y)
-        y = torch.cat((self.y, torch.full_like(self.y, self.null_label)))
-        both = self._evaluate(each(lambda leaf: torch.cat((leaf, leaf)), x), t, s, y)
-        label, null = (each(lambda leaf, half=half: leaf.chunk(2)[half], both) for half in (0, 1))
-        return self.guidance.combine(label, null)
-
-    def _evaluate(self, x: Tree, t: float, s: float, y: Tensor) -> Tree:
+    def evaluate(self, x: Tree, t: float, s: float, y: Tensor) -> Tree:
         wide = torch.promote_types(self.dtype, torch.float32)
         times = [torch.full(y.shape, time, dtype=wide, device=y.device) for time in (t, s)[: self.times]]
         value = self.model(

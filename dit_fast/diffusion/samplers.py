@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_fast.diffusion.conversions import Diffusion, Prediction
+from dit_fast.diffusion.ddpm import Noise, spaced_steps
 from dit_fast.diffusion.grids import time_grid
 from dit_fast.diffusion.guidance import Bounds, Channels, Decision, Guidance, Velocity, described, is_number, shapes_of
 from dit_fast.diffusion.paths import Path, as_path
@@ -23,7 +24,11 @@ from dit_fast.tree import Tree, each, image, leaves, like
 
 MOST_STEPS = Stream.METHOD - Stream.SAMPLER  # every step draws from a Philox stream of its own
 MOST_ROWS = 1 << 16  # of one batch
-TIMES: dict[Follows, int] = {"velocity": 1, "mean_velocity": 2}  # that a model has which gives such a field
+KINDS: dict[Follows, str] = {  # of models that give such a field
+    "velocity": "a model with 1 time",
+    "mean_velocity": "a model with 2 times",
+    "noise": "a model that learns a variance",
+}
 CHOICES = {"diffusion": get_args(Diffusion), "last_step": get_args(LastStep)}  # of solvers' options
 
 
@@ -78,7 +83,9 @@ def sample(
     sampler: a name of `solvers.SOLVERS`, for the ODE "euler"; "heun" (trapezoid, Euler on a step that reaches t = 0);
     "heun2" (trapezoid throughout); "rk4" (3/8 rule); "dopri5" (torchdiffeq; its steps are its own, num_steps decides
     nothing, atol 1e-6 and rtol 1e-3 bound its error); for the SDE "sde" (Euler-Maruyama) and "sde_heun"; "mean_flow"
-    (Euler on the mean velocity of a model with two times, which gets t [N, 2] = (t, s)).
+    (Euler on the mean velocity of a model with two times, which gets t [N, 2] = (t, s)). For a model that predicts
+    noise and a variance, [N, 2C, H, W] at steps t int64 [N] (DiT): "ddpm", ancestral, and "ddim" without noise, in
+    num_steps of its 1000 steps; guidance is that of the noise, its interval one of t / 1000.
     path, prediction: what the model was trained on, and what it returns: "velocity", "score", "noise", or "x", whose
     velocity is (x_t - x) / max(t, t_eps) on the linear path; a mean velocity may be given as x too.
 
@@ -99,9 +106,9 @@ def sample(
     heun_guidance: whether the "first" evaluation of a step decides for all (REPA), or "each" for itself (JiT); dopri5's
     always do.
 
-    Randomness of the SDE: `generator` (per noisy step one float64 standard normal of the state's shape, in order, leaf
-    by leaf), or `draws` (those states of noise themselves, one for each noisy step), or `seed` and `index` int64 [N]
-    (Philox per seed, index and step).
+    Randomness of the SDE and of "ddpm": `generator` (per noisy step one standard normal of the state's shape, in order,
+    leaf by leaf, drawn in float64, for "ddpm" in float32), or `draws` (those states of noise themselves, one for each
+    noisy step), or `seed` and `index` int64 [N] (Philox per seed, index and step).
 
     field: what the solver follows, from (model, y, guidance); an `Objective.field`. By default the model's velocity.
 
@@ -113,9 +120,8 @@ def sample(
 
     Raises UserError for an unknown sampler or path, an option that the sampler does not take, a number out of range,
     times at which the velocity is infinite, guidance of a model without a null label, labels that the model does not
-    have (where it says num_classes; its null label is one it has), a sampler for another number of times than the
-    model's, noise that is not finite, shapes that do not fit, several or no sources of randomness where one is needed,
-    and repeated indices.
+    have (where it says num_classes; its null label is one it has), a sampler for another kind of model, noise that is
+    not finite, shapes that do not fit, several or no sources of randomness where one is needed, and repeated indices.
     """
     given = {
         "diffusion": diffusion,
@@ -136,7 +142,7 @@ def sample(
         raise UserError(f"sampler '{sampler}' draws noise; give generator=, or draws=, or seed= and index=")
     if not isinstance(generator, torch.Generator | None):
         raise UserError(f"generator must be a torch.Generator, not {described(generator)}")
-    check_fits(sampler, getattr(model, "times", TIMES[solver.follows]))
+    check_fits(sampler, model)
     if null_label is not None:
         check_whole("null_label", null_label, 0, 2**31 - 1)
     if not is_number(t_eps) or not 0 <= t_eps < 1:
@@ -157,16 +163,20 @@ def sample(
     state, batch = each(lambda leaf: leaf.double(), noise), 1 if solver.adaptive else chunk
 
     def solved(x: Tree, labels: Tensor, draw: Draw) -> Tree:
-        v = (
-            field(model, labels, guidance)
-            if field
-            else Velocity(model, labels, guidance, TIMES[solver.follows], prediction, path, t_eps, null_label)
-        )
+        if field:
+            v = field(model, labels, guidance)
+        elif solver.follows == "noise":
+            v = Noise(model, labels, guidance, null_label)
+        else:
+            means = 2 if solver.follows == "mean_velocity" else 1
+            v = Velocity(model, labels, guidance, means, prediction, path, t_eps, null_label)
         return deque(solver(v, x, grid, path, draw, **options), maxlen=1).pop()
 
     with torch.no_grad(), _evaluating(model):
         if seed is None or index is None:
-            return solved(state, y, _from_generator(generator, state) if draws is None else _given(draws, state))
+            return solved(
+                state, y, _from_generator(generator, state, solver.draws) if draws is None else _given(draws, state)
+            )
         result = each(torch.empty_like, state)
         for first, (rows, places) in _chunks(index, count, batch).items():
             x, labels = each(lambda leaf: leaf.new_zeros(batch, *leaf.shape[1:]), state), y.new_zeros(batch)
@@ -192,6 +202,8 @@ def check_options(
     if sampler not in SOLVERS:
         raise UserError(f"unknown sampler '{sampler}'; valid: {', '.join(SOLVERS)}")
     check_whole("num_steps", num_steps, 1, MOST_STEPS)
+    if SOLVERS[sampler].follows == "noise":
+        spaced_steps(num_steps)
     check_whole("chunk", chunk, 1, MOST_ROWS)
     if seed is not None:
         check_whole("seed", seed, 0, 2**64 - 1)
@@ -214,11 +226,14 @@ def check_options(
     return given
 
 
-def check_fits(sampler: str, times: int) -> None:
-    """Raises UserError where a solver cannot sample a model with this number of times."""
-    if TIMES[SOLVERS[sampler].follows] != times:
-        fitting = ", ".join(name for name, solver in SOLVERS.items() if TIMES[solver.follows] == times)
-        raise UserError(f"sampler '{sampler}' does not fit a model with {times} time{'s' * (times > 1)}; use {fitting}")
+def check_fits(sampler: str, model: object) -> None:
+    """Raises UserError where a solver cannot sample this model; one that says nothing of itself passes."""
+    follows, times = SOLVERS[sampler].follows, getattr(model, "times", None)
+    known: Follows | None = {1: "velocity", 2: "mean_velocity"}.get(times)  # type: ignore[assignment, arg-type]
+    gives = "noise" if getattr(model, "learns_variance", False) else known
+    if gives not in (follows, None):
+        fitting = ", ".join(name for name, solver in SOLVERS.items() if solver.follows == gives)
+        raise UserError(f"sampler '{sampler}' does not fit {KINDS[gives]}; use {fitting}")
 
 
 def check_whole(name: str, value: object, least: int, most: int) -> None:
@@ -268,11 +283,11 @@ def _check_labels(model: object, y: Tensor, count: int) -> None:
         raise UserError(f"y[{row}] = {int(y[row])} is no label of this model; its labels are 0..{classes - 1}")
 
 
-def _from_generator(generator: torch.Generator | None, state: Tree) -> Draw:
+def _from_generator(generator: torch.Generator | None, state: Tree, dtype: torch.dtype) -> Draw:
     origin = None if generator is None else generator.device
 
     def normal(leaf: Tensor) -> Tensor:
-        return torch.randn(leaf.shape, generator=generator, device=origin, dtype=torch.float64).to(leaf.device)
+        return torch.randn(leaf.shape, generator=generator, device=origin, dtype=dtype).to(leaf)
 
     return lambda step: each(normal, state)
 

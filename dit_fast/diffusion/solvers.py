@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from dit_fast.diffusion import ddpm
 from dit_fast.diffusion.paths import Path
 from dit_fast.diffusion.reverse import Diffusion, LastStep, Reverse
 from dit_fast.errors import UserError
@@ -21,7 +22,7 @@ from dit_fast.tree import Tree, each, leaves, like
 
 Field = Callable[[Tree, float, float], Tree]  # v(x, t, s): the velocity at time t of a step between t and s
 Draw = Callable[[int], Tree]  # standard normal noise of a step's number, in the state's shapes
-Follows = Literal["velocity", "mean_velocity"]
+Follows = Literal["velocity", "mean_velocity", "noise"]
 LAST_STOCHASTIC_TIME = 0.04
 
 
@@ -30,18 +31,21 @@ class Solver:
     """solver(v, x, times, **options) yields the state after each step of `times`, which run from noise to data.
 
     follows: what v(x, t, s) is, and so which models it can sample: "velocity", at t; "mean_velocity", between t and s,
-    of a model with two times. In an evaluation after the first of a step, s is the step's start.
-    grid(num_steps, start, end): the published times. noisy: takes the path and noise(step) too; its times are those
+    of a model with two times; "noise", noise and logits of a variance of a model that learns one, at whole steps
+    (`ddpm.Noise`). In an evaluation after the first of a step, s is the step's start.
+    grid(num_steps, start, end): the published times; of whole steps, grid(num_steps). draws: dtype of normals that a
+    torch generator gives, as published. noisy: takes the path and noise(step) too; its times are those
     between which noise is added. adaptive: takes the first and the last time alone and chooses its steps by the error
     of all rows of the batch.
     """
 
     name: str
     steps: Callable[..., Iterator[Tree]]
-    grid: Callable[[int, float, float], list[float]]
+    grid: Callable[..., list[float]]
     noisy: bool = False
     adaptive: bool = False
     follows: Follows = "velocity"
+    draws: torch.dtype = torch.float64
 
     def __call__(
         self,
@@ -195,6 +199,8 @@ def sde_heun(
 
 # Euler on a mean velocity is exact in every step, so that one step may be enough
 mean_flow = SOLVERS["mean_flow"] = replace(euler, name="mean_flow", follows="mean_velocity")
+SOLVERS["ddpm"] = Solver("ddpm", ddpm.ddpm, ddpm.spaced_steps, noisy=True, follows="noise", draws=torch.float32)
+SOLVERS["ddim"] = Solver("ddim", ddpm.ddim, ddpm.spaced_steps, follows="noise")
 
 if TYPE_CHECKING:
     SolverName = str

@@ -16,7 +16,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from dit_fast.diffusion.ddpm import STEPS, log_variance, tables
+from dit_fast.diffusion import SOLVERS, Guidance, Path
+from dit_fast.diffusion.ddpm import STEPS, Noise, log_variance, tables
+from dit_fast.diffusion.solvers import Field
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.models import Backbone, Taps
 from dit_fast.objectives.base import Context, Objective, noise_for
@@ -102,8 +104,9 @@ class DDPM(Objective):
     """Error of the predicted noise, and the variational term that trains the variance, at whole steps."""
 
     name = "ddpm"
+    path = Path("vp")  # of which these are steps (2011.13456, App. B); nothing is computed from it
     prediction = "noise"
-    solvers: ClassVar = {}
+    solvers: ClassVar = {name: solver for name, solver in SOLVERS.items() if solver.follows == "noise"}
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -153,3 +156,7 @@ class DDPM(Objective):
     def from_unit(self, t: Tensor) -> Tensor:
         """The nearest step."""
         return (STEPS * t).round().long().clamp(0, STEPS - 1)
+
+    def field(self, model: Backbone, y: Tensor, guidance: Guidance) -> Field:
+        """Noise and logits of the variance, float64 [N, 2C, H, W], at step t."""
+        return Noise(model, y, guidance)

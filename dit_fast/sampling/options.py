@@ -19,7 +19,8 @@ from dit_fast.options import setting
 SHOWN_CLASSES = 10
 MOST_IMAGES = 1_000_000  # of a class
 GUIDED = 2.5  # scale of the guidance where none is asked for; a mean velocity has it in its training target
-STEPS = 20
+STEPS = {"mean_flow": 1, "ddpm": 250}  # as published; otherwise
+FEW = 20
 USUAL = "heun"  # where the objective has it
 
 Weights = Literal["ema", "model"]
@@ -40,8 +41,8 @@ class SampleOptions:
     guidance_high: float = setting(1.0, "... to here (1 is pure noise)")
     cfg_channels: Channels | None = setting(None, "guided channels (default: what the model's own sampler guides)")
     class_token_cfg_scale: float | None = setting(None, "guidance of the class token (default: the image's)")
-    sampler: SolverName | None = setting(None, "solver (default: heun; mean_flow for a mean velocity)")
-    num_steps: int | None = setting(None, "sampling steps (default: 20; 1 for a mean velocity)")
+    sampler: SolverName | None = setting(None, "solver (default: heun; mean_flow for a mean velocity, ddpm for DDPM)")
+    num_steps: int | None = setting(None, "sampling steps (default: 20; mean_flow 1, ddpm 250)")
     seed: int = setting(0, "image k depends on the seed, on k and on its class")
     weights: Weights = setting("ema", "moving average or raw weights")
     precision: Precision = setting("fp32", "bf16: autocast in the model")
@@ -50,7 +51,7 @@ class SampleOptions:
     def __post_init__(self) -> None:
         check_whole("per_class", self.per_class, 1, MOST_IMAGES)
         check_whole("chunk (--batch)", self.chunk, 1, MOST_ROWS)
-        check_options(self.sampler or "euler", 1 if self.num_steps is None else self.num_steps, self.chunk, self.seed)
+        check_options(self.sampler or "euler", FEW if self.num_steps is None else self.num_steps, self.chunk, self.seed)
         scale = 1.0 if self.cfg_scale is None else self.cfg_scale
         Guidance(scale, self.guidance_low, self.guidance_high, self.cfg_channels or "all", self.class_token_cfg_scale)
         for name, kind in (("weights", Weights), ("precision", Precision)):
@@ -78,7 +79,7 @@ class SampleOptions:
             self,
             classes=check_classes(self.classes, dataset),
             sampler=sampler,
-            num_steps=(1 if mean else STEPS) if self.num_steps is None else self.num_steps,
+            num_steps=STEPS.get(sampler, FEW) if self.num_steps is None else self.num_steps,
             cfg_scale=guided if self.cfg_scale is None else self.cfg_scale,
             cfg_channels=self.cfg_channels or model.cfg_channels,
         )

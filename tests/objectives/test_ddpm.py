@@ -153,7 +153,11 @@ def test_an_earlier_step_is_whole_and_not_the_first():
         (DDPM, {"name": "SiT-S/2"}, "a variance, unlike SiT-S/2; set model=DiT-S/2"),
         (DDPM, {"times": 2}, r"set model\.times=1"),
         (DDPM, {"class_token": 3}, r"a variance for it, .* set model\.class_token=0, or objective=flow"),
-        (Flow, {}, "objective=flow trains no variance, which DiT-S/2 predicts .*; set objective=ddpm, or model=SiT-S/2"),
+        (
+            Flow,
+            {},
+            "objective=flow trains no variance, which DiT-S/2 predicts .*; set objective=ddpm, or model=SiT-S/2",
+        ),
         (MeanFlow, {"times": 2}, "objective=mean_flow trains no variance, which DiT-S/2"),
     ],
 )

@@ -3,6 +3,7 @@
 import torch
 
 from dit_fast.checkpoint import load_official
+from dit_fast.diffusion import sample
 from dit_fast.objectives.ddpm import ddpm_losses
 from tests.helpers.cases import loop_over
 from tests.helpers.golden import assert_close, golden, golden_names
@@ -25,3 +26,23 @@ def test_losses_and_gradients(name):
     whole = torch.stack(list(norms.values())).norm()
     for key, expected in norms.items():
         assert abs(model.get_parameter(key).grad.norm() - expected) <= 2e-4 * expected + 1e-7 * whole, key
+
+
+@loop_over("name", golden_names("dit_"))
+def test_samples(name):
+    """The released sampler guides three channels, by default of such weights; it draws float32 normals."""
+    reference = golden(name)
+    meta, model = reference.meta, official(reference)
+    given = {"model": model, "noise": reference.tensor("in/noise"), "y": reference.tensor("in/y")}
+    generator = torch.Generator().manual_seed(meta["noise_seed"])
+    steps, scale = meta["respacing"], meta["cfg_scale"]
+    for call, options in (
+        ("ddpm", {"sampler": "ddpm", "generator": generator}),
+        ("ddim", {"sampler": "ddim"}),
+        ("ddim_cfg", {"sampler": "ddim", "cfg_scale": scale}),
+        ("ddim_cfg", {"sampler": "ddim", "cfg_scale": scale, "cfg_channels": "first_three"}),
+    ):
+        assert_close(sample(**given, num_steps=steps, **options), reference.tensor(f"out/{call}"), 1e-5)
+    everywhere = sample(**given, sampler="ddim", num_steps=steps, cfg_scale=scale, cfg_channels="all")
+    difference = (everywhere - reference.tensor("out/ddim_cfg")).flatten(2).norm(dim=2)
+    assert difference[:, 3].min() > 0.01
