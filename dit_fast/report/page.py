@@ -57,6 +57,7 @@ def _what_you_see(main: RunStory) -> Section:
         "that encoder's class token is denoised beside the image": "reg" in methods,
         "one block is aligned with a later block of the model's own average, at less noise": "sra" in methods,
         "it learned mean velocities, for samples in one step": main.config["objective"]["name"] == "mean_flow",
+        "it learned noise and its variance, in 1000 steps": main.config["objective"]["name"] == "ddpm",
     }
     extras = [text for text, holds in told.items() if holds]
     return Section(

@@ -18,7 +18,14 @@ from dit_fast.sampling.options import SampleOptions
 from dit_fast.sampling.samples import FILE_NAME, Samples
 from dit_fast.world import single
 
-METHOD_NAMES = {"mean_flow": "mean flow", "diversedit": "DiverseDiT", "repa": "REPA", "reg": "REG", "sra": "SRA"}
+METHOD_NAMES = {
+    "mean_flow": "mean flow",
+    "ddpm": "DDPM",
+    "diversedit": "DiverseDiT",
+    "repa": "REPA",
+    "reg": "REG",
+    "sra": "SRA",
+}
 TAIL = 0.1  # share of the run over which final values are averaged
 
 
@@ -42,6 +49,12 @@ CURVES = {
         "squared error of the mean velocity",
         "The mean-flow loss is normalised to be near 1; this is the squared error before that, summed over a latent. "
         "Its target moves with the model, so that it need not fall while samples improve.",
+    ),
+    "ddpm": Curve(
+        "ddpm/mse",
+        "squared error of the predicted noise",
+        "The mean squared error of the predicted noise, the larger part of DDPM's loss; the other trains the variance. "
+        "It falls fast, then flattens well above zero; samples go on improving while it barely moves.",
     ),
 }
 

@@ -60,7 +60,7 @@ def test_tables_first_read_without_gradients_serve_those_that_need_them():
     (tables(torch.device("cpu")) * torch.ones(1, requires_grad=True)).sum().backward()
 
 
-Y = torch.tensor([0, 3])
+Y, WHOLE = torch.tensor([0, 3]), Process()
 
 
 def noise():
@@ -69,13 +69,13 @@ def noise():
 
 def points(x, t, y):
     """What a perfect model says where every class is one point, y / 2; its variance is the least one."""
-    signal, level = (table[t].reshape(-1, 1, 1, 1) for table in (Process().signal, Process().noise))
+    signal, level = (table[t].reshape(-1, 1, 1, 1) for table in (WHOLE.signal, WHOLE.noise))
     eps = (x - signal * (y / 2).reshape(-1, 1, 1, 1)) / level
     return torch.cat((eps, torch.full_like(eps, -1)), 1)
 
 
 @loop_over("sampler", ["ddpm", "ddim"])
-@loop_over("num_steps", [2, 3, 7, 1000])
+@loop_over("num_steps", [2, 3, 7, 100])
 def test_data_of_one_point_are_found_from_any_noise(sampler, num_steps):
     generator = torch.Generator().manual_seed(2)
     found = sample(points, noise(), Y, sampler, num_steps, generator=generator if sampler == "ddpm" else None)
@@ -86,13 +86,13 @@ def test_ancestral_steps_have_the_posterior_of_a_normal():
     """Data N(0, 1): x stays so at every step, if the variance is that of q(x_(k-1) | x_k), beta."""
 
     def network(x, t, y):
-        eps = Process().noise[t].reshape(-1, 1, 1, 1) * x
+        eps = WHOLE.noise[t].reshape(-1, 1, 1, 1) * x
         return torch.cat((eps, torch.ones_like(eps)), 1)
 
-    start = torch.randn(1, 1, 200, 200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    start = torch.randn(1, 1, 100, 100, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found = sample(network, start, Y[:1], "ddpm", 1000, generator=torch.Generator().manual_seed(2))
-    assert found.std().item() == pytest.approx(1, abs=0.02)
-    assert found.mean().item() == pytest.approx(0, abs=0.02)
+    assert found.std().item() == pytest.approx(1, abs=0.03)
+    assert found.mean().item() == pytest.approx(0, abs=0.03)
 
 
 def test_every_step_but_the_last_adds_a_float32_normal():

@@ -41,7 +41,7 @@ def test_sample_command_writes_a_grid_or_an_archive(place, tmp_path, capsys):
         (["--classes", ","], "whole numbers"),
         (["--classes", "1,0,1"], "class 1 is listed twice"),
         (["--classes", "3"], "labels are 0..2"),
-        (["--sampler", "ddim"], "unknown sampler 'ddim'"),
+        (["--sampler", "dpm"], "unknown sampler 'dpm'"),
         (["--cfg-scale", "nan"], "cfg_scale=nan"),
         (["--per-class", "0"], "per_class=0"),
         (["--num-steps", "0"], "num_steps=0"),
