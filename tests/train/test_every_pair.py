@@ -1,0 +1,83 @@
+"""Every method and objective alone, and every pair, trains, or is refused because the two contradict each other.
+
+All are taken from the registries (`tests.helpers.parts`), so a new one is here at once. A pair that fails for another
+reason (a name, a shape) is mended, not listed.
+"""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit_fast.methods import METHODS
+from dit_fast.models import new_model
+from dit_fast.runs import read_config
+from dit_fast.train.__main__ import main
+from tests.helpers.parts import cells, settings
+from tests.helpers.toy_runs import arguments, rows, tensors
+
+# The contradiction, as it is told to the user. A cell that trains must not be here.
+REFUSED: dict[tuple[str, ...], str] = {
+    (
+        "ddpm",
+        "reg",
+    ): "objective=ddpm samples no class token: each step would need a variance for it, which the model does "
+    "not predict; set model.class_token=0, or objective=flow",
+}
+MUST_TRAIN = [
+    *(("diversedit", other) for other in ("repa", "reg", "sra", "self_transcendence", "dispersive")),
+    *(("mean_flow", "diversedit"), ("ddpm", "diversedit"), ("sra", "dispersive"), ("repa", "reg")),
+]
+
+
+@pytest.fixture(scope="module")
+def trained(token_shards, tmp_path_factory):
+    """Trains a cell for two steps, once; (exit status, the folders of its runs)."""
+    known: dict[tuple[str, ...], tuple[int, list[Path]]] = {}
+    size = ("run.steps=2", "run.checkpoint_every=1", "engine.global_batch=4", "engine.micro_batch=4")
+
+    def train(cell):
+        if cell not in known:
+            run = tmp_path_factory.mktemp("-".join(cell)) / "run"
+            status = main(arguments(token_shards, run, *size, *settings(cell)))
+            known[cell] = status, sorted(path.parent for path in run.rglob("metrics.jsonl"))
+        return known[cell]
+
+    return train
+
+
+def terms(run, name):
+    """What the last row of a run says of the part of this name."""
+    return {key for key in rows(run)[-1] if key == name or key.startswith(f"{name}/")}
+
+
+@pytest.mark.parametrize("cell", cells(), ids="-".join)
+def test_it_trains_or_contradicts_itself(cell, trained, capsys):
+    status, runs = trained(cell)
+    told = capsys.readouterr().err
+    if cell in REFUSED:
+        assert status == 2
+        assert REFUSED[cell] in told
+        assert not runs
+        return
+    assert status == 0, told
+    assert runs
+    for run in runs:
+        assert len(rows(run)) == 2
+        assert all(math.isfinite(value) for row in rows(run) for value in row.values()), rows(run)
+        first, second = tensors(run, 1), tensors(run, 2)
+        with torch.device("meta"):
+            own = {f"model/{name}" for name in new_model(read_config(run / "config.json").model).state_dict()}
+        heads = {name for name in second if name.startswith("model/")} - own
+        assert [name for name in sorted(heads) if torch.equal(first[name], second[name])] == []
+    for name in set(cell) & METHODS.keys():
+        alone = [terms(run, name) for run in trained((name,))[1]]
+        assert set().union(*alone)
+        # a cell's stages are its methods' stages
+        assert [terms(run, name) for run in runs if terms(run, name)] == [found for found in alone if found]
+
+
+def test_what_must_go_together_is_not_refused():
+    assert not {frozenset(cell) for cell in REFUSED} & {frozenset(cell) for cell in MUST_TRAIN}
+    assert set(REFUSED) <= set(cells())
