@@ -216,6 +216,6 @@ def test_recipes_align_blocks_that_their_models_have(name):
     config = load(name, ["model.input_size=8", "model.in_channels=12", "model.num_classes=10"])
     with torch.device("meta"):
         method = SRA(next(each for each in config.methods if each.name == "sra"), new_model(config.model), None)
-    published = {"b2": (3, 8), "l2": (6, 16), "xl2": (8, 20)}
-    size = next((part for part in name.split("-") if part in published), None)
+    published = {"b2": (3, 8), "l2": (6, 16), "xl2": (8, 20), "dit-xl2": (8, 16)}
+    size = name.partition("sra-")[2].rpartition("-")[0]
     assert (method.block + 1, method.last + 1) == published.get(size, (2, 4))
