@@ -1,6 +1,7 @@
 """`dit-fast sample RUN`: its options are the fields of `SampleOptions`."""
 
 import argparse
+import types
 import typing
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from dit_fast.sampling.parts import Parts
 
 FLAGS = {"chunk": "--batch"}  # where the command has another name for an option
+LISTS = {"classes": (int, "whole numbers", "0,3,7"), "time_range": (float, "numbers", "0.999,0.001")}
 
 
 def add_commands(subparsers: Any) -> None:
@@ -37,13 +39,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     hints = typing.get_type_hints(SampleOptions)
     for item in fields(SampleOptions):
         hint, default = hints[item.name], item.default
-        kind = next((kind for kind in typing.get_args(hint) if kind is not type(None)), hint)
-        choices = typing.get_args(hint if typing.get_origin(hint) is Literal else kind)
+        optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        kind = next(kind for kind in typing.get_args(hint) if kind is not type(None)) if optional else hint
+        choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
         shown = "" if default in (None, ()) else f" (default: {default})"
         parser.add_argument(
             FLAGS.get(item.name, f"--{item.name.replace('_', '-')}"),
             dest=item.name,
-            type=str if choices or default == () else kind,
+            type=str if choices or item.name in LISTS else kind,
             metavar="{" + ",".join(choices) + "}" if choices else None,
             default=argparse.SUPPRESS,
             help=item.metadata["text"] + shown,
@@ -68,7 +71,7 @@ def _sample(options: argparse.Namespace) -> int:
         raise UserError(f"--out {outputs[0]}: the name must end in .png or .npz, or have no ending (a folder)")
     names = {item.name for item in fields(SampleOptions)}
     given = {name: value for name, value in vars(options).items() if name in names}
-    chosen = SampleOptions(**{**given, "classes": _labels(given.get("classes", ""))})
+    chosen = SampleOptions(**{name: _list(name, value) if name in LISTS else value for name, value in given.items()})
     world, run = here(), load_run(options.folder, weights=chosen.weights)
     if not options.out and not (options.folder / FOLDER).is_dir():
         raise UserError(f"{options.folder}: is a checkpoint, which stays as it is; name a file with --out")
@@ -120,8 +123,10 @@ def _write(path: Path, parts: "Parts", info: "DatasetInfo", kept: bool) -> None:
         save_png(class_grid(columns, list(dict.fromkeys(drawn.labels.tolist())), info.class_names), path)
 
 
-def _labels(text: str) -> tuple[int, ...]:
+def _list(name: str, text: str) -> Any:
+    kind, what, example = LISTS[name]
     try:
-        return tuple(int(item) for item in text.split(",")) if text.strip() else ()
+        return tuple(kind(item) for item in text.split(",")) if text.strip() else ()
     except ValueError:
-        raise UserError(f"--classes {text}: expected whole numbers with commas between, e.g. 0,3,7") from None
+        flag = f"--{name.replace('_', '-')}"
+        raise UserError(f"{flag} {text}: expected {what} with commas between, e.g. {example}") from None

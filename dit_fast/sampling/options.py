@@ -9,10 +9,13 @@ import numpy as np
 
 from dit_fast.checkpoint.run import LoadedRun
 from dit_fast.data import LatentDataset
-from dit_fast.diffusion import Guidance, Solver, sample
-from dit_fast.diffusion.guidance import Channels
+from dit_fast.diffusion import SOLVERS, Guidance, Solver, sample
+from dit_fast.diffusion.conversions import Diffusion
+from dit_fast.diffusion.grids import check_range, time_grid
+from dit_fast.diffusion.guidance import Bounds, Channels, Decision
+from dit_fast.diffusion.reverse import LastStep
 from dit_fast.diffusion.samplers import MOST_ROWS, check_options, check_whole
-from dit_fast.diffusion.solvers import SolverName
+from dit_fast.diffusion.solvers import SolverName, torchdiffeq
 from dit_fast.errors import UserError
 from dit_fast.options import setting
 
@@ -22,6 +25,7 @@ GUIDED = 2.5  # scale of the guidance where none is asked for; a mean velocity h
 STEPS = {"mean_flow": 1, "ddpm": 250}  # as published; otherwise
 FEW = 20
 USUAL = "heun"  # where the objective has it
+OWN = tuple(dict.fromkeys(name for solver in SOLVERS.values() for name in solver.options))
 
 Weights = Literal["ema", "model"]
 Precision = Literal["fp32", "bf16"]
@@ -39,10 +43,22 @@ class SampleOptions:
     cfg_scale: float | None = setting(None, "guidance; 1 = off, 0 = no label (default: 2.5 if trained for it)")
     guidance_low: float = setting(0.0, "guide only for t from here ...")
     guidance_high: float = setting(1.0, "... to here (1 is pure noise)")
+    guidance_bounds: Bounds = setting("inclusive", "whether those two times are guided themselves")
+    heun_guidance: Decision = setting("first", "which evaluation of a step decides whether it is guided")
     cfg_channels: Channels | None = setting(None, "guided channels (default: what the model's own sampler guides)")
     class_token_cfg_scale: float | None = setting(None, "guidance of the class token (default: the image's)")
     sampler: SolverName | None = setting(None, "solver (default: heun; mean_flow for a mean velocity, ddpm for DDPM)")
-    num_steps: int | None = setting(None, "sampling steps (default: 20; mean_flow 1, ddpm 250)")
+    num_steps: int | None = setting(None, "sampling steps (default: 20; mean_flow 1, ddpm 250; dopri5 takes its own)")
+    time_range: tuple[float, float] | None = setting(
+        None, "times of the first and the last step, e.g. 0.999,0.001 (default: where the velocity is finite)"
+    )
+    time_shift: float | None = setting(None, "equal steps of u with t = s u / (1 + (s - 1) u) (default: of t)")
+    diffusion: Diffusion | None = setting(None, "form of an SDE's diffusion (default: linear, as REPA)")
+    diffusion_norm: float | None = setting(None, "its factor (default: 1)")
+    last_step: LastStep | None = setting(None, "an SDE's step without noise (default: mean)")
+    last_step_size: float | None = setting(None, "its length (default: 0.04, or what --time-range leaves)")
+    atol: float | None = setting(None, "absolute tolerance of dopri5 (default: 1e-6)")
+    rtol: float | None = setting(None, "relative tolerance of dopri5 (default: 1e-3)")
     seed: int = setting(0, "image k depends on the seed, on k and on its class")
     weights: Weights = setting("ema", "moving average or raw weights")
     precision: Precision = setting("fp32", "bf16: autocast in the model")
@@ -51,9 +67,21 @@ class SampleOptions:
     def __post_init__(self) -> None:
         check_whole("per_class", self.per_class, 1, MOST_IMAGES)
         check_whole("chunk (--batch)", self.chunk, 1, MOST_ROWS)
-        check_options(self.sampler or "euler", FEW if self.num_steps is None else self.num_steps, self.chunk, self.seed)
-        scale = 1.0 if self.cfg_scale is None else self.cfg_scale
-        Guidance(scale, self.guidance_low, self.guidance_high, self.cfg_channels or "all", self.class_token_cfg_scale)
+        steps, own = FEW if self.num_steps is None else self.num_steps, self._own_options() if self.sampler else {}
+        check_options(self.sampler or "euler", steps, self.chunk, self.seed, own)
+        check_range(self.time_range, self.time_shift)
+        if self.sampler == "dopri5":
+            torchdiffeq()
+        scale, channels = 1.0 if self.cfg_scale is None else self.cfg_scale, self.cfg_channels or "all"
+        Guidance(
+            scale,
+            self.guidance_low,
+            self.guidance_high,
+            channels,
+            self.class_token_cfg_scale,
+            self.guidance_bounds,
+            self.heun_guidance,
+        )
         for name, kind in (("weights", Weights), ("precision", Precision)):
             if getattr(self, name) not in get_args(kind):
                 raise UserError(f"unknown {name} '{getattr(self, name)}'; valid: {', '.join(get_args(kind))}")
@@ -68,21 +96,29 @@ class SampleOptions:
 
     def resolved(self, run: LoadedRun, dataset: LatentDataset) -> "SampleOptions":
         """The same with what run and data set decide filled in. Raises UserError for a class that is not
-        there, and for a sampler that does not fit the objective.
+        there, for a sampler that does not fit the objective, and for times and options that do not fit the sampler.
         """
         model, solvers = run.model, run.objective.solvers
         sampler = self.sampler or next(name for name in (USUAL, *solvers) if name in solvers)
         check_solver(sampler, solvers)
         mean = model.times == 2
         guided = GUIDED if model.null_label >= 0 and not mean else 1.0
-        return replace(
+        steps = STEPS.get(sampler, FEW) if self.num_steps is None else self.num_steps
+        chosen = replace(
             self,
             classes=check_classes(self.classes, dataset),
             sampler=sampler,
-            num_steps=STEPS.get(sampler, FEW) if self.num_steps is None else self.num_steps,
+            num_steps=steps,
             cfg_scale=guided if self.cfg_scale is None else self.cfg_scale,
             cfg_channels=self.cfg_channels or model.cfg_channels,
         )
+        path, prediction, own = run.objective.path, run.objective.prediction, chosen._own_options()
+        time_grid(solvers[sampler], steps, path, prediction, own, self.time_range, time_shift=self.time_shift)
+        return chosen
+
+    def _own_options(self) -> dict[str, Any]:
+        """Of solvers, by name, as far as they were given."""
+        return {name: getattr(self, name) for name in OWN if getattr(self, name) is not None}
 
     def arguments(self) -> dict[str, Any]:
         """Resolved options that are keywords of `sample`, by name."""
@@ -93,15 +129,34 @@ class SampleOptions:
         """One line for captions: what was computed by resolved options."""
         assert self.sampler, "resolve the options first"
         assert self.cfg_scale is not None, "resolve the options first"
-        parts = [self.sampler, f"{self.num_steps} steps", f"guidance {_exact(self.cfg_scale)}"]
+        parts = [self.sampler, *self._steps(SOLVERS[self.sampler]), f"guidance {_exact(self.cfg_scale)}"]
         if self.class_token_cfg_scale is not None:
             parts[-1] += f" ({_exact(self.class_token_cfg_scale)} of the class token)"
-        if self.cfg_scale != 1 and (self.guidance_low, self.guidance_high) != (0, 1):
-            parts[-1] += f" for t in [{_exact(self.guidance_low)}, {_exact(self.guidance_high)}]"
+        open_ends = self.guidance_bounds == "exclusive"
+        if self.cfg_scale != 1 and ((self.guidance_low, self.guidance_high) != (0, 1) or open_ends):
+            left, right = "(" if open_ends else "[", ")" if open_ends and self.guidance_high < 1 else "]"
+            parts[-1] += f" for t in {left}{_exact(self.guidance_low)}, {_exact(self.guidance_high)}{right}"
+            parts[-1] += " of each evaluation" * (self.heun_guidance == "each")
         if self.cfg_scale != 1 and self.cfg_channels == "first_three":
             parts[-1] += " on channels 0 to 2"
         parts.append(f"seed {self.seed}")
         return ", ".join([*parts, *["raw weights"] * (self.weights == "model"), *["bf16"] * (self.precision == "bf16")])
+
+    def _steps(self, solver: Solver) -> list[str]:
+        """What differs from the sampler's defaults, after the number of steps or the tolerances."""
+        given = self._own_options()
+        own = {**solver.options, **given}
+        parts = [f"atol {own['atol']:g}", f"rtol {own['rtol']:g}"] if solver.adaptive else [f"{self.num_steps} steps"]
+        if self.time_range is not None:
+            parts.append("t from {} to {}".format(*map(_exact, self.time_range)))
+        if self.time_shift is not None:
+            parts.append(f"times shifted by {_exact(self.time_shift)}")
+        if given.keys() & {"diffusion", "diffusion_norm"}:
+            parts.append(f"diffusion {_exact(own['diffusion_norm'])} {own['diffusion']}")
+        if given.keys() & {"last_step", "last_step_size"}:
+            size = "" if own["last_step_size"] is None else f" of {_exact(own['last_step_size'])}"
+            parts.append(f"last step {own['last_step']}{size}")
+        return parts
 
 
 def check_solver(name: str, solvers: Mapping[str, Solver]) -> None:

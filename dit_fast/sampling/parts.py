@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,10 @@ class Parts:
             partial = folder / f"{DESCRIPTION}.{os.getpid()}.partial"  # ranks write the same, perhaps at once
             partial.write_text(text)
             partial.replace(path)
-        found = path.read_text(errors="replace")
-        if found != text:
+        if difference := _difference(path.read_text(errors="replace"), json.loads(text)):
             raise UserError(
-                f"{folder}: holds images of another command ({_difference(found, json.loads(text))}); remove it, or "
-                "give that command again to finish it"
+                f"{folder}: holds images of another command ({difference}); remove it, or give that command again to "
+                "finish it"
             )
         self._held = path.open("rb+")  # with the lock, which goes when the file is closed: nobody reads it from here on
         try:
@@ -105,12 +104,16 @@ class Parts:
 
 
 def _difference(found: str, wanted: dict[str, Any]) -> str:
+    """What is not the same, in words; "" where all is. An option that was not known then had its default."""
     try:
         there = json.loads(found)
+        there["options"] = {**{item.name: item.default for item in fields(SampleOptions)}, **there["options"]}
         for group, values in wanted.items():
             for name, value in values.items():
-                if there[group].get(name) != json.loads(json.dumps(value)):
+                if there[group].get(name) != value:
                     return f"{name} {there[group].get(name)} there, {value} here"
-    except (ValueError, KeyError, AttributeError):
+        if json.loads(json.dumps(there)) == wanted:
+            return ""
+    except (ValueError, KeyError, AttributeError, TypeError):
         pass
     return f"its {DESCRIPTION} is damaged or of another version"

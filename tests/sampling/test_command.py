@@ -14,6 +14,7 @@ from dit_fast.checkpoint.run import load_run
 from dit_fast.cli import main
 from dit_fast.errors import UserError
 from dit_fast.sampling import images as images_module
+from dit_fast.sampling import options as options_module
 from dit_fast.sampling.options import SampleOptions
 from dit_fast.sampling.parts import Parts
 from dit_fast.sampling.samples import Samples, write_samples
@@ -47,6 +48,13 @@ def test_sample_command_writes_a_grid_or_an_archive(place, tmp_path, capsys):
         (["--num-steps", "0"], "num_steps=0"),
         (["--batch", "0"], "chunk (--batch)=0"),
         (["--data", "absent"], "no such folder"),
+        (["--time-range", "1;0"], "--time-range 1;0: expected numbers with commas between, e.g. 0.999,0.001"),
+        (["--time-range", "0,1"], "time_range must descend"),
+        (["--time-shift", "0"], "time_shift=0.0 must be"),
+        (["--diffusion", "sigma"], "sampler 'heun' takes no diffusion; drop it, or use sde"),
+        (["--sampler", "sde", "--rtol", "1"], "sampler 'sde' takes no rtol; drop it, or use dopri5"),
+        (["--sampler", "sde", "--last-step-size", "0"], "0 is 'none'"),
+        (["--sampler", "sde", "--last-step-size", "0.5", "--time-range", "1,0.2"], "leads beyond the data"),
     ],
 )
 def test_wrong_options_are_one_line(place, capsys, changes, message):
@@ -208,20 +216,44 @@ def test_a_file_written_in_parts_has_the_bytes_of_numpy(tmp_path):
 def test_the_command_has_the_options_of_the_class(place, monkeypatch, tmp_path):
     given = {
         "classes": (2, 1), "per_class": 3, "cfg_scale": 1.5, "guidance_low": 0.1, "guidance_high": 0.9,
-        "cfg_channels": "first_three", "class_token_cfg_scale": 2.0, "sampler": "sde", "num_steps": 4, "seed": 5,
-        "weights": "model", "precision": "bf16", "chunk": 2,
+        "guidance_bounds": "exclusive", "heun_guidance": "each", "cfg_channels": "first_three",
+        "class_token_cfg_scale": 2.0, "sampler": "sde", "num_steps": 4, "time_range": (0.9, 0.125), "time_shift": 2.0,
+        "diffusion": "increasing-decreasing", "diffusion_norm": 0.5, "last_step": "tweedie", "last_step_size": 0.1,
+        "seed": 5, "weights": "model", "precision": "bf16", "chunk": 2,
     }  # fmt: skip
-    assert given.keys() == SampleOptions.__dataclass_fields__.keys()
+    solver = {"sampler": "dopri5", "atol": 1e-4, "rtol": 1e-2}
+    assert given.keys() | solver.keys() == SampleOptions.__dataclass_fields__.keys()
     seen = []
     monkeypatch.setattr(images_module, "sample_images", lambda run, options, *_, **__: seen.append(options) or 1 / 0)
+    monkeypatch.setattr(options_module, "torchdiffeq", lambda: None)
     flags = {"chunk": "--batch"}
-    words = [
-        word
-        for name, value in given.items()
-        for word in (
-            flags.get(name, "--" + name.replace("_", "-")),
-            ",".join(map(str, value)) if isinstance(value, tuple) else str(value),
-        )
-    ]
-    assert main(["sample", str(place / "plain"), *words, "-o", str(tmp_path / "a.npz")]) == 1
-    assert seen == [SampleOptions(**given)]
+    for values in (given, {"classes": (0,), "per_class": 1, **solver}):
+        words = [
+            word
+            for name, value in values.items()
+            for word in (
+                flags.get(name, "--" + name.replace("_", "-")),
+                ",".join(map(str, value)) if isinstance(value, tuple) else str(value),
+            )
+        ]
+        assert main(["sample", str(place / "plain"), *words, "-o", str(tmp_path / f"{len(seen)}.npz")]) == 1
+    assert seen[0] == SampleOptions(**given)
+    assert (seen[1].sampler, seen[1].atol, seen[1].rtol) == ("dopri5", 1e-4, 1e-2)
+
+
+def test_a_folder_of_before_an_option_was_known_goes_on(place, tmp_path, capsys):
+    """Then it had its default; another value is refused."""
+    folder = tmp_path / "folder"
+    assert sample(place, "-o", str(folder)) == 0
+    description = folder / "sampling.json"
+    content = json.loads(description.read_text())
+    for name in ("time_shift", "diffusion", "guidance_bounds", "heun_guidance"):
+        del content["options"][name]
+    description.write_text(json.dumps(content))
+    first = folder / "images_00000000.npz"
+    first.unlink()
+    assert sample(place, "-o", str(folder)) == 0
+    assert first.exists()
+    capsys.readouterr()
+    assert sample(place, "-o", str(folder), "--time-shift", "2") == 2
+    assert "another command (time_shift None there, 2.0 here)" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from dit_fast.sampling.samples import Samples
 from dit_fast.train import preview
 from dit_fast.train.loop import train
 from dit_fast.world import single
+from tests.helpers.cases import loop_over
 from tests.helpers.two_runs import STEPS, sample_run
 
 
@@ -69,6 +71,63 @@ def test_captions_say_what_was_computed(opened):
     )
     plain = options(cfg_scale=1.0, guidance_high=0.7, cfg_channels="first_three", weights="model")
     assert plain.resolved(run, dataset).text() == "euler, 1 steps, guidance 1, seed 0, raw weights"
+
+
+@loop_over(
+    ("changes", "text"),
+    [
+        ({"sampler": "sde"}, "sde, 3 steps, guidance 2, seed 0"),
+        (
+            {"sampler": "sde_heun", "diffusion": "sigma", "last_step": "tweedie", "last_step_size": 0.02},
+            "sde_heun, 3 steps, diffusion 1 sigma, last step tweedie of 0.02, guidance 2, seed 0",
+        ),
+        (
+            {"sampler": "sde", "diffusion_norm": 0.5, "last_step": "none"},
+            "sde, 3 steps, diffusion 0.5 linear, last step none, guidance 2, seed 0",
+        ),
+        (
+            {"time_range": (0.9, 0.1), "time_shift": 3.0},
+            "euler, 3 steps, t from 0.9 to 0.1, times shifted by 3, guidance 2, seed 0",
+        ),
+        (
+            {"guidance_low": 0.1, "guidance_bounds": "exclusive", "heun_guidance": "each"},
+            "euler, 3 steps, guidance 2 for t in (0.1, 1] of each evaluation, seed 0",
+        ),
+        (
+            {"guidance_high": 0.9, "guidance_bounds": "exclusive"},
+            "euler, 3 steps, guidance 2 for t in (0, 0.9), seed 0",
+        ),
+    ],
+)
+def test_captions_say_what_is_not_the_default(place, changes, text):
+    run = load_run(place / "plain")
+    assert options(**{"num_steps": 3, "cfg_scale": 2.0, **changes}).resolved(run, run.dataset()).text() == text
+
+
+def test_dopri5_is_captioned_by_its_tolerances(place):
+    pytest.importorskip("torchdiffeq")
+    (samples,) = draw(run := load_run(place / "plain"), run.dataset(), options(sampler="dopri5", rtol=0.1))
+    assert samples.text == "dopri5, atol 1e-06, rtol 0.1, guidance 2.5, seed 0"
+
+
+def test_an_absent_package_is_named_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+    with pytest.raises(UserError, match=r"sampler 'dopri5' needs torchdiffeq; run `pip install 'dit_fast\[ode\]'`"):
+        options(sampler="dopri5")
+
+
+def test_a_run_that_predicts_noise_on_vp_draws_finite_images(place, tmp_path):
+    """In the preview and afterwards, by each kind of solver: at t = 0 its velocity would be infinite."""
+    changes = [
+        f"data.path={place / 'shards'}", f"run.dir={tmp_path}", "run.steps=2", "engine.global_batch=4",
+        "preview.every=2", "preview.count=2", "preview.num_steps=2", "run.tensorboard=false",
+        "objective.path=vp", "objective.prediction=noise",
+    ]  # fmt: skip
+    assert train(load("quickstart", changes), single()) == 2
+    assert len(list(tmp_path.glob("samples/*.png"))) == 1
+    for sampler in ("heun", "heun2", "rk4", "sde", "sde_heun"):
+        samples = sample_run(tmp_path, per_class=1, sampler=sampler)
+        assert samples.images.shape == (3, 32, 32, 3)
 
 
 def test_a_run_without_label_dropout_is_not_guided(opened):
