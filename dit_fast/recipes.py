@@ -4,8 +4,9 @@ Paper presets are named METHOD-SIZE-RESOLUTION (`diversedit-xl2-256`, `sit-b2-51
 `diversedit-repa-b2-256`). They carry the settings of DiverseDiT (arXiv 2603.04239, Sec. 4.1 and Tab. A1): AdamW 1e-4
 constant, batch 256, clip 1.0, EMA 0.9999, label dropout 0.1, 400K steps, linear path, uniform t; bf16 in place of
 fp16. REPA is aligned at block 5 (B) or 8 (L, XL), REG at 4 or 8, coefficient 0.5. SRA has the blocks, the distance and
-the weight of its paper (arXiv 2505.02831). DiverseDiT tells no coefficients of its runs with SRA, or with Dispersive
-Loss and SRA (Tab. 9): here they have each method's own. Mean flow (`mean_flow-b4-256`,
+the weight of its paper (arXiv 2505.02831), Dispersive Loss (arXiv 2506.09027) the setting of its JAX code: a
+quarter of the blocks, weight and tau 0.5, 16 samples at a time. DiverseDiT tells no coefficients of its runs with SRA
+and Dispersive Loss (Tab. 9): here they have each method's own. Mean flow (`mean_flow-b4-256`,
 `diversedit-mean_flow-xl2-256`) has its own settings (arXiv 2505.13447): beta2 0.95, no clipping, float32.
 `quickstart` and `quickstart-METHOD` learn ten classes in minutes on two CPU cores.
 """
@@ -83,6 +84,7 @@ def paper(methods: Sequence[str], size: str, resolution: int) -> TrainConfig:
     return TrainConfig(
         model=_imagenet(size, resolution, methods, class_token=768 if "reg" in methods else 0),  # DINOv2-B's
         methods=tuple(configs[method] for method in methods),
+        engine=EngineConfig(micro_batch=16 if "dispersive" in methods else 0),
         run=RunConfig(dir=f"runs/{name}"),
     )
 
@@ -147,6 +149,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "methods": (REG.Config(encoder_depth=2, projector_width=256),),
         "model": replace(NANO, class_token=112),
     },
+    "dispersive": {"methods": (Dispersive.Config(),)},
     "sra": {"methods": (SRA.Config(student_depth=2, teacher_depth=4, decay=0.995),)},
     "mean_flow": {
         "objective": MeanFlow.Config(),
@@ -156,7 +159,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "cfg_scale": 1.0,
     },
 }
-BESIDE_DIVERSEDIT = ("repa", "reg", "sra", "mean_flow")  # those of SMALL that are also there with it
+BESIDE_DIVERSEDIT = ("repa", "reg", "dispersive", "sra", "mean_flow")  # those of SMALL that are also there with it
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "quickstart": quickstart,
@@ -172,6 +175,8 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
         for size in ENCODER_DEPTH
         for resolution in (256, 512)
     },
+    **{f"dispersive-{size}-256": partial(paper, ("dispersive",), size, 256) for size in ENCODER_DEPTH},
+    "diversedit-dispersive-b2-256": partial(paper, ("diversedit", "dispersive"), "b2", 256),
     "diversedit-dispersive-sra-b2-256": partial(paper, ("diversedit", "dispersive", "sra"), "b2", 256),
     **{
         f"{'-'.join([*methods, 'mean_flow'])}-{size}-256": partial(mean_flow, methods, size)

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from dit_fast.errors import ConfigError
 from dit_fast.methods import build_methods
 from dit_fast.methods.dispersive import VARIANTS, Dispersive, dispersive_loss
+from dit_fast.models import new_model
+from dit_fast.recipes import load
 from dit_fast.train.__main__ import main
 from tests.helpers.cases import loop_over, refused
 from tests.helpers.deterministic_fill import fill
@@ -167,6 +169,16 @@ def test_the_term_is_of_the_block_counted_from_one():
         assert term.weight == config.weight
     with pytest.raises(ConfigError, match=r"methods\.dispersive\.depth=5 is not one of this model's blocks 1\.\.4"):
         build_methods([Dispersive.Config(depth=5)], model, nothing)
+
+
+@loop_over(("name", "block"), [("dispersive-b2-256", 2), ("dispersive-l2-256", 5), ("dispersive-xl2-256", 6)])
+def test_recipes_have_the_published_setting_of_the_jax_code(name, block):
+    config = load(name)
+    nothing: Any = None
+    with torch.device("meta"):
+        (method,) = build_methods(config.methods, new_model(config.model), nothing)
+    assert method.blocks == {block}
+    assert (method.config.weight, method.config.tau, config.engine.micro_batch) == (0.5, 0.5, 16)
 
 
 def test_a_batch_of_one_sample_is_refused_before_the_first_step(shards, tmp_path, capsys):
