@@ -24,7 +24,7 @@ from dit_fast.methods.reg import REG
 from dit_fast.methods.repa import REPA
 from dit_fast.methods.sra import SRA
 from dit_fast.models import SiT
-from dit_fast.objectives import MeanFlow
+from dit_fast.objectives import Flow, MeanFlow
 from dit_fast.options import groups, keys, nearest
 from dit_fast.runs import (
     DataConfig,
@@ -144,6 +144,9 @@ def small(
 # token is EfficientNet-Lite0's. Of quick-start size by name, as `small` takes it:
 SMALL: dict[str, dict[str, Any]] = {
     "sit": {},
+    "x": {  # JiT's weighting and times, in our direction
+        "objective": Flow.Config(prediction="x", weighting="velocity", time="logit_normal", time_mean=0.8, time_std=0.8)
+    },
     "repa": {"methods": (REPA.Config(encoder_depth=2, projector_width=256),)},
     "reg": {
         "methods": (REG.Config(encoder_depth=2, projector_width=256),),
