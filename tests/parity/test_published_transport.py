@@ -2,6 +2,7 @@
 
 import torch
 
+from dit_fast.checkpoint import load_official
 from dit_fast.diffusion import Path, logit_normal
 from dit_fast.diffusion.conversions import convert, diffusion_coefficient
 from dit_fast.objectives.flow import flow_losses
@@ -104,3 +105,19 @@ def test_times_of_the_x_prediction(name):
     reference = golden(name)
     ours = logit_normal(-reference.meta["P_mean"], reference.meta["P_std"])
     assert_close(1 - ours.transform(-reference.tensor("in/time_normals")), reference.tensor("out/time"), 1e-6)
+
+
+@loop_over(("name", "path"), [(name, path) for name in golden_names("officialsit_") for path in ("linear", "gvp")])
+def test_losses_and_gradients_of_the_official_sit(name, path):
+    reference = golden(name)
+    model = load_official(reference.group("state/"), family="sit", num_heads=reference.meta["num_heads"])
+    x, noise, t, y = (reference.tensor(f"in/{key}") for key in ("x", "noise", "t_sit", "y"))
+    losses = flow_losses(model, x, y, 1 - t, noise, OUR_PATH[path])
+    assert_close(losses, reference.tensor(f"out/loss_{path}"), 2e-6)
+    losses.mean().backward()
+    norms = reference.group(f"gradnorm_{path}/")
+    whole = torch.stack(list(norms.values())).norm()
+    for key, expected in norms.items():
+        gradient = model.get_parameter(key).grad
+        ours = torch.zeros(()) if gradient is None else gradient.norm()
+        assert abs(ours - expected) <= 1e-5 * expected + 1e-7 * whole, key
