@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dit_fast.diffusion import Path, velocity_error
+from dit_fast.diffusion import Path, sample, velocity_error
 from dit_fast.diffusion.conversions import convert
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.models import Taps
@@ -65,6 +65,25 @@ def test_what_the_fused_ops_do_not_know_is_computed_without_them(path, predictio
     monkeypatch.setattr(flow, "draws_noise_in_registers", lambda latents: True)
     context = bound(path=path, prediction=prediction).run(Scale(), clean("image"), Y, KEY, Taps(), {}, 3)
     assert torch.equal(context.losses["image"], plain.losses["image"])
+
+
+@loop_over(("path", "prediction"), CASES)
+def test_samplers_follow_the_velocity_made_from_the_prediction(path, prediction):
+    """A model that knows the one point x there is: every kind of prediction leads along the path to it."""
+    x, start = clean("image").double(), KEY.normal(Stream.NOISE, (3, 8, 8)).double()
+
+    def model(x_t, t, y):
+        c = Path(path).coefficients(t.view(-1, 1, 1, 1))
+        noise = (x_t - c.alpha * x) / c.sigma
+        kinds = {"velocity": c.d_alpha * x + c.d_sigma * noise, "score": -noise / c.sigma, "noise": noise, "x": x}
+        return kinds[prediction]
+
+    model.times, model.learns_variance = 1, False
+    first, last = (Path(path).coefficients(t) for t in (0.99, 0.02))
+    objective = Flow(Flow.Config(path=path, prediction=prediction, t_eps=0.01), model)
+    options = {"path": path, "prediction": prediction, "field": objective.field, "time_range": (0.99, 0.02)}
+    found = sample(model, start, Y, "rk4", 60, **options)
+    assert_close(found, last.alpha * x + last.sigma / first.sigma * (start - first.alpha * x), 1e-4)
 
 
 def test_times_keep_to_the_published_ranges():
