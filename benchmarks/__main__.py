@@ -1,4 +1,4 @@
-"""`python -m dit_fast.benchmarks NAME ... | all | report`."""
+"""`python -m dit_fast.benchmarks NAME ... | all | report | curves`."""
 
 import argparse
 import os
@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from dit_fast.benchmarks.cases.case import Setting
+    from dit_fast.benchmarks.curves import record_curves
     from dit_fast.benchmarks.gate import RedGate
     from dit_fast.benchmarks.report import report
     from dit_fast.benchmarks.results import RESULTS, device_of
@@ -32,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             report(folder)
             return 0
         torch.set_num_threads(options.threads)
+        if names == ["curves"]:
+            record_curves(options.data, folder / "cpu" / "curves", options.only, options.commit)
+            return 0
         setting = Setting(device_of(options.device), options.small)
         for name in names:
             try:
@@ -50,13 +54,19 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m dit_fast.benchmarks",
         description="Measure ops against their baselines, after their tests, into benchmarks/results/<device>/.",
     )
-    parser.add_argument("names", nargs="+", metavar="NAME", help="an op, step, all, or report (tables and roofline)")
+    parser.add_argument(
+        "names", nargs="+", metavar="NAME", help="an op, step, all, report (tables and roofline), or curves"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds per benchmark, without its tests")
     parser.add_argument("--threads", type=int, default=1, help="torch's CPU threads")
     parser.add_argument("--out", type=Path, help="folder for results instead of benchmarks/results")
     parser.add_argument("--small", action="store_true", help="tiny shapes: a check of the harness, no measurement")
     parser.add_argument("--tested", type=Path, metavar="XML", help="--junitxml of a pytest run to go by")
+    parser.add_argument("--only", nargs="+", default=[], metavar="RECIPE", help="curves: of these recipes alone")
+    parser.add_argument(
+        "--data", default="runs/quickstart/shards", help="curves: Twemoji shards, see docs/benchmarks.md"
+    )
     parser.add_argument("--commit", help="recorded where there is no git history")
     return parser
 

@@ -91,8 +91,7 @@ def document(
         "schema": SCHEMA,
         "benchmark": benchmark,
         **where,
-        "command": " ".join(["python", "-m", "dit_fast.benchmarks", *sys.argv[1:]]),
-        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        **occasion(),
         "seconds": round(seconds, 1),
         "gate": gate,
         "ceilings": {
@@ -102,6 +101,14 @@ def document(
         },
         "targets": list(targets),
         "cases": list(cases),
+    }
+
+
+def occasion() -> dict[str, str]:
+    """The command of this process, and the time."""
+    return {
+        "command": " ".join(["python", "-m", "dit_fast.benchmarks", *sys.argv[1:]]),
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
@@ -127,26 +134,28 @@ def _require(entry: Any, keys: set[str], where: str) -> None:
 
 
 def save(result: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Writes <folder>/<device>/<benchmark>.json, whole or not at all, one line per list of numbers."""
+    """Writes <folder>/<device>/<benchmark>.json."""
     check(result)
     path = folder / result["device"]["slug"] / f"{result['benchmark']}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = re.sub(r"\[\s+([-+\d.eE,\s]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", _dump(result))
-    files.replace(path, f"{text}\n".encode())
+    write(path, rounded(result))
     return path
 
 
-def _dump(result: dict[str, Any]) -> str:
-    return json.dumps(_rounded(result), indent=1, ensure_ascii=False)
+def write(path: Path, content: dict[str, Any]) -> None:
+    """JSON, whole or not at all, one line per list of numbers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    text = re.sub(r"\[\s+([-+\d.eE,\s]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    files.replace(path, f"{text}\n".encode())
 
 
-def _rounded(value: Any) -> Any:
-    """Six digits: more of a time says nothing."""
+def rounded(value: Any) -> Any:
+    """Six digits: more of a time or of a loss says nothing."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def load_all(folder: Path = RESULTS) -> list[dict[str, Any]]:

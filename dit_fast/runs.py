@@ -22,7 +22,7 @@ from dit_fast.methods import METHODS
 from dit_fast.models.registry import BACKBONES, kind
 from dit_fast.models.sit import SiT
 from dit_fast.objectives import OBJECTIVES, Flow
-from dit_fast.options import assign, chosen, from_dict, keys, setting, shown, to_dict
+from dit_fast.options import assign, chosen, diff, from_dict, groups, keys, setting, shown, to_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +176,16 @@ def stored(values: Any) -> TrainConfig:
     Raises ConfigError for an unknown key or name and for a value of another type.
     """
     return from_dict(TrainConfig, _renamed(values))
+
+
+def forbidden_changes(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """The differences ("key: old -> new") between two configurations that a resumed run may not have.
+
+    Where and how a run is done may change, what it computes may not. Micro-batch and ranks may, because elastic
+    restarts need it, although statistics over a rank's micro-batch change with them.
+    """
+    free = {key.path for path, group in groups(TrainConfig) for key in keys(group, path) if key.resumes}
+    return [line for line in diff(to_dict(old), to_dict(new)) if line.partition(": ")[0] not in free]
 
 
 def _renamed(values: Any) -> Any:

@@ -17,8 +17,16 @@ from dit_fast.models import new_model
 from dit_fast.objectives import OBJECTIVES, Flow
 from dit_fast.options import diff, groups, keys, to_dict
 from dit_fast.recipes import load, reference
-from dit_fast.runs import DataConfig, OptimizerConfig, TrainConfig, _adapters, changed, checked, stored
-from dit_fast.train.prepare import forbidden_changes
+from dit_fast.runs import (
+    DataConfig,
+    OptimizerConfig,
+    TrainConfig,
+    _adapters,
+    changed,
+    checked,
+    forbidden_changes,
+    stored,
+)
 from tests.helpers import fuzz
 
 

@@ -7,8 +7,7 @@ from typing import Any
 from dit_fast.checkpoint.step import Checkpoint
 from dit_fast.data import DatasetInfo
 from dit_fast.errors import CheckpointError, ConfigError
-from dit_fast.options import diff, groups, keys, to_dict
-from dit_fast.runs import EngineConfig, TrainConfig, checked, stored
+from dit_fast.runs import EngineConfig, TrainConfig, checked, forbidden_changes, stored
 
 
 def check_fields(config: TrainConfig) -> TrainConfig:
@@ -100,13 +99,3 @@ def check_resume(checkpoint: Checkpoint, config: TrainConfig, info: DatasetInfo,
                 f"data.path={config.data.path}: its field '{name}' is another one than {checkpoint.path} was trained "
                 "with; restore it or set another run.dir"
             )
-
-
-def forbidden_changes(old: TrainConfig, new: TrainConfig) -> list[str]:
-    """The differences ("key: old -> new") between two configurations that a resumed run may not have.
-
-    Where and how a run is done may change, what it computes may not. Micro-batch and ranks may, because elastic
-    restarts need it, although statistics over a rank's micro-batch change with them.
-    """
-    free = {key.path for path, group in groups(TrainConfig) for key in keys(group, path) if key.resumes}
-    return [line for line in diff(to_dict(old), to_dict(new)) if line.partition(": ")[0] not in free]

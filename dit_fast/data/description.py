@@ -33,8 +33,9 @@ class DatasetInfo:
     channels, size: latents are [channels, size, size]. scale, shift: one number or one per channel. dtype: of the
     stored moments. fields: what a batch can have besides moments and label, by name. autoencoder: what
     `load_autoencoder` takes ("" when unknown), autoencoder_config: what besides its weights decides the latents, where
-    known. statistics: mean and std per channel of sampled, unscaled latents, or None. shards: the tars with the
-    latents. fingerprint: over all but the fields that were added in tars of their own, which have one each.
+    known. source: hash of the images and labels that it was made from, "" when unknown. statistics: mean and std per
+    channel of sampled, unscaled latents, or None. shards: the tars with the latents. fingerprint: over all but the
+    fields that were added in tars of their own, which have one each.
     """
 
     num_samples: int
@@ -49,6 +50,7 @@ class DatasetInfo:
     autoencoder: str
     autoencoder_identity: str
     autoencoder_config: dict[str, Any]
+    source: str
     statistics: dict[str, list[float]] | None
     shards: tuple[ShardInfo, ...]
     fingerprint: str
@@ -174,6 +176,7 @@ def parse_description(data: bytes, where: str, root: str) -> DatasetInfo:
         autoencoder=_beside(autoencoder.text("spec"), root),
         autoencoder_identity=autoencoder.text("identity"),
         autoencoder_config=_mapping(_mapping(raw.get("settings")).get("autoencoder_config")),
+        source=str(_mapping(raw.get("settings")).get("source", "")),
         statistics={name: list(statistics.numbers(name, channels)) for name in ("mean", "std")} if statistics else None,
         shards=shards,
         fingerprint=found,

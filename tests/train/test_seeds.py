@@ -5,9 +5,9 @@ import torch
 
 from dit_fast.errors import ConfigError
 from dit_fast.recipes import load
+from dit_fast.runs import forbidden_changes
 from dit_fast.train import loop
 from dit_fast.train.__main__ import main
-from dit_fast.train.prepare import forbidden_changes
 from tests.helpers.toy_runs import arguments, make_shards
 
 
