@@ -7,6 +7,7 @@
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def record_curves(
     folder: Path,
     only: Sequence[str] = (),
     commit: str | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = partial(print, flush=True),  # noqa: B008
 ) -> list[Path]:
     """Records the recipes named `only` (default: all of quick-start size) on the shards at `data`; the files written.
 

@@ -1,7 +1,7 @@
 """From run folders to `report.html` and its pictures."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +21,17 @@ REAL_PER_CLASS = 5
 
 
 def write_report(
-    run: Path, baseline: Path | None, out: Path, notes: Sequence[str] = (), data: str | Path | None = None
+    run: Path,
+    baseline: Path | None,
+    out: Path,
+    notes: Sequence[str] = (),
+    data: str | Path | None = None,
+    say: Callable[[str], None] = print,
 ) -> Path:
     """Writes `out/report.html` and its pictures beside it as PNG; returns the page's path.
 
     baseline: a second run on the same data, shown beside the first. notes: remarks shown at the top. data: where the
-    data set lies now, if it moved.
+    data set lies now, if it moved. say: told whether each run lies on its reference curve.
     Raises UserError naming what is missing in a run folder, or a baseline that was trained on other data.
     """
     check_writable(out)
@@ -48,6 +53,8 @@ def write_report(
                 replace(story, name=f"{story.name} ({story.folder.name if distinct else story.folder})")
                 for story in stories
             ]
+    for story in stories:
+        say(f"{story.folder}: {story.verdict.text}")
     pictures = draw_pictures(stories, dataset)
     page = render(compose(stories, dataset.info, pictures, notes)).encode(errors="replace")
     with writing(out):
@@ -59,7 +66,7 @@ def write_report(
 
 
 def draw_pictures(stories: Sequence[RunStory], dataset: LatentDataset) -> dict[str, bytes]:
-    """Name -> PNG of every picture of a report; `diversity` only where the first run had that method."""
+    """Name -> PNG of every picture of a report; `diversity` and `reference` only where the first run has them."""
     main = stories[0]
     runs = {story.name: story.metrics for story in stories}
     axis = " / ".join(dict.fromkeys(story.curve.label for story in stories))
@@ -73,6 +80,8 @@ def draw_pictures(stories: Sequence[RunStory], dataset: LatentDataset) -> dict[s
         adaptive = settings["weight"] != "constant"
         limits = (settings["low"], settings["high"]) if adaptive else (None, None)
         drawn["diversity"] = figures.diversity_figure(main.metrics, *limits)
+    if main.verdict.bands:
+        drawn["reference"] = figures.reference_figure(main.verdict.bands)
     return {"samples": _sample_grid(stories, dataset), **{name: figures.to_png(item) for name, item in drawn.items()}}
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from dit_fast.display import rate
 from dit_fast.report.metrics import Metrics, smooth
+from dit_fast.report.reference import Band
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -120,6 +121,27 @@ def similarity_figure(matrices: Mapping[str, np.ndarray]) -> "Figure":
     return figure
 
 
+def reference_figure(bands: Mapping[str, Band]) -> "Figure":
+    """A small panel for each quantity: its band around the recorded mean, the run, and dots where that is outside."""
+    from matplotlib.figure import Figure
+
+    rows = -(-len(bands) // 3)
+    with _style(font_size=8, axes_titlesize=8.5):
+        figure = Figure(figsize=(8.2, 0.4 + 1.5 * rows), layout="constrained", dpi=110)
+        panels = iter(figure.subplots(rows, 3, squeeze=False).flat)
+        for (name, band), axes in zip(bands.items(), panels, strict=False):
+            low, high, out = band.middle - band.half, band.middle + band.half, band.outside
+            axes.fill_between(band.steps, low, high, color=RUN_COLOURS[1], alpha=0.25, linewidth=0)
+            axes.plot(band.steps, band.middle, color=RUN_COLOURS[1], linewidth=0.9)
+            axes.plot(band.steps, band.values, color=RUN_COLOURS[0], linewidth=1.4)
+            axes.plot(band.steps[out], band.values[out], "o", color=TERM_COLOURS["orthogonality"], markersize=4)
+            axes.set_title(_plain(name))
+        for axes in panels:
+            axes.axis("off")
+        figure.supxlabel("step")
+    return figure
+
+
 def throughput_figure(runs: Mapping[str, Metrics]) -> "Figure":
     """Samples per second against the step, all ranks together; the dotted line is the median."""
     figure, (axes,) = _figure(1, height=2.6)
@@ -144,10 +166,10 @@ def to_png(figure: "Figure") -> bytes:
     return buffer.getvalue()
 
 
-def _style() -> AbstractContextManager[None]:
+def _style(**more: Any) -> AbstractContextManager[None]:
     import matplotlib
 
-    return matplotlib.rc_context(STYLE)
+    return matplotlib.rc_context(STYLE | {name.replace("_", "."): value for name, value in more.items()})
 
 
 def _figure(rows: int, height: float, ratios: Sequence[float] = (1,)) -> "tuple[Figure, list[Axes]]":

@@ -9,6 +9,7 @@ from dit_fast.data import DatasetInfo
 from dit_fast.display import percent, rate
 from dit_fast.report.html import Page, Picture, Section
 from dit_fast.report.machine import machine_facts
+from dit_fast.report.reference import ALARM, WINDOW
 from dit_fast.report.story import RunStory
 
 
@@ -22,6 +23,7 @@ def compose(
         _what_you_see(main),
         _samples(stories, info, pictures["samples"]),
         _curves(stories, pictures["loss"]),
+        _reference(stories, pictures.get("reference")),
         *([_diversity(main, pictures["diversity"])] if "diversity" in pictures else []),
         _similarity(stories, pictures["similarity"]),
         _throughput(stories, pictures["throughput"]),
@@ -104,6 +106,17 @@ def _curves(stories: Sequence[RunStory], png: bytes) -> Section:
             )
         ],
     )
+
+
+def _reference(stories: Sequence[RunStory], png: bytes | None) -> Section:
+    named = [f"{story.name}: {story.verdict.text}" if len(stories) > 1 else story.verdict.text for story in stories]
+    about = (
+        "The bands lie around the means of recorded runs that differ in initial weights, order and noise. They are so "
+        f"wide that one such run in {round(1 / ALARM)} would leave one somewhere, were points independent and normal."
+    )
+    caption = f"Line: this run, means over {WINDOW} steps or more. Shaded: the band. Dots: outside."
+    pictures = [Picture(png, "Every logged quantity and its band", caption)] if png else []
+    return Section("Reference curve", [*named, *([about] if png else [])], pictures)
 
 
 def _diversity(main: RunStory, png: bytes) -> Section:

@@ -13,6 +13,7 @@ from dit_fast.models.registry import kind
 from dit_fast.options import to_dict
 from dit_fast.report.blocks import BlockStudy, study_blocks
 from dit_fast.report.metrics import Metrics, read_metrics
+from dit_fast.report.reference import Verdict, find_verdict
 from dit_fast.sampling.images import sample_images
 from dit_fast.sampling.options import SampleOptions
 from dit_fast.sampling.samples import FILE_NAME, Samples
@@ -70,6 +71,7 @@ class RunStory:
     samples: Samples
     blocks: BlockStudy
     dataset: LatentDataset
+    verdict: Verdict
 
     @property
     def steps(self) -> int:
@@ -105,8 +107,8 @@ def read_story(folder: Path, like: Samples | None = None, data: str | Path | Non
     else:
         classes = tuple(dict.fromkeys(like.labels.tolist())) if like else ()
         drawn = Samples.join(sample_images(loaded, SampleOptions(classes=classes), single(), dataset))
-    config = to_dict(loaded.config)
-    return RunStory(run_name(config), folder, config, metrics, drawn, study_blocks(loaded, dataset), dataset)
+    config, verdict = to_dict(loaded.config), find_verdict(metrics, loaded.config, dataset.info)
+    return RunStory(run_name(config), folder, config, metrics, drawn, study_blocks(loaded, dataset), dataset, verdict)
 
 
 def run_name(config: Mapping[str, Any]) -> str:
