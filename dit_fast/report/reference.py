@@ -4,6 +4,7 @@
 quantity's mean over every ten steps, raw. docs/benchmarks.md has the rule with its statistics.
 """
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ WINDOW = 20  # steps, at least, that a compared point is the mean of
 FEWEST = 4  # points
 ALARM = 0.01  # nominal chance that a run like the recorded ones is off, over all points of all quantities
 FLOOR = 0.01  # of the mean: the least half width, for what hardly varies from run to run
-NEIGHBOURS = 1  # points on either side whose variances are pooled
+NEIGHBOURS = 2  # points on either side whose variances are pooled
 SEEDS = ("run.seed", "data.seed", "run.noise_seed")
 NO_VALUES = {"step", "samples", "epoch", "lr", "skipped", "samples_per_s", "mfu", "seconds"}  # of metrics.jsonl
 
@@ -144,10 +145,8 @@ def judge(reference: Reference, metrics: Metrics) -> Verdict:
     bands = {quantity: _band(*metrics.column(quantity), runs, tail) for quantity, runs in reference.runs.items()}
     fewest = min(len(band.steps) for band in bands.values())
     if fewest < FEWEST:
-        need = f"rows that end at {FEWEST} or more multiples of {EVERY}, {WINDOW} steps apart"
-        return Verdict(
-            None, f"The reference curve of {name} needs {need}, up to step {STEPS}; this run logs others.", {}
-        )
+        need = f"at {FEWEST} or more multiples of {EVERY}, {WINDOW} steps apart, up to step {STEPS}"
+        return Verdict(None, f"The reference curve of {name} needs rows {need}; this run logs at others.", {})
     left = {quantity: int(np.flatnonzero(band.outside)[0]) for quantity, band in bands.items() if band.outside.any()}
     if not left:
         text = f"all {len(bands)} quantities stay in the bands of the recorded runs up to step {STEPS}"
@@ -163,20 +162,22 @@ def judge(reference: Reference, metrics: Metrics) -> Verdict:
 def _band(steps: np.ndarray, values: np.ndarray, runs: np.ndarray, tail: float) -> Band:
     """steps [n], values [n]: a column of the log, each the mean since the row before. runs [R, STEPS / EVERY].
 
-    At each point the runs have a mean m and a variance; a further run differs from m by a normal number of variance
+    At each point the runs have a mean m and a variance. A further run differs from m by a normal number of variance
     (1 + 1 / R) v, so the half width is t sqrt((1 + 1 / R) v), with t the two-sided quantile of `tail`. Three runs say
-    little of one point's variance. v is the mean over its neighbours too, or, where that is larger, what the variance
-    relative to m^2 is over all points; t has the degrees of freedom of all points.
+    little of one point's variance: v is the mean over the points within NEIGHBOURS of it, whose degrees of freedom t
+    has, or, where that is more, what the variance is of m^2 over all points.
     """
     ends = _ends(steps)
-    own = _means(steps, values, ends)
     recorded = np.array([_means(np.arange(EVERY, STEPS + 1, EVERY), run, ends) for run in runs])
     middle, variance = recorded.mean(0), recorded.var(0, ddof=1)
-    near = [variance[max(k - NEIGHBOURS, 0) : k + NEIGHBOURS + 1].mean() for k in range(len(variance))]
-    overall = middle**2 * (variance.mean() / np.square(middle).mean() if middle.any() else 0)
-    quantile = student((len(runs) - 1) * len(variance), tail)
-    half = quantile * np.sqrt((1 + 1 / len(runs)) * np.maximum(near, overall))
-    return Band(ends[1:], own, middle, np.maximum(half, FLOOR * np.abs(middle) + 1e-6))
+    share = variance.sum() / max(np.square(middle).sum(), 1e-30)
+    half = []
+    for point in range(len(variance)):
+        near = variance[max(point - NEIGHBOURS, 0) : point + NEIGHBOURS + 1]
+        v = max(near.mean(), share * middle[point] ** 2)
+        half.append(student((len(runs) - 1) * len(near), tail) * ((1 + 1 / len(runs)) * v) ** 0.5)
+    least = FLOOR * np.abs(middle) + 1e-6
+    return Band(ends[1:], _means(steps, values, ends), middle, np.maximum(half, least))
 
 
 def _ends(steps: np.ndarray) -> np.ndarray:
@@ -195,6 +196,7 @@ def _means(steps: np.ndarray, values: np.ndarray, ends: np.ndarray) -> np.ndarra
     return np.diff(sums[at]) / np.diff(ends)
 
 
+@functools.cache
 def student(freedom: int, tail: float) -> float:
     """The t that a number of Student's distribution exceeds in magnitude with probability `tail`.
 
