@@ -72,10 +72,11 @@ def test_it_trains_or_contradicts_itself(cell, trained, capsys):
         heads = {name for name in second if name.startswith("model/")} - own
         assert [name for name in sorted(heads) if torch.equal(first[name], second[name])] == []
     for name in set(cell) & METHODS.keys():
-        alone = [terms(run, name) for run in trained((name,))[1]]
-        assert set().union(*alone)
-        # a cell's stages are its methods' stages
-        assert [terms(run, name) for run in runs if terms(run, name)] == [found for found in alone if found]
+        alone, beside = (
+            {key for run in folders for key in terms(run, name)} for folders in (trained((name,))[1], runs)
+        )
+        assert alone
+        assert alone == beside
 
 
 def test_what_must_go_together_is_not_refused():
