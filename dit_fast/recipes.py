@@ -7,7 +7,9 @@ fp16. REPA is aligned at block 5 (B) or 8 (L, XL), REG at 4 or 8, coefficient 0.
 the weight of its paper (arXiv 2505.02831), Dispersive Loss (arXiv 2506.09027) the setting of its JAX code: a
 quarter of the blocks, weight and tau 0.5, 16 samples at a time. DiverseDiT tells no coefficients of its runs with SRA
 and Dispersive Loss (Tab. 9): here they have each method's own. Mean flow (`mean_flow-b4-256`,
-`diversedit-mean_flow-xl2-256`) has its own settings (arXiv 2505.13447): beta2 0.95, no clipping, float32.
+`diversedit-mean_flow-xl2-256`) has its own settings (arXiv 2505.13447): beta2 0.95, no clipping, float32. So has DiT
+(`dit-xl2-256`, `diversedit-dit-xl2-256`; arXiv 2212.09748): no clipping, float32; with SRA (`sra-dit-xl2-256`) other
+blocks and a lower weight than SiT.
 `quickstart` and `quickstart-METHOD` learn ten classes in minutes on two CPU cores.
 """
 
@@ -23,8 +25,8 @@ from dit_fast.methods.diversedit import DiverseDiT
 from dit_fast.methods.reg import REG
 from dit_fast.methods.repa import REPA
 from dit_fast.methods.sra import SRA
-from dit_fast.models import SiT
-from dit_fast.objectives import Flow, MeanFlow
+from dit_fast.models import DiT, SiT
+from dit_fast.objectives import DDPM, Flow, MeanFlow
 from dit_fast.options import groups, keys, nearest
 from dit_fast.runs import (
     DataConfig,
@@ -50,10 +52,10 @@ GUIDED_TARGETS = {  # omega, kappa, largest guided t of mean flow: B and L as pu
 }
 
 
-def _imagenet(size: str, resolution: int, methods: Sequence[str], **more: Any) -> SiT.Config:
+def _imagenet(size: str, resolution: int, methods: Sequence[str], kind: type[SiT] = SiT, **more: Any) -> SiT.Config:
     """The model of a size ("b2", "xl2") for f8 latents; with long skips where its blocks are to differ."""
-    return SiT.Config(
-        name=f"SiT-{size[:-1].upper()}/{size[-1]}",
+    return kind.Config(
+        name=f"{kind.__name__}-{size[:-1].upper()}/{size[-1]}",
         input_size=resolution // 8,
         in_channels=4,
         num_classes=1000,
@@ -65,19 +67,11 @@ def _imagenet(size: str, resolution: int, methods: Sequence[str], **more: Any) -
 def paper(methods: Sequence[str], size: str, resolution: int) -> TrainConfig:
     """The published setting for one backbone size ("b2", "l2", "xl2") at 256 or 512 pixels (f8 latents, 4 channels)."""
     depth = ENCODER_DEPTH[size]
-    (student, teacher), (knee, decade) = SELF_ALIGNED[size], SELF_WEIGHT[resolution]
     configs = {
         "diversedit": DiverseDiT.Config(encoder_depth=depth if "repa" in methods else None),
         "repa": REPA.Config(encoder_depth=depth),
         "reg": REG.Config(encoder_depth=4 if size == "b2" else 8),
-        "sra": SRA.Config(
-            student_depth=student,
-            teacher_depth=teacher,
-            distance="smooth_l1",
-            weight=0.2,
-            weight_knee=knee * EPOCH,
-            weight_decade=decade * EPOCH,
-        ),
+        "sra": _self_aligned(*SELF_ALIGNED[size], 0.2, resolution),
         "dispersive": Dispersive.Config(),
     }
     name = f"{'-'.join(methods) or 'sit'}-{size}-{resolution}"
@@ -86,6 +80,33 @@ def paper(methods: Sequence[str], size: str, resolution: int) -> TrainConfig:
         methods=tuple(configs[method] for method in methods),
         engine=EngineConfig(micro_batch=16 if "dispersive" in methods else 0),
         run=RunConfig(dir=f"runs/{name}"),
+    )
+
+
+def _self_aligned(student: int, teacher: int, weight: float, resolution: int) -> SRA.Config:
+    knee, decade = SELF_WEIGHT[resolution]
+    return SRA.Config(
+        student_depth=student,
+        teacher_depth=teacher,
+        distance="smooth_l1",
+        weight=weight,
+        weight_knee=knee * EPOCH,
+        weight_decade=decade * EPOCH,
+    )
+
+
+def dit(methods: Sequence[str], size: str, resolution: int) -> TrainConfig:
+    """The published setting of DiT for "s2", "b2", "l2" or "xl2" at 256 or 512 pixels, plain, with DiverseDiT or (xl2)
+    with SRA."""
+    configs = {"diversedit": DiverseDiT.Config(), "sra": _self_aligned(8, 16, 0.04, resolution)}
+    return TrainConfig(
+        model=_imagenet(size, resolution, methods, DiT),
+        objective=DDPM.Config(),
+        methods=tuple(configs[method] for method in methods),
+        optimizer=OptimizerConfig(grad_clip=0.0),
+        engine=EngineConfig(precision="fp32"),
+        preview=PreviewConfig(sampler="ddim"),
+        run=RunConfig(dir=f"runs/{'-'.join([*methods, 'dit'])}-{size}-{resolution}"),
     )
 
 
@@ -161,8 +182,10 @@ SMALL: dict[str, dict[str, Any]] = {
         "num_steps": 1,
         "cfg_scale": 1.0,
     },
+    "dit": {"objective": DDPM.Config(), "model": DiT.Config(name="DiT-Nano/2"), "sampler": "ddim"},
 }
-BESIDE_DIVERSEDIT = ("repa", "reg", "dispersive", "sra", "mean_flow")  # those of SMALL that are also there with it
+# those of SMALL that are also there with it
+BESIDE_DIVERSEDIT = ("repa", "reg", "dispersive", "sra", "mean_flow", "dit")
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "quickstart": quickstart,
@@ -181,6 +204,12 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     **{f"dispersive-{size}-256": partial(paper, ("dispersive",), size, 256) for size in ENCODER_DEPTH},
     "diversedit-dispersive-b2-256": partial(paper, ("diversedit", "dispersive"), "b2", 256),
     "diversedit-dispersive-sra-b2-256": partial(paper, ("diversedit", "dispersive", "sra"), "b2", 256),
+    **{
+        f"{'-'.join([*methods, 'dit'])}-{size}-{resolution}": partial(dit, methods, size, resolution)
+        for methods, resolution in (((), 256), ((), 512), (("diversedit",), 256))
+        for size in ("s2", "b2", "l2", "xl2")
+    },
+    "sra-dit-xl2-256": partial(dit, ("sra",), "xl2", 256),
     **{
         f"{'-'.join([*methods, 'mean_flow'])}-{size}-256": partial(mean_flow, methods, size)
         for methods in ((), ("diversedit",))
