@@ -78,7 +78,7 @@ def default_range(
 
 def check_times(name: str, times: object) -> list[float]:
     """At least two times in [0, 1], strictly descending, as floats. Raises UserError."""
-    given = times.tolist() if isinstance(times, Tensor) else times
+    given = times.tolist() if hasattr(times, "tolist") else times  # tensors and arrays
     if not isinstance(given, Sequence) or isinstance(given, str) or len(given) < 2:
         raise UserError(f"{name} must be two or more times, not {times!r}")
     for time in given:
@@ -92,10 +92,10 @@ def check_times(name: str, times: object) -> list[float]:
 
 
 def _pair(time_range: Sequence[float]) -> tuple[float, float]:
-    if not isinstance(time_range, Sequence) or len(time_range) != 2:
+    given = check_times("time_range", time_range)
+    if len(given) != 2:
         raise UserError(f"time_range must be two times, (from, to), not {time_range!r}")
-    start, end = check_times("time_range", time_range)
-    return start, end
+    return given[0], given[1]
 
 
 def check_range(time_range: Sequence[float] | None, time_shift: float | None) -> None:

@@ -169,7 +169,7 @@ def test_generator_gives_one_normal_of_the_state_per_noisy_step():
     assert torch.equal(ours, theirs)
 
 
-@loop_over("sampler", ["euler", "heun", "sde"])
+@loop_over("sampler", ["euler", "heun", "rk4", "sde", "sde_heun"])
 @loop_over("chunk", [4, 7])
 def test_image_k_does_not_depend_on_the_split(sampler, chunk):
     """methods.md §7.5, item 22: the same bytes for any order and any share of the indices, at equal chunk size."""
@@ -325,7 +325,7 @@ def test_mean_flow_gives_the_model_both_times():
         ({"times": [1.0, -0.1]}, "times holds -0.1; a time lies in"),
         ({"times": ["1", "0"]}, "times holds '1'"),
         ({"time_range": (0.0, 1.0)}, "time_range must descend"),
-        ({"time_range": 0.5}, r"time_range must be two times, \(from, to\), not 0.5"),
+        ({"time_range": 0.5}, "time_range must be two or more times, not 0.5"),
         ({"time_range": (1, 0.5, 0)}, r"time_range must be two times, \(from, to\)"),
         ({"time_shift": 0}, "time_shift=0 must be a finite number above 0"),
         ({"time_shift": float("inf")}, "time_shift=inf"),

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -135,6 +136,7 @@ def test_times_are_what_was_asked_for():
     for options, times in (
         ({"times": grid}, grid[:-1]),
         ({"times": torch.tensor(grid, dtype=torch.float64)}, grid[:-1]),
+        ({"times": np.array(grid)}, grid[:-1]),
         ({"num_steps": 2, "time_range": (0.9, 0.1)}, grid[:-1]),
         ({"num_steps": 2, "time_shift": 3.0}, [1.0, 0.75]),
         ({"num_steps": 2, "time_range": (0.75, 0.25), "time_shift": 3.0}, [0.75, 0.5625]),  # 0.5, 0.3, 0.1 unshifted
