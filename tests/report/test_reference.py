@@ -1,6 +1,9 @@
 """Whether a run lies on a reference curve: the rule on made-up and on recorded runs, and what the report says."""
 
+import json
 from functools import partial
+from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,6 +106,37 @@ def test_what_never_varies_has_the_least_width():
     known = a_reference({"weight": np.ones((3, len(ENDS)))})
     assert judge(known, metrics({"weight": np.full(len(ENDS), 1.009)})).on
     assert judge(known, metrics({"weight": np.full(len(ENDS), 1.011)})).on is False
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Runs of quickstart-diversedit-repa on Twemoji: five seeds, and one with three times the learning rate."""
+    path = Path(__file__).parents[1] / "data" / "quickstart_diversedit_repa_runs.json"
+    return json.loads(path.read_text())
+
+
+def test_any_three_trained_runs_have_the_others_on_their_curve(trained):
+    seeds = [name for name in trained if name.startswith("seed ")]
+    for known in combinations(seeds, 3):
+        curve = a_reference({name: np.array([trained[seed][name] for seed in known]) for name in trained[seeds[0]]})
+        for other in {*seeds} - {*known}:
+            verdict = judge(curve, metrics(trained[other]))
+            assert verdict.on, (known, other, verdict.text)
+
+
+def test_trained_runs_with_a_mistake_are_off(trained):
+    known = [trained[f"seed {seed}"] for seed in range(3)]
+    curve, right = a_reference({name: np.array([run[name] for run in known]) for name in known[0]}), trained["seed 3"]
+    flow = np.array(right["flow"])
+    for mistake in (
+        trained["optimizer.lr=6e-3, seed 0"],
+        {name: values for name, values in right.items() if name != "repa/alignment"},
+        right | {"loss": right["flow"]},  # no term is added
+        right | {"flow": 1.1 * flow},
+        right | {"grad_norm": 2 * np.array(right["grad_norm"])},
+        right | {"flow": np.concatenate([flow[:10], np.full(10, flow[10])])},  # learns no more
+    ):
+        assert judge(curve, metrics(mistake)).on is False
 
 
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
