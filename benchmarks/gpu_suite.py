@@ -85,7 +85,7 @@ def names() -> list[str]:
 
 def suite(options: argparse.Namespace, root: Path, results: Path, record: Path) -> list[Part]:
     """The parts of the whole suite. record: where the tests' outcome goes, for the benchmarks' gates; without the
-    part "tests" each benchmark runs its own."""
+    part "tests" it is that of an earlier run (--tested), or each benchmark runs its own."""
     from dit_fast.benchmarks.cases import BENCHMARKS
     from dit_fast.benchmarks.step import BENCHMARK
 
@@ -95,7 +95,7 @@ def suite(options: argparse.Namespace, root: Path, results: Path, record: Path) 
     python = [sys.executable, "-m"]
     wanted = options.only or names()
     common = ["--device", options.device, "--out", str(results)]
-    common += ["--tested", str(record)] if "tests" in wanted else []
+    common += ["--tested", str(record)] if "tests" in wanted or options.tested else []
     common += ["--small"] * options.small + (["--commit", options.commit] if options.commit else [])
 
     def benchmark(name: str) -> Callable[[float], Sequence[str]]:
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = results / where["device"]["slug"]
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        parts = suite(options, ROOT, results, Path(scratch) / "tests.xml")
+        parts = suite(options, ROOT, results, options.tested or Path(scratch) / "tests.xml")
         outcomes = run_parts(parts, options.limit, cwd=ROOT)
     summary = {**where, "limit_s": options.limit, "parts": [asdict(outcome) for outcome in outcomes]}
     (folder / "suite.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -139,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", action="append", choices=names(), help="one part; may be given again")
     parser.add_argument("--small", action="store_true", help="tiny shapes: a check of the suite, no measurement")
     parser.add_argument("--out", type=Path, help="folder for results instead of benchmarks/results")
+    parser.add_argument("--tested", type=Path, metavar="XML", help="--junitxml of the tests; written by the part tests")
     parser.add_argument("--commit", help="recorded where there is no git history")
     return parser
 
