@@ -10,6 +10,7 @@ and Dispersive Loss (Tab. 9): here they have each method's own. Mean flow (`mean
 `diversedit-mean_flow-xl2-256`) has its own settings (arXiv 2505.13447): beta2 0.95, no clipping, float32. So has DiT
 (`dit-xl2-256`, `diversedit-dit-xl2-256`; arXiv 2212.09748): no clipping, float32; with SRA (`sra-dit-xl2-256`) other
 blocks and a lower weight than SiT.
+`self_transcendence-b2-256` (two stages; also with DiverseDiT) has queries and keys normalised, as published.
 `quickstart` and `quickstart-METHOD` learn ten classes in minutes on two CPU cores.
 """
 
@@ -24,6 +25,7 @@ from dit_fast.methods.dispersive import Dispersive
 from dit_fast.methods.diversedit import DiverseDiT
 from dit_fast.methods.reg import REG
 from dit_fast.methods.repa import REPA
+from dit_fast.methods.self_transcendence import SelfTranscendence
 from dit_fast.methods.sra import SRA
 from dit_fast.models import DiT, SiT
 from dit_fast.objectives import DDPM, Flow, MeanFlow
@@ -124,6 +126,15 @@ def mean_flow(methods: Sequence[str], size: str) -> TrainConfig:
     )
 
 
+def self_transcendence(methods: Sequence[str]) -> TrainConfig:
+    """The one published setting, SiT-B/2 at 256 pixels, both stages, plain or with DiverseDiT."""
+    return TrainConfig(
+        model=_imagenet("b2", 256, methods, qk_norm=True),
+        methods=(*[DiverseDiT.Config() for _ in methods], SelfTranscendence.Config()),
+        run=RunConfig(dir=f"runs/{'-'.join([*methods, 'self_transcendence'])}-b2-256"),
+    )
+
+
 def quickstart() -> TrainConfig:
     """A small DiverseDiT on 8 x 8 x 12 latents (16 tokens) that learns ten classes in minutes on two CPU cores.
 
@@ -175,6 +186,13 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "dispersive": {"methods": (Dispersive.Config(),)},
     "sra": {"methods": (SRA.Config(student_depth=2, teacher_depth=4, decay=0.995),)},
+    "self_transcendence": {  # depths and lengths in the proportions of the published B
+        "methods": (
+            SelfTranscendence.Config(
+                student_depth=3, teacher_depth=4, projector_width=256, stop_step=500, stage1_steps=1000, stage1_depth=1
+            ),
+        )
+    },
     "mean_flow": {
         "objective": MeanFlow.Config(),
         "model": replace(NANO, times=2),
@@ -185,7 +203,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "dit": {"objective": DDPM.Config(), "model": DiT.Config(name="DiT-Nano/2"), "sampler": "ddim"},
 }
 # those of SMALL that are also there with it
-BESIDE_DIVERSEDIT = ("repa", "reg", "dispersive", "sra", "mean_flow", "dit")
+BESIDE_DIVERSEDIT = ("repa", "reg", "dispersive", "sra", "self_transcendence", "mean_flow", "dit")
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "quickstart": quickstart,
@@ -214,6 +232,10 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
         f"{'-'.join([*methods, 'mean_flow'])}-{size}-256": partial(mean_flow, methods, size)
         for methods in ((), ("diversedit",))
         for size in GUIDED_TARGETS
+    },
+    **{
+        f"{'-'.join([*methods, 'self_transcendence'])}-b2-256": partial(self_transcendence, methods)
+        for methods in ((), ("diversedit",))
     },
 }
 

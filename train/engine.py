@@ -56,8 +56,7 @@ class Engine(ABC):
         base = config.optimizer.lr
         self._lr_shares = [group["lr"] / base if base else 1.0 for group in self._optimizer.param_groups]
         self._checked = self._in_backward = False
-        for _, parameter in self._named:
-            parameter.register_post_accumulate_grad_hook(self._accumulated)
+        self._hooks = [each.register_post_accumulate_grad_hook(self._accumulated) for _, each in self._named]
 
     def train_step(self, micro_batches: Sequence[Batch], step: int, lr: float) -> StepResult:
         """Forward and backward over the micro-batches of this rank, then one clipped update."""
@@ -189,6 +188,11 @@ class Engine(ABC):
 
     def set_applied_steps(self, count: int) -> None:
         set_applied_steps(self._optimizer, count)
+
+    def close(self) -> None:
+        """Lets go of the model; hooks that hold its owner are a cycle that Python's collector does not see."""
+        for hook in self._hooks:
+            hook.remove()
 
 
 class SingleEngine(Engine):

@@ -1,5 +1,6 @@
 """A whole run: build, resume, step, log, save, preview, stop; one code for one process and for DeepSpeed's ranks."""
 
+import gc
 import logging
 import platform
 import time
@@ -32,6 +33,7 @@ from dit_fast.train.optim import STATES, learning_rate
 from dit_fast.train.prepare import check_fields, check_resume, check_stage, fit_to_dataset, micro_batch
 from dit_fast.train.preview import Preview
 from dit_fast.train.rest import Rest, method_tensors
+from dit_fast.train.stages import check_ahead, load_frozen, newest_folder, stages, unfinished
 from dit_fast.train.stop import StopRequest
 from dit_fast.world import World, launched
 
@@ -47,18 +49,37 @@ class RankError(UserError):
 def train(config: TrainConfig, world: World) -> int:
     """Trains until config.run.steps or until asked to stop; returns the number of steps done. Resumes by itself.
 
+    Where a method makes several runs of it, they follow one another, and the steps are those of the last one begun.
     Raises UserError (all ranks alike, or RankError on one) for what a user can fix; what was saved before stays.
     """
     config = check_fields(config)
     micro = micro_batch(config.engine, world.size)
     dataset = open_dataset(config.data.path)
-    config = fit_to_dataset(config, dataset.info)
-    run = Path(config.run.dir)
+    runs = [fit_to_dataset(run, dataset.info) for run in stages(config)]
+    for run in runs[1:]:
+        check_ahead(run, dataset.info, micro)
+    done = 0
+    for run in runs[world.agree(lambda: unfinished(runs)) :]:
+        done, stopped = _train(run, world, dataset, micro)
+        if stopped:
+            break
+        gc.collect()  # engine and model hold each other
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return done
+
+
+def _train(config: TrainConfig, world: World, dataset: LatentDataset, micro: int) -> tuple[int, bool]:
+    """One run: the number of steps done, and whether it was asked to stop."""
+    folder = Path(config.run.dir)
     held: list[RunLock] = []
-    world.agree(lambda: held.append(RunLock(run)))
+    world.agree(lambda: held.append(RunLock(folder)))
     try:
-        world.agree(lambda: clear_leftovers(run))
-        return _Run(config, world, dataset, micro, held).train()
+        world.agree(lambda: clear_leftovers(folder))
+        run = _Run(config, world, dataset, micro, held)
+        done = run.train()
+        run.engine.close()
+        return done, run.stopped
     finally:
         for lock in held:
             lock.release()
@@ -80,6 +101,10 @@ class _Run:
             method.check_batch(micro)
         self.fields = tuple(dict.fromkeys(name for method in methods for name in method.fields))
         dataset.require(self.fields)
+        for method in methods:
+            method.prepare(self._frozen)
+        self.digests = {f"{each.name}.{name}": value for each in methods for name, value in each.digests.items()}
+        self.stopped = False  # whether the run was asked to
         loss = TrainingLoss(
             model,
             objective,
@@ -95,7 +120,7 @@ class _Run:
         checkpoint = self.checkpoints.newest()
         self.start = 0
         if checkpoint is not None:
-            check_resume(checkpoint, config, dataset.info, self.fields)
+            check_resume(checkpoint, config, dataset.info, self.fields, self.digests)
             self.start = checkpoint.step
             whole, trained = model.state_dict(), dict(own_parameters(loss))
             expected = {"model": whole, "ema": whole, **dict.fromkeys(MOMENTS, trained)}
@@ -123,6 +148,14 @@ class _Run:
             self.engine.set_applied_steps(checkpoint.state["optimizer_step"])
         self.rest = Rest(methods, self.engine, config.optimizer.ema_decay, checkpoint)
         self._describe(model)
+
+    def _frozen(self, path: str, weights: str) -> tuple[Backbone, str]:
+        """`Method.prepare`'s load."""
+        folder = self.world.agree(lambda: newest_folder(path))  # it may be growing
+        with self._alone():
+            model, digest = load_frozen(folder, weights, self.config, self.dataset.info)
+        self._say(f"frozen: {folder}, {weights} (sha256 {digest[:12]})")
+        return model.to(self.world.device), digest
 
     def _engine(self, loss: TrainingLoss, groups: list[dict[str, Any]]) -> Engine:
         if not launched():
@@ -176,9 +209,16 @@ class _Run:
                         raise failure
                     if leaving and not last:
                         self._say(f"stopped at step {done} as asked; the same command goes on from there")
+                        self.stopped = True
                         return done
                     for lock in self.held:
                         lock.renew()
+                asked = [
+                    leaving,
+                    stop.agreed(),
+                    stop.agreed(),
+                ]  # a request in the last step is agreed on two calls later
+                self.stopped = any(asked)
                 self._warn(guard.finish(config.run.steps))
             return config.run.steps
         finally:
@@ -250,6 +290,7 @@ class _Run:
             "seed": self.config.run.seed,
             "dataset_fingerprint": self.dataset.info.fingerprint,
             "field_fingerprints": self.dataset.info.field_fingerprints(self.fields),
+            "digests": self.digests,
             "dataset_root": absolute(self.dataset.root),
             "ema_decay": self.config.optimizer.ema_decay,
             "config": to_dict(self.config),

@@ -1,7 +1,7 @@
 """Checks made before anything is built, and the configuration with every "as the data set says" filled in."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dit_fast.checkpoint.step import Checkpoint
@@ -75,10 +75,16 @@ def fit_to_dataset(config: TrainConfig, info: DatasetInfo) -> TrainConfig:
     return dataclasses.replace(config, model=filled)
 
 
-def check_resume(checkpoint: Checkpoint, config: TrainConfig, info: DatasetInfo, fields: Iterable[str]) -> None:
+def check_resume(
+    checkpoint: Checkpoint,
+    config: TrainConfig,
+    info: DatasetInfo,
+    fields: Iterable[str],
+    digests: Mapping[str, str],
+) -> None:
     """Raises ConfigError with every difference that would change the training, CheckpointError for other data.
 
-    fields: what the run reads beside latents and labels.
+    fields: what the run reads beside latents and labels. digests: of the frozen files it reads, by method and name.
     """
     state = checkpoint.state
     lines = forbidden_changes(stored(state["config"]), config)
@@ -98,4 +104,12 @@ def check_resume(checkpoint: Checkpoint, config: TrainConfig, info: DatasetInfo,
             raise CheckpointError(
                 f"data.path={config.data.path}: its field '{name}' is another one than {checkpoint.path} was trained "
                 "with; restore it or set another run.dir"
+            )
+    frozen = state.get("digests", {})
+    for name in sorted(frozen.keys() | digests.keys()):
+        if frozen.get(name) != digests.get(name):
+            had, has = (str(each.get(name))[:12] for each in (frozen, digests))
+            raise CheckpointError(
+                f"methods.{name}: its weights have the sha256 {has}, those that {checkpoint.path} was trained with "
+                f"{had}; name the step folder that holds those (it may lie anywhere) or set another run.dir"
             )

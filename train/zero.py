@@ -36,6 +36,8 @@ if not torch.cuda.is_available():
 
 try:
     import deepspeed
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 except ImportError as failure:
     raise ConfigError(
         f"several processes need DeepSpeed, which does not import ({failure}); pip install 'dit_fast[train]'"
@@ -187,6 +189,16 @@ class ZeroEngine(Engine):
                 part = source(name).flatten()[fragment.offset : fragment.offset + fragment.length]
                 target = self._optimizer.state[fragment.flat][kind]
                 target[fragment.start : fragment.start + fragment.length].copy_(part)
+
+    def close(self) -> None:
+        super().close()
+        self._engine.destroy()
+        if self.stage == 3:  # what DeepSpeed keeps of a model for ever
+            parameter_offload.FWD_MODULE_STACK.clear()
+            for method in vars(PartitionedParameterCoordinator).values():
+                for cell in getattr(method, "__closure__", None) or ():
+                    if hasattr(cell.cell_contents, "cache_clear"):
+                        cell.cell_contents.cache_clear()
 
     def _flats(self) -> list[Tensor]:
         """The tensors the optimizer updates: whole parameters in stage 0, this rank's flat float32 partitions above."""

@@ -24,6 +24,7 @@ GROUPS = {
     "reg": (*BASE[:-1], "projectors", BASE[-1], "cls_projectors2", "wg_norm"),
     "mean_flow": (*BASE, "r_embedder"),
     "sra": (*BASE[:-1], "ap_head", BASE[-1]),
+    "self_transcendence": (*BASE[:-1], "projectors", "projectors_final", BASE[-1]),
 }
 # What one family alone has: where it belongs, and what makes a model have it.
 OWN = {
@@ -34,12 +35,13 @@ OWN = {
     "r_embedder": ("mean_flow", "a model of two times"),
     "ap_head": ("sra", "the head of SRA"),
 }
+UNLISTED = re.compile(r"projectors\.([024]\.(?:weight|bias))")  # of a lone head that lies in no list
 
 
 @dataclass(frozen=True)
 class Layout:
     """Sizes of a model. projectors: (hidden width, output width) of each alignment head. class_token, times: as in
-    `SiT.Config`.
+    `SiT.Config`. latent_head: whether the first stage of Self-Transcendence left its `projectors_final`.
 
     label_dropout: 0 where the null label has no row, or is known never to have been trained.
     """
@@ -58,10 +60,11 @@ class Layout:
     class_token: int
     times: int
     projectors: tuple[tuple[int, int], ...]
+    latent_head: bool
 
     def settings(self) -> dict[str, Any]:
         """Fields of `SiT.Config`."""
-        beside = ("head_channels", "null_row", "projectors")
+        beside = ("head_channels", "null_row", "projectors", "latent_head")
         return {"name": "", **{key: value for key, value in vars(self).items() if key not in beside}}
 
 
@@ -133,14 +136,27 @@ def read_layout(
             (_shape(state, f"projectors.{k}.0.weight", 2)[0], _shape(state, f"projectors.{k}.4.weight", 2)[0])
             for k in range(len(aligned))
         ),
+        latent_head=family == "self_transcendence" and "projectors_final.linear.weight" in state,
     )
 
 
 def family_hint(names: Iterable[str], family: str) -> str:
     """Which family to load instead, in brackets, if the first of the names that belongs to one alone says another."""
     groups = (name.split(".")[0] for name in names)
-    found = next((OWN[group][0] for group in groups if group in OWN), family)
+    owners = {group: owner for group, (owner, _) in OWN.items()} | {"projectors_final": "self_transcendence"}
+    found = next((owners[group] for group in groups if group in owners), family)
     return "" if found == family else f" (use family='{found}')"
+
+
+def listed_heads(state: dict[str, Tensor], family: str) -> tuple[dict[str, Tensor], bool]:
+    """The state with its lone head as the first of a list, as models hold it, and whether it was one already.
+
+    Published Self-Transcendence names it `projectors.{0, 2, 4}`, the families that may have several
+    `projectors.0.{0, 2, 4}`.
+    """
+    if family != "self_transcendence" or not any(UNLISTED.fullmatch(name) for name in state):
+        return state, True
+    return {UNLISTED.sub(r"projectors.0.\1", name): tensor for name, tensor in state.items()}, False
 
 
 def rename_legacy(state: dict[str, Tensor], encoder_depth: int | None) -> dict[str, Tensor]:

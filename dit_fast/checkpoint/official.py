@@ -1,7 +1,8 @@
-"""Checkpoints of the published REPA, SiT, DiT, DiverseDiT, REG, mean flow and SRA codes, in and out, bit for bit.
+"""Checkpoints of the published codes of REPA, SiT, DiT and the methods built on them, in and out, bit for bit.
 
 Names and shapes are those of the published modules (REPA, arXiv 2410.06940; SiT, 2401.08740; DiT, 2212.09748;
-DiverseDiT, 2603.04239; REG, 2507.01467; mean flow, 2505.13447, as in the PyTorch code; SRA on SiT, 2505.02831).
+DiverseDiT, 2603.04239; REG, 2507.01467; mean flow, 2505.13447, as in the PyTorch code; SRA on SiT, 2505.02831;
+Self-Transcendence, 2601.07773).
 What a state_dict does not say must be given (wiring of the long skips) or is taken to be as usual and logged in one
 line (number of heads, a null label in the label table).
 """
@@ -20,6 +21,7 @@ from dit_fast.checkpoint.layout import (
     GROUPS,
     Layout,
     family_hint,
+    listed_heads,
     official_parameter_order,
     read_layout,
     rename_legacy,
@@ -31,7 +33,7 @@ from dit_fast.models.dit import DiT
 from dit_fast.models.reversed_sit import ReversedSiT
 from dit_fast.models.sit import SiT
 from dit_fast.nn.embeddings import LabelEmbedder
-from dit_fast.nn.projector import SelfProjector, projector
+from dit_fast.nn.projector import LatentHead, SelfProjector, projector
 
 LABEL_DROPOUT = ("label_dropout", "class_dropout_prob", "cfg_prob")  # its names in headers and training arguments
 
@@ -43,6 +45,7 @@ class Origin:
     family: str
     dtypes: Mapping[str, torch.dtype]
     ordered: bool  # False: the file format kept no order
+    listed: bool = True  # False: its lone alignment head lay in no list
 
 
 def load_official(
@@ -57,11 +60,11 @@ def load_official(
     """A model, in eval mode, with published weights.
 
     source: a state_dict, a training checkpoint {model, ema, opt, args, steps}, or the path of a `.pt` or `.safetensors`
-    file. family: "repa", "sit", "dit", "diversedit", "reg", "mean_flow" or "sra". "sit" models take our t and return
-    our v; "dit" models take steps t int64 and return noise and logits of the variance [N, 2C, H, W] (samplers "ddpm",
-    "ddim"). `sample` guides three channels of both by default, as the released samplers do. "reg" models take and
-    return {"image", "class_token"}, "mean_flow" models take t [N, 2]. Alignment heads come as `model.projectors`, SRA's
-    as `model.ap_head`.
+    file. family: "repa", "sit", "dit", "diversedit", "reg", "mean_flow", "sra" or "self_transcendence" (of either
+    stage). "sit" models take our t and return our v; "dit" models take steps t int64 and return noise and logits of the
+    variance [N, 2C, H, W] (samplers "ddpm", "ddim"). `sample` guides three channels of both by default, as the released
+    samplers do. "reg" models take and return {"image", "class_token"}, "mean_flow" models take t [N, 2]. Alignment
+    heads come as `model.projectors`, SRA's as `model.ap_head`.
     Sizes are read off the shapes. num_heads is read off the query norm where there is one, else off the file's header
     or arguments; it defaults to head width 64 (72 at width 1152), which is logged.
     num_classes: rows of the label table without the null label's; default: what the file's header or arguments say,
@@ -77,6 +80,7 @@ def load_official(
     _check_family(family)
     state, facts, ordered = read_state(source, weights)
     state = rename_legacy(state, _whole("encoder_depth", encoder_depth))
+    state, listed = listed_heads(state, family)
     recorded = facts.get("skip_wiring")
     wiring = _wiring(family, skip_wiring, recorded if isinstance(recorded, str) else None)
     dropout = next((facts[name] for name in LABEL_DROPOUT if facts.get(name) is not None), None)
@@ -99,7 +103,8 @@ def load_official(
         if not tensor.isfinite().all():
             raise CheckpointError(f"'{name}' holds NaN or Inf; take a checkpoint from before the training diverged")
     model.load_state_dict(tensors, assign=True)
-    cast(Any, model).official_source = Origin(family, {name: tensor.dtype for name, tensor in state.items()}, ordered)
+    dtypes = {name: tensor.dtype for name, tensor in state.items()}
+    cast(Any, model).official_source = Origin(family, dtypes, ordered, listed)
     return model.eval()
 
 
@@ -129,7 +134,12 @@ def export_official(model: nn.Module, family: str | None = None) -> dict[str, Te
     if source and source.ordered and source.family == family and set(source.dtypes) == set(names):
         names = list(source.dtypes)
     dtypes: Mapping[str, torch.dtype] = source.dtypes if source else {}
-    return {name: state[name].to(dtypes.get(name, state[name].dtype), copy=True) for name in names}
+    result = {name: state[name].to(dtypes.get(name, state[name].dtype), copy=True) for name in names}
+    if family != "self_transcendence" or (source and source.family == family and source.listed):
+        return result
+    if any(name.startswith("projectors.1.") for name in names):
+        raise CheckpointError("'projectors.1': the published code has one head, in no list; keep our checkpoint")
+    return {name.replace("projectors.0.", "projectors.", 1): tensor for name, tensor in result.items()}
 
 
 def save_official(model: nn.Module, path: str | Path, family: str | None = None) -> None:
@@ -232,6 +242,8 @@ def _empty_model(layout: Layout, family: str, wiring: str) -> SiT:
         model.add_head("ap_head", SelfProjector(layout.hidden_size))
     for width, features in layout.projectors:
         model.add_projector(projector(layout.hidden_size, width, features))
+    if layout.latent_head:
+        model.add_head("projectors_final", LatentHead(layout.hidden_size, layout.patch_size**2 * layout.in_channels))
     return model
 
 

@@ -10,10 +10,13 @@ from dit_fast.methods.dispersive import Dispersive
 from dit_fast.methods.diversedit import DiverseDiT
 from dit_fast.methods.reg import REG
 from dit_fast.methods.repa import REPA
+from dit_fast.methods.self_transcendence import SelfTranscendence, StructureGuidance
 from dit_fast.methods.sra import SRA
 from dit_fast.models import Backbone
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (DiverseDiT, REPA, REG, SRA, Dispersive)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (DiverseDiT, REPA, REG, SRA, Dispersive, StructureGuidance, SelfTranscendence)
+}
 
 
 def build_methods(configs: Sequence[Any], model: Backbone, data: DatasetInfo) -> tuple[Method, ...]:

@@ -6,8 +6,9 @@ the blocks that they ask for, and adds `weight * value` of their terms to the ob
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -17,6 +18,8 @@ from dit_fast.models.base import Backbone, Collector
 from dit_fast.objectives import Context
 from dit_fast.philox import Key
 from dit_fast.tree import Tree
+
+Load = Callable[[str, str], tuple[Backbone, str]]  # path of a run or step folder, weights -> frozen model, sha256
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Method(ABC):
     the image. blocks: from 0, whose outputs pass the method's collector and are in the context's `features`. averaged:
     floating-point buffers of the model whose moving average the EMA file holds. teachers: networks beside the model
     that it runs, without gradients; they are compiled where the model is. functional: whether it differentiates the
-    model forward or calls it with other parameters.
+    model forward or calls it with other parameters. digests: sha256 by name of what `prepare` read from outside and is
+    frozen; they are kept in the checkpoints, and a resume with another file is refused, wherever it lies.
     """
 
     name: ClassVar[str]
@@ -49,6 +53,7 @@ class Method(ABC):
     blocks: frozenset[int] = frozenset()
     averaged: tuple[str, ...] = ()
     teachers: tuple[Backbone, ...] = ()
+    digests: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, config: Any, model: Backbone, data: DatasetInfo):
         """Binds the method to a run: works out its blocks and adds its heads (`model.add_projector`, `model.add_head`).
@@ -60,6 +65,21 @@ class Method(ABC):
 
     def check_batch(self, micro_batch: int) -> None:  # noqa: B027 (most terms are means over samples)
         """Raises ConfigError where that many samples of a rank at a time are too few for its terms; before any step."""
+
+    @staticmethod
+    def stages(config: Any, run: Any) -> list[Any]:
+        """The runs that one command does in order, each an ordinary one: `run` (a `TrainConfig`), or changes of it.
+
+        config: this method's in `run`. Their models are alike, and no two have the same run.dir.
+        """
+        return [run]
+
+    def prepare(self, load: Load) -> None:  # noqa: B027 (most methods read no other run)
+        """Called once after construction, before the first step: `load` reads the model of another run, frozen.
+
+        It is in eval mode on the run's device, and has no heads of methods. Before the first of several stages it is
+        called without weights too, with the run's own model for that of the other.
+        """
 
     def collector(self) -> Collector | None:
         """A new object for one forward, which the outputs of `blocks` pass in ascending order; most methods need none.

@@ -1,4 +1,4 @@
-"""Alignment heads of REPA (arXiv 2410.06940), from a block's features to an encoder's, and of SRA, to a block's."""
+"""Heads on a block's features: to those of an encoder (REPA, arXiv 2410.06940), of a block (SRA), or to patches."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,3 +27,17 @@ class SelfProjector(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear2(F.silu(self.linear1(x)))
+
+
+class LatentHead(nn.Module):
+    """Tokens [N, T, D] to patches [N, T, size]: a LayerNorm without parameters and a linear layer.
+
+    Source: stage 1 of Self-Transcendence (arXiv 2601.07773), behind a `projector`.
+    """
+
+    def __init__(self, hidden_size: int, size: int):
+        super().__init__()
+        self.linear = xavier_linear(hidden_size, size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.linear(F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6))

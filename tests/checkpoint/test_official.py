@@ -34,6 +34,7 @@ FAMILY = {
     "reg": "reg",
     "meanflow": "mean_flow",
     "sra": "sra",
+    "selftranscendence": "self_transcendence",
 }
 
 

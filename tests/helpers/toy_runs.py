@@ -63,18 +63,18 @@ def free_port():
 
 
 class Ranks:
-    """`python -m dit_fast.train ARGUMENTS` as two processes with a launcher's variables set, but no launcher.
+    """`python -m dit_fast.train ARGUMENTS`, or another program, as two processes with a launcher's variables set.
 
     A context: whatever still lives at its end is killed.
     """
 
-    def __init__(self, command, log, size=2, **changes):
+    def __init__(self, command, log, size=2, program=("-m", "dit_fast.train"), **changes):
         port = str(free_port())
         self.log = log
         self._file = log.open("ab")
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "dit_fast.train", *command],
+                [sys.executable, *program, *command],
                 env=environment(
                     RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
                     MASTER_PORT=port, **changes,

@@ -1,0 +1,259 @@
+"""Self-Transcendence (arXiv 2601.07773): a model of the first stage, guided, teaches features to one of the second.
+
+Stage 1 is `StructureGuidance`: a shallow block alone must predict what the model does. Stage 2, `SelfTranscendence`, is
+a new model whose features follow those of the frozen first. Each acts on the samples whose t lies inside a range.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path as Folder
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dit_fast.data import DatasetInfo
+from dit_fast.diffusion import Path, velocity_error
+from dit_fast.diffusion.paths import as_path
+from dit_fast.errors import ConfigError, UserError
+from dit_fast.methods.base import Load, Method, Term
+from dit_fast.models import Backbone
+from dit_fast.nn.projector import LatentHead, projector
+from dit_fast.objectives import Context
+from dit_fast.options import setting
+from dit_fast.tree import Tree, each, image
+
+Mask = Literal["per_sample", "published"]
+MASK = "per_sample: samples outside of the range count 0; published: mean(loss) * mean(mask), by its broadcast"
+STAGES = ("stage1", "stage2")  # folders inside that of the run
+
+
+class SelfTranscendenceLosses(NamedTuple):
+    """flow: squared error of the velocity, [N]. guided: squared error of the features before the mask, [N].
+    alignment: 0-d, after the mask; its mean keeps the whole batch as denominator."""
+
+    flow: Tensor
+    guided: Tensor
+    alignment: Tensor
+
+
+def self_transcendence_loss(
+    model: Any,
+    teacher: Any,
+    x: Tensor,
+    y: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    student_depth: int,
+    teacher_depth: int,
+    guidance: float,
+    t_range: tuple[float, float],
+    mask: Mask = "per_sample",
+    path: Path | str = "linear",
+) -> SelfTranscendenceLosses:
+    """The losses of stage 2; the published total is flow + 0.5 alignment, each averaged over the batch.
+
+    model, teacher: backbones of one width; the student's head is `model.projectors[0]`, the teacher gets no gradient
+    and has a null label. x, noise [N, C, H, W]; y [N] int64; t [N]. Depths count blocks from 1. guidance: s of
+    F = F_u + s (F_c - F_u). t_range: both ends count. mask "published": mean(guided) * mean(mask), what the published
+    code computes. Source: paper, Sec. 3; published code, `selftrans_Loss`. Raises UserError for what does not fit.
+    """
+    if not hasattr(model, "projectors"):
+        raise ConfigError("self_transcendence_loss needs a model with a head, `projectors`; `load_official` gives one")
+    block = student_depth - 1
+    noised, velocity = as_path(path).interpolate(x, noise, t)
+    output, features = model(noised, t, y, taps=(block,))
+    target = guided_features(teacher, noised, t, y, teacher_depth - 1, guidance)
+    guided = velocity_error(model.projectors[0](features[block]), target)
+    return SelfTranscendenceLosses(velocity_error(output, velocity), guided, masked_mean(guided, t, t_range, mask))
+
+
+@torch.no_grad()
+def guided_features(teacher: Any, noised: Tree, times: Tensor, y: Tensor, block: int, guidance: float) -> Tensor:
+    """F_u + guidance (F_c - F_u), [N, T, D] in at least float32, of a block (from 0): one forward of 2N, to that block.
+
+    noised, times: as the teacher takes them. y: labels of F_c; F_u has the teacher's null label.
+    """
+    twice = each(lambda leaf: torch.cat((leaf, leaf)), noised)
+    labels = torch.cat((y, teacher.null(y)))
+    _, features = teacher(twice, torch.cat((times, times)), labels, taps=(block,), stop=block)
+    feature = features[block]
+    conditional, unconditional = feature.to(torch.promote_types(feature.dtype, torch.float32)).chunk(2)
+    return unconditional + guidance * (conditional - unconditional)
+
+
+def structure_error(tokens: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Mean squared error [N] of the image that tokens [N, T, p * p * C], channel fastest, stand for against target
+    [N, C, H, W], of grid = (rows, columns) patches."""
+    rows, columns = grid
+    patches = target.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))  # [N, C, rows, p, columns, p]
+    return velocity_error(tokens, patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2))
+
+
+def masked_mean(losses: Tensor, t: Tensor, t_range: tuple[float, float], mask: Mask) -> Tensor:
+    """0-d mean of losses [N] over the whole batch, where those whose t [N] lies outside of t_range count 0.
+
+    mask "published": mean(losses) * mean(inside), since the published code multiplies [N] by [N, 1, 1, 1].
+    """
+    low, high = t_range
+    inside = ((t >= low) & (t <= high)).to(losses.dtype)
+    if mask == "per_sample":
+        return (losses * inside).mean()
+    if mask == "published":
+        return losses.mean() * inside.mean()
+    raise UserError(f"unknown mask '{mask}'; valid: per_sample, published")
+
+
+class StructureGuidance(Method):
+    """Stage 1: a head on a shallow block predicts the model's own target, or the clean latents."""
+
+    name = "structure_guidance"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Stage 1 of Self-Transcendence, alone: which block predicts what."""
+
+        name: ClassVar[str] = "structure_guidance"
+        depth: int = setting(2, "Block with the head, from 1 (published for B: 2)", "[1, 1000]")
+        target: Literal["velocity", "latent"] = setting(
+            "velocity", "velocity: what the objective predicts, as published; latent: clean latents, as in the paper"
+        )
+        projector_width: int = setting(2048, "Hidden width of the head", "[1, 65536]")
+        t_low: float = setting(0.4, "Smallest t that counts", "[0, 1]")
+        t_high: float = setting(0.7, "Largest t that counts", "[0, 1]")
+        mask: Mask = setting("per_sample", MASK)
+        weight: float = setting(0.5, "Weight of the term", "[0, 1e6]")
+
+    def __init__(self, config: Any, model: Backbone, data: DatasetInfo):
+        """Adds the head, `projectors` and `projectors_final`. Raises ConfigError for a block that is not there."""
+        super().__init__(config, model, data)
+        _check_range(self.name, config)
+        self.block = model.block(config.depth, f"methods.{self.name}.depth")
+        self.blocks = frozenset({self.block})
+        channels, height, width = model.shapes["image"]
+        self.mlp = projector(model.hidden_size, config.projector_width, model.hidden_size)
+        self.head = LatentHead(model.hidden_size, channels * height * width // model.num_tokens)
+        model.add_projector(self.mlp)
+        model.add_head("projectors_final", self.head)
+
+    def terms(self, context: Context) -> dict[str, Term]:
+        config, model = self.config, context.model
+        tokens = context.features[self.block][:, -model.num_tokens :]  # without a class token
+        target = image(context.target if config.target == "velocity" else context.x)
+        error = structure_error(self.head(self.mlp(tokens)), target, model.grid)
+        return _term(self.name, "structure", error, context, config)
+
+
+class SelfTranscendence(Method):
+    """Stage 2: features of one block follow the guided ones of a frozen teacher, which was trained in stage 1."""
+
+    name = "self_transcendence"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Two stages in RUN/stage1 and RUN/stage2; with a teacher given, the second alone, in RUN."""
+
+        name: ClassVar[str] = "self_transcendence"
+        student_depth: int = setting(6, "Block that learns, from 1 (published for B: 6)", "[1, 1000]")
+        teacher_depth: int = setting(8, "The teacher's block, from 1 (published for B: 8)", "[1, 1000]")
+        guidance: float = setting(30.0, "s of F_u + s (F_c - F_u) (published for B: 30)", "[0, 1e6]")
+        projector_width: int = setting(2048, "Hidden width of the head, in both stages", "[1, 65536]")
+        t_low: float = setting(0.4, "Smallest t that counts, in both stages", "[0, 1]")
+        t_high: float = setting(0.7, "Largest t that counts, in both stages", "[0, 1]")
+        mask: Mask = setting("per_sample", MASK)
+        weight: float = setting(0.5, "Weight of the term", "[0, 1e6]")
+        stop_step: int = setting(100_000, "Steps with the teacher; afterwards it is not computed", "[0, 1e9]")
+        teacher: str = setting("", "Run or step folder of a teacher; empty = train one first", resumes=True)
+        teacher_weights: Literal["model", "ema"] = setting("model", "The teacher's weights, as they are or averaged")
+        stage1_steps: int = setting(200_000, "Optimizer steps of stage 1", "[1, 1e9]")
+        stage1_depth: int = setting(2, "Block with the head in stage 1, from 1 (published for B: 2)", "[1, 1000]")
+        stage1_target: Literal["velocity", "latent"] = setting(
+            "velocity", "velocity: what the objective predicts, as published; latent: clean latents, as in the paper"
+        )
+        stage1_weight: float = setting(0.5, "Weight of the term in stage 1", "[0, 1e6]")
+
+    def __init__(self, config: Any, model: Backbone, data: DatasetInfo):
+        """Adds the head, one of `projectors`. Raises ConfigError for a block that is not there."""
+        super().__init__(config, model, data)
+        _check_range(self.name, config)
+        self.block = model.block(config.student_depth, f"methods.{self.name}.student_depth")
+        self.blocks = frozenset({self.block})
+        self.width, self.tokens, self.shapes = model.hidden_size, model.num_tokens, model.shapes
+        self.times, self.num_classes = model.times, model.num_classes
+        self.head = projector(model.hidden_size, config.projector_width, model.hidden_size)
+        model.add_projector(self.head)
+
+    @staticmethod
+    def stages(config: Any, run: Any) -> list[Any]:
+        first, second = (str(Folder(run.run.dir, stage)) for stage in STAGES)
+        if config.teacher:
+            if Folder(second).exists():
+                raise ConfigError(
+                    f"run.dir={run.run.dir}: holds a run of two stages; to go on with its second and the teacher at "
+                    f"methods.{config.name}.teacher={config.teacher}, set run.dir={second}"
+                )
+            return [run]
+        shared = {key: getattr(config, key) for key in ("projector_width", "t_low", "t_high", "mask")}
+        guidance = StructureGuidance.Config(
+            depth=config.stage1_depth, target=config.stage1_target, weight=config.stage1_weight, **shared
+        )
+        teaching = dataclasses.replace(config, teacher=first)
+        return [
+            _changed(run, config.name, guidance, dir=first, steps=config.stage1_steps),
+            _changed(run, config.name, teaching, dir=second),
+        ]
+
+    def prepare(self, load: Load) -> None:
+        """Reads the teacher. Raises ConfigError where its features cannot be this model's target."""
+        config, key = self.config, f"methods.{self.name}.teacher"
+        teacher, digest = load(config.teacher, config.teacher_weights)
+        ours: Mapping[str, Any] = {
+            "denoised leaves": self.shapes,
+            "tokens": self.tokens,
+            "width": self.width,
+            "times": self.times,
+            "classes": self.num_classes,
+        }
+        theirs = (teacher.shapes, teacher.num_tokens, teacher.hidden_size, teacher.times, teacher.num_classes)
+        for (what, own), other in zip(ours.items(), theirs, strict=True):
+            if own != other:
+                raise ConfigError(
+                    f"{key}={config.teacher}: its {what} are {other}, this model's {own}; features of the two cannot "
+                    "be compared, so give a teacher of the same model"
+                )
+        self.teacher_block = teacher.block(config.teacher_depth, f"methods.{self.name}.teacher_depth")
+        if teacher.null_label < 0:
+            raise ConfigError(
+                f"{key}: the teacher has no trained null label, which guided features need; train it with label dropout"
+            )
+        self.teachers, self.digests = (teacher,), {"teacher": digest}
+
+    def terms(self, context: Context) -> dict[str, Term]:
+        config = self.config
+        if context.number >= config.stop_step:
+            self.teachers = ()  # its memory is free again
+            return {}
+        (teacher,) = self.teachers
+        labels = context.batch["label"]  # before label dropout, as published
+        target = guided_features(teacher, context.noised, context.times, labels, self.teacher_block, config.guidance)
+        error = velocity_error(self.head(context.features[self.block]), target)
+        return _term(self.name, "alignment", error, context, config)
+
+
+def _term(method: str, name: str, error: Tensor, context: Context, config: Any) -> dict[str, Term]:
+    """The masked mean of an error [N]; the mean without the mask is logged."""
+    t = context.objective.unit(context.times)
+    value = masked_mean(error, t, (config.t_low, config.t_high), config.mask)
+    return {f"{method}/{name}": Term(value, config.weight, {f"{method}/unmasked": error.mean()})}
+
+
+def _check_range(name: str, config: Any) -> None:
+    if config.t_low > config.t_high:
+        raise ConfigError(f"methods.{name}.t_low={config.t_low} lies above t_high={config.t_high}; exchange them")
+
+
+def _changed(run: Any, name: str, method: Any, **of_run: Any) -> Any:
+    """A run with another method in the place of the one of this name, and other settings of `run.*`."""
+    methods = tuple(method if each.name == name else each for each in run.methods)
+    return dataclasses.replace(run, methods=methods, run=dataclasses.replace(run.run, **of_run))
