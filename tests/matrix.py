@@ -94,8 +94,8 @@ def stages(run):
 def try_cell(cell, shards, folder, rng):
     """What became of one cell: a row of the result. Raises AssertionError where something is not as it must be."""
     log, calm, killed = folder / "log.txt", folder / "calm", folder / "killed"
-    options = [f"run.steps={STEPS}", f"run.checkpoint_every={EVERY}", "engine.micro_batch=2", "engine.zero_stage=1"]
-    line = lambda run: arguments(shards, run, *settings(cell), *options)  # noqa: E731
+    options = [f"run.checkpoint_every={EVERY}", "engine.micro_batch=2", "engine.zero_stage=1"]
+    line = lambda run: arguments(shards, run, *settings(cell, STEPS), *options)  # noqa: E731
     codes = ended(launch(log, line(calm)))
     if codes == [2, 2]:
         reason = re.search(r"dit-fast: error: (.*)", log.read_text())

@@ -93,8 +93,13 @@ def find_checkpoint(path: str | Path, files: Collection[str]) -> Checkpoint:
     if checkpoint is None:
         if complaints:
             raise CheckpointError(f"{complaints[0]}, and no older checkpoint is whole; restore it")
-        inside = ", ".join(str(folder.parent) for folder in sorted(path.glob(f"*/{FOLDER}")))
-        if inside:
-            raise CheckpointError(f"{path}: is no run itself; name one of those in it: {inside}")
+        refuse_runs_inside(path)
         raise CheckpointError(f"{path / FOLDER}: holds no checkpoint; give the folder of a run that has saved one")
     return checkpoint
+
+
+def refuse_runs_inside(path: Path) -> None:
+    """Raises CheckpointError for a folder that is no run itself but holds some, as that of a run in stages."""
+    inside = ", ".join(str(folder.parent) for folder in sorted(path.glob(f"*/{FOLDER}")))
+    if inside and not (path / FOLDER).exists():
+        raise CheckpointError(f"{path}: is no run itself; name one of those in it: {inside}")

@@ -186,6 +186,11 @@ class SelfTranscendence(Method):
 
     @staticmethod
     def stages(config: Any, run: Any) -> list[Any]:
+        if StructureGuidance.name in [other.name for other in run.methods]:
+            raise ConfigError(
+                f"{StructureGuidance.name} is the first stage of {config.name}, whose second trains without it; set "
+                f"methods={config.name} (methods.{config.name}.stage1_* are its settings)"
+            )
         first, second = (str(Folder(run.run.dir, stage)) for stage in STAGES)
         if config.teacher:
             if Folder(second).exists():

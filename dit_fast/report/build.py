@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dit_fast import files
+from dit_fast.checkpoint.run import refuse_runs_inside
 from dit_fast.data import LatentDataset
 from dit_fast.errors import UserError
 from dit_fast.report import figures
@@ -39,6 +40,7 @@ def write_report(
         raise UserError(f"--baseline {baseline}: is the run itself; name another run")
     for folder in (run, baseline):
         if folder is not None:
+            refuse_runs_inside(folder)
             read_metrics(folder)  # a wrong folder is found before minutes are spent on the other one
     stories = [read_story(run, data=data)]
     dataset = stories[0].dataset

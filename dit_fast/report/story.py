@@ -102,7 +102,7 @@ def read_story(folder: Path, like: Samples | None = None, data: str | Path | Non
     like: samples of another run; new ones are drawn of the same classes. data: where the data set lies now, if it
     moved.
     """
-    loaded, metrics = load_run(folder), read_metrics(folder)
+    metrics, loaded = read_metrics(folder), load_run(folder)
     dataset, path = loaded.dataset(data), folder / FILE_NAME
     if path.is_file() and (samples := Samples.load(path)).step == loaded.step:
         drawn = samples

@@ -19,7 +19,10 @@ METHOD = {
     "self_transcendence": (
         "methods.self_transcendence.student_depth=2",
         "methods.self_transcendence.teacher_depth=3",
+        "methods.self_transcendence.projector_width=8",
+        "methods.self_transcendence.stage1_steps={steps}",
     ),
+    "structure_guidance": ("methods.structure_guidance.projector_width=8",),
     "dispersive": ("methods.dispersive.depth=3",),
 }
 PREDICTIONS = {
@@ -49,13 +52,14 @@ def cells():
     return [("flow",), *((name,) for name in parts()), *pairs]
 
 
-def settings(cell):
-    """The command line's `key=value` of a run of these parts together, four blocks of width 32."""
+def settings(cell, steps):
+    """`key=value` of a run of these parts together, four blocks of width 32; of `steps` steps, in each of its stages."""
     objectives = [name for name in cell if name not in METHODS]
     methods = [name for name in cell if name in METHODS]
     chosen = [text for name in objectives for text in OBJECTIVE.get(name, (f"objective={name}",))]
-    needed = [text for name in methods for text in METHOD.get(name, ())]
+    needed = [text.format(steps=steps) for name in methods for text in METHOD.get(name, ())]
     return [
+        f"run.steps={steps}",
         f"methods={','.join(methods) or 'none'}",
         "model.skip_wiring=off",
         "model.depth=4",

@@ -15,7 +15,7 @@ PREVIEW = ("preview.sampler=ddim", "preview.num_steps=3", "preview.every=8", "pr
 
 
 def start(shards, run, *overrides):
-    parts = settings(("ddpm", "diversedit", "sra", "dispersive"))
+    parts = settings(("ddpm", "diversedit", "sra", "dispersive"), steps=8)
     return arguments(shards, run, *parts, *PREVIEW, "run.steps=8", "optimizer.ema_decay=0.5", *overrides)
 
 
