@@ -24,6 +24,7 @@ from dit_fast.report.reference import EVERY, STEPS, data_identity, differences, 
 from dit_fast.runs import TrainConfig, changed
 from dit_fast.train.loop import train
 from dit_fast.train.prepare import check_fields, fit_to_dataset
+from dit_fast.train.stages import stages
 from dit_fast.world import World
 
 SEEDS = (0, 1, 2)  # run.seed; the two others follow it
@@ -78,11 +79,11 @@ def record_curves(
 
 
 def _run(config: TrainConfig, seed: int) -> dict[str, Any]:
-    """One run in a folder that goes afterwards, as it stands in the file."""
+    """One run, its last stage where it has several, in a folder that goes afterwards, as it stands in the file."""
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        train(changed(config, [f"run.dir={folder}/run", f"run.seed={seed}"]), World(0, 1, torch.device("cpu")))
-        metrics, seconds = read_metrics(f"{folder}/run"), time.perf_counter() - start
+        start, config = time.perf_counter(), changed(config, [f"run.dir={folder}/run", f"run.seed={seed}"])
+        train(config, World(0, 1, torch.device("cpu")))
+        metrics, seconds = read_metrics(stages(config)[-1].run.dir), time.perf_counter() - start
     values = {name: metrics.column(name)[1].tolist() for name in quantities(metrics)}
     broken = [name for name, column in values.items() if len(column) != STEPS // EVERY]
     if broken or any(row["skipped"] for row in metrics.rows):

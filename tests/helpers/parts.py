@@ -53,7 +53,7 @@ def cells():
 
 
 def settings(cell, steps):
-    """`key=value` of a run of these parts together, four blocks of width 32; of `steps` steps, in each of its stages."""
+    """`key=value` of a run of these parts, four blocks of width 32, of `steps` steps in each of its stages."""
     objectives = [name for name in cell if name not in METHODS]
     methods = [name for name in cell if name in METHODS]
     chosen = [text for name in objectives for text in OBJECTIVE.get(name, (f"objective={name}",))]
