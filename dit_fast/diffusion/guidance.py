@@ -18,6 +18,7 @@ from dit_fast.tree import Tree, each, image, leaves
 Channels = Literal["all", "first_three"]
 Bounds = Literal["inclusive", "exclusive"]
 Decision = Literal["first", "each"]
+ROUNDING = 1e-9  # JiT's edges are 1 - ours: a time this near to an edge lies on it
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Guidance:
     channels: "first_three" guides channels 0 to 2 and leaves the others at the label's velocity, as the released
     samplers of DiT, SiT and LightningDiT do.
     class_token_scale: of the class token, where one is sampled with the image (REG); None is the image's scale.
-    bounds: "inclusive", low <= t <= high (REPA), or "exclusive", low < t < high, where high = 1 is no bound (JiT).
+    bounds: "inclusive", low <= t <= high (REPA, to the last bit), or "exclusive", low < t < high up to rounding, where
+    high = 1 is no bound (JiT).
     decision: whether an evaluation is guided is decided by the "first" of its step, at the noisier end (REPA), or by
     "each" for itself (JiT).
     Sources: Ho & Salimans (arXiv 2207.12598); Kynkäänniemi et al. (arXiv 2404.07724) for the interval.
@@ -74,7 +76,8 @@ class Guidance:
         time = max(t, s) if self.decision == "first" else t
         if self.bounds == "inclusive":
             return self.needs_null and self.low <= time <= self.high
-        return self.needs_null and self.low < time and (self.high == 1 or time < self.high)
+        low, high = self.low + ROUNDING, self.high - ROUNDING
+        return self.needs_null and low < time and (self.high == 1 or time < high)
 
     def combine(self, label: Tree, null: Tree) -> Tree:
         """The guided velocity from those of the label and of the null label."""

@@ -80,8 +80,8 @@ def sample(
     noise may be a tree of the leaves that the model denoises together, {"image": ..., "class_token": [N, Z]}; then so
     is the result. A model in training mode is evaluated in eval mode and put back.
 
-    sampler: a name of `solvers.SOLVERS`, for the ODE "euler"; "heun" (trapezoid, Euler on a step that reaches t = 0);
-    "heun2" (trapezoid throughout); "rk4" (3/8 rule); "dopri5" (torchdiffeq; its steps are its own, num_steps decides
+    sampler: a name of `solvers.SOLVERS`, for the ODE "euler"; "heun" (trapezoid; Euler on the step that reaches t = 0,
+    unless that is the only one and begins below t = 1); "heun2" (trapezoid throughout); "rk4" (3/8 rule); "dopri5" (torchdiffeq; its steps are its own, num_steps decides
     nothing, atol 1e-6 and rtol 1e-3 bound its error); for the SDE "sde" (Euler-Maruyama) and "sde_heun"; "mean_flow"
     (Euler on the mean velocity of a model with two times, which gets t [N, 2] = (t, s)). For a model that predicts
     noise and a variance, [N, 2C, H, W] at steps t int64 [N] (DiT): "ddpm", ancestral, and "ddim" without noise, in

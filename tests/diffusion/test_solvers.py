@@ -180,6 +180,11 @@ def guided(sampler, times, **options):
     return [t for rows, t in seen if rows == 2], [t for rows, t in seen if rows == 1]
 
 
+@pytest.mark.parametrize(("times", "evaluations"), [([0.2, 0.1, 0.0], 3), ([1.0, 0.0], 1), ([0.1, 0.0], 2)])
+def test_heun_ends_with_euler_but_for_a_step_alone_below_the_noise(times, evaluations):
+    assert sum(map(len, guided("heun", times))) == evaluations
+
+
 def test_exclusive_bounds_leave_the_ends_out_but_for_pure_noise():
     quarters = [1.0, 0.75, 0.5, 0.25, 0.0]
     whole = {"guidance_bounds": "exclusive", "heun_guidance": "each"}
@@ -187,6 +192,14 @@ def test_exclusive_bounds_leave_the_ends_out_but_for_pure_noise():
     assert guided("euler", quarters, guidance_low=0.25, guidance_high=0.75, **whole) == ([0.5], [1.0, 0.75, 0.25])
     assert guided("euler", quarters, guidance_low=0.25, **whole) == ([1.0, 0.75, 0.5], [0.25])
     assert guided("heun2", quarters, **whole) == ([1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25], [0.0])
+
+
+@pytest.mark.parametrize("low", [1 - 0.8, 0.2, 0.2 - 1e-12])
+def test_exclusive_bounds_leave_an_edge_out_however_it_is_rounded(low):
+    """0.8 in JiT's time: 1 - 0.8 is 0.19999999999999996."""
+    times = torch.linspace(1, 0, 6, dtype=torch.float64).tolist()
+    active, plain = guided("euler", times, guidance_low=low, guidance_bounds="exclusive")
+    assert (len(active), len(plain)) == (4, 1)
 
 
 def test_each_evaluation_or_the_first_decides():
