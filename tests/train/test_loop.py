@@ -324,6 +324,8 @@ def test_load_run_gives_model_configuration_and_state(finished):
 
 def test_load_run_says_what_is_wrong(tmp_path, copied):
     with pytest.raises(CheckpointError, match="holds no checkpoint; give the folder of a run"):
+        load_run(copied / "checkpoints")
+    with pytest.raises(CheckpointError, match=f"is no run itself; name one of those in it: {copied}$"):
         load_run(tmp_path)
     with pytest.raises(CheckpointError, match=r"MANIFEST\.json: cannot be read \(File name too long\)"):
         load_run(tmp_path / ("a" * 300))
