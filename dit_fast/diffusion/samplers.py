@@ -81,11 +81,12 @@ def sample(
     is the result. A model in training mode is evaluated in eval mode and put back.
 
     sampler: a name of `solvers.SOLVERS`, for the ODE "euler"; "heun" (trapezoid; Euler on the step that reaches t = 0,
-    unless that is the only one and begins below t = 1); "heun2" (trapezoid throughout); "rk4" (3/8 rule); "dopri5" (torchdiffeq; its steps are its own, num_steps decides
-    nothing, atol 1e-6 and rtol 1e-3 bound its error); for the SDE "sde" (Euler-Maruyama) and "sde_heun"; "mean_flow"
-    (Euler on the mean velocity of a model with two times, which gets t [N, 2] = (t, s)). For a model that predicts
-    noise and a variance, [N, 2C, H, W] at steps t int64 [N] (DiT): "ddpm", ancestral, and "ddim" without noise, in
-    num_steps of its 1000 steps; guidance is that of the noise, its interval one of t / 1000.
+    unless that is the only one and begins below t = 1); "heun2" (trapezoid throughout); "rk4" (3/8 rule); "dopri5"
+    (torchdiffeq; its steps are its own, num_steps decides nothing, atol 1e-6 and rtol 1e-3 bound its error); for the
+    SDE "sde" (Euler-Maruyama) and "sde_heun"; "mean_flow" (Euler on the mean velocity of a model with two times, which
+    gets t [N, 2] = (t, s)). For a model that predicts noise and a variance, [N, 2C, H, W] at steps t int64 [N] (DiT):
+    "ddpm", ancestral, and "ddim" without noise, in num_steps of its 1000 steps; guidance is that of the noise, its
+    interval one of t / 1000.
     path, prediction: what the model was trained on, and what it returns: "velocity", "score", "noise", or "x", whose
     velocity is (x_t - x) / max(t, t_eps) on the linear path; a mean velocity may be given as x too.
 
