@@ -213,12 +213,7 @@ class _Run:
                         return done
                     for lock in self.held:
                         lock.renew()
-                asked = [
-                    leaving,
-                    stop.agreed(),
-                    stop.agreed(),
-                ]  # a request in the last step is agreed on two calls later
-                self.stopped = any(asked)
+                self.stopped = any([leaving, stop.agreed(), stop.agreed()])  # agreed on two calls after the request
                 self._warn(guard.finish(config.run.steps))
             return config.run.steps
         finally:
