@@ -19,7 +19,7 @@ from dit_fast.errors import UserError
 from dit_fast.methods import METHODS
 from dit_fast.options import to_dict
 from dit_fast.recipes import RECIPES, load
-from dit_fast.report.metrics import read_metrics
+from dit_fast.report.metrics import Metrics, read_metrics
 from dit_fast.report.reference import EVERY, STEPS, data_identity, differences, quantities, read_reference
 from dit_fast.runs import TrainConfig, changed
 from dit_fast.train.loop import train
@@ -56,38 +56,57 @@ def record_curves(
             raise UserError(f"'{name}' is no recipe of quick-start size; those are: {', '.join(NAMES)}")
     info, todo = open_dataset(data).info, dict[str, TrainConfig]()
     for name in only or NAMES:
-        config = fit_to_dataset(check_fields(load(name, [f"data.path={data}", *SHORT])), info)
-        path = folder / f"{name}.json"
-        if path.exists() and not (found := differences(read_reference(path), config, info)):
-            say(f"{name}: {path} is there, of the same configuration and data")
-        else:
-            say(f"{name}: to be recorded{f' anew ({found[0]})' if path.exists() else ''}")
+        config = check_fields(load(name, [f"data.path={data}", *SHORT]))
+        reasons = []
+        for path, stage in _curves(name, config, folder):
+            found = differences(read_reference(path), fit_to_dataset(stage, info), info) if path.exists() else ["new"]
+            reasons += found
+        if reasons:
+            say(f"{name}: to be recorded ({reasons[0]})")
             todo[name] = config
-    started, done, total = time.perf_counter(), 0, len(todo) * len(SEEDS)
+        else:
+            say(f"{name}: is there, of the same configuration and data")
+    where = environment(torch.device("cpu"), commit)  # of the code that runs, whatever is committed meanwhile
+    started, done, total, written = time.perf_counter(), 0, len(todo) * len(SEEDS), list[Path]()
     for name, config in todo.items():
-        where, runs = environment(torch.device("cpu"), commit), []
+        runs = []
         for seed in SEEDS:
             minutes = (time.perf_counter() - started) / done * (total - done) / 60 if done else 0
             say(f"{name}: run {done + 1} of {total}{f', about {minutes:.0f} minutes left' if done else ''}")
             runs.append(_run(config, seed))
             done += 1
-        fields = dict.fromkeys(field for method in config.methods for field in METHODS[method.name].fields)
-        content = {"recipe": name, **where, **occasion(), "remark": REMARK, "data": data_identity(info, list(fields))}
-        steps = list(range(EVERY, STEPS + 1, EVERY))
-        write(folder / f"{name}.json", {**content, "config": to_dict(config), "steps": steps, "runs": runs})
-    return [folder / f"{name}.json" for name in todo]
+        for (path, stage), entries in zip(_curves(name, config, folder), zip(*runs, strict=True), strict=True):
+            fields = dict.fromkeys(field for method in stage.methods for field in METHODS[method.name].fields)
+            content: dict[str, Any] = {"recipe": path.stem, **where, **occasion(), "remark": REMARK}
+            content |= {"data": data_identity(info, list(fields)), "config": to_dict(fit_to_dataset(stage, info))}
+            write(path, {**content, "steps": list(range(EVERY, STEPS + 1, EVERY)), "runs": list(entries)})
+            written.append(path)
+    return written
 
 
-def _run(config: TrainConfig, seed: int) -> dict[str, Any]:
-    """One run, its last stage where it has several, in a folder that goes afterwards, as it stands in the file."""
+def _curves(name: str, config: TrainConfig, folder: Path) -> list[tuple[Path, TrainConfig]]:
+    """The file of each run that a recipe stands for, with its configuration; stages have their name after its own."""
+    runs = stages(config)
+    names = [f"{name}-{Path(run.run.dir).name}" for run in runs] if len(runs) > 1 else [name]
+    return [(folder / f"{each}.json", run) for each, run in zip(names, runs, strict=True)]
+
+
+def _run(config: TrainConfig, seed: int) -> list[dict[str, Any]]:
+    """One run, each of its stages as it stands in the file; their folder goes afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         start, config = time.perf_counter(), changed(config, [f"run.dir={folder}/run", f"run.seed={seed}"])
         train(config, World(0, 1, torch.device("cpu")))
-        metrics, seconds = read_metrics(stages(config)[-1].run.dir), time.perf_counter() - start
-    values = {name: metrics.column(name)[1].tolist() for name in quantities(metrics)}
+        seconds = round(time.perf_counter() - start, 1)
+        return [
+            {"seed": seed, "seconds": seconds, "values": _values(read_metrics(run.run.dir))} for run in stages(config)
+        ]
+
+
+def _values(metrics: Metrics) -> dict[str, list[float]]:
+    """What is kept of a log: its first STEPS. Raises UserError where a step was skipped."""
+    first = Metrics(tuple(row for row in metrics.rows if row["step"] <= STEPS))
+    values = {name: first.column(name)[1].tolist() for name in quantities(first)}
     broken = [name for name, column in values.items() if len(column) != STEPS // EVERY]
-    if broken or any(row["skipped"] for row in metrics.rows):
-        raise UserError(
-            f"run.seed={seed}: steps were skipped, or {broken} are not in every row; no curve is made of it"
-        )
-    return {"seed": seed, "seconds": round(seconds, 1), "values": rounded(values)}
+    if broken or any(row["skipped"] for row in first.rows):
+        raise UserError(f"steps were skipped, or {broken} are not in every row; no curve comes of such a run")
+    return rounded(values)

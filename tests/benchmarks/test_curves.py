@@ -35,10 +35,22 @@ def test_three_runs_are_recorded_once(shards, tmp_path, monkeypatch):
     assert len({tuple(values) for values in found.runs["flow"].tolist()}) == 3
     assert "run 3 of 3, about 0 minutes left" in said[-1]
     assert record_curves(shards, tmp_path, ["quickstart-sit"], say=said.append) == []
-    assert said[-1] == f"quickstart-sit: {path} is there, of the same configuration and data"
+    assert said[-1] == "quickstart-sit: is there, of the same configuration and data"
     monkeypatch.setattr(curves, "SHORT", (*curves.SHORT, "optimizer.lr=1e-4"))
     assert record_curves(shards, tmp_path, ["quickstart-sit"], say=said.append) == [path]
-    assert "quickstart-sit: to be recorded anew (optimizer.lr: 0.002 -> 0.0001)" in said
+    assert "quickstart-sit: to be recorded (optimizer.lr: 0.002 -> 0.0001)" in said
+
+
+def test_each_stage_has_a_curve(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(curves, "SEEDS", (0, 1))
+    more = (f"methods.self_transcendence.{key}" for key in ("stage1_steps=6", "student_depth=2", "teacher_depth=3"))
+    monkeypatch.setattr(curves, "SHORT", (*curves.SHORT, *more))
+    paths = record_curves(shards, tmp_path, ["quickstart-self_transcendence"], say=lambda line: None)
+    assert [path.stem.removeprefix("quickstart-self_transcendence-") for path in paths] == ["stage1", "stage2"]
+    found = [read_reference(path) for path in paths]
+    assert [reference.runs["loss"].shape for reference in found] == [(2, 2), (2, 2)]
+    assert found[0].runs.keys() != found[1].runs.keys()
+    assert record_curves(shards, tmp_path, ["quickstart-self_transcendence"], say=lambda line: None) == []
 
 
 def test_other_recipes_are_refused(tmp_path, capsys):

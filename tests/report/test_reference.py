@@ -68,7 +68,7 @@ def test_false_alarms_are_rare():
     for first in range(0, 1200, 4):
         known = {name: runs[first : first + 3] for name, runs in values.items()}
         off += not judge(a_reference(known), metrics(taken(values, first + 3))).on
-    assert off <= 9  # of 300; 1 % is nominal, and what sets a whole run apart from the others makes it more
+    assert off <= 3  # of 300; 0.1 % is nominal, and what sets a whole run apart from the others makes it more
 
 
 @pytest.mark.parametrize("every", [10, 20, 50])
@@ -132,7 +132,7 @@ def test_trained_runs_with_a_mistake_are_off(trained):
         trained["optimizer.lr=6e-3, seed 0"],
         {name: values for name, values in right.items() if name != "repa/alignment"},
         right | {"loss": right["flow"]},  # no term is added
-        right | {"flow": 1.1 * flow},
+        right | {"flow": 1.15 * flow},
         right | {"grad_norm": 2 * np.array(right["grad_norm"])},
         right | {"flow": np.concatenate([flow[:10], np.full(10, flow[10])])},  # learns no more
     ):
