@@ -61,10 +61,10 @@ def self_transcendence_loss(
     """
     if not hasattr(model, "projectors"):
         raise ConfigError("self_transcendence_loss needs a model with a head, `projectors`; `load_official` gives one")
-    block = student_depth - 1
+    block, last = model.block(student_depth, "student_depth"), teacher.block(teacher_depth, "teacher_depth")
     noised, velocity = as_path(path).interpolate(x, noise, t)
     output, features = model(noised, t, y, taps=(block,))
-    target = guided_features(teacher, noised, t, y, teacher_depth - 1, guidance)
+    target = guided_features(teacher, noised, t, y, last, guidance)
     guided = velocity_error(model.projectors[0](features[block]), target)
     return SelfTranscendenceLosses(velocity_error(output, velocity), guided, masked_mean(guided, t, t_range, mask))
 
@@ -97,6 +97,8 @@ def masked_mean(losses: Tensor, t: Tensor, t_range: tuple[float, float], mask: M
     mask "published": mean(losses) * mean(inside), since the published code multiplies [N] by [N, 1, 1, 1].
     """
     low, high = t_range
+    if not low <= high:
+        raise UserError(f"t_range={t_range} runs backwards; give (smallest, largest) t that counts")
     inside = ((t >= low) & (t <= high)).to(losses.dtype)
     if mask == "per_sample":
         return (losses * inside).mean()

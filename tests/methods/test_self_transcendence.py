@@ -171,6 +171,15 @@ def test_a_mask_of_another_name_is_refused():
         self_transcendence_loss(tiny_sit(), tiny_sit(), *[None] * 4, 1, 1, 1.0, (0, 1))
 
 
+def test_depths_count_from_one_and_a_range_runs_forwards():
+    model, teacher = student_and_teacher()
+    for depths, message in (((0, 1), "student_depth=0 is not one"), ((1, 9), "teacher_depth=9 is not one")):
+        with pytest.raises(ConfigError, match=message):
+            self_transcendence_loss(model, teacher, *[None] * 4, *depths, 1.0, (0, 1))
+    with pytest.raises(UserError, match=r"t_range=\(0\.7, 0\.4\) runs backwards"):
+        masked_mean(torch.ones(2), torch.ones(2), (0.7, 0.4), "per_sample")
+
+
 # Whole runs
 
 
