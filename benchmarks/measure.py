@@ -10,8 +10,9 @@ from torch import Tensor
 from dit_fast.benchmarks.cases.case import BACKWARD, BOTH, FORWARD, Case, Inputs, Setting, Side, Work, differentiate
 from dit_fast.benchmarks.ceilings import Ceilings
 from dit_fast.benchmarks.cost import host_waits, peak_memory, traffic
-from dit_fast.benchmarks.gate import RedGate, check_agreement
+from dit_fast.benchmarks.gate import check_agreement
 from dit_fast.benchmarks.timing import Call, cache_bytes, clock_for, interleave, sets_to_rotate, summarise
+from dit_fast.errors import UserError
 
 SAMPLES = 50
 Sets = Sequence[tuple[Inputs, Inputs]]
@@ -20,25 +21,27 @@ Sets = Sequence[tuple[Inputs, Inputs]]
 def measure_case(case: Case, setting: Setting, ceilings: Ceilings, seconds: float) -> dict[str, Any]:
     """The case as it stands in the JSON. Takes about `seconds`, and at least three rounds of all sides.
 
-    Raises RedGate where a side is wrong. Only a side that is somebody else's work may fail or be wrong: then it is
-    named in "skipped" with the reason.
+    A side that raises or is wrong takes no other with it: it is named with the reason in "failed", or in "skipped" if
+    it may fail. Only the first one, against which the others are held, raises what it raises.
     """
     start, device = time.perf_counter(), setting.device
     if device.type == "cuda":
         torch.cuda.empty_cache()  # blocks of earlier cases would crowd the largest ones
     sets = _input_sets(case, device, 0 if setting.small else cache_bytes(device))
     torch.compiler.reset()  # shapes of earlier cases count against the compiler's limit, beyond which it runs eagerly
-    errors, costs, skipped = {}, {}, {}
+    errors, costs = {}, {}
+    skipped: dict[str, str] = {}
+    failed: dict[str, str] = {}
     calls: dict[str, Call] = {}
     for side in case.sides:
         try:
             if side is not case.sides[0]:
                 errors[side.name] = check_agreement(case, side, *sets[0])
             costs[side.name] = _costs(side, sets[0], device)
-        except (RuntimeError, RedGate) as error:
-            if not side.may_fail:
+        except Exception as error:  # compiled code and libraries raise whatever they like
+            if side is case.sides[0]:
                 raise
-            skipped[side.name] = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+            (skipped if side.may_fail else failed)[side.name] = reason(error)
             continue
         calls[side.name] = _timed(side, sets)
     left = seconds - (time.perf_counter() - start)
@@ -51,6 +54,7 @@ def measure_case(case: Case, setting: Setting, ceilings: Ceilings, seconds: floa
         "input_sets": len(sets),
         "baseline": case.sides[0].name,
         "skipped": skipped,
+        "failed": failed,
         "errors": errors,
         "costs": costs,
         "parts": {
@@ -63,6 +67,12 @@ def measure_case(case: Case, setting: Setting, ceilings: Ceilings, seconds: floa
             for part, pick in ((FORWARD, _first), (BACKWARD, _second), (BOTH, sum))
         },
     }
+
+
+def reason(error: Exception) -> str:
+    """The first line of what it says, behind its kind where that is not ours."""
+    text = (str(error).strip().splitlines() or [""])[0][:300]
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
 def part_entry(

@@ -62,6 +62,13 @@ def markdown(result: dict[str, Any]) -> str:
                     f"{side['flops_per_s'] / 1e12:.3g} | {side['of_bound']:.1%} | {side['speedup']:.2f} | "
                     f"{_costs(part, case['costs'][name])} |"
                 )
+    reasons = {
+        **{f"{case['name']}, {name}": why for case in result["cases"] for kind in ("skipped", "failed")
+           for name, why in case.get(kind, {}).items()},
+        **result.get("failed", {}),
+        **dict.fromkeys(result.get("left_out", ()), "no time was left"),
+    }  # fmt: skip
+    lines += ["", *(f"- not measured: {what} ({why})" for what, why in reasons.items())] if reasons else []
     return "\n".join([*lines, ""])
 
 

@@ -51,9 +51,11 @@ def slug(device: torch.device) -> str:
 
 
 def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """Device, versions and commit. commit: for a copy without its git history; there "dirty" is null."""
+    """Device, versions and commit. commit: whose files these are, where git's history is absent or older than they are;
+    unless it is what git says, "dirty" is null."""
     head = _git("rev-parse", "HEAD")
-    status = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    known = head is not None and (commit is None or head.startswith(commit))
+    status = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results") if known else None
     return {
         "device": {
             "slug": slug(device),
@@ -71,8 +73,8 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
             "numpy": _version("numpy"),
             "dit_fast": __version__,
         },
-        "commit": head or commit,
-        "dirty": None if head is None else bool(status),
+        "commit": head if known else commit,
+        "dirty": bool(status) if known else None,
     }
 
 

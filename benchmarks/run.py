@@ -10,8 +10,8 @@ from dit_fast.benchmarks import step
 from dit_fast.benchmarks.cases import BENCHMARKS
 from dit_fast.benchmarks.cases.case import Benchmark, Setting, Target
 from dit_fast.benchmarks.ceilings import Ceilings, measure_ceilings
-from dit_fast.benchmarks.gate import read_record, run_tests
-from dit_fast.benchmarks.measure import measure_case
+from dit_fast.benchmarks.gate import RedGate, read_record, run_tests
+from dit_fast.benchmarks.measure import measure_case, reason
 from dit_fast.benchmarks.results import document, environment, save
 from dit_fast.errors import UserError
 
@@ -33,8 +33,9 @@ def run(
 
     record: pytest's --junitxml of a run that already covered the tests; if it never came to be, they run here. The file
     is written anew after every case, so that a run that is stopped leaves what it has; cases for which no time was left
-    are named in "left_out".
-    Raises UserError for an unknown name and RedGate, before any number is shown, if the op is not right.
+    are named in "left_out", one whose baseline fails in "failed" with the reason, as a side is in its case.
+    Raises UserError for an unknown name; RedGate, before any number is shown, if the op's tests fail, and at the end,
+    with all other numbers in the file, if a baseline or a side that is ours raises or is wrong.
     """
     benchmark, measures = _plan(name, setting)
     tests = benchmark.tests
@@ -44,14 +45,23 @@ def run(
     ceilings = measure_ceilings(setting.device, small=setting.small)
     say(_ceilings_line(ceilings))
     cases: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
+    wrong: list[str] = []
     path, names = folder, list(measures)
-    for number, measure in enumerate(measures.values()):
+    for number, (case, measure) in enumerate(measures.items()):
         left = budget - (time.perf_counter() - start)
         if number and left <= 0:
             break
-        cases.append(measure(ceilings, left / (len(names) - number)))
-        for line in table(cases[-1]):
-            say(line)
+        try:
+            cases.append(measure(ceilings, left / (len(names) - number)))
+        except Exception as error:  # memory that does not suffice, a driver's error: the other cases go on
+            failed[case] = reason(error)
+            wrong.append(f"{case}: {failed[case]}")
+            say(f"\n{case}: not run ({failed[case]})")
+        else:
+            wrong += [f"{case}: {side}: {why}" for side, why in cases[-1]["failed"].items()]
+            for line in table(cases[-1]):
+                say(line)
         result = document(
             name,
             where,
@@ -61,10 +71,12 @@ def run(
             cases=cases,
             targets=[_judged(target, cases, ceilings) for target in benchmark.targets.get(setting.device.type, ())],
         )
-        path = save({**result, "left_out": names[number + 1 :]}, folder)
+        path = save({**result, "failed": failed, "left_out": names[number + 1 :]}, folder)
     for target in result["targets"]:
         say(target_line(target))
     say(f"-> {path}")
+    if wrong:
+        raise RedGate(f"{name}: {'; '.join(wrong)}")
     return path
 
 
@@ -94,8 +106,10 @@ def target_line(target: dict[str, Any]) -> str:
 
 
 def throughput(side: dict[str, Any]) -> str:
-    """Samples per second and MFU of a side that trains; empty for others."""
-    return f" ({side['samples_per_s']:.4g} samples/s, MFU {side['mfu']:.1%})" if "mfu" in side else ""
+    """Samples per second, MFU and the host's time of a side that trains; empty for others."""
+    if "mfu" not in side:
+        return ""
+    return f" ({side['samples_per_s']:.4g} samples/s, MFU {side['mfu']:.1%}, host {side['host_s'] * 1e3:.4g} ms)"
 
 
 def _ceilings_line(ceilings: Ceilings) -> str:
@@ -119,5 +133,5 @@ def table(case: dict[str, Any]) -> Iterator[str]:
                 f"{side['flops_per_s'] / 1e12:>9.3g}{side['of_bound']:>9.1%}{side['speedup']:>7.2f}x{memory:>9.4g}"
                 f"{len(side['samples_s']):>4}{throughput(side)}"
             )
-    for name, reason in case.get("skipped", {}).items():
-        yield f"    {name}: not run ({reason})"
+    for name, why in (*case["skipped"].items(), *case["failed"].items()):
+        yield f"    {name}: not run ({why})"

@@ -1,11 +1,12 @@
 """The whole training step of DiverseDiT: model, flow matching, diversity loss, clipping, AdamW with EMA.
 
 Sides in one process: the step as published (our model through the plain torch reference of every op), ours with all
-pairs, ours without the diversity loss, and the diversity loss alone on the features of that very model. Data are random
-latents that lie on the device already.
+pairs, the same with compiled blocks (CUDA), ours without the diversity loss, and the diversity loss alone on the
+features of that very model. Data are random latents that lie on the device already.
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,8 +19,8 @@ from dit_fast.benchmarks.baselines.published_step import PublishedDiversity, Pub
 from dit_fast.benchmarks.cases.case import Benchmark, Setting, Target, Work
 from dit_fast.benchmarks.ceilings import Ceilings
 from dit_fast.benchmarks.cost import host_waits, peak_memory
-from dit_fast.benchmarks.measure import SAMPLES, part_entry
-from dit_fast.benchmarks.timing import Call, clock_for, interleave
+from dit_fast.benchmarks.measure import SAMPLES, part_entry, reason
+from dit_fast.benchmarks.timing import Call, clock_for, interleave, summarise
 from dit_fast.methods import Method
 from dit_fast.methods.diversedit import DiverseDiT
 from dit_fast.models import build_model
@@ -31,6 +32,7 @@ from dit_fast.train.loss import TrainingLoss
 from dit_fast.world import World
 
 PUBLISHED, OURS, WITHOUT = "as published", "dit_fast, all pairs", "dit_fast, no diversity loss"
+COMPILED = "dit_fast, all pairs, compiled blocks"
 ALONE = "diversity loss alone"
 OPTIMIZER_BYTES = 36  # per parameter: weight, two moments and EMA read and written, gradient read, all float32
 
@@ -59,12 +61,13 @@ def step_cases(setting: Setting) -> list[StepCase]:
 
 
 def measure_step(case: StepCase, setting: Setting, ceilings: Ceilings, seconds: float) -> dict[str, Any]:
-    """The case as it stands in the JSON, parts "step" (with samples per second and MFU) and "diversity_loss"."""
-    device = setting.device
+    """The case as it stands in the JSON, parts "step" (with samples per second, MFU and the host's time) and
+    "diversity_loss". A side that raises is left out with the reason, unless it is the first."""
+    device, end = setting.device, time.perf_counter() + seconds
     published = PublishedTrainer(_training_loss(case, device, PublishedDiversity), TrainConfig().optimizer)
     world = World(0, 1, device)
     ours, without = (
-        SingleEngine(_training_loss(case, device, *methods), TrainConfig(), world)
+        _Engine(_training_loss(case, device, *methods), TrainConfig(), world)
         for methods in ([partial(DiverseDiT, DiverseDiT.Config(pairs="all"))], [])
     )
     lr = TrainConfig().optimizer.lr
@@ -78,22 +81,37 @@ def measure_step(case: StepCase, setting: Setting, ceilings: Ceilings, seconds: 
         OURS: lambda step: ours.train_step([_batch(case, device, step)], step, lr).logs,
         WITHOUT: lambda step: without.train_step([_batch(case, device, step)], step, lr).logs,
     }
+    if device.type == "cuda":
+        steps[COMPILED] = _with_compiled_blocks(ours.model, steps[OURS])
     features = _features(ours.loss, _batch(case, device, 0))
     steps[ALONE] = lambda step: torch.autograd.grad(diversity_loss(features, "all").total, features)
-    costs = {name: {"peak_memory_bytes": peak_memory(partial(run, 0), device)} for name, run in steps.items()}
-    if device.type == "cuda":  # elsewhere the count would be of counters that lie on the CPU anyway
-        for name, run in steps.items():
-            costs[name]["host_waits"] = host_waits(partial(run, 0), device)
-    calls = {name: _timed(run) for name, run in steps.items()}
+    costs: dict[str, dict[str, int]] = {}
+    skipped: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    for name, run in steps.items():
+        try:
+            run(0)  # a compiler's memory is not the step's
+            costs[name] = {"peak_memory_bytes": peak_memory(partial(run, 0), device)}
+            if device.type == "cuda":  # elsewhere the count would be of counters that lie on the CPU anyway
+                costs[name]["host_waits"] = host_waits(partial(run, 0), device)
+        except Exception as error:
+            if name == PUBLISHED:
+                raise
+            (skipped if name == COMPILED else failed)[name] = reason(error)
+    engines = {OURS: ours, COMPILED: ours, WITHOUT: without}
+    host: dict[str, list[float]] = {name: [] for name in costs}
+    calls = {name: _timed(steps[name], engines.get(name), host[name]) for name in costs}
     warm_up = 3 if device.type == "cuda" else 1
-    rounds = interleave(calls, clock_for(device), samples=SAMPLES, seconds=seconds, warm_up=warm_up)
+    left = end - time.perf_counter()
+    rounds = interleave(calls, clock_for(device), samples=SAMPLES, seconds=left, warm_up=warm_up)
     samples = {name: [times[0] for times in turns] for name, turns in rounds.items()}
-    alone = {ALONE: samples.pop(ALONE)}
+    alone = {name: samples.pop(name) for name in (ALONE,) if name in samples}
     model: Any = ours.loss.model
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     work = Work(OPTIMIZER_BYTES * trained, 3 * model.flops_per_sample() * case.batch)
     step = part_entry(samples, dict.fromkeys(samples, work), ceilings, case.precision)
-    for side in step["sides"].values():
+    for name, side in step["sides"].items():
+        side["host_s"] = summarise(host[name][warm_up:]).median
         side["samples_per_s"] = case.batch / side["median_s"]
         side["mfu"] = side["flops_per_s"] / ceilings.matmul[case.precision]
     elements, pairs = sum(x.numel() for x in features), len(features) * (len(features) - 1) // 2
@@ -110,17 +128,54 @@ def measure_step(case: StepCase, setting: Setting, ceilings: Ceilings, seconds: 
         },
         "baseline": PUBLISHED,
         "feature_dtype": str(features[0].dtype).removeprefix("torch."),
+        "skipped": skipped,
+        "failed": failed,
         "costs": costs,
-        "parts": {"step": step, "diversity_loss": part_entry(alone, {ALONE: least}, ceilings, case.precision)},
+        "parts": {"step": step}
+        | ({"diversity_loss": part_entry(alone, {ALONE: least}, ceilings, case.precision)} if alone else {}),
     }
+
+
+class _Engine(SingleEngine):
+    """Counts the seconds for which its steps have waited for the device: once each, for the norm."""
+
+    waited = 0.0
+
+    def _update(self, norm: Tensor) -> bool:
+        start = time.perf_counter()
+        norm.item()
+        self.waited += time.perf_counter() - start
+        return super()._update(norm)
+
+
+def _with_compiled_blocks(model: Any, step: Callable[[int], Any]) -> Callable[[int], Any]:
+    """The step with the model's blocks compiled as engine.compile does it; at other times they are as they were."""
+    blocks = list(model.blocks)
+    for block in blocks:
+        block.compile()
+    compiled = [block._compiled_call_impl for block in blocks]
+
+    def switch(calls: Sequence[Any]) -> None:
+        for block, call in zip(blocks, calls, strict=True):
+            block._compiled_call_impl = call
+
+    def run(number: int) -> Any:
+        switch(compiled)
+        try:
+            return step(number)
+        finally:
+            switch([None] * len(blocks))
+
+    switch([None] * len(blocks))
+    return run
 
 
 def diversity_share(cases: list[dict[str, Any]], case: str) -> float | None:
     """Time of the diversity loss alone over that of our step with it, in percent."""
     for entry in cases:
-        if entry["name"] == case:
-            alone = entry["parts"]["diversity_loss"]["sides"][ALONE]["median_s"]
-            return 100 * alone / entry["parts"]["step"]["sides"][OURS]["median_s"]
+        sides = {name: side for part in entry["parts"].values() for name, side in part["sides"].items()}
+        if entry["name"] == case and ALONE in sides and OURS in sides:
+            return 100 * sides[ALONE]["median_s"] / sides[OURS]["median_s"]
     return None
 
 
@@ -160,9 +215,13 @@ def _features(training_loss: Any, batch: dict[str, Tensor]) -> list[Tensor]:
     return [feature.clone().requires_grad_() for feature in features.values()]
 
 
-def _timed(run: Callable[[int], Any]) -> Call:
+def _timed(run: Callable[[int], Any], engine: _Engine | None, host: list[float]) -> Call:
+    """host gets the seconds of each call without those for which the engine waited."""
+
     def call(number: int, mark: Callable[[], None]) -> Any:
+        start = time.perf_counter() - (engine.waited if engine else 0.0)
         kept = run(number)
+        host.append(time.perf_counter() - (engine.waited if engine else 0.0) - start)
         mark()
         return kept
 

@@ -8,14 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dit_fast.benchmarks import report
+from dit_fast.benchmarks import report, results
 from dit_fast.benchmarks.__main__ import main
 from dit_fast.benchmarks.cases import BENCHMARKS, case, long_skip
-from dit_fast.benchmarks.cases.case import Case, Setting, Side, Target, Work
+from dit_fast.benchmarks.cases.case import Benchmark, Case, Setting, Side, Target, Work
 from dit_fast.benchmarks.ceilings import Ceilings
-from dit_fast.benchmarks.gate import RedGate
 from dit_fast.benchmarks.measure import measure_case
-from dit_fast.benchmarks.results import check, load_all, save
+from dit_fast.benchmarks.results import check, environment, load_all, save
 from dit_fast.benchmarks.run import _judged, run
 from dit_fast.errors import UserError
 
@@ -164,28 +163,65 @@ def test_whole_step(small, open_gate, tmp_path):
     for side in sides.values():
         assert side["samples_per_s"] == pytest.approx(2 / side["median_s"], rel=1e-4)
         assert 0 < side["mfu"] < 1
+        assert 0 < side["host_s"] < 2 * side["quartiles_s"][1]
     assert list(case["parts"]["diversity_loss"]["sides"]) == ["diversity loss alone"]
     assert any("samples/s, MFU" in line for line in lines)
 
 
-def test_a_foreign_side_that_is_wrong_or_breaks_is_left_out_with_the_reason(small):
-    def broken(inputs):
-        raise RuntimeError("no compiler\nhere")
+def broken(inputs):
+    raise AssertionError("wrong number of dimensions\nhere")
 
-    sides = (
-        Side("eager", lambda x: (x[0].square(),)),
-        Side("wrong", lambda x: (1.01 * x[0].square(),), may_fail=True),
-        Side("broken", broken, may_fail=True),
-    )
-    work = Work(4, 1)
-    case = Case("c", "fp32", {}, lambda g: (torch.randn(5, requires_grad=True),), sides, work, work, (1e-5, 1e-4))
-    ceilings = Ceilings(1e9, 1e9, {"fp32": 1e9})
-    found = measure_case(case, small, ceilings, 0.0)
-    assert list(found["parts"]["forward"]["sides"]) == ["eager"]
-    assert found["skipped"]["broken"] == "no compiler"
-    assert "outputs of 'wrong' are off" in found["skipped"]["wrong"]
-    with pytest.raises(RedGate):
-        measure_case(replace(case, sides=(sides[0], replace(sides[1], may_fail=False))), small, ceilings, 0.0)
+
+def right(inputs):
+    return (inputs[0].square(),)
+
+
+def case_of(name, *sides):
+    def inputs(generator):
+        return (torch.randn(5, generator=generator, requires_grad=True),)
+
+    return Case(name, "fp32", {}, inputs, sides, Work(4, 1), Work(4, 1), (1e-5, 1e-4))
+
+
+WRONG = Side("wrong", lambda x: (1.01 * x[0].square(),), may_fail=True)
+BROKEN = Side("broken", broken, may_fail=True)
+
+
+def test_a_side_that_is_wrong_or_breaks_is_left_out_with_the_reason(small):
+    ours = replace(WRONG, name="ours", may_fail=False)
+    one = case_of("c", Side("eager", right), WRONG, BROKEN, ours, Side("same", right))
+    found = measure_case(one, small, Ceilings(1e9, 1e9, {"fp32": 1e9}), 0.0)
+    assert list(found["parts"]["forward"]["sides"]) == ["eager", "same"]
+    assert found["skipped"]["broken"] == "AssertionError: wrong number of dimensions"
+    assert found["skipped"]["wrong"].startswith("c: outputs of 'wrong' are off by 1.0e-02")
+    assert found["failed"]["ours"].startswith("c: outputs of 'ours' are off by 1.0e-02")
+
+
+def test_a_case_that_breaks_takes_no_other_with_it(small, open_gate, monkeypatch, tmp_path, capsys):
+    cases = [
+        case_of("first", Side("eager", broken), Side("ours", right)),
+        case_of("second", Side("eager", right), BROKEN),
+        case_of("third", Side("eager", right), replace(BROKEN, name="ours", may_fail=False)),
+    ]
+    monkeypatch.setitem(BENCHMARKS, "adaln", Benchmark("adaln", (), lambda setting: cases))
+    arguments = ["adaln", "--small", "--device", "cpu", "--out", str(tmp_path), "--budget", "9"]
+    assert main(arguments) == 1
+    printed = capsys.readouterr()
+    failure = "AssertionError: wrong number of dimensions"
+    assert printed.err == f"dit-fast benchmarks: adaln: first: {failure}; third: ours: {failure}\n"
+    assert f"first: not run ({failure})" in printed.out
+    (found,) = load_all(tmp_path)
+    assert [case["name"] for case in found["cases"]] == ["second", "third"]
+    assert found["failed"] == {"first": failure}
+    assert failure in report.markdown(found)
+
+
+def test_a_commit_that_is_given_wins_over_an_older_history(monkeypatch):
+    monkeypatch.setattr(results, "_git", lambda *arguments: {"rev-parse": "abcdef", "status": " M x"}[arguments[0]])
+    given = {commit: environment(torch.device("cpu"), commit) for commit in (None, "abc", "123")}
+    assert [(each["commit"], each["dirty"]) for each in given.values()] == [
+        ("abcdef", True), ("abcdef", True), ("123", None)
+    ]  # fmt: skip
 
 
 def test_no_time_leaves_cases_out_and_says_so(small, open_gate, tmp_path):
