@@ -49,12 +49,13 @@ class AdamWEMA(torch.optim.Optimizer):
         if closure is not None:
             raise ConfigError("AdamWEMA takes no closure")
         for group in self.param_groups:
+            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+            init_states(self, moved)
+            if moved:
+                torch._foreach_add_([self.state[parameter]["step"] for parameter in moved], 1)
             by_step: dict[float, list[Tensor]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    init_states(self, [parameter])
-                    self.state[parameter]["step"] += 1
-                    by_step.setdefault(self.state[parameter]["step"].item(), []).append(parameter)
+            for parameter in moved:
+                by_step.setdefault(self.state[parameter]["step"].item(), []).append(parameter)
             for count, parameters in by_step.items():
                 self._update(group, count, parameters)
 

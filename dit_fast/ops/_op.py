@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch import eager_transforms
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from dit_fast import backend, kernels
 from dit_fast.backend import Implementation
@@ -210,7 +211,8 @@ def _first_tensor(args: Sequence[Any]) -> Tensor:
 def differentiable(function: Any, name: str, instead: str = 'backend="torch"') -> Callable[..., Any]:
     """The differentiable function that an autograd.Function with forward, setup_context, backward and jvp describes.
 
-    One derivative: where a second one would come out as zero, UserError names the op and what has one (`instead`).
+    All its arguments are given by position. One derivative: where a second one would come out as zero, UserError names
+    the op and what has one (`instead`).
     Under the compiler, which refuses functions with a forward-mode rule, the class runs without.
     """
     refusal = f"{name}: no second derivative here; for one use {instead}"
@@ -225,8 +227,15 @@ def differentiable(function: Any, name: str, instead: str = 'backend="torch"') -
 
     eager: Any = type(function.__name__.lstrip("_"), (function,), {"jvp": staticmethod(jvp)})
 
+    # torch's apply, but for its look at forward's signature: this cost 0.14 of 0.155 ms of a call of eleven arguments.
+    run = super(torch.autograd.Function, eager).apply
+
     def apply(*arguments: Any) -> Any:
-        return (function if torch.compiler.is_compiling() else eager).apply(*arguments)
+        if torch.compiler.is_compiling():
+            return function.apply(*arguments)
+        if torch._C._are_functorch_transforms_active():
+            return eager.apply(*arguments)
+        return run(*unwrap_dead_wrappers(arguments))
 
     return apply
 
