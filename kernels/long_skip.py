@@ -30,6 +30,8 @@ over rows and round(r g), from which library products make the gradients of W, g
     P = (r g)^T z - ((r g)^T m) 1^T,   dW = P diag(gamma) + (sum g) beta^T,   dgamma = colsum(W P),  dbeta = W^T sum g.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,6 @@ from dit_fast.kernels.long_skip_backward import backward_input as backward_input
 from dit_fast.kernels.long_skip_backward import prepare_backward as prepare_backward
 from dit_fast.kernels.long_skip_forward import fold as fold
 from dit_fast.kernels.long_skip_forward import forward as forward
-from dit_fast.kernels.tables import is_aligned
 
 _ROWS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 8192  # the backward keeps a row of the gradient and of the output in registers
@@ -46,21 +47,18 @@ MAX_ROWS = 2**31 - 256  # a bulk copy has int32 coordinates
 
 
 def supports(x: Tensor, skip: Tensor, dtype: torch.dtype) -> list[str]:
-    """Why rows x, skip [M, D] cannot go through the kernels with products in dtype; empty if they can."""
-    reasons = []
+    """Why x, skip [..., D] cannot go through the kernels with products in dtype; empty if they can, as
+    rows [M, D] that start at multiples of 16 bytes. Looks at no address or stride: a traced graph knows none."""
+    reasons, count = [], math.prod(x.shape[:-1])
     if dtype not in (torch.bfloat16, torch.float16):
         reasons.append(f"the products are in {dtype}, not bfloat16 or float16")
     if x.shape[-1] % 8 or x.shape[-1] == 0:
         reasons.append(f"width {x.shape[-1]} is not a multiple of 8")
     if x.shape[-1] > MAX_WIDTH:
         reasons.append(f"width {x.shape[-1]} is more than {MAX_WIDTH}")
-    if x.shape[0] > MAX_ROWS:
-        reasons.append(f"{x.shape[0]} rows are more than {MAX_ROWS}")
+    if count > MAX_ROWS:
+        reasons.append(f"{count} rows are more than {MAX_ROWS}")
     for name, rows in (("x", x), ("skip", skip)):
         if rows.dtype not in _ROWS:
             reasons.append(f"{name} is {rows.dtype}, not float32, bfloat16 or float16")
-        if rows.stride(-1) != 1:
-            reasons.append(f"the last dimension of {name} is not contiguous")
-        elif not is_aligned([rows]):
-            reasons.append(f"the rows of {name} do not start at multiples of 16 bytes")
     return reasons

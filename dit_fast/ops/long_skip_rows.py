@@ -10,7 +10,6 @@ half at a time. "triton" (kernels/long_skip.py) does the fold in its epilogues, 
 import torch
 from torch import Tensor
 
-from dit_fast.errors import ConfigError
 from dit_fast.ops._op import rows
 from dit_fast.ops.autocast import without_autocast
 from dit_fast.ops.row_statistics import join, of_rows
@@ -35,10 +34,8 @@ def forward(
         if backend == "triton":
             from dit_fast.kernels import long_skip as kernel
 
-            if reasons := kernel.supports(x, skip, dtype):
-                raise ConfigError(f"long_skip: backend 'triton' cannot run: {'; '.join(reasons)}")
             folds = kernel.fold(*_for_kernel(parameters), dtype)
-            return kernel.forward(x, skip, mean, rstd, *folds, dtype), mean, rstd
+            return kernel.forward(_aligned(x), _aligned(skip), mean, rstd, *folds, dtype), mean, rstd
         normalised = x.new_empty((len(x), weight.shape[1]), dtype=dtype)
         if weight.dtype.itemsize == 2:
             # These weights are exact as they are: folding would round once more than LayerNorm before the map does.
@@ -51,6 +48,13 @@ def forward(
             _normalise(half, mean, rstd, out)
         folded, folded_bias = _fold(*parameters, dtype)
         return torch.addmm(folded_bias.to(dtype), normalised, folded.T), mean, rstd
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy, with every row at a multiple of 16 bytes, as bulk copies want it."""
+    from dit_fast.kernels.tables import is_aligned
+
+    return x if is_aligned([x]) else x.clone(memory_format=torch.contiguous_format)
 
 
 def _statistics(x: Tensor, mean: Tensor | None, variance: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -102,8 +106,8 @@ def backward(
                     grad = grad.clone(memory_format=torch.contiguous_format)
                 folded, sums, folded_bias = kernel.fold(*_for_kernel(parameters), y.dtype)
                 _, c1, c2, _ = kernel.prepare_backward(grad, y, rstd, sums, folded_bias)
-                wanted = (needs[0], needs[1])
-                grads[:2] = kernel.backward_input(grad, x, skip, mean, rstd, folded, c1, c2, needs=wanted)
+                halves, wanted = (_aligned(x), _aligned(skip)), (needs[0], needs[1])
+                grads[:2] = kernel.backward_input(grad, *halves, mean, rstd, folded, c1, c2, needs=wanted)
         elif any(needs[:2]):
             folded, folded_bias = _fold(*parameters, y.dtype)
             if weight.dtype.itemsize == 2:
