@@ -87,16 +87,17 @@ def _options() -> dict[str, object]:
 
 
 def backward(
-    hidden: Tensor, grad: Tensor, want_activation: bool, want_bias: bool
+    hidden: Tensor, grad: Tensor, want_activation: bool, want_bias: bool, out: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """gelu(hidden), the gradient of hidden, and fp32 [W], its sum over rows; None for what is not wanted.
 
     hidden, grad: [M, W], contiguous, not empty, of one dtype (fp32, bf16 or fp16), which the results have too. grad: of
-    gelu(hidden).
+    gelu(hidden). out: where the gradient of hidden goes; grad itself will do, since a program reads a tile of it before
+    it writes that tile, and no program touches another's.
     """
     rows, width = hidden.shape
     chunks = triton.cdiv(rows, CHUNK)
-    out = torch.empty_like(hidden)
+    out = torch.empty_like(hidden) if out is None else out
     activation = torch.empty_like(hidden) if want_activation else None
     partials = torch.empty(chunks, width, dtype=torch.float32, device=hidden.device) if want_bias else None
     gelu_gradient[(triton.cdiv(width, BLOCK), chunks)](

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from dit_fast.backend import Implementation
 from dit_fast.errors import UserError
@@ -73,20 +74,22 @@ def _gelu(hidden: Tensor) -> Tensor:
 
 
 def _gelu_backward(
-    hidden: Tensor, grad: Tensor, want_activation: bool, want_bias: bool, backend: str
+    hidden: Tensor, grad: Tensor, weight: Tensor, want_activation: bool, want_bias: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, grad = hidden.contiguous(), grad.contiguous()
+    """From grad [M, E] and weight [E, F]. The product is made here, so that the gradient of hidden can take its place:
+    with hidden and the activation, three tensors of that size live at once, as in the reference's backward."""
+    hidden, grad = hidden.contiguous(), (grad @ weight).contiguous()
     empty = hidden.new_empty(0)
     if backend == "triton" and hidden.numel():
         from dit_fast.kernels import gelu as kernel
 
-        activation, grad_hidden, grad_bias = kernel.backward(hidden, grad, want_activation, want_bias)
+        activation, grad_hidden, grad_bias = kernel.backward(hidden, grad, want_activation, want_bias, grad)
         return (
             empty if activation is None else activation,
             grad_hidden,
             empty.float() if grad_bias is None else grad_bias,
         )
-    grad_hidden = torch.ops.aten.gelu_backward(grad, hidden, approximate="tanh")
+    grad_hidden = torch.ops.aten.gelu_backward.grad_input(grad, hidden, approximate="tanh", grad_input=grad)
     return (
         _gelu(hidden) if want_activation else empty,
         grad_hidden,
@@ -95,7 +98,7 @@ def _gelu_backward(
 
 
 def _empty_outputs(
-    hidden: Tensor, grad: Tensor, want_activation: bool, want_bias: bool, backend: str
+    hidden: Tensor, grad: Tensor, weight: Tensor, want_activation: bool, want_bias: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         hidden.new_empty(hidden.shape if want_activation else (0,)),
@@ -105,11 +108,17 @@ def _empty_outputs(
 
 
 gelu_backward_op = define(
-    "gelu_backward(Tensor hidden, Tensor grad, bool want_activation, bool want_bias, str backend) "
+    "gelu_backward(Tensor hidden, Tensor grad, Tensor weight, bool want_activation, bool want_bias, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     _gelu_backward,
     _empty_outputs,
 )
+
+
+@register_flop_formula(torch.ops.dit_fast.gelu_backward)
+def _backward_flops(hidden: torch.Size, grad: torch.Size, *rest: Any, **options: Any) -> int:
+    """Of the product, multiply-add = 2."""
+    return 2 * hidden[0] * hidden[1] * grad[1]
 
 
 class _GeluMlp(torch.autograd.Function):
@@ -154,7 +163,7 @@ class _GeluMlp(torch.autograd.Function):
                 hidden = torch.addmm(fc1_bias, x, fc1_weight.t())
             if needs_x or needs_w1 or needs_b1:
                 activation, grad_hidden, grad_b1 = gelu_backward_op(
-                    hidden, grad @ fc2_weight, needs_w2, needs_b1, ctx.backend
+                    hidden, grad, fc2_weight, needs_w2, needs_b1, ctx.backend
                 )
                 grads[0] = grad_hidden @ fc1_weight if needs_x else None
                 grads[1] = grad_hidden.t() @ x if needs_w1 else None

@@ -162,7 +162,7 @@ REGISTERED = {
     "flow_error_backward": lambda: (
         new(4), new(4, 8), new(4, 8), torch.rand(4), torch.arange(4), 3, "linear", [True, True], "torch"
     ),
-    "gelu_backward": lambda: (new(5, 8), new(5, 8), True, True, "recompute"),
+    "gelu_backward": lambda: (new(5, 8), new(5, 6), new(6, 8), True, True, "recompute"),
     "long_skip_forward": lambda: (new(5, 8), new(5, 8), *parameters(), [None] * 4, 1e-6, F32, "gemm"),
     "long_skip_backward": long_skip_backward,
     "qk_norm_forward": lambda: (new(2, 3, 24), 2, *(new(4) for _ in range(4)), 1e-5, "torch"),

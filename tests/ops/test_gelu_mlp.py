@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dit_fast.benchmarks.cost import peak_memory
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.ops import gelu_mlp
 from dit_fast.ops.gelu_mlp import _recompute, gelu_backward_op
@@ -114,10 +115,19 @@ def test_only_some_gradients_are_needed(backend, wanted):
         assert_close(each, expected[place], 1e-6)
 
 
+def test_the_backward_makes_two_tensors_of_the_hidden_size():
+    """The activation, and the gradient of hidden in the place of the activation's."""
+    rows, width, hidden = 256, 4, 512
+    inputs = leaves(make(shapes=[(rows, width), (hidden, width), (hidden,), (width, hidden), (width,)]))
+    loss = gelu_mlp(*inputs, backend="recompute").sum()
+    peak = peak_memory(lambda: torch.autograd.grad(loss, inputs), torch.device("cpu"))
+    assert 2 * rows * hidden * 4 <= peak < 2.5 * rows * hidden * 4
+
+
 def test_parts_that_nobody_needs_are_not_computed():
-    hidden = torch.randn(6, 8)
+    hidden, grad, weight = torch.randn(6, 8), torch.randn(6, 5), torch.randn(5, 8)
     sizes = [
-        [x.numel() for x in gelu_backward_op(hidden, hidden, activation, bias, "recompute")]
+        [x.numel() for x in gelu_backward_op(hidden, grad, weight, activation, bias, "recompute")]
         for activation in (True, False)
         for bias in (True, False)
     ]
@@ -206,9 +216,9 @@ def test_x_is_cast_to_the_parameters(backend):
 
 def test_opcheck():
     for dtype in (torch.float32, torch.bfloat16):
-        hidden, grad = make(dtype, shapes=[(7, 10), (7, 10)])
+        tensors = make(dtype, shapes=[(7, 10), (7, 4), (4, 10)])
         for wanted in ((True, True), (False, True), (True, False)):
-            torch.library.opcheck(gelu_backward_op, (hidden, grad, *wanted, "recompute"))
+            torch.library.opcheck(gelu_backward_op, (*tensors, *wanted, "recompute"))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])

@@ -37,7 +37,8 @@ def exact(hidden, grad):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_activation_gradient_and_its_sum(shape, dtype):
     hidden, grad = make(*shape, dtype)
-    ours, eager = gelu.backward(hidden, grad, True, True), op._gelu_backward(hidden, grad, True, True, "torch")
+    ours = gelu.backward(hidden, grad, True, True)
+    eager = op._gelu_backward(hidden, grad, torch.eye(shape[1], dtype=dtype), True, True, "torch")
     for place, reference in enumerate(exact(hidden, grad)):
         limit = 1e-6 if place == 2 else LIMITS[dtype]
         assert ours[place].dtype == (FP32 if place == 2 else dtype)
@@ -45,6 +46,14 @@ def test_activation_gradient_and_its_sum(shape, dtype):
         assert error(ours[place], reference) < limit
         if dtype == BF16:
             assert error(ours[place], reference) <= 1.25 * error(eager[place], reference) + 1e-7
+
+
+def test_the_gradient_may_take_the_place_of_the_other():
+    hidden, grad = make(gelu.CHUNK + 3, 520, BF16)
+    expected, given = gelu.backward(hidden, grad, True, True), grad.clone()
+    ours = gelu.backward(hidden, given, True, True, given)
+    assert ours[1] is given
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 def test_real_width():
