@@ -157,7 +157,7 @@ class Backbone(nn.Module, ABC):
             if not 0 <= block <= last:
                 where = f"a block of this model (0 .. {last})" if stop is None else f"run with stop={stop}"
                 raise UserError(f"tap {block} is not {where}")
-        output = cast(X | None, self.compute(x, t, y, asked, stop))
+        output = cast("X | None", self.compute(x, t, y, asked, stop))  # a string: torch 2.11 cannot trace a union
         return (output, asked.features) if asked is not taps and asked.blocks else output
 
     if TYPE_CHECKING:
