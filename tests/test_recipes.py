@@ -1,9 +1,13 @@
 """The recipes of quick-start size."""
 
+import itertools
+import re
+
 import pytest
 
 from dit_fast.options import diff, to_dict
 from dit_fast.recipes import RECIPES, load
+from dit_fast.train.__main__ import main as train
 
 SMALL = [name for name in RECIPES if name.startswith("quickstart-")]
 
@@ -16,3 +20,13 @@ def test_a_small_recipe_changes_objective_methods_and_model_of_the_quick_start(n
     assert {key.partition(".")[0] for key in keys - {"run.dir"}} <= {"objective", "methods", "model", "preview"}
     assert load(name).model.skip_wiring == ("input" if name.startswith("quickstart-diversedit-") else "off")
     assert ("methods.diversedit.pairs" in keys) != name.startswith("quickstart-diversedit-")
+
+
+def test_the_help_lists_every_recipe_once_in_few_lines(capsys):
+    with pytest.raises(SystemExit):
+        train(["--help"])
+    lines = capsys.readouterr().out.split("recipes:")[1].split()
+    parts = [[part.split(",") for part in re.split(r"[{}]", line)] for line in lines]  # sit-{b2,l2}-256
+    found = [name for line in parts for name in map("".join, itertools.product(*line))]
+    assert sorted(found) == sorted(RECIPES)
+    assert len(lines) < len(RECIPES) / 3

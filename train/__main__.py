@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from dit_fast import terminal
 from dit_fast.train import leash
@@ -74,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = terminal.Parser(
         prog="dit-fast train",
         description="Train a diffusion transformer. The same command, started again, resumes the run.",
-        epilog=f"recipes: {', '.join(RECIPES)}",
+        epilog="\n  ".join(["recipes:", *_short(RECIPES)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", metavar="RECIPE", help="name of a recipe, or a .json configuration")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes, e.g. optimizer.lr=2e-4")
@@ -82,6 +83,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser
+
+
+def _short(names: Iterable[str]) -> list[str]:
+    """Those that differ in their last word, and in the one before a number, on one line: sit-{b2,l2}-{256,512}."""
+    words: dict[str, list[str]] = {}
+    for head, last in (name.rpartition("-")[::2] for name in names):
+        words.setdefault(head, []).append(last)
+    lines: dict[tuple[str, str], list[str]] = {}
+    for head, last in words.items():
+        start, middle = head.rpartition("-")[::2] if last[0].isdigit() else ("", head)
+        lines.setdefault((start, _braced(last)), []).append(middle)
+    return ["-".join(filter(None, (start, _braced(middle), end))) for (start, end), middle in lines.items()]
+
+
+def _braced(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{{{','.join(words)}}}"
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def train(config: TrainConfig, world: World) -> int:
         check_ahead(run, dataset.info, micro)
     done = 0
     for run in runs[world.agree(lambda: unfinished(runs)) :]:
-        done, stopped = _train(run, world, dataset, micro)
+        done, stopped = _train(run, world, dataset, micro, {Path(run.run.dir), Path(config.run.dir)})
         if stopped:
             break
         gc.collect()  # engine and model hold each other
@@ -69,15 +69,17 @@ def train(config: TrainConfig, world: World) -> int:
     return done
 
 
-def _train(config: TrainConfig, world: World, dataset: LatentDataset, micro: int) -> tuple[int, bool]:
-    """One run: the number of steps done, and whether it was asked to stop."""
+def _train(
+    config: TrainConfig, world: World, dataset: LatentDataset, micro: int, asked_in: set[Path]
+) -> tuple[int, bool]:
+    """One run: the number of steps done, and whether it was asked to stop, by a file in one of `asked_in` for example."""
     folder = Path(config.run.dir)
     held: list[RunLock] = []
     world.agree(lambda: held.append(RunLock(folder)))
     try:
         world.agree(lambda: clear_leftovers(folder))
         run = _Run(config, world, dataset, micro, held)
-        done = run.train()
+        done = run.train(StopRequest(asked_in, world))
         run.engine.close()
         return done, run.stopped
     finally:
@@ -164,20 +166,20 @@ class _Run:
 
         return ZeroEngine(loss, self.config, self.world, self.micro, groups)
 
-    def train(self) -> int:
-        config, world, guard = self.config, self.world, self.guard
+    def train(self, stop: StopRequest) -> int:
+        config, guard = self.config, self.guard
         if self.start:
             self._draw(self.start, missing=True)  # a kill may have come between the checkpoint and its preview
         if self.start >= config.run.steps:
-            StopRequest(Path(config.run.dir), world).clear()
+            stop.clear()
             self._say(f"step {self.start} of {config.run.steps}: nothing left to do; raise run.steps to go on")
             self._warn(guard.finish(self.start))
             return self.start
-        journal = Journal(config, world, guard, self.start, len(self.dataset), self.flops)
+        journal = Journal(config, self.world, guard, self.start, len(self.dataset), self.flops)
         batches = self._batches()
-        feed = Feed(batches, self.accumulation, config.run.steps - self.start, world)
+        feed = Feed(batches, self.accumulation, config.run.steps - self.start, self.world)
         try:
-            with StopRequest(Path(config.run.dir), world) as stop:
+            with stop:
                 feed.fetch()
                 if feed.dry():
                     raise feed.failure()

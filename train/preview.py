@@ -15,7 +15,7 @@ from dit_fast.autoencoders import Autoencoder
 from dit_fast.checkpoint.run import LoadedRun
 from dit_fast.data import LatentDataset
 from dit_fast.diffusion import Guidance
-from dit_fast.errors import ConfigError, DataError
+from dit_fast.errors import ConfigError, DataError, UserError
 from dit_fast.models import new_model
 from dit_fast.objectives import OBJECTIVES
 from dit_fast.runs import TrainConfig
@@ -41,16 +41,19 @@ class Preview:
         self.config, self.dataset, self.world = config, dataset, world
         self._autoencoder: Autoencoder | None = None
         preview, classes = config.preview, tuple(range(dataset.info.num_classes))[: config.preview.count]
-        self.options = SampleOptions(
-            classes=classes,
-            per_class=math.ceil(preview.count / len(classes)),
-            sampler=preview.sampler,
-            num_steps=preview.num_steps,
-            cfg_scale=preview.cfg_scale,
-            seed=config.run.seed,
-            precision=config.engine.precision,
-            chunk=preview.count,
-        )
+        try:
+            self.options = SampleOptions(
+                classes=classes,
+                per_class=math.ceil(preview.count / len(classes)),
+                sampler=preview.sampler,
+                num_steps=preview.num_steps,
+                cfg_scale=preview.cfg_scale,
+                seed=config.run.seed,
+                precision=config.engine.precision,
+                chunk=preview.count,
+            )
+        except UserError as error:
+            raise ConfigError(f"preview: {error}") from None
         solvers = OBJECTIVES[config.objective.name].solvers
         if preview.sampler not in solvers:
             raise ConfigError(

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from dit_fast.checkpoint.run import load_run
-from dit_fast.checkpoint.step import newest_checkpoint, step_folders
+from dit_fast.checkpoint.run import load_run, refuse_runs_inside
+from dit_fast.checkpoint.step import FOLDER, newest_checkpoint, step_folders
 from dit_fast.data import DatasetInfo
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.methods import METHODS, build_methods
@@ -15,10 +15,17 @@ from dit_fast.runs import TrainConfig
 
 
 def stages(config: TrainConfig) -> list[TrainConfig]:
-    """The runs that a configuration stands for, in order: itself, unless a method says otherwise."""
-    runs = [config]
+    """The runs that a configuration stands for, in order: itself, unless a method says otherwise.
+
+    Raises UserError where one run would lie inside the folder of another: neither would then be found by its folder.
+    """
+    runs, folder = [config], Path(config.run.dir)
     for method in config.methods:
         runs = [stage for run in runs for stage in METHODS[method.name].stages(method, run)]
+    if len(runs) == 1:
+        refuse_runs_inside(folder)
+    elif (folder / FOLDER).exists():
+        raise ConfigError(f"run.dir={folder}: holds a run, in whose folder the stages of this one would lie; set another")
     return runs
 
 

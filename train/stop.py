@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 
@@ -17,14 +18,14 @@ STOP_FILE = "STOP"
 
 
 class StopRequest:
-    """Asked by SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) to any rank, or by a file RUN/STOP. A second SIGINT raises
-    KeyboardInterrupt. Use as a context: at its end handlers are put back and RUN/STOP is removed.
+    """Asked by SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) to any rank, or by a file STOP in one of the folders. A second SIGINT
+    raises KeyboardInterrupt. Use as a context: at its end handlers are put back and the files are removed.
 
-    failed: after `agreed()` was True, whether it was for a rank that has no data, and nobody asked to stop.
+    folders: that of the run, and that of the command, of which it may be a stage. failed: after `agreed()` was True, whether it was for a rank that has no data, and nobody asked to stop.
     """
 
-    def __init__(self, run: Path, world: World):
-        self._file, self._world, self._process = run / STOP_FILE, world, os.getpid()
+    def __init__(self, folders: Iterable[Path], world: World):
+        self._files, self._world, self._process = [folder / STOP_FILE for folder in folders], world, os.getpid()
         self._asked, self._interrupted, self.failed = False, False, False
         self._flag: Late | None = None
         self._previous: dict[int, object] = {}
@@ -58,7 +59,7 @@ class StopRequest:
         """
         stopped, failing = self._flag.read().bool().tolist() if self._flag is not None else (False, False)
         self.failed = failing and not stopped
-        asked = self._asked or (self._world.rank == 0 and os.path.exists(self._file))
+        asked = self._asked or (self._world.rank == 0 and any(map(os.path.exists, self._files)))
         flag = torch.tensor([float(asked), float(failed)], dtype=torch.float32).to(
             self._world.device, non_blocking=True
         )
@@ -66,9 +67,9 @@ class StopRequest:
         return stopped or failing
 
     def clear(self) -> None:
-        """Removes RUN/STOP, so that the next start goes on."""
-        if self._world.rank == 0:
+        """Removes the files, so that the next start goes on."""
+        for file in self._files if self._world.rank == 0 else ():
             try:
-                self._file.unlink(missing_ok=True)
+                file.unlink(missing_ok=True)
             except OSError as error:
-                logger.warning("%s cannot be removed (%s): the next start will stop again", self._file, error)
+                logger.warning("%s cannot be removed (%s): the next start will stop again", file, error)

@@ -52,7 +52,7 @@ def time_grid(
             raise UserError(f"sampler '{solver.name}' chooses its steps itself; drop time_shift=")
         start, end = default_range(solver, path, prediction, options) if time_range is None else _pair(time_range)
         if not start > end:
-            raise UserError(f"the noisy steps end at t={end}, where they begin; last_step_size must be below {start}")
+            raise UserError(f"noisy steps from t={start} to {end} do not go down; last_step_size must be below {start}")
         grid = solver.grid(num_steps, start, end)
         if time_shift is not None:
             ends = shift_times(torch.tensor([start, end], dtype=torch.float64), 1 / time_shift).tolist()

@@ -211,8 +211,9 @@ def check_options(
     given = {name: value for name, value in options.items() if value is not None}
     for name, value in given.items():
         if name not in SOLVERS[sampler].options:
-            fitting = ", ".join(other for other, solver in SOLVERS.items() if name in solver.options)
-            raise UserError(f"sampler '{sampler}' takes no {name}; drop it, or use {fitting}")
+            kind = SOLVERS[sampler].follows
+            fitting = ", ".join(other for other, it in SOLVERS.items() if name in it.options and it.follows == kind)
+            raise UserError(f"sampler '{sampler}' takes no {name}; drop it" + f", or use {fitting}" * bool(fitting))
         if name in CHOICES:
             if value not in CHOICES[name]:
                 raise UserError(f"unknown {name} '{value}'; valid: {', '.join(CHOICES[name])}")

@@ -195,11 +195,6 @@ class SelfTranscendence(Method):
             )
         first, second = (str(Folder(run.run.dir, stage)) for stage in STAGES)
         if config.teacher:
-            if Folder(second).exists():
-                raise ConfigError(
-                    f"run.dir={run.run.dir}: holds a run of two stages; to go on with its second and the teacher at "
-                    f"methods.{config.name}.teacher={config.teacher}, set run.dir={second}"
-                )
             return [run]
         shared = {key: getattr(config, key) for key in ("projector_width", "t_low", "t_high", "mask")}
         guidance = StructureGuidance.Config(

@@ -306,7 +306,7 @@ def test_mean_flow_gives_the_model_both_times():
             {**NOISY, "last_step_size": 0.2, "time_range": (1, 0.1)},
             "=0.2 leads beyond the data from t=0.1",
         ),
-        ({**NOISY, "last_step_size": 1.0}, "the noisy steps end at t=1.0, where they begin; last_step_size must be"),
+        ({**NOISY, "last_step_size": 1.0}, "noisy steps from t=1.0 to 1.0 do not go down; last_step_size must be"),
         ({**NOISY, "num_steps": 1, "last_step": "none"}, "num_steps=1 of sampler 'sde' is its last step alone"),
         ({**NOISY, "num_steps": 1, "draws": [], "last_step": "tweedie"}, "divides by alpha, which is 0 at t=1.0"),
         (

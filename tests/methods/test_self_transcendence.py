@@ -1,9 +1,7 @@
 """Self-Transcendence: the losses, and both stages as one command that is killed, stopped and resumed in either."""
 
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -255,22 +253,23 @@ def test_a_kill_in_either_stage_changes_no_bit(after, finished, shards, tmp_path
     assert same_runs(run, finished)
 
 
-@pytest.mark.parametrize("at", [3, 6])
-def test_a_stop_request_in_the_first_stage_ends_the_command(at, finished, shards, tmp_path, monkeypatch):
-    """In the last step, too: the second stage then begins with the next start."""
+@pytest.mark.parametrize(("at", "folder"), [(3, "RUN"), (6, "RUN"), (6, "RUN/stage1")])
+def test_a_stop_request_in_the_first_stage_ends_the_command(at, folder, finished, shards, tmp_path, monkeypatch):
+    """By the file of the command or of the stage; in the last step, too: the second then begins with the next start."""
     done = []
 
     def step(self, *arguments, run=SingleEngine.train_step):
         done.append(1)
         if len(done) == at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            (tmp_path / folder / "STOP").touch()
         return run(self, *arguments)
 
     run = tmp_path / "RUN"
     with monkeypatch.context() as patch:
         patch.setattr(SingleEngine, "train_step", step)
         assert main(start(shards, run)) == 0
-    assert not (run / "stage2").exists()
+    assert sorted(path.name for path in run.iterdir()) == ["stage1"]
+    assert not (run / "stage1" / "STOP").exists()
     assert main(start(shards, run)) == 0
     assert same_runs(run, finished)
 
@@ -326,9 +325,15 @@ def test_a_teacher_of_another_kind_is_refused(overrides, message, finished, shar
     assert message in capsys.readouterr().err
 
 
-def test_the_folder_of_two_stages_is_not_taken_for_the_second(finished, shards, capsys):
-    assert main(start(shards, finished, f"{KEY}teacher=elsewhere")) == 2
-    assert f"set run.dir={finished / 'stage2'}" in capsys.readouterr().err
+@pytest.mark.parametrize("command", [start("", "RUN", f"{KEY}teacher=elsewhere"), arguments("", "RUN")])
+def test_the_folder_of_two_stages_is_not_taken_for_one_run(command, finished, shards, capsys):
+    assert main([*command, f"data.path={shards}", f"run.dir={finished}"]) == 2
+    assert f"is no run itself; name one of those in it: {finished / 'stage1'}" in capsys.readouterr().err
+
+
+def test_two_stages_do_not_go_into_the_folder_of_another_run(finished, shards, capsys):
+    assert main(start(shards, finished / "stage2")) == 2
+    assert "stage2: holds a run, in whose folder the stages" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("beside", ["mean_flow", "reg"])

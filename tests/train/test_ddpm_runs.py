@@ -54,7 +54,7 @@ def test_a_run_resumes_exactly_and_samples(shards, tmp_path):
     ("override", "message"),
     [
         ("preview.sampler=heun", "preview.sampler=heun does not fit objective=ddpm; set preview.sampler=ddpm"),
-        ("preview.num_steps=1", "num_steps=1 must lie from 2 to 1000"),
+        ("preview.num_steps=1", "preview: num_steps=1 must lie from 2 to 1000"),
         ("objective=flow", "objective=flow trains no variance, which DiT-Nano/2 predicts"),
         ("model=SiT-Nano/2", "objective=ddpm needs a model that predicts a variance, unlike SiT-Nano/2"),
         ("model.class_token=6", "set model.class_token=0, or objective=flow"),

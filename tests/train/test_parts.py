@@ -70,7 +70,7 @@ def test_guard_warns_of_more_than_one_in_twenty():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_stop_is_agreed_one_call_later(tmp_path, number):
     before = signal.getsignal(number)
-    with StopRequest(tmp_path, ALONE) as stop:
+    with StopRequest([tmp_path], ALONE) as stop:
         assert [stop.agreed(), stop.agreed()] == [False, False]
         os.kill(os.getpid(), number)
         assert [stop.agreed(), stop.agreed()] == [False, True]
@@ -78,14 +78,14 @@ def test_stop_is_agreed_one_call_later(tmp_path, number):
 
 
 def test_stop_file_is_seen_and_cleared(tmp_path):
-    with StopRequest(tmp_path, ALONE) as stop:
+    with StopRequest([tmp_path], ALONE) as stop:
         (tmp_path / "STOP").touch()
         assert [stop.agreed(), stop.agreed()] == [False, True]
     assert not (tmp_path / "STOP").exists()
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path, capfd):
-    with StopRequest(tmp_path, ALONE):
+    with StopRequest([tmp_path], ALONE):
         os.kill(os.getpid(), signal.SIGINT)
         assert "Ctrl-C again leaves at once" in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
@@ -96,17 +96,17 @@ def test_a_second_interrupt_leaves_at_once(tmp_path, capfd):
 def test_an_ignored_interrupt_stays_ignored(tmp_path):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for jobs in the background
     try:
-        with StopRequest(tmp_path, ALONE):
+        with StopRequest([tmp_path], ALONE):
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 def test_a_stop_beats_missing_data(tmp_path):
-    stop = StopRequest(tmp_path, ALONE)
+    stop = StopRequest([tmp_path], ALONE)
     assert [stop.agreed(failed=True), stop.agreed(), stop.failed] == [False, True, True]
     (tmp_path / "STOP").touch()
-    stop = StopRequest(tmp_path, ALONE)
+    stop = StopRequest([tmp_path], ALONE)
     assert [stop.agreed(failed=True), stop.agreed(), stop.failed] == [False, True, False]
 
 
