@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from dit_fast.errors import ConfigError
+from dit_fast.errors import ConfigError, UserError
 
 T = TypeVar("T")
 Build = Callable[[type, Mapping[str, Any], str], Any]  # class of a group, its values, its path -> the group
@@ -228,6 +228,12 @@ def shown(value: Any) -> str:
     except ValueError:  # an integer too long to be written
         text = "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:76]}...'"
+
+
+def check_choice(name: str, value: object, valid: Any) -> None:
+    """Raises UserError unless value is one of a `Literal`."""
+    if value not in typing.get_args(valid):
+        raise UserError(f"unknown {name} '{value}'; valid: {', '.join(typing.get_args(valid))}")
 
 
 def _type_name(hint: Any) -> str:

@@ -22,13 +22,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from deepspeed.runtime.zero.muon import original_muon as original_muon  # and torch's compiler with it: six CPU seconds
 from tqdm import tqdm
 
 from dit_fast.benchmarks.results import RESULTS, environment, write_table
 from dit_fast.cli import main as command
 from dit_fast.sampling.samples import Samples
-from dit_fast.train import loop as loop  # imported once, so that forked ranks start in no time
-from dit_fast.train import zero as zero
+from dit_fast.train import zero as zero  # imported once, so that forked ranks start in no time
 from dit_fast.train.__main__ import main as train
 from tests.helpers.parts import PREDICTIONS, add_tokens, cells, settings
 from tests.helpers.toy_runs import arguments, free_port, make_shards, rows, rows_so_far, tensors, wait_for

@@ -8,17 +8,19 @@ Source: SiT (arXiv 2401.08740) and its transport code. Time runs from data (0) t
 published one, a score or a noise is the published one.
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dit_fast.diffusion.paths import Path, as_path
+from dit_fast.diffusion.paths import Path, along, as_path
 from dit_fast.errors import UserError
+from dit_fast.options import check_choice
 
 Prediction = Literal["velocity", "score", "noise", "x"]
 Weighting = Literal["none", "velocity", "likelihood"]
 Diffusion = Literal["constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing"]
+LARGEST = 1e9  # of what stands for a number that the path makes infinite, which rounding may hide
 
 
 def convert(
@@ -39,7 +41,7 @@ def convert(
     """
     path = as_path(path)
     for name, what in (("source", source), ("target", target)):
-        _check(name, what, Prediction)
+        check_choice(name, what, Prediction)
     if value.shape != x_t.shape or (isinstance(t, Tensor) and t.dim() and t.shape != x_t.shape[:1]):
         shapes = f"{list(value.shape)}, {list(x_t.shape)}, {list(t.shape) if isinstance(t, Tensor) else t}"
         raise UserError(f"convert needs value and x_t of one shape [N, ...] and t [N] or one time, not {shapes}")
@@ -74,9 +76,9 @@ def convert(
 def finite_at(
     t: float, path: Path | str, source: Prediction | str, target: Prediction | str, t_eps: float = 0.0
 ) -> bool:
-    """Whether `convert` has finite coefficients at one time; those above 1e9 are infinite but for rounding."""
+    """Whether `convert` has finite coefficients at one time."""
     value, x_t = torch.eye(2, dtype=torch.float64)
-    return bool((convert(value, x_t, t, path, source, target, t_eps).abs() < 1e9).all())
+    return bool((convert(value, x_t, t, path, source, target, t_eps).abs() < LARGEST).all())
 
 
 def training_pair(
@@ -84,7 +86,7 @@ def training_pair(
 ) -> tuple[Tensor, Tensor]:
     """(x_t, what the prediction is compared with), each [N, ...], for data and noise of that shape and t [N]."""
     path = as_path(path)
-    _check("prediction", prediction, Prediction)
+    check_choice("prediction", prediction, Prediction)
     x_t, velocity = path.interpolate(x, noise, t)
     if prediction == "score":
         sigma = _terms(path, _beside(t, x_t), x_t.dtype).sigma
@@ -107,8 +109,8 @@ def error_weight(
     Raises UserError for unknown names.
     """
     path = as_path(path)
-    _check("prediction", prediction, Prediction)
-    _check("weighting", weighting, Weighting)
+    check_choice("prediction", prediction, Prediction)
+    check_choice("weighting", weighting, Weighting)
     if prediction == "velocity" or (weighting == "none" and prediction != "score"):
         return torch.ones_like(t)
     c = _terms(path, t.clamp(min=t_eps) if prediction == "x" else t, t.dtype)
@@ -127,7 +129,7 @@ def diffusion_coefficient(
     cosine; "sigma" c sigma; "linear" c t; "decreasing" (1 - c cos(pi t))^2 / 4; "increasing-decreasing" c sin(pi t)^2.
     Raises UserError for an unknown form or path.
     """
-    _check("diffusion", form, Diffusion)
+    check_choice("diffusion", form, Diffusion)
     path = as_path(path)
     times = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
     if form == "constant":
@@ -157,7 +159,7 @@ def train_range(path: Path | str, prediction: Prediction | str) -> tuple[float, 
 
 def _range(path: Path | str, prediction: Prediction | str, vp_end: float) -> tuple[float, float]:
     path = as_path(path)
-    _check("prediction", prediction, Prediction)
+    check_choice("prediction", prediction, Prediction)
     if prediction == "x":
         return 1.0, 0.0
     if path.name == "vp":  # sigma' is infinite at 0; alpha is positive at 1
@@ -168,7 +170,7 @@ def _range(path: Path | str, prediction: Prediction | str, vp_end: float) -> tup
 def _beside(t: Tensor, like: Tensor) -> Tensor:
     """t [N] as [N, 1, ...] beside `like` [N, ...], 0-d as it is; in the wider of the two dtypes."""
     wide = t.to(torch.promote_types(t.dtype, like.dtype))
-    return wide.reshape(-1, *[1] * (like.dim() - 1)) if t.dim() else wide
+    return along(wide, like) if t.dim() else wide
 
 
 class _Terms(NamedTuple):
@@ -188,8 +190,3 @@ def _terms(path: Path, t: Tensor | float, dtype: torch.dtype) -> _Terms:
     parts = (alpha, sigma, d_alpha, d_sigma, d, sigma_d)
     device = t.device if isinstance(t, Tensor) else None  # 0-d ones go with any
     return _Terms(*(torch.as_tensor(part, dtype=dtype, device=device) for part in parts))
-
-
-def _check(option: str, value: str, valid: object) -> None:
-    if value not in get_args(valid):
-        raise UserError(f"unknown {option} '{value}'; valid: {', '.join(get_args(valid))}")

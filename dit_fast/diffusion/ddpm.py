@@ -12,6 +12,7 @@ Settings are those of DiT (2212.09748): 1000 steps, beta from 1e-4 to 0.02 in eq
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -60,6 +61,17 @@ def log_variance(logits: Tensor, least: Tensor | float, most: Tensor | float) ->
     return share * most + (1 - share) * least
 
 
+def noise_and_logits(output: object, x: object) -> tuple[Tensor, Tensor]:
+    """The two halves of a model's output [N, 2C, H, W] for x [N, C, H, W]. Raises UserError for what is none."""
+    if not isinstance(x, Tensor) or shapes_of(output) != [len(x), 2 * x.shape[1], *x.shape[2:]]:
+        raise UserError(
+            f"the model returned {described(output)} for a state {described(x)}; it must be the noise and the logits "
+            "of a variance, [N, 2C, H, W] for [N, C, H, W]"
+        )
+    eps, logits = cast(Tensor, output).chunk(2, 1)
+    return eps, logits
+
+
 def spaced_steps(count: int) -> list[float]:
     """`count` of the 1000 steps from the last to the first, at equal distances before rounding; whole numbers.
 
@@ -90,11 +102,7 @@ class Noise(Guided):
             torch.full(y.shape, int(t), dtype=torch.int64, device=y.device),
             y,
         )
-        if not isinstance(x, Tensor) or shapes_of(value) != [len(x), 2 * x.shape[1], *x.shape[2:]]:
-            raise UserError(
-                f"the model returned {described(value)} for a state {described(x)}; it must be the noise and the "
-                "logits of a variance, [N, 2C, H, W] for [N, C, H, W]"
-            )
+        noise_and_logits(value, x)
         return image(value).double()
 
     def combine(self, label: Tree, null: Tree) -> Tree:

@@ -1,6 +1,5 @@
 """The times of a sampling, from noise to data, out of what the caller gives and what the published samplers take."""
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -11,7 +10,7 @@ from dit_fast.diffusion.conversions import Prediction, field_range
 from dit_fast.diffusion.guidance import is_number
 from dit_fast.diffusion.paths import Path
 from dit_fast.diffusion.solvers import LAST_STOCHASTIC_TIME, Solver
-from dit_fast.diffusion.times import shift_times
+from dit_fast.diffusion.times import check_shift, shift_times
 from dit_fast.errors import UserError
 
 ROUNDING = 1e-6  # of 1 - t in float32: so far beyond [0, 1] a time is taken for the end
@@ -34,7 +33,8 @@ def time_grid(
     the velocity is finite, for an SDE to where its last step begins. time_shift: the grid's inner times are those of
     equal steps under `shift_times`; the ends stay. Raises UserError for what does not fit.
     """
-    _check_shift(time_shift)
+    if time_shift is not None:
+        check_shift(time_shift)
     if solver.follows == "noise":
         for name, value in (("times", times), ("time_range", time_range), ("time_shift", time_shift)):
             if value is not None:
@@ -100,14 +100,10 @@ def _pair(time_range: Sequence[float]) -> tuple[float, float]:
 
 def check_range(time_range: Sequence[float] | None, time_shift: float | None) -> None:
     """Raises UserError for a pair that is none, or a shift that is no finite number above 0."""
-    _check_shift(time_shift)
+    if time_shift is not None:
+        check_shift(time_shift)
     if time_range is not None:
         _pair(time_range)
-
-
-def _check_shift(time_shift: float | None) -> None:
-    if time_shift is not None and (not is_number(time_shift) or not 0 < time_shift < math.inf):
-        raise UserError(f"time_shift={time_shift!r} must be a finite number above 0; 1 = no shift")
 
 
 def _check_last_step(solver: Solver, grid: list[float], ranged: bool, options: Mapping[str, object]) -> None:

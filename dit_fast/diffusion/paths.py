@@ -47,8 +47,13 @@ class Path:
             shapes = f"{list(x.shape)}, {list(noise.shape)}, {list(t.shape)}"
             raise UserError(f"interpolate needs x and noise of one shape [N, ...] and t [N], not {shapes}")
         wide = t.to(torch.promote_types(t.dtype, x.dtype))
-        alpha, sigma, d_alpha, d_sigma = self.coefficients(wide.reshape(-1, *[1] * (x.dim() - 1)))
+        alpha, sigma, d_alpha, d_sigma = self.coefficients(along(wide, x))
         return alpha * x + sigma * noise, d_alpha * x + d_sigma * noise
+
+
+def along(values: Tensor, like: Tensor) -> Tensor:
+    """[N] as [N, 1, ...], beside `like` [N, ...]."""
+    return values.reshape(-1, *[1] * (like.dim() - 1))
 
 
 def as_path(path: Path | str) -> Path:

@@ -9,13 +9,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from dit_fast.diffusion.conversions import Diffusion, convert, diffusion_coefficient, finite_at
+from dit_fast.diffusion.conversions import LARGEST, Diffusion, convert, diffusion_coefficient, finite_at
 from dit_fast.diffusion.paths import Path
 from dit_fast.errors import UserError
 from dit_fast.tree import Tree, each
 
 LastStep = Literal["mean", "euler", "tweedie", "none"]
-LARGEST = 1e9  # of what stands for a number that the path makes infinite, which rounding may hide
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,8 @@ class Reverse:
         the expected data."""
         size = t if size is None else size
         end = max(t - size, 0.0)
-        if how == "mean":
-            return each(lambda a, b: a - size * b, x, self.drift(x, t, end))
-        if how == "euler":
-            return each(lambda a, b: a - size * b, x, self.v(x, t, end))
+        if how in ("mean", "euler"):
+            return each(lambda a, b: a - size * b, x, (self.drift if how == "mean" else self.v)(x, t, end))
         alpha, sigma = (float(c) for c in self.path.coefficients(t)[:2])
         if alpha < 1 / LARGEST:
             raise UserError(f"last_step='tweedie' divides by alpha, which is 0 at t={t}; give more steps")

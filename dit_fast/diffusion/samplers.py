@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from dit_fast.diffusion.paths import Path, as_path
 from dit_fast.diffusion.reverse import LastStep
 from dit_fast.diffusion.solvers import SOLVERS, Draw, Field, Follows
 from dit_fast.errors import UserError
+from dit_fast.options import check_choice
 from dit_fast.philox import Key, Stream, leaf_stream
 from dit_fast.tree import Tree, each, image, leaves, like
 
@@ -29,7 +30,7 @@ KINDS: dict[Follows, str] = {  # of models that give such a field
     "mean_velocity": "a model with 2 times",
     "noise": "a model that learns a variance",
 }
-CHOICES = {"diffusion": get_args(Diffusion), "last_step": get_args(LastStep)}  # of solvers' options
+CHOICES = {"diffusion": Diffusion, "last_step": LastStep}  # of solvers' options
 
 
 def initial_noise(seed: int, index: Tensor, shape: tuple[int, ...] | Mapping[str, tuple[int, ...]]) -> Tree:
@@ -215,8 +216,7 @@ def check_options(
             fitting = ", ".join(other for other, it in SOLVERS.items() if name in it.options and it.follows == kind)
             raise UserError(f"sampler '{sampler}' takes no {name}; drop it" + f", or use {fitting}" * bool(fitting))
         if name in CHOICES:
-            if value not in CHOICES[name]:
-                raise UserError(f"unknown {name} '{value}'; valid: {', '.join(CHOICES[name])}")
+            check_choice(name, value, CHOICES[name])
         elif not is_number(value) or not math.isfinite(value) or not value >= 0:  # type: ignore[arg-type, operator]
             raise UserError(f"{name}={value!r} must be a finite number, 0 or more")
     for name in ("atol", "rtol"):

@@ -154,54 +154,49 @@ def dopri5(v: Field, x: Tree, times: Sequence[float], *, atol: float = 1e-6, rto
     yield like(x, {name: leaf[-1] for name, leaf in zip(names, found, strict=True)})
 
 
-@solver(noisy_steps, noisy=True)
-def sde(
-    v: Field,
-    x: Tree,
-    times: Sequence[float],
-    path: Path,
-    noise: Draw,
-    *,
-    diffusion: Diffusion = "linear",
-    diffusion_norm: float = 1.0,
-    last_step: LastStep = "mean",
-    last_step_size: float | None = None,
-) -> Iterator[Tree]:
-    """Euler-Maruyama, then a last step without noise; the defaults are REPA's (its diffusion 2t is 2w)."""
-    reverse = Reverse(v, path, diffusion, diffusion_norm)
-    for i, (t, s) in enumerate(pairwise(times)):
-        x = _step(x, s - t, reverse.drift(x, t, s))
-        x = _step(x, reverse.spread(t, s), noise(i))
-        yield x
-    if last_step != "none":
-        yield reverse.last(x, times[-1], last_step, last_step_size)
+def sde_solver(step: Callable[[Reverse, Tree, float, float, Tree], Tree]) -> Solver:
+    """Of a step from t to s with noise; a last one without comes after them. The defaults are REPA's (its diffusion 2t
+    is 2w).
+    """
+
+    def steps(
+        v: Field,
+        x: Tree,
+        times: Sequence[float],
+        path: Path,
+        noise: Draw,
+        *,
+        diffusion: Diffusion = "linear",
+        diffusion_norm: float = 1.0,
+        last_step: LastStep = "mean",
+        last_step_size: float | None = None,
+    ) -> Iterator[Tree]:
+        reverse = Reverse(v, path, diffusion, diffusion_norm)
+        for i, (t, s) in enumerate(pairwise(times)):
+            x = step(reverse, x, t, s, noise(i))
+            yield x
+        if last_step != "none":
+            yield reverse.last(x, times[-1], last_step, last_step_size)
+
+    steps.__name__ = step.__name__
+    return solver(noisy_steps, noisy=True)(steps)
 
 
-@solver(noisy_steps, noisy=True)
-def sde_heun(
-    v: Field,
-    x: Tree,
-    times: Sequence[float],
-    path: Path,
-    noise: Draw,
-    *,
-    diffusion: Diffusion = "linear",
-    diffusion_norm: float = 1.0,
-    last_step: LastStep = "mean",
-    last_step_size: float | None = None,
-) -> Iterator[Tree]:
-    """Noise first, then a trapezoid of the drift from there; then a last step as of `sde`."""
-    reverse = Reverse(v, path, diffusion, diffusion_norm)
-    for i, (t, s) in enumerate(pairwise(times)):
-        x = _step(x, reverse.spread(t, s), noise(i))
-        x = _trapezoid(reverse.drift, x, t, s, reverse.drift(x, t, s))
-        yield x
-    if last_step != "none":
-        yield reverse.last(x, times[-1], last_step, last_step_size)
+@sde_solver
+def sde(reverse: Reverse, x: Tree, t: float, s: float, noise: Tree) -> Tree:
+    """Euler-Maruyama."""
+    return _step(_step(x, s - t, reverse.drift(x, t, s)), reverse.spread(t, s), noise)
+
+
+@sde_solver
+def sde_heun(reverse: Reverse, x: Tree, t: float, s: float, noise: Tree) -> Tree:
+    """Noise first, then a trapezoid of the drift from there."""
+    x = _step(x, reverse.spread(t, s), noise)
+    return _trapezoid(reverse.drift, x, t, s, reverse.drift(x, t, s))
 
 
 # Euler on a mean velocity is exact in every step, so that one step may be enough
-mean_flow = SOLVERS["mean_flow"] = replace(euler, name="mean_flow", follows="mean_velocity")
+SOLVERS["mean_flow"] = replace(euler, name="mean_flow", follows="mean_velocity")
 SOLVERS["ddpm"] = Solver("ddpm", ddpm.ddpm, ddpm.spaced_steps, noisy=True, follows="noise", draws=torch.float32)
 SOLVERS["ddim"] = Solver("ddim", ddpm.ddim, ddpm.spaced_steps, follows="noise")
 

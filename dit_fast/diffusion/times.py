@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dit_fast import philox
+from dit_fast.diffusion.guidance import is_number
 from dit_fast.diffusion.paths import Path, as_path
 from dit_fast.errors import UserError
 
@@ -67,11 +68,16 @@ def time_sampler(name: str, path: Path | str = "linear", mean: float = 0.0, std:
     raise UserError(f"unknown time sampler '{name}'; valid: uniform, lognormal, logit_normal")
 
 
+def check_shift(shift: float) -> None:
+    """Raises UserError unless it is a finite number above 0."""
+    if not is_number(shift) or not 0 < shift < math.inf:
+        raise UserError(f"time_shift={shift!r} must be a finite number above 0; 1 = no shift")
+
+
 def shift_times(t: Tensor, shift: float) -> Tensor:
     """shift t / (1 + (shift - 1) t) for t in [0, 1], above 1 towards the noise (Esser et al., arXiv 2403.03206).
 
-    The inverse has 1 / shift. Raises UserError unless shift is a finite number above 0.
+    The inverse has 1 / shift. Raises UserError as `check_shift`.
     """
-    if not 0 < shift < math.inf:
-        raise UserError(f"time_shift={shift!r} must be a finite number above 0; 1 = no shift")
+    check_shift(shift)
     return shift * t / (1 + (shift - 1) * t)

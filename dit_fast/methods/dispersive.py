@@ -18,18 +18,19 @@ from dit_fast.methods.base import Method, Term
 from dit_fast.models import Backbone
 from dit_fast.objectives import Context
 from dit_fast.ops.autocast import without_autocast
-from dit_fast.options import setting
+from dit_fast.options import check_choice, setting
 
-VARIANTS = ("infonce_l2", "infonce_cosine", "hinge", "covariance")
+Variant = Literal["infonce_l2", "infonce_cosine", "hinge", "covariance"]
+Scope = Literal["rank", "global"]
 EPS = 1e-8  # the least norm of a sample, as in the diversity loss
 
 
 def dispersive_loss(
     feature: Tensor,
-    variant: str = "infonce_l2",
+    variant: Variant | str = "infonce_l2",
     tau: float = 0.5,
     margin: float = 1.0,
-    scope: Literal["rank", "global"] = "rank",
+    scope: Scope | str = "rank",
 ) -> Tensor:
     """How close together the N samples of a block output [N, T, D] lie, each flattened to z_i of P = T D numbers; 0-d.
 
@@ -109,10 +110,8 @@ def _check(feature: Tensor, variant: str, tau: float, margin: float, scope: str)
             f"dispersive loss: feature must be [N, T, D], floating point and not empty, not {list(feature.shape)} "
             f"{feature.dtype}"
         )
-    if variant not in VARIANTS:
-        raise UserError(f"unknown dispersive loss '{variant}'; valid: {', '.join(VARIANTS)}")
-    if scope not in ("rank", "global"):
-        raise UserError(f"unknown scope '{scope}' of the dispersive loss; valid: rank, global")
+    check_choice("dispersive loss", variant, Variant)
+    check_choice("scope", scope, Scope)
     for name, value in (("tau", tau), ("margin", margin)):
         if not 0 < value < math.inf:
             raise UserError(f"dispersive loss: {name} must be positive, not {value}")
@@ -131,15 +130,11 @@ class Dispersive(Method):
         depth: int | None = setting(
             None, "Block, from 1; none = a quarter of the blocks (JAX code; PyTorch: the last)", "[1, 1000]"
         )
-        variant: Literal["infonce_l2", "infonce_cosine", "hinge", "covariance"] = setting(
-            "infonce_l2", "Form of the loss"
-        )
+        variant: Variant = setting("infonce_l2", "Form of the loss")
         weight: float = setting(0.5, "Weight of the term (JAX code; PyTorch: 0.25)", "[0, 1e6]")
         tau: float = setting(0.5, "Temperature of the InfoNCE forms (JAX code; PyTorch: 1)", "(0, 1e6]")
         margin: float = setting(1.0, "Mean squared difference from which hinge is 0", "(0, 1e6]")
-        scope: Literal["rank", "global"] = setting(
-            "rank", "Samples of a rank's micro-batch (published) or of all ranks'"
-        )
+        scope: Scope = setting("rank", "Samples of a rank's micro-batch (published) or of all ranks'")
 
     def __init__(self, config: Any, model: Backbone, data: DatasetInfo):
         super().__init__(config, model, data)

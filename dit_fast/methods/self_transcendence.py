@@ -5,7 +5,6 @@ a new model whose features follow those of the frozen first. Each acts on the sa
 """
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path as Folder
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -21,11 +20,12 @@ from dit_fast.methods.base import Load, Method, Term
 from dit_fast.models import Backbone
 from dit_fast.nn.projector import LatentHead, projector
 from dit_fast.objectives import Context
-from dit_fast.options import setting
+from dit_fast.options import check_choice, setting
 from dit_fast.tree import Tree, each, image
 
 Mask = Literal["per_sample", "published"]
-MASK = "per_sample: samples outside of the range count 0; published: mean(loss) * mean(mask), by its broadcast"
+Target = Literal["velocity", "latent"]
+TARGET = "velocity: what the objective predicts, as published; latent: clean latents, as in the paper"
 STAGES = ("stage1", "stage2")  # folders inside that of the run
 
 
@@ -100,39 +100,61 @@ def masked_mean(losses: Tensor, t: Tensor, t_range: tuple[float, float], mask: M
     if not low <= high:
         raise UserError(f"t_range={t_range} runs backwards; give (smallest, largest) t that counts")
     inside = ((t >= low) & (t <= high)).to(losses.dtype)
-    if mask == "per_sample":
-        return (losses * inside).mean()
-    if mask == "published":
-        return losses.mean() * inside.mean()
-    raise UserError(f"unknown mask '{mask}'; valid: per_sample, published")
+    check_choice("mask", mask, Mask)
+    return (losses * inside).mean() if mask == "per_sample" else losses.mean() * inside.mean()
 
 
-class StructureGuidance(Method):
+class Stage(Method):
+    """What both have: an error of one block's head, which counts where t lies inside a range."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Of both stages."""
+
+        name: ClassVar[str]
+        projector_width: int = setting(2048, "Hidden width of the head", "[1, 65536]")
+        t_low: float = setting(0.4, "Smallest t that counts", "[0, 1]")
+        t_high: float = setting(0.7, "Largest t that counts", "[0, 1]")
+        mask: Mask = setting(
+            "per_sample", "per_sample: 0 outside of the range; published: mean(loss) * mean(mask), by its broadcast"
+        )
+        weight: float = setting(0.5, "Weight of the term", "[0, 1e6]")
+
+        def __post_init__(self) -> None:
+            if self.t_low > self.t_high:
+                raise ConfigError(
+                    f"methods.{self.name}.t_low={self.t_low} lies above t_high={self.t_high}; exchange them"
+                )
+
+    def at(self, model: Backbone, key: str) -> None:
+        """Takes the block of this key of the configuration. Raises ConfigError where the model has none."""
+        self.block = model.block(getattr(self.config, key), f"methods.{self.name}.{key}")
+        self.blocks = frozenset({self.block})
+
+    def term(self, name: str, error: Tensor, context: Context) -> dict[str, Term]:
+        """The masked mean of an error [N]; the mean without the mask is logged."""
+        config, t = self.config, context.objective.unit(context.times)
+        value = masked_mean(error, t, (config.t_low, config.t_high), config.mask)
+        return {f"{self.name}/{name}": Term(value, config.weight, {f"{self.name}/unmasked": error.mean()})}
+
+
+class StructureGuidance(Stage):
     """Stage 1: a head on a shallow block predicts the model's own target, or the clean latents."""
 
     name = "structure_guidance"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(Stage.Config):
         """Stage 1 of Self-Transcendence, alone: which block predicts what."""
 
         name: ClassVar[str] = "structure_guidance"
         depth: int = setting(2, "Block with the head, from 1 (published for B: 2)", "[1, 1000]")
-        target: Literal["velocity", "latent"] = setting(
-            "velocity", "velocity: what the objective predicts, as published; latent: clean latents, as in the paper"
-        )
-        projector_width: int = setting(2048, "Hidden width of the head", "[1, 65536]")
-        t_low: float = setting(0.4, "Smallest t that counts", "[0, 1]")
-        t_high: float = setting(0.7, "Largest t that counts", "[0, 1]")
-        mask: Mask = setting("per_sample", MASK)
-        weight: float = setting(0.5, "Weight of the term", "[0, 1e6]")
+        target: Target = setting("velocity", TARGET)
 
     def __init__(self, config: Any, model: Backbone, data: DatasetInfo):
         """Adds the head, `projectors` and `projectors_final`. Raises ConfigError for a block that is not there."""
         super().__init__(config, model, data)
-        _check_range(self.name, config)
-        self.block = model.block(config.depth, f"methods.{self.name}.depth")
-        self.blocks = frozenset({self.block})
+        self.at(model, "depth")
         channels, height, width = model.shapes["image"]
         self.mlp = projector(model.hidden_size, config.projector_width, model.hidden_size)
         self.head = LatentHead(model.hidden_size, channels * height * width // model.num_tokens)
@@ -144,45 +166,35 @@ class StructureGuidance(Method):
         tokens = context.features[self.block][:, -model.num_tokens :]  # without a class token
         target = image(context.target if config.target == "velocity" else context.x)
         error = structure_error(self.head(self.mlp(tokens)), target, model.grid)
-        return _term(self.name, "structure", error, context, config)
+        return self.term("structure", error, context)
 
 
-class SelfTranscendence(Method):
+class SelfTranscendence(Stage):
     """Stage 2: features of one block follow the guided ones of a frozen teacher, which was trained in stage 1."""
 
     name = "self_transcendence"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
-        """Two stages in RUN/stage1 and RUN/stage2; with a teacher given, the second alone, in RUN."""
+    class Config(Stage.Config):
+        """Two stages in RUN/stage1 and RUN/stage2, of one range, mask and width; with a teacher, the second in RUN."""
 
         name: ClassVar[str] = "self_transcendence"
         student_depth: int = setting(6, "Block that learns, from 1 (published for B: 6)", "[1, 1000]")
         teacher_depth: int = setting(8, "The teacher's block, from 1 (published for B: 8)", "[1, 1000]")
         guidance: float = setting(30.0, "s of F_u + s (F_c - F_u) (published for B: 30)", "[0, 1e6]")
-        projector_width: int = setting(2048, "Hidden width of the head, in both stages", "[1, 65536]")
-        t_low: float = setting(0.4, "Smallest t that counts, in both stages", "[0, 1]")
-        t_high: float = setting(0.7, "Largest t that counts, in both stages", "[0, 1]")
-        mask: Mask = setting("per_sample", MASK)
-        weight: float = setting(0.5, "Weight of the term", "[0, 1e6]")
         stop_step: int = setting(100_000, "Steps with the teacher; afterwards it is not computed", "[0, 1e9]")
         teacher: str = setting("", "Run or step folder of a teacher; empty = train one first", resumes=True)
         teacher_weights: Literal["model", "ema"] = setting("model", "The teacher's weights, as they are or averaged")
         stage1_steps: int = setting(200_000, "Optimizer steps of stage 1", "[1, 1e9]")
         stage1_depth: int = setting(2, "Block with the head in stage 1, from 1 (published for B: 2)", "[1, 1000]")
-        stage1_target: Literal["velocity", "latent"] = setting(
-            "velocity", "velocity: what the objective predicts, as published; latent: clean latents, as in the paper"
-        )
+        stage1_target: Target = setting("velocity", TARGET)
         stage1_weight: float = setting(0.5, "Weight of the term in stage 1", "[0, 1e6]")
 
     def __init__(self, config: Any, model: Backbone, data: DatasetInfo):
         """Adds the head, one of `projectors`. Raises ConfigError for a block that is not there."""
         super().__init__(config, model, data)
-        _check_range(self.name, config)
-        self.block = model.block(config.student_depth, f"methods.{self.name}.student_depth")
-        self.blocks = frozenset({self.block})
-        self.width, self.tokens, self.shapes = model.hidden_size, model.num_tokens, model.shapes
-        self.times, self.num_classes = model.times, model.num_classes
+        self.at(model, "student_depth")
+        self.facts = facts(model)
         self.head = projector(model.hidden_size, config.projector_width, model.hidden_size)
         model.add_projector(self.head)
 
@@ -210,16 +222,8 @@ class SelfTranscendence(Method):
         """Reads the teacher. Raises ConfigError where its features cannot be this model's target."""
         config, key = self.config, f"methods.{self.name}.teacher"
         teacher, digest = load(config.teacher, config.teacher_weights)
-        ours: Mapping[str, Any] = {
-            "denoised leaves": self.shapes,
-            "tokens": self.tokens,
-            "width": self.width,
-            "times": self.times,
-            "classes": self.num_classes,
-        }
-        theirs = (teacher.shapes, teacher.num_tokens, teacher.hidden_size, teacher.times, teacher.num_classes)
-        for (what, own), other in zip(ours.items(), theirs, strict=True):
-            if own != other:
+        for what, other in facts(teacher).items():
+            if (own := self.facts[what]) != other:
                 raise ConfigError(
                     f"{key}={config.teacher}: its {what} are {other}, this model's {own}; features of the two cannot "
                     "be compared, so give a teacher of the same model"
@@ -240,19 +244,18 @@ class SelfTranscendence(Method):
         labels = context.batch["label"]  # before label dropout, as published
         target = guided_features(teacher, context.noised, context.times, labels, self.teacher_block, config.guidance)
         error = velocity_error(self.head(context.features[self.block]), target)
-        return _term(self.name, "alignment", error, context, config)
+        return self.term("alignment", error, context)
 
 
-def _term(method: str, name: str, error: Tensor, context: Context, config: Any) -> dict[str, Term]:
-    """The masked mean of an error [N]; the mean without the mask is logged."""
-    t = context.objective.unit(context.times)
-    value = masked_mean(error, t, (config.t_low, config.t_high), config.mask)
-    return {f"{method}/{name}": Term(value, config.weight, {f"{method}/unmasked": error.mean()})}
-
-
-def _check_range(name: str, config: Any) -> None:
-    if config.t_low > config.t_high:
-        raise ConfigError(f"methods.{name}.t_low={config.t_low} lies above t_high={config.t_high}; exchange them")
+def facts(model: Backbone) -> dict[str, Any]:
+    """In what a teacher is like its student, where features of the two are compared."""
+    return {
+        "denoised leaves": model.shapes,
+        "tokens": model.num_tokens,
+        "width": model.hidden_size,
+        "times": model.times,
+        "classes": model.num_classes,
+    }
 
 
 def _changed(run: Any, name: str, method: Any, **of_run: Any) -> Any:

@@ -5,7 +5,7 @@ The teacher is the moving average of the model itself. No encoder and no further
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from dit_fast.models import Backbone, Taps
 from dit_fast.nn.projector import SelfProjector
 from dit_fast.objectives import Context
 from dit_fast.ops import repa_cosine
-from dit_fast.options import setting
+from dit_fast.options import check_choice, setting
 from dit_fast.philox import Stream
 
 Distance = Literal["cosine", "smooth_l1"]
@@ -37,9 +37,8 @@ def alignment(prediction: Tensor, target: Tensor, distance: Distance = "cosine",
     channel takes over the tokens ("tokens"). "smooth_l1": the mean of d^2 / 0.1 where |d| < 0.05, else |d| - 0.025;
     it has no axis. Raises UserError for another name and for shapes that differ.
     """
-    for name, value, known in (("distance", distance, get_args(Distance)), ("axis", axis, get_args(Axis))):
-        if value not in known:
-            raise UserError(f"unknown {name} '{value}'; valid: {', '.join(known)}")
+    check_choice("distance", distance, Distance)
+    check_choice("axis", axis, Axis)
     target = target.detach()
     if distance == "cosine":
         pair = (prediction, target) if axis == "channels" else (prediction.mT, target.mT)

@@ -94,6 +94,7 @@ class Objective(ABC):
 
     solvers: by name, what can follow its `field` from noise to data. functional: whether it differentiates the model
     forward or calls it with other parameters. path: between data and noise. prediction: what the model gives for x_t.
+    t_eps: least t by which a prediction of x is turned into a velocity.
     """
 
     name: ClassVar[str]
@@ -102,6 +103,7 @@ class Objective(ABC):
     solvers: ClassVar[Mapping[str, Solver]]
     path: Path
     prediction: Prediction = "velocity"
+    t_eps: float = 0.05
 
     @abstractmethod
     def __init__(self, config: Any, model: Backbone):
@@ -147,4 +149,4 @@ class Objective(ABC):
 
     def field(self, model: Backbone, y: Tensor, guidance: Guidance) -> Field:
         """v(x, t, s): float64, what a solver follows from time t to time s, for the labels y [N] and with guidance."""
-        return Velocity(model, y, guidance, model.times, self.prediction, self.path)
+        return Velocity(model, y, guidance, model.times, self.prediction, self.path, self.t_eps)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from dit_fast.diffusion import SOLVERS, Guidance, Path
-from dit_fast.diffusion.ddpm import STEPS, Noise, log_variance, tables
+from dit_fast.diffusion.ddpm import STEPS, Noise, log_variance, noise_and_logits, tables
+from dit_fast.diffusion.paths import along
 from dit_fast.diffusion.solvers import Field
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.models import Backbone, Taps
@@ -53,24 +54,19 @@ def ddpm_losses(model: Network, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) 
 
 def noised(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t for t [N], of the shape [N, ...] of x and noise, in their common dtype."""
-    signal, level, *_ = _at(t, x.dim(), torch.promote_types(x.dtype, noise.dtype))
+    signal, level, *_ = _at(t, x, torch.promote_types(x.dtype, noise.dtype))
     return signal * x + level * noise
 
 
 def losses_of(output: Tensor, x: Tensor, t: Tensor, noise: Tensor) -> DDPMLosses:
     """Losses of what the model made of x_t; the rest as in `ddpm_losses`."""
-    if output.shape != (len(x), 2 * x.shape[1], *x.shape[2:]):
-        raise UserError(
-            f"the model returned {list(output.shape)} for a state {list(x.shape)}; it must be the noise and the logits "
-            f"of a variance, {[len(x), 2 * x.shape[1], *x.shape[2:]]}"
-        )
+    eps, logits = noise_and_logits(output, x)
     wide = torch.promote_types(torch.promote_types(output.dtype, x.dtype), torch.float32)
-    eps, logits = output.to(wide).chunk(2, 1)
-    error = eps - noise.to(wide)
-    _, _, d, least, most = _at(t, x.dim(), wide)
-    difference, learned = d * error.detach(), log_variance(logits, least, most)
+    error = eps.to(wide) - noise.to(wide)
+    _, _, d, least, most = _at(t, x, wide)
+    difference, learned = d * error.detach(), log_variance(logits.to(wide), least, most)
     divergence = (learned - least + torch.exp(least - learned) - 1 + difference.square() * torch.exp(-learned)) / 2
-    nats = torch.where(_along(t == 0, x.dim()), _interval_nll(x.to(wide), difference, learned), divergence)
+    nats = torch.where(along(t == 0, x), _interval_nll(x.to(wide), difference, learned), divergence)
     mse, variational = error.square().flatten(1).mean(1), nats.flatten(1).mean(1) / math.log(2)
     return DDPMLosses(mse, variational, mse + variational)
 
@@ -91,13 +87,9 @@ def _interval_nll(x: Tensor, difference: Tensor, log_variance: Tensor) -> Tensor
     return -inside.clamp(min=1e-12).log()
 
 
-def _at(t: Tensor, dimensions: int, dtype: torch.dtype) -> Tensor:
-    """`tables` at t [N]: [5, N, 1, ...], without waiting for the device."""
-    return tables(t.device)[:, t].to(dtype).reshape(5, -1, *[1] * (dimensions - 1))
-
-
-def _along(values: Tensor, dimensions: int) -> Tensor:
-    return values.reshape(-1, *[1] * (dimensions - 1))
+def _at(t: Tensor, like: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Each of `tables` at t [N]: [N, 1, ...], without waiting for the device."""
+    return tuple(along(table, like) for table in tables(t.device)[:, t].to(dtype))
 
 
 class DDPM(Objective):

@@ -6,11 +6,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from dit_fast.diffusion import SOLVERS, Guidance, Path, time_sampler, velocity_error
+from dit_fast.diffusion import SOLVERS, Path, time_sampler, velocity_error
 from dit_fast.diffusion.conversions import Prediction, Weighting, error_weight, train_range, training_pair
-from dit_fast.diffusion.guidance import Velocity, described
+from dit_fast.diffusion.guidance import described
 from dit_fast.diffusion.paths import PathName
-from dit_fast.diffusion.solvers import Field
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.models import Backbone, Taps
 from dit_fast.objectives.base import Context, Objective, noise_for
@@ -88,7 +87,8 @@ class Flow(Objective):
         self.refuse_variance(model)
         if model.times != 1:
             raise ConfigError("objective=flow needs a model of one time; set model.times=1, or objective=mean_flow")
-        self.config, self.path, self.prediction = config, Path(config.path), config.prediction
+        self.config, self.path = config, Path(config.path)
+        self.prediction, self.t_eps = config.prediction, config.t_eps
         self.times = time_sampler(config.time, config.path, config.time_mean, config.time_std)
         self.fusible = self.prediction == "velocity" and self.path.name in PATHS
 
@@ -107,13 +107,9 @@ class Flow(Objective):
             name: flow_error(leaf, fused[name], *draw) if name in fused else velocity_error(leaf, target[name])
             for name, leaf in leaves(prediction).items()
         }
-        weight = error_weight(t, self.path, self.prediction, self.config.weighting, self.config.t_eps)
+        weight = error_weight(t, self.path, self.prediction, self.config.weighting, self.t_eps)
         losses = {name: error * weight for name, error in errors.items()}
         return Context(self, model, x, y, key, t, noised, prediction, losses, taps, batch, number)
-
-    def field(self, model: Backbone, y: Tensor, guidance: Guidance) -> Field:
-        """As `Objective.field`, with the configured t_eps for a prediction of x."""
-        return Velocity(model, y, guidance, model.times, self.prediction, self.path, self.config.t_eps)
 
     def draw_times(self, key: Key) -> Tensor:
         """t [N], keyed; where the published range of training is not [0, 1], the distribution is shrunk to it."""

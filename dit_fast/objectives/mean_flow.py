@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from dit_fast.diffusion import SOLVERS, Path, logit_normal
+from dit_fast.diffusion.paths import along
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.models import Backbone, Taps
 from dit_fast.objectives.base import Context, Objective, noise_for
-from dit_fast.options import setting
+from dit_fast.options import check_choice, setting
 from dit_fast.philox import Key, Stream
 from dit_fast.tree import Tree, each, image, leaves
 
@@ -68,16 +69,15 @@ def mean_flow_losses(
     """
     if t.shape != (len(y),) or r.shape != t.shape:
         raise UserError(f"mean_flow_losses needs t and r of shape [{len(y)}], not {list(t.shape)} and {list(r.shape)}")
-    if prediction not in ("velocity", "x"):
-        raise UserError(f"unknown prediction '{prediction}'; valid: velocity, x")
+    check_choice("prediction", prediction, Literal["velocity", "x"])
     if dropped is not None and dropped.shape != t.shape:
         raise UserError(f"dropped must be bool {list(t.shape)}, one for each sample, not {list(dropped.shape)}")
     image(x)
     z = each(lambda data, eps: Path("linear").interpolate(data, eps, t)[0], x, noise)
     if prediction == "x":
-        velocity = each(lambda a, data: (a - data) / _along(t.clamp(min=t_eps), a), z, x)
+        velocity = each(lambda a, data: (a - data) / along(t.clamp(min=t_eps), a), z, x)
         network: Network = lambda z, times, y: each(  # noqa: E731
-            lambda a, output: (a - output) / _along(times[:, 0].clamp(min=t_eps), a), z, model(z, times, y)
+            lambda a, output: (a - output) / along(times[:, 0].clamp(min=t_eps), a), z, model(z, times, y)
         )
     else:
         velocity, network = each(torch.sub, noise, x), model
@@ -111,7 +111,7 @@ def guided_velocity(
     active = (t >= interval[0]) & (t <= interval[1])
     if dropped is not None:
         active = active & ~dropped.bool()
-    return each(lambda new, old: torch.where(_along(active, old), new, old), guided, velocity)
+    return each(lambda new, old: torch.where(along(active, old), new, old), guided, velocity)
 
 
 @torch.no_grad()
@@ -132,7 +132,7 @@ def squared_error(u: Tree, dudt: Tree, velocity: Tree, t: Tensor, r: Tensor) -> 
 
     def of(u: Tensor, dudt: Tensor, velocity: Tensor) -> Tensor:
         wide = torch.promote_types(u.dtype, torch.float32)
-        target = velocity.to(wide) - _along(span, u).to(wide) * dudt.to(wide)
+        target = velocity.to(wide) - along(span, u).to(wide) * dudt.to(wide)
         return (u.to(wide) - target.detach()).square().flatten(1).sum(1)
 
     return each(of, u, dudt, velocity)
@@ -141,11 +141,6 @@ def squared_error(u: Tree, dudt: Tree, velocity: Tree, t: Tensor, r: Tensor) -> 
 def normalised(error: Tensor, norm_p: float, norm_eps: float) -> Tensor:
     """error / stop(error + norm_eps)^norm_p, [N]; with norm_p 1 it is near 1, only its gradient tells."""
     return error / (error.detach() + norm_eps) ** norm_p
-
-
-def _along(values: Tensor, like: Tensor) -> Tensor:
-    """[N] as [N, 1, ...]."""
-    return values.reshape(-1, *[1] * (like.dim() - 1))
 
 
 def _null_label(model: object, given: int | None) -> int:

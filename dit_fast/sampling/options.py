@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from dit_fast.diffusion.reverse import LastStep
 from dit_fast.diffusion.samplers import MOST_ROWS, check_options, check_whole
 from dit_fast.diffusion.solvers import SolverName, torchdiffeq
 from dit_fast.errors import UserError
-from dit_fast.options import setting
+from dit_fast.options import check_choice, setting
 
 SHOWN_CLASSES = 10
 MOST_IMAGES = 1_000_000  # of a class
@@ -83,8 +83,7 @@ class SampleOptions:
             self.heun_guidance,
         )
         for name, kind in (("weights", Weights), ("precision", Precision)):
-            if getattr(self, name) not in get_args(kind):
-                raise UserError(f"unknown {name} '{getattr(self, name)}'; valid: {', '.join(get_args(kind))}")
+            check_choice(name, getattr(self, name), kind)
         if len(set(self.classes)) < len(self.classes):
             twice = next(label for label in self.classes if self.classes.count(label) > 1)
             raise UserError(f"class {twice} is listed twice; raise per_class for more images of each class")

@@ -2,7 +2,7 @@
 
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from dit_fast.errors import ConfigError
 from dit_fast.methods import build_methods
-from dit_fast.methods.dispersive import VARIANTS, Dispersive, dispersive_loss
+from dit_fast.methods.dispersive import Dispersive, Variant, dispersive_loss
 from dit_fast.models import new_model
 from dit_fast.recipes import load
 from dit_fast.train.__main__ import main
@@ -20,7 +20,7 @@ from tests.helpers.golden import assert_close, golden, golden_names
 from tests.helpers.tiny_sit import inputs_for, tiny_sit
 from tests.helpers.toy_runs import arguments, rows
 
-NAMES = golden_names("disploss_")
+NAMES, VARIANTS = golden_names("disploss_"), get_args(Variant)
 
 
 def features(count=5, tokens=3, width=4, seed=0, dtype=torch.float64):

@@ -174,7 +174,7 @@ def test_an_objective_and_a_model_that_do_not_fit_are_refused(objective, model, 
         ({"t": -STEPS}, r"int64 in 0 \.\. 999"),
         ({"t": STEPS[:1]}, r"of shape \[6\]"),
         ({"noise": clean()[:1]}, "x and noise must be of one shape"),
-        ({"model": lambda x, t, y: x}, r"the logits of a variance, \[6, 4, 8, 8\]"),
+        ({"model": lambda x, t, y: x}, r"\[6, 2, 8, 8\]; it must be the noise and the logits of a variance"),
     ],
 )
 def test_what_the_plain_function_refuses(changes, message):

@@ -1,6 +1,5 @@
 """REG's three losses and the gradients of their published sum."""
 
-
 from dit_fast.checkpoint import load_official
 from dit_fast.methods.reg import reg_losses
 from tests.helpers.cases import loop_over
