@@ -91,9 +91,9 @@ def _short(names: Iterable[str]) -> list[str]:
     for head, last in (name.rpartition("-")[::2] for name in names):
         words.setdefault(head, []).append(last)
     lines: dict[tuple[str, str], list[str]] = {}
-    for head, last in words.items():
-        start, middle = head.rpartition("-")[::2] if last[0].isdigit() else ("", head)
-        lines.setdefault((start, _braced(last)), []).append(middle)
+    for head, ends in words.items():
+        start, middle = head.rpartition("-")[::2] if ends[0].isdigit() else ("", head)
+        lines.setdefault((start, _braced(ends)), []).append(middle)
     return ["-".join(filter(None, (start, _braced(middle), end))) for (start, end), middle in lines.items()]
 
 
