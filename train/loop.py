@@ -72,7 +72,7 @@ def train(config: TrainConfig, world: World) -> int:
 def _train(
     config: TrainConfig, world: World, dataset: LatentDataset, micro: int, asked_in: set[Path]
 ) -> tuple[int, bool]:
-    """One run: the number of steps done, and whether it was asked to stop, by a file in one of `asked_in` for example."""
+    """One run: the number of steps done, and whether it was asked to stop. asked_in: where a file STOP may ask."""
     folder = Path(config.run.dir)
     held: list[RunLock] = []
     world.agree(lambda: held.append(RunLock(folder)))

@@ -25,7 +25,7 @@ def stages(config: TrainConfig) -> list[TrainConfig]:
     if len(runs) == 1:
         refuse_runs_inside(folder)
     elif (folder / FOLDER).exists():
-        raise ConfigError(f"run.dir={folder}: holds a run, in whose folder the stages of this one would lie; set another")
+        raise ConfigError(f"run.dir={folder}: holds a run; stages of another may not lie in it, so set another run.dir")
     return runs
 
 

@@ -18,10 +18,12 @@ STOP_FILE = "STOP"
 
 
 class StopRequest:
-    """Asked by SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) to any rank, or by a file STOP in one of the folders. A second SIGINT
-    raises KeyboardInterrupt. Use as a context: at its end handlers are put back and the files are removed.
+    """Asked by SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) to any rank, or by a file STOP in one of the folders.
 
-    folders: that of the run, and that of the command, of which it may be a stage. failed: after `agreed()` was True, whether it was for a rank that has no data, and nobody asked to stop.
+    A second SIGINT raises KeyboardInterrupt. Use as a context: at its end handlers are put back and the files removed.
+
+    folders: of the run, and of the command that it is a stage of. failed: after `agreed()` was True, whether it was for
+    a rank that has no data, and nobody asked to stop.
     """
 
     def __init__(self, folders: Iterable[Path], world: World):

@@ -333,7 +333,7 @@ def test_the_folder_of_two_stages_is_not_taken_for_one_run(command, finished, sh
 
 def test_two_stages_do_not_go_into_the_folder_of_another_run(finished, shards, capsys):
     assert main(start(shards, finished / "stage2")) == 2
-    assert "stage2: holds a run, in whose folder the stages" in capsys.readouterr().err
+    assert "stage2: holds a run; stages of another may not lie in it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("beside", ["mean_flow", "reg"])
