@@ -8,7 +8,6 @@ that needs a value on the host would fail here: none of the losses has one.
 """
 
 import dataclasses
-import json
 import sys
 from datetime import UTC, datetime
 from typing import Any
@@ -18,10 +17,9 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dit_fast import files
 from dit_fast.backend import force
 from dit_fast.benchmarks.gate import ROOT
-from dit_fast.benchmarks.results import RESULTS, environment, write_table
+from dit_fast.benchmarks.results import RESULTS, environment, write, write_table
 from dit_fast.data import DatasetInfo
 from dit_fast.data.field import Field
 from dit_fast.methods import build_methods
@@ -114,7 +112,7 @@ def count(config: TrainConfig) -> dict[str, int]:
         objective = OBJECTIVES[config.objective.name](config.objective, model)
         methods = build_methods(config.methods, model, dataset(config))
         for method in methods:
-            getattr(method, "prepare", lambda load: None)(load)
+            method.prepare(load)
         loss = TrainingLoss(model, objective, methods, seed=0, label_dropout=config.model.label_dropout)
         with FlopCounterMode(display=False) as flops, Kept(loss) as kept:
             total, _ = loss(batch_of(config), 0)
@@ -151,8 +149,7 @@ def main() -> None:
         "batch": BATCH,
         "rows": rows,
     }
-    with files.replacing(RESULTS / "cpu" / "method_costs.json") as file:
-        file.write((json.dumps(result, indent=1) + "\n").encode())
+    write(RESULTS / "cpu" / "method_costs.json", result)
     write_table(PAGE, "costs", table(rows))
 
 

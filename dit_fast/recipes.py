@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_fast.errors import ConfigError
+from dit_fast.methods import METHODS
 from dit_fast.methods.dispersive import Dispersive
 from dit_fast.methods.diversedit import DiverseDiT
 from dit_fast.methods.reg import REG
@@ -54,85 +55,67 @@ GUIDED_TARGETS = {  # omega, kappa, largest guided t of mean flow: B and L as pu
 }
 
 
-def _imagenet(size: str, resolution: int, methods: Sequence[str], kind: type[SiT] = SiT, **more: Any) -> SiT.Config:
-    """The model of a size ("b2", "xl2") for f8 latents; with long skips where its blocks are to differ."""
-    return kind.Config(
-        name=f"{kind.__name__}-{size[:-1].upper()}/{size[-1]}",
-        input_size=resolution // 8,
-        in_channels=4,
-        num_classes=1000,
-        skip_wiring="input" if "diversedit" in methods else "off",
-        **more,
-    )
-
-
-def paper(methods: Sequence[str], size: str, resolution: int) -> TrainConfig:
-    """The published setting for one backbone size ("b2", "l2", "xl2") at 256 or 512 pixels (f8 latents, 4 channels)."""
-    depth = ENCODER_DEPTH[size]
-    configs = {
-        "diversedit": DiverseDiT.Config(encoder_depth=depth if "repa" in methods else None),
-        "repa": REPA.Config(encoder_depth=depth),
-        "reg": REG.Config(encoder_depth=4 if size == "b2" else 8),
-        "sra": _self_aligned(*SELF_ALIGNED[size], 0.2, resolution),
-        "dispersive": Dispersive.Config(),
-    }
-    name = f"{'-'.join(methods) or 'sit'}-{size}-{resolution}"
+def paper(name: str, size: str, resolution: int) -> TrainConfig:
+    """The published setting of one or more parts, as `PUBLISHED` names them, at 256 or 512 pixels (f8 latents)."""
+    parts = name.split("-")
+    of_model: dict[str, Any] = {"class_token": 768} if "reg" in parts else {}  # DINOv2-B's
+    of_run: dict[str, Any] = {}
+    if "dispersive" in parts:
+        of_run = {"engine": EngineConfig(micro_batch=16)}
+    if "self_transcendence" in parts:
+        of_model = {"qk_norm": True}
+    if "dit" in parts:
+        of_run = {
+            "objective": DDPM.Config(),
+            "optimizer": OptimizerConfig(grad_clip=0.0),
+            "engine": EngineConfig(precision="fp32"),
+            "preview": PreviewConfig(sampler="ddim"),
+        }
+    if "mean_flow" in parts:
+        omega, kappa, high = GUIDED_TARGETS[size]
+        of_model = {"times": 2}
+        of_run = {
+            "objective": MeanFlow.Config(omega=omega, kappa=kappa, guidance_high=high),
+            "optimizer": OptimizerConfig(beta2=0.95, grad_clip=0.0),
+            "engine": EngineConfig(precision="fp32"),
+            "preview": PreviewConfig(sampler="mean_flow", num_steps=1, cfg_scale=1.0),
+        }
+    kind = DiT if "dit" in parts else SiT
     return TrainConfig(
-        model=_imagenet(size, resolution, methods, class_token=768 if "reg" in methods else 0),  # DINOv2-B's
-        methods=tuple(configs[method] for method in methods),
-        engine=EngineConfig(micro_batch=16 if "dispersive" in methods else 0),
-        run=RunConfig(dir=f"runs/{name}"),
+        model=kind.Config(
+            name=f"{kind.__name__}-{size[:-1].upper()}/{size[-1]}",
+            input_size=resolution // 8,
+            in_channels=4,
+            num_classes=1000,
+            skip_wiring="input" if "diversedit" in parts else "off",
+            **of_model,
+        ),
+        methods=tuple(_method(part, parts, size, resolution) for part in parts if part in METHODS),
+        run=RunConfig(dir=f"runs/{name}-{size}-{resolution}"),
+        **of_run,
     )
 
 
-def _self_aligned(student: int, teacher: int, weight: float, resolution: int) -> SRA.Config:
-    knee, decade = SELF_WEIGHT[resolution]
-    return SRA.Config(
-        student_depth=student,
-        teacher_depth=teacher,
-        distance="smooth_l1",
-        weight=weight,
-        weight_knee=knee * EPOCH,
-        weight_decade=decade * EPOCH,
-    )
-
-
-def dit(methods: Sequence[str], size: str, resolution: int) -> TrainConfig:
-    """The published setting of DiT for "s2", "b2", "l2" or "xl2" at 256 or 512 pixels, plain, with DiverseDiT or (xl2)
-    with SRA."""
-    configs = {"diversedit": DiverseDiT.Config(), "sra": _self_aligned(8, 16, 0.04, resolution)}
-    return TrainConfig(
-        model=_imagenet(size, resolution, methods, DiT),
-        objective=DDPM.Config(),
-        methods=tuple(configs[method] for method in methods),
-        optimizer=OptimizerConfig(grad_clip=0.0),
-        engine=EngineConfig(precision="fp32"),
-        preview=PreviewConfig(sampler="ddim"),
-        run=RunConfig(dir=f"runs/{'-'.join([*methods, 'dit'])}-{size}-{resolution}"),
-    )
-
-
-def mean_flow(methods: Sequence[str], size: str) -> TrainConfig:
-    """The published setting at 256 pixels for "b4", "b2", "l2" or "xl2", plain or with DiverseDiT."""
-    omega, kappa, high = GUIDED_TARGETS[size]
-    return TrainConfig(
-        model=_imagenet(size, 256, methods, times=2),
-        objective=MeanFlow.Config(omega=omega, kappa=kappa, guidance_high=high),
-        methods=(DiverseDiT.Config(),) if methods else (),
-        optimizer=OptimizerConfig(beta2=0.95, grad_clip=0.0),
-        engine=EngineConfig(precision="fp32"),
-        preview=PreviewConfig(sampler="mean_flow", num_steps=1, cfg_scale=1.0),
-        run=RunConfig(dir=f"runs/{'-'.join([*methods, 'mean_flow'])}-{size}-256"),
-    )
-
-
-def self_transcendence(methods: Sequence[str]) -> TrainConfig:
-    """The one published setting, SiT-B/2 at 256 pixels, both stages, plain or with DiverseDiT."""
-    return TrainConfig(
-        model=_imagenet("b2", 256, methods, qk_norm=True),
-        methods=(*[DiverseDiT.Config() for _ in methods], SelfTranscendence.Config()),
-        run=RunConfig(dir=f"runs/{'-'.join([*methods, 'self_transcendence'])}-b2-256"),
-    )
+def _method(name: str, parts: Sequence[str], size: str, resolution: int) -> Any:
+    """The published setting of one method among the parts of a recipe."""
+    if name == "diversedit":
+        return DiverseDiT.Config(encoder_depth=ENCODER_DEPTH[size] if "repa" in parts else None)
+    if name == "repa":
+        return REPA.Config(encoder_depth=ENCODER_DEPTH[size])
+    if name == "reg":
+        return REG.Config(encoder_depth=4 if size == "b2" else 8)
+    if name == "sra":
+        knee, decade = SELF_WEIGHT[resolution]
+        student, teacher, weight = (8, 16, 0.04) if "dit" in parts else (*SELF_ALIGNED[size], 0.2)
+        return SRA.Config(
+            student_depth=student,
+            teacher_depth=teacher,
+            distance="smooth_l1",
+            weight=weight,
+            weight_knee=knee * EPOCH,
+            weight_decade=decade * EPOCH,
+        )
+    return METHODS[name].Config()
 
 
 def quickstart() -> TrainConfig:
@@ -205,6 +188,17 @@ SMALL: dict[str, dict[str, Any]] = {
 # those of SMALL that are also there with it
 BESIDE_DIVERSEDIT = ("repa", "reg", "dispersive", "sra", "self_transcendence", "mean_flow", "dit")
 
+PUBLISHED = {  # names of what runs together -> sizes, resolutions
+    "sit diversedit repa diversedit-repa reg diversedit-reg sra diversedit-sra": ("b2 l2 xl2", (256, 512)),
+    "dispersive": ("b2 l2 xl2", (256,)),
+    "diversedit-dispersive diversedit-dispersive-sra": ("b2", (256,)),
+    "dit": ("s2 b2 l2 xl2", (256, 512)),
+    "diversedit-dit": ("s2 b2 l2 xl2", (256,)),
+    "sra-dit": ("xl2", (256,)),
+    "mean_flow diversedit-mean_flow": ("b4 b2 l2 xl2", (256,)),
+    "self_transcendence diversedit-self_transcendence": ("b2", (256,)),
+}
+
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "quickstart": quickstart,
     **{f"quickstart-{name}": partial(small, name, **changes) for name, changes in SMALL.items()},
@@ -213,29 +207,11 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
         for name in BESIDE_DIVERSEDIT
     },
     **{
-        f"{'-'.join(methods) or 'sit'}-{size}-{resolution}": partial(paper, methods, size, resolution)
-        for methods in ((), ("repa",), ("reg",), ("sra",))
-        for methods in (methods, ("diversedit", *methods))
-        for size in ENCODER_DEPTH
-        for resolution in (256, 512)
-    },
-    **{f"dispersive-{size}-256": partial(paper, ("dispersive",), size, 256) for size in ENCODER_DEPTH},
-    "diversedit-dispersive-b2-256": partial(paper, ("diversedit", "dispersive"), "b2", 256),
-    "diversedit-dispersive-sra-b2-256": partial(paper, ("diversedit", "dispersive", "sra"), "b2", 256),
-    **{
-        f"{'-'.join([*methods, 'dit'])}-{size}-{resolution}": partial(dit, methods, size, resolution)
-        for methods, resolution in (((), 256), ((), 512), (("diversedit",), 256))
-        for size in ("s2", "b2", "l2", "xl2")
-    },
-    "sra-dit-xl2-256": partial(dit, ("sra",), "xl2", 256),
-    **{
-        f"{'-'.join([*methods, 'mean_flow'])}-{size}-256": partial(mean_flow, methods, size)
-        for methods in ((), ("diversedit",))
-        for size in GUIDED_TARGETS
-    },
-    **{
-        f"{'-'.join([*methods, 'self_transcendence'])}-b2-256": partial(self_transcendence, methods)
-        for methods in ((), ("diversedit",))
+        f"{name}-{size}-{resolution}": partial(paper, name, size, resolution)
+        for names, (sizes, resolutions) in PUBLISHED.items()
+        for name in names.split()
+        for size in sizes.split()
+        for resolution in resolutions
     },
 }
 

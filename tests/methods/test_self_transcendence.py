@@ -4,13 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from dit_fast.checkpoint import export_official, load_official
 from dit_fast.cli import main as command
-from dit_fast.data import add_field
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.methods.self_transcendence import (
     SelfTranscendence,
@@ -336,20 +334,11 @@ def test_two_stages_do_not_go_into_the_folder_of_another_run(finished, shards, c
     assert "stage2: holds a run; stages of another may not lie in it" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("beside", ["mean_flow", "reg"])
-def test_both_stages_go_beside_mean_flow_and_reg(beside, shards, tmp_path):
+def test_both_stages_go_beside_reg_in_bf16_with_the_papers_target(token_shards, tmp_path):
     short = [f"{KEY}stage1_steps=1", "run.steps=1", "engine.precision=bf16", f"{KEY}stage1_target=latent"]
-    if beside == "mean_flow":
-        short += ["objective=mean_flow", "model.times=2"]
-    else:
-        generator, shards = np.random.default_rng(0), shutil.copytree(shards, tmp_path / "shards")
-        for name, shape in (("features", (48, 4, 6)), ("class_token", (48, 6))):
-            np.save(tmp_path / f"{name}.npy", generator.standard_normal(shape, np.float32))
-            add_field(shards, name, tmp_path / f"{name}.npy", progress=False)
-        short += ["methods=reg,self_transcendence", "methods.reg.encoder_depth=2", "model.class_token=6"]
-    assert main(start(shards, tmp_path / "RUN", *short)) == 0
-    row = rows(tmp_path / "RUN" / "stage2")[-1]
-    assert row["self_transcendence/unmasked"] > 0
+    reg = ["methods=reg,self_transcendence", "methods.reg.encoder_depth=2", "model.class_token=6"]
+    assert main(start(token_shards, tmp_path / "RUN", *short, *reg)) == 0
+    assert rows(tmp_path / "RUN" / "stage2")[-1]["self_transcendence/unmasked"] > 0
 
 
 @pytest.mark.launch
