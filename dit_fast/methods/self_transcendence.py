@@ -194,7 +194,7 @@ class SelfTranscendence(Stage):
         """Adds the head, one of `projectors`. Raises ConfigError for a block that is not there."""
         super().__init__(config, model, data)
         self.at(model, "student_depth")
-        self.facts = facts(model)
+        self.facts = _facts(model)
         self.head = projector(model.hidden_size, config.projector_width, model.hidden_size)
         model.add_projector(self.head)
 
@@ -222,7 +222,7 @@ class SelfTranscendence(Stage):
         """Reads the teacher. Raises ConfigError where its features cannot be this model's target."""
         config, key = self.config, f"methods.{self.name}.teacher"
         teacher, digest = load(config.teacher, config.teacher_weights)
-        for what, other in facts(teacher).items():
+        for what, other in _facts(teacher).items():
             if (own := self.facts[what]) != other:
                 raise ConfigError(
                     f"{key}={config.teacher}: its {what} are {other}, this model's {own}; features of the two cannot "
@@ -247,7 +247,7 @@ class SelfTranscendence(Stage):
         return self.term("alignment", error, context)
 
 
-def facts(model: Backbone) -> dict[str, Any]:
+def _facts(model: Backbone) -> dict[str, Any]:
     """In what a teacher is like its student, where features of the two are compared."""
     return {
         "denoised leaves": model.shapes,
