@@ -58,6 +58,9 @@ def _what_you_see(main: RunStory) -> Section:
         "one block is aligned with the features of a frozen image encoder": "repa" in methods or "reg" in methods,
         "that encoder's class token is denoised beside the image": "reg" in methods,
         "one block is aligned with a later block of the model's own average, at less noise": "sra" in methods,
+        "the samples of a batch are pushed apart in the output of one block": "dispersive" in methods,
+        "a shallow block learns to predict by itself": "structure_guidance" in methods,
+        "one block follows the guided features of a frozen model of a first stage": "self_transcendence" in methods,
         "it learned mean velocities, for samples in one step": main.config["objective"]["name"] == "mean_flow",
         "it learned noise and its variance, in 1000 steps": main.config["objective"]["name"] == "ddpm",
     }

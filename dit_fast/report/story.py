@@ -26,6 +26,7 @@ METHOD_NAMES = {
     "repa": "REPA",
     "reg": "REG",
     "sra": "SRA",
+    "dispersive": "Dispersive Loss",
     "structure_guidance": "structure guidance",
     "self_transcendence": "Self-Transcendence",
 }
@@ -44,7 +45,7 @@ CURVES = {
     "flow": Curve(
         "flow",
         "flow-matching loss",
-        "The flow-matching loss is the mean squared error of the predicted velocity. It falls fast, then flattens "
+        "The flow-matching loss is the mean squared error of the predicted {}. It falls fast, then flattens "
         "well above zero, because noise cannot be foreseen; samples go on improving while it barely moves.",
     ),
     "mean_flow": Curve(
@@ -59,6 +60,12 @@ CURVES = {
         "The mean squared error of the predicted noise, the larger part of DDPM's loss; the other trains the variance. "
         "It falls fast, then flattens well above zero; samples go on improving while it barely moves.",
     ),
+}
+PREDICTED = {"velocity": "velocity", "score": "score times sigma", "noise": "noise", "x": "clean latent"}
+WEIGHTED = {
+    "none": "",
+    "velocity": ", weighted as an error of the velocity",
+    "likelihood": ", weighted as the likelihood bound asks",
 }
 
 
@@ -81,8 +88,10 @@ class RunStory:
 
     @property
     def curve(self) -> Curve:
-        name = self.config["objective"]["name"]
-        return CURVES.get(name, Curve(name, name, ""))
+        objective = self.config["objective"]
+        name, what = objective["name"], PREDICTED[objective.get("prediction", "velocity")]
+        found = CURVES.get(name, Curve(name, name, ""))
+        return found._replace(text=found.text.format(what + WEIGHTED[objective.get("weighting", "none")]))
 
     def final(self, column: str) -> float:
         """Mean of a logged value over the last tenth of the run; nan when it was not logged."""

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ from PIL import Image
 from dit_fast.checkpoint.run import load_run
 from dit_fast.cli import main
 from dit_fast.data import open_dataset
+from dit_fast.methods import METHODS
 from dit_fast.report import story
 from dit_fast.report.blocks import real_images, study_blocks
-from dit_fast.report.story import read_story, run_name
+from dit_fast.report.page import _what_you_see
+from dit_fast.report.story import RunStory, read_story, run_name
 from dit_fast.sampling.samples import Samples
 from tests.helpers.two_runs import STEPS
 
@@ -91,3 +94,27 @@ def test_names_of_runs():
     assert run_name(config([])) == "SiT with long skips"
     assert run_name(config([], "off")) == "plain SiT"
     assert run_name(config(["reg"], "off", "mean_flow")) == "mean flow + REG"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_report_names_every_method_and_what_it_does(name):
+    config = {"model": {"name": "SiT-Nano/2"}, "methods": {name: {}}, "objective": {"name": "flow"}}
+    assert run_name(config) != name
+    (text,) = _what_you_see(SimpleNamespace(config=config)).paragraphs[1:]
+    assert text.startswith("What sets this run apart: ")
+
+
+@pytest.mark.parametrize(
+    ("objective", "text"),
+    [
+        ({"name": "flow"}, "squared error of the predicted velocity. It falls"),
+        ({"name": "flow", "prediction": "x", "weighting": "none"}, "squared error of the predicted clean latent. It"),
+        (
+            {"name": "flow", "prediction": "score", "weighting": "likelihood"},
+            "predicted score times sigma, weighted as the likelihood bound asks. It falls",
+        ),
+        ({"name": "ddpm"}, "squared error of the predicted noise, the larger part"),
+    ],
+)
+def test_a_learning_curve_is_said_to_be_of_what_was_predicted(objective, text):
+    assert text in RunStory(*["", None, {"objective": objective}, *[None] * 5]).curve.text
