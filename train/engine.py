@@ -2,11 +2,12 @@
 
 What a training loss must keep to, the same for both: all trained parameters lie in its model before the engine is made,
 none is 0-dim, and nothing but the engine runs a backward that reaches them (DeepSpeed's stages 1 to 3 would lose a part
-of the gradient in silence). A parameter without a gradient has the gradient zero.
+of the gradient in silence). A parameter without a gradient has the gradient zero. Which parameters a micro-batch uses
+does not depend on the rank.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,7 @@ class Engine(ABC):
         base = config.optimizer.lr
         self._lr_shares = [group["lr"] / base if base else 1.0 for group in self._optimizer.param_groups]
         self._checked = self._in_backward = False
-        self._hooks = [each.register_post_accumulate_grad_hook(self._accumulated) for _, each in self._named]
+        self._hooks: list[Any] = [each.register_post_accumulate_grad_hook(self._accumulated) for _, each in self._named]
 
     def train_step(self, micro_batches: Sequence[Batch], step: int, lr: float) -> StepResult:
         """Forward and backward over the micro-batches of this rank, then one clipped update."""
@@ -69,14 +70,16 @@ class Engine(ABC):
         for batch in micro_batches:
             loss, logs = self._forward(batch, step)
             if not self._checked:
-                self._refuse_unknown(leaves_of_graph(loss))
-                self._checked = True
+                reached = list(leaves_of_graph(loss))
+                self._refuse_unknown(reached)
+                self._refuse_uneven(reached)
             self._in_backward = True
             self._backward(loss, len(micro_batches))
             self._in_backward = False
             for name, value in logs.items():
                 value = value.float() / len(micro_batches)
                 sums[name] = sums[name] + value if name in sums else value
+        self._checked = True
         norm = self._clip()
         applied = self._update(norm)
         if not applied:  # statistics that have seen a NaN never lose it
@@ -142,7 +145,7 @@ class Engine(ABC):
                 "to 3; return the sum of all losses, the engine runs the one backward of each micro-batch"
             )
 
-    def _refuse_unknown(self, parameters: Iterator[nn.Parameter]) -> None:
+    def _refuse_unknown(self, parameters: Iterable[nn.Parameter]) -> None:
         known = {id(parameter) for _, parameter in self._named}
         for parameter in parameters:
             if id(parameter) not in known:
@@ -151,9 +154,20 @@ class Engine(ABC):
                     "trained; a method's constructor must register its modules on the model"
                 )
 
+    def _refuse_uneven(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Ranks that reduce other gradients wait for each other for ever, or add up what does not belong together."""
+        reached = {id(parameter) for parameter in parameters}
+        used = [int(id(parameter) in reached) for _, parameter in self._named]
+        both = torch.tensor([used, [-each for each in used]], dtype=torch.int64, device=self.world.device)
+        most, least = self.world.reduce(both, "max")
+        for (_, parameter), uneven in zip(self._named, (most != -least).tolist(), strict=True):
+            if uneven:
+                raise uneven_ranks(self._label(parameter))
+
     def _label(self, parameter: Tensor) -> str:
         named = (name for name, each in self.loss.named_parameters() if each is parameter)
-        return f"the parameter '{next(named, 'outside of the model')}' {list(parameter.shape)}"
+        shape = list(getattr(parameter, "ds_shape", parameter.shape))
+        return f"the parameter '{next(named, 'outside of the model')}' {shape}"
 
     def trainable(self) -> list[tuple[str, torch.Size]]:
         """Names (of the model) and shapes of the trained parameters, in the model's order; the same on every rank."""
@@ -211,6 +225,13 @@ class SingleEngine(Engine):
     def _step(self) -> None:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+
+
+def uneven_ranks(what: str) -> ConfigError:
+    return ConfigError(
+        f"{what} is used on some ranks only in one micro-batch; let what is used depend on the seed, the step and the "
+        "micro-batch, never on the rank or its samples"
+    )
 
 
 def own_parameters(loss: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -49,8 +49,9 @@ def check_stage(engine: EngineConfig, parts: Iterable[Any]) -> None:
     for part in parts:
         if engine.zero_stage == 3 and part.functional:
             raise ConfigError(
-                f"engine.zero_stage=3 cannot run '{part.name}', which differentiates the model forward (jvp) or calls "
-                "it with other parameters, and stage 3 holds none outside of a plain forward; use engine.zero_stage=2"
+                f"engine.zero_stage=3 cannot run '{part.name}', which differentiates within a forward (jvp, a second "
+                "derivative) or calls the model with other parameters, and stage 3 holds none outside of a plain "
+                "forward; use engine.zero_stage=2"
             )
 
 

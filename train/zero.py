@@ -9,8 +9,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dit_fast.errors import ConfigError
 from dit_fast.runs import TrainConfig
-from dit_fast.train.engine import Batch, Engine, Groups, Source
+from dit_fast.train.engine import Batch, Engine, Groups, Source, uneven_ranks
 from dit_fast.train.optim import init_states
 from dit_fast.train.peers import announce
 from dit_fast.world import World, here
@@ -107,8 +107,12 @@ class ZeroEngine(Engine):
                 "that were not reduced; set engine.overlap_comm=false, or engine.zero_stage=2",
                 self.stage,
             )
+        self._leaves = [(name, module) for name, module in loss.named_modules() if [*module.parameters(False)]]
         if self.stage == 3:
             register_reads(loss)
+            for index, (_, module) in enumerate(self._leaves):  # before DeepSpeed's hooks, which gather parameters
+                self._hooks.append(module.register_forward_pre_hook(lambda *_, index=index: self._together(index)))
+        linear = nn.functional.linear
         logger = logging.getLogger("DeepSpeed")
         logger.setLevel(logging.ERROR)  # "untested optimizer" and the like; ours is tested
         self._engine, *_ = deepspeed.initialize(
@@ -118,13 +122,40 @@ class ZeroEngine(Engine):
             dist_init_required=False,
         )
         logger.setLevel(logging.WARNING)
+        # Stage 3 puts one of its own there, for the whole process, which has no forward mode nor second derivative.
+        self._linear, nn.functional.linear = nn.functional.linear, linear
         init_states(self._optimizer, self._flats())
 
     def _forward(self, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        return self._engine(batch, step)
+        with self._own_linear():
+            result = self._engine(batch, step)
+        if self.stage == 3:
+            self._together(-1)
+        return result
+
+    @contextmanager
+    def _own_linear(self) -> Iterator[None]:
+        linear, nn.functional.linear = nn.functional.linear, self._linear
+        try:
+            yield
+        finally:
+            nn.functional.linear = linear
+
+    @torch.compiler.disable
+    def _together(self, index: int) -> None:
+        """Raises ConfigError in the first step unless all ranks enter this one of the modules now (-1: have ended).
+
+        Stage 3 gathers a module's parameters as it is entered: ranks in different modules would wait for ever.
+        """
+        if not self._checked and not self._in_backward:
+            both = torch.tensor([index, -index], dtype=torch.int64, device=self.world.device)
+            most, least = self.world.reduce(both, "max").tolist()
+            if most != -least:
+                raise uneven_ranks(f"the module '{self._leaves[most][0]}'")
 
     def _backward(self, loss: Tensor, count: int) -> None:
-        self._engine.backward(loss)
+        with self._own_linear():  # recomputed blocks
+            self._engine.backward(loss)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
@@ -153,16 +184,18 @@ class ZeroEngine(Engine):
         return self._engine.was_step_applied()
 
     def untrained(self) -> dict[str, Tensor]:
-        with self._gathered(lambda parameter: not parameter.requires_grad):
+        with self._gathered(False):
             state = super().untrained()
             return {name: tensor.clone() for name, tensor in state.items()} if self.stage == 3 else state
 
-    def whole(self) -> AbstractContextManager[Any]:
-        return self._gathered(lambda parameter: True)
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        with self._gathered(True), self._gathered(False, modifier_rank=0):
+            yield
 
-    def _gathered(self, wanted: Callable[[nn.Parameter], bool]) -> AbstractContextManager[Any]:
-        parameters = [parameter for parameter in self.loss.parameters() if wanted(parameter)]
-        return deepspeed.zero.GatheredParameters(parameters, enabled=self.stage == 3)
+    def _gathered(self, trained: bool, **options: Any) -> AbstractContextManager[Any]:
+        parameters = [parameter for parameter in self.loss.parameters() if parameter.requires_grad is trained]
+        return deepspeed.zero.GatheredParameters(parameters, enabled=self.stage == 3, **options)
 
     def full_state(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         if self.stage == 0:

@@ -40,9 +40,10 @@ class Method(ABC):
     fields: of the data set, which a batch then has beside latents and labels. adds: leaves that `state` gives beside
     the image. blocks: from 0, whose outputs pass the method's collector and are in the context's `features`. averaged:
     floating-point buffers of the model whose moving average the EMA file holds. teachers: networks beside the model
-    that it runs, without gradients; they are compiled where the model is. functional: whether it differentiates the
-    model forward or calls it with other parameters. digests: sha256 by name of what `prepare` read from outside and is
-    frozen; they are kept in the checkpoints, and a resume with another file is refused, wherever it lies.
+    that it runs, without gradients; they are compiled where the model is. functional: whether it differentiates within
+    a forward (jvp, a second derivative) or calls the model with other parameters. digests: sha256 by name of what
+    `prepare` read from outside and is frozen; they are kept in the checkpoints, and a resume with another file is
+    refused, wherever it lies.
     """
 
     name: ClassVar[str]

@@ -92,9 +92,9 @@ class Objective(ABC):
 
     Subclasses set `name`, `Config` (a frozen dataclass with defaults) and `solvers`, and define `run`.
 
-    solvers: by name, what can follow its `field` from noise to data. functional: whether it differentiates the model
-    forward or calls it with other parameters. path: between data and noise. prediction: what the model gives for x_t.
-    t_eps: least t by which a prediction of x is turned into a velocity.
+    solvers: by name, what can follow its `field` from noise to data. functional: whether it differentiates within a
+    forward (jvp, a second derivative) or calls the model with other parameters. path: between data and noise.
+    prediction: what the model gives for x_t. t_eps: least t by which a prediction of x is turned into a velocity.
     """
 
     name: ClassVar[str]

@@ -1,11 +1,13 @@
 """Runs a list of scenarios on one engine each and writes what came out; started as one process or as two ranks.
 
-python engine_worker.py OUT.json WORK_FOLDER SCENARIO.json
+python -m tests.train.engine_worker OUT.json WORK_FOLDER SCENARIO.json
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -19,8 +21,10 @@ from dit_fast.train.checkpoints import Checkpoints
 from dit_fast.train.engine import SingleEngine
 from dit_fast.train.guard import Diverged
 from dit_fast.train.loss import TrainingLoss
+from dit_fast.train.prepare import check_stage
 from dit_fast.train.rest import Rest
-from dit_fast.world import launched, single
+from dit_fast.world import World, launched, single
+from tests.train import zero_patterns
 
 BATCH = 8
 
@@ -34,6 +38,7 @@ def config_of(scenario):
             precision=scenario.get("precision", "fp32"),
             global_batch=BATCH,
             micro_batch=scenario.get("micro", 0),
+            overlap_comm=scenario.get("overlap", False),
         ),
         run=RunConfig(seed=3),
     )
@@ -125,21 +130,17 @@ class ToyModel(torch.nn.Module):
 
 
 class Toy(torch.nn.Module):
-    """A loss that uses layer `b` in chosen steps alone. twice: it runs a backward of its own. uneven: the buffer moves
-    by what only this rank has seen."""
+    """A loss that uses layer `b` in chosen steps alone."""
 
-    def __init__(self, steps_of_b, twice=False, uneven=False):
+    def __init__(self, steps_of_b):
         super().__init__()
-        self.model = ToyModel()
-        self.steps_of_b, self.twice, self.uneven = steps_of_b, twice, uneven
+        self.model, self.steps_of_b = ToyModel(), steps_of_b
 
     def forward(self, batch, step):
         model = self.model
         hidden = model.a(batch["x"]) + model.frozen
-        if self.twice:
-            hidden.sum().backward(retain_graph=True)
         model.seen += 1
-        model.mean.lerp_(batch["x"][0, :3] if self.uneven else torch.full((3,), step + 1.0), 0.5)
+        model.mean.lerp_(torch.full((3,), step + 1.0), 0.5)
         loss = (model.b(hidden) if step in self.steps_of_b else hidden).square().mean()
         return loss, {"loss": loss.detach()}
 
@@ -165,7 +166,7 @@ class Teacher(Method):
 
 
 def run_toy(scenario, world, folder):
-    """Weights and averages at the end, and the error that ended it; checkpoints at steps 2 and `steps`."""
+    """Checkpoints at steps 2 and `steps`."""
     config, per_rank = config_of(scenario), BATCH // world.size
     micro = config.engine.micro_batch or per_rank
     loss = Toy(**scenario["toy"])
@@ -177,19 +178,62 @@ def run_toy(scenario, world, folder):
     engine = engine_of(loss, config, world, groups)
     restore(engine, checkpoint)
     rest, checkpoints = Rest(methods, engine, 0.9, checkpoint), Checkpoints(folder / scenario["name"], world)
-    try:
-        for step in range(checkpoint.step if checkpoint else 0, scenario["steps"]):
-            x = torch.randn(BATCH, 4, generator=torch.Generator().manual_seed(step))[world.rank :: world.size]
-            if step in scenario.get("poisoned", ()):
-                x[0] = float("nan")
-            outcome = engine.train_step([{"x": x[i : i + micro]} for i in range(0, per_rank, micro)], step, 1e-2)
-            rest.after_update(outcome.applied)
-            if step + 1 in (2, scenario["steps"]):
-                state = {"step": step + 1, "optimizer_step": engine.applied_steps()}
-                assert checkpoints.save(engine, rest.tensors(), state)
-    except UserError as error:
-        return {"error": str(error)}
+    for step in range(checkpoint.step if checkpoint else 0, scenario["steps"]):
+        x = torch.randn(BATCH, 4, generator=torch.Generator().manual_seed(step))[world.rank :: world.size]
+        if step in scenario.get("poisoned", ()):
+            x[0] = float("nan")
+        outcome = engine.train_step([{"x": x[i : i + micro]} for i in range(0, per_rank, micro)], step, 1e-2)
+        rest.after_update(outcome.applied)
+        if step + 1 in (2, scenario["steps"]):
+            state = {"step": step + 1, "optimizer_step": engine.applied_steps()}
+            assert checkpoints.save(engine, rest.tensors(), state)
     return {}
+
+
+STEPS, known = 3, {}
+
+
+def run_cell(scenario, world, folder):
+    """Three steps of a case of `zero_patterns`: its distances from the plain loop, or the error that refused it."""
+    name, precision, count = scenario["case"], scenario["precision"], scenario["micro_batches"]
+    micro = BATCH // world.size // count
+    config = config_of({**scenario, "micro": micro, "clip": zero_patterns.CASES[name].clip})
+    optimizer = dataclasses.replace(config.optimizer, lr=zero_patterns.LR, eps=zero_patterns.EPS)
+    config = dataclasses.replace(config, optimizer=optimizer)
+    loss, methods = zero_patterns.build(name, precision)
+    groups = [group for method in methods for group in method.param_groups()]
+    try:
+        if "stage" in scenario:
+            check_stage(config.engine, (loss.objective, *methods))
+            engine = engine_of(loss, config, world, groups)
+        else:
+            engine = SingleEngine(loss, config, world, groups)
+        rest = Rest(methods, engine, zero_patterns.EMA)
+        for step in range(STEPS):
+            rest.after_update(engine.train_step(shares(step, world, count), step, zero_patterns.LR).applied)
+            untrained = rest.tensors()
+    except UserError as error:
+        return {"refused": str(error)}
+    found = {kind: dict(engine.full_state(kind)) for kind in ("model", "ema", "exp_avg", "exp_avg_sq")}
+    found["model"] |= {name: x for name, x in untrained["model"].items() if x.is_floating_point()}
+    found["rest"] = untrained["rest"]
+    if (name, precision, count) not in known:
+        ranks = [World(rank, world.size, world.device) for rank in range(world.size)]
+        steps = [list(zip(*(shares(step, rank, count) for rank in ranks), strict=True)) for step in range(STEPS)]
+        with mock.patch("torch.distributed.is_initialized", return_value=False):  # a process of its own
+            known[name, precision, count] = zero_patterns.plain(name, precision, steps)
+    return {"differences": zero_patterns.differences(found, known[name, precision, count])}
+
+
+def shares(step, world, count):
+    """`count` micro-batches of this rank, which know their number in the step and have every field."""
+    batches = micro_batches(step, world, BATCH // world.size // count, ())
+    for i, batch in enumerate(batches):
+        batch["micro"] = torch.full_like(batch["label"], i)
+        for name, shape in zero_patterns.FIELDS.items():
+            drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(int(p))) for p in batch["position"]]
+            batch[name] = torch.stack(drawn)
+    return batches
 
 
 def restore(engine, checkpoint):
@@ -241,7 +285,8 @@ def main():
         world = single()
     results = {}
     for scenario in scenarios:
-        results[scenario["name"]] = (run_toy if "toy" in scenario else run)(scenario, world, folder)
+        does = run_toy if "toy" in scenario else run_cell if "case" in scenario else run
+        results[scenario["name"]] = does(scenario, world, folder)
     if world.rank == 0:
         out.write_text(json.dumps(results))
     world.close()

@@ -1,0 +1,159 @@
+"""What a training loss may do under ZeRO: every case in every stage equals a plain loop, or is refused.
+
+The cases and the loop are in `zero_patterns.py`; one start of one rank and one of two run all cells. Here a part of
+the grid, the whole is `long`. `python -m tests.train.test_zero_contract` runs the whole and records it, with the table
+of docs/training.md.
+"""
+
+import json
+import random
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit_fast.benchmarks.results import environment
+from tests.helpers.engines import run_engines
+from tests.helpers.toy_runs import ROOT
+from tests.train.zero_patterns import CASES, PATTERNS
+
+pytestmark = pytest.mark.launch
+STAGES = (0, 1, 2, 3)
+RECORD, PAGE = ROOT / "benchmarks/results/cpu/zero_contract.json", ROOT / "docs/training.md"
+
+# Of weights, averages and what methods hold, and of moments. In bf16 weights that differ by a bit of float32 round to
+# other numbers after the first update, and DeepSpeed's linear function of stage 3 rounds elsewhere.
+TOLERANCE = {"fp32": (1e-6, 2e-5), "bf16": (2e-3, 5e-2)}
+
+
+def cell(case, stage, precision="fp32", micro_batches=4, **options):
+    """stage None: one process without DeepSpeed."""
+    stages = {} if stage is None else {"stage": stage}
+    name = f"{case}, stage {stage}, {precision}, {micro_batches}{', overlap' if options else ''}"
+    return {"name": name, "case": case, "precision": precision, "micro_batches": micro_batches, **stages, **options}
+
+
+def grid(*stages):
+    return [cell(case, s, precision, n) for s in stages for case in CASES for precision in TOLERANCE for n in (1, 4)]
+
+
+def whole(ranks):
+    return distinct([*grid(*STAGES), *part(ranks)] if ranks == 2 else [*grid(None, *STAGES), *part(ranks)])
+
+
+def part(ranks):
+    """Each guard of the engines has a cell here that fails without it; and a few more, drawn.
+
+    One rank: those without DeepSpeed come before and after stage 3, which once replaced torch's linear function.
+    """
+    drawn = random.Random(ranks).sample(grid(*STAGES), 6)
+    if ranks == 1:
+        plain = [cell(case, None) for case in ("nothing else", "unused in some steps", "own backward", "groups")]
+        return distinct([*plain, *drawn, cell("nothing else", 3), cell("forward mode", None), cell("mean flow", None)])
+    cells = [cell(case, stage) for i, case in enumerate(PATTERNS) for stage in sorted({3, i % 3})]
+    cells += [cell(case, 3 - i % 3) for i, case in enumerate(CASES) if case not in PATTERNS]
+    cells += [cell("unused in some steps", 0)]
+    cells += [cell("unused in some micro-batches", stage, overlap=True) for stage in (1, 2, 3)]
+    return distinct([*cells, *drawn])
+
+
+def distinct(cells):
+    return list({each["name"]: each for each in cells}.values())
+
+
+def refusal(ranks, case, stage):
+    """Of the error that ends a cell, or None where it must run."""
+    if case == "own backward":
+        return "ran a backward of its own"
+    if stage == 3 and CASES[case].functional:
+        return "engine.zero_stage=3 cannot run '"
+    if ranks == 2 and case == "unused on some ranks":
+        return "is used on some ranks only"
+    if ranks == 2 and case == "batch norm":
+        return "'norm.running_mean' is not the same on all ranks"
+    return None
+
+
+def check(ranks, cells, results):
+    for each in cells:
+        found, expected = results[each["name"]], refusal(ranks, each["case"], each.get("stage"))
+        if expected is not None:
+            assert expected in found.get("refused", "nothing"), each["name"]
+        else:
+            assert "differences" in found, (each["name"], found)
+            state, moments = TOLERANCE[each["precision"]]
+            for kind, difference in found["differences"].items():
+                assert difference <= (moments if kind.startswith("exp") else state), (each["name"], found)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("contract")
+    return {ranks: run_engines(folder / f"{ranks}.json", folder, part(ranks), ranks) for ranks in (1, 2)}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_every_stage_equals_a_plain_loop_or_is_refused(results, case, ranks):
+    check(ranks, [each for each in part(ranks) if each["case"] == case], results[ranks])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_whole_grid(tmp_path, ranks):
+    cells = whole(ranks)
+    check(ranks, cells, run_engines(tmp_path / "out.json", tmp_path, cells, ranks, timeout=2900))
+
+
+def table(record):
+    """Markdown, of what was recorded."""
+    columns = {"one process": [None], "stage 0": [0], "stages 1, 2": [1, 2], "stage 3": [3]}
+    lines = [f"| the loss has | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for case in CASES:
+        words = []
+        for stages in columns.values():
+            mine = [c for c in record["cells"] if c["case"] == case and c["stage"] in stages]
+            refused = {c["ranks"] for c in mine if "refused" in c}
+            words.append("equal" if not refused else "refused" if 1 in refused else "refused with 2 ranks")
+        lines.append(f"| {case} | {' | '.join(words)} |")
+    return "\n".join(lines)
+
+
+def main():
+    where = environment(torch.device("cpu"))
+    cells = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for ranks in (1, 2):
+            chosen = whole(ranks)
+            found = run_engines(folder / f"{ranks}.json", folder, chosen, ranks, timeout=2900)
+            check(ranks, chosen, found)
+            for each in chosen:
+                facts = {key: each.get(key) for key in ("case", "stage", "precision", "micro_batches")}
+                said = {key: value for key, value in each.items() if key == "overlap"}
+                cells.append({**facts, **said, "ranks": ranks, **rounded(found[each["name"]])})
+    where["versions"]["deepspeed"] = version("deepspeed")
+    head = {"contract": "zero", **where, "command": "python -m tests.train.test_zero_contract"}
+    largest = {}
+    for each in cells:
+        for kind, value in each.get("differences", {}).items():
+            mine = largest.setdefault(each["precision"], {})
+            mine[kind] = max(value, mine.get(kind, 0.0))
+    lines = ",\n".join(f"  {json.dumps(each)}" for each in cells)
+    text = json.dumps({**head, "largest": largest}, indent=1)
+    RECORD.write_text(f'{text.removesuffix("}").rstrip()},\n "cells": [\n{lines}\n ]\n}}\n')
+    print(table(json.loads(RECORD.read_text())))
+    print(json.dumps(largest))
+
+
+def rounded(result):
+    if "refused" in result:
+        return result
+    return {"differences": {kind: float(f"{value:.1e}") for kind, value in result["differences"].items()}}
+
+
+if __name__ == "__main__":
+    main()
