@@ -142,10 +142,11 @@ def table(result):
     rows = {tuple(row["parts"]): row for row in result["cells"]}
     names = list(dict.fromkeys(name for cell in rows for name in cell if name != "flow"))
     reasons = list(dict.fromkeys(row["reason"] for row in rows.values() if row["outcome"] == "refused"))
-    lines = [f"| | alone | {' | '.join(f'`{name}`' for name in names)} |", "|---" * (len(names) + 2) + "|"]
+    across = [name for name in names if name not in PREDICTIONS]
+    lines = [f"| | alone | {' | '.join(f'`{name}`' for name in across)} |", "|---" * (len(across) + 2) + "|"]
     for number, name in enumerate(names):
         shown = []
-        for other in (None, *names):
+        for other in (None, *across):
             row = rows.get((name,)) if other is None else rows.get((other, name))
             ahead = other is not None and names.index(other) >= number
             mark = "" if ahead else "objectives" if row is None else "yes" if row["outcome"] == "trained" else ""
