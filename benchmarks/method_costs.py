@@ -86,6 +86,7 @@ def dataset(config: TrainConfig) -> DatasetInfo:
         statistics=None,
         shards=(),
         fingerprint="",
+        source="",
     )
 
 
