@@ -29,6 +29,15 @@ from dit_fast.recipes import RECIPES
 from dit_fast.runs import TrainConfig
 from dit_fast.train.loss import TrainingLoss
 
+
+class OneMode(FakeTensorMode):
+    """Copied with a model, it stays the one that all its tensors belong to."""
+
+    def __deepcopy__(self, memo: object) -> "OneMode":
+        return self
+
+
+MODE = OneMode()  # one for all: tables that are made once and kept belong to it, too
 BATCH, TOKENS, WIDTH = 4, 256, 768
 PAGE = ROOT / "docs" / "methods.md"
 SIZES = ("b2", "xl2")
@@ -108,7 +117,7 @@ def count(config: TrainConfig) -> dict[str, int]:
         loaded.append(new_model(config.model).eval().requires_grad_(False))
         return loaded[-1], ""
 
-    with FakeTensorMode(), force("torch"):
+    with MODE, force("torch"):
         model = new_model(config.model)
         objective = OBJECTIVES[config.objective.name](config.objective, model)
         methods = build_methods(config.methods, model, dataset(config))
