@@ -210,16 +210,16 @@ def test_a_run_is_bound_to_the_added_fields_that_it_reads(bare, extended, tmp_pa
     from dit_fast.runs import TrainConfig
 
     info = open_dataset(extended).info
-    bound = info.field_fingerprints(("image", "tokens"))
+    bound = info.field_fingerprints(("image", "tokens"), {})
     assert list(bound) == ["tokens"]
     np.save(tmp_path / "tokens.npy", TOKENS + 1)
     other = add_field(bare, "tokens", tmp_path / "tokens.npy", progress=False).info
     state = {"config": to_dict(TrainConfig()), "dataset_fingerprint": info.fingerprint}
-    check_resume(SimpleNamespace(path="run", state=state), TrainConfig(), other, ())  # also a run of before
+    check_resume(SimpleNamespace(path="run", state=state), TrainConfig(), other, (), {})  # also a run of before
     checkpoint = SimpleNamespace(path="run", state={**state, "field_fingerprints": bound})
-    check_resume(checkpoint, TrainConfig(), info, ("image", "tokens"))
+    check_resume(checkpoint, TrainConfig(), info, ("image", "tokens"), {})
     with pytest.raises(CheckpointError, match="field 'tokens' is another one than run was trained with"):
-        check_resume(checkpoint, TrainConfig(), other, ("image", "tokens"))
+        check_resume(checkpoint, TrainConfig(), other, ("image", "tokens"), {})
 
 
 def test_random_damage_gives_the_right_samples_or_one_line(extended, tmp_path):
