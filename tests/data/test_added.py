@@ -210,7 +210,7 @@ def test_a_run_is_bound_to_the_added_fields_that_it_reads(bare, extended, tmp_pa
     from dit_fast.runs import TrainConfig
 
     info = open_dataset(extended).info
-    bound = info.field_fingerprints(("image", "tokens"), {})
+    bound = info.field_fingerprints(("image", "tokens"))
     assert list(bound) == ["tokens"]
     np.save(tmp_path / "tokens.npy", TOKENS + 1)
     other = add_field(bare, "tokens", tmp_path / "tokens.npy", progress=False).info
