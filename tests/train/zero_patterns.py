@@ -208,7 +208,7 @@ class Statistics(Pattern):
         model.add_head("norm", self.norm)
 
     def values(self, context):
-        return [(self.norm(context.features[1].flatten(0, 1)) - 1).square().mean()]
+        return [(self.norm(context.features[0].flatten(0, 1)) - 1).square().mean()]
 
 
 PATTERNS = {
