@@ -40,7 +40,9 @@ def grid(*stages):
 
 
 def whole(ranks):
-    return distinct([*grid(*STAGES), *part(ranks)] if ranks == 2 else [*grid(None, *STAGES), *part(ranks)])
+    if ranks == 1:
+        return distinct([*grid(None, *STAGES), *part(1)])
+    return distinct([*grid(*STAGES), *part(2), cell("unused in some micro-batches", 3, overlap=True)])
 
 
 def part(ranks):
@@ -52,8 +54,9 @@ def part(ranks):
     if ranks == 1:
         plain = [cell(case, None) for case in ("nothing else", "unused in some steps", "own backward", "groups")]
         return distinct([*plain, *drawn, cell("nothing else", 3), cell("forward mode", None), cell("mean flow", None)])
-    cells = [cell(case, 3) for case in PATTERNS]
-    cells += [cell(case, 3 - i % 3) for i, case in enumerate(REALS)]
+    often = ("nothing else", "unused in some micro-batches", "depth by micro-batch")  # stage 3 costs the most
+    cells = [cell(case, 3, micro_batches=4 if case in often else 1) for case in PATTERNS]
+    cells += [cell(case, 3 - i % 3, micro_batches=1 if i % 3 == 0 else 4) for i, case in enumerate(REALS)]
     cells += [cell(case, stage) for stage in (0, 1, 2) for case in ("gradient clipped", "groups")]
     cells += [cell(case, 0) for case in ("unused in some steps", "unused on some ranks")]
     cells += [cell(case, 1) for case in ("unused on some ranks", "forward mode", "second derivative")]
