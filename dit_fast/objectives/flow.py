@@ -103,12 +103,13 @@ class Flow(Objective):
         drawn, target = map(leaves, self.interpolate(plain, noise_for(plain, key), t))
         noised = like(x, {name: flow_noised(leaf, *draw) for name, leaf in fused.items()} | drawn)
         prediction = model(noised, t, y, taps)
-        errors = {
+        losses = {
             name: flow_error(leaf, fused[name], *draw) if name in fused else velocity_error(leaf, target[name])
             for name, leaf in leaves(prediction).items()
         }
-        weight = error_weight(t, self.path, self.prediction, self.config.weighting, self.t_eps)
-        losses = {name: error * weight for name, error in errors.items()}
+        if self.prediction != "velocity":  # whose weight is 1
+            weight = error_weight(t, self.path, self.prediction, self.config.weighting, self.t_eps)
+            losses = {name: error * weight for name, error in losses.items()}
         return Context(self, model, x, y, key, t, noised, prediction, losses, taps, batch, number)
 
     def draw_times(self, key: Key) -> Tensor:

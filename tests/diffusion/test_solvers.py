@@ -39,7 +39,6 @@ def test_order_of_convergence(sampler, order):
 
 
 def test_dopri5_keeps_its_tolerance_within_the_times():
-    pytest.importorskip("torchdiffeq")
     seen, exact = [], Exact()
 
     def slow(x, t, y):  # where nearly nothing moves, the trial before the first step is longer than all the time
@@ -53,13 +52,11 @@ def test_dopri5_keeps_its_tolerance_within_the_times():
 
 
 def test_dopri5_that_cannot_go_on_says_so():
-    pytest.importorskip("torchdiffeq")
     with pytest.raises(UserError, match=r"dopri5 cannot keep atol=1e-06, rtol=0\.001 \(underflow in dt"):
         sample(lambda x, t, y: x * float("nan"), NOISE, labels(3), "dopri5")
 
 
 def test_dopri5_gives_an_image_the_same_bytes_in_any_company():
-    pytest.importorskip("torchdiffeq")
     model, index = Small(), torch.arange(6)
 
     def run(index, **options):
@@ -73,7 +70,6 @@ def test_dopri5_gives_an_image_the_same_bytes_in_any_company():
 
 
 def test_trees_go_through_dopri5_leaf_by_leaf():
-    pytest.importorskip("torchdiffeq")
     rates = {"image": 1.0, "class_token": -2.0}
     noise = {"image": torch.ones(2, 1, 2, 2), "class_token": torch.ones(2, 3)}
     done = sample(

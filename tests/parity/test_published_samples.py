@@ -54,8 +54,6 @@ def transport(name, call):
 @pytest.mark.parametrize("method", ["euler", "heun", "heun2", "rk4", "dopri5"])
 def test_every_sampler_on_every_path_with_every_prediction(method):
     """With the published times, which are also the default."""
-    if method == "dopri5":
-        pytest.importorskip("torchdiffeq")
     cases = [(name, call) for name, call in TRANSPORT if published_calls(name)[call]["method"] == method]
     assert cases
     for name, call in cases:
@@ -68,7 +66,6 @@ def test_every_sampler_on_every_path_with_every_prediction(method):
 
 def test_dopri5_stays_within_the_times_where_the_published_code_dies():
     """On vp with noise prediction its last step leads beyond the data (`ode_vp_noise_dopri5` of `crashes`)."""
-    pytest.importorskip("torchdiffeq")
     options, model, start, y, published = transport("transport_a", "ode_vp_noise_dopri5_tight")
     seen = []
     ours = sample(
@@ -93,7 +90,6 @@ def test_the_official_sit_in_its_own_options(name):
             last_step=options["last_step"].lower(), last_step_size=options["last_step_size"],
         )  # fmt: skip
         assert_close(ours, data.tensor(f"out/{call}"), 2e-6)
-    pytest.importorskip("torchdiffeq")
     ours = sample(model, start, y, "dopri5", cfg_scale=scale, cfg_channels="first_three")
     assert_close(ours, data.tensor("out/ode_dopri5_cfg"), 5e-3)
 

@@ -105,7 +105,6 @@ def test_captions_say_what_is_not_the_default(place, changes, text):
 
 
 def test_dopri5_is_captioned_by_its_tolerances(place):
-    pytest.importorskip("torchdiffeq")
     (samples,) = draw(run := load_run(place / "plain"), run.dataset(), options(sampler="dopri5", rtol=0.1))
     assert samples.text == "dopri5, atol 1e-06, rtol 0.1, guidance 2.5, seed 0"
 
