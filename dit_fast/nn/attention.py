@@ -13,6 +13,8 @@ from torch.autograd.forward_ad import unpack_dual
 
 from dit_fast.errors import ConfigError
 from dit_fast.nn.linear import Reads, linear_flops, xavier_linear
+from dit_fast.nn.norm import NormKind, RMSNorm
+from dit_fast.nn.rotary import Rotary, rotate
 from dit_fast.ops import qk_norm as normalise_heads
 
 logger = logging.getLogger("dit_fast")
@@ -40,11 +42,20 @@ class Attention(nn.Module):
     kind: "auto" (flash-attn where it is installed and the tensors allow it, else "sdpa"), "sdpa" (torch's
     `scaled_dot_product_attention`), "flash" (flash-attn or an error), "math" (plain matrix products and softmax). In
     forward-mode differentiation, for which the others have no rule, every kind is "math".
-    qk_norm: affine LayerNorm (eps 1e-5) on queries and keys, per head.
+    qk_norm: a norm of queries and keys, per head: affine LayerNorm (eps 1e-5), or with norm "rms" an RMSNorm.
+    bias: of the query-key-value projection.
     Raises ConfigError for an unknown kind, a width that the heads do not divide, or flash-attn asked for but absent.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False, kind: AttentionKind = "auto"):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        qk_norm: bool = False,
+        kind: AttentionKind = "auto",
+        norm: NormKind = "layer",
+        bias: bool = True,
+    ):
         super().__init__()
         if num_heads < 1 or hidden_size % num_heads:
             raise ConfigError(f"num_heads {num_heads} must divide hidden_size {hidden_size}")
@@ -57,17 +68,22 @@ class Attention(nn.Module):
         self.kind = kind
         self._flash = flash
         head_width = hidden_size // num_heads
-        self.qkv = xavier_linear(hidden_size, 3 * hidden_size)
-        if qk_norm:
-            self.q_norm: nn.Module = nn.LayerNorm(head_width, eps=QK_EPS)
-            self.k_norm: nn.Module = nn.LayerNorm(head_width, eps=QK_EPS)
+        self.qkv = xavier_linear(hidden_size, 3 * hidden_size, bias)
+        if not qk_norm:
+            self.q_norm: nn.Module = nn.Identity()
+            self.k_norm: nn.Module = nn.Identity()
+        elif norm == "rms":
+            self.q_norm, self.k_norm = RMSNorm(head_width), RMSNorm(head_width)
         else:
-            self.q_norm = self.k_norm = nn.Identity()
+            self.q_norm, self.k_norm = (nn.LayerNorm(head_width, eps=QK_EPS) for _ in range(2))
         self.proj = xavier_linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
+        """rotary: what turns queries and keys after their norm."""
         batch, tokens, width = x.shape
         query, key, value = self._heads(self.qkv(x))
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
         if self.kind == "math" or has_tangent(value):
             mixed = _plain_attention(query, key, value).transpose(1, 2)
         elif self._use_flash(value):
@@ -81,7 +97,8 @@ class Attention(nn.Module):
         q, k = self.q_norm, self.k_norm
         if isinstance(q, nn.LayerNorm) and isinstance(k, nn.LayerNorm):
             return normalise_heads(qkv, self.num_heads, q.weight, q.bias, k.weight, k.bias, QK_EPS)
-        return qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q(query), k(key), value
 
     def reads(self) -> Reads:
         return [(self, self.q_norm), (self, self.k_norm)]

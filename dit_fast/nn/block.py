@@ -1,40 +1,73 @@
 """The transformer block with adaLN-Zero conditioning (DiT, arXiv 2212.09748, Sec. 3.2)."""
 
+from collections.abc import Callable
+from typing import Any, cast
+
 from torch import Tensor, nn
 
 from dit_fast.nn.attention import Attention, AttentionKind
-from dit_fast.nn.linear import linear_flops, zero_linear
+from dit_fast.nn.linear import Reads, linear_flops
 from dit_fast.nn.mlp import Mlp
-from dit_fast.ops import RowStatistics, gate_residual, gate_residual_modulate, layer_norm_modulate
+from dit_fast.nn.norm import NormKind, RMSNorm, modulate, residual, residual_modulate, zero_modulation
+from dit_fast.nn.rotary import Rotary
+from dit_fast.ops import RowStatistics, gate_residual
 from dit_fast.ops.adaln import returns_statistics
 from dit_fast.ops.autocast import linear_dtype
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a modulated LayerNorm and a gate; the identity when newly made.
+    """Attention and MLP, each behind a modulated norm and a gate; the identity when newly made.
 
-    x: tokens [N, T, D]; c: conditioning [N, D]. The six parts of the modulation are, in order, shift, scale and gate of
-    the attention branch and shift, scale and gate of the MLP branch.
+    x: tokens [N, T, D]; c: conditioning [N, D], or [N, T, D], one vector for each token. The six parts of the
+    modulation are, in order, shift, scale and gate of the attention branch and shift, scale and gate of the MLP branch.
+    norm: before both branches, LayerNorm without parameters, or RMSNorm with a weight. shift: False leaves four parts,
+    without the shifts. mlp, modulation: what makes these modules, of the width, and of the width and number of parts.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False, attention: AttentionKind = "auto"):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        qk_norm: bool = False,
+        attention: AttentionKind = "auto",
+        norm: NormKind = "layer",
+        mlp: Callable[[int], nn.Module] = Mlp,
+        shift: bool = True,
+        qkv_bias: bool = True,
+        modulation: Callable[[int, int], nn.Sequential] = zero_modulation,
+    ):
         super().__init__()
-        self.attn = Attention(hidden_size, num_heads, qk_norm, attention)
-        self.mlp = Mlp(hidden_size)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), zero_linear(hidden_size, 6 * hidden_size))
+        self.shift = shift
+        self.norm1 = RMSNorm(hidden_size) if norm == "rms" else None
+        self.norm2 = RMSNorm(hidden_size) if norm == "rms" else None
+        self.attn = Attention(hidden_size, num_heads, qk_norm, attention, norm, qkv_bias)
+        self.mlp = mlp(hidden_size)
+        self.adaLN_modulation = modulation(hidden_size, 6 if shift else 4)
 
-    def forward(self, x: Tensor, c: Tensor, stats: RowStatistics | None = None) -> tuple[Tensor, RowStatistics | None]:
-        """The tokens that replace x, with their row statistics where those come free. stats: of x, if known."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
+    def forward(
+        self, x: Tensor, c: Tensor, stats: RowStatistics | None = None, rotary: Rotary | None = None
+    ) -> tuple[Tensor, RowStatistics | None]:
+        """The tokens that replace x, with their row statistics where those come free.
+
+        stats: of x, if known. rotary: tables that turn queries and keys.
+        """
+        modulation, shift_a, shift_m = self.adaLN_modulation(c), None, None
+        if self.shift:
+            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
+        else:
+            scale_a, gate_a, scale_m, gate_m = modulation.chunk(4, dim=-1)
         dtype = linear_dtype(x, x.dtype)
-        attended = self.attn(layer_norm_modulate(x, shift_a, scale_a, stats=stats, out_dtype=dtype))
-        x, modulated = gate_residual_modulate(x, attended, gate_a, shift_m, scale_m, out_dtype=dtype)
+        attended = self.attn(modulate(x, self.norm1, shift_a, scale_a, stats, dtype), rotary)
+        x, modulated = residual_modulate(x, attended, gate_a, self.norm2, shift_m, scale_m, dtype)
         mixed = self.mlp(modulated)
-        if returns_statistics(x):
+        if gate_m.dim() == 2 and returns_statistics(x):
             return gate_residual(x, mixed, gate_m, return_stats=True)
-        return gate_residual(x, mixed, gate_m), None
+        return residual(x, mixed, gate_m), None
 
-    def flops(self, num_tokens: int) -> int:
-        """Forward FLOPs of one sample, multiply-add = 2."""
-        modulation = linear_flops(self.adaLN_modulation[1], rows=1)
-        return self.attn.flops(num_tokens) + self.mlp.flops(num_tokens) + modulation
+    def reads(self) -> Reads:
+        return [(self, norm) for norm in (self.norm1, self.norm2) if norm is not None]
+
+    def flops(self, num_tokens: int, conditions: int = 1) -> int:
+        """Forward FLOPs of one sample, multiply-add = 2. conditions: vectors that modulate it, 1 or one per token."""
+        modulation = linear_flops(self.adaLN_modulation[-1], rows=conditions)
+        return self.attn.flops(num_tokens) + cast(Any, self.mlp).flops(num_tokens) + modulation

@@ -10,11 +10,12 @@ from torch import nn
 Reads = Iterable[tuple[nn.Module, nn.Module]]
 
 
-def xavier_linear(in_features: int, out_features: int) -> nn.Linear:
+def xavier_linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
     """Xavier-uniform weight, zero bias."""
-    layer = nn.Linear(in_features, out_features)
+    layer = nn.Linear(in_features, out_features, bias)
     nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    if bias:
+        nn.init.zeros_(layer.bias)
     return layer
 
 

@@ -1,6 +1,7 @@
-"""The MLP of a transformer block."""
+"""The MLPs of a transformer block."""
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dit_fast.nn.linear import Reads, linear_flops, xavier_linear
 from dit_fast.ops import gelu_mlp
@@ -25,3 +26,24 @@ class Mlp(nn.Module):
     def flops(self, num_tokens: int) -> int:
         """Forward FLOPs of one sample, multiply-add = 2."""
         return linear_flops(self.fc1, num_tokens) + linear_flops(self.fc2, num_tokens)
+
+
+class SwiGLU(nn.Module):
+    """`w3(silu(a) * b)`, a and b the halves of w12(x), over tokens [N, T, D] (arXiv 2002.05202).
+
+    Two thirds as wide inside as `Mlp`, so that it has as many parameters.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        width = 2 * MLP_RATIO * hidden_size // 3
+        self.w12 = xavier_linear(hidden_size, 2 * width)
+        self.w3 = xavier_linear(width, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+    def flops(self, num_tokens: int) -> int:
+        """Forward FLOPs of one sample, multiply-add = 2."""
+        return linear_flops(self.w12, num_tokens) + linear_flops(self.w3, num_tokens)
