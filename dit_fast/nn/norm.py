@@ -18,7 +18,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.ones(width, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width], in x's dtype; rounded once."""
