@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dit_fast.diffusion.guidance import Guided, described, shapes_of
 from dit_fast.errors import UserError
+from dit_fast.models import split
 from dit_fast.tree import Tree, each, image
 
 STEPS = 1000
@@ -97,12 +98,13 @@ class Noise(Guided):
     unit = STEPS
 
     def evaluate(self, x: Tree, t: float, s: float, y: Tensor) -> Tree:
-        value = self.model(
+        output = self.model(
             each(lambda leaf: leaf.to(self.dtype), x),
             torch.full(y.shape, int(t), dtype=torch.int64, device=y.device),
             y,
         )
-        noise_and_logits(value, x)
+        value, second = split(output)
+        noise_and_logits(value if second is None or shapes_of(second) == shapes_of(x) else output, x)
         return image(value).double()
 
     def combine(self, label: Tree, null: Tree) -> Tree:

@@ -7,10 +7,12 @@ from torch import Tensor
 
 from dit_fast.diffusion.paths import Path, as_path
 from dit_fast.diffusion.times import TimeSampler, uniform
+from dit_fast.models import Output, split
+from dit_fast.tree import image
 
 
 def flow_loss(
-    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    model: Callable[[Tensor, Tensor, Tensor], Output],
     x: Tensor,
     y: Tensor,
     t: Tensor | None = None,
@@ -30,7 +32,7 @@ def flow_loss(
     if noise is None:
         noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
     noised, target = as_path(path).interpolate(x, noise, t)
-    return velocity_error(model(noised, t, y), target)
+    return velocity_error(image(split(model(noised, t, y))[0]), target)
 
 
 def velocity_error(prediction: Tensor, target: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dit_fast.diffusion.conversions import Prediction, convert, field_range, finite_at
 from dit_fast.diffusion.paths import Path, as_path
 from dit_fast.errors import UserError
+from dit_fast.models import Output, split
 from dit_fast.tree import Tree, each, image, leaves
 
 Channels = Literal["all", "first_three"]
@@ -103,7 +104,7 @@ class Guided(ABC):
 
     unit: ClassVar[float] = 1.0  # the time of pure noise
 
-    def __init__(self, model: Callable[..., Tree], y: Tensor, guidance: Guidance, null_label: int | None = None):
+    def __init__(self, model: Callable[..., Output], y: Tensor, guidance: Guidance, null_label: int | None = None):
         self.model, self.y, self.guidance = model, y, guidance
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self.dtype = torch.float64 if parameter is None else parameter.dtype
@@ -141,7 +142,7 @@ class Velocity(Guided):
 
     def __init__(
         self,
-        model: Callable[..., Tree],
+        model: Callable[..., Output],
         y: Tensor,
         guidance: Guidance,
         times: int = 1,
@@ -158,12 +159,13 @@ class Velocity(Guided):
     def evaluate(self, x: Tree, t: float, s: float, y: Tensor) -> Tree:
         wide = torch.promote_types(self.dtype, torch.float32)
         times = [torch.full(y.shape, time, dtype=wide, device=y.device) for time in (t, s)[: self.times]]
-        value = self.model(
+        output = self.model(
             each(lambda leaf: leaf.to(self.dtype), x), torch.stack(times, dim=1) if self.times == 2 else times[0], y
         )
-        if shapes_of(value) != shapes_of(x):
+        value, second = split(output)
+        if shapes_of(value) != shapes_of(x) or (second is not None and shapes_of(second) != shapes_of(x)):
             raise UserError(
-                f"the model returned {described(value)} for a state {described(x)}; it must be a {self.prediction} of "
+                f"the model returned {described(output)} for a state {described(x)}; it must be a {self.prediction} of "
                 "that shape"
             )
         if self.prediction == "velocity":

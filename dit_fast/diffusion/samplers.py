@@ -19,6 +19,7 @@ from dit_fast.diffusion.paths import Path, as_path
 from dit_fast.diffusion.reverse import LastStep
 from dit_fast.diffusion.solvers import SOLVERS, Draw, Field, Follows
 from dit_fast.errors import UserError
+from dit_fast.models import Output
 from dit_fast.options import check_choice
 from dit_fast.philox import Key, Stream, leaf_stream
 from dit_fast.tree import Tree, each, image, leaves, like
@@ -44,7 +45,7 @@ def initial_noise(seed: int, index: Tensor, shape: tuple[int, ...] | Mapping[str
 
 
 def sample(
-    model: Callable[..., Tree],
+    model: Callable[..., Output],
     noise: Tree,
     y: Tensor,
     sampler: str = "euler",

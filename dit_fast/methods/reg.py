@@ -17,7 +17,7 @@ from dit_fast.diffusion.paths import as_path
 from dit_fast.errors import ConfigError
 from dit_fast.methods.base import Term
 from dit_fast.methods.repa import REPA, repa_loss
-from dit_fast.models import Backbone
+from dit_fast.models import Backbone, split
 from dit_fast.objectives import Context
 from dit_fast.options import setting
 from dit_fast.philox import Key
@@ -55,7 +55,8 @@ def reg_losses(
     path, block, target = as_path(path), encoder_depth - 1, target.detach()
     noised, velocity = path.interpolate(x, noise, t)
     noised_token, token_velocity = path.interpolate(target[:, 0], class_noise, t)
-    output, features = model({"image": noised, "class_token": noised_token}, t, y, taps=(block,))
+    whole, features = model({"image": noised, "class_token": noised_token}, t, y, taps=(block,))
+    output, _ = split(whole)
     return REGLosses(
         velocity_error(output["image"], velocity),
         velocity_error(output["class_token"], token_velocity),

@@ -17,7 +17,7 @@ from dit_fast.diffusion import Path, velocity_error
 from dit_fast.diffusion.paths import as_path
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.methods.base import Load, Method, Term
-from dit_fast.models import Backbone
+from dit_fast.models import Backbone, split
 from dit_fast.nn.projector import LatentHead, projector
 from dit_fast.objectives import Context
 from dit_fast.options import check_choice, setting
@@ -66,7 +66,8 @@ def self_transcendence_loss(
     output, features = model(noised, t, y, taps=(block,))
     target = guided_features(teacher, noised, t, y, last, guidance)
     guided = velocity_error(model.projectors[0](features[block]), target)
-    return SelfTranscendenceLosses(velocity_error(output, velocity), guided, masked_mean(guided, t, t_range, mask))
+    flow = velocity_error(split(output)[0], velocity)
+    return SelfTranscendenceLosses(flow, guided, masked_mean(guided, t, t_range, mask))
 
 
 @torch.no_grad()

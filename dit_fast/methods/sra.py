@@ -16,7 +16,7 @@ from dit_fast.diffusion import Path, velocity_error
 from dit_fast.diffusion.paths import as_path
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.methods.base import Method, Term
-from dit_fast.models import Backbone, Taps
+from dit_fast.models import Backbone, Taps, split
 from dit_fast.nn.projector import SelfProjector
 from dit_fast.objectives import Context
 from dit_fast.ops import repa_cosine
@@ -88,7 +88,7 @@ def sra_loss(
     with torch.no_grad():
         _, targets = teacher(path.interpolate(x, noise, earlier)[0], earlier, y, (last,), last)
     aligned = alignment(model.ap_head(features[block]), targets[last], distance, axis)
-    return SRALosses(velocity_error(output, velocity), aligned)
+    return SRALosses(velocity_error(split(output)[0], velocity), aligned)
 
 
 class SRA(Method):

@@ -16,8 +16,14 @@ from dit_fast.options import setting
 from dit_fast.tree import Tree, image, leaves
 
 X = TypeVar("X", bound=Tree)
+Output = Tree | tuple[Tree, Tree]  # of a model; of two outputs, the first is what samplers follow
 HEAD = "final_layer"
 PRESETS: dict[str, dict[str, int]] = {}  # sizes by model name; the file of each backbone adds its own
+
+
+def split(output: X | tuple[X, X]) -> tuple[X, X | None]:
+    """A model's output, and its second output where it has one."""
+    return output if isinstance(output, tuple) and len(output) == 2 else (cast(X, output), None)
 
 
 class Collector(Protocol):
@@ -67,7 +73,7 @@ class Backbone(nn.Module, ABC):
     hold it before the patch tokens. times: 1, or 2 for a mean velocity between two times. null_label: the label that
     stands for none, -1 where none was trained. cfg_channels: what the released sampler of its weights guides.
     learns_variance: a model of DDPM: t is a whole step, and the image of the output has 2C channels, the noise and the
-    variance's logits.
+    variance's logits. outputs: 2 where `forward` returns a tuple, the output and a second one of the form of x.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -85,6 +91,7 @@ class Backbone(nn.Module, ABC):
 
     cfg_channels: Literal["all", "first_three"] = "all"
     learns_variance: bool = False
+    outputs: int = 1
 
     blocks: nn.ModuleList
     projectors: nn.ModuleList  # once there is one
@@ -115,7 +122,7 @@ class Backbone(nn.Module, ABC):
             self.shapes["class_token"] = (config.class_token,)
 
     @abstractmethod
-    def compute(self, x: Tree, t: Tensor, y: Tensor, taps: Taps, stop: int | None) -> Tree | None:
+    def compute(self, x: Tree, t: Tensor, y: Tensor, taps: Taps, stop: int | None) -> Output | None:
         """`forward`, its inputs checked. The output of each block in `taps` is replaced by `taps(block, x, stats)`."""
 
     @abstractmethod
@@ -123,13 +130,13 @@ class Backbone(nn.Module, ABC):
         """Forward FLOPs of one sample, multiply-add = 2; without modules added by methods."""
 
     @overload
-    def forward(self, x: X, t: Tensor, y: Tensor) -> X: ...
+    def forward(self, x: X, t: Tensor, y: Tensor) -> X | tuple[X, X]: ...
     @overload
-    def forward(self, x: X, t: Tensor, y: Tensor, taps: Taps, stop: None = None) -> X: ...
+    def forward(self, x: X, t: Tensor, y: Tensor, taps: Taps, stop: None = None) -> X | tuple[X, X]: ...
     @overload
     def forward(self, x: Tree, t: Tensor, y: Tensor, taps: Taps, stop: int) -> None: ...
     @overload
-    def forward(self, x: X, t: Tensor, y: Tensor, taps: Iterable[int]) -> tuple[X, dict[int, Tensor]]: ...
+    def forward(self, x: X, t: Tensor, y: Tensor, taps: Iterable[int]) -> tuple[X | tuple[X, X], dict[int, Tensor]]: ...
     @overload
     def forward(
         self, x: Tree, t: Tensor, y: Tensor, taps: Iterable[int], stop: int
@@ -137,12 +144,13 @@ class Backbone(nn.Module, ABC):
 
     def forward(
         self, x: X, t: Tensor, y: Tensor, taps: Taps | Iterable[int] = (), stop: int | None = None
-    ) -> X | tuple[X | None, dict[int, Tensor]] | None:
+    ) -> X | tuple[X, X] | tuple[X | tuple[X, X] | None, dict[int, Tensor]] | None:
         """Output, like x, at x and t for labels y [N] int64; nothing is drawn at random.
 
         x: [N, C, H, W]; with a class token {"image": [N, C, H, W], "class_token": [N, Z]}. t: [N] in [0, 1], or where
         `times` is 2 [N, 2] = (t, r): the output is the mean velocity from r to t. Where the model `learns_variance`,
-        int64 [N] in 0 .. 999, and the output's image is [N, 2C, H, W].
+        int64 [N] in 0 .. 999, and the output's image is [N, 2C, H, W]. Where `outputs` is 2, the output is a tuple,
+        which `split` takes apart; the second is like x.
         taps: a `Taps`, filled on the way; or indices (from 0) of blocks, whose outputs [N, T, D] are then returned as
         (output, {block: feature}) if there are any. A feature is what the published code records: in "output" wiring,
         after the fusion. stop: the last block that runs; there is then no output, but None.
@@ -157,7 +165,8 @@ class Backbone(nn.Module, ABC):
             if not 0 <= block <= last:
                 where = f"a block of this model (0 .. {last})" if stop is None else f"run with stop={stop}"
                 raise UserError(f"tap {block} is not {where}")
-        output = cast("X | None", self.compute(x, t, y, asked, stop))  # a string: torch 2.11 cannot trace a union
+        # a string: torch 2.11 cannot trace a union
+        output = cast("X | tuple[X, X] | None", self.compute(x, t, y, asked, stop))
         return (output, asked.features) if asked is not taps and asked.blocks else output
 
     if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from dit_fast.models.base import Taps
+from dit_fast.models.base import Output, Taps, split
 from dit_fast.models.sit import SiT
 from dit_fast.nn.final_layer import FinalLayer
 from dit_fast.tree import Tree, image
@@ -23,6 +23,6 @@ class ReversedSiT(SiT):
         self.head_channels = head_channels
         self.final_layer = FinalLayer(self.hidden_size, self.config.patch_size, head_channels)
 
-    def compute(self, x: Tree, t: Tensor, y: Tensor, taps: Taps, stop: int | None) -> Tree | None:
+    def compute(self, x: Tree, t: Tensor, y: Tensor, taps: Taps, stop: int | None) -> Output | None:
         output = super().compute(x, 1 - t, y, taps, stop)
-        return None if output is None else -image(output)[:, : self.in_channels]
+        return None if output is None else -image(split(output)[0])[:, : self.in_channels]

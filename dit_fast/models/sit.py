@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dit_fast.errors import ConfigError, UserError
-from dit_fast.models.base import PRESETS, Backbone, Taps, check_sizes
+from dit_fast.models.base import PRESETS, Backbone, Output, Taps, check_sizes
 from dit_fast.nn.attention import has_tangent
 from dit_fast.nn.block import Block
 from dit_fast.nn.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_position_embedding
@@ -60,7 +60,8 @@ class SiT(Backbone):
     label_dropout: share of labels that the trainer replaces by the null label; with 0 that is never trained, so
     `null_label` is -1 and samplers refuse guidance. attention: see `dit_fast.nn.attention.Attention`.
     class_token: the output is a velocity of it, too (REG, arXiv 2507.01467). times=2: a mean velocity between two times
-    (mean flow, 2505.13447), which an embedder of t - r tells.
+    (mean flow, 2505.13447), which an embedder of t - r tells. auxiliary_depth: a second output, like x, from a head of
+    its own, `final_layer_xr`, on the output of that block, counted from 1 (internal guidance, 2512.24176); 0 = none.
     Parameter names and their order are those of the published code.
     Raises ConfigError for a size that is not given (0) and for a combination that cannot run.
     """
@@ -83,6 +84,9 @@ class SiT(Backbone):
         hidden_size: int = setting(0, "Width of the tokens; 0 = as the name says", "[0, 65536]")
         depth: int = setting(0, "Blocks; 0 = as the name says", "[0, 1000]")
         num_heads: int = setting(0, "Attention heads; 0 = as the name says", "[0, 65536]")
+        auxiliary_depth: int = setting(
+            0, "Block, from 1, of a second head, for internal_guidance; 0 = none", "[0, 1000]"
+        )
 
         def __post_init__(self) -> None:
             if self.name not in PRESETS and not all(getattr(self, size) for size in _SIZES):
@@ -116,6 +120,9 @@ class SiT(Backbone):
         self.blocks = nn.ModuleList(
             Block(width, config.num_heads, config.qk_norm, config.attention) for _ in range(depth)
         )
+        if config.auxiliary_depth:
+            self.outputs = 2
+            self.final_layer_xr = FinalLayer(width, config.patch_size, config.in_channels, config.class_token)
         channels = config.in_channels * (2 if self.learns_variance else 1)
         self.final_layer = FinalLayer(width, config.patch_size, channels, config.class_token)
         if config.class_token:
@@ -124,7 +131,7 @@ class SiT(Backbone):
         if config.times == 2:
             self.r_embedder = TimestepEmbedder(width)
 
-    def compute(self, x: Tree, t: Tensor, y: Tensor, taps: Taps, stop: int | None) -> Tree | None:
+    def compute(self, x: Tree, t: Tensor, y: Tensor, taps: Taps, stop: int | None) -> Output | None:
         tokens = self.x_embedder(image(x))
         if not isinstance(x, Tensor):
             token = self.wg_norm(self.cls_projectors2(x["class_token"]))
@@ -133,6 +140,7 @@ class SiT(Backbone):
         stream = Residual(self.pos_embed + tokens)
         c = self._condition(t, y)
         pending: list[Residual] = []
+        second: Tree | None = None
         wiring, recompute = self.config.skip_wiring, self.config.checkpoint_blocks and torch.is_grad_enabled()
         if recompute and (has_tangent(stream.tokens) or has_tangent(c)):
             raise UserError(
@@ -151,12 +159,12 @@ class SiT(Backbone):
                 stream = Residual(taps(index, *stream), stream.stats)
             if index < first_half and wiring == "output":
                 pending.append(stream)
+            if stop is None and index + 1 == self.config.auxiliary_depth:
+                second = self._decoded(self.final_layer_xr, stream, c)
         if stop is not None:
             return None
-        output = self.final_layer(stream.tokens, c, stream.stats)
-        if isinstance(output, Tensor):
-            return self._unpatchify(output)
-        return {**output, "image": self._unpatchify(output["image"])}
+        output = self._decoded(self.final_layer, stream, c)
+        return output if second is None else (output, second)
 
     def beyond(self, last: int) -> list[nn.Module]:
         if self.config.skip_wiring == "off":
@@ -185,6 +193,13 @@ class SiT(Backbone):
         fused = self.skip_norms[pair](*streams)
         return Residual(fused.to(stream.tokens.dtype) if self.config.residual_dtype == "fp32" else fused)
 
+    def _decoded(self, head: nn.Module, stream: Residual, c: Tensor) -> Tree:
+        """What a head makes of the tokens, as an image."""
+        output = head(stream.tokens, c, stream.stats)
+        if isinstance(output, Tensor):
+            return self._unpatchify(output)
+        return {**output, "image": self._unpatchify(output["image"])}
+
     def _unpatchify(self, patches: Tensor) -> Tensor:
         """[N, T, p * p * C], channel fastest, to [N, C, H, W]."""
         patch, (rows, columns) = self.config.patch_size, self.grid
@@ -200,6 +215,8 @@ class SiT(Backbone):
         total += sum(cast(Block, block).flops(tokens) for block in self.blocks)
         if self.config.skip_wiring != "off":
             total += sum(cast(SkipLinear, skip).flops(tokens) for skip in self.skip_linears)
+        if self.config.auxiliary_depth:
+            total += self.final_layer_xr.flops(patches)
         return total + (linear_flops(self.cls_projectors2, rows=1) if self.class_token else 0)
 
 
@@ -208,6 +225,9 @@ _SIZES = ("patch_size", "hidden_size", "depth", "num_heads")
 
 def _check(config: SiT.Config, image: tuple[int, ...]) -> None:
     check_sizes(config, 1, *_SIZES)
+    check_sizes(config, 0, "auxiliary_depth")
+    if config.auxiliary_depth > config.depth:
+        raise ConfigError(f"auxiliary_depth={config.auxiliary_depth} is not one of the blocks 1..{config.depth}")
     for name, size in zip(("input_size", "input_width"), image[1:], strict=True):
         if size % config.patch_size:
             raise ConfigError(f"{name} {size} must be a multiple of patch_size {config.patch_size}")

@@ -42,7 +42,7 @@ class Context:
     form of x. losses: [N] float32 by leaf; the image's is the base loss, another leaf's is a term of the method that
     added the leaf. taps: block outputs in `features` by index from 0 ([N, T, D]), and the methods' collectors by name.
     batch: the batch's fields by name. number: of the optimizer step, from 0. logs: further 0-d tensors of the objective
-    by full name.
+    by full name. second: the model's second output, of the form of x, where it has one.
     """
 
     objective: "Objective"
@@ -58,6 +58,7 @@ class Context:
     batch: Mapping[str, Tensor]
     number: int
     logs: Mapping[str, Tensor] = field(default_factory=dict)
+    second: Tree | None = None
 
     @property
     def t(self) -> Tensor:

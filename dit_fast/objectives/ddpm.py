@@ -21,12 +21,12 @@ from dit_fast.diffusion.ddpm import STEPS, Noise, log_variance, noise_and_logits
 from dit_fast.diffusion.paths import along
 from dit_fast.diffusion.solvers import Field
 from dit_fast.errors import ConfigError, UserError
-from dit_fast.models import Backbone, Taps
+from dit_fast.models import Backbone, Output, Taps, split
 from dit_fast.objectives.base import Context, Objective, noise_for
 from dit_fast.philox import Key, Stream
 from dit_fast.tree import Tree, each, image, like
 
-Network = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t int64 [N], y) -> [N, 2C, H, W]
+Network = Callable[[Tensor, Tensor, Tensor], Output]  # (x_t, t int64 [N], y) -> [N, 2C, H, W]
 
 
 class DDPMLosses(NamedTuple):
@@ -49,7 +49,7 @@ def ddpm_losses(model: Network, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) 
         raise UserError(f"ddpm_losses needs times t of shape [{len(x)}], int64 in 0 .. {STEPS - 1}")
     if x.shape != noise.shape:
         raise UserError(f"x and noise must be of one shape [N, C, H, W], not {list(x.shape)} and {list(noise.shape)}")
-    return losses_of(model(noised(x, noise, t), t, y), x, t, noise)
+    return losses_of(split(model(noised(x, noise, t), t, y))[0], x, t, noise)
 
 
 def noised(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -58,10 +58,10 @@ def noised(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return signal * x + level * noise
 
 
-def losses_of(output: Tensor, x: Tensor, t: Tensor, noise: Tensor) -> DDPMLosses:
+def losses_of(output: Tree, x: Tensor, t: Tensor, noise: Tensor) -> DDPMLosses:
     """Losses of what the model made of x_t; the rest as in `ddpm_losses`."""
     eps, logits = noise_and_logits(output, x)
-    wide = torch.promote_types(torch.promote_types(output.dtype, x.dtype), torch.float32)
+    wide = torch.promote_types(torch.promote_types(eps.dtype, x.dtype), torch.float32)
     error = eps.to(wide) - noise.to(wide)
     _, _, d, least, most = _at(t, x, wide)
     difference, learned = d * error.detach(), log_variance(logits.to(wide), least, most)
@@ -128,11 +128,13 @@ class DDPM(Objective):
         t = (key.uniform(Stream.TIME, ()).double() * STEPS).long()
         noise = noise_for(x, key)
         given = self.interpolate(x, noise, t)[0]
-        output = image(model(given, t, y, taps))
+        whole, second = split(model(given, t, y, taps))
+        output = image(whole)
         found = losses_of(output, image(x), t, image(noise))
         logs = {"ddpm/mse": found.mse.mean(), "ddpm/variational": found.variational.mean()}
         prediction = like(x, {"image": output.chunk(2, 1)[0]})
-        return Context(self, model, x, y, key, t, given, prediction, {"image": found.total}, taps, batch, number, logs)
+        losses = {"image": found.total}
+        return Context(self, model, x, y, key, t, given, prediction, losses, taps, batch, number, logs, second)
 
     def interpolate(self, x: Tree, noise: Tree, t: Tensor) -> tuple[Tree, Tree]:
         """x_t at steps t int64 [N], and the noise."""

@@ -11,7 +11,7 @@ from dit_fast.diffusion.conversions import Prediction, Weighting, error_weight, 
 from dit_fast.diffusion.guidance import described
 from dit_fast.diffusion.paths import PathName
 from dit_fast.errors import ConfigError, UserError
-from dit_fast.models import Backbone, Taps
+from dit_fast.models import Backbone, Output, Taps, split
 from dit_fast.objectives.base import Context, Objective, noise_for
 from dit_fast.ops import flow_error, flow_noised
 from dit_fast.ops.flow import draws_noise_in_registers
@@ -22,7 +22,7 @@ from dit_fast.tree import Tree, leaves, like
 
 
 def flow_losses(
-    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    model: Callable[[Tensor, Tensor, Tensor], Output],
     x: Tensor,
     y: Tensor,
     t: Tensor,
@@ -40,8 +40,8 @@ def flow_losses(
     names.
     """
     x_t, target = training_pair(x, noise, t, path, prediction)
-    output = model(x_t, t, y)
-    if output.shape != x.shape:
+    output, _ = split(model(x_t, t, y))
+    if not isinstance(output, Tensor) or output.shape != x.shape:
         raise UserError(f"the model returned {described(output)} for {described(x_t)}; it must be a {prediction}")
     error = velocity_error(output, target)
     return error * error_weight(t.to(error.dtype), path, prediction, weighting, t_eps)
@@ -102,7 +102,7 @@ class Flow(Objective):
         plain = {name: leaf for name, leaf in clean.items() if name not in fused}
         drawn, target = map(leaves, self.interpolate(plain, noise_for(plain, key), t))
         noised = like(x, {name: flow_noised(leaf, *draw) for name, leaf in fused.items()} | drawn)
-        prediction = model(noised, t, y, taps)
+        prediction, second = split(model(noised, t, y, taps))
         losses = {
             name: flow_error(leaf, fused[name], *draw) if name in fused else velocity_error(leaf, target[name])
             for name, leaf in leaves(prediction).items()
@@ -110,7 +110,7 @@ class Flow(Objective):
         if self.prediction != "velocity":  # whose weight is 1
             weight = error_weight(t, self.path, self.prediction, self.config.weighting, self.t_eps)
             losses = {name: error * weight for name, error in losses.items()}
-        return Context(self, model, x, y, key, t, noised, prediction, losses, taps, batch, number)
+        return Context(self, model, x, y, key, t, noised, prediction, losses, taps, batch, number, second=second)
 
     def draw_times(self, key: Key) -> Tensor:
         """t [N], keyed; where the published range of training is not [0, 1], the distribution is shrunk to it."""

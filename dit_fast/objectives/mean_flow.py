@@ -20,13 +20,13 @@ from torch import Tensor
 from dit_fast.diffusion import SOLVERS, Path, logit_normal
 from dit_fast.diffusion.paths import along
 from dit_fast.errors import ConfigError, UserError
-from dit_fast.models import Backbone, Taps
+from dit_fast.models import Backbone, Output, Taps, split
 from dit_fast.objectives.base import Context, Objective, noise_for
 from dit_fast.options import check_choice, setting
 from dit_fast.philox import Key, Stream
 from dit_fast.tree import Tree, each, image, leaves
 
-Network = Callable[[Tree, Tensor, Tensor], Tree]  # (z, times [N, 2] = (t, r), y) -> u
+Network = Callable[[Tree, Tensor, Tensor], Output]  # (z, times [N, 2] = (t, r), y) -> u, or u and a second output
 
 
 class MeanFlowLosses(NamedTuple):
@@ -77,14 +77,14 @@ def mean_flow_losses(
     if prediction == "x":
         velocity = each(lambda a, data: (a - data) / along(t.clamp(min=t_eps), a), z, x)
         network: Network = lambda z, times, y: each(  # noqa: E731
-            lambda a, output: (a - output) / along(times[:, 0].clamp(min=t_eps), a), z, model(z, times, y)
+            lambda a, output: (a - output) / along(times[:, 0].clamp(min=t_eps), a), z, split(model(z, times, y))[0]
         )
     else:
         velocity, network = each(torch.sub, noise, x), model
     if omega is not None and (omega, kappa) != (1, 0):
         null = torch.full_like(y, _null_label(model, null_label))
         velocity = guided_velocity(network, velocity, z, t, y, null, omega, kappa, interval, dropped)
-    u = network(z, torch.stack((t, r), 1), y)
+    u, _ = split(network(z, torch.stack((t, r), 1), y))
     dudt = total_derivative(network, z, velocity, t, r, y)
     error = squared_error(u, dudt, velocity, t, r)
     return MeanFlowLosses(u, dudt, error, normalised(leaves(error)["image"], norm_p, norm_eps).mean())
@@ -105,9 +105,9 @@ def guided_velocity(
 ) -> Tree:
     """omega v + (1 - omega - kappa) u(z, t, t, null) + kappa u(z, t, t, y); v outside the interval or dropped."""
     times = torch.stack((t, t), 1)
-    guided = each(lambda v, free: omega * v + (1 - omega - kappa) * free, velocity, network(z, times, null))
+    guided = each(lambda v, free: omega * v + (1 - omega - kappa) * free, velocity, split(network(z, times, null))[0])
     if kappa:
-        guided = each(lambda v, label: v + kappa * label, guided, network(z, times, y))
+        guided = each(lambda v, label: v + kappa * label, guided, split(network(z, times, y))[0])
     active = (t >= interval[0]) & (t <= interval[1])
     if dropped is not None:
         active = active & ~dropped.bool()
@@ -119,7 +119,7 @@ def total_derivative(network: Network, z: Tree, velocity: Tree, t: Tensor, r: Te
     """du/dt along (velocity, 1, 0) in (z, t, r): one pass in forward mode, without gradients."""
 
     def u(z: Tree, t: Tensor, r: Tensor) -> Tree:
-        return network(z, torch.stack((t, r), 1), y)
+        return split(network(z, torch.stack((t, r), 1), y))[0]
 
     tangents = (each(lambda v, a: v.to(a.dtype), velocity, z), torch.ones_like(t), torch.zeros_like(r))
     with torch.compiler.set_stance("force_eager"):  # the compiler knows no forward mode
@@ -208,11 +208,11 @@ class MeanFlow(Objective):
             null, interval = model.null(y), (config.guidance_low, config.guidance_high)
             velocity = guided_velocity(model, velocity, z, t, y, null, config.omega, config.kappa, interval, y == null)
         times = torch.stack((t, r), 1)
-        u = model(z, times, y, taps)
+        u, second = split(model(z, times, y, taps))
         errors = leaves(squared_error(u, total_derivative(model, z, velocity, t, r, y), velocity, t, r))
         losses = {name: normalised(error, config.norm_p, config.norm_eps) for name, error in errors.items()}
         logs = {"mean_flow/squared_error": errors["image"].mean()}
-        return Context(self, model, x, y, key, times, z, u, losses, taps, batch, number, logs)
+        return Context(self, model, x, y, key, times, z, u, losses, taps, batch, number, logs, second)
 
     def earlier(self, times: Tensor, shift: Tensor) -> Tensor:
         """t as in flow matching; r stays where it does not lie later."""

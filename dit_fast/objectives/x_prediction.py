@@ -14,6 +14,8 @@ from torch import Tensor
 from dit_fast.diffusion import velocity_error
 from dit_fast.diffusion.conversions import convert, error_weight, training_pair
 from dit_fast.errors import UserError
+from dit_fast.models import Output, split
+from dit_fast.tree import image
 
 
 class XPredictionLosses(NamedTuple):
@@ -25,7 +27,7 @@ class XPredictionLosses(NamedTuple):
 
 
 def x_prediction_losses(
-    model: Callable[[Tensor, Tensor, Tensor], Tensor],
+    model: Callable[[Tensor, Tensor, Tensor], Output],
     x: Tensor,
     y: Tensor,
     t: Tensor,
@@ -40,7 +42,7 @@ def x_prediction_losses(
     if not t_eps > 0:
         raise UserError(f"t_eps={t_eps} must be positive: it divides next to the data")
     z, clean = training_pair(x, noise_scale * noise, t, prediction="x")
-    output = model(z, t, y)
+    output = image(split(model(z, t, y))[0])
     error = velocity_error(output, clean)
     loss = error * error_weight(t.to(error.dtype), "linear", "x", "velocity", t_eps)
     return XPredictionLosses(output, convert(output, z, t, source="x", t_eps=t_eps), loss)

@@ -84,7 +84,7 @@ def test_parameters_and_flops_of_the_published_sizes(name, parameters, skips, gm
 
 
 @loop_over("wiring", WIRINGS)
-@loop_over("more", [{}, {"class_token": 6}, {"times": 2}, {"input_width": 12}])
+@loop_over("more", [{}, {"class_token": 6}, {"times": 2}, {"input_width": 12}, {"auxiliary_depth": 3}])
 def test_flops_equal_what_torch_counts(wiring, more):
     from torch.utils.flop_counter import FlopCounterMode
 
