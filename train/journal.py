@@ -11,6 +11,7 @@ import logging
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Journal:
         self.run, self.config, self.world, self.guard = Path(config.run.dir), config, world, guard
         self._epoch, self._flops = epoch, 3 * flops  # samples per epoch; forward + backward FLOPs of a sample
         self._sums: dict[str, Tensor] = {}
+        self._counts: Counter[str] = Counter()  # steps that have a value: a method may stop within an interval
         self._applied, self._skipped, self._last = 0, 0, start
         self._pending: list[tuple[dict[str, Any], list[str], Late | None]] = []
         self._writer: Any = None
@@ -69,6 +71,7 @@ class Journal:
         for name, value in {**result.logs, "grad_norm": result.grad_norm}.items():
             value = torch.as_tensor(value, dtype=torch.float32, device=self.world.device)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] += 1
 
     def close_interval(self, step: int, lr: float) -> None:
         """Ends the interval at `step` (steps done); collective. Raises Diverged for a value that is not finite."""
@@ -77,14 +80,14 @@ class Journal:
         row: dict[str, Any] = {"step": step, "samples": step * batch, "epoch": round(step * batch / self._epoch, 4)}
         values = None
         if self._applied:
-            means = torch.stack(list(self._sums.values())) / self._applied
+            means = torch.stack([total / self._counts[name] for name, total in self._sums.items()])
             values = Late(self.world.reduce(means, "mean"))
         row |= {"lr": lr, "skipped": self._skipped, "samples_per_s": float(f"{speed:.5g}")}
         if self._ceiling:
             row["mfu"] = float(f"{self._flops * speed / self._ceiling:.4g}")
         row["seconds"] = round(time.time() - self.started, 2)
         self._pending.append((row, list(self._sums), values))
-        self._sums, self._applied, self._skipped, self._last = {}, 0, 0, step
+        self._sums, self._counts, self._applied, self._skipped, self._last = {}, Counter(), 0, 0, step
         self.drain(keep=1 if self.world.device.type == "cuda" else 0)
 
     def drain(self, keep: int = 0) -> None:

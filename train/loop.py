@@ -187,7 +187,7 @@ class _Run:
                 for step in range(self.start, config.run.steps):
                     lr, done = learning_rate(config.optimizer, step), step + 1
                     result = self.engine.train_step(feed.take(), step, lr)
-                    self.rest.after_update(result.applied)
+                    self.rest.after_update(result.applied, step)
                     if step == self.start:
                         self.rest.tensors()  # what a save will refuse is told now
                     journal.step(result)

@@ -26,7 +26,7 @@ class TrainingLoss(nn.Module):
     model: on any device; it is the only thing here that has parameters. methods: bound to it. scale, shift: of the data
     set, one number or one per channel. seed: of all that is drawn here. precision "bf16": the forward runs under
     autocast, weights and losses stay float32. label_dropout: probability of the null label. Block outputs are taken
-    only where a method asked for them.
+    only where a method asked for them, and of a method that has stopped no more than its `lasting_terms` is computed.
     """
 
     scale: Tensor
@@ -47,7 +47,6 @@ class TrainingLoss(nn.Module):
         super().__init__()
         self.model, self.objective, self.methods = model, objective, tuple(methods)
         self.seed, self.label_dropout, self.precision = seed, label_dropout, precision
-        self.blocks = frozenset[int]().union(*(method.blocks for method in self.methods))
         for name, value in (("scale", scale), ("shift", shift)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
 
@@ -58,7 +57,7 @@ class TrainingLoss(nn.Module):
         """
         key = Key(self.seed, batch["position"])
         with torch.autocast(batch["moments"].device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            x, y, taps = self._state(batch, key), self._labels(batch["label"], key), self._taps()
+            x, y, taps = self._state(batch, key), self._labels(batch["label"], key), self._taps(number)
             context = self.objective.run(self.model, x, y, key, taps, batch, number)
             terms = self._terms(context)
         loss = context.losses["image"].mean()
@@ -84,14 +83,18 @@ class TrainingLoss(nn.Module):
         drop = key.uniform(Stream.LABEL_DROP, ()) < self.label_dropout
         return torch.where(drop, self.model.null(labels), labels)
 
-    def _taps(self) -> Taps:
-        made = [(method, method.collector()) for method in self.methods]
-        return Taps(self.blocks, {method.name: (each, method.blocks) for method, each in made if each is not None})
+    def _taps(self, number: int) -> Taps:
+        active = [method for method in self.methods if method.active(number)]
+        blocks = frozenset[int]().union(*(method.blocks for method in active))
+        made = [(method, method.collector()) for method in active]
+        return Taps(blocks, {method.name: (each, method.blocks) for method, each in made if each is not None})
 
     def _terms(self, context: Context) -> dict[str, Term]:
         collected: dict[str, Term] = {}
         for method in self.methods:
-            for name, term in method.terms(context).items():
+            if not (active := method.active(context.number)):
+                method.release()
+            for name, term in (method.terms if active else method.lasting_terms)(context).items():
                 for key in (name, *term.logs):
                     if not key.startswith(f"{method.name}/"):
                         raise ConfigError(f"method '{method.name}' names a term '{key}'; use '{method.name}/{key}'")

@@ -63,15 +63,16 @@ class Rest:
         return {"model": model, "ema": model | self._averages, "rest": own}
 
     @torch.no_grad()
-    def after_update(self, applied: bool) -> None:
-        """To be called after every step; collective. applied: whether the weights moved."""
-        if not (self._moving or self._averages):
+    def after_update(self, applied: bool, number: int) -> None:
+        """To be called after every step, number from 0; collective. applied: whether the weights moved."""
+        active = [method for method in self._moving if method.active(number)]
+        if not (active or self._averages):
             return
         engine = self._engine
         moved = torch.full((), float(applied), dtype=torch.float32, device=engine.world.device)
-        if self._moving:
+        if active:
             with engine.whole():
-                for method in self._moving:
+                for method in active:
                     method.after_update(engine.model, moved)
         buffers = self._buffers()
         for name, average in self._averages.items():

@@ -30,8 +30,17 @@ def build_methods(configs: Sequence[Any], model: Backbone, data: DatasetInfo) ->
         for block in sorted(method.blocks):
             if not 0 <= block < model.depth:
                 raise ConfigError(f"method '{method.name}' reads block {block}; this model has 0..{model.depth - 1}")
+        if method.config.stop_step and _overrides(method, "state") and not _overrides(method, "lasting_terms"):
+            raise ConfigError(
+                f"methods.{method.name}.stop_step={method.config.stop_step}: the model denoises what this method "
+                "makes; set it to 0 (never)"
+            )
     _check_leaves(methods, model)
     return methods
+
+
+def _overrides(method: Method, hook: str) -> bool:
+    return getattr(type(method), hook) is not getattr(Method, hook)
 
 
 def _check_leaves(methods: Sequence[Method], model: Backbone) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from dit_fast.data import DatasetInfo
 from dit_fast.models.base import Backbone, Collector
 from dit_fast.objectives import Context
+from dit_fast.options import setting
 from dit_fast.philox import Key
 from dit_fast.tree import Tree
 
@@ -34,8 +35,13 @@ class Term:
     logs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+def active(step: int, stop_step: int) -> bool:
+    """Whether a method's terms count in this optimizer step, from 0: before stop_step, and always where that is 0."""
+    return not stop_step or step < stop_step
+
+
 class Method(ABC):
-    """A training method. Subclasses set `name` and `Config` (a frozen dataclass with defaults and the same `name`).
+    """A training method. Subclasses set `name` and extend `Config` (a frozen dataclass with the same `name`).
 
     fields: of the data set, which a batch then has beside latents and labels. adds: leaves that `state` gives beside
     the image. blocks: from 0, whose outputs pass the method's collector and are in the context's `features`. averaged:
@@ -46,9 +52,15 @@ class Method(ABC):
     refused, wherever it lies.
     """
 
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """What every method can be told; its own Config adds to this."""
+
+        stop_step: int = setting(0, "Step from which the method is not computed; 0 = never", "[0, 1e9]")
+
     name: ClassVar[str]
-    Config: ClassVar[type]
     functional: ClassVar[bool] = False
+    config: Any = Config()
     fields: tuple[str, ...] = ()
     adds: tuple[str, ...] = ()
     blocks: frozenset[int] = frozenset()
@@ -100,11 +112,25 @@ class Method(ABC):
         A method that added a leaf in `state` gives its `context.losses` as a term with a weight of its own.
         """
 
-    def after_update(self, model: Backbone, applied: Tensor) -> None:  # noqa: B027 (most methods move nothing)
-        """Moves the method's state after a step, without gradients and on every rank alike; parameters are whole.
+    def active(self, number: int) -> bool:
+        """Whether its terms count in this optimizer step, from 0."""
+        return active(number, self.config.stop_step)
 
-        applied: 0-d float32 on the device, 1 where the step changed the weights and 0 where it was skipped: a teacher
-        moves by `lerp_(parameter, (1 - decay) * applied)`. Weights of the model are read only.
+    def lasting_terms(self, context: Context) -> dict[str, Term]:
+        """Those of `terms` that count from stop_step on too, without `features`: what the model needs to denoise what
+        `state` gives. A method that has a `state` and none of these cannot be stopped.
+        """
+        return {}
+
+    def release(self) -> None:
+        """Called in each step from stop_step on: drops what `terms` alone needs."""
+        self.teachers = ()
+
+    def after_update(self, model: Backbone, applied: Tensor) -> None:  # noqa: B027 (most methods move nothing)
+        """Moves the method's state after a step before stop_step, without gradients and on every rank alike.
+
+        Parameters are whole. applied: 0-d float32 on the device, 1 where the step changed the weights and 0 where it
+        was skipped: a teacher moves by `lerp_(parameter, (1 - decay) * applied)`. Weights of the model are read only.
         """
 
     def param_groups(self) -> list[dict[str, Any]]:

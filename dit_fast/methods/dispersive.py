@@ -123,7 +123,7 @@ class Dispersive(Method):
     name = "dispersive"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(Method.Config):
         """Which block's output is dispersed, how, and how much it counts."""
 
         name: ClassVar[str] = "dispersive"

@@ -102,7 +102,7 @@ class DiverseDiT(Method):
     name = "diversedit"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(Method.Config):
         """Pairs, terms and weight of the diversity loss."""
 
         name: ClassVar[str] = "diversedit"

@@ -93,7 +93,8 @@ class REG(REPA):
     def terms(self, context: Context) -> dict[str, Term]:
         target = torch.cat((context.batch["class_token"][:, None], context.batch["features"]), 1)
         aligned = repa_loss(self.head(context.features[self.block]), target)
-        return {
-            "reg/class_token": Term(context.losses["class_token"].mean(), self.config.class_token_weight),
-            "reg/alignment": Term(aligned, self.config.weight),
-        }
+        return {**self.lasting_terms(context), "reg/alignment": Term(aligned, self.config.weight)}
+
+    def lasting_terms(self, context: Context) -> dict[str, Term]:
+        """The class token's, which stays beside the image."""
+        return {"reg/class_token": Term(context.losses["class_token"].mean(), self.config.class_token_weight)}

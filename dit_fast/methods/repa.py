@@ -33,7 +33,7 @@ class REPA(Method):
     fields: tuple[str, ...] = ("features",)
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(Method.Config):
         """Which block is aligned, by what head, and how much it counts."""
 
         name: ClassVar[str] = "repa"

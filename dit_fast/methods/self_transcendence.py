@@ -109,7 +109,7 @@ class Stage(Method):
     """What both have: an error of one block's head, which counts where t lies inside a range."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(Method.Config):
         """Of both stages."""
 
         name: ClassVar[str]
@@ -183,7 +183,7 @@ class SelfTranscendence(Stage):
         student_depth: int = setting(6, "Block that learns, from 1 (published for B: 6)", "[1, 1000]")
         teacher_depth: int = setting(8, "The teacher's block, from 1 (published for B: 8)", "[1, 1000]")
         guidance: float = setting(30.0, "s of F_u + s (F_c - F_u) (published for B: 30)", "[0, 1e6]")
-        stop_step: int = setting(100_000, "Steps with the teacher; afterwards it is not computed", "[0, 1e9]")
+        stop_step: int = setting(100_000, "Step from which neither teacher nor term is computed; 0 = never", "[0, 1e9]")
         teacher: str = setting("", "Run or step folder of a teacher; empty = train one first", resumes=True)
         teacher_weights: Literal["model", "ema"] = setting("model", "The teacher's weights, as they are or averaged")
         stage1_steps: int = setting(200_000, "Optimizer steps of stage 1", "[1, 1e9]")
@@ -238,9 +238,6 @@ class SelfTranscendence(Stage):
 
     def terms(self, context: Context) -> dict[str, Term]:
         config = self.config
-        if context.number >= config.stop_step:
-            self.teachers = ()  # its memory is free again
-            return {}
         (teacher,) = self.teachers
         labels = context.batch["label"]  # before label dropout, as published
         target = guided_features(teacher, context.noised, context.times, labels, self.teacher_block, config.guidance)

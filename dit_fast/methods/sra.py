@@ -100,7 +100,7 @@ class SRA(Method):
     name = "sra"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(Method.Config):
         """Which blocks are aligned (published: 3 with 8 for B, 6 with 16 for L, 8 with 20 for XL), and how."""
 
         name: ClassVar[str] = "sra"

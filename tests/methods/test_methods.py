@@ -37,7 +37,7 @@ class Brightness(Method):
     fields = ("brightness",)
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(Method.Config):
         name: ClassVar[str] = "brightness"
         weight: float = 0.1
 
@@ -173,7 +173,9 @@ def test_one_method_adds_what_the_model_denoises_beside_the_image(width, names, 
     for name in ("one", "two"):
         METHODS[name] = type(name, (Brightness,), {"name": name, "adds": ("class_token",), "__init__": Method.__init__})
     with pytest.raises(ConfigError, match=message):
-        build_methods([SimpleNamespace(name=name, weight=1.0) for name in names], small(class_token=width), INFO)
+        build_methods(
+            [SimpleNamespace(name=name, weight=1.0, stop_step=0) for name in names], small(class_token=width), INFO
+        )
 
 
 def test_two_methods_cannot_add_a_module_of_one_name():

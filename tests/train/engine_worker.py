@@ -102,7 +102,7 @@ def run(scenario, world, folder):
     for step in range(first, scenario["steps"]):
         batches = micro_batches(step, world, micro, scenario.get("poisoned", ()))
         outcome = engine.train_step(batches, step, 1e-3)
-        rest.after_update(outcome.applied)
+        rest.after_update(outcome.applied, step)
         result["losses"].append(world.reduce(outcome.logs["loss"].clone(), "mean").item())
         result["norms"].append(float(outcome.grad_norm))
         result["applied"].append(outcome.applied)
@@ -183,7 +183,7 @@ def run_toy(scenario, world, folder):
         if step in scenario.get("poisoned", ()):
             x[0] = float("nan")
         outcome = engine.train_step([{"x": x[i : i + micro]} for i in range(0, per_rank, micro)], step, 1e-2)
-        rest.after_update(outcome.applied)
+        rest.after_update(outcome.applied, step)
         if step + 1 in (2, scenario["steps"]):
             state = {"step": step + 1, "optimizer_step": engine.applied_steps()}
             assert checkpoints.save(engine, rest.tensors(), state)
@@ -210,7 +210,8 @@ def run_cell(scenario, world, folder):
             engine = SingleEngine(loss, config, world, groups)
         rest = Rest(methods, engine, zero_patterns.EMA)
         for step in range(STEPS):
-            rest.after_update(engine.train_step(shares(step, world, count), step, zero_patterns.LR).applied)
+            outcome = engine.train_step(shares(step, world, count), step, zero_patterns.LR)
+            rest.after_update(outcome.applied, step)
             untrained = rest.tensors()
     except UserError as error:
         return {"refused": str(error)}

@@ -21,7 +21,7 @@ class Spy(Method):
     name = "spy"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(Method.Config):
         name: ClassVar[str] = "spy"
 
     def terms(self, context):
@@ -128,7 +128,7 @@ class Doubled(Spy):
     name = "doubled"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(Method.Config):
         name: ClassVar[str] = "doubled"
 
     def state(self, x, batch, key):

@@ -262,8 +262,8 @@ REALS = {
     "DiverseDiT": Real({"diversedit": ALL_PAIRS}, split="share"),
     "DiverseDiT, global": Real({"diversedit": {**ALL_PAIRS, "scope": "global"}}, split="micro"),
     "REPA": Real({"repa": {"encoder_depth": 1, "projector_width": 8}}),
-    "REG": Real({"reg": {"encoder_depth": 1, "projector_width": 8}}, options={"class_token": 6}),
-    "SRA": Real({"sra": {"student_depth": 1, "teacher_depth": 2, "decay": 0.5}}),
+    "REG": Real({"reg": {"encoder_depth": 1, "projector_width": 8, "stop_step": 2}}, options={"class_token": 6}),
+    "SRA": Real({"sra": {"student_depth": 1, "teacher_depth": 2, "decay": 0.5, "stop_step": 2}}),
     "Self-Transcendence, stage 1": Real({"structure_guidance": {"depth": 1, "projector_width": 8}}),
     "Self-Transcendence, stage 2": Real({"self_transcendence": GUIDED}),
     "Dispersive Loss": Real({"dispersive": {"weight": 5.0}}, split="share"),
@@ -331,7 +331,8 @@ def plain(name, precision, steps):
                 p -= lr * (decay * p + m / (v.sqrt() + EPS))
                 averages[name] += (1 - EMA) * (p - averages[name])
             for method in methods:
-                method.after_update(loss.model, torch.ones(()))
+                if method.active(number):
+                    method.after_update(loss.model, torch.ones(()))
     weights = {name: x.detach() for name, x in loss.model.state_dict().items() if x.is_floating_point()}
     held = {f"{method.name}.{name}": x.detach() for method in methods for name, x in method.tensors().items()}
     return {"model": weights, "ema": averages, "exp_avg": first, "exp_avg_sq": second, "rest": held}
