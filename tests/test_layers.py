@@ -15,7 +15,8 @@ FOLDERS = {
     "dit_fast.benchmarks": ROOT / "benchmarks",
 }
 LOW = {
-    "data", "options", "backend", "philox", "tree", "errors", "files", "display", "terminal", "world", "_C",
+    "data", "options", "backend", "philox", "published", "tree", "errors", "files", "display", "terminal", "world",
+    "_C",
 }  # fmt: skip
 FLOORS = [
     {"kernels"},

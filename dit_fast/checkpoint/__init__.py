@@ -5,4 +5,4 @@ from dit_fast.checkpoint.layout import optimizer_state_by_name as optimizer_stat
 from dit_fast.checkpoint.official import export_official as export_official
 from dit_fast.checkpoint.official import load_official as load_official
 from dit_fast.checkpoint.official import save_official as save_official
-from dit_fast.checkpoint.published import read_published as read_published
+from dit_fast.published import read_published as read_published

@@ -27,13 +27,13 @@ from dit_fast.checkpoint.layout import (
     rename_legacy,
 )
 from dit_fast.checkpoint.official_time import reversed_state
-from dit_fast.checkpoint.published import read_state
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.models.dit import DiT
 from dit_fast.models.reversed_sit import ReversedSiT
 from dit_fast.models.sit import SiT
 from dit_fast.nn.embeddings import LabelEmbedder
 from dit_fast.nn.projector import LatentHead, SelfProjector, projector
+from dit_fast.published import read_state
 
 LABEL_DROPOUT = ("label_dropout", "class_dropout_prob", "cfg_prob")  # its names in headers and training arguments
 

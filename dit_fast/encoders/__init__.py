@@ -1,23 +1,25 @@
-"""Frozen image encoders whose features are stored in the shards as alignment targets, chosen by a spec.
+"""Frozen image encoders whose features are alignment targets, stored in the shards or made on the way; by a spec.
 
 A further encoder is one class with the members of `FeatureEncoder` and one line in `load_encoder`.
 """
 
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
 
 from dit_fast.data.files import weights_identity
+from dit_fast.encoders import pretrained
+from dit_fast.encoders.pretrained import PretrainedViT as PretrainedViT
 from dit_fast.errors import ConfigError, DataError
 
-FORMS = "efficientnet-lite0 (stride 16, width 112), efficientnet-lite0:32 (stride 32, width 320)"
+FORMS = f"efficientnet-lite0 (stride 16, width 112), efficientnet-lite0:32 (stride 32, width 320), {pretrained.FORMS}"
 MIN_INPUT = 64  # pixels; smaller inputs leave the deeper maps without context
 
 
 class FeatureEncoder(Protocol):
-    """identity: kind and hash of the weights."""
+    """identity: kind and hash of the weights. Frozen, in eval mode; nothing that it gives has a gradient."""
 
     identity: str
 
@@ -31,9 +33,25 @@ class FeatureEncoder(Protocol):
         """The shape of each of them, of one image."""
         ...
 
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the weights; returns itself."""
+        ...
+
 
 def load_encoder(spec: str) -> FeatureEncoder:
-    """The encoder a spec names. Raises ConfigError for an unknown form, DataError for a missing package."""
+    """The encoder a spec names, on the CPU; torch's random numbers stay as they are.
+
+    Vision transformers (`PretrainedViT`) also give queries and keys (`attention`). Raises ConfigError for an unknown
+    form or a file of another network, DataError for a missing package or file, CheckpointError for one that cannot be
+    read.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        return _load(spec)
+
+
+def _load(spec: str) -> FeatureEncoder:
+    if (transformer := pretrained.load_pretrained(spec)) is not None:
+        return transformer
     name, _, stride = spec.partition(":")
     if name == "efficientnet-lite0" and stride in ("", "16", "32"):
         return EfficientNetLite0(int(stride or 16))
@@ -68,6 +86,10 @@ class EfficientNetLite0:
 
     def shapes(self, grid: int) -> dict[str, tuple[int, ...]]:
         return {"features": (grid * grid, self.width), "class_token": (self.width,)}
+
+    def to(self, device: torch.device | str) -> Self:
+        self._model.to(device)
+        return self
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, grid: int) -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ WEIGHTS = ("ema", "model")
 # Under which names files hold them. What Lightning, DeepSpeed and the like hold alone is what there is.
 NAMES = {
     "ema": ("ema", "ema_state_dict", "state_dict_ema", "model_ema"),
-    "model": ("state_dict", "model_state_dict", "module", "model"),
+    "model": ("state_dict", "model_state_dict", "module", "model", "encoder"),  # I-JEPA: the last
 }
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
