@@ -1,4 +1,6 @@
-"""What is denoised: an image, or several tensors by name of which one is the image."""
+"""What is denoised: an image, or several tensors by name of which one is the image; and what it is told: labels, or
+several conditions by name of which one is the label.
+"""
 
 from collections.abc import Callable
 
@@ -6,7 +8,7 @@ from torch import Tensor
 
 from dit_fast.errors import UserError
 
-# [N, C, H, W], or flat: {"image": [N, C, H, W], "class_token": [N, Z], ...}
+# [N, C, H, W], or flat: {"image": [N, C, H, W], "class_token": [N, Z], ...}; conditions: [N], or {"label": [N], ...}
 Tree = Tensor | dict[str, Tensor]
 
 
@@ -34,6 +36,20 @@ def image(tree: Tree) -> Tensor:
     if "image" not in named:
         raise UserError(f"a tree without an image: {', '.join(named) or 'it is empty'}")
     return named["image"]
+
+
+def label(conditions: Tree) -> Tensor:
+    """The labels [N] of conditions, which may be no more than that. Raises UserError where there is none."""
+    if isinstance(conditions, Tensor):
+        return conditions
+    if "label" not in conditions:
+        raise UserError(f"conditions without a label: {', '.join(conditions) or 'there are none'}")
+    return conditions["label"]
+
+
+def relabelled(conditions: Tree, labels: Tensor) -> Tree:
+    """Conditions with other labels [N], the rest as it is."""
+    return labels if isinstance(conditions, Tensor) else {**conditions, "label": labels}
 
 
 def like(tree: Tree, named: dict[str, Tensor]) -> Tree:

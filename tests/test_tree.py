@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dit_fast.errors import UserError
-from dit_fast.tree import each, image, leaves
+from dit_fast.tree import each, image, label, leaves, relabelled
 
 
 def test_a_function_of_each_leaf():
@@ -24,3 +24,14 @@ def test_trees_of_other_leaves_are_named():
         each(torch.add, {"image": x, "class_token": x}, x)
     with pytest.raises(UserError, match="without an image: class_token"):
         image({"class_token": x})
+
+
+def test_labels_alone_and_among_conditions():
+    y, omega = torch.arange(3), torch.ones(3)
+    assert label(y) is label({"omega": omega, "label": y}) is y
+    assert relabelled(y, y + 1).tolist() == [1, 2, 3]
+    told = relabelled({"label": y, "omega": omega}, y + 1)
+    assert told["omega"] is omega
+    assert told["label"].tolist() == [1, 2, 3]
+    with pytest.raises(UserError, match="without a label: omega"):
+        label({"omega": omega})

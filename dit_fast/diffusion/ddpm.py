@@ -20,7 +20,7 @@ from torch import Tensor
 from dit_fast.diffusion.guidance import Guided, described, shapes_of
 from dit_fast.errors import UserError
 from dit_fast.models import split
-from dit_fast.tree import Tree, each, image
+from dit_fast.tree import Tree, each, image, label
 
 STEPS = 1000
 
@@ -97,10 +97,10 @@ class Noise(Guided):
 
     unit = STEPS
 
-    def evaluate(self, x: Tree, t: float, s: float, y: Tensor) -> Tree:
+    def evaluate(self, x: Tree, t: float, s: float, y: Tree) -> Tree:
         output = self.model(
             each(lambda leaf: leaf.to(self.dtype), x),
-            torch.full(y.shape, int(t), dtype=torch.int64, device=y.device),
+            torch.full(label(y).shape, int(t), dtype=torch.int64, device=label(y).device),
             y,
         )
         value, second = split(output)

@@ -14,7 +14,7 @@ from dit_fast.diffusion.conversions import Prediction, convert, field_range, fin
 from dit_fast.diffusion.paths import Path, as_path
 from dit_fast.errors import UserError
 from dit_fast.models import Output, split
-from dit_fast.tree import Tree, each, image, leaves
+from dit_fast.tree import Tree, each, image, label, leaves, relabelled
 
 Channels = Literal["all", "first_three"]
 Bounds = Literal["inclusive", "exclusive"]
@@ -96,6 +96,8 @@ class Guidance:
 class Guided(ABC):
     """A model's field for labels y [N] as a float64 function (x, t, s) of a float64 state, guided or not.
 
+    y may be conditions by name, {"label": [N], ...}, of which guidance replaces the label alone.
+
     model(x, t, y) is called in the dtype of its parameters; a callable without parameters gets float64. Whether an
     evaluation is guided: `Guidance.active`. With guidance the batch is doubled, [labels; null]. The null label is
     null_label, or `model.null_label`; where that is negative or absent there is none, and guidance is refused
@@ -104,7 +106,7 @@ class Guided(ABC):
 
     unit: ClassVar[float] = 1.0  # the time of pure noise
 
-    def __init__(self, model: Callable[..., Output], y: Tensor, guidance: Guidance, null_label: int | None = None):
+    def __init__(self, model: Callable[..., Output], y: Tree, guidance: Guidance, null_label: int | None = None):
         self.model, self.y, self.guidance = model, y, guidance
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self.dtype = torch.float64 if parameter is None else parameter.dtype
@@ -119,13 +121,14 @@ class Guided(ABC):
         """The float64 field at time t of a step between t and s."""
         if not self.guidance.active(t / self.unit, s / self.unit):
             return self.evaluate(x, t, s, self.y)
-        y = torch.cat((self.y, torch.full_like(self.y, self.null_label)))
+        free = torch.full_like(label(self.y), self.null_label)
+        y = each(lambda ours, theirs: torch.cat((ours, theirs)), self.y, relabelled(self.y, free))
         both = self.evaluate(each(lambda leaf: torch.cat((leaf, leaf)), x), t, s, y)
-        label, null = (each(lambda leaf, half=half: leaf.chunk(2)[half], both) for half in (0, 1))
-        return self.combine(label, null)
+        guided, null = (each(lambda leaf, half=half: leaf.chunk(2)[half], both) for half in (0, 1))
+        return self.combine(guided, null)
 
     @abstractmethod
-    def evaluate(self, x: Tree, t: float, s: float, y: Tensor) -> Tree:
+    def evaluate(self, x: Tree, t: float, s: float, y: Tree) -> Tree:
         """The field of labels y, float64, unguided."""
 
     def combine(self, label: Tree, null: Tree) -> Tree:
@@ -143,7 +146,7 @@ class Velocity(Guided):
     def __init__(
         self,
         model: Callable[..., Output],
-        y: Tensor,
+        y: Tree,
         guidance: Guidance,
         times: int = 1,
         prediction: Prediction = "velocity",
@@ -156,11 +159,13 @@ class Velocity(Guided):
         if times == 2 and prediction not in ("velocity", "x"):
             raise UserError(f"prediction '{prediction}' is not of a mean velocity; valid: velocity, x")
 
-    def evaluate(self, x: Tree, t: float, s: float, y: Tensor) -> Tree:
-        wide = torch.promote_types(self.dtype, torch.float32)
-        times = [torch.full(y.shape, time, dtype=wide, device=y.device) for time in (t, s)[: self.times]]
+    def evaluate(self, x: Tree, t: float, s: float, y: Tree) -> Tree:
+        wide, labels = torch.promote_types(self.dtype, torch.float32), label(y)
+        times = [torch.full(labels.shape, time, dtype=wide, device=labels.device) for time in (t, s)[: self.times]]
         output = self.model(
-            each(lambda leaf: leaf.to(self.dtype), x), torch.stack(times, dim=1) if self.times == 2 else times[0], y
+            each(lambda leaf: leaf.to(self.dtype), x),
+            torch.stack(times, dim=1) if self.times == 2 else times[0],
+            each(lambda leaf: leaf.to(wide) if leaf.is_floating_point() else leaf, y),
         )
         value, second = split(output)
         if shapes_of(value) != shapes_of(x) or (second is not None and shapes_of(second) != shapes_of(x)):

@@ -47,7 +47,7 @@ def initial_noise(seed: int, index: Tensor, shape: tuple[int, ...] | Mapping[str
 def sample(
     model: Callable[..., Output],
     noise: Tree,
-    y: Tensor,
+    y: Tensor | Mapping[str, Tensor | float],
     sampler: str = "euler",
     num_steps: int = 50,
     cfg_scale: float = 1.0,
@@ -61,7 +61,7 @@ def sample(
     cfg_channels: Channels | None = None,
     class_token_cfg_scale: float | None = None,
     draws: Sequence[Tree] | Tensor | None = None,
-    field: Callable[[Any, Tensor, Guidance], Field] | None = None,
+    field: Callable[[Any, Any, Guidance], Field] | None = None,
     prediction: Prediction = "velocity",
     null_label: int | None = None,
     time_range: Sequence[float] | None = None,
@@ -78,6 +78,9 @@ def sample(
     heun_guidance: Decision = "first",
 ) -> Tree:
     """Latents float64 [N, C, H, W] from `noise` [N, C, H, W] (any float dtype) and labels y int64 [N].
+
+    A model that is told more than labels (improved mean flow) takes y = {"label": [N], "omega": ..., "t_min": ...,
+    "t_max": ...} with numbers or [N].
 
     noise may be a tree of the leaves that the model denoises together, {"image": ..., "class_token": [N, Z]}; then so
     is the result. A model in training mode is evaluated in eval mode and put back.
@@ -162,31 +165,34 @@ def sample(
         raise UserError(
             f"class_token_cfg_scale={class_token_cfg_scale} is for a class token, and noise has none; drop it"
         )
-    _check_labels(model, y, count)
+    conditions = _conditions(model, y, count)
     state, batch = each(lambda leaf: leaf.double(), noise), 1 if solver.adaptive else chunk
 
-    def solved(x: Tree, labels: Tensor, draw: Draw) -> Tree:
+    def solved(x: Tree, told: Tree, draw: Draw) -> Tree:
         if field:
-            v = field(model, labels, guidance)
+            v = field(model, told, guidance)
         elif solver.follows == "noise":
-            v = Noise(model, labels, guidance, null_label)
+            v = Noise(model, told, guidance, null_label)
         else:
             means = 2 if solver.follows == "mean_velocity" else 1
-            v = Velocity(model, labels, guidance, means, prediction, path, t_eps, null_label)
+            v = Velocity(model, told, guidance, means, prediction, path, t_eps, null_label)
         return deque(solver(v, x, grid, path, draw, **options), maxlen=1).pop()
 
     with torch.no_grad(), _evaluating(model):
         if seed is None or index is None:
             return solved(
-                state, y, _from_generator(generator, state, solver.draws) if draws is None else _given(draws, state)
+                state,
+                conditions,
+                _from_generator(generator, state, solver.draws) if draws is None else _given(draws, state),
             )
         result = each(torch.empty_like, state)
         for first, (rows, places) in _chunks(index, count, batch).items():
-            x, labels = each(lambda leaf: leaf.new_zeros(batch, *leaf.shape[1:]), state), y.new_zeros(batch)
+            x = each(lambda leaf: leaf.new_zeros(batch, *leaf.shape[1:]), state)
+            told = each(lambda leaf: leaf.new_full((batch,), leaf.is_floating_point()), conditions)  # omega divides
             _copy(state, rows, x, places)
-            labels[places] = y[rows]
-            numbers = torch.arange(first, first + batch, dtype=torch.int64, device=y.device)
-            _copy(solved(x, labels, _philox(seed, numbers, state)), places, result, rows)
+            _copy(conditions, rows, told, places)
+            numbers = torch.arange(first, first + batch, dtype=torch.int64, device=index.device)
+            _copy(solved(x, told, _philox(seed, numbers, state)), places, result, rows)
         return result
 
 
@@ -273,7 +279,22 @@ def _check_draws(draws: object, noise: Tree, count: int) -> None:
         raise UserError(f"draws must be {count} tensors {shapes_of(noise)}, like the noise, one for each noisy step")
 
 
-def _check_labels(model: object, y: Tensor, count: int) -> None:
+def _conditions(model: object, y: Tensor | Mapping[str, Tensor | float], count: int) -> Tree:
+    """y with a tensor [N] for each number. Raises UserError for what is no label of this model, and for shapes."""
+    given = y if isinstance(y, Mapping) else {"label": y}
+    labels: Any = given.get("label")
+    _check_labels(model, labels, count)
+    told: dict[str, Tensor] = {}
+    for name, value in given.items():
+        if not isinstance(value, Tensor) and is_number(value) and math.isfinite(value):
+            value = torch.full((count,), value, dtype=torch.float64)
+        if not isinstance(value, Tensor) or value.shape != (count,) or value.is_floating_point() == (name == "label"):
+            raise UserError(f"y['{name}'] must be a finite number or floats [{count}], not {described(value)}")
+        told[name] = value.to(labels.device)
+    return told if isinstance(y, Mapping) else told["label"]
+
+
+def _check_labels(model: object, y: object, count: int) -> None:
     if not isinstance(y, Tensor) or y.shape != (count,) or y.dtype not in (torch.int64, torch.int32):
         raise UserError(f"labels y must be int64 [{count}], one for each row of noise, not {described(y)}")
     _check_dense("y", y)

@@ -3,6 +3,7 @@
 from dit_fast.models.base import Backbone as Backbone
 from dit_fast.models.base import Output as Output
 from dit_fast.models.base import Taps as Taps
+from dit_fast.models.base import guidance_conditions as guidance_conditions
 from dit_fast.models.base import split as split
 from dit_fast.models.dit import DiT as DiT
 from dit_fast.models.registry import build_model as build_model

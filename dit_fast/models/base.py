@@ -13,17 +13,33 @@ from dit_fast.errors import ConfigError, UserError
 from dit_fast.ops import RowStatistics
 from dit_fast.ops.autocast import autocast_dtype
 from dit_fast.options import setting
-from dit_fast.tree import Tree, image, leaves
+from dit_fast.tree import Tree, image, label, leaves, relabelled
 
 X = TypeVar("X", bound=Tree)
 Output = Tree | tuple[Tree, Tree]  # of a model; of two outputs, the first is what samplers follow
+Y = TypeVar("Y", bound=Tree)
 HEAD = "final_layer"
+GUIDANCE = ("omega", "t_min", "t_max")  # what a model may be told of its guidance, beside the label
 PRESETS: dict[str, dict[str, int]] = {}  # sizes by model name; the file of each backbone adds its own
 
 
 def split(output: X | tuple[X, X]) -> tuple[X, X | None]:
     """A model's output, and its second output where it has one."""
     return output if isinstance(output, tuple) and len(output) == 2 else (cast(X, output), None)
+
+
+def guidance_conditions(
+    labels: Tensor, omega: float | Tensor = 1.0, t_min: float | Tensor = 0.0, t_max: float | Tensor = 1.0
+) -> dict[str, Tensor]:
+    """Conditions {"label", "omega", "t_min", "t_max"}, [N] each, for a model that is told its guidance.
+
+    omega: its scale, 1 = none. t_min, t_max: the interval of times with it. Numbers, or [N]; numbers become float64, or
+    of the dtype of the first tensor among them.
+    """
+    values = (omega, t_min, t_max)
+    dtype = next((value.dtype for value in values if isinstance(value, Tensor)), torch.float64)
+    told = [torch.as_tensor(value, dtype=dtype, device=labels.device).expand(labels.shape) for value in values]
+    return {"label": labels, **dict(zip(GUIDANCE, told, strict=True))}
 
 
 class Collector(Protocol):
@@ -74,6 +90,7 @@ class Backbone(nn.Module, ABC):
     stands for none, -1 where none was trained. cfg_channels: what the released sampler of its weights guides.
     learns_variance: a model of DDPM: t is a whole step, and the image of the output has 2C channels, the noise and the
     variance's logits. outputs: 2 where `forward` returns a tuple, the output and a second one of the form of x.
+    guidance_condition: whether it is told its guidance.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -92,6 +109,7 @@ class Backbone(nn.Module, ABC):
     cfg_channels: Literal["all", "first_three"] = "all"
     learns_variance: bool = False
     outputs: int = 1
+    guidance_condition: bool = False
 
     blocks: nn.ModuleList
     projectors: nn.ModuleList  # once there is one
@@ -122,7 +140,7 @@ class Backbone(nn.Module, ABC):
             self.shapes["class_token"] = (config.class_token,)
 
     @abstractmethod
-    def compute(self, x: Tree, t: Tensor, y: Tensor, taps: Taps, stop: int | None) -> Output | None:
+    def compute(self, x: Tree, t: Tensor, y: Tree, taps: Taps, stop: int | None) -> Output | None:
         """`forward`, its inputs checked. The output of each block in `taps` is replaced by `taps(block, x, stats)`."""
 
     @abstractmethod
@@ -130,22 +148,25 @@ class Backbone(nn.Module, ABC):
         """Forward FLOPs of one sample, multiply-add = 2; without modules added by methods."""
 
     @overload
-    def forward(self, x: X, t: Tensor, y: Tensor) -> X | tuple[X, X]: ...
+    def forward(self, x: X, t: Tensor, y: Tree) -> X | tuple[X, X]: ...
     @overload
-    def forward(self, x: X, t: Tensor, y: Tensor, taps: Taps, stop: None = None) -> X | tuple[X, X]: ...
+    def forward(self, x: X, t: Tensor, y: Tree, taps: Taps, stop: None = None) -> X | tuple[X, X]: ...
     @overload
-    def forward(self, x: Tree, t: Tensor, y: Tensor, taps: Taps, stop: int) -> None: ...
+    def forward(self, x: Tree, t: Tensor, y: Tree, taps: Taps, stop: int) -> None: ...
     @overload
-    def forward(self, x: X, t: Tensor, y: Tensor, taps: Iterable[int]) -> tuple[X | tuple[X, X], dict[int, Tensor]]: ...
+    def forward(self, x: X, t: Tensor, y: Tree, taps: Iterable[int]) -> tuple[X | tuple[X, X], dict[int, Tensor]]: ...
     @overload
     def forward(
-        self, x: Tree, t: Tensor, y: Tensor, taps: Iterable[int], stop: int
+        self, x: Tree, t: Tensor, y: Tree, taps: Iterable[int], stop: int
     ) -> tuple[None, dict[int, Tensor]]: ...
 
     def forward(
-        self, x: X, t: Tensor, y: Tensor, taps: Taps | Iterable[int] = (), stop: int | None = None
+        self, x: X, t: Tensor, y: Tree, taps: Taps | Iterable[int] = (), stop: int | None = None
     ) -> X | tuple[X, X] | tuple[X | tuple[X, X] | None, dict[int, Tensor]] | None:
         """Output, like x, at x and t for labels y [N] int64; nothing is drawn at random.
+
+        A model with `guidance_condition` takes as y what `guidance_conditions` makes; labels alone then stand for no
+        guidance, omega 1 at all times.
 
         x: [N, C, H, W]; with a class token {"image": [N, C, H, W], "class_token": [N, Z]}. t: [N] in [0, 1], or where
         `times` is 2 [N, 2] = (t, r): the output is the mean velocity from r to t. Where the model `learns_variance`,
@@ -172,11 +193,13 @@ class Backbone(nn.Module, ABC):
     if TYPE_CHECKING:
         __call__ = forward
 
-    def null(self, y: Tensor) -> Tensor:
-        """The null label in the place of each y. Raises UserError where the model has none."""
+    def null(self, y: Y) -> Y:
+        """The null label in the place of each label, further conditions as they are. Raises UserError where the model
+        has none.
+        """
         if self.null_label < 0:
             raise UserError("this model has no trained null label (label dropout 0): drop no labels")
-        return torch.full_like(y, self.null_label)
+        return cast(Y, relabelled(y, torch.full_like(label(y), self.null_label)))
 
     def block(self, depth: int, key: str) -> int:
         """Index of the block that a configuration counts from 1. Raises ConfigError naming its key."""
@@ -219,7 +242,7 @@ class Backbone(nn.Module, ABC):
         heads = names[names.index("blocks") + 1 : names.index(HEAD) + 1]
         return [*list(self.blocks)[last + 1 :], *(getattr(self, name) for name in heads)]
 
-    def _check(self, x: Tree, t: Tensor, y: Tensor) -> None:
+    def _check(self, x: Tree, t: Tensor, y: Tree) -> None:
         named, count = leaves(x), len(image(x))
         if named.keys() != self.shapes.keys():
             raise UserError(f"x must hold {' and '.join(self.shapes)} for this model, not {' and '.join(named)}")
@@ -235,12 +258,19 @@ class Backbone(nn.Module, ABC):
                     f"{name} is {value.dtype} but the model's weights are {weight.dtype}; convert one of them or use "
                     "autocast"
                 )
-        for name, vector, size in (("t", t, (count, 2)[: self.times]), ("y", y, (count,))):
+        told = ("label", *GUIDANCE) if self.guidance_condition else ("label",)
+        if not isinstance(y, Tensor) and tuple(y) != told and set(y) != set(told):
+            raise UserError(f"y must hold {', '.join(told)} for this model, not {', '.join(y)}")
+        conditions = {"y": y} if isinstance(y, Tensor) else {f"y['{name}']": value for name, value in y.items()}
+        for name, vector, size in (
+            ("t", t, (count, 2)[: self.times]),
+            *((name, value, (count,)) for name, value in conditions.items()),
+        ):
             if tuple(vector.shape) != size:
                 meaning = "[N, 2] = (t, r)" if len(size) == 2 else "[N]"
                 raise UserError(f"{name} must be {meaning}, here {size}, not {tuple(vector.shape)}")
-        if y.is_floating_point():
-            raise UserError(f"y must hold integer labels, not {y.dtype}")
+        if label(y).is_floating_point():
+            raise UserError(f"y must hold integer labels, not {label(y).dtype}")
         if self.learns_variance and t.is_floating_point():
             raise UserError(f"t must hold whole steps 0 .. 999 for this model, not {t.dtype}")
 

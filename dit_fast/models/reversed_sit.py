@@ -23,6 +23,6 @@ class ReversedSiT(SiT):
         self.head_channels = head_channels
         self.final_layer = FinalLayer(self.hidden_size, self.config.patch_size, head_channels)
 
-    def compute(self, x: Tree, t: Tensor, y: Tensor, taps: Taps, stop: int | None) -> Output | None:
+    def compute(self, x: Tree, t: Tensor, y: Tree, taps: Taps, stop: int | None) -> Output | None:
         output = super().compute(x, 1 - t, y, taps, stop)
         return None if output is None else -image(split(output)[0])[:, : self.in_channels]

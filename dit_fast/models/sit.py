@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dit_fast.errors import ConfigError, UserError
-from dit_fast.models.base import PRESETS, Backbone, Output, Taps, check_sizes
+from dit_fast.models.base import GUIDANCE, PRESETS, Backbone, Output, Taps, check_sizes, guidance_conditions
 from dit_fast.nn.attention import has_tangent
 from dit_fast.nn.block import Block
 from dit_fast.nn.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_position_embedding
@@ -18,7 +18,7 @@ from dit_fast.nn.linear import Reads, linear_flops, xavier_linear
 from dit_fast.nn.long_skip import SkipLinear, SkipNorm
 from dit_fast.ops import RowStatistics
 from dit_fast.options import nearest, setting, shown
-from dit_fast.tree import Tree, image
+from dit_fast.tree import Tree, image, label
 
 # hidden_size, depth, num_heads (DiT, arXiv 2212.09748, Tab. 1); Nano is ours, for CPUs.
 _WIDTHS = {
@@ -62,6 +62,9 @@ class SiT(Backbone):
     class_token: the output is a velocity of it, too (REG, arXiv 2507.01467). times=2: a mean velocity between two times
     (mean flow, 2505.13447), which an embedder of t - r tells. auxiliary_depth: a second output, like x, from a head of
     its own, `final_layer_xr`, on the output of that block, counted from 1 (internal guidance, 2512.24176); 0 = none.
+    velocity_head: a second output, like x, from a head of its own, `final_layer_v`, on the last block: the velocity at
+    t beside the mean one. guidance_condition: embedders of 1 - 1/omega, t_min and t_max, by which it is told the
+    guidance of its target (both: improved mean flow, 2512.02012).
     Parameter names and their order are those of the published code.
     Raises ConfigError for a size that is not given (0) and for a combination that cannot run.
     """
@@ -86,6 +89,10 @@ class SiT(Backbone):
         num_heads: int = setting(0, "Attention heads; 0 = as the name says", "[0, 65536]")
         auxiliary_depth: int = setting(
             0, "Block, from 1, of a second head, for internal_guidance; 0 = none", "[0, 1000]"
+        )
+        velocity_head: bool = setting(False, "A second head, of the velocity at t, for improved_mean_flow")
+        guidance_condition: bool = setting(
+            False, "Tell the model its guidance and when it acts, for improved_mean_flow"
         )
 
         def __post_init__(self) -> None:
@@ -123,6 +130,9 @@ class SiT(Backbone):
         if config.auxiliary_depth:
             self.outputs = 2
             self.final_layer_xr = FinalLayer(width, config.patch_size, config.in_channels, config.class_token)
+        if config.velocity_head:
+            self.outputs = 2
+            self.final_layer_v = FinalLayer(width, config.patch_size, config.in_channels, config.class_token)
         channels = config.in_channels * (2 if self.learns_variance else 1)
         self.final_layer = FinalLayer(width, config.patch_size, channels, config.class_token)
         if config.class_token:
@@ -130,8 +140,13 @@ class SiT(Backbone):
             self.wg_norm = nn.LayerNorm(width, eps=1e-6)
         if config.times == 2:
             self.r_embedder = TimestepEmbedder(width)
+        self.guidance_condition = config.guidance_condition
+        if config.guidance_condition:
+            self.omega_embedder = TimestepEmbedder(width)
+            self.t_min_embedder = TimestepEmbedder(width)
+            self.t_max_embedder = TimestepEmbedder(width)
 
-    def compute(self, x: Tree, t: Tensor, y: Tensor, taps: Taps, stop: int | None) -> Output | None:
+    def compute(self, x: Tree, t: Tensor, y: Tree, taps: Taps, stop: int | None) -> Output | None:
         tokens = self.x_embedder(image(x))
         if not isinstance(x, Tensor):
             token = self.wg_norm(self.cls_projectors2(x["class_token"]))
@@ -163,6 +178,8 @@ class SiT(Backbone):
                 second = self._decoded(self.final_layer_xr, stream, c)
         if stop is not None:
             return None
+        if self.config.velocity_head:
+            second = self._decoded(self.final_layer_v, stream, c)
         output = self._decoded(self.final_layer, stream, c)
         return output if second is None else (output, second)
 
@@ -172,11 +189,16 @@ class SiT(Backbone):
         used = max(0, last + 1 - self.depth // 2)
         return [*super().beyond(last), *list(self.skip_linears)[used:], *list(self.skip_norms)[used:]]
 
-    def _condition(self, t: Tensor, y: Tensor) -> Tensor:
+    def _condition(self, t: Tensor, y: Tree) -> Tensor:
         if self.times == 1:
-            return self.t_embedder(t) + self.y_embedder(y)
+            return self.t_embedder(t) + self.y_embedder(label(y))
         t, r = t.unbind(1)
-        return self.t_embedder(t) + self.r_embedder(t - r) + self.y_embedder(y)
+        c = self.t_embedder(t) + self.r_embedder(t - r) + self.y_embedder(label(y))
+        if not self.guidance_condition:
+            return c
+        told = guidance_conditions(y) if isinstance(y, Tensor) else y
+        c = c + self.omega_embedder(1 - 1 / told["omega"])
+        return c + self.t_min_embedder(told["t_min"]) + self.t_max_embedder(told["t_max"])
 
     def _stage(self, index: int, stream: Residual, c: Tensor, skip: Residual | None) -> Residual:
         """One block with the fusion that belongs to it."""
@@ -217,6 +239,10 @@ class SiT(Backbone):
             total += sum(cast(SkipLinear, skip).flops(tokens) for skip in self.skip_linears)
         if self.config.auxiliary_depth:
             total += self.final_layer_xr.flops(patches)
+        if self.config.velocity_head:
+            total += self.final_layer_v.flops(patches)
+        if self.guidance_condition:
+            total += len(GUIDANCE) * self.omega_embedder.flops()
         return total + (linear_flops(self.cls_projectors2, rows=1) if self.class_token else 0)
 
 
@@ -228,6 +254,13 @@ def _check(config: SiT.Config, image: tuple[int, ...]) -> None:
     check_sizes(config, 0, "auxiliary_depth")
     if config.auxiliary_depth > config.depth:
         raise ConfigError(f"auxiliary_depth={config.auxiliary_depth} is not one of the blocks 1..{config.depth}")
+    if config.velocity_head and config.auxiliary_depth:
+        raise ConfigError("velocity_head and auxiliary_depth are both a second output; set one of them")
+    for name in ("velocity_head", "guidance_condition"):
+        if getattr(config, name) and config.times == 1:
+            raise ConfigError(
+                f"{name} is for improved mean flow, whose model has two times; set times=2 or {name}=false"
+            )
     for name, size in zip(("input_size", "input_width"), image[1:], strict=True):
         if size % config.patch_size:
             raise ConfigError(f"{name} {size} must be a multiple of patch_size {config.patch_size}")

@@ -36,19 +36,20 @@ def noise_for(x: Tree, key: Key) -> Tree:
 class Context:
     """One micro-batch after the model's forward.
 
-    model: the bare model, with the heads of all methods. x: clean latents, with what methods added to them; y: labels
-    int64 [N], after label dropout. key: of all random numbers of these samples. times: as the model got them, [N], or
-    [N, 2] = (t, r) for a mean velocity; t: the time of noised (x_t), [N]. noised, prediction, noise, target: of the
-    form of x. losses: [N] float32 by leaf; the image's is the base loss, another leaf's is a term of the method that
-    added the leaf. taps: block outputs in `features` by index from 0 ([N, T, D]), and the methods' collectors by name.
-    batch: the batch's fields by name. number: of the optimizer step, from 0. logs: further 0-d tensors of the objective
-    by full name. second: the model's second output, of the form of x, where it has one.
+    model: the bare model, with the heads of all methods. x: clean latents, with what methods added to them; y: as the
+    model got it, labels int64 [N] after label dropout, or conditions with such labels. key: of all random numbers of
+    these samples. times: as the model got them, [N], or [N, 2] = (t, r) for a mean velocity; t: the time of noised
+    (x_t), [N]. noised, prediction, noise, target: of the form of x. losses: [N] float32 by leaf; the image's is the
+    base loss, another leaf's is a term of the method that added the leaf. taps: block outputs in `features` by index
+    from 0 ([N, T, D]), and the methods' collectors by name. batch: the batch's fields by name. number: of the optimizer
+    step, from 0. logs: further 0-d tensors of the objective by full name. second: the model's second output, of the
+    form of x, where it has one.
     """
 
     objective: "Objective"
     model: Backbone
     x: Tree
-    y: Tensor
+    y: Tree
     key: Key
     times: Tensor
     noised: Tree
@@ -148,6 +149,6 @@ class Objective(ABC):
                 f"objective=ddpm, or model={model.config.name.replace('DiT', 'SiT', 1)}"
             )
 
-    def field(self, model: Backbone, y: Tensor, guidance: Guidance) -> Field:
-        """v(x, t, s): float64, what a solver follows from time t to time s, for the labels y [N] and with guidance."""
+    def field(self, model: Backbone, y: Tree, guidance: Guidance) -> Field:
+        """v(x, t, s): float64, what a solver follows from time t to time s, of labels y [N] (or conditions), guided."""
         return Velocity(model, y, guidance, model.times, self.prediction, self.path, self.t_eps)

@@ -151,6 +151,6 @@ class DDPM(Objective):
         """The nearest step."""
         return (STEPS * t).round().long().clamp(0, STEPS - 1)
 
-    def field(self, model: Backbone, y: Tensor, guidance: Guidance) -> Field:
+    def field(self, model: Backbone, y: Tree, guidance: Guidance) -> Field:
         """Noise and logits of the variance, float64 [N, 2C, H, W], at step t."""
         return Noise(model, y, guidance)

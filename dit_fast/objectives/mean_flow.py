@@ -26,7 +26,7 @@ from dit_fast.options import check_choice, setting
 from dit_fast.philox import Key, Stream
 from dit_fast.tree import Tree, each, image, leaves
 
-Network = Callable[[Tree, Tensor, Tensor], Output]  # (z, times [N, 2] = (t, r), y) -> u, or u and a second output
+Network = Callable[..., Output]  # (z, times [N, 2] = (t, r), y) -> u, or u and a second output
 
 
 class MeanFlowLosses(NamedTuple):
@@ -67,11 +67,8 @@ def mean_flow_losses(
     loss = mean of error / stop(error + norm_eps)^norm_p. Differentiable in the model's parameters once.
     Source: Alg. 1 and Eq. 21 of the paper. Raises UserError for shapes and options that do not fit.
     """
-    if t.shape != (len(y),) or r.shape != t.shape:
-        raise UserError(f"mean_flow_losses needs t and r of shape [{len(y)}], not {list(t.shape)} and {list(r.shape)}")
+    check_times("mean_flow_losses", y, t, r, dropped)
     check_choice("prediction", prediction, Literal["velocity", "x"])
-    if dropped is not None and dropped.shape != t.shape:
-        raise UserError(f"dropped must be bool {list(t.shape)}, one for each sample, not {list(dropped.shape)}")
     image(x)
     z = each(lambda data, eps: Path("linear").interpolate(data, eps, t)[0], x, noise)
     if prediction == "x":
@@ -82,7 +79,7 @@ def mean_flow_losses(
     else:
         velocity, network = each(torch.sub, noise, x), model
     if omega is not None and (omega, kappa) != (1, 0):
-        null = torch.full_like(y, _null_label(model, null_label))
+        null = torch.full_like(y, trained_null_label(model, null_label))
         velocity = guided_velocity(network, velocity, z, t, y, null, omega, kappa, interval, dropped)
     u, _ = split(network(z, torch.stack((t, r), 1), y))
     dudt = total_derivative(network, z, velocity, t, r, y)
@@ -115,7 +112,7 @@ def guided_velocity(
 
 
 @torch.no_grad()
-def total_derivative(network: Network, z: Tree, velocity: Tree, t: Tensor, r: Tensor, y: Tensor) -> Tree:
+def total_derivative(network: Network, z: Tree, velocity: Tree, t: Tensor, r: Tensor, y: Tree) -> Tree:
     """du/dt along (velocity, 1, 0) in (z, t, r): one pass in forward mode, without gradients."""
 
     def u(z: Tree, t: Tensor, r: Tensor) -> Tree:
@@ -143,7 +140,16 @@ def normalised(error: Tensor, norm_p: float, norm_eps: float) -> Tensor:
     return error / (error.detach() + norm_eps) ** norm_p
 
 
-def _null_label(model: object, given: int | None) -> int:
+def check_times(function: str, y: Tensor, t: Tensor, r: Tensor, dropped: Tensor | None) -> None:
+    """Raises UserError unless t and r are [N] for labels y [N], and dropped too where it is given."""
+    if t.shape != (len(y),) or r.shape != t.shape:
+        raise UserError(f"{function} needs t and r of shape [{len(y)}], not {list(t.shape)} and {list(r.shape)}")
+    if dropped is not None and dropped.shape != t.shape:
+        raise UserError(f"dropped must be bool {list(t.shape)}, one for each sample, not {list(dropped.shape)}")
+
+
+def trained_null_label(model: object, given: int | None) -> int:
+    """The label given, or the model's. Raises UserError where it has none."""
     label = getattr(model, "null_label", -1) if given is None else given
     if label < 0:
         raise UserError(

@@ -363,3 +363,28 @@ def test_labels_that_the_model_does_not_have_are_named():
             sample(model, noise, torch.tensor([0, label]), num_steps=1)
     with pytest.raises(UserError, match=r"cfg_scale=0\.5 needs a model with a trained null_label"):
         sample(undropped, noise, torch.tensor([0, 1]), num_steps=1, cfg_scale=0.5)
+
+
+def test_conditions_are_numbers_or_tensors_and_reach_the_model_beside_the_null_label():
+    """Guidance replaces the label alone; rows that fill a chunk have an omega by which can be divided."""
+    seen = []
+
+    def model(x, t, y):
+        seen.append(y)
+        return 0 * x + (1 / y["omega"] + y["label"])[:, None, None, None]
+
+    x, y = torch.zeros(2, 1, 2, 2), labels(2)
+    told = {"label": y, "omega": torch.tensor([2.0, 4.0]), "t_min": 0.25}
+    drawn = sample(model, x, told, "mean_flow", 1, 3.0, null_label=5)
+    assert drawn[:, 0, 0, 0].tolist() == [9.5, 6.75]
+    assert seen[0]["label"].tolist() == [0, 1, 5, 5]
+    assert seen[0]["omega"].tolist() == [2, 4, 2, 4]
+    assert seen[0]["t_min"].tolist() == [0.25] * 4
+    single = sample(model, x[:1], {"label": y[:1], "omega": 2.0}, "mean_flow", 1, seed=0, index=torch.tensor([1]))
+    assert single[0, 0, 0, 0] == -0.5
+    assert seen[-1]["omega"].isfinite().all()
+    for wrong in ("much", float("nan"), torch.ones(3), y):
+        with pytest.raises(UserError, match=r"y\['omega'\] must be a finite number or floats \[2\]"):
+            sample(model, x, {"label": y, "omega": wrong}, "mean_flow", 1)
+    with pytest.raises(UserError, match=r"labels y must be int64 \[2\]"):
+        sample(model, x, {"omega": 2.0}, "mean_flow", 1)

@@ -5,9 +5,9 @@ import torch
 from torch.func import jvp
 
 from dit_fast.errors import UserError
-from dit_fast.models import Taps, build_model
+from dit_fast.models import Taps, build_model, guidance_conditions
 from dit_fast.tree import each, leaves
-from tests.helpers.cases import loop_over
+from tests.helpers.cases import loop_over, refused
 from tests.helpers.golden import assert_close
 from tests.helpers.tiny_sit import WIRINGS, inputs_for, tiny_sit
 
@@ -61,3 +61,40 @@ def test_derivative_along_state_and_time(wiring, class_token, checkpoint_blocks)
     for leaf, difference in leaves(each(lambda a, b: (a - b) / (2 * step), later, earlier)).items():
         assert_close(results[1][leaf], difference, 1e-6)
         assert_close(results[0][leaf], difference, 1e-4)
+
+
+def test_what_a_model_is_told_of_its_guidance_and_its_velocity_head():
+    """1 - 1/omega is embedded; labels alone are omega 1 at all times; the null label leaves the rest as it is."""
+    model = tiny_sit(times=2, velocity_head=True, guidance_condition=True)
+    x, times, y = inputs_for(model)
+    told = guidance_conditions(y, torch.tensor([1.0, 2.0, 4.0]), 0.25, 0.5)
+    u, v = model(x, times, told)
+    assert model.outputs == 2
+    assert u.shape == v.shape == x.shape
+    seen = []
+    model.omega_embedder.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    model(x, times, told)
+    assert seen[0].tolist() == [0, 0.5, 0.75]
+    for name in ("omega", "t_min", "t_max"):
+        other = model(x, times, {**told, name: told[name] + 0.25})
+        assert all((one - two).abs().amax(dim=(1, 2, 3)).min() > 0 for one, two in zip((u, v), other, strict=True))
+    alone, spelt = model(x, times, y), model(x, times, guidance_conditions(y))
+    assert all(torch.equal(one, two) for one, two in zip(alone, spelt, strict=True))
+    null = model.null(told)
+    assert null["label"].tolist() == [model.null_label] * 3
+    assert null["omega"] is told["omega"]
+    assert refused(model, x, times, {"label": y, "omega": y.float()}).startswith("y must hold label, omega, t_min, t_m")
+    assert "y['t_min'] must be [N], here (3,)" in refused(model, x, times, {**told, "t_min": torch.zeros(1)})
+    assert refused(tiny_sit(times=2), x, times, told) == "y must hold label for this model, not " + ", ".join(told)
+
+
+@loop_over(
+    ("options", "message"),
+    [
+        ({"velocity_head": True}, "velocity_head is for improved mean flow, whose model has two times; set times=2 or"),
+        ({"guidance_condition": True}, "guidance_condition is for improved mean flow"),
+        ({"times": 2, "velocity_head": True, "auxiliary_depth": 2}, "both a second output; set one of them"),
+    ],
+)
+def test_options_of_improved_mean_flow_that_do_not_fit(options, message):
+    assert message in refused(tiny_sit, **options)
