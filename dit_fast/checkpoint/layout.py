@@ -1,21 +1,22 @@
-"""Model sizes read from the names and shapes of a published state_dict, and the order of its parameters."""
+"""Model sizes read from the names and shapes of a published state_dict."""
 
-import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit_fast.errors import CheckpointError
+from dit_fast.models import Backbone, SiT
+from dit_fast.nn.embeddings import LabelEmbedder
 
-logger = logging.getLogger("dit_fast")
+S = TypeVar("S", bound=SiT)
 
 BASE = ("pos_embed", "x_embedder", "t_embedder", "y_embedder", "blocks", "final_layer")
-# Registration order of each published class: the order of `model.parameters()`, by which its optimizer counts.
+# Registration order of each published class built on SiT: that of `model.parameters()`, by which its optimizer counts.
 GROUPS = {
     "sit": BASE,
     "dit": BASE,
@@ -35,7 +36,38 @@ OWN = {
     "r_embedder": ("mean_flow", "a model of two times"),
     "ap_head": ("sra", "the head of SRA"),
 }
+OF_HEAD = ("blocks.0.attn.q_norm.weight", "feat_rope.freqs_cos")  # whose last dimension is the width of a head
 UNLISTED = re.compile(r"projectors\.([024]\.(?:weight|bias))")  # of a lone head that lies in no list
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a model beside its state_dict; None: not known.
+
+    assumed: what was taken to be as usual, in words, as it came up.
+    """
+
+    num_heads: int | None = None
+    num_classes: int | None = None
+    label_dropout: float | None = None
+    skip_wiring: str | None = None
+    encoder_depth: int | None = None
+    assumed: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How models of a published code other than SiT's are read and written; one file and one entry in `FAMILIES` each.
+
+    backbone: their class here. groups: registration order of the published class, by the first part of a name.
+    empty: a state_dict to a model of its sizes, without values; CheckpointError naming the key that is missing or does
+    not fit. export: a model's entries by name to those that the published code computes the same with.
+    """
+
+    backbone: type[Backbone]
+    groups: tuple[str, ...]
+    empty: Callable[[Mapping[str, Tensor], Known], Backbone]
+    export: Callable[[Backbone, dict[str, Tensor]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -67,27 +99,27 @@ class Layout:
         beside = ("head_channels", "null_row", "projectors", "latent_head")
         return {"name": "", **{key: value for key, value in vars(self).items() if key not in beside}}
 
+    def check_head(self, kind: str) -> None:
+        """Raises CheckpointError unless the output has as many channels as the latents, or twice as many."""
+        if self.head_channels not in (self.in_channels, 2 * self.in_channels):
+            raise CheckpointError(
+                f"final_layer.linear.weight: {self.head_channels} output channels; an official {kind} on "
+                f"{self.in_channels}-channel latents has {self.in_channels} or {2 * self.in_channels}"
+            )
 
-def read_layout(
-    state: Mapping[str, Tensor],
-    family: str,
-    num_heads: int | None,
-    num_classes: int | None,
-    label_dropout: float | None,
-) -> Layout:
-    """Sizes from shapes and from what else is known about the model (None: not known).
 
-    What is known from neither is taken to be as usual and logged in one line: heads of width 64 (72 at width 1152), and
-    a label table whose last row is the null label.
+def read_layout(state: Mapping[str, Tensor], family: str, known: Known) -> Layout:
+    """Sizes from shapes and from what else is known about the model.
+
     Raises CheckpointError naming the key that is missing or does not fit.
     """
-    _, tokens, of_positions = _shape(state, "pos_embed", 3)
-    of_patches, channels, patch, _ = _shape(state, "x_embedder.proj.weight", 4)
-    rows, of_head = _shape(state, "final_layer.linear.weight", 2)
-    labels, of_labels = _shape(state, "y_embedder.embedding_table.weight", 2)
+    _, tokens, of_positions = shape(state, "pos_embed", 3)
+    of_patches, channels, patch, _ = shape(state, "x_embedder.proj.weight", 4)
+    rows, of_head = shape(state, "final_layer.linear.weight", 2)
+    _, of_labels = shape(state, "y_embedder.embedding_table.weight", 2)
     # By majority, so that a single wrong shape is found to be the wrong one.
     width = Counter([of_positions, of_patches, of_head, of_labels]).most_common(1)[0][0]
-    class_token = _shape(state, "cls_projectors2.weight", 2)[1] if family == "reg" else 0
+    class_token = shape(state, "cls_projectors2.weight", 2)[1] if family == "reg" else 0
     patches = tokens - bool(class_token)
     grid = math.isqrt(patches)
     if grid**2 != patches:
@@ -95,49 +127,87 @@ def read_layout(
         raise CheckpointError(f"'pos_embed' has places for {patches} patches, which is not a square{hint}")
     if rows % patch**2:
         raise CheckpointError(f"'final_layer.linear.weight' has {rows} rows, not a multiple of {patch}x{patch} patches")
-    blocks = _indices(state, r"blocks\.(\d+)\.")
-    for index in range(max(blocks, default=0) + 1):
-        if index not in blocks:
-            raise CheckpointError(f"missing key 'blocks.{index}.attn.qkv.weight': the state_dict has no such block")
-    aligned = _indices(state, r"projectors\.(\d+)\.0\.weight")
-    assumed = []
-    heads = _known_heads(state, width, num_heads)
-    if heads is None:
-        heads = _usual_heads(width)
-        assumed.append(f"num_heads={heads} (heads of width {width // heads})")
-    classes = num_classes
-    if classes is None:
-        classes = labels if label_dropout == 0 else labels - 1
-        if label_dropout is None:
-            assumed.append(f"num_classes={classes} (the last of {labels} labels is the null label)")
-    if classes not in (labels, labels - 1):
-        raise CheckpointError(
-            f"num_classes={classes}, but 'y_embedder.embedding_table.weight' has {labels} rows: it has one for each "
-            f"class, and one more for the null label if there is one; pass num_classes={labels - 1} or {labels}"
-        )
-    if assumed:
-        logger.warning("the checkpoint does not say, so %s; pass other values if that is wrong", " and ".join(assumed))
-    null_row = classes < labels
+    aligned = indices(state, r"projectors\.(\d+)\.0\.weight")
+    depth, heads = read_depth(state), read_heads(state, width, known)
+    classes, null_row, label_dropout = read_classes(state, known)
     return Layout(
         input_size=grid * patch,
         patch_size=patch,
         in_channels=channels,
         head_channels=rows // patch**2,
         hidden_size=width,
-        depth=max(blocks) + 1,
+        depth=depth,
         num_heads=heads,
         num_classes=classes,
         null_row=null_row,
-        label_dropout=0.1 if null_row and label_dropout != 0 else 0.0,
-        qk_norm="blocks.0.attn.q_norm.weight" in state,
+        label_dropout=label_dropout,
+        qk_norm=OF_HEAD[0] in state,
         class_token=class_token,
         times=2 if family == "mean_flow" else 1,
         projectors=tuple(
-            (_shape(state, f"projectors.{k}.0.weight", 2)[0], _shape(state, f"projectors.{k}.4.weight", 2)[0])
+            (shape(state, f"projectors.{k}.0.weight", 2)[0], shape(state, f"projectors.{k}.4.weight", 2)[0])
             for k in range(len(aligned))
         ),
         latent_head=family == "self_transcendence" and "projectors_final.linear.weight" in state,
     )
+
+
+def read_depth(state: Mapping[str, Tensor]) -> int:
+    """Number of blocks. Raises CheckpointError where one is missing in between."""
+    blocks = indices(state, r"blocks\.(\d+)\.")
+    for index in range(max(blocks, default=0) + 1):
+        if index not in blocks:
+            raise CheckpointError(f"missing key 'blocks.{index}.attn.qkv.weight': the state_dict has no such block")
+    return max(blocks) + 1
+
+
+def read_heads(state: Mapping[str, Tensor], width: int, known: Known) -> int:
+    """Number of heads, off what has their width, else as known, else of the usual width: 64, or 72 at width 1152.
+
+    Raises CheckpointError for a number that does not fit.
+    """
+    given = known.num_heads
+    if given is not None and (given < 1 or width % given):
+        raise CheckpointError(f"num_heads {given} does not divide width {width}; pass the number of attention heads")
+    key = next((key for key in OF_HEAD if key in state), None)
+    if key is None:
+        if given is None:
+            given = _usual_heads(width)
+            known.assumed.append(f"num_heads={given} (heads of width {width // given})")
+        return given
+    of_head = state[key].shape[-1] if state[key].dim() else 0
+    if not of_head or width % of_head or given not in (None, width // of_head):
+        wanted = "" if given is None else f"num_heads={given}, but "
+        makes = f", which makes {width / of_head:g} heads of width {width}; pass that or nothing" if of_head else ""
+        raise CheckpointError(f"{wanted}'{key}' has shape {tuple(state[key].shape)}{makes}")
+    return width // of_head
+
+
+def read_classes(state: Mapping[str, Tensor], known: Known) -> tuple[int, bool, float]:
+    """Number of classes, whether the table has a row for the null label, and the label dropout (0: never trained).
+
+    What is not known is taken to be as usual: the last row is the null label. Raises CheckpointError for a number that
+    does not fit.
+    """
+    labels, _ = shape(state, "y_embedder.embedding_table.weight", 2)
+    classes = known.num_classes
+    if classes is None:
+        classes = labels if known.label_dropout == 0 else labels - 1
+        if known.label_dropout is None:
+            known.assumed.append(f"num_classes={classes} (the last of {labels} labels is the null label)")
+    if classes not in (labels, labels - 1):
+        raise CheckpointError(
+            f"num_classes={classes}, but 'y_embedder.embedding_table.weight' has {labels} rows: it has one for each "
+            f"class, and one more for the null label if there is one; pass num_classes={labels - 1} or {labels}"
+        )
+    null_row = classes < labels
+    return classes, null_row, 0.1 if null_row and known.label_dropout != 0 else 0.0
+
+
+def with_labels(model: S, layout: Layout) -> S:
+    """The model with a label table like the checkpoint's: without a row for the null label where that has none."""
+    model.y_embedder = LabelEmbedder(layout.num_classes, layout.hidden_size, layout.null_row)
+    return model
 
 
 def family_hint(names: Iterable[str], family: str) -> str:
@@ -164,7 +234,7 @@ def rename_legacy(state: dict[str, Tensor], encoder_depth: int | None) -> dict[s
     if not any(name.startswith("decoder_blocks.") for name in state):
         return state
     if encoder_depth is None:
-        earlier = len(_indices(state, r"blocks\.(\d+)\."))
+        earlier = len(indices(state, r"blocks\.(\d+)\."))
         raise CheckpointError(
             "'decoder_blocks.*' keys: an old REPA file splits its blocks at the aligned one; pass encoder_depth "
             f"(it has {earlier} earlier blocks)"
@@ -181,58 +251,7 @@ def rename_legacy(state: dict[str, Tensor], encoder_depth: int | None) -> dict[s
     return result
 
 
-def official_parameter_order(model: nn.Module, family: str) -> list[str]:
-    """Names of `model.parameters()` in the published class of the family: the indices of its optimizer state.
-
-    Raises CheckpointError naming a parameter that the family has no place for, or long skips that it lacks.
-    """
-    groups = GROUPS[family]
-    names = list(model.state_dict())
-    parts = dict(OWN[group] for group in dict.fromkeys(name.split(".")[0] for name in names) if group in OWN)
-    if len(parts) > 1:
-        raise CheckpointError(f"no published code has this, {' and '.join(parts.values())} in one; keep our checkpoint")
-    for name in names:
-        if name.split(".")[0] not in groups:
-            raise CheckpointError(
-                f"'{name}' has no place in a checkpoint of family '{family}'; remove the module first"
-            )
-    for group, (owner, what) in OWN.items():
-        if owner == family and not any(name.split(".")[0] == group for name in names):
-            raise CheckpointError(f"missing '{group}.*': family '{family}' needs {what}")
-    return [name for group in groups for name in names if name.split(".")[0] == group]
-
-
-def optimizer_state_by_name(opt_state: Mapping[str, Any], model: nn.Module, family: str) -> dict[str, dict[str, Any]]:
-    """The `opt` entry of a published training checkpoint, by parameter name: {name: {step, exp_avg, exp_avg_sq}}.
-
-    Published optimizers number all parameters, the frozen `pos_embed` included; what never had a gradient has no entry.
-    Raises CheckpointError if the count or a shape does not fit the model.
-    """
-    order = official_parameter_order(model, family)
-    try:
-        listed = [int(index) for group in opt_state["param_groups"] for index in group["params"]]
-        entries = sorted(opt_state["state"].items())
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"not the state of a torch optimizer (param_groups, state): {error!r}") from None
-    if sorted(listed) != list(range(len(order))) or not {index for index, _ in entries} <= set(listed):
-        raise CheckpointError(
-            f"optimizer state numbers {len(listed)} parameters; this '{family}' model has {len(order)}"
-        )
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    result: dict[str, dict[str, Any]] = {}
-    for index, entry in entries:
-        name = order[index]
-        for key, value in entry.items():
-            if isinstance(value, Tensor) and value.dim() > 0 and value.shape != shapes[name]:
-                raise CheckpointError(
-                    f"optimizer state {index} '{key}' has shape {tuple(value.shape)}, but '{name}' has "
-                    f"{tuple(shapes[name])}; was it written by another family?"
-                )
-        result[name] = dict(entry)
-    return result
-
-
-def _shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
+def shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
     if name not in state:
         raise CheckpointError(f"missing key '{name}'")
     shape = tuple(state[name].shape)
@@ -241,23 +260,8 @@ def _shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int
     return shape
 
 
-def _indices(state: Mapping[str, Tensor], pattern: str) -> set[int]:
+def indices(state: Mapping[str, Tensor], pattern: str) -> set[int]:
     return {int(match[1]) for name in state if (match := re.match(pattern, name))}
-
-
-def _known_heads(state: Mapping[str, Tensor], width: int, given: int | None) -> int | None:
-    if given is not None and (given < 1 or width % given):
-        raise CheckpointError(f"num_heads {given} does not divide width {width}; pass the number of attention heads")
-    if "blocks.0.attn.q_norm.weight" not in state:
-        return given
-    (of_head,) = _shape(state, "blocks.0.attn.q_norm.weight", 1)
-    if width % of_head or given not in (None, width // of_head):
-        wanted = "" if given is None else f"num_heads={given}, but "
-        raise CheckpointError(
-            f"{wanted}'blocks.0.attn.q_norm.weight' has shape ({of_head},), which makes {width / of_head:g} heads of "
-            f"width {width}; pass that or nothing"
-        )
-    return width // of_head
 
 
 def _usual_heads(width: int) -> int:

@@ -1,14 +1,16 @@
-"""Checkpoints of the published codes of REPA, SiT, DiT and the methods built on them, in and out, bit for bit.
+"""Checkpoints of the published codes, in and out, bit for bit: here those of networks built on SiT and DiT.
 
 Names and shapes are those of the published modules (REPA, arXiv 2410.06940; SiT, 2401.08740; DiT, 2212.09748;
 DiverseDiT, 2603.04239; REG, 2507.01467; mean flow, 2505.13447, as in the PyTorch code; SRA on SiT, 2505.02831;
-Self-Transcendence, 2601.07773).
+Self-Transcendence, 2601.07773). Other networks have a file each (`families.FAMILIES`).
 What a state_dict does not say must be given (wiring of the long skips) or is taken to be as usual and logged in one
 line (number of heads, a null label in the label table).
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,23 +19,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dit_fast import files
-from dit_fast.checkpoint.layout import (
-    GROUPS,
-    Layout,
-    family_hint,
-    listed_heads,
-    official_parameter_order,
-    read_layout,
-    rename_legacy,
-)
-from dit_fast.checkpoint.official_time import reversed_state
+from dit_fast.checkpoint.families import FAMILIES, NAMES, official_names
+from dit_fast.checkpoint.layout import Known, Layout, family_hint, listed_heads, read_layout, rename_legacy, with_labels
+from dit_fast.checkpoint.official_time import reversed_state, widened_state
 from dit_fast.errors import CheckpointError, ConfigError
+from dit_fast.models import Backbone
 from dit_fast.models.dit import DiT
 from dit_fast.models.reversed_sit import ReversedSiT
 from dit_fast.models.sit import SiT
-from dit_fast.nn.embeddings import LabelEmbedder
 from dit_fast.nn.projector import LatentHead, SelfProjector, projector
 from dit_fast.published import read_state
+
+logger = logging.getLogger("dit_fast")
 
 LABEL_DROPOUT = ("label_dropout", "class_dropout_prob", "cfg_prob")  # its names in headers and training arguments
 
@@ -56,17 +53,18 @@ def load_official(
     encoder_depth: int | None = None,
     weights: str = "ema",
     num_classes: int | None = None,
-) -> SiT:
+) -> Backbone:
     """A model, in eval mode, with published weights.
 
     source: a state_dict, a training checkpoint {model, ema, opt, args, steps}, or the path of a `.pt` or `.safetensors`
-    file. family: "repa", "sit", "dit", "diversedit", "reg", "mean_flow", "sra" or "self_transcendence" (of either
-    stage). "sit" models take our t and return our v; "dit" models take steps t int64 and return noise and logits of the
-    variance [N, 2C, H, W] (samplers "ddpm", "ddim"). `sample` guides three channels of both by default, as the released
+    file. family: "repa", "sit", "dit", "diversedit", "reg", "mean_flow", "sra", "self_transcendence" (of either stage)
+    or "lightningdit" (norm, MLP, rotary positions and shifts are read off the keys). "sit" and "lightningdit" models
+    take our t and return our v; "dit" models take steps t int64 and return noise and logits of the variance
+    [N, 2C, H, W] (samplers "ddpm", "ddim"). `sample` guides three channels of these three by default, as the released
     samplers do. "reg" models take and return {"image", "class_token"}, "mean_flow" models take t [N, 2]. Alignment
     heads come as `model.projectors`, SRA's as `model.ap_head`.
-    Sizes are read off the shapes. num_heads is read off the query norm where there is one, else off the file's header
-    or arguments; it defaults to head width 64 (72 at width 1152), which is logged.
+    Sizes are read off the shapes. num_heads is read off the query norm or the rotary tables where there are any, else
+    off the file's header or arguments; it defaults to head width 64 (72 at width 1152), which is logged.
     num_classes: rows of the label table without the null label's; default: what the file's header or arguments say,
     else one less than the table has, which is logged. A model whose table has no row for the null label, or that was
     trained with label dropout 0 according to the file, has null_label -1, and guidance is refused.
@@ -84,18 +82,21 @@ def load_official(
     recorded = facts.get("skip_wiring")
     wiring = _wiring(family, skip_wiring, recorded if isinstance(recorded, str) else None)
     dropout = next((facts[name] for name in LABEL_DROPOUT if facts.get(name) is not None), None)
-    layout = read_layout(
-        state,
-        family,
-        _whole("num_heads", facts.get("num_heads") if num_heads is None else num_heads),
-        _whole("num_classes", facts.get("num_classes") if num_classes is None else num_classes),
-        None if dropout is None else _probability(dropout),
+    known = Known(
+        num_heads=_whole("num_heads", facts.get("num_heads") if num_heads is None else num_heads),
+        num_classes=_whole("num_classes", facts.get("num_classes") if num_classes is None else num_classes),
+        label_dropout=None if dropout is None else _probability(dropout),
+        skip_wiring=wiring,
+        encoder_depth=_whole("encoder_depth", encoder_depth),
     )
     try:
         with torch.device("meta"):
-            model = _empty_model(layout, family, wiring)
+            model = (FAMILIES[family].empty if family in FAMILIES else partial(_empty_model, family))(state, known)
     except ConfigError as error:
         raise CheckpointError(f"the checkpoint's shapes and num_heads make no model: {error}") from error
+    if known.assumed:
+        taken = " and ".join(known.assumed)
+        logger.warning("the checkpoint does not say, so %s; pass other values if that is wrong", taken)
     _compare(model, state, family)
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in state.values()) else torch.float32
     tensors = {name: tensor.detach().to(dtype, copy=True).contiguous() for name, tensor in state.items()}
@@ -112,10 +113,10 @@ def export_official(model: nn.Module, family: str | None = None) -> dict[str, Te
     """The state_dict that the published code of a family loads: CPU copies, in its key order.
 
     family defaults to where the weights came from, else to "dit" with a learned variance, "reg" with a class token,
-    "mean_flow" with two times, "sra" with its head, "diversedit" with long skips and "repa" without. A model that
-    `load_official` made gives back the source's bits, key order and dtypes. A model of ours exported as "sit" gets the
-    reversed time and sign folded into its weights (exact up to rounding) and an 8-channel style head whose second half
-    is zero.
+    "mean_flow" with two times, "sra" with its head, "diversedit" with long skips and "repa" without; another network
+    has its own. A model that `load_official` made gives back the source's bits, key order and dtypes. A model of ours
+    exported as "sit" or "lightningdit" gets the reversed time and sign folded into its weights (exact up to rounding),
+    as "sit" also an 8-channel style head whose second half is zero.
     Raises CheckpointError if the family cannot hold the model, naming the key.
     """
     sit = cast(SiT, model)
@@ -123,12 +124,18 @@ def export_official(model: nn.Module, family: str | None = None) -> dict[str, Te
     if family is None:
         family = source.family if source else _natural_family(sit)
     _check_family(family)
-    names = official_parameter_order(model, family)
+    if (other := _other_family(model)) != (family if family in FAMILIES else None):
+        raise CheckpointError(
+            f"family '{family}' cannot hold a {type(model).__name__}" + f"; use family='{other}'" * bool(other)
+        )
+    names = official_names(model, family)
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     if (family == "dit") != sit.learns_variance:
         raise CheckpointError(f"family '{family}' cannot hold a {type(model).__name__}; only 'dit' learns a variance")
-    if family == "sit" and not isinstance(model, ReversedSiT):
-        state = reversed_state(state, sit.config.patch_size)
+    if other:
+        state = FAMILIES[other].export(sit, state)
+    elif family == "sit" and not isinstance(model, ReversedSiT):
+        state = widened_state(reversed_state(state), sit.config.patch_size)
     elif family != "sit" and isinstance(model, ReversedSiT):
         raise CheckpointError(f"final_layer.linear.weight: an official SiT head cannot be exported as '{family}'")
     if source and source.ordered and source.family == family and set(source.dtypes) == set(names):
@@ -158,16 +165,23 @@ def save_official(model: nn.Module, path: str | Path, family: str | None = None)
         else:
             config = cast(SiT, model).config
             facts = ("skip_wiring", "num_heads", "num_classes", "label_dropout")
-            header = {"format": "pt", **{name: str(getattr(config, name)) for name in facts}}
+            header = {"format": "pt", **{name: str(getattr(config, name)) for name in facts if hasattr(config, name)}}
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, file.name, metadata=header)
 
 
 def _check_family(family: str) -> None:
-    if family not in GROUPS:
-        raise ConfigError(f"checkpoint family '{family}' is not supported; supported at present: {', '.join(GROUPS)}")
+    if family not in NAMES:
+        raise ConfigError(f"checkpoint family '{family}' is not supported; supported at present: {', '.join(NAMES)}")
+
+
+def _other_family(model: nn.Module) -> str | None:
+    """The family of a network that is not SiT's."""
+    return next((name for name, family in FAMILIES.items() if isinstance(model, family.backbone)), None)
 
 
 def _natural_family(model: SiT) -> str:
+    if other := _other_family(model):
+        return other
     if isinstance(model, ReversedSiT):
         return "sit"
     if model.learns_variance:
@@ -221,23 +235,20 @@ def _wiring(family: str, given: str | None, recorded: str | None) -> str:
     return wiring
 
 
-def _empty_model(layout: Layout, family: str, wiring: str) -> SiT:
+def _empty_model(family: str, state: Mapping[str, Tensor], known: Known) -> SiT:
+    layout = read_layout(state, family, known)
     if family == "dit":
-        return _with_labels(_empty_dit(layout), layout)
-    config = SiT.Config(**layout.settings(), skip_wiring=cast(Any, wiring))
+        return with_labels(_empty_dit(layout), layout)
+    config = SiT.Config(**layout.settings(), skip_wiring=cast(Any, known.skip_wiring))
     if family == "sit":
-        if layout.head_channels not in (layout.in_channels, 2 * layout.in_channels):
-            raise CheckpointError(
-                f"final_layer.linear.weight: {layout.head_channels} output channels; an official SiT on "
-                f"{layout.in_channels}-channel latents has {layout.in_channels} or {2 * layout.in_channels}"
-            )
-        return _with_labels(ReversedSiT(config, layout.head_channels), layout)
+        layout.check_head("SiT")
+        return with_labels(ReversedSiT(config, layout.head_channels), layout)
     if layout.head_channels != layout.in_channels:
         raise CheckpointError(
             f"final_layer.linear.weight: {layout.head_channels} output channels, but family '{family}' has as many as "
             f"the latents ({layout.in_channels}); an official SiT or DiT file needs family='sit' or family='dit'"
         )
-    model = _with_labels(SiT(config), layout)
+    model = with_labels(SiT(config), layout)
     if family == "sra":
         model.add_head("ap_head", SelfProjector(layout.hidden_size))
     for width, features in layout.projectors:
@@ -255,12 +266,6 @@ def _empty_dit(layout: Layout) -> DiT:
         )
     model = DiT(DiT.Config(**layout.settings()))
     model.cfg_channels = "first_three"
-    return model
-
-
-def _with_labels(model: SiT, layout: Layout) -> SiT:
-    """The model with a label table like the checkpoint's: without a row for the null label where that has none."""
-    model.y_embedder = LabelEmbedder(layout.num_classes, layout.hidden_size, layout.null_row)
     return model
 
 

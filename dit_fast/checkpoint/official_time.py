@@ -15,8 +15,8 @@ from dit_fast.nn.embeddings import TimestepEmbedder
 TIME_WEIGHT, HEAD_WEIGHT, HEAD_BIAS = "t_embedder.mlp.0.weight", "final_layer.linear.weight", "final_layer.linear.bias"
 
 
-def reversed_state(state: Mapping[str, Tensor], patch_size: int) -> dict[str, Tensor]:
-    """A state_dict of our SiT as one of the official SiT: time and sign folded in, head widened by zero channels."""
+def reversed_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state_dict of ours as one of the published direction: time and sign folded in."""
     cos_f, sin_f = TimestepEmbedder.frequencies(torch.ones(1, dtype=torch.float64))[0].chunk(2)
     weight = state[TIME_WEIGHT]
     of_cos, of_sin = weight.double().chunk(2, dim=1)
@@ -24,9 +24,14 @@ def reversed_state(state: Mapping[str, Tensor], patch_size: int) -> dict[str, Te
     return {
         **state,
         TIME_WEIGHT: folded.to(weight.dtype),
-        HEAD_WEIGHT: _widened(-state[HEAD_WEIGHT], patch_size),
-        HEAD_BIAS: _widened(-state[HEAD_BIAS], patch_size),
+        HEAD_WEIGHT: -state[HEAD_WEIGHT],
+        HEAD_BIAS: -state[HEAD_BIAS],
     }
+
+
+def widened_state(state: Mapping[str, Tensor], patch_size: int) -> dict[str, Tensor]:
+    """A state_dict whose head has twice the channels: the further ones are zero, and the official SiT drops them."""
+    return {**state, **{name: _widened(state[name], patch_size) for name in (HEAD_WEIGHT, HEAD_BIAS)}}
 
 
 def _widened(head: Tensor, patch_size: int) -> Tensor:

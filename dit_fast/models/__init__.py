@@ -6,6 +6,7 @@ from dit_fast.models.base import Taps as Taps
 from dit_fast.models.base import guidance_conditions as guidance_conditions
 from dit_fast.models.base import split as split
 from dit_fast.models.dit import DiT as DiT
+from dit_fast.models.lightningdit import LightningDiT as LightningDiT
 from dit_fast.models.registry import build_model as build_model
 from dit_fast.models.registry import new_model as new_model
 from dit_fast.models.sit import SiT as SiT

@@ -6,10 +6,11 @@ from typing import Any
 from dit_fast.errors import ConfigError
 from dit_fast.models.base import PRESETS, Backbone
 from dit_fast.models.dit import DiT
+from dit_fast.models.lightningdit import LightningDiT
 from dit_fast.models.sit import SiT
 from dit_fast.options import nearest, shown
 
-BACKBONES: dict[str, type[Backbone]] = {backbone.__name__: backbone for backbone in (SiT, DiT)}
+BACKBONES: dict[str, type[Backbone]] = {backbone.__name__: backbone for backbone in (SiT, DiT, LightningDiT)}
 
 
 def kind(name: str) -> str:

@@ -1,10 +1,10 @@
-"""The original SiT (arXiv 2401.08740) behind our conventions: its time runs from noise (0) to data (1)."""
+"""The original SiT (arXiv 2401.08740) and LightningDiT behind our conventions: their time runs from noise to data."""
 
 from torch import Tensor
 
 from dit_fast.models.base import Output, Taps, split
+from dit_fast.models.lightningdit import LightningDiT
 from dit_fast.models.sit import SiT
-from dit_fast.nn.final_layer import FinalLayer
 from dit_fast.tree import Tree, image
 
 
@@ -21,8 +21,12 @@ class ReversedSiT(SiT):
     def __init__(self, config: SiT.Config, head_channels: int):
         super().__init__(config)
         self.head_channels = head_channels
-        self.final_layer = FinalLayer(self.hidden_size, self.config.patch_size, head_channels)
+        self.final_layer = self.new_head(head_channels)
 
     def compute(self, x: Tree, t: Tensor, y: Tree, taps: Taps, stop: int | None) -> Output | None:
         output = super().compute(x, 1 - t, y, taps, stop)
         return None if output is None else -image(split(output)[0])[:, : self.in_channels]
+
+
+class ReversedLightningDiT(ReversedSiT, LightningDiT):
+    """Official LightningDiT weights as they are, in the same way."""

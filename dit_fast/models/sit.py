@@ -16,6 +16,7 @@ from dit_fast.nn.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, 
 from dit_fast.nn.final_layer import FinalLayer
 from dit_fast.nn.linear import Reads, linear_flops, xavier_linear
 from dit_fast.nn.long_skip import SkipLinear, SkipNorm
+from dit_fast.nn.rotary import Rotary
 from dit_fast.ops import RowStatistics
 from dit_fast.options import nearest, setting, shown
 from dit_fast.tree import Tree, image, label
@@ -124,17 +125,14 @@ class SiT(Backbone):
         self.x_embedder = PatchEmbed(config.in_channels, config.patch_size, width)
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(config.num_classes, width)
-        self.blocks = nn.ModuleList(
-            Block(width, config.num_heads, config.qk_norm, config.attention) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(self.new_block() for _ in range(depth))
         if config.auxiliary_depth:
             self.outputs = 2
-            self.final_layer_xr = FinalLayer(width, config.patch_size, config.in_channels, config.class_token)
+            self.final_layer_xr = self.new_head(config.in_channels)
         if config.velocity_head:
             self.outputs = 2
-            self.final_layer_v = FinalLayer(width, config.patch_size, config.in_channels, config.class_token)
-        channels = config.in_channels * (2 if self.learns_variance else 1)
-        self.final_layer = FinalLayer(width, config.patch_size, channels, config.class_token)
+            self.final_layer_v = self.new_head(config.in_channels)
+        self.final_layer = self.new_head(config.in_channels * (2 if self.learns_variance else 1))
         if config.class_token:
             self.cls_projectors2 = xavier_linear(config.class_token, width)
             self.wg_norm = nn.LayerNorm(width, eps=1e-6)
@@ -145,6 +143,18 @@ class SiT(Backbone):
             self.omega_embedder = TimestepEmbedder(width)
             self.t_min_embedder = TimestepEmbedder(width)
             self.t_max_embedder = TimestepEmbedder(width)
+
+    def new_block(self) -> Block:
+        config = self.config
+        return Block(config.hidden_size, config.num_heads, config.qk_norm, config.attention)
+
+    def new_head(self, channels: int) -> FinalLayer:
+        """channels: of its output's image."""
+        return FinalLayer(self.config.hidden_size, self.config.patch_size, channels, self.config.class_token)
+
+    def rotary(self) -> Rotary | None:
+        """What turns queries and keys of every block; None here."""
+        return None
 
     def compute(self, x: Tree, t: Tensor, y: Tree, taps: Taps, stop: int | None) -> Output | None:
         tokens = self.x_embedder(image(x))
@@ -204,7 +214,7 @@ class SiT(Backbone):
         """One block with the fusion that belongs to it."""
         if skip is not None and self.config.skip_wiring == "input":
             stream = self._fuse(index, stream, skip)
-        stream = Residual(*self.blocks[index](stream.tokens, c, stream.stats))
+        stream = Residual(*self.blocks[index](stream.tokens, c, stream.stats, self.rotary()))
         if skip is not None and self.config.skip_wiring == "output":
             stream = self._fuse(index, stream, skip)
         return stream

@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dit_fast.diffusion import SOLVERS, Path, time_sampler, velocity_error
 from dit_fast.diffusion.conversions import Prediction, Weighting, error_weight, train_range, training_pair
@@ -18,7 +20,7 @@ from dit_fast.ops.flow import draws_noise_in_registers
 from dit_fast.ops.flow_reference import PATHS
 from dit_fast.options import setting
 from dit_fast.philox import Key
-from dit_fast.tree import Tree, leaves, like
+from dit_fast.tree import Tree, image, leaves, like
 
 
 def flow_losses(
@@ -47,8 +49,23 @@ def flow_losses(
     return error * error_weight(t.to(error.dtype), path, prediction, weighting, t_eps)
 
 
+def velocity_cosine(prediction: Tensor, target: Tensor) -> Tensor:
+    """1 - cosine over channels of two velocities [N, C, ...], averaged over what follows; [N] in at least float32.
+
+    Source: LightningDiT (arXiv 2501.01423), whose loss adds it to the squared error. Raises UserError for two shapes.
+    """
+    if prediction.shape != target.shape or prediction.dim() < 2:
+        raise UserError(
+            f"velocity_cosine needs two velocities [N, C, H, W], not {list(prediction.shape)} and {list(target.shape)}"
+        )
+    wide = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
+    return 1 - F.cosine_similarity(prediction.to(wide), target.to(wide), dim=1).reshape(len(target), -1).mean(1)
+
+
 class Flow(Objective):
     """Mean squared error of the prediction of each leaf, at times drawn from one distribution.
+
+    With cosine_weight the image's loss is that and `velocity_cosine` with this weight, and both are logged.
 
     A `Context` has as prediction what the model gave and as target what that is compared with: velocity, score, noise
     or clean data.
@@ -66,6 +83,7 @@ class Flow(Objective):
         prediction: Prediction = setting("velocity", "What the model gives; velocities of samplers are made from it")
         weighting: Weighting = setting("none", "Weight over t of a score's, a noise's or x's error")
         t_eps: float = setting(0.05, "Least t by which a prediction of x is turned into a velocity", "(0, 1]")
+        cosine_weight: float = setting(0.0, "Weight of 1 - cosine over channels of the image's velocity", "[0, 1e6]")
         time: Literal["uniform", "lognormal", "logit_normal"] = setting("uniform", "Distribution of t")
         time_mean: float = setting(0.0, "Mean before the sigmoid (logit_normal)", "[-100, 100]")
         time_std: float = setting(1.0, "Standard deviation before the sigmoid (logit_normal)", "(0, 100]")
@@ -75,6 +93,11 @@ class Flow(Objective):
                 raise ConfigError(
                     f"objective.weighting={self.weighting} is for the errors of a score, of noise or of x; that of a "
                     "velocity has no weight. Set objective.weighting=none, or another objective.prediction"
+                )
+            if self.prediction != "velocity" and self.cosine_weight:
+                raise ConfigError(
+                    f"objective.cosine_weight={self.cosine_weight} is for a velocity, not for objective.prediction="
+                    f"{self.prediction}; set objective.cosine_weight=0"
                 )
             if self.path == "vp" and self.time == "lognormal":
                 raise ConfigError(
@@ -90,7 +113,7 @@ class Flow(Objective):
         self.config, self.path = config, Path(config.path)
         self.prediction, self.t_eps = config.prediction, config.t_eps
         self.times = time_sampler(config.time, config.path, config.time_mean, config.time_std)
-        self.fusible = self.prediction == "velocity" and self.path.name in PATHS
+        self.fusible = self.prediction == "velocity" and self.path.name in PATHS and not config.cosine_weight
 
     def run(
         self, model: Backbone, x: Tree, y: Tensor, key: Key, taps: Taps, batch: Mapping[str, Tensor], number: int
@@ -110,7 +133,12 @@ class Flow(Objective):
         if self.prediction != "velocity":  # whose weight is 1
             weight = error_weight(t, self.path, self.prediction, self.config.weighting, self.t_eps)
             losses = {name: error * weight for name, error in losses.items()}
-        return Context(self, model, x, y, key, t, noised, prediction, losses, taps, batch, number, second=second)
+        logs = {}
+        if self.config.cosine_weight:
+            error, cosine = losses["image"], velocity_cosine(image(prediction), target["image"])
+            losses["image"] = error + self.config.cosine_weight * cosine
+            logs = {"flow/squared_error": error.mean(), "flow/cosine": cosine.mean()}
+        return Context(self, model, x, y, key, t, noised, prediction, losses, taps, batch, number, logs, second)
 
     def draw_times(self, key: Key) -> Tensor:
         """t [N], keyed; where the published range of training is not [0, 1], the distribution is shrunk to it."""

@@ -35,6 +35,7 @@ FAMILY = {
     "meanflow": "mean_flow",
     "sra": "sra",
     "selftranscendence": "self_transcendence",
+    "lightningdit": "lightningdit",
 }
 
 
@@ -46,8 +47,9 @@ def test_import_then_export_returns_the_same_bits_order_and_dtypes(name):
     wiring = reference.meta["skip_wiring"] if family == "diversedit" else None
     model = load_official(state, family, num_heads=reference.meta["num_heads"], skip_wiring=wiring)
     assert_same_state(export_official(model), state)
-    assert wiring or official_parameter_order(model, family) == list(state)
-    assert model.config.qk_norm is reference.meta.get("qk_norm", False)
+    parameters = dict(model.named_parameters())
+    assert wiring or official_parameter_order(model, family) == [name for name in state if name in parameters]
+    assert model.config.qk_norm is reference.meta.get("qk_norm", reference.meta.get("use_qknorm", False))
     assert model.depth == reference.meta["depth"]
     assert not model.training
 
@@ -123,6 +125,37 @@ def test_a_model_made_here_exports_to_the_official_sit_convention():
     assert state["final_layer.linear.weight"].view(4, 8, 32)[:, 4:].abs().max() == 0
     assert_close(load_official(state, "sit", num_heads=4)(*INPUTS), model(*INPUTS), 1e-5)
     assert list(export_official(model)) == list(model.state_dict())
+
+
+@loop_over("switches", [{}, {"norm": "layer", "mlp": "gelu", "rope": False}, {"adaln_shift": False, "qk_norm": True}])
+def test_lightningdit_in_and_out_with_its_switches_and_our_time(tmp_path, switches, caplog):
+    """They are read off the keys; so is the number of heads where anything has their width, else off the header."""
+    model = build_model("LightningDiT-B/2", **{**SIZES, "num_heads": 2}, **switches).eval()
+    model.load_state_dict(_random_state(model) | {k: v for k, v in model.state_dict().items() if "freqs" in k})
+    save_official(model, tmp_path / "made.safetensors")
+    read = load_official(tmp_path / "made.safetensors", "lightningdit")
+    assert not caplog.messages
+    assert_close(read(*INPUTS), model(*INPUTS), 1e-5)
+    for key in ("norm", "mlp", "rope", "adaln_shift", "qk_norm", "num_heads", "label_dropout"):
+        assert getattr(read.config, key) == getattr(model.config, key)
+    assert read.cfg_channels == "first_three"
+    assert_same_state(export_official(read), export_official(model))
+
+
+def test_lightningdit_belongs_to_its_own_family_alone():
+    model = build_model("LightningDiT-B/2", **SIZES)
+    for family in ("repa", "sit"):
+        with pytest.raises(CheckpointError, match=f"family '{family}' cannot hold a LightningDiT; use family='lightn"):
+            export_official(model, family)
+    with pytest.raises(CheckpointError, match="family 'lightningdit' cannot hold a SiT"):
+        export_official(build_model("SiT-S/2", **SIZES), "lightningdit")
+    with pytest.raises(CheckpointError, match=r"skip_linears\.0\.linear\.weight' has no place"):
+        export_official(build_model("LightningDiT-B/2", **SIZES, skip_wiring="input"))
+    state = export_official(model)
+    with pytest.raises(CheckpointError, match=r"extra key 'feat_rope\.freqs_cos'|extra key 'blocks"):
+        load_official(state, "sit", num_heads=4)
+    with pytest.raises(CheckpointError, match=r"num_heads=2, but 'feat_rope\.freqs_cos' has shape"):
+        load_official(state, "lightningdit", num_heads=2)
 
 
 def test_models_made_here_export_in_official_order():

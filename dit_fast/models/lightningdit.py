@@ -1,0 +1,89 @@
+"""LightningDiT (arXiv 2501.01423): SiT with RMSNorm, rotary positions and SwiGLU."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from dit_fast.models.base import PRESETS
+from dit_fast.models.sit import SiT
+from dit_fast.nn.block import Block
+from dit_fast.nn.final_layer import FinalLayer
+from dit_fast.nn.mlp import Mlp, SwiGLU
+from dit_fast.nn.rotary import Rotary, axial_rotary
+from dit_fast.options import setting
+
+# hidden_size, depth, num_heads, as published; Nano is ours, for CPUs.
+_WIDTHS = {
+    "Nano": (160, 6, 5),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+    "1p0B": (1536, 24, 24),
+    "1p6B": (1792, 28, 28),
+}
+PRESETS.update(
+    {
+        f"LightningDiT-{size}/{patch}": {"hidden_size": width, "depth": depth, "num_heads": heads, "patch_size": patch}
+        for size, (width, depth, heads) in _WIDTHS.items()
+        for patch in (1, 2)
+    }
+)
+
+
+class RotaryTables(nn.Module):
+    """Cosines and sines [T, d] of `nn.rotary.axial_rotary`, as buffers under the published names."""
+
+    freqs_cos: Tensor
+    freqs_sin: Tensor
+
+    def __init__(self, head_width: int, grid: tuple[int, int], leading: int):
+        super().__init__()
+        for name, table in zip(("freqs_cos", "freqs_sin"), axial_rotary(head_width, grid, leading), strict=True):
+            self.register_buffer(name, table)
+
+
+class LightningDiT(SiT):
+    """Velocity of a diffusion transformer with the parts of today's language models; see `LightningDiT.Config`.
+
+    All else is SiT's: fixed sine-cosine positions beside the rotary ones, long skips, class token, two times. A class
+    token is not turned. Without any of its parts (norm=layer, mlp=gelu, rope=false) it is SiT.
+    Raises ConfigError as SiT does, and for rotary positions in heads whose width is not a multiple of 4.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(SiT.Config):
+        """The transformer with a modern block."""
+
+        name: str = setting("LightningDiT-XL/1", "Size and patch: LightningDiT-{Nano, B, L, XL, 1p0B, 1p6B}/{1, 2}")
+        norm: Literal["rms", "layer"] = setting("rms", "RMSNorm or LayerNorm, of queries and keys (qk_norm) too")
+        mlp: Literal["swiglu", "gelu"] = setting("swiglu", "MLP of the blocks")
+        rope: bool = setting(True, "Rotary positions of rows and columns")
+        adaln_shift: bool = setting(True, "Shift the blocks' normalised tokens by the condition, beside scaling them")
+
+    config: Config
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        if config.rope:
+            head_width = self.hidden_size // self.num_heads
+            self.feat_rope = RotaryTables(head_width, self.grid, leading=1 if self.class_token else 0)
+
+    def new_block(self) -> Block:
+        config, mlp = self.config, SwiGLU if self.config.mlp == "swiglu" else Mlp
+        return Block(
+            config.hidden_size,
+            config.num_heads,
+            config.qk_norm,
+            config.attention,
+            norm=config.norm,
+            mlp=mlp,
+            shift=config.adaln_shift,
+        )
+
+    def new_head(self, channels: int) -> FinalLayer:
+        config = self.config
+        return FinalLayer(config.hidden_size, config.patch_size, channels, config.class_token, config.norm)
+
+    def rotary(self) -> Rotary | None:
+        return (self.feat_rope.freqs_cos, self.feat_rope.freqs_sin) if self.config.rope else None
