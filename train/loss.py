@@ -86,8 +86,10 @@ class TrainingLoss(nn.Module):
     def _taps(self, number: int) -> Taps:
         active = [method for method in self.methods if method.active(number)]
         blocks = frozenset[int]().union(*(method.blocks for method in active))
+        attention = frozenset[int]().union(*(method.attention for method in active))
         made = [(method, method.collector()) for method in active]
-        return Taps(blocks, {method.name: (each, method.blocks) for method, each in made if each is not None})
+        collectors = {method.name: (each, method.blocks) for method, each in made if each is not None}
+        return Taps(blocks, collectors, attention)
 
     def _terms(self, context: Context) -> dict[str, Term]:
         collected: dict[str, Term] = {}

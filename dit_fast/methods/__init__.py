@@ -27,7 +27,7 @@ def build_methods(configs: Sequence[Any], model: Backbone, data: DatasetInfo) ->
     """
     methods = tuple(METHODS[config.name](config, model, data) for config in configs)
     for method in methods:
-        for block in sorted(method.blocks):
+        for block in sorted(method.blocks | method.attention):
             if not 0 <= block < model.depth:
                 raise ConfigError(f"method '{method.name}' reads block {block}; this model has 0..{model.depth - 1}")
         if method.config.stop_step and _overrides(method, "state") and not _overrides(method, "lasting_terms"):

@@ -44,12 +44,12 @@ class Method(ABC):
     """A training method. Subclasses set `name` and extend `Config` (a frozen dataclass with the same `name`).
 
     fields: of the data set, which a batch then has beside latents and labels. adds: leaves that `state` gives beside
-    the image. blocks: from 0, whose outputs pass the method's collector and are in the context's `features`. averaged:
-    floating-point buffers of the model whose moving average the EMA file holds. teachers: networks beside the model
-    that it runs, without gradients; they are compiled where the model is. functional: whether it differentiates within
-    a forward (jvp, a second derivative) or calls the model with other parameters. digests: sha256 by name of what
-    `prepare` read from outside and is frozen; they are kept in the checkpoints, and a resume with another file is
-    refused, wherever it lies.
+    the image. blocks: from 0, whose outputs pass the method's collector and are in the context's `features`. attention:
+    blocks whose queries and keys are in the context's `taps.heads`. averaged: floating-point buffers of the model whose
+    moving average the EMA file holds. teachers: networks beside the model that it runs, without gradients; they are
+    compiled where the model is. functional: whether it differentiates within a forward (jvp, a second derivative) or
+    calls the model with other parameters. digests: sha256 by name of what `prepare` read from outside and is frozen;
+    they are kept in the checkpoints, and a resume with another file is refused, wherever it lies.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,7 @@ class Method(ABC):
     fields: tuple[str, ...] = ()
     adds: tuple[str, ...] = ()
     blocks: frozenset[int] = frozenset()
+    attention: frozenset[int] = frozenset()
     averaged: tuple[str, ...] = ()
     teachers: tuple[Backbone, ...] = ()
     digests: Mapping[str, str] = MappingProxyType({})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_fast.errors import ConfigError, UserError
+from dit_fast.nn.attention import Heads
 from dit_fast.ops import RowStatistics
 from dit_fast.ops.autocast import autocast_dtype
 from dit_fast.options import setting
@@ -54,16 +55,22 @@ class Taps:
     """What one forward hands out: the outputs [N, T, D] of some blocks, on their way through collectors.
 
     blocks: indices from 0 to record. collectors: by name, with the blocks that each takes; those are recorded too.
-    features: block -> output, in ascending order once the forward ran. Make a new object for each forward.
+    attention: blocks whose queries and keys are recorded. features: block -> output, in ascending order once the
+    forward ran; heads: block -> queries and keys. Make a new object for each forward.
     """
 
     def __init__(
-        self, blocks: Iterable[int] = (), collectors: Mapping[str, tuple[Collector, frozenset[int]]] | None = None
+        self,
+        blocks: Iterable[int] = (),
+        collectors: Mapping[str, tuple[Collector, frozenset[int]]] | None = None,
+        attention: Iterable[int] = (),
     ):
         self._through = tuple((collectors or {}).values())
         self.blocks = frozenset(blocks).union(*(wanted for _, wanted in self._through))
         self.collectors = {name: collector for name, (collector, _) in (collectors or {}).items()}
+        self.attention = frozenset(attention)
         self.features: dict[int, Tensor] = {}
+        self.heads: dict[int, Heads] = {}
 
     def __contains__(self, block: int) -> bool:
         return block in self.blocks
@@ -141,7 +148,10 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def compute(self, x: Tree, t: Tensor, y: Tree, taps: Taps, stop: int | None) -> Output | None:
-        """`forward`, its inputs checked. The output of each block in `taps` is replaced by `taps(block, x, stats)`."""
+        """`forward`, its inputs checked. The output of each block in `taps` is replaced by `taps(block, x, stats)`.
+
+        Queries and keys of each block in `taps.attention` go into `taps.heads`.
+        """
 
     @abstractmethod
     def flops_per_sample(self) -> int:
@@ -182,12 +192,14 @@ class Backbone(nn.Module, ABC):
         last = self.depth - 1 if stop is None else stop
         if not 0 <= last < self.depth:
             raise UserError(f"stop={stop} is not a block of this model (0 .. {self.depth - 1})")
-        for block in sorted(asked.blocks):
+        for block in sorted(asked.blocks | asked.attention):
             if not 0 <= block <= last:
                 where = f"a block of this model (0 .. {last})" if stop is None else f"run with stop={stop}"
                 raise UserError(f"tap {block} is not {where}")
         # a string: torch 2.11 cannot trace a union
         output = cast("X | tuple[X, X] | None", self.compute(x, t, y, asked, stop))
+        for block in asked.attention - asked.heads.keys():
+            raise UserError(f"{self.config.name} hands out no queries and keys of block {block}; use another model")
         return (output, asked.features) if asked is not taps and asked.blocks else output
 
     if TYPE_CHECKING:

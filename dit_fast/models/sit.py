@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.models.base import GUIDANCE, PRESETS, Backbone, Output, Taps, check_sizes, guidance_conditions
-from dit_fast.nn.attention import has_tangent
+from dit_fast.nn.attention import Heads, has_tangent
 from dit_fast.nn.block import Block
 from dit_fast.nn.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_position_embedding
 from dit_fast.nn.final_layer import FinalLayer
@@ -44,10 +44,12 @@ PRESETS.update(presets("SiT"))
 
 
 class Residual(NamedTuple):
-    """Tokens [N, T, D] between two blocks, and their row statistics if the op that wrote them returned any."""
+    """Tokens [N, T, D] between two blocks, their row statistics if the op that wrote them returned any, and queries
+    and keys of the block that they come from if those were asked for."""
 
     tokens: Tensor
     stats: RowStatistics | None = None
+    heads: Heads | None = None
 
 
 class SiT(Backbone):
@@ -176,12 +178,16 @@ class SiT(Backbone):
             skip = pending.pop() if index >= first_half else None
             if index < first_half and wiring == "input":
                 pending.append(stream)
+            given = (index, stream, c, skip, index in taps.attention)
             if recompute:
-                stream = checkpoint(self._stage, index, stream, c, skip, use_reentrant=False, preserve_rng_state=False)
+                stream = checkpoint(self._stage, *given, use_reentrant=False, preserve_rng_state=False)
             else:
-                stream = self._stage(index, stream, c, skip)
+                stream = self._stage(*given)
+            if stream.heads is not None:
+                taps.heads[index] = stream.heads
+                stream = stream._replace(heads=None)
             if index in taps:
-                stream = Residual(taps(index, *stream), stream.stats)
+                stream = Residual(taps(index, stream.tokens, stream.stats), stream.stats)
             if index < first_half and wiring == "output":
                 pending.append(stream)
             if stop is None and index + 1 == self.config.auxiliary_depth:
@@ -210,13 +216,13 @@ class SiT(Backbone):
         c = c + self.omega_embedder(1 - 1 / told["omega"])
         return c + self.t_min_embedder(told["t_min"]) + self.t_max_embedder(told["t_max"])
 
-    def _stage(self, index: int, stream: Residual, c: Tensor, skip: Residual | None) -> Residual:
+    def _stage(self, index: int, stream: Residual, c: Tensor, skip: Residual | None, heads: bool) -> Residual:
         """One block with the fusion that belongs to it."""
         if skip is not None and self.config.skip_wiring == "input":
             stream = self._fuse(index, stream, skip)
-        stream = Residual(*self.blocks[index](stream.tokens, c, stream.stats, self.rotary()))
+        stream = Residual(*self.blocks[index](stream.tokens, c, stream.stats, self.rotary(), heads))
         if skip is not None and self.config.skip_wiring == "output":
-            stream = self._fuse(index, stream, skip)
+            stream = self._fuse(index, stream, skip)._replace(heads=stream.heads)
         return stream
 
     def _fuse(self, index: int, stream: Residual, skip: Residual) -> Residual:

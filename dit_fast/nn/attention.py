@@ -4,7 +4,7 @@ import importlib
 import logging
 from collections.abc import Callable
 from functools import cache
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args, overload
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,13 @@ logger = logging.getLogger("dit_fast")
 
 AttentionKind = Literal["auto", "sdpa", "flash", "math"]
 QK_EPS = 1e-5
+
+
+class Heads(NamedTuple):
+    """Queries and keys [N, H, T, d] of one attention, after their norm and rotation; logits are q k^T / sqrt(d)."""
+
+    query: Tensor
+    key: Tensor
 
 
 @cache
@@ -78,8 +85,13 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (nn.LayerNorm(head_width, eps=QK_EPS) for _ in range(2))
         self.proj = xavier_linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
-        """rotary: what turns queries and keys after their norm."""
+    @overload
+    def forward(self, x: Tensor, rotary: Rotary | None = None, heads: Literal[False] = False) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, rotary: Rotary | None = None, *, heads: bool) -> Tensor | tuple[Tensor, Heads]: ...
+
+    def forward(self, x: Tensor, rotary: Rotary | None = None, heads: bool = False) -> Tensor | tuple[Tensor, Heads]:
+        """rotary: what turns queries and keys after their norm. heads: whether those are returned too."""
         batch, tokens, width = x.shape
         query, key, value = self._heads(self.qkv(x))
         if rotary is not None:
@@ -90,7 +102,8 @@ class Attention(nn.Module):
             mixed = self._flash(*(part.transpose(1, 2) for part in (query, key, value)))  # type: ignore[misc]
         else:
             mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-        return self.proj(mixed.reshape(batch, tokens, width))
+        output = self.proj(mixed.reshape(batch, tokens, width))
+        return (output, Heads(query, key)) if heads else output
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
         """query, key, value [N, H, T, d], the first two normalised if the model has QK-norm."""

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from dit_fast.nn.attention import Attention, AttentionKind
+from dit_fast.nn.attention import Attention, AttentionKind, Heads
 from dit_fast.nn.linear import Reads, linear_flops
 from dit_fast.nn.mlp import Mlp
 from dit_fast.nn.norm import NormKind, RMSNorm, modulate, residual, residual_modulate, zero_modulation
@@ -45,11 +45,16 @@ class Block(nn.Module):
         self.adaLN_modulation = modulation(hidden_size, 6 if shift else 4)
 
     def forward(
-        self, x: Tensor, c: Tensor, stats: RowStatistics | None = None, rotary: Rotary | None = None
-    ) -> tuple[Tensor, RowStatistics | None]:
+        self,
+        x: Tensor,
+        c: Tensor,
+        stats: RowStatistics | None = None,
+        rotary: Rotary | None = None,
+        heads: bool = False,
+    ) -> tuple[Tensor, RowStatistics | None] | tuple[Tensor, RowStatistics | None, Heads]:
         """The tokens that replace x, with their row statistics where those come free.
 
-        stats: of x, if known. rotary: tables that turn queries and keys.
+        stats: of x, if known. rotary: tables that turn queries and keys. heads: whether those are returned too.
         """
         modulation, shift_a, shift_m = self.adaLN_modulation(c), None, None
         if self.shift:
@@ -57,12 +62,13 @@ class Block(nn.Module):
         else:
             scale_a, gate_a, scale_m, gate_m = modulation.chunk(4, dim=-1)
         dtype = linear_dtype(x, x.dtype)
-        attended = self.attn(modulate(x, self.norm1, shift_a, scale_a, stats, dtype), rotary)
+        modulated = modulate(x, self.norm1, shift_a, scale_a, stats, dtype)
+        attended, *kept = self.attn(modulated, rotary, heads=True) if heads else (self.attn(modulated, rotary),)
         x, modulated = residual_modulate(x, attended, gate_a, self.norm2, shift_m, scale_m, dtype)
         mixed = self.mlp(modulated)
         if gate_m.dim() == 2 and returns_statistics(x):
-            return gate_residual(x, mixed, gate_m, return_stats=True)
-        return residual(x, mixed, gate_m), None
+            return *gate_residual(x, mixed, gate_m, return_stats=True), *kept
+        return residual(x, mixed, gate_m), None, *kept
 
     def reads(self) -> Reads:
         return [(self, norm) for norm in (self.norm1, self.norm2) if norm is not None]
