@@ -44,21 +44,23 @@ class Op:
     """Declaration of a public op.
 
     shapes: "x[..., D] weight[F, 2D] int64 positions[N]", the tensors in the order in which they are checked. One
-    letter is one size, "..." any number of them, and all of a name are equal. Tensors are floating point of 16, 32 or
-    64 bits unless the text says int64, and lie on one device; the last size of the first is at least 1. nonempty: so
-    is every other. implementations: best first, the reference left out.
+    letter is one size, "..." any number of them, and all of a name are equal. A tensor that stands there twice may have
+    either number of dimensions. Tensors are floating point of 16, 32 or 64 bits unless the text says int64, and lie on
+    one device; the last size of the first is at least 1. nonempty: so is every other.
+    implementations: best first, the reference left out.
     """
 
     def __init__(self, name: str, shapes: str, *implementations: Implementation, nonempty: bool = False):
         self.name = name
         self._nonempty = nonempty
-        self._shapes: dict[str, tuple[str, int, Dims, tuple[torch.dtype, ...]]] = {}
+        self._shapes: dict[str, list[tuple[str, int, Dims, tuple[torch.dtype, ...]]]] = {}
         for kind, argument, text in re.findall(r"(int64 )?(\w+)\[([^\]]*)\]", shapes):
             parts = text.split(", ")
             free = parts.index("...") if "..." in parts else -1
             sizes = [re.fullmatch(r"(\d*)([A-Za-z]+)", part) for part in parts if part != "..."]
             dims = tuple((int(size[1] or 1), size[2]) for size in sizes if size)
-            self._shapes[argument] = (f"[{text}]", free, dims, (torch.int64,) if kind else FLOATS)
+            shape = (f"[{text}]", free, dims, (torch.int64,) if kind else FLOATS)
+            self._shapes.setdefault(argument, []).append(shape)
         backend.register(name, *implementations)
 
     def check(self, asked: Any, eps: Any = 0.0, sizes: dict[str, Any] | None = None, /, **tensors: Any) -> None:
@@ -70,15 +72,20 @@ class Op:
         sizes = {} if sizes is None else sizes
         first, device = "", None
         for name, x in tensors.items():
-            text, free, dims, dtypes = self._shapes.get(name) or self._shapes[name.split("[")[0]]
+            shapes = self._shapes.get(name) or self._shapes[name.split("[")[0]]
+            text, _, _, dtypes = shapes[0]
             if not isinstance(x, Tensor) or x.layout is not _STRIDED or x.dtype not in dtypes:
                 require_tensor(self.name, name, x)
                 kinds = "floating point (fp32, bf16, fp16 or fp64)" if dtypes is FLOATS else "int64"
                 raise UserError(f"{self.name}: {name} must be {kinds}, not {x.dtype}")
             if first and x.device != device:
                 raise UserError(f"{self.name}: {name} is on {x.device}, {first} on {device}; move them to one device")
-            if not _fits(x.shape, free, dims, sizes):
-                raise UserError(f"{self.name}: {name} must be {text}{_known(free, dims, sizes)}, not {list(x.shape)}")
+            for _, free, dims, _ in shapes:
+                if _fits(x.shape, free, dims, sizes):
+                    break
+            else:
+                texts = " or ".join(f"{text}{_known(free, dims, sizes)}" for text, free, dims, _ in shapes)
+                raise UserError(f"{self.name}: {name} must be {texts}, not {list(x.shape)}")
             if not first:
                 first, device = name, x.device
                 if not (x.numel() if self._nonempty else x.shape[-1]):
@@ -140,6 +147,13 @@ def _known(free: int, dims: Dims, sizes: dict[str, Any]) -> str:
     if free >= 0:
         parts[free:free] = map(str, sizes.get("...", ["..."]))
     return f" = [{', '.join(parts)}]"
+
+
+def check_norm(op: str, norm: Any, *kinds: str) -> None:
+    """Raises UserError unless `norm` is one of the kinds that the op has."""
+    if norm not in kinds:
+        given = norm if isinstance(norm, str) else type(norm).__name__
+        raise UserError(f"{op}: norm must be one of {', '.join(kinds)}, not {given!r}")
 
 
 def require_tensor(op: str, name: str, value: Any) -> None:

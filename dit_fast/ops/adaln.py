@@ -28,62 +28,81 @@ from dit_fast import _C
 from dit_fast.backend import Implementation
 from dit_fast.errors import UserError
 from dit_fast.ops import adaln_cpp
-from dit_fast.ops._op import FLOATS, FUSED, Op, define, differentiable, odd_dtypes, triton, wide
-from dit_fast.ops.layer_norm import layer_norm
+from dit_fast.ops._op import FLOATS, FUSED, Op, check_norm, define, differentiable, odd_dtypes, triton, wide
+from dit_fast.ops.layer_norm import layer_norm, rms_norm
 from dit_fast.ops.row_statistics import RowStatistics, known, row_statistics
 
 
-def _refuses(out_dtype: torch.dtype, *tensors: Tensor) -> list[str]:
-    """tensors: x, y [N, T, D] and vectors [N, D], x first."""
-    odd = [] if out_dtype in FUSED else [f"out_dtype is {out_dtype}, not float32, bfloat16 or float16"]
-    return odd_dtypes(*tensors) + odd
+def _refuses(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, norm: str,
+    out_dtype: torch.dtype,
+) -> list[str]:  # fmt: skip
+    vectors = [vector for vector in (gate, shift, scale) if vector is not None]
+    reasons = odd_dtypes(x, *(() if y is None else (y,)), *vectors)
+    if out_dtype not in FUSED:
+        reasons.append(f"out_dtype is {out_dtype}, not float32, bfloat16 or float16")
+    if any(vector.dim() == 3 for vector in vectors):
+        reasons.append("a vector for each token is left to torch")
+    if norm == "rms":
+        reasons.append("RMSNorm is left to torch")
+    if scale is not None and shift is None:
+        reasons.append("a modulation without shift is left to torch")
+    return reasons
 
 
-def _triton_refuses(out_dtype: torch.dtype, *tensors: Tensor) -> list[str]:
+def _triton_refuses(x: Tensor, *arguments: Any) -> list[str]:
     from dit_fast.kernels import adaln as kernel
 
-    return _refuses(out_dtype, *tensors) + kernel.supports(tensors[0])
+    return _refuses(x, *arguments) + kernel.supports(x)
 
 
 _FASTER = (Implementation("cpp", ("cpu",), _C.unavailable, refuses=_refuses), triton(_triton_refuses))
-MODULATE = Op("layer_norm_modulate", "x[N, T, D] shift[N, D] scale[N, D]", *_FASTER)
-RESIDUAL = Op("gate_residual", "x[N, T, D] y[N, T, D] gate[N, D]", *_FASTER)
-BOTH = Op("gate_residual_modulate", "x[N, T, D] y[N, T, D] gate[N, D] shift[N, D] scale[N, D]", *_FASTER)
+_STREAMS = "x[N, T, D] y[N, T, D]"
+_GATE = "gate[N, D] gate[N, T, D]"
+_MODULATION = "shift[N, D] shift[N, T, D] scale[N, D] scale[N, T, D]"
+MODULATE = Op("layer_norm_modulate", f"x[N, T, D] {_MODULATION}", *_FASTER)
+RESIDUAL = Op("gate_residual", f"{_STREAMS} {_GATE}", *_FASTER)
+BOTH = Op("gate_residual_modulate", f"{_STREAMS} {_GATE} {_MODULATION}", *_FASTER)
 
 
 def layer_norm_modulate(
     x: Tensor,
-    shift: Tensor,
+    shift: Tensor | None,
     scale: Tensor,
     eps: float = 1e-6,
     backend: str = "auto",
     stats: RowStatistics | None = None,
     out_dtype: torch.dtype | None = None,
+    norm: str = "layer",
 ) -> Tensor:
-    """`layer_norm(x) * (1 + scale) + shift`.
+    """`norm(x) * (1 + scale) + shift`.
 
-    x: [N, T, D]; shift, scale: [N, D], broadcast over T. stats: the caller's promise that they are
-    `row_statistics(x)`, which saves a pass; "torch" takes its own. Returns [N, T, D] in out_dtype, by default x's:
-    the dtype in which the next linear map runs spares it a cast.
+    norm: "layer", LayerNorm, or "rms", `x / sqrt(mean(x^2) + eps)` (arXiv 1910.07467), whose weight w [D] the caller
+    folds into the scale as `(w - 1) + w * scale`, in fp32 at least: [N, D], so nothing beside the stream, and what
+    rounding adds to the factor `w (1 + scale)` is 1e-7 absolute. x: [N, T, D]; scale and shift (None: none): [N, D],
+    broadcast over T, or [N, T, D], one for each token, which "torch" alone takes. stats: the caller's promise that they
+    are `row_statistics(x)`, which saves a pass with either norm; "torch" takes its own. Returns [N, T, D] in out_dtype,
+    by default x's: the dtype in which the next linear map runs spares it a cast.
     Raises UserError for shapes, dtypes or devices that do not fit, ConfigError for a backend that is unknown or cannot
     take these tensors.
     """
-    MODULATE.check(backend, eps, x=x, shift=shift, scale=scale)
+    MODULATE.check(backend, eps, x=x, **({} if shift is None else {"shift": shift}), scale=scale)
+    check_norm(MODULATE.name, norm, "layer", "rms")
     mean, variance = known(MODULATE.name, "stats", stats, x) or (None, None)
     out_dtype = _checked(MODULATE, out_dtype, x)
-    chosen = MODULATE.choose(backend, x.device, out_dtype, x, shift, scale)
+    chosen = MODULATE.choose(backend, x.device, x, None, None, shift, scale, norm, out_dtype)
     if chosen == "torch":
-        return _modulate(x, shift, scale, eps, out_dtype)
+        return _modulate(x, shift, scale, eps, out_dtype, norm)
     return _fused(x, None, None, shift, scale, mean, variance, eps, out_dtype, True, chosen)[1]
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor, backend: str = "auto", return_stats: bool = False) -> Any:
-    """`x + gate * y`. x, y: [N, T, D], maybe of two dtypes; gate: [N, D].
+    """`x + gate * y`. x, y: [N, T, D], maybe of two dtypes; gate: [N, D], or [N, T, D] ("torch" alone).
 
     Returns [N, T, D] in x's dtype, and with return_stats the RowStatistics of that result as well. Raises as above.
     """
     RESIDUAL.check(backend, x=x, y=y, gate=gate)
-    chosen = RESIDUAL.choose(backend, x.device, x.dtype, x, y, gate)
+    chosen = RESIDUAL.choose(backend, x.device, x, y, gate, None, None, "layer", x.dtype)
     if chosen == "torch":
         x_new = _residual(x, y, gate)
         return (x_new, row_statistics(x_new, "torch")) if return_stats else x_new
@@ -95,25 +114,28 @@ def gate_residual_modulate(
     x: Tensor,
     y: Tensor,
     gate: Tensor,
-    shift: Tensor,
+    shift: Tensor | None,
     scale: Tensor,
     eps: float = 1e-6,
     backend: str = "auto",
     return_stats: bool = False,
     out_dtype: torch.dtype | None = None,
+    norm: str = "layer",
 ) -> Any:
-    """`x_new = x + gate * y` and `out = layer_norm(x_new) * (1 + scale) + shift`.
+    """`x_new = x + gate * y` and `out = norm(x_new) * (1 + scale) + shift`.
 
-    x, y: [N, T, D], maybe of two dtypes; gate, shift, scale: [N, D]. Returns (x_new, out), [N, T, D], x_new in x's
-    dtype, out in out_dtype (by default x's), and with return_stats the RowStatistics of x_new as a third. Raises as
-    above.
+    x, y: [N, T, D], maybe of two dtypes; gate, shift, scale and norm as above. Returns (x_new, out), [N, T, D], x_new
+    in x's dtype, out in out_dtype (by default x's), and with return_stats the RowStatistics of x_new as a third, mean
+    and variance with either norm. Raises as above.
     """
-    BOTH.check(backend, eps, x=x, y=y, gate=gate, shift=shift, scale=scale)
+    given = {} if shift is None else {"shift": shift}
+    BOTH.check(backend, eps, x=x, y=y, gate=gate, **given, scale=scale)
+    check_norm(BOTH.name, norm, "layer", "rms")
     out_dtype = _checked(BOTH, out_dtype, x)
-    chosen = BOTH.choose(backend, x.device, out_dtype, x, y, gate, shift, scale)
+    chosen = BOTH.choose(backend, x.device, x, y, gate, shift, scale, norm, out_dtype)
     if chosen == "torch":
         x_new = _residual(x, y, gate)
-        out = _modulate(x_new, shift, scale, eps, out_dtype)
+        out = _modulate(x_new, shift, scale, eps, out_dtype, norm)
         return (x_new, out, row_statistics(x_new, "torch")) if return_stats else (x_new, out)
     x_new, out, *stats = _fused(x, y, gate, shift, scale, None, None, eps, out_dtype, True, chosen)
     return (x_new, out, RowStatistics(*stats)) if return_stats else (x_new, out)
@@ -121,7 +143,7 @@ def gate_residual_modulate(
 
 def returns_statistics(x: Tensor) -> bool:
     """Whether the ops that write the stream x return its row statistics for free; the reference takes another pass."""
-    return RESIDUAL.choose("auto", x.device, x.dtype, x) != "torch"
+    return RESIDUAL.choose("auto", x.device, x, None, None, None, None, "layer", x.dtype) != "torch"
 
 
 def _checked(op: Op, out_dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
@@ -131,13 +153,14 @@ def _checked(op: Op, out_dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
 
 
 def _over_tokens(vector: Tensor, dtype: torch.dtype) -> Tensor:
-    return vector.to(dtype).unsqueeze(1)
+    return vector.to(dtype).unsqueeze(1) if vector.dim() == 2 else vector.to(dtype)
 
 
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+def _modulate(x: Tensor, shift: Tensor | None, scale: Tensor, eps: float, out_dtype: torch.dtype, norm: str) -> Tensor:
     dtype = wide(x)
-    normalised = layer_norm(x.to(dtype), eps)
-    return (normalised * (1 + _over_tokens(scale, dtype)) + _over_tokens(shift, dtype)).to(out_dtype)
+    normalised = (rms_norm if norm == "rms" else layer_norm)(x.to(dtype), eps)
+    result = normalised * (1 + _over_tokens(scale, dtype))
+    return (result if shift is None else result + _over_tokens(shift, dtype)).to(out_dtype)
 
 
 def _residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:

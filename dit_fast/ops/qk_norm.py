@@ -1,8 +1,8 @@
-"""QK-norm with the head split: one pass over the fused projection, and one back.
+"""QK-norm with the head split, and rotary positions after it: one pass over the fused projection, and one back.
 
-Queries and keys of every head pass an affine LayerNorm over the head's channels; values stay where they are. The
-gradient of the projection is written once, values included: split by autograd, it would be assembled from zeros.
-Nothing is saved besides the projection and the weights; statistics are taken again.
+Queries and keys of every head pass a norm over the head's channels and turn; values stay where they are. The gradient
+of the projection is written once, values included: split by autograd, it would be assembled from zeros. Nothing is
+saved besides the projection, the weights and the tables; statistics are taken again.
 """
 
 from collections.abc import Sequence
@@ -12,52 +12,82 @@ import torch
 from torch import Tensor
 
 from dit_fast.errors import UserError
-from dit_fast.ops._op import Op, define, differentiable, rows, triton, wide
-from dit_fast.ops.layer_norm import layer_norm
+from dit_fast.ops._op import Op, check_norm, define, differentiable, rows, triton, wide
+from dit_fast.ops.layer_norm import layer_norm, rms_norm
 
 
-def _refuses(qkv: Tensor, num_heads: int) -> Sequence[str]:
+def _refuses(qkv: Tensor, num_heads: int, plain: bool) -> Sequence[str]:
     from dit_fast.kernels import qk_norm as kernel
 
-    return kernel.supports(qkv, num_heads)
+    return kernel.supports(qkv, num_heads) + ([] if plain else ["only an affine LayerNorm is not left to torch"])
 
 
 # C: the width of a head
-OP = Op("qk_norm", "qkv[N, T, 3HC] q_weight[C] q_bias[C] k_weight[C] k_bias[C]", triton(_refuses))
+OP = Op("qk_norm", "qkv[N, T, 3HC] q_weight[C] q_bias[C] k_weight[C] k_bias[C] cos[T, C] sin[T, C]", triton(_refuses))
 
 
 def qk_norm(
     qkv: Tensor,
     num_heads: int,
-    q_weight: Tensor,
-    q_bias: Tensor,
-    k_weight: Tensor,
-    k_bias: Tensor,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
     eps: float = 1e-5,
     backend: str = "auto",
+    norm: str = "layer",
+    rotary: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """query, key, value [N, H, T, d] from qkv [N, T, 3 * H * d], the first two normalised per head.
+    """query, key, value [N, H, T, d] from qkv [N, T, 3 * H * d], the first two normalised per head, then turned.
 
-    q_weight, q_bias, k_weight, k_bias: [d], of any floating dtype; the arithmetic is fp32 (fp64 for fp64) and rounded
-    once, to qkv's dtype, under autocast too. The three are transposed from [N, T, H, d] with contiguous heads, and
-    value is a view of qkv (do not write into it). Differentiable in forward mode and, once, in reverse mode,
-    of the result or of its forward-mode derivative; backend="torch", the reference, twice in any combination of the
-    modes.
+    norm: "layer", LayerNorm, "rms", `x / sqrt(mean(x^2) + eps)` (arXiv 1910.07467), or "none". q_weight, q_bias,
+    k_weight, k_bias: [d], of any floating dtype; both weights, both biases or neither; no bias with "rms", nothing with
+    "none". rotary: cos and sin [T, d], without gradient; neighbours turn (arXiv 2104.09864),
+
+        out[2i] = x[2i] cos[2i] - x[2i + 1] sin[2i]        out[2i + 1] = x[2i + 1] cos[2i + 1] + x[2i] sin[2i + 1]
+
+    The arithmetic is fp32 (fp64 for fp64) and rounded once, to qkv's dtype, under autocast too. The three are
+    transposed from [N, T, H, d] with contiguous heads, and value is a view of qkv (do not write into it).
+    Differentiable in forward mode and, once, in reverse mode, of the result or of its forward-mode derivative;
+    backend="torch", the reference, twice in any combination of the modes.
     Raises UserError for shapes, dtypes or devices that do not fit, ConfigError for a backend that is unknown or cannot
     take these tensors.
     """
     if not isinstance(num_heads, int) or isinstance(num_heads, bool) or num_heads < 1:
         raise UserError(f"qk_norm: num_heads must be an integer of at least 1, not {num_heads!r}")
-    OP.check(
-        backend, eps, {"H": num_heads}, qkv=qkv, q_weight=q_weight, q_bias=q_bias, k_weight=k_weight, k_bias=k_bias
-    )
+    check_norm(OP.name, norm, "layer", "rms", "none")
+    tensors = _given(norm, q_weight, q_bias, k_weight, k_bias, rotary)
+    OP.check(backend, eps, {"H": num_heads}, qkv=qkv, **tensors)
+    cos, sin = tensors.get("cos"), tensors.get("sin")
+    if cos is not None and cos.shape[1] % 2:
+        raise UserError(f"qk_norm: heads of width {cos.shape[1]} have no pairs to turn; rotary needs an even width")
     qkv = rows(qkv)
-    chosen = OP.choose(backend, qkv.device, qkv, num_heads)
+    plain = norm == "layer" and q_bias is not None and q_weight is not None and rotary is None
+    chosen = OP.choose(backend, qkv.device, qkv, num_heads, plain)
     if chosen == "torch":
-        query, key, value = _reference(qkv, num_heads, q_weight, q_bias, k_weight, k_bias, eps)
+        query, key, value = _reference(qkv, num_heads, q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm)
     else:
         query, key, value = _fused(qkv, num_heads, q_weight, q_bias, k_weight, k_bias, eps, chosen)
     return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+
+def _given(norm: str, q_weight: Any, q_bias: Any, k_weight: Any, k_bias: Any, rotary: Any) -> dict[str, Any]:
+    """The tensors beside qkv that are given, by name; UserError where they do not go together."""
+    tensors: dict[str, Any] = {}
+    for weights, kinds in (
+        ({"q_weight": q_weight, "k_weight": k_weight}, ("layer", "rms")),
+        ({"q_bias": q_bias, "k_bias": k_bias}, ("layer",)),
+    ):
+        if any(each is not None for each in weights.values()):
+            if norm not in kinds:
+                name = next(name for name, each in weights.items() if each is not None)
+                raise UserError(f'qk_norm: {name} must be None, as norm "{norm}" has none')
+            tensors |= weights
+    if rotary is not None:
+        if not isinstance(rotary, tuple | list) or len(rotary) != 2:
+            raise UserError(f"qk_norm: rotary must be a pair (cos, sin), not {type(rotary).__name__}")
+        tensors["cos"], tensors["sin"] = (x.detach() if isinstance(x, Tensor) else x for x in rotary)
+    return tensors
 
 
 def _heads(qkv: Tensor, num_heads: int) -> Tensor:
@@ -65,16 +95,31 @@ def _heads(qkv: Tensor, num_heads: int) -> Tensor:
     return qkv.unflatten(-1, (3, num_heads, qkv.shape[-1] // (3 * num_heads)))
 
 
+def _turn(x: Tensor) -> Tensor:
+    """(x[2i], x[2i + 1]) -> (-x[2i + 1], x[2i])."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([-second, first], dim=-1).flatten(-2)
+
+
 def _reference(
-    qkv: Tensor, num_heads: int, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor, k_bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    qkv: Tensor, num_heads: int, q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None,
+    k_bias: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, norm: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     query, key, value = _heads(qkv, num_heads).unbind(2)
     dtype = wide(qkv)
 
-    def normalise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return layer_norm(x.to(dtype), eps, weight.to(dtype), bias.to(dtype)).to(qkv.dtype)
+    def transform(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        x = x.to(dtype)
+        weight, bias = (None if each is None else each.to(dtype) for each in (weight, bias))
+        if norm == "layer":
+            x = layer_norm(x, eps, weight, bias)
+        elif norm == "rms":
+            x = rms_norm(x, eps, weight)
+        if cos is not None and sin is not None:
+            x = x * cos.to(dtype)[:, None] + _turn(x) * sin.to(dtype)[:, None]
+        return x.to(qkv.dtype)
 
-    return normalise(query, q_weight, q_bias), normalise(key, k_weight, k_bias), value
+    return transform(query, q_weight, q_bias), transform(key, k_weight, k_bias), value
 
 
 def _forward(
@@ -92,7 +137,7 @@ def _forward(
 
         q_weight, q_bias, k_weight, k_bias = (x.contiguous() for x in (q_weight, q_bias, k_weight, k_bias))
         return kernel.forward(qkv, num_heads, q_weight, q_bias, k_weight, k_bias, eps)
-    query, key, _ = _reference(qkv, num_heads, q_weight, q_bias, k_weight, k_bias, eps)
+    query, key, _ = _reference(qkv, num_heads, q_weight, q_bias, k_weight, k_bias, None, None, eps, "layer")
     return query.contiguous(), key.contiguous()
 
 

@@ -1,6 +1,7 @@
 """Every op of the package, in the tables that the tests of all ops go through. A new op has its lines here.
 
-CALLS, SHAPES: public ops of tensors that may need gradients, called with such tensors alone. FUSED: what carries their
+CALLS, SHAPES: public ops of tensors that may need gradients, called with such tensors alone; forms of an op come after
+its name. FUSED: what carries their
 kernels' gradients and tangents. NAMED: every public function with its arguments by name. REGISTERED: every op that
 torch knows, by its name there.
 """
@@ -18,6 +19,7 @@ from dit_fast.ops.repa_cosine import _fused as fused_cosine
 N, T, D = 2, 3, 4
 STREAM, VECTOR = (N, T, D), (N, D)
 F32 = torch.float32
+COSINES, SINES = torch.randn(2, T, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 TIMES, POSITIONS = torch.tensor([0.3, 0.6], dtype=torch.float64), torch.arange(N)
 
 
@@ -41,6 +43,11 @@ SHAPES = {
     "layer_norm_modulate": [STREAM, VECTOR, VECTOR],
     "gate_residual": [STREAM, STREAM, VECTOR],
     "gate_residual_modulate": [STREAM, STREAM, VECTOR, VECTOR, VECTOR],
+    "layer_norm_modulate scale": [STREAM, VECTOR],
+    "layer_norm_modulate tokens": [STREAM, STREAM, STREAM],
+    "gate_residual_modulate rms scale": [STREAM, STREAM, VECTOR, VECTOR],
+    "qk_norm rotary": [(N, T, 6 * D)],
+    "qk_norm rms rotary": [(N, T, 6 * D), (D,), (D,)],
     "long_skip": [STREAM, STREAM, (2 * D,), (2 * D,), (D, 2 * D), (D,)],
     "qk_norm": [(N, T, 6 * D), (D,), (D,), (D,), (D,)],
     "gelu_mlp": [STREAM, (5, D), (5,), (D, 5), (D,)],
@@ -52,10 +59,22 @@ SHAPES = {
 }
 CALLS = {
     "layer_norm_modulate": ops.layer_norm_modulate,
+    "layer_norm_modulate rms": functools.partial(ops.layer_norm_modulate, norm="rms"),
+    "layer_norm_modulate scale": lambda x, scale, **options: ops.layer_norm_modulate(x, None, scale, **options),
+    "layer_norm_modulate tokens": ops.layer_norm_modulate,
     "gate_residual": ops.gate_residual,
+    "gate_residual_modulate rms scale": lambda x, y, gate, scale, **options: torch.cat(
+        ops.gate_residual_modulate(x, y, gate, None, scale, norm="rms", **options)
+    ),
     "gate_residual_modulate": lambda *x, **options: torch.cat(ops.gate_residual_modulate(*x, **options)),
     "long_skip": ops.long_skip,
     "qk_norm": lambda qkv, *x, **options: torch.cat(ops.qk_norm(qkv, 2, *x, **options)),
+    "qk_norm rotary": lambda qkv, **options: torch.cat(
+        ops.qk_norm(qkv, 2, None, None, None, None, norm="none", rotary=(COSINES, SINES), **options)
+    ),
+    "qk_norm rms rotary": lambda qkv, q, k, **options: torch.cat(
+        ops.qk_norm(qkv, 2, q, None, k, None, norm="rms", rotary=(COSINES, SINES), **options)
+    ),
     "gelu_mlp": ops.gelu_mlp,
     "repa_cosine": ops.repa_cosine,
     "flow_noised": lambda x, **options: ops.flow_noised(x, TIMES, POSITIONS, 7, **options),
@@ -81,8 +100,8 @@ FUSED = {
 
 
 def inputs(name):
-    generator = torch.Generator().manual_seed(len(name))
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES[name.split()[0]]]
+    generator, shapes = torch.Generator().manual_seed(len(name)), SHAPES.get(name) or SHAPES[name.split()[0]]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
 TOKENS, ROW = torch.randn(2, 3, 8), torch.randn(2, 8)
@@ -124,6 +143,9 @@ NAMED = {
     ops.diversity_loss: {"features": [TOKENS, TOKENS]},
     ops.diversity_tap: {"x": TOKENS},
 }
+
+
+MAY_BE_NONE = {(ops.layer_norm_modulate, "shift"), (ops.gate_residual_modulate, "shift")}
 
 
 def new(*shape):

@@ -32,6 +32,35 @@ def test_match_the_equations(sizes):
     assert_close(single[1], modulated, 2e-6)
 
 
+def _rms(x, eps=1e-6):
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+@loop_over("tokens", [False, True])
+@loop_over("form", [("layer", _norm), ("rms", _rms)])
+def test_forms_of_the_norm_and_of_the_modulation(form, tokens):
+    """LayerNorm or RMSNorm, with or without shift, vectors for each sample or for each token."""
+    name, norm = form
+    x, y, *vectors = _inputs()
+    gate, shift, scale = [v[:, None].repeat(1, x.shape[1], 1) + y.cos() for v in vectors] if tokens else vectors
+    wide_gate, wide_shift, wide_scale = (v if tokens else v[:, None] for v in (gate, shift, scale))
+    x_new = x + wide_gate * y
+    for given, added in ((shift, wide_shift), (None, 0)):
+        ours = gate_residual_modulate(x, y, gate, given, scale, norm=name)
+        assert_close(ours[0], x_new, 1e-15)
+        assert_close(ours[1], norm(x_new) * (1 + wide_scale) + added, 1e-13)
+        alone = layer_norm_modulate(x_new, given, scale, norm=name)
+        assert torch.equal(alone, ours[1])
+    assert torch.equal(gate_residual(x, y, gate), ours[0])
+
+
+def test_the_weight_of_an_rms_norm_folds_into_the_scale():
+    x, _, weights, _, scale = _inputs(dtype=torch.float32)
+    weight = weights[0]
+    ours = layer_norm_modulate(x, None, torch.addcmul(weight - 1, weight, scale), norm="rms")
+    assert_close(ours, weight.double() * _rms(x.double()) * (1 + scale.double()[:, None]), 1e-6)
+
+
 def test_gradients_and_forward_mode():
     x, y, gate, shift, scale = (tensor.requires_grad_() for tensor in _inputs(2, 3, 4))
     assert torch.autograd.gradcheck(layer_norm_modulate, (x, shift, scale), check_forward_ad=True)
@@ -78,6 +107,11 @@ def test_bad_input_is_one_line_that_names_it():
         (lambda: layer_norm_modulate(x[0], shift, scale), "x must be"),
         (lambda: layer_norm_modulate(x, shift[:1], scale), "shift"),
         (lambda: layer_norm_modulate(x, shift, scale[:, :-1]), "scale"),
+        (
+            lambda: layer_norm_modulate(x, shift, scale[:, None]),
+            r"scale must be \[N, D\] = .* or \[N, T, D\] = \[2, 5, 6\]",
+        ),
+        (lambda: layer_norm_modulate(x, shift, scale, norm="batch"), "norm must be one of layer, rms, not 'batch'"),
         (lambda: gate_residual(x, y[:, :-1], gate), "y "),
         (lambda: gate_residual(x, y, gate[:, None]), "gate"),
         (lambda: gate_residual_modulate(x, y, gate, shift, scale.long()), "scale must be floating"),

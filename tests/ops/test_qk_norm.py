@@ -43,6 +43,71 @@ def exact(qkv, q_weight, q_bias, k_weight, k_bias):
     return tuple(torch.stack(part, 1) for part in (query, key, columns[2 * H :]))
 
 
+def tables(dtype=torch.float64, seed=3):
+    """cos and sin [T, D], of one angle for each pair."""
+    angles = torch.randn(T, D // 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return tuple(table.repeat_interleave(2, 1).to(dtype) for table in (angles.cos(), angles.sin()))
+
+
+def exact_form(qkv, norm, weights, biases, rotary):
+    """From the definition: pairs of neighbours as complex numbers, which turn by a product."""
+    query, key, value = (torch.stack(part.split(D, dim=-1), 1) for part in qkv.split(H * D, dim=-1))
+    parts = []
+    for x, weight, bias in zip((query, key), weights or (1, 1), biases or (0, 0), strict=True):
+        if norm == "layer":
+            x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + EPS).sqrt() * weight + bias
+        elif norm == "rms":
+            x = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight
+        if rotary is not None:
+            pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+            x = torch.view_as_real(pairs * torch.complex(*(table[:, ::2] for table in rotary))).flatten(-2)
+        parts.append(x)
+    return (*parts, value)
+
+
+FORMS = {  # norm, weights, biases, rotary
+    "layer, rotary": ("layer", True, True, True),
+    "layer, weights alone": ("layer", True, False, False),
+    "layer, biases alone, rotary": ("layer", False, True, True),
+    "layer, nothing learned": ("layer", False, False, False),
+    "rms": ("rms", True, False, False),
+    "rms, rotary": ("rms", True, False, True),
+    "rms, nothing learned, rotary": ("rms", False, False, True),
+    "rotary": ("none", False, False, True),
+    "nothing": ("none", False, False, False),
+}
+
+
+def given(form, dtype, parameters=None):
+    """qkv, the four parameters, some None, and the tables."""
+    _, weights, biases, rotary = FORMS[form]
+    qkv, *learned = make(dtype, parameters)
+    learned = [x if present else None for x, present in zip(learned, (weights, biases) * 2, strict=True)]
+    return [qkv, *learned], tables(torch.float64 if dtype == torch.float64 else torch.float32) if rotary else None
+
+
+@loop_over("form", FORMS)
+@loop_over("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_forms(form, dtype):
+    norm, limit = FORMS[form][0], {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+    (qkv, *learned), rotary = given(form, dtype, None if dtype == torch.float64 else torch.float32)
+    ours = [None if x is None else x.clone().requires_grad_() for x in (qkv, *learned)]
+    wide = [None if x is None else x.double().requires_grad_() for x in (qkv, *learned)]
+    outputs = qk_norm(ours[0], H, *ours[1:], eps=EPS, norm=norm, rotary=rotary)
+    pairs = [tuple(wide[i] for i in places) if wide[places[0]] is not None else None for places in ((1, 3), (2, 4))]
+    expected = exact_form(wide[0], norm, *pairs, None if rotary is None else [table.double() for table in rotary])
+    for each, reference in zip(outputs, expected, strict=True):
+        assert each.dtype == dtype
+        assert_close(each, reference, limit)
+    leaves_, exact_ = ([x for x in side if x is not None] for side in (ours, wide))
+    grads = torch.autograd.grad(outputs, leaves_, seeds(dtype))
+    for each, reference, x in zip(
+        grads, torch.autograd.grad(expected, exact_, [s.double() for s in seeds(dtype)]), leaves_, strict=True
+    ):
+        assert each.dtype == x.dtype
+        assert_close(each, reference, limit if x.dtype == dtype else 1e-6)
+
+
 def seeds(dtype, seed=5):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(N, H, T, D, generator=generator).to(dtype) for _ in range(3)]
@@ -290,6 +355,17 @@ def test_forward_mode_against_differences_and_reverse_mode_over_the_primal():
         ({"qkv": torch.zeros(2, 3, 72, dtype=torch.int64)}, "qkv must be floating point .*, not torch.int64"),
         ({"q_weight": torch.zeros(8, dtype=torch.complex64)}, "q_weight must be floating point"),
         ({"q_bias": torch.zeros(8, device="meta")}, "q_bias is on meta, qkv on cpu"),
+        ({"q_weight": None}, "q_weight must be a tensor, not None; for a norm without one give ones"),
+        ({"norm": "batch"}, "norm must be one of layer, rms, none, not 'batch'"),
+        ({"norm": "rms"}, 'q_bias must be None, as norm "rms" has none'),
+        ({"norm": "none"}, 'q_weight must be None, as norm "none" has none'),
+        ({"rotary": torch.zeros(7, 8)}, r"rotary must be a pair \(cos, sin\), not Tensor"),
+        ({"rotary": (torch.zeros(7, 8), torch.zeros(6, 8))}, r"sin must be \[T, C\] = \[7, 8\], not \[6, 8\]"),
+        (
+            {"qkv": torch.zeros(2, 7, 81), "rotary": (torch.zeros(7, 9),) * 2}
+            | dict.fromkeys(("q_weight", "q_bias", "k_weight", "k_bias")),
+            "heads of width 9 have no pairs to turn",
+        ),
     ],
 )
 def test_complaints_name_the_culprit(change, message):
