@@ -9,7 +9,9 @@ quarter of the blocks, weight and tau 0.5, 16 samples at a time. DiverseDiT tell
 and Dispersive Loss (Tab. 9): here they have each method's own. Mean flow (`mean_flow-b4-256`,
 `diversedit-mean_flow-xl2-256`) has its own settings (arXiv 2505.13447): beta2 0.95, no clipping, float32. So has DiT
 (`dit-xl2-256`, `diversedit-dit-xl2-256`; arXiv 2212.09748): no clipping, float32; with SRA (`sra-dit-xl2-256`) other
-blocks and a lower weight than SiT.
+blocks and a lower weight than SiT. LightningDiT (`lightningdit-xl1-256`, `diversedit-lightningdit-b1-256`; arXiv
+2501.01423) has those of its released XL: batch 1024, 2e-4, beta2 0.95, no clipping, 80K steps, lognormal t, and a
+cosine beside the squared error.
 `self_transcendence-b2-256` (two stages; also with DiverseDiT) has queries and keys normalised, as published.
 `quickstart` and `quickstart-METHOD` learn ten classes in minutes on two CPU cores.
 """
@@ -28,7 +30,7 @@ from dit_fast.methods.reg import REG
 from dit_fast.methods.repa import REPA
 from dit_fast.methods.self_transcendence import SelfTranscendence
 from dit_fast.methods.sra import SRA
-from dit_fast.models import DiT, SiT
+from dit_fast.models import DiT, LightningDiT, SiT
 from dit_fast.objectives import DDPM, Flow, MeanFlow
 from dit_fast.options import groups, keys, nearest
 from dit_fast.runs import (
@@ -56,7 +58,10 @@ GUIDED_TARGETS = {  # omega, kappa, largest guided t of mean flow: B and L as pu
 
 
 def paper(name: str, size: str, resolution: int) -> TrainConfig:
-    """The published setting of one or more parts, as `PUBLISHED` names them, at 256 or 512 pixels (f8 latents)."""
+    """The published setting of one or more parts, as `PUBLISHED` names them, at 256 or 512 pixels.
+
+    Latents are f8 of 4 channels, for LightningDiT f16 of 32.
+    """
     parts = name.split("-")
     of_model: dict[str, Any] = {"class_token": 768} if "reg" in parts else {}  # DINOv2-B's
     of_run: dict[str, Any] = {}
@@ -80,18 +85,25 @@ def paper(name: str, size: str, resolution: int) -> TrainConfig:
             "engine": EngineConfig(precision="fp32"),
             "preview": PreviewConfig(sampler="mean_flow", num_steps=1, cfg_scale=1.0),
         }
-    kind = DiT if "dit" in parts else SiT
+    kind, of_latents, steps = (DiT if "dit" in parts else SiT), (8, 4), RunConfig.steps
+    if "lightningdit" in parts:
+        kind, of_latents, steps = LightningDiT, (16, 32), 80_000
+        of_run = {
+            "objective": Flow.Config(time="lognormal", cosine_weight=1.0),
+            "optimizer": OptimizerConfig(lr=2e-4, beta2=0.95, grad_clip=0.0),
+            "engine": EngineConfig(global_batch=1024),
+        }
     return TrainConfig(
         model=kind.Config(
             name=f"{kind.__name__}-{size[:-1].upper()}/{size[-1]}",
-            input_size=resolution // 8,
-            in_channels=4,
+            input_size=resolution // of_latents[0],
+            in_channels=of_latents[1],
             num_classes=1000,
             skip_wiring="input" if "diversedit" in parts else "off",
             **of_model,
         ),
         methods=tuple(_method(part, parts, size, resolution) for part in parts if part in METHODS),
-        run=RunConfig(dir=f"runs/{name}-{size}-{resolution}"),
+        run=RunConfig(dir=f"runs/{name}-{size}-{resolution}", steps=steps),
         **of_run,
     )
 
@@ -183,15 +195,20 @@ SMALL: dict[str, dict[str, Any]] = {
         "num_steps": 1,
         "cfg_scale": 1.0,
     },
+    "lightningdit": {
+        "objective": Flow.Config(time="lognormal", cosine_weight=1.0),
+        "model": LightningDiT.Config(name="LightningDiT-Nano/2"),
+    },
     "dit": {"objective": DDPM.Config(), "model": DiT.Config(name="DiT-Nano/2"), "sampler": "ddim"},
 }
 # those of SMALL that are also there with it
-BESIDE_DIVERSEDIT = ("repa", "reg", "dispersive", "sra", "self_transcendence", "mean_flow", "dit")
+BESIDE_DIVERSEDIT = ("repa", "reg", "dispersive", "sra", "self_transcendence", "mean_flow", "lightningdit", "dit")
 
 PUBLISHED = {  # names of what runs together -> sizes, resolutions
     "sit diversedit repa diversedit-repa reg diversedit-reg sra diversedit-sra": ("b2 l2 xl2", (256, 512)),
     "dispersive": ("b2 l2 xl2", (256,)),
     "diversedit-dispersive diversedit-dispersive-sra": ("b2", (256,)),
+    "lightningdit diversedit-lightningdit": ("b1 xl1", (256,)),
     "dit": ("s2 b2 l2 xl2", (256, 512)),
     "diversedit-dit": ("s2 b2 l2 xl2", (256,)),
     "sra-dit": ("xl2", (256,)),
