@@ -45,10 +45,8 @@ def test_a_class_token_is_not_turned():
     assert torch.equal(tables[0][1:], tiny().rotary()[0])
 
 
-@pytest.mark.parametrize(
-    "more",
-    [{}, {"skip_wiring": "input", "qk_norm": True, "adaln_shift": False}, {**PLAIN, "times": 2}, {"class_token": 6}],
-)
+@loop_over("wiring", ["off", "input"])
+@loop_over("more", [{}, {"qk_norm": True, "adaln_shift": False}, {**PLAIN, "times": 2}, {"class_token": 6}])
 def test_flops_equal_what_torch_counts(wiring, more):
     from torch.utils.flop_counter import FlopCounterMode
 
