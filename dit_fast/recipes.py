@@ -85,7 +85,8 @@ def paper(name: str, size: str, resolution: int) -> TrainConfig:
             "engine": EngineConfig(precision="fp32"),
             "preview": PreviewConfig(sampler="mean_flow", num_steps=1, cfg_scale=1.0),
         }
-    kind, of_latents, steps = (DiT if "dit" in parts else SiT), (8, 4), RunConfig.steps
+    kind: type[SiT] = DiT if "dit" in parts else SiT
+    of_latents, steps = (8, 4), RunConfig.steps
     if "lightningdit" in parts:
         kind, of_latents, steps = LightningDiT, (16, 32), 80_000
         of_run = {
