@@ -57,6 +57,7 @@ class TrainingLoss(nn.Module):
         """
         key = Key(self.seed, batch["position"])
         with torch.autocast(batch["moments"].device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            batch = self._complete(batch, number)
             x, y, taps = self._state(batch, key), self._labels(batch["label"], key), self._taps(number)
             context = self.objective.run(self.model, x, y, key, taps, batch, number)
             terms = self._terms(context)
@@ -67,6 +68,13 @@ class TrainingLoss(nn.Module):
             logs[name] = term.value.detach()
             logs.update({key: value.detach() for key, value in term.logs.items()})
         return loss, {"loss": loss.detach(), **logs}
+
+    @torch.no_grad()
+    def _complete(self, batch: Mapping[str, Tensor], number: int) -> Mapping[str, Tensor]:
+        made: dict[str, Tensor] = {}
+        for method in self.methods:
+            made |= method.complete(batch, method.active(number))
+        return {**batch, **made} if made else batch
 
     def _state(self, batch: Mapping[str, Tensor], key: Key) -> Tree:
         """Latents drawn from their posterior, in the model's space, and what methods make of them."""

@@ -112,5 +112,5 @@ def check_resume(
             had, has = (str(each.get(name))[:12] for each in (frozen, digests))
             raise CheckpointError(
                 f"methods.{name}: its weights have the sha256 {has}, those that {checkpoint.path} was trained with "
-                f"{had}; name the step folder that holds those (it may lie anywhere) or set another run.dir"
+                f"{had}; give the file or step folder that holds those (it may lie anywhere) or set another run.dir"
             )

@@ -26,6 +26,7 @@ GROUPS = {
     "mean_flow": (*BASE, "r_embedder"),
     "sra": (*BASE[:-1], "ap_head", BASE[-1]),
     "self_transcendence": (*BASE[:-1], "projectors", "projectors_final", BASE[-1]),
+    "irepa": (*BASE[:-1], "projectors", BASE[-1]),
 }
 # What one family alone has: where it belongs, and what makes a model have it.
 OWN = {
@@ -72,8 +73,9 @@ class Family:
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of a model. projectors: (hidden width, output width) of each alignment head. class_token, times: as in
-    `SiT.Config`. latent_head: whether the first stage of Self-Transcendence left its `projectors_final`.
+    """Sizes of a model. projectors: of each alignment head ("mlp", hidden width, output width), or iREPA's ("conv",
+    kernel, output width). class_token, times: as in `SiT.Config`. latent_head: whether the first stage of
+    Self-Transcendence left its `projectors_final`.
 
     label_dropout: 0 where the null label has no row, or is known never to have been trained.
     """
@@ -91,7 +93,7 @@ class Layout:
     qk_norm: bool
     class_token: int
     times: int
-    projectors: tuple[tuple[int, int], ...]
+    projectors: tuple[tuple[str, int, int], ...]
     latent_head: bool
 
     def settings(self) -> dict[str, Any]:
@@ -127,7 +129,7 @@ def read_layout(state: Mapping[str, Tensor], family: str, known: Known) -> Layou
         raise CheckpointError(f"'pos_embed' has places for {patches} patches, which is not a square{hint}")
     if rows % patch**2:
         raise CheckpointError(f"'final_layer.linear.weight' has {rows} rows, not a multiple of {patch}x{patch} patches")
-    aligned = indices(state, r"projectors\.(\d+)\.0\.weight")
+    aligned = indices(state, r"projectors\.(\d+)\.(?:0|projection_layer)\.weight")
     depth, heads = read_depth(state), read_heads(state, width, known)
     classes, null_row, label_dropout = read_classes(state, known)
     return Layout(
@@ -144,10 +146,7 @@ def read_layout(state: Mapping[str, Tensor], family: str, known: Known) -> Layou
         qk_norm=OF_HEAD[0] in state,
         class_token=class_token,
         times=2 if family == "mean_flow" else 1,
-        projectors=tuple(
-            (shape(state, f"projectors.{k}.0.weight", 2)[0], shape(state, f"projectors.{k}.4.weight", 2)[0])
-            for k in range(len(aligned))
-        ),
+        projectors=tuple(_head(state, f"projectors.{k}") for k in range(len(aligned))),
         latent_head=family == "self_transcendence" and "projectors_final.linear.weight" in state,
     )
 
@@ -258,6 +257,13 @@ def shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int,
     if len(shape) != dimensions or 0 in shape:
         raise CheckpointError(f"'{name}' has shape {shape}, expected {dimensions} dimensions, none of them 0")
     return shape
+
+
+def _head(state: Mapping[str, Tensor], name: str) -> tuple[str, int, int]:
+    if (key := f"{name}.projection_layer.weight") in state:
+        features, _, kernel, _ = shape(state, key, 4)
+        return "conv", kernel, features
+    return "mlp", shape(state, f"{name}.0.weight", 2)[0], shape(state, f"{name}.4.weight", 2)[0]
 
 
 def indices(state: Mapping[str, Tensor], pattern: str) -> set[int]:

@@ -27,7 +27,7 @@ from dit_fast.models import Backbone
 from dit_fast.models.dit import DiT
 from dit_fast.models.reversed_sit import ReversedSiT
 from dit_fast.models.sit import SiT
-from dit_fast.nn.projector import LatentHead, SelfProjector, projector
+from dit_fast.nn.projector import ConvProjector, LatentHead, SelfProjector, projector
 from dit_fast.published import read_state
 
 logger = logging.getLogger("dit_fast")
@@ -57,9 +57,9 @@ def load_official(
     """A model, in eval mode, with published weights.
 
     source: a state_dict, a training checkpoint {model, ema, opt, args, steps}, or the path of a `.pt` or `.safetensors`
-    file. family: "repa", "sit", "dit", "diversedit", "reg", "mean_flow", "sra", "self_transcendence" (of either stage)
-    or "lightningdit" (norm, MLP, rotary positions and shifts are read off the keys). "sit" and "lightningdit" models
-    take our t and return our v; "dit" models take steps t int64 and return noise and logits of the variance
+    file. family: "repa", "irepa", "sit", "dit", "diversedit", "reg", "mean_flow", "sra", "self_transcendence" (of
+    either stage) or "lightningdit" (norm, MLP, rotary positions and shifts are read off the keys). "sit" and
+    "lightningdit" models take our t and return our v; "dit" models take steps t int64 and return noise and logits of the variance
     [N, 2C, H, W] (samplers "ddpm", "ddim"). `sample` guides three channels of these three by default, as the released
     samplers do. "reg" models take and return {"image", "class_token"}, "mean_flow" models take t [N, 2]. Alignment
     heads come as `model.projectors`, SRA's as `model.ap_head`.
@@ -190,7 +190,9 @@ def _natural_family(model: SiT) -> str:
         return "reg" if model.class_token else "mean_flow"
     if hasattr(model, "ap_head"):
         return "sra"
-    return "repa" if model.config.skip_wiring == "off" else "diversedit"
+    if model.config.skip_wiring != "off":
+        return "diversedit"
+    return "irepa" if any(isinstance(head, ConvProjector) for head in getattr(model, "projectors", ())) else "repa"
 
 
 def _number(name: str, value: Any) -> float:
@@ -251,8 +253,11 @@ def _empty_model(family: str, state: Mapping[str, Tensor], known: Known) -> SiT:
     model = with_labels(SiT(config), layout)
     if family == "sra":
         model.add_head("ap_head", SelfProjector(layout.hidden_size))
-    for width, features in layout.projectors:
-        model.add_projector(projector(layout.hidden_size, width, features))
+    for kind, size, features in layout.projectors:
+        if kind == "conv":
+            model.add_projector(ConvProjector(layout.hidden_size, features, model.grid, kernel=size))
+        else:
+            model.add_projector(projector(layout.hidden_size, size, features))
     if layout.latent_head:
         model.add_head("projectors_final", LatentHead(layout.hidden_size, layout.patch_size**2 * layout.in_channels))
     return model

@@ -102,6 +102,13 @@ class Method(ABC):
         """
         return None
 
+    def complete(self, batch: Mapping[str, Tensor], active: bool) -> Mapping[str, Tensor]:
+        """Further fields of a batch that are computed rather than read, under names of the method's own.
+
+        Called first of all in a step, without gradients. active: whether `terms` is called in this step.
+        """
+        return {}
+
     def state(self, x: Tree, batch: Mapping[str, Tensor], key: Key) -> Tree:
         """What is denoised, from the clean latents: a method may add those of `adds`, or replace the image."""
         return x

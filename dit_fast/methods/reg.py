@@ -1,7 +1,7 @@
 """REG (arXiv 2507.01467): an encoder's class token is noised and denoised beside the image, and all tokens are aligned.
 
 The model has one more token (`model.class_token` is its width); the sampler starts both from noise. The token's clean
-value and the targets of the alignment are read from the shards (fields "class_token" and "features").
+value and the targets of the alignment are read from the shards, or made of their images.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from dit_fast.diffusion import Path, velocity_error
 from dit_fast.diffusion.paths import as_path
 from dit_fast.errors import ConfigError
 from dit_fast.methods.base import Term
-from dit_fast.methods.repa import REPA, repa_loss
+from dit_fast.methods.repa import Alignment, repa_loss
 from dit_fast.models import Backbone, split
 from dit_fast.objectives import Context
 from dit_fast.options import setting
@@ -64,36 +64,51 @@ def reg_losses(
     )
 
 
-class REG(REPA):
+class REG(Alignment):
     """The alignment of REPA, of the class token too, and the token's flow matching."""
 
     name = "reg"
-    fields = ("features", "class_token")
+    fields: tuple[str, ...] = ("features", "class_token")
     adds = ("class_token",)
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(REPA.Config):
-        """Which block is aligned, by what head, and how much the two terms count (published blocks: 8; 4 for B)."""
+    class Config(Alignment.Config):
+        """Which block is aligned, with what, and how much the two terms count (published blocks: 8; 4 for B)."""
 
         name: ClassVar[str] = "reg"
+        class_token_field: str = setting("class_token", "Field of the shards with the class token, beside `fields`")
         class_token_weight: float = setting(0.03, "Weight of the class token's flow matching", "[0, 1e6]")
 
     def __init__(self, config: Any, model: Backbone, data: DatasetInfo):
-        """Raises ConfigError where the model has no class token, or one of another width than the shards'."""
+        """Raises ConfigError where the model has no class token, or one of another width than the encoder's."""
         super().__init__(config, model, data)
-        (width,), (_, aligned) = (data.field(name).shape for name in ("class_token", "features"))
+        if max(len(config.fields), len(config.encoders)) > 1:
+            raise ConfigError(
+                "reg denoises the class token of one encoder; give methods.reg.fields or encoders one entry"
+            )
+        self.bind(model, data, config.class_token_field)
+        width, (aligned,) = self.targets.class_width, self.targets.widths
         if model.class_token != width:
-            raise ConfigError(f"reg: the shards hold class tokens of width {width}; set model.class_token={width}")
+            where = config.encoders[0] if config.encoders else "the shards"
+            raise ConfigError(f"reg: class tokens of {where} have the width {width}; set model.class_token={width}")
         if aligned != width:
             raise ConfigError(f"reg: class tokens of width {width} and features of width {aligned}: give one encoder's")
+        self._token, (self._features,) = str(self.targets.class_token), self.targets.features
+
+    def complete(self, batch: Mapping[str, Tensor], active: bool) -> Mapping[str, Tensor]:
+        return self.targets.compute(batch)  # the class token is denoised for ever
+
+    def release(self) -> None:
+        pass
 
     def state(self, x: Tree, batch: Mapping[str, Tensor], key: Key) -> Tree:
-        return {**leaves(x), "class_token": batch["class_token"]}
+        return {**leaves(x), "class_token": batch[self._token]}
 
     def terms(self, context: Context) -> dict[str, Term]:
-        target = torch.cat((context.batch["class_token"][:, None], context.batch["features"]), 1)
-        aligned = repa_loss(self.head(context.features[self.block]), target)
-        return {**self.lasting_terms(context), "reg/alignment": Term(aligned, self.config.weight)}
+        target = torch.cat((context.batch[self._token][:, None], context.batch[self._features]), 1)
+        (head,) = self.heads
+        aligned = repa_loss(head(context.features[self.block]), target)
+        return {**self.lasting_terms(context), "reg/alignment": self.aligned([aligned])}
 
     def lasting_terms(self, context: Context) -> dict[str, Term]:
         """The class token's, which stays beside the image."""

@@ -17,6 +17,21 @@ def projector(hidden_size: int, width: int, out_features: int) -> nn.Sequential:
     )
 
 
+class ConvProjector(nn.Module):
+    """iREPA's (arXiv 2512.10794): tokens [N, T, hidden_size] to [N, T, out_features] by a convolution over their grid.
+
+    grid: rows and columns of the tokens. kernel: its side, odd; the border is padded with zeros.
+    """
+
+    def __init__(self, hidden_size: int, out_features: int, grid: tuple[int, int], kernel: int = 3):
+        super().__init__()
+        self.grid = grid
+        self.projection_layer = nn.Conv2d(hidden_size, out_features, kernel, padding=kernel // 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.projection_layer(tokens.transpose(1, 2).unflatten(2, self.grid)).flatten(2).transpose(1, 2)
+
+
 class SelfProjector(nn.Module):
     """SRA's (arXiv 2505.02831): [..., width] to the same through a hidden layer of twice the width, SiLU between."""
 

@@ -87,6 +87,7 @@ def _clean(loaded: LoadedRun, dataset: LatentDataset, samples: np.ndarray, seed:
     batch = _read(dataset, samples, tuple({name for method in methods for name in method.fields}))
     x: Tree = to_model_space(batch["moments"][:, 0], dataset.info)
     for method in methods:
+        batch |= method.complete(batch, active=False)
         x = method.state(x, batch, Key(seed, batch["position"]))
     return x, batch["label"]
 

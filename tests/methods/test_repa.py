@@ -79,7 +79,7 @@ def test_repa_beside_reg_aligns_the_patch_tokens_with_a_projector_of_its_own():
     for order in (configs, configs[::-1]):
         model = small(class_token=12)
         methods = {method.name: method for method in build_methods(order, model, data)}
-        assert list(model.projectors) == [methods[config.name].head for config in order]
+        assert list(model.projectors) == [*methods[order[0].name].heads, *methods[order[1].name].heads]
         again = load_official(export_official(model), "reg", num_heads=2)
         assert [len(head[0].bias) for head in again.projectors] == [config.projector_width for config in order]
     feature, target = torch.randn(2, 17, 32), torch.randn(2, 16, 12)
