@@ -45,6 +45,9 @@ class Stream(IntEnum):
     CLASS_TOKEN = 8  # noise of the class token
     SECOND_TIME = 9
     TIMES_AGREE = 10  # whether a sample has one time or two
+    OMEGA = 11  # scale of the guidance that a model is told
+    GUIDED_FROM = 12  # least time with it
+    GUIDED_TO = 13  # largest one
     SAMPLER = 1024  # + sampling step
     METHOD = 65536  # first one free for methods
     SAMPLED_CLASS_TOKEN = 1 << 24  # + the image's stream, for a class token sampled with it

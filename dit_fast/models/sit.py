@@ -212,7 +212,7 @@ class SiT(Backbone):
         c = self.t_embedder(t) + self.r_embedder(t - r) + self.y_embedder(label(y))
         if not self.guidance_condition:
             return c
-        told = guidance_conditions(y) if isinstance(y, Tensor) else y
+        told = guidance_conditions(y, torch.ones_like(t)) if isinstance(y, Tensor) else y
         c = c + self.omega_embedder(1 - 1 / told["omega"])
         return c + self.t_min_embedder(told["t_min"]) + self.t_max_embedder(told["t_max"])
 

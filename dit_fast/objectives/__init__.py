@@ -3,8 +3,11 @@
 from dit_fast.objectives.base import Context, Objective
 from dit_fast.objectives.ddpm import DDPM
 from dit_fast.objectives.flow import Flow
+from dit_fast.objectives.improved_mean_flow import ImprovedMeanFlow
 from dit_fast.objectives.mean_flow import MeanFlow
 
-OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in (Flow, MeanFlow, DDPM)}
+OBJECTIVES: dict[str, type[Objective]] = {
+    objective.name: objective for objective in (Flow, MeanFlow, ImprovedMeanFlow, DDPM)
+}
 
-__all__ = ["DDPM", "OBJECTIVES", "Context", "Flow", "MeanFlow", "Objective"]
+__all__ = ["DDPM", "OBJECTIVES", "Context", "Flow", "ImprovedMeanFlow", "MeanFlow", "Objective"]

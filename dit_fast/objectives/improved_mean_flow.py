@@ -12,7 +12,9 @@ of the network (its velocity head, published code) or u(z, t, t), the mean over 
 """
 
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +22,11 @@ from torch import Tensor
 from dit_fast.diffusion import Path, logit_normal, sample
 from dit_fast.diffusion.guidance import is_number
 from dit_fast.diffusion.paths import along
-from dit_fast.errors import UserError
-from dit_fast.models import Output, guidance_conditions, split
+from dit_fast.errors import ConfigError, UserError
+from dit_fast.models import Backbone, Output, Taps, guidance_conditions, split
+from dit_fast.objectives.base import Context, noise_for
 from dit_fast.objectives.mean_flow import (
+    MeanVelocity,
     Network,
     check_times,
     normalised,
@@ -30,7 +34,8 @@ from dit_fast.objectives.mean_flow import (
     total_derivative,
     trained_null_label,
 )
-from dit_fast.options import check_choice
+from dit_fast.options import check_choice, setting
+from dit_fast.philox import Key, Stream
 from dit_fast.tree import Tree, each, image, leaves
 
 Number = float | Tensor  # one for all samples, or [N]
@@ -216,3 +221,90 @@ def _each_sample(name: str, value: Number, t: Tensor) -> Tensor:
     if not isinstance(value, Tensor) or value.shape not in (t.shape, ()):
         raise UserError(f"{name} must be a number or a tensor {list(t.shape)}, one for each sample")
     return value.to(torch.promote_types(t.dtype, value.dtype)).expand(t.shape)
+
+
+class ImprovedMeanFlow(MeanVelocity):
+    """Normalised squared error of V, and of the velocity head where the model has one.
+
+    A model with `guidance_condition` is told an omega and an interval that are drawn for each sample, another has those
+    of the configuration in its target. Each sample's draws are functions of its position alone.
+    """
+
+    name = "improved_mean_flow"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """What guidance is drawn, the two times, and how the errors are normalised."""
+
+        name: ClassVar[str] = "improved_mean_flow"
+        beta: float = setting(1.0, "The density of a drawn omega falls as omega^-beta (guidance_condition)", "[0, 100]")
+        maximum: float = setting(7.0, "A drawn omega lies in 1 .. 1 + maximum (guidance_condition)", "(0, 1000]")
+        omega: float = setting(1.0, "Guidance of the target of a model that is told none; 1 = none", "(0, 1000]")
+        guidance_low: float = setting(0.0, "Least t with it", "[0, 1]")
+        guidance_high: float = setting(1.0, "Largest t with it", "[0, 1]")
+        time_mean: float = setting(-0.4, "Mean of both times before the sigmoid", "[-100, 100]")
+        time_std: float = setting(1.0, "Their standard deviation before the sigmoid", "(0, 100]")
+        data_proportion: float = setting(0.5, "Share of samples with r = t, which learn the velocity", "[0, 1]")
+        norm_p: float = setting(1.0, "Power of each error by which it is divided; 0 = not at all", "[0, 10]")
+        norm_eps: float = setting(0.01, "Added to the error before that", "(0, 1e6]")
+
+        def __post_init__(self) -> None:
+            if self.guidance_low > self.guidance_high:
+                raise ConfigError("objective.guidance_low lies above objective.guidance_high; swap them")
+
+    def __init__(self, config: Config, model: Backbone):
+        """Raises ConfigError as above, for guidance without a trained null label, and for one that the model is told
+        and that is also fixed.
+        """
+        super().__init__(config, model)
+        self.head, self.told = getattr(model.config, "velocity_head", False), model.guidance_condition
+        fixed = (config.omega, config.guidance_low, config.guidance_high) != (1.0, 0.0, 1.0)
+        if self.told and fixed:
+            raise ConfigError(
+                "objective.omega, guidance_low and guidance_high are for a model that is told none; drop them, or "
+                "set model.guidance_condition=false"
+            )
+        self.guided = self.told or config.omega != 1
+        if self.guided and model.null_label < 0:
+            raise ConfigError(
+                "objective=improved_mean_flow guides its target with a null label, and model.label_dropout=0 trains "
+                "none; set a label dropout, or objective.omega=1 model.guidance_condition=false"
+            )
+
+    def run(
+        self, model: Backbone, x: Tree, y: Tensor, key: Key, taps: Taps, batch: Mapping[str, Tensor], number: int
+    ) -> Context:
+        config = self.config
+        t, r = self.draw_times(key)
+        omega, t_min, t_max = self.draw_guidance(key, t, r)
+        z, data = self.interpolate(x, noise_for(x, key), t)
+        null = model.null(y) if self.guided else None
+        weight, dropped = torch.where((t >= t_min) & (t <= t_max), omega, 1.0), None if null is None else y == null
+        label, target = guided_target(model, data, z, t, y, null, weight, self.head, self.told, dropped)
+        given: Tree = guidance_conditions(y, omega, t_min, t_max) if self.told else y
+        times = torch.stack((t, r), 1)
+        u, second = split(model(z, times, given, taps))
+        dudt = total_derivative(model, z, label, t, r, given)
+        errors = squared_errors(u, second if self.head else None, dudt, target, t, r)
+        losses = summed_losses(errors, config.norm_p, config.norm_eps)
+        names = ("squared_error", "squared_error_velocity")
+        logs = {
+            f"{self.name}/{name}": leaves(error)["image"].mean()
+            for name, error in zip(names, errors, strict=True)
+            if error is not None
+        }
+        return Context(self, model, x, given, key, times, z, u, losses, taps, batch, number, logs, second)
+
+    def draw_guidance(self, key: Key, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """omega, t_min, t_max, [N] each, which a model is told; otherwise those of the configuration.
+
+        t_min is uniform in [0, 0.5), t_max in [0.5, 1); samples with r = t have guidance at all times, as published.
+        """
+        config = self.config
+        if not self.told:
+            fixed = (config.omega, config.guidance_low, config.guidance_high)
+            omega, low, high = (torch.full_like(t, value) for value in fixed)
+            return omega, low, high
+        omega = guidance_scale(key.uniform(Stream.OMEGA, ()), config.beta, config.maximum)
+        low, high = key.uniform(Stream.GUIDED_FROM, ()) / 2, 0.5 + key.uniform(Stream.GUIDED_TO, ()) / 2
+        return omega, torch.where(r == t, 0.0, low), torch.where(r == t, 1.0, high)

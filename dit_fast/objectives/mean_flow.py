@@ -12,7 +12,7 @@ benchmarks/results/cpu/mean_flow.json), because attention with a tangent keeps i
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -159,15 +159,44 @@ def trained_null_label(model: object, given: int | None) -> int:
     return label
 
 
-class MeanFlow(Objective):
-    """Normalised squared error of the mean velocity between two times, on the linear path.
+class MeanVelocity(Objective):
+    """Of a model of two times on the linear path, which samples in one step.
 
     As for flow matching, a `Context` has the velocity at t as its target.
     """
 
-    name = "mean_flow"
     solvers: ClassVar = {name: solver for name, solver in SOLVERS.items() if solver.follows == "mean_velocity"}
     functional = True
+
+    def __init__(self, config: Any, model: Backbone):
+        """Raises ConfigError for a model with one time or a learned variance."""
+        self.refuse_variance(model)
+        self.config, self.path = config, Path("linear")
+        self.times = logit_normal(config.time_mean, config.time_std)
+        if model.times != 2:
+            raise ConfigError(f"objective={self.name} needs a model of two times; set model.times=2")
+
+    def earlier(self, times: Tensor, shift: Tensor) -> Tensor:
+        """t as in flow matching; r stays where it does not lie later."""
+        t, r = times.unbind(1)
+        t = super().earlier(t, shift)
+        return torch.stack((t, torch.minimum(r, t)), 1)
+
+    def from_unit(self, t: Tensor) -> Tensor:
+        return torch.stack((t, t), 1)
+
+    def draw_times(self, key: Key) -> tuple[Tensor, Tensor]:
+        """t >= r, each [N]: two draws in order, the same one for `data_proportion` of the samples."""
+        first, second = (self.times.keyed(key.seed, key.position, s) for s in (Stream.TIME, Stream.SECOND_TIME))
+        same = key.uniform(Stream.TIMES_AGREE, ()) < self.config.data_proportion
+        t = torch.maximum(first, second)
+        return t, torch.where(same, t, torch.minimum(first, second))
+
+
+class MeanFlow(MeanVelocity):
+    """Normalised squared error of the mean velocity between two times."""
+
+    name = "mean_flow"
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -189,15 +218,17 @@ class MeanFlow(Objective):
                 raise ConfigError("objective.guidance_low lies above objective.guidance_high; swap them")
 
     def __init__(self, config: Config, model: Backbone):
-        """Raises ConfigError for a model with one time or a learned variance, and for guidance of one without a trained
-        null label.
+        """Raises ConfigError as above, for guidance of a model without a trained null label, and for one that is told
+        its guidance or has a second head that only improved mean flow trains.
         """
-        self.refuse_variance(model)
-        self.config, self.path = config, Path("linear")
-        self.times = logit_normal(config.time_mean, config.time_std)
+        super().__init__(config, model)
         self.guided = (config.omega, config.kappa) != (1.0, 0.0)
-        if model.times != 2:
-            raise ConfigError("objective=mean_flow needs a model of two times; set model.times=2")
+        for option in ("velocity_head", "guidance_condition"):
+            if getattr(model.config, option, False):
+                raise ConfigError(
+                    f"objective=mean_flow has no use for model.{option}; set model.{option}=false, or "
+                    "objective=improved_mean_flow"
+                )
         if self.guided and model.null_label < 0:
             raise ConfigError(
                 "objective=mean_flow guides its target with a null label, and model.label_dropout=0 trains none; set "
@@ -219,19 +250,3 @@ class MeanFlow(Objective):
         losses = {name: normalised(error, config.norm_p, config.norm_eps) for name, error in errors.items()}
         logs = {"mean_flow/squared_error": errors["image"].mean()}
         return Context(self, model, x, y, key, times, z, u, losses, taps, batch, number, logs, second)
-
-    def earlier(self, times: Tensor, shift: Tensor) -> Tensor:
-        """t as in flow matching; r stays where it does not lie later."""
-        t, r = times.unbind(1)
-        t = super().earlier(t, shift)
-        return torch.stack((t, torch.minimum(r, t)), 1)
-
-    def from_unit(self, t: Tensor) -> Tensor:
-        return torch.stack((t, t), 1)
-
-    def draw_times(self, key: Key) -> tuple[Tensor, Tensor]:
-        """t >= r, each [N]: two draws in order, the same one for `data_proportion` of the samples."""
-        first, second = (self.times.keyed(key.seed, key.position, s) for s in (Stream.TIME, Stream.SECOND_TIME))
-        same = key.uniform(Stream.TIMES_AGREE, ()) < self.config.data_proportion
-        t = torch.maximum(first, second)
-        return t, torch.where(same, t, torch.minimum(first, second))

@@ -35,6 +35,12 @@ OBJECTIVE = {
     "flow": (),
     **PREDICTIONS,
     "mean_flow": ("objective=mean_flow", "model.times=2"),
+    "improved_mean_flow": (
+        "objective=improved_mean_flow",
+        "model.times=2",
+        "model.velocity_head=true",
+        "model.guidance_condition=true",
+    ),
     "ddpm": ("objective=ddpm", "model=DiT-Nano/2"),
 }
 

@@ -78,7 +78,7 @@ def test_what_a_model_is_told_of_its_guidance_and_its_velocity_head():
     for name in ("omega", "t_min", "t_max"):
         other = model(x, times, {**told, name: told[name] + 0.25})
         assert all((one - two).abs().amax(dim=(1, 2, 3)).min() > 0 for one, two in zip((u, v), other, strict=True))
-    alone, spelt = model(x, times, y), model(x, times, guidance_conditions(y))
+    alone, spelt = model(x, times, y), model(x, times, guidance_conditions(y, torch.ones(3)))
     assert all(torch.equal(one, two) for one, two in zip(alone, spelt, strict=True))
     null = model.null(told)
     assert null["label"].tolist() == [model.null_label] * 3

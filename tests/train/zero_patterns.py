@@ -270,6 +270,9 @@ REALS = {
     "Dispersive Loss, global": Real({"dispersive": {"weight": 5.0, "scope": "global"}}, split="micro"),
     "DDPM": Real(objective="ddpm", options={"name": "DiT-Nano/2"}),
     "mean flow": Real(objective="mean_flow", options={"times": 2}),
+    "improved mean flow": Real(
+        objective="improved_mean_flow", options={"times": 2, "velocity_head": True, "guidance_condition": True}
+    ),
 }
 CASES = {**PATTERNS, **REALS}
 
