@@ -7,7 +7,9 @@ fp16. REPA is aligned at block 5 (B) or 8 (L, XL), REG at 4 or 8, coefficient 0.
 the weight of its paper (arXiv 2505.02831), Dispersive Loss (arXiv 2506.09027) the setting of its JAX code: a
 quarter of the blocks, weight and tau 0.5, 16 samples at a time. DiverseDiT tells no coefficients of its runs with SRA
 and Dispersive Loss (Tab. 9): here they have each method's own. Mean flow (`mean_flow-b4-256`,
-`diversedit-mean_flow-xl2-256`) has its own settings (arXiv 2505.13447): beta2 0.95, no clipping, float32. So has DiT
+`diversedit-mean_flow-xl2-256`) has its own settings (arXiv 2505.13447): beta2 0.95, no clipping, float32. So has
+improved mean flow (`improved_mean_flow-xl2-256`; arXiv 2512.02012), in batches of 1024 with a warm-up, on SiT's
+transformer; its code gives what it trained B with, which L and XL have here too. So has DiT
 (`dit-xl2-256`, `diversedit-dit-xl2-256`; arXiv 2212.09748): no clipping, float32; with SRA (`sra-dit-xl2-256`) other
 blocks and a lower weight than SiT. LightningDiT (`lightningdit-xl1-256`, `diversedit-lightningdit-b1-256`; arXiv
 2501.01423) has those of its released XL: batch 1024, 2e-4, beta2 0.95, no clipping, 80K steps, lognormal t, and a
@@ -31,7 +33,7 @@ from dit_fast.methods.repa import REPA
 from dit_fast.methods.self_transcendence import SelfTranscendence
 from dit_fast.methods.sra import SRA
 from dit_fast.models import DiT, LightningDiT, SiT
-from dit_fast.objectives import DDPM, Flow, MeanFlow
+from dit_fast.objectives import DDPM, Flow, ImprovedMeanFlow, MeanFlow
 from dit_fast.options import groups, keys, nearest
 from dit_fast.runs import (
     DataConfig,
@@ -48,12 +50,18 @@ NANO = SiT.Config(name="SiT-Nano/2")  # six blocks of quick-start size
 ENCODER_DEPTH = {"b2": 5, "l2": 8, "xl2": 8}  # aligned block, counted from 1
 SELF_ALIGNED = {"b2": (3, 8), "l2": (6, 16), "xl2": (8, 20)}  # blocks of SRA's student and teacher, from 1
 SELF_WEIGHT = {256: (149, 1000), 512: (99, 800)}  # epochs of SRA's weight: until it falls, then to a tenth
+LARGE_EPOCH = 1251  # steps of 1024 samples in ImageNet's 1,281,167
 EPOCH = 5004  # steps of 256 samples in ImageNet's 1,281,167
 GUIDED_TARGETS = {  # omega, kappa, largest guided t of mean flow: B and L as published, XL as other trainers have it
     "b4": (1.0, 0.5, 1.0),
     "b2": (1.0, 0.5, 1.0),
     "l2": (0.2, 0.92, 0.8),
     "xl2": (0.2, 0.92, 0.75),
+}
+TOLD_GUIDANCE = {  # omega, t_min, t_max of improved mean flow: of previews (B), of samples of released weights (L, XL)
+    "b2": (7.5, 0.4, 0.65),
+    "l2": (10.5, 0.4, 0.6),
+    "xl2": (8.0, 0.42, 0.62),
 }
 
 
@@ -87,6 +95,18 @@ def paper(name: str, size: str, resolution: int) -> TrainConfig:
         }
     kind: type[SiT] = DiT if "dit" in parts else SiT
     of_latents, steps = (8, 4), RunConfig.steps
+    if "improved_mean_flow" in parts:
+        omega, low, high = TOLD_GUIDANCE[size]
+        of_model = {"times": 2, "velocity_head": True, "guidance_condition": True}
+        steps = 640 * LARGE_EPOCH
+        of_run = {
+            "objective": ImprovedMeanFlow.Config(),
+            "optimizer": OptimizerConfig(beta2=0.95, grad_clip=0.0, warmup_steps=10 * LARGE_EPOCH),
+            "engine": EngineConfig(precision="fp32", global_batch=1024),
+            "preview": PreviewConfig(
+                sampler="mean_flow", num_steps=1, cfg_scale=1.0, omega=omega, t_min=low, t_max=high
+            ),
+        }
     if "lightningdit" in parts:
         kind, of_latents, steps = LightningDiT, (16, 32), 80_000
         of_run = {
@@ -196,6 +216,13 @@ SMALL: dict[str, dict[str, Any]] = {
         "num_steps": 1,
         "cfg_scale": 1.0,
     },
+    "improved_mean_flow": {
+        "objective": ImprovedMeanFlow.Config(),
+        "model": replace(NANO, times=2, velocity_head=True, guidance_condition=True),
+        "sampler": "mean_flow",
+        "num_steps": 1,
+        "cfg_scale": 1.0,
+    },
     "lightningdit": {
         "objective": Flow.Config(time="lognormal", cosine_weight=1.0),
         "model": LightningDiT.Config(name="LightningDiT-Nano/2"),
@@ -203,7 +230,17 @@ SMALL: dict[str, dict[str, Any]] = {
     "dit": {"objective": DDPM.Config(), "model": DiT.Config(name="DiT-Nano/2"), "sampler": "ddim"},
 }
 # those of SMALL that are also there with it
-BESIDE_DIVERSEDIT = ("repa", "reg", "dispersive", "sra", "self_transcendence", "mean_flow", "lightningdit", "dit")
+BESIDE_DIVERSEDIT = (
+    "repa",
+    "reg",
+    "dispersive",
+    "sra",
+    "self_transcendence",
+    "mean_flow",
+    "improved_mean_flow",
+    "lightningdit",
+    "dit",
+)
 
 PUBLISHED = {  # names of what runs together -> sizes, resolutions
     "sit diversedit repa diversedit-repa reg diversedit-reg sra diversedit-sra": ("b2 l2 xl2", (256, 512)),
@@ -214,6 +251,7 @@ PUBLISHED = {  # names of what runs together -> sizes, resolutions
     "diversedit-dit": ("s2 b2 l2 xl2", (256,)),
     "sra-dit": ("xl2", (256,)),
     "mean_flow diversedit-mean_flow": ("b4 b2 l2 xl2", (256,)),
+    "improved_mean_flow diversedit-improved_mean_flow": ("b2 l2 xl2", (256,)),
     "self_transcendence diversedit-self_transcendence": ("b2", (256,)),
 }
 

@@ -88,6 +88,11 @@ class PreviewConfig:
     num_steps: int = setting(50, "Sampling steps", "[1, 10000]", resumes=True)
     sampler: SolverName = setting("euler", "Sampler", resumes=True)
     cfg_scale: float = setting(4.0, "Classifier-free guidance; 1 = off", "[0, 1000]", resumes=True)
+    omega: float | None = setting(
+        None, "Guidance that the model is told; none = 2.5, where it is told any", "(0, 1000]", resumes=True
+    )
+    t_min: float | None = setting(None, "Tell it guidance for t from here; none = 0", "[0, 1]", resumes=True)
+    t_max: float | None = setting(None, "Tell it guidance for t to here; none = 1", "[0, 1]", resumes=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,12 @@ from dit_fast.data import LatentDataset
 from dit_fast.diffusion import Guidance
 from dit_fast.errors import ConfigError, DataError, UserError
 from dit_fast.models import new_model
+from dit_fast.models.base import GUIDANCE
 from dit_fast.objectives import OBJECTIVES
 from dit_fast.runs import TrainConfig
 from dit_fast.sampling.grids import plain_grid, save_png
 from dit_fast.sampling.images import sample_images
-from dit_fast.sampling.options import SampleOptions
+from dit_fast.sampling.options import SampleOptions, check_told
 from dit_fast.train.engine import Engine
 from dit_fast.train.guard import Diverged, Finiteness
 from dit_fast.world import World
@@ -48,10 +49,12 @@ class Preview:
                 sampler=preview.sampler,
                 num_steps=preview.num_steps,
                 cfg_scale=preview.cfg_scale,
+                **{name: getattr(preview, name) for name in GUIDANCE},
                 seed=config.run.seed,
                 precision=config.engine.precision,
                 chunk=preview.count,
             )
+            check_told(getattr(config.model, "guidance_condition", False), {x: getattr(preview, x) for x in GUIDANCE})
         except UserError as error:
             raise ConfigError(f"preview: {error}") from None
         solvers = OBJECTIVES[config.objective.name].solvers

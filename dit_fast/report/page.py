@@ -61,7 +61,8 @@ def _what_you_see(main: RunStory) -> Section:
         "the samples of a batch are pushed apart in the output of one block": "dispersive" in methods,
         "a shallow block learns to predict by itself": "structure_guidance" in methods,
         "one block follows the guided features of a frozen model of a first stage": "self_transcendence" in methods,
-        "it learned mean velocities, for samples in one step": main.config["objective"]["name"] == "mean_flow",
+        "it learned mean velocities, for samples in one step": "mean_flow" in main.config["objective"]["name"],
+        "it is told how strongly to follow the class": model.get("guidance_condition", False),
         "it learned noise and its variance, in 1000 steps": main.config["objective"]["name"] == "ddpm",
     }
     extras = [text for text, holds in told.items() if holds]

@@ -21,6 +21,7 @@ from dit_fast.world import single
 
 METHOD_NAMES = {
     "mean_flow": "mean flow",
+    "improved_mean_flow": "improved mean flow",
     "ddpm": "DDPM",
     "diversedit": "DiverseDiT",
     "repa": "REPA",
@@ -53,6 +54,13 @@ CURVES = {
         "squared error of the mean velocity",
         "The mean-flow loss is normalised to be near 1; this is the squared error before that, summed over a latent. "
         "Its target moves with the model, so that it need not fall while samples improve.",
+    ),
+    "improved_mean_flow": Curve(
+        "improved_mean_flow/squared_error",
+        "squared error of the velocity",
+        "The loss is normalised to be near 1 for each output; this is the squared error before that, of the velocity "
+        "that the mean one implies, summed over a latent. It falls fast, then flattens well above zero, because noise "
+        "cannot be foreseen.",
     ),
     "ddpm": Curve(
         "ddpm/mse",

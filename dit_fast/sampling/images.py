@@ -49,7 +49,7 @@ def sample_images(
             latents = sample(
                 model,
                 noise,
-                labels,
+                options.conditions(labels),
                 index=index,
                 path=objective.path,
                 prediction=objective.prediction,

@@ -1,23 +1,28 @@
 """What to draw: the one place of sampling options, of their defaults and of what they mean."""
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 from dit_fast.checkpoint.run import LoadedRun
 from dit_fast.data import LatentDataset
 from dit_fast.diffusion import SOLVERS, Guidance, Solver, sample
 from dit_fast.diffusion.conversions import Diffusion
 from dit_fast.diffusion.grids import check_range, time_grid
-from dit_fast.diffusion.guidance import Bounds, Channels, Decision
+from dit_fast.diffusion.guidance import Bounds, Channels, Decision, is_number
 from dit_fast.diffusion.reverse import LastStep
 from dit_fast.diffusion.samplers import MOST_ROWS, check_options, check_whole
 from dit_fast.diffusion.solvers import SolverName, torchdiffeq
 from dit_fast.errors import UserError
+from dit_fast.models import guidance_conditions
+from dit_fast.models.base import GUIDANCE
 from dit_fast.options import check_choice, setting
+from dit_fast.tree import Tree
 
 SHOWN_CLASSES = 10
 MOST_IMAGES = 1_000_000  # of a class
@@ -47,6 +52,11 @@ class SampleOptions:
     heun_guidance: Decision = setting("first", "which evaluation of a step decides whether it is guided")
     cfg_channels: Channels | None = setting(None, "guided channels (default: what the model's own sampler guides)")
     class_token_cfg_scale: float | None = setting(None, "guidance of the class token (default: the image's)")
+    omega: float | None = setting(
+        None, "guidance that the model is told; 1 = none (default: 2.5, where it is told any)"
+    )
+    t_min: float | None = setting(None, "tell it guidance for t from here ... (default: 0)")
+    t_max: float | None = setting(None, "... to here (default: 1)")
     sampler: SolverName | None = setting(None, "solver (default: heun; mean_flow for a mean velocity, ddpm for DDPM)")
     num_steps: int | None = setting(None, "sampling steps (default: 20; mean_flow 1, ddpm 250; dopri5 takes its own)")
     time_range: tuple[float, float] | None = setting(
@@ -82,6 +92,14 @@ class SampleOptions:
             self.guidance_bounds,
             self.heun_guidance,
         )
+        if self.omega is not None and not (is_number(self.omega) and 0 < self.omega < math.inf):
+            raise UserError(f"omega={self.omega!r} must be a finite number above 0; 1 = no guidance")
+        for name in ("t_min", "t_max"):
+            value = getattr(self, name)
+            if value is not None and not (is_number(value) and 0 <= value <= 1):
+                raise UserError(f"{name}={value!r} must be a time in [0, 1] (0 is data, 1 is noise)")
+        if (self.t_min or 0) > (1 if self.t_max is None else self.t_max):
+            raise UserError(f"t_min={self.t_min} lies above t_max={self.t_max}; swap them")
         for name, kind in (("weights", Weights), ("precision", Precision)):
             check_choice(name, getattr(self, name), kind)
         if len(set(self.classes)) < len(self.classes):
@@ -100,6 +118,7 @@ class SampleOptions:
         model, solvers = run.model, run.objective.solvers
         sampler = self.sampler or next(name for name in (USUAL, *solvers) if name in solvers)
         check_solver(sampler, solvers)
+        check_told(model.guidance_condition, {name: getattr(self, name) for name in GUIDANCE})
         mean = model.times == 2
         guided = GUIDED if model.null_label >= 0 and not mean else 1.0
         steps = STEPS.get(sampler, FEW) if self.num_steps is None else self.num_steps
@@ -111,6 +130,10 @@ class SampleOptions:
             cfg_scale=guided if self.cfg_scale is None else self.cfg_scale,
             cfg_channels=self.cfg_channels or model.cfg_channels,
         )
+        if model.guidance_condition:
+            told: dict[str, Any] = {"omega": GUIDED, "t_min": 0.0, "t_max": 1.0}
+            told |= {name: getattr(self, name) for name in told if getattr(self, name) is not None}
+            chosen = replace(chosen, **told)
         path, prediction, own = run.objective.path, run.objective.prediction, chosen._own_options()
         time_grid(solvers[sampler], steps, path, prediction, own, self.time_range, time_shift=self.time_shift)
         return chosen
@@ -118,6 +141,11 @@ class SampleOptions:
     def _own_options(self) -> dict[str, Any]:
         """Of solvers, by name, as far as they were given."""
         return {name: getattr(self, name) for name in OWN if getattr(self, name) is not None}
+
+    def conditions(self, labels: Tensor) -> Tree:
+        """What a model is given of resolved options beside x and t, for labels [N]."""
+        told = [getattr(self, name) for name in GUIDANCE]
+        return labels if self.omega is None else guidance_conditions(labels, *told)
 
     def arguments(self) -> dict[str, Any]:
         """Resolved options that are keywords of `sample`, by name."""
@@ -128,7 +156,12 @@ class SampleOptions:
         """One line for captions: what was computed by resolved options."""
         assert self.sampler, "resolve the options first"
         assert self.cfg_scale is not None, "resolve the options first"
-        parts = [self.sampler, *self._steps(SOLVERS[self.sampler]), f"guidance {_exact(self.cfg_scale)}"]
+        parts = [self.sampler, *self._steps(SOLVERS[self.sampler])]
+        if self.omega is not None and self.t_min is not None and self.t_max is not None:
+            whole = (self.t_min, self.t_max) == (0, 1)
+            parts.append(f"omega {_exact(self.omega)}")
+            parts[-1] += "" if whole else f" for t in [{_exact(self.t_min)}, {_exact(self.t_max)}]"
+        parts.append(f"guidance {_exact(self.cfg_scale)}")
         if self.class_token_cfg_scale is not None:
             parts[-1] += f" ({_exact(self.class_token_cfg_scale)} of the class token)"
         open_ends = self.guidance_bounds == "exclusive"
@@ -156,6 +189,16 @@ class SampleOptions:
             size = "" if own["last_step_size"] is None else f" of {_exact(own['last_step_size'])}"
             parts.append(f"last step {own['last_step']}{size}")
         return parts
+
+
+def check_told(told: bool, options: Mapping[str, float | None]) -> None:
+    """Raises UserError where a model is told no guidance (`Backbone.guidance_condition`) and one of these is given."""
+    given = [name for name, value in options.items() if value is not None]
+    if given and not told:
+        raise UserError(
+            f"{given[0]} is for a model that was trained with model.guidance_condition=true, which this one was not; "
+            "drop it, or use cfg_scale"
+        )
 
 
 def check_solver(name: str, solvers: Mapping[str, Solver]) -> None:

@@ -14,7 +14,7 @@ from dit_fast.checkpoint.run import load_run
 from dit_fast.cli import main
 from dit_fast.errors import UserError
 from dit_fast.models import new_model
-from dit_fast.objectives import MeanFlow
+from dit_fast.objectives import ImprovedMeanFlow, MeanFlow
 from dit_fast.preparation.build import build_shards
 from dit_fast.recipes import load
 from dit_fast.report.blocks import study_blocks
@@ -26,6 +26,7 @@ from dit_fast.train import preview
 from dit_fast.train.loop import train
 from dit_fast.world import single
 from tests.helpers.cases import loop_over
+from tests.helpers.tiny_sit import tiny_sit
 from tests.helpers.two_runs import STEPS, sample_run
 
 
@@ -256,6 +257,9 @@ def test_scaling_and_its_inverse():
     torch.testing.assert_close(from_model_space(to_model_space(latents, Info), Info), latents)
 
 
+TOLD = {"2.5": {}, "8": {"omega": 8.0}, "8 for t in [0.5, 1]": {"omega": 8.0, "t_min": 0.5}}
+
+
 def test_the_model_decides_what_was_left_open(opened):
     """A class token is sampled with the image; a mean velocity has its own solver, and guidance in its target."""
     run, dataset = opened
@@ -269,5 +273,15 @@ def test_the_model_decides_what_was_left_open(opened):
     assert drawn.text == "euler, 1 steps, guidance 2.5 (1.5 of the class token), seed 0"
     (drawn,) = draw(mean, dataset, options(sampler=None))
     assert (drawn.images.shape, drawn.text) == ((3, 32, 32, 3), "mean_flow, 1 steps, guidance 1, seed 0")
+    more = {"times": 2, "velocity_head": True, "guidance_condition": True}
+    told = run._replace(
+        model=tiny_sit(**{**dataclasses.asdict(run.model.config), **more}),
+        config=changed(run.config, objective=ImprovedMeanFlow.Config()),
+    )
+    found = {text: draw(told, dataset, options(sampler=None, **given))[0] for text, given in TOLD.items()}
+    assert [drawn.text for drawn in found.values()] == [
+        f"mean_flow, 1 steps, omega {text}, guidance 1, seed 0" for text in TOLD
+    ]
+    assert len({drawn.images.tobytes() for drawn in found.values()}) == len(TOLD)
     with pytest.raises(UserError, match="'heun' does not fit the objective of this run; use mean_flow"):
         draw(mean, dataset, options(sampler="heun"))

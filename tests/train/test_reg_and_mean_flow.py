@@ -16,7 +16,10 @@ REG = ("methods=diversedit,reg", "methods.reg.encoder_depth=2", "methods.reg.pro
 MEAN_FLOW = ("objective=mean_flow", "model.times=2")
 SRA = ("methods.sra.student_depth=1", "methods.sra.teacher_depth=3", "methods.sra.decay=0.5")
 ALL = (*REG, "methods=diversedit,reg,sra", *SRA)
-RUNS = {"flow": ALL, "mean_flow": (*MEAN_FLOW, *ALL)}
+IMPROVED = (
+    "objective=improved_mean_flow", "model.times=2", "model.velocity_head=true", "model.guidance_condition=true",
+)  # fmt: skip
+RUNS = {"flow": ALL, "mean_flow": (*MEAN_FLOW, *ALL), "improved_mean_flow": (*IMPROVED, *ALL)}
 
 
 def start(shards, run, name, *overrides):
@@ -34,15 +37,17 @@ def test_a_run_resumes_exactly_and_samples(name, token_shards, tmp_path):
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert {name, "diversedit/total", "reg/class_token", "reg/alignment", "sra/alignment"} <= rows(once)[-1].keys()
-    options = ["--per-class", "2", *(["--num-steps", "3", "--sampler", "sde"] if name == "flow" else [])]
+    own = {"flow": ["--num-steps", "3", "--sampler", "sde"], "improved_mean_flow": ["--omega", "4", "--t-max", "0.6"]}
+    options = ["--per-class", "2", *own.get(name, [])]
     assert command(["sample", str(once), "--out", str(tmp_path / "images.npz"), *options]) == 0
     drawn = Samples.load(tmp_path / "images.npz")
     assert drawn.images.shape == (6, 16, 16, 3)
-    assert drawn.text.startswith("sde, 3 steps" if name == "flow" else "mean_flow, 1 steps, guidance 1,")
+    told = "omega 4 for t in [0, 0.6], " if name == "improved_mean_flow" else ""
+    assert drawn.text.startswith("sde, 3 steps" if name == "flow" else f"mean_flow, 1 steps, {told}guidance 1,")
     assert command(["report", str(once), "--out", str(tmp_path / "report")]) == 0
     page = re.sub('base64,[^"]*', "", (tmp_path / "report" / "report.html").read_text())
     assert "nan" not in page
-    assert ("mean flow + " if name == "mean_flow" else "") + "DiverseDiT + REG + SRA" in page
+    assert name.replace("_", " ").replace("flow", "flow + ") * (name != "flow") + "DiverseDiT + REG + SRA" in page
 
 
 @pytest.mark.launch
@@ -77,6 +82,16 @@ def test_launched_ranks_refuse_stage_3(token_shards, tmp_path, capsys, monkeypat
             "mean_flow",
             "preview.every=4",
             "preview.sampler=heun does not fit objective=mean_flow; set preview.sampler=mean_",
+        ),
+        (
+            "mean_flow",
+            "preview.every=4 preview.sampler=mean_flow preview.cfg_scale=1 preview.omega=2",
+            "preview: omega is for a model that was trained with model.guidance_condition=true",
+        ),
+        (
+            "improved_mean_flow",
+            "model.auxiliary_depth=2",
+            "velocity_head and auxiliary_depth are both a second output; set one of them",
         ),
     ],
 )
