@@ -13,8 +13,8 @@ from torch.autograd.forward_ad import unpack_dual
 
 from dit_fast.errors import ConfigError
 from dit_fast.nn.linear import Reads, linear_flops, xavier_linear
-from dit_fast.nn.norm import NormKind, RMSNorm
-from dit_fast.nn.rotary import Rotary, rotate
+from dit_fast.nn.norm import EPS, NormKind, RMSNorm
+from dit_fast.nn.rotary import Rotary
 from dit_fast.ops import qk_norm as normalise_heads
 
 logger = logging.getLogger("dit_fast")
@@ -93,9 +93,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary | None = None, heads: bool = False) -> Tensor | tuple[Tensor, Heads]:
         """rotary: what turns queries and keys after their norm. heads: whether those are returned too."""
         batch, tokens, width = x.shape
-        query, key, value = self._heads(self.qkv(x))
-        if rotary is not None:
-            query, key = rotate(query, rotary), rotate(key, rotary)
+        query, key, value = self._heads(self.qkv(x), rotary)
         if self.kind == "math" or has_tangent(value):
             mixed = _plain_attention(query, key, value).transpose(1, 2)
         elif self._use_flash(value):
@@ -105,13 +103,18 @@ class Attention(nn.Module):
         output = self.proj(mixed.reshape(batch, tokens, width))
         return (output, Heads(query, key)) if heads else output
 
-    def _heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        """query, key, value [N, H, T, d], the first two normalised if the model has QK-norm."""
+    def _heads(self, qkv: Tensor, rotary: Rotary | None) -> tuple[Tensor, ...]:
+        """query, key, value [N, H, T, d], the first two normalised and turned where the model does that."""
         q, k = self.q_norm, self.k_norm
         if isinstance(q, nn.LayerNorm) and isinstance(k, nn.LayerNorm):
-            return normalise_heads(qkv, self.num_heads, q.weight, q.bias, k.weight, k.bias, QK_EPS)
-        query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return q(query), k(key), value
+            parameters = (q.weight, q.bias, k.weight, k.bias)
+            return normalise_heads(qkv, self.num_heads, *parameters, QK_EPS, rotary=rotary)
+        if isinstance(q, RMSNorm) and isinstance(k, RMSNorm):
+            weights = (q.weight, None, k.weight, None)
+            return normalise_heads(qkv, self.num_heads, *weights, EPS, norm="rms", rotary=rotary)
+        if rotary is not None:
+            return normalise_heads(qkv, self.num_heads, None, None, None, None, norm="none", rotary=rotary)
+        return qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def reads(self) -> Reads:
         return [(self, self.q_norm), (self, self.k_norm)]

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from dit_fast.nn.attention import Attention, AttentionKind, Heads
 from dit_fast.nn.linear import Reads, linear_flops
 from dit_fast.nn.mlp import Mlp
-from dit_fast.nn.norm import NormKind, RMSNorm, modulate, residual, residual_modulate, zero_modulation
+from dit_fast.nn.norm import NormKind, RMSNorm, folded, zero_modulation
 from dit_fast.nn.rotary import Rotary
-from dit_fast.ops import RowStatistics, gate_residual
+from dit_fast.ops import RowStatistics, gate_residual, gate_residual_modulate, layer_norm_modulate
 from dit_fast.ops.adaln import returns_statistics
 from dit_fast.ops.autocast import linear_dtype
 
@@ -37,7 +37,7 @@ class Block(nn.Module):
         modulation: Callable[[int, int], nn.Sequential] = zero_modulation,
     ):
         super().__init__()
-        self.shift = shift
+        self.norm, self.shift = norm, shift
         self.norm1 = RMSNorm(hidden_size) if norm == "rms" else None
         self.norm2 = RMSNorm(hidden_size) if norm == "rms" else None
         self.attn = Attention(hidden_size, num_heads, qk_norm, attention, norm, qkv_bias)
@@ -62,13 +62,17 @@ class Block(nn.Module):
         else:
             scale_a, gate_a, scale_m, gate_m = modulation.chunk(4, dim=-1)
         dtype = linear_dtype(x, x.dtype)
-        modulated = modulate(x, self.norm1, shift_a, scale_a, stats, dtype)
+        modulated = layer_norm_modulate(
+            x, shift_a, folded(self.norm1, scale_a), stats=stats, out_dtype=dtype, norm=self.norm
+        )
         attended, *kept = self.attn(modulated, rotary, heads=True) if heads else (self.attn(modulated, rotary),)
-        x, modulated = residual_modulate(x, attended, gate_a, self.norm2, shift_m, scale_m, dtype)
+        x, modulated = gate_residual_modulate(
+            x, attended, gate_a, shift_m, folded(self.norm2, scale_m), out_dtype=dtype, norm=self.norm
+        )
         mixed = self.mlp(modulated)
         if gate_m.dim() == 2 and returns_statistics(x):
             return *gate_residual(x, mixed, gate_m, return_stats=True), *kept
-        return residual(x, mixed, gate_m), None, *kept
+        return gate_residual(x, mixed, gate_m), None, *kept
 
     def reads(self) -> Reads:
         return [(self, norm) for norm in (self.norm1, self.norm2) if norm is not None]

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from dit_fast.nn.linear import Reads, linear_flops, zero_linear
-from dit_fast.nn.norm import NormKind, RMSNorm, modulate, zero_modulation
-from dit_fast.ops import RowStatistics
+from dit_fast.nn.norm import NormKind, RMSNorm, folded, zero_modulation
+from dit_fast.ops import RowStatistics, layer_norm_modulate
 from dit_fast.ops.autocast import linear_dtype
 from dit_fast.tree import Tree
 
@@ -30,6 +30,7 @@ class FinalLayer(nn.Module):
         modulation: Callable[[int, int], nn.Sequential] = zero_modulation,
     ):
         super().__init__()
+        self.norm = norm
         self.norm_final = RMSNorm(hidden_size) if norm == "rms" else None
         self.linear = zero_linear(hidden_size, patch_size**2 * out_channels)
         if class_token:
@@ -40,7 +41,8 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor, stats: RowStatistics | None = None) -> Tree:
         """stats: row statistics of x, if known."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        modulated = modulate(x, self.norm_final, shift, scale, stats, linear_dtype(x, x.dtype))
+        scale, dtype = folded(self.norm_final, scale), linear_dtype(x, x.dtype)
+        modulated = layer_norm_modulate(x, shift, scale, stats=stats, out_dtype=dtype, norm=self.norm)
         if not self.class_token:
             return self.linear(modulated)
         return {"image": self.linear(modulated[:, 1:]), "class_token": self.linear_cls(modulated[:, 0])}

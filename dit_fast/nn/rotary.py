@@ -1,4 +1,4 @@
-"""Rotary positions in two dimensions (RoPE, arXiv 2104.09864): tables of angles, and turning queries and keys by them.
+"""Rotary positions in two dimensions (RoPE, arXiv 2104.09864): tables of angles, by which the op `qk_norm` turns.
 
 Channels 2i and 2i + 1 of a head form a pair that turns by the angle position * frequency.
 """
@@ -38,15 +38,6 @@ def interleaved_rotary(head_width: int, grid: tuple[int, int]) -> Rotary:
     rows, columns = (torch.linspace(0, DDT_EXTENT, n, dtype=torch.float64)[:, None] * frequencies for n in grid)
     pair = torch.stack([columns[None].expand(grid[0], -1, -1), rows[:, None].expand(-1, grid[1], -1)], dim=3)
     return _tables(pair.flatten(2).flatten(0, 1))
-
-
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Queries or keys [N, H, T, d] turned by the tables' angles, in x's dtype; at least fp32 inside."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = (table.to(wide) for table in rotary)
-    first, second = x.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-second, first], dim=-1).flatten(-2)
-    return (x.to(wide) * cos + turned * sin).to(x.dtype)
 
 
 def _quarter(head_width: int) -> int:

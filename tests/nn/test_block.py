@@ -7,9 +7,11 @@ from torch.nn import functional as F
 
 from dit_fast.models import build_model
 from dit_fast.models.sit import SiT
-from dit_fast.nn import attention, long_skip, mlp
+from dit_fast.nn import attention, final_layer, long_skip, mlp
+from dit_fast.nn import block as block_file
 from dit_fast.nn.attention import Attention
 from dit_fast.nn.block import Block
+from dit_fast.nn.final_layer import FinalLayer
 from dit_fast.nn.mlp import Mlp
 from tests.helpers.golden import assert_close
 
@@ -56,6 +58,21 @@ def test_every_parameter_is_held_while_the_op_runs(monkeypatch, module, place, o
         assert all(parameter.grad is not None for parameter in module.parameters())
     assert calls
     assert not held
+
+
+@pytest.mark.parametrize("place", [block_file, final_layer])
+def test_the_weight_of_an_rms_norm_is_held_where_it_is_folded(monkeypatch, place):
+    module = Block(8, 2, norm="rms") if place is block_file else FinalLayer(8, 2, 3, norm="rms")
+    held, real, calls = hold_parameters_during_calls(module), place.folded, []
+
+    def checked(norm, scale):
+        assert id(norm.weight) in held
+        calls.append(norm)
+        return real(norm, scale)
+
+    monkeypatch.setattr(place, "folded", checked)
+    module(torch.randn(2, 3, 8), torch.randn(2, 8))
+    assert len(set(calls)) == (2 if place is block_file else 1)
 
 
 def test_the_names_of_a_block_are_the_published_ones():

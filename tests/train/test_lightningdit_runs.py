@@ -41,3 +41,16 @@ def test_a_run_resumes_exactly_and_samples(shards, tmp_path, wiring):
     drawn = Samples.load(out)
     assert drawn.images.std() > 0
     assert math.isfinite(last["loss"])
+
+
+@pytest.mark.parametrize("cell", [("mean_flow", "diversedit"), ("ddpm",)], ids="-".join)
+def test_other_objectives_train_it_or_say_why_not(shards, tmp_path, cell, capsys):
+    """A mean velocity is differentiated in forward mode through every part of the block."""
+    model = ("model=LightningDiT-Nano/1", f"model.times={2 if 'mean_flow' in cell else 1}", "model.qk_norm=true")
+    status = main(arguments(shards, tmp_path / "run", *settings(cell, steps=2), *model))
+    if "ddpm" in cell:
+        assert status == 2
+        assert "objective=ddpm needs a model that predicts a variance, unlike LightningDiT" in capsys.readouterr().err
+    else:
+        assert status == 0
+        assert all(math.isfinite(row["loss"]) for row in rows(tmp_path / "run"))
