@@ -34,6 +34,7 @@ AUTOENCODER_FILE = "autoencoder.safetensors"
 FIT_IMAGES, FIT_BYTES = 10_000, 1 << 28  # patch PCA is fitted on as many images as both allow
 ORDER_SEED = 0
 IMAGE = "image"  # the field that `store_images` writes
+KINDS = ("features", "class_token")  # what encoders give
 
 
 class ImageProducer:
@@ -55,7 +56,7 @@ class ImageProducer:
     def samples(self, numbers: np.ndarray, shard: int) -> Iterator[tuple[dict[str, np.ndarray], int | None]]:
         device = f"cuda:{shard % torch.cuda.device_count()}" if self.device == "cuda" else "cpu"
         if device not in self._loaded:
-            encoder = load_encoder(self.encoder) if self.encoder else None
+            encoder = load_encoder(self.encoder).to(device) if self.encoder else None
             autoencoder = load_autoencoder(self.autoencoder).to(device) if self.autoencoder else None
             self._loaded[device] = autoencoder, encoder
         autoencoder, encoder = self._loaded[device]
@@ -67,7 +68,9 @@ class ImageProducer:
                 mean, std = autoencoder.encode(pixels.to(device))
                 arrays[MOMENTS] = torch.stack([mean, std], 1).float().cpu().numpy()
             if encoder is not None:
-                arrays |= {name: value.numpy() for name, value in encoder(pixels, self.token_grid).items()}
+                given = encoder(pixels.to(device), self.token_grid)
+                made = [name for name in self.fields if kind_of(name) in given]
+                arrays |= {name: given[kind_of(name)].cpu().numpy() for name in made}
             for i, number in enumerate(chunk):
                 label = int(self.source.labels[number]) if MOMENTS in arrays else None
                 yield {name: array[i] for name, array in arrays.items()}, label
@@ -108,8 +111,8 @@ def build_shards(
 
     Raises DataError or ConfigError, one line; shards already finished are kept.
     """
-    if dtype not in ("float16", "float32") or device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"dtype '{dtype}', device '{device}': valid are float16, float32 and auto, cpu, cuda")
+    if dtype not in ("float16", "float32"):
+        raise ConfigError(f"dtype '{dtype}': valid are float16, float32")
     for name, value in {"batch_size": batch_size, "size": size, "patch": patch, "channels": channels}.items():
         if value < 1:
             raise ConfigError(f"{name}={value} must be at least 1")
@@ -120,10 +123,7 @@ def build_shards(
     if size * size > MAX_PIXELS:
         raise ConfigError(f"size={size} is more than {math.isqrt(MAX_PIXELS)} pixels a side; give a smaller --size")
     check_amounts(samples_per_shard, processes)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device 'cuda': no CUDA device here; give --device cpu")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = device_of(device)
     folder = check_output(out)
     images: ImageSource
     if isinstance(source, str | Path):
@@ -155,7 +155,7 @@ def build_shards(
         "source": images.digest, "images": len(order), "size": size, "autoencoder": model.identity, "dtype": dtype,
         "store_images": store_images, "encoder": network.identity if network else None,
         "token_grid": grid if network else None, "samples_per_shard": samples_per_shard, "batch_size": batch_size,
-        "shuffle": shuffle, "device": device,
+        "shuffle": shuffle, "device": place,
     }  # fmt: skip
     if isinstance(images, FolderSource):
         settings["exif"] = exif
@@ -163,7 +163,7 @@ def build_shards(
         settings["autoencoder_config"] = dict(model.config)
     if class_token:
         settings["class_token"] = True
-    producer = ImageProducer(images, spec, size, fields, encoder, grid, batch_size, device)
+    producer = ImageProducer(images, spec, size, fields, encoder, grid, batch_size, place)
     info = {
         "num_classes": len(images.class_names),
         "class_names": list(images.class_names),
@@ -193,9 +193,26 @@ def grid_of(token_grid: int | None, latent: int) -> int:
 def encoded_field(encoder: FeatureEncoder, name: str, grid: int) -> Field:
     """What an encoder gives under this name. Raises ConfigError where it gives nothing of the kind."""
     shapes = encoder.shapes(grid)
-    if name not in shapes:
-        raise ConfigError(f"encoder {encoder.identity} gives {', '.join(shapes)}, but no '{name}'; use one of those")
-    return Field(f"{name}.npy", shapes[name], "float16", encoder.identity)
+    if kind_of(name) not in shapes:
+        raise ConfigError(
+            f"encoder {encoder.identity} gives {', '.join(shapes)}, but no '{name}'; use one of those, "
+            "or one with _ and a word behind"
+        )
+    return Field(f"{name}.npy", shapes[kind_of(name)], "float16", encoder.identity)
+
+
+def kind_of(name: str) -> str:
+    """What of an encoder a field holds: features_clip, for instance, its features."""
+    return next((kind for kind in KINDS if name == kind or name.startswith(f"{kind}_")), name)
+
+
+def device_of(device: str) -> str:
+    """ "auto" resolved. Raises ConfigError for a device that is not there."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device '{device}': valid are auto, cpu, cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device 'cuda': no CUDA device here; give --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def _check_labels(source: ImageSource) -> None:

@@ -1,4 +1,4 @@
-"""`dit-fast shards build | add-field | index | verify | import-vae-sd | info`."""
+"""`dit-fast shards build | add-features | add-field | index | verify | import-vae-sd | info`."""
 
 import argparse
 import inspect
@@ -10,6 +10,9 @@ from dit_fast.data.address import is_remote
 from dit_fast.errors import ConfigError, DataError
 
 ABSENT = argparse.SUPPRESS  # the function's own default holds, and none is shown
+ENCODERS = (
+    "efficientnet-lite0, efficientnet-lite0:32, or (dinov2|dino|mae|mocov3|clip|ijepa)-vit-(s|b|l|h|g)[-reg]:PATH"
+)
 
 
 def add_commands(subparsers: Any) -> None:
@@ -29,7 +32,7 @@ def add_commands(subparsers: Any) -> None:
     build.add_argument(
         "--encoder",
         default=ABSENT,
-        help="also store features of this encoder: efficientnet-lite0 or efficientnet-lite0:32",
+        help=f"also store features of this encoder: {ENCODERS}",
     )
     build.add_argument(
         "--token-grid", type=int, default=ABSENT, help="feature tokens a side (default: half the latent size)"
@@ -62,6 +65,31 @@ def add_commands(subparsers: Any) -> None:
     tree.add_argument("--scale", type=float, default=0.18215, help="model-space latents are z * scale + shift")
     tree.add_argument("--shift", type=float, default=0.0, help="see --scale")
     tree.add_argument("--autoencoder", default=ABSENT, help="where its decoder lies, e.g. diffusers:DIR")
+    features = _command(
+        commands,
+        "add-features",
+        _add_features,
+        "add what an encoder gives of the images to finished shards, in tars of its own; run again to continue",
+    )
+    features.add_argument("shards", help="folder of the data set")
+    features.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        default=["features"],
+        help="features, class_token, one of them with _ and a word behind (features_clip), or image; all in one pass",
+    )
+    features.add_argument("--encoder", default=ABSENT, help=f"{ENCODERS}; not needed for `image`")
+    features.add_argument(
+        "--images",
+        default=ABSENT,
+        help="where the shards store no images: their source, or an imported tree's folder with images/ and vae-sd/",
+    )
+    features.add_argument("--token-grid", type=int, default=ABSENT, help="tokens a side (default: half the latents)")
+    features.add_argument("--batch-size", type=int, default=32, help="images encoded together")
+    features.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="of the stored values")
+    features.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the encoder runs")
+    _add_processes(features)
     add = _command(
         commands, "add-field", _add, "add a field to finished shards, in tars of its own; run again to continue"
     )
@@ -69,7 +97,7 @@ def add_commands(subparsers: Any) -> None:
     add.add_argument("names", nargs="+", metavar="NAME", help="the field; an encoder may give several at once")
     made = add.add_mutually_exclusive_group(required=True)
     made.add_argument("--array", default=ABSENT, help=".npy [num_samples, ...], one row per sample in key order")
-    made.add_argument("--encoder", default=ABSENT, help="as for build; gives features and class_token")
+    made.add_argument("--encoder", default=ABSENT, help="as add-features, on the CPU")
     add.add_argument("--images", default=ABSENT, help="encoder: the source of the shards, where they store no images")
     add.add_argument(
         "--token-grid", type=int, default=ABSENT, help="encoder: tokens a side (default: half the latents)"
@@ -138,6 +166,13 @@ def _add(options: argparse.Namespace) -> int:
             raise ConfigError(f"--array gives one field, not {', '.join(options.names)}; add them one by one")
         given["name"] = options.names[0]
     print(describe(function(**given)))
+    return 0
+
+
+def _add_features(options: argparse.Namespace) -> int:
+    from dit_fast.preparation.fields import add_encoded
+
+    print(describe(add_encoded(**_arguments(options, add_encoded))))
     return 0
 
 

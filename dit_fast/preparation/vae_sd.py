@@ -9,11 +9,13 @@ import hashlib
 import json
 import os
 import posixpath
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 
 from dit_fast.data.address import reading
 from dit_fast.data.dataset import LatentDataset
@@ -24,6 +26,7 @@ from dit_fast.data.writer import check_amounts, check_scaling, write_dataset
 from dit_fast.errors import ConfigError, DataError
 
 SD_VAE_SCALE = 0.18215
+FACTOR = 8  # pixels per latent a side
 MAX_CLASSES = 1 << 20
 
 
@@ -46,6 +49,53 @@ class _TreeProducer:
                     f"{self.root / name}: moments {moments.shape}, {first} has {self.shape}; encode it again"
                 )
             yield {MOMENTS: moments}, label
+
+
+class TreePictures:
+    """The pictures of an imported tree, by key: DATA/images beside DATA/vae-sd, paired by the numbers in their names.
+
+    The published loader pairs them by sorted position. labels: of the shards. Pictures are cropped already, so all
+    have the first one's size. Raises DataError naming the file that is missing, has no partner or another label.
+    """
+
+    def __init__(self, root: Path, labels: np.ndarray, class_names: tuple[str, ...]):
+        latents, pictures = (root / name for name in ("vae-sd", "images"))
+        for folder in (latents, pictures):
+            if not (folder / "dataset.json").is_file():
+                raise DataError(f"{shown(folder)}/dataset.json: missing; give the folder with images/ and vae-sd/")
+        entries = _listed(latents)
+        if [label for _, label in entries] != labels.tolist():
+            raise DataError(f"{shown(latents)}: lists other labels than the shards; give the tree they were made of")
+        found = {_number(pictures, name): (name, label) for name, label in _listed(pictures)}
+        numbers = [_number(latents, name) for name, _ in entries]
+        for number, (name, label) in zip(numbers, entries, strict=True):
+            partner = found.get(number)
+            if partner is None or partner[1] != label:
+                has = "has no picture" if partner is None else f"has label {label}, {shown(partner[0])} {partner[1]}"
+                raise DataError(f"{shown(latents / name)}: {has} in {shown(pictures)}; restore both trees")
+        if len(found) != len(entries):
+            raise DataError(f"{shown(pictures)}: lists {len(found)} pictures for {len(entries)} latents; restore both")
+        self.root, self.labels, self.class_names = pictures, labels, class_names
+        self.files = [found[number][0] for number in numbers]
+        self.digest = hashlib.sha256("\n".join(self.files).encode()).hexdigest()
+        self.size = len(self.read(0, 0))
+
+    def name(self, index: int) -> str:
+        return shown(self.root / self.files[index])
+
+    def read(self, index: int, size: int) -> np.ndarray:
+        try:
+            with Image.open(self.root / self.files[index]) as picture:
+                return np.asarray(picture.convert("RGB"))
+        except Exception as error:  # damaged files raise many kinds
+            raise DataError(f"{self.name(index)}: not a readable image ({reason(error)}); restore it") from None
+
+
+def _number(folder: Path, name: str) -> int:
+    digits = re.search(r"(\d+)\.\w+$", name)
+    if digits is None:
+        raise DataError(f"{shown(folder / name)}: has no number in its name, by which pictures and latents are paired")
+    return int(digits[1])
 
 
 def load_moments(path: Path) -> np.ndarray:
@@ -141,8 +191,8 @@ def _digest(root: Path, entries: list[tuple[str, int]], progress: bool) -> str:
     return hashlib.sha256(f"{digest_files(root, names, progress)} {labels}".encode()).hexdigest()
 
 
-def _entries(root: Path) -> list[tuple[str, int]]:
-    """(path, label) of every image, each path in its shortest spelling."""
+def _listed(root: Path) -> list[tuple[str, int]]:
+    """(path, label) of every file that a tree's dataset.json lists, each once and there, in its shortest spelling."""
     where = root / "dataset.json"
     if not where.exists():
         raise DataError(f"{where}: missing; give the vae-sd folder itself, its own dataset.json holds the labels")
@@ -168,7 +218,6 @@ def _entries(root: Path) -> list[tuple[str, int]]:
         if path in spelled:
             raise DataError(f"{where}: names a file twice, as '{shown(spelled[path])}' and '{shown(name)}'; correct it")
         spelled[path] = name
-    there = {path.relative_to(root).as_posix() for path in root.rglob("*.npy")}
     real: dict[str, str] = {}  # without links -> as listed
     for path in spelled:
         if not os.path.isfile(root / path):
@@ -180,9 +229,17 @@ def _entries(root: Path) -> list[tuple[str, int]]:
             raise DataError(
                 f"{where}: names a file twice, as '{shown(first)}' and, by a link, '{shown(path)}'; correct it"
             )
+    return list(zip(spelled, (label for _, label in entries), strict=True))
+
+
+def _entries(root: Path) -> list[tuple[str, int]]:
+    """What a tree of latents lists, which are all that lie there."""
+    entries = _listed(root)
+    spelled = dict(entries)
+    there = {path.relative_to(root).as_posix() for path in root.rglob("*.npy")}
     if there - spelled.keys():
         extra = sorted(there - spelled.keys())
         raise DataError(
             f"{shown(root / extra[0])}: not listed in dataset.json ({len(extra)} such files); remove them or list them"
         )
-    return list(zip(spelled, (label for _, label in entries), strict=True))
+    return entries
