@@ -26,12 +26,16 @@ from typing import Any
 
 from dit_fast.errors import ConfigError
 from dit_fast.methods import METHODS
+from dit_fast.methods.contrastive_flow import ContrastiveFlow
 from dit_fast.methods.dispersive import Dispersive
 from dit_fast.methods.diversedit import DiverseDiT
+from dit_fast.methods.internal_guidance import InternalGuidance
+from dit_fast.methods.layersync import LayerSync
 from dit_fast.methods.reg import REG
 from dit_fast.methods.repa import REPA
 from dit_fast.methods.self_transcendence import SelfTranscendence
 from dit_fast.methods.sra import SRA
+from dit_fast.methods.sra2 import SRA2
 from dit_fast.models import DiT, LightningDiT, SiT
 from dit_fast.objectives import DDPM, Flow, ImprovedMeanFlow, MeanFlow
 from dit_fast.options import groups, keys, nearest
@@ -209,6 +213,10 @@ SMALL: dict[str, dict[str, Any]] = {
             ),
         )
     },
+    "internal_guidance": {"methods": (InternalGuidance.Config(),), "model": replace(NANO, auxiliary_depth=2)},
+    "contrastive_flow": {"methods": (ContrastiveFlow.Config(),)},
+    "layersync": {"methods": (LayerSync.Config(student_depths=(2,), teacher_depths=(4,)),)},
+    "sra2": {"methods": (SRA2.Config(depth=2, head_width=256),)},
     "mean_flow": {
         "objective": MeanFlow.Config(),
         "model": replace(NANO, times=2),

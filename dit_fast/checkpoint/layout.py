@@ -27,6 +27,7 @@ GROUPS = {
     "sra": (*BASE[:-1], "ap_head", BASE[-1]),
     "self_transcendence": (*BASE[:-1], "projectors", "projectors_final", BASE[-1]),
     "irepa": (*BASE[:-1], "projectors", BASE[-1]),
+    "internal_guidance": (*BASE[:-1], "final_layer_xr", BASE[-1]),
 }
 # What one family alone has: where it belongs, and what makes a model have it.
 OWN = {
@@ -36,6 +37,7 @@ OWN = {
     "wg_norm": ("reg", "a model with a class token"),
     "r_embedder": ("mean_flow", "a model of two times"),
     "ap_head": ("sra", "the head of SRA"),
+    "final_layer_xr": ("internal_guidance", "a model with auxiliary_depth"),
 }
 OF_HEAD = ("blocks.0.attn.q_norm.weight", "feat_rope.freqs_cos")  # whose last dimension is the width of a head
 UNLISTED = re.compile(r"projectors\.([024]\.(?:weight|bias))")  # of a lone head that lies in no list
@@ -74,8 +76,8 @@ class Family:
 @dataclass(frozen=True)
 class Layout:
     """Sizes of a model. projectors: of each alignment head ("mlp", hidden width, output width), or iREPA's ("conv",
-    kernel, output width). class_token, times: as in `SiT.Config`. latent_head: whether the first stage of
-    Self-Transcendence left its `projectors_final`.
+    kernel, output width). class_token, times, auxiliary_depth: as in `SiT.Config`. latent_head: whether the first stage
+    of Self-Transcendence left its `projectors_final`.
 
     label_dropout: 0 where the null label has no row, or is known never to have been trained.
     """
@@ -93,6 +95,7 @@ class Layout:
     qk_norm: bool
     class_token: int
     times: int
+    auxiliary_depth: int
     projectors: tuple[tuple[str, int, int], ...]
     latent_head: bool
 
@@ -132,6 +135,12 @@ def read_layout(state: Mapping[str, Tensor], family: str, known: Known) -> Layou
     aligned = indices(state, r"projectors\.(\d+)\.(?:0|projection_layer)\.weight")
     depth, heads = read_depth(state), read_heads(state, width, known)
     classes, null_row, label_dropout = read_classes(state, known)
+    auxiliary_depth = (known.encoder_depth or 0) if family == "internal_guidance" else 0
+    if family == "internal_guidance" and not auxiliary_depth:
+        raise CheckpointError(
+            "a state_dict of internal guidance does not say on which block its 'final_layer_xr' stands; pass "
+            f"encoder_depth, from 1 to {depth}"
+        )
     return Layout(
         input_size=grid * patch,
         patch_size=patch,
@@ -146,6 +155,7 @@ def read_layout(state: Mapping[str, Tensor], family: str, known: Known) -> Layou
         qk_norm=OF_HEAD[0] in state,
         class_token=class_token,
         times=2 if family == "mean_flow" else 1,
+        auxiliary_depth=auxiliary_depth,
         projectors=tuple(_head(state, f"projectors.{k}") for k in range(len(aligned))),
         latent_head=family == "self_transcendence" and "projectors_final.linear.weight" in state,
     )

@@ -2,7 +2,8 @@
 
 Names and shapes are those of the published modules (REPA, arXiv 2410.06940; SiT, 2401.08740; DiT, 2212.09748;
 DiverseDiT, 2603.04239; REG, 2507.01467; mean flow, 2505.13447, as in the PyTorch code; SRA on SiT, 2505.02831;
-Self-Transcendence, 2601.07773). Other networks have a file each (`families.FAMILIES`).
+Self-Transcendence, 2601.07773; internal guidance, 2512.24176). Other networks have a file each
+(`families.FAMILIES`).
 What a state_dict does not say must be given (wiring of the long skips) or is taken to be as usual and logged in one
 line (number of heads, a null label in the label table).
 """
@@ -57,19 +58,20 @@ def load_official(
     """A model, in eval mode, with published weights.
 
     source: a state_dict, a training checkpoint {model, ema, opt, args, steps}, or the path of a `.pt` or `.safetensors`
-    file. family: "repa", "irepa", "sit", "dit", "diversedit", "reg", "mean_flow", "sra", "self_transcendence" (of
-    either stage) or "lightningdit" (norm, MLP, rotary positions and shifts are read off the keys). "sit" and
-    "lightningdit" models take our t and return our v; "dit" models take steps t int64 and return noise and
-    logits of the variance [N, 2C, H, W] (samplers "ddpm", "ddim"). `sample` guides three channels of these three by
-    default, as the released samplers do. "reg" models take and return {"image", "class_token"}, "mean_flow" models take
-    t [N, 2]. Alignment heads come as `model.projectors`, SRA's as `model.ap_head`.
+    file. family: "repa", "irepa", "sit", "dit", "diversedit", "reg", "mean_flow", "sra", "internal_guidance",
+    "self_transcendence" (of either stage) or "lightningdit" (norm, MLP, rotary positions and shifts are read off the keys). "sit" and
+    "lightningdit" models take our t and return our v; "dit" models take steps t int64 and return noise and logits of
+    the variance [N, 2C, H, W] (samplers "ddpm", "ddim"). `sample` guides three channels of these three by default, as
+    the released samplers do. "reg" models take and return {"image", "class_token"}, "mean_flow" models take t [N, 2].
+    Alignment heads come as `model.projectors`, SRA's as `model.ap_head`.
     Sizes are read off the shapes. num_heads is read off the query norm or the rotary tables where there are any, else
     off the file's header or arguments; it defaults to head width 64 (72 at width 1152), which is logged.
     num_classes: rows of the label table without the null label's; default: what the file's header or arguments say,
     else one less than the table has, which is logged. A model whose table has no row for the null label, or that was
     trained with label dropout 0 according to the file, has null_label -1, and guidance is refused.
     skip_wiring: "input" or "output", for "diversedit": both have the same keys and shapes, so it must be told.
-    encoder_depth: needed only for old REPA files that name their later blocks `decoder_blocks`.
+    encoder_depth: for old REPA files that name their later blocks `decoder_blocks`, and for "internal_guidance", whose
+    models return two velocities, the second from that block (from 1), unless the file says it.
     weights: "ema" or "model", of a training checkpoint.
     Weights are kept in fp32, or fp64 if the source has any; `export_official` returns the source's dtypes.
     Raises CheckpointError naming the key (missing, extra, wrong shape) or the argument that is needed; ConfigError for
@@ -78,6 +80,7 @@ def load_official(
     _check_family(family)
     state, facts, ordered = read_state(source, weights)
     state = rename_legacy(state, _whole("encoder_depth", encoder_depth))
+    tapped = facts.get("encoder_depth") if encoder_depth is None else encoder_depth
     state, listed = listed_heads(state, family)
     recorded = facts.get("skip_wiring")
     wiring = _wiring(family, skip_wiring, recorded if isinstance(recorded, str) else None)
@@ -87,7 +90,7 @@ def load_official(
         num_classes=_whole("num_classes", facts.get("num_classes") if num_classes is None else num_classes),
         label_dropout=None if dropout is None else _probability(dropout),
         skip_wiring=wiring,
-        encoder_depth=_whole("encoder_depth", encoder_depth),
+        encoder_depth=_whole("encoder_depth", tapped),
     )
     try:
         with torch.device("meta"):
@@ -113,10 +116,10 @@ def export_official(model: nn.Module, family: str | None = None) -> dict[str, Te
     """The state_dict that the published code of a family loads: CPU copies, in its key order.
 
     family defaults to where the weights came from, else to "dit" with a learned variance, "reg" with a class token,
-    "mean_flow" with two times, "sra" with its head, "diversedit" with long skips and "repa" without; another network
-    has its own. A model that `load_official` made gives back the source's bits, key order and dtypes. A model of ours
-    exported as "sit" or "lightningdit" gets the reversed time and sign folded into its weights (exact up to rounding),
-    as "sit" also an 8-channel style head whose second half is zero.
+    "mean_flow" with two times, "internal_guidance" with an auxiliary head, "sra" with its head, "diversedit" with long
+    skips and "repa" without; another network has its own. A model that `load_official` made gives back the source's
+    bits, key order and dtypes. A model of ours exported as "sit" or "lightningdit" gets the reversed time and sign
+    folded into its weights (exact up to rounding), as "sit" also an 8-channel style head whose second half is zero.
     Raises CheckpointError if the family cannot hold the model, naming the key.
     """
     sit = cast(SiT, model)
@@ -166,6 +169,8 @@ def save_official(model: nn.Module, path: str | Path, family: str | None = None)
             config = cast(SiT, model).config
             facts = ("skip_wiring", "num_heads", "num_classes", "label_dropout")
             header = {"format": "pt", **{name: str(getattr(config, name)) for name in facts if hasattr(config, name)}}
+            if getattr(config, "auxiliary_depth", 0):
+                header["encoder_depth"] = str(config.auxiliary_depth)
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, file.name, metadata=header)
 
 
@@ -188,6 +193,8 @@ def _natural_family(model: SiT) -> str:
         return "dit"
     if model.class_token or model.times == 2:
         return "reg" if model.class_token else "mean_flow"
+    if model.config.auxiliary_depth:
+        return "internal_guidance"
     if hasattr(model, "ap_head"):
         return "sra"
     if model.config.skip_wiring != "off":

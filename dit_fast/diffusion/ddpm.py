@@ -92,7 +92,8 @@ class Noise(Guided):
     """A model's noise and logits of the variance, [N, 2C, H, W], at step t; s is the next one, -1 after the last.
 
     model(x, t, y) gets t int64 [N]. Guidance is that of the noise, in channels 0 to 2 or in all of its C; the logits
-    are the label's, as published (DiT). Its interval is one of t / 1000. Raises UserError for what is no image.
+    are the label's, as published (DiT), and the first output's. Its interval is one of t / 1000. Raises UserError for
+    what is no image.
     """
 
     unit = STEPS
@@ -104,8 +105,10 @@ class Noise(Guided):
             y,
         )
         value, second = split(output)
-        noise_and_logits(value if second is None or shapes_of(second) == shapes_of(x) else output, x)
-        return image(value).double()
+        sound = second is None or shapes_of(second) == shapes_of(x)
+        eps, logits = noise_and_logits(value if sound else output, x)
+        eps = image(self.guidance.extrapolated(eps, second, t / self.unit, s / self.unit))
+        return torch.cat((eps, logits.double()), 1)
 
     def combine(self, label: Tree, null: Tree) -> Tree:
         (eps, logits), (free, _) = image(label).chunk(2, 1), image(null).chunk(2, 1)

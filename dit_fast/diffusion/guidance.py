@@ -1,4 +1,8 @@
-"""Classifier-free guidance with an interval, and the velocity of a model: v = v_null + scale (v_label - v_null)."""
+"""Guidance with intervals, and the velocity of a model.
+
+internal (arXiv 2512.24176), first:   v = v_aux + ig_scale (v - v_aux), for each label and the null label
+classifier-free, on those:            v = v_null + scale (v_label - v_null)
+"""
 
 import math
 from abc import ABC, abstractmethod
@@ -24,7 +28,7 @@ ROUNDING = 1e-9  # JiT's edges are 1 - ours: a time this near to an edge lies on
 
 @dataclass(frozen=True)
 class Guidance:
-    """Scale, interval of times, and the channels that are guided.
+    """Scale, interval of times, and the channels that are guided; the same of internal guidance.
 
     scale: any finite number. 1 is the label's velocity alone, with one model row per sample; 0 is the null label's;
     between them lies a mixture, above 1 an extrapolation, below 0 one away from the label.
@@ -35,6 +39,9 @@ class Guidance:
     high = 1 is no bound (JiT).
     decision: whether an evaluation is guided is decided by the "first" of its step, at the noisier end (REPA), or by
     "each" for itself (JiT).
+    ig_scale: of internal guidance, from a model's second output to its first, on all channels and leaves: any finite
+    number, where 1 is the first alone, 0 the second, and between them lies a mixture. It acts for ig_low <= t and
+    t <= ig_high, both included; `decision` holds for it, too.
     Sources: Ho & Salimans (arXiv 2207.12598); Kynkäänniemi et al. (arXiv 2404.07724) for the interval.
     Raises UserError for a scale that is not finite, times outside [0, 1] or swapped, and unknown channels.
     """
@@ -46,16 +53,22 @@ class Guidance:
     class_token_scale: float | None = None
     bounds: Bounds = "inclusive"
     decision: Decision = "first"
+    ig_scale: float = 1.0
+    ig_low: float = 0.0
+    ig_high: float = 1.0
 
     def __post_init__(self) -> None:
         for name, scale in (("cfg_scale", self.scale), ("class_token_cfg_scale", self.token_scale)):
             if not is_number(scale) or not math.isfinite(scale):
                 raise UserError(f"{name}={scale!r} must be a finite number; 1 = no guidance, 0 = without the label")
-        for name, value in (("guidance_low", self.low), ("guidance_high", self.high)):
-            if not is_number(value) or not 0 <= value <= 1:
-                raise UserError(f"{name}={value!r} must be a time in [0, 1] (0 is data, 1 is noise)")
-        if self.low > self.high:
-            raise UserError(f"guidance_low={self.low} lies above guidance_high={self.high}; swap them")
+        if not is_number(self.ig_scale) or not math.isfinite(self.ig_scale):
+            raise UserError(f"ig_scale={self.ig_scale!r} must be a finite number; 1 = no internal guidance")
+        for prefix, low, high in (("guidance", self.low, self.high), ("ig", self.ig_low, self.ig_high)):
+            for name, value in ((f"{prefix}_low", low), (f"{prefix}_high", high)):
+                if not is_number(value) or not 0 <= value <= 1:
+                    raise UserError(f"{name}={value!r} must be a time in [0, 1] (0 is data, 1 is noise)")
+            if low > high:
+                raise UserError(f"{prefix}_low={low} lies above {prefix}_high={high}; swap them")
         for name, choice, kind in (
             ("cfg_channels", self.channels, Channels),
             ("guidance_bounds", self.bounds, Bounds),
@@ -74,11 +87,22 @@ class Guidance:
 
     def active(self, t: float, s: float) -> bool:
         """Whether an evaluation at time t of a step, whose other end is s, is guided."""
-        time = max(t, s) if self.decision == "first" else t
+        time = self._time(t, s)
         if self.bounds == "inclusive":
             return self.needs_null and self.low <= time <= self.high
         low, high = self.low + ROUNDING, self.high - ROUNDING
         return self.needs_null and low < time and (self.high == 1 or time < high)
+
+    def extrapolated(self, first: Tree, second: Tree | None, t: float, s: float) -> Tree:
+        """What internal guidance makes of a model's outputs, float64, in an evaluation as for `active`."""
+        if self.ig_scale == 1 or not self.ig_low <= self._time(t, s) <= self.ig_high:
+            return each(Tensor.double, first)
+        if second is None:
+            raise UserError(f"ig_scale={self.ig_scale} needs a second output of the model, which returned one; use 1")
+        return each(lambda a, b: b.double() + self.ig_scale * (a.double() - b.double()), first, second)
+
+    def _time(self, t: float, s: float) -> float:
+        return max(t, s) if self.decision == "first" else t
 
     def combine(self, label: Tree, null: Tree) -> Tree:
         """The guided velocity from those of the label and of the null label."""
@@ -107,6 +131,7 @@ class Guided(ABC):
     unit: ClassVar[float] = 1.0  # the time of pure noise
 
     def __init__(self, model: Callable[..., Output], y: Tree, guidance: Guidance, null_label: int | None = None):
+        check_internal(guidance.ig_scale, model)
         self.model, self.y, self.guidance = model, y, guidance
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         self.dtype = torch.float64 if parameter is None else parameter.dtype
@@ -173,18 +198,28 @@ class Velocity(Guided):
                 f"the model returned {described(output)} for a state {described(x)}; it must be a {self.prediction} of "
                 "that shape"
             )
+        value = self.guidance.extrapolated(value, second, t, s)  # what makes a velocity of it is affine
         if self.prediction == "velocity":
-            return each(lambda leaf: leaf.double(), value)
+            return value
         if not finite_at(t, self.path, self.prediction, "velocity", self.t_eps):
             noisy, clean = field_range(self.path, self.prediction)
             raise UserError(
                 f"the velocity of a prediction '{self.prediction}' is infinite at t={t} on the {self.path.name} path; "
                 f"stay within time_range=({noisy}, {clean})"
             )
-        return each(lambda leaf, state: self._velocity(leaf.double(), state, t), value, x)
+        return each(lambda leaf, state: self._velocity(leaf, state, t), value, x)
 
     def _velocity(self, value: Tensor, x: Tensor, t: float) -> Tensor:
         return convert(value, x, t, self.path, self.prediction, "velocity", self.t_eps)
+
+
+def check_internal(scale: float, model: object) -> None:
+    """Raises UserError for internal guidance of a model without an auxiliary output; a plain function passes."""
+    if scale != 1 and (getattr(model, "outputs", 2), getattr(model, "times", 1)) != (2, 1):
+        raise UserError(
+            f"ig_scale={scale} extrapolates from an auxiliary output, and this {type(model).__name__} has none; train "
+            "it with methods=internal_guidance, or use ig_scale=1"
+        )
 
 
 def described(value: object) -> str:

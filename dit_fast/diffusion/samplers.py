@@ -76,6 +76,9 @@ def sample(
     t_eps: float = 0.05,
     guidance_bounds: Bounds = "inclusive",
     heun_guidance: Decision = "first",
+    ig_scale: float = 1.0,
+    ig_low: float = 0.0,
+    ig_high: float = 1.0,
 ) -> Tree:
     """Latents float64 [N, C, H, W] from `noise` [N, C, H, W] (any float dtype) and labels y int64 [N].
 
@@ -111,6 +114,9 @@ def sample(
     the image's. guidance_bounds: "exclusive" guides while low < t < high, where high = 1 is no bound (JiT).
     heun_guidance: whether the "first" evaluation of a step decides for all (REPA), or "each" for itself (JiT); dopri5's
     always do.
+    ig_scale: internal guidance of a model with an auxiliary output, v = v_aux + ig_scale (v - v_aux) while
+    ig_low <= t <= ig_high, both included, for each branch of the guidance above and before it; any finite number, 1 is
+    off.
 
     Randomness of the SDE and of "ddpm": `generator` (per noisy step one standard normal of the state's shape, in order,
     leaf by leaf, drawn in float64, for "ddpm" in float32), or `draws` (those states of noise themselves, one for each
@@ -159,7 +165,16 @@ def sample(
         _check_draws(draws, noise, len(grid) - 1)
     channels: Channels = getattr(model, "cfg_channels", "all") if cfg_channels is None else cfg_channels
     guidance = Guidance(
-        cfg_scale, guidance_low, guidance_high, channels, class_token_cfg_scale, guidance_bounds, heun_guidance
+        cfg_scale,
+        guidance_low,
+        guidance_high,
+        channels,
+        class_token_cfg_scale,
+        guidance_bounds,
+        heun_guidance,
+        ig_scale,
+        ig_low,
+        ig_high,
     )
     if class_token_cfg_scale is not None and "class_token" not in leaves(noise):
         raise UserError(

@@ -6,16 +6,33 @@ from typing import Any
 from dit_fast.data import DatasetInfo
 from dit_fast.errors import ConfigError
 from dit_fast.methods.base import Method, Term
+from dit_fast.methods.contrastive_flow import ContrastiveFlow
 from dit_fast.methods.dispersive import Dispersive
 from dit_fast.methods.diversedit import DiverseDiT
+from dit_fast.methods.internal_guidance import InternalGuidance, auxiliary
+from dit_fast.methods.layersync import LayerSync
 from dit_fast.methods.reg import REG
 from dit_fast.methods.repa import REPA
 from dit_fast.methods.self_transcendence import SelfTranscendence, StructureGuidance
 from dit_fast.methods.sra import SRA
+from dit_fast.methods.sra2 import SRA2
 from dit_fast.models import Backbone
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (DiverseDiT, REPA, REG, SRA, Dispersive, StructureGuidance, SelfTranscendence)
+    method.name: method
+    for method in (
+        DiverseDiT,
+        REPA,
+        REG,
+        SRA,
+        Dispersive,
+        StructureGuidance,
+        SelfTranscendence,
+        InternalGuidance,
+        ContrastiveFlow,
+        LayerSync,
+        SRA2,
+    )
 }
 
 
@@ -23,7 +40,7 @@ def build_methods(configs: Sequence[Any], model: Backbone, data: DatasetInfo) ->
     """The methods of these Config objects, bound to a model and a data set in this order.
 
     Raises ConfigError for a block that the model does not have, unless each leaf that the model denoises beside the
-    image is added by one method, and what the methods raise.
+    image is added by one method, for an auxiliary head that none trains, and what the methods raise.
     """
     methods = tuple(METHODS[config.name](config, model, data) for config in configs)
     for method in methods:
@@ -36,6 +53,11 @@ def build_methods(configs: Sequence[Any], model: Backbone, data: DatasetInfo) ->
                 "makes; set it to 0 (never)"
             )
     _check_leaves(methods, model)
+    if (depth := auxiliary(model)) and not any(isinstance(method, InternalGuidance) for method in methods):
+        raise ConfigError(
+            f"model.auxiliary_depth={depth} adds a head that no method of this run trains; set it to 0, or add "
+            "internal_guidance to methods"
+        )
     return methods
 
 

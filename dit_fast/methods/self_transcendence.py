@@ -18,6 +18,7 @@ from dit_fast.diffusion.paths import as_path
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.methods.base import Load, Method, Term
 from dit_fast.models import Backbone, split
+from dit_fast.nn.embeddings import patches
 from dit_fast.nn.projector import LatentHead, projector
 from dit_fast.objectives import Context
 from dit_fast.options import check_choice, setting
@@ -87,9 +88,7 @@ def guided_features(teacher: Any, noised: Tree, times: Tensor, y: Tensor, block:
 def structure_error(tokens: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
     """Mean squared error [N] of the image that tokens [N, T, p * p * C], channel fastest, stand for against target
     [N, C, H, W], of grid = (rows, columns) patches."""
-    rows, columns = grid
-    patches = target.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))  # [N, C, rows, p, columns, p]
-    return velocity_error(tokens, patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2))
+    return velocity_error(tokens, patches(target, target.shape[2] // grid[0]))
 
 
 def masked_mean(losses: Tensor, t: Tensor, t_range: tuple[float, float], mask: Mask) -> Tensor:

@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dit_fast.errors import ConfigError
+from dit_fast.errors import ConfigError, UserError
 from dit_fast.nn.linear import linear_flops
 
 TIME_FREQUENCIES = 256
@@ -28,6 +28,17 @@ def sincos_position_embedding(hidden_size: int, grid: tuple[int, int]) -> Tensor
     columns = line[None, : grid[1]].expand(grid[0], -1, -1)
     rows = line[: grid[0], None].expand(-1, grid[1], -1)
     return torch.cat([columns, rows], dim=2).reshape(1, -1, hidden_size).float()
+
+
+def patches(x: Tensor, size: int) -> Tensor:
+    """The patches of x [N, C, H, W], [N, T, p * p * C], row by row, channel fastest, as a head gives them; p = size.
+
+    Raises UserError where they do not cover x.
+    """
+    if x.dim() != 4 or size < 1 or x.shape[2] % size or x.shape[3] % size:
+        raise UserError(f"patches of {size} x {size} do not cover {list(x.shape)}, which must be [N, C, H, W]")
+    rows = x.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [N, C, rows, p, columns, p]
+    return rows.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 class PatchEmbed(nn.Module):

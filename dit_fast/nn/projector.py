@@ -1,20 +1,18 @@
 """Heads on a block's features: to those of an encoder (REPA, arXiv 2410.06940), of a block (SRA), or to patches."""
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dit_fast.nn.linear import xavier_linear
 
 
-def projector(hidden_size: int, width: int, out_features: int) -> nn.Sequential:
-    """[..., hidden_size] to [..., out_features] through two hidden layers of `width`, SiLU between."""
-    return nn.Sequential(
-        xavier_linear(hidden_size, width),
-        nn.SiLU(),
-        xavier_linear(width, width),
-        nn.SiLU(),
-        xavier_linear(width, out_features),
-    )
+def projector(hidden_size: int, width: int, out_features: int, layers: int = 3) -> nn.Sequential:
+    """[..., hidden_size] to [..., out_features] through `layers` linear maps, SiLU between, `width` in the middle."""
+    widths = [hidden_size, *[width] * (layers - 1), out_features]
+    maps = [xavier_linear(before, after) for before, after in pairwise(widths)]
+    return nn.Sequential(maps[0], *(module for after in maps[1:] for module in (nn.SiLU(), after)))
 
 
 class ConvProjector(nn.Module):

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dit_fast.diffusion import Guidance, Path, Solver
+from dit_fast.diffusion import Guidance, Path, Solver, velocity_error
 from dit_fast.diffusion.conversions import Prediction, training_pair
 from dit_fast.diffusion.guidance import Velocity
 from dit_fast.diffusion.solvers import Field
@@ -128,6 +128,11 @@ class Objective(ABC):
         }
         noised, target = (like(x, {name: pair[k] for name, pair in pairs.items()}) for k in (0, 1))
         return noised, target
+
+    def errors(self, prediction: Tree, target: Tree, t: Tensor) -> dict[str, Tensor]:
+        """Error [N] by leaf, in at least float32, of a prediction at times t [N], weighted as the base loss is."""
+        known = leaves(target)
+        return {name: velocity_error(leaf, known[name]) for name, leaf in leaves(prediction).items()}
 
     def earlier(self, times: Tensor, shift: Tensor) -> Tensor:
         """Times like `times` of less noise, by shift [N] in [0, 1] of the whole span: clamp(t - shift, 0, 1)."""

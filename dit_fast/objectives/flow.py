@@ -126,19 +126,22 @@ class Flow(Objective):
         drawn, target = map(leaves, self.interpolate(plain, noise_for(plain, key), t))
         noised = like(x, {name: flow_noised(leaf, *draw) for name, leaf in fused.items()} | drawn)
         prediction, second = split(model(noised, t, y, taps))
-        losses = {
-            name: flow_error(leaf, fused[name], *draw) if name in fused else velocity_error(leaf, target[name])
-            for name, leaf in leaves(prediction).items()
-        }
-        if self.prediction != "velocity":  # whose weight is 1
-            weight = error_weight(t, self.path, self.prediction, self.config.weighting, self.t_eps)
-            losses = {name: error * weight for name, error in losses.items()}
+        predicted = leaves(prediction)
+        losses = self.errors({name: predicted[name] for name in plain}, target, t)
+        losses |= {name: flow_error(predicted[name], leaf, *draw) for name, leaf in fused.items()}
         logs = {}
         if self.config.cosine_weight:
             error, cosine = losses["image"], velocity_cosine(image(prediction), target["image"])
             losses["image"] = error + self.config.cosine_weight * cosine
             logs = {"flow/squared_error": error.mean(), "flow/cosine": cosine.mean()}
         return Context(self, model, x, y, key, t, noised, prediction, losses, taps, batch, number, logs, second)
+
+    def errors(self, prediction: Tree, target: Tree, t: Tensor) -> dict[str, Tensor]:
+        errors = super().errors(prediction, target, t)
+        if self.prediction == "velocity":  # whose weight is 1
+            return errors
+        weight = error_weight(t, self.path, self.prediction, self.config.weighting, self.t_eps)
+        return {name: error * weight for name, error in errors.items()}
 
     def draw_times(self, key: Key) -> Tensor:
         """t [N], keyed; where the published range of training is not [0, 1], the distribution is shrunk to it."""

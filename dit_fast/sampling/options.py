@@ -14,7 +14,7 @@ from dit_fast.data import LatentDataset
 from dit_fast.diffusion import SOLVERS, Guidance, Solver, sample
 from dit_fast.diffusion.conversions import Diffusion
 from dit_fast.diffusion.grids import check_range, time_grid
-from dit_fast.diffusion.guidance import Bounds, Channels, Decision, is_number
+from dit_fast.diffusion.guidance import Bounds, Channels, Decision, check_internal, is_number
 from dit_fast.diffusion.reverse import LastStep
 from dit_fast.diffusion.samplers import MOST_ROWS, check_options, check_whole
 from dit_fast.diffusion.solvers import SolverName, torchdiffeq
@@ -57,6 +57,9 @@ class SampleOptions:
     )
     t_min: float | None = setting(None, "tell it guidance for t from here ... (default: 0)")
     t_max: float | None = setting(None, "... to here (default: 1)")
+    ig_scale: float = setting(1.0, "internal guidance, for a model with an auxiliary output; 1 = off")
+    ig_low: float = setting(0.0, "internal guidance only for t from here ...")
+    ig_high: float = setting(1.0, "... to here, both included")
     sampler: SolverName | None = setting(None, "solver (default: heun; mean_flow for a mean velocity, ddpm for DDPM)")
     num_steps: int | None = setting(None, "sampling steps (default: 20; mean_flow 1, ddpm 250; dopri5 takes its own)")
     time_range: tuple[float, float] | None = setting(
@@ -91,6 +94,9 @@ class SampleOptions:
             self.class_token_cfg_scale,
             self.guidance_bounds,
             self.heun_guidance,
+            self.ig_scale,
+            self.ig_low,
+            self.ig_high,
         )
         if self.omega is not None and not (is_number(self.omega) and 0 < self.omega < math.inf):
             raise UserError(f"omega={self.omega!r} must be a finite number above 0; 1 = no guidance")
@@ -119,6 +125,7 @@ class SampleOptions:
         sampler = self.sampler or next(name for name in (USUAL, *solvers) if name in solvers)
         check_solver(sampler, solvers)
         check_told(model.guidance_condition, {name: getattr(self, name) for name in GUIDANCE})
+        check_internal(self.ig_scale, model)
         mean = model.times == 2
         guided = GUIDED if model.null_label >= 0 and not mean else 1.0
         steps = STEPS.get(sampler, FEW) if self.num_steps is None else self.num_steps
@@ -171,6 +178,10 @@ class SampleOptions:
             parts[-1] += " of each evaluation" * (self.heun_guidance == "each")
         if self.cfg_scale != 1 and self.cfg_channels == "first_three":
             parts[-1] += " on channels 0 to 2"
+        if self.ig_scale != 1:
+            parts.append(f"internal guidance {_exact(self.ig_scale)}")
+            if (self.ig_low, self.ig_high) != (0, 1):
+                parts[-1] += f" for t in [{_exact(self.ig_low)}, {_exact(self.ig_high)}]"
         parts.append(f"seed {self.seed}")
         return ", ".join([*parts, *["raw weights"] * (self.weights == "model"), *["bf16"] * (self.precision == "bf16")])
 

@@ -24,6 +24,9 @@ METHOD = {
     ),
     "structure_guidance": ("methods.structure_guidance.projector_width=8",),
     "dispersive": ("methods.dispersive.depth=3",),
+    "internal_guidance": ("model.auxiliary_depth=2",),
+    "layersync": ("methods.layersync.student_depths=1,2", "methods.layersync.teacher_depths=3,4"),
+    "sra2": ("methods.sra2.depth=2", "methods.sra2.head_width=8"),
 }
 PREDICTIONS = {
     "score": ("objective.prediction=score",),
