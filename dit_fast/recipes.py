@@ -14,6 +14,9 @@ transformer; its code gives what it trained B with, which L and XL have here too
 blocks and a lower weight than SiT. LightningDiT (`lightningdit-xl1-256`, `diversedit-lightningdit-b1-256`; arXiv
 2501.01423) has those of its released XL: batch 1024, 2e-4, beta2 0.95, no clipping, 80K steps, lognormal t, and a
 cosine beside the squared error.
+Internal guidance (arXiv 2512.24176) has its second head on block 8, LayerSync (arXiv 2510.12581) aligns block 8 with
+16, contrastive flow matching (arXiv 2506.05350) has a weight of 0.05, SRA 2 (arXiv 2601.17830) its head on block 2 (B)
+or 8.
 `self_transcendence-b2-256` (two stages; also with DiverseDiT) has queries and keys normalised, as published.
 `quickstart` and `quickstart-METHOD` learn ten classes in minutes on two CPU cores.
 """
@@ -76,6 +79,8 @@ def paper(name: str, size: str, resolution: int) -> TrainConfig:
     """
     parts = name.split("-")
     of_model: dict[str, Any] = {"class_token": 768} if "reg" in parts else {}  # DINOv2-B's
+    if "internal_guidance" in parts:
+        of_model = {"auxiliary_depth": 8}
     of_run: dict[str, Any] = {}
     if "dispersive" in parts:
         of_run = {"engine": EngineConfig(micro_batch=16)}
@@ -152,6 +157,8 @@ def _method(name: str, parts: Sequence[str], size: str, resolution: int) -> Any:
             weight_knee=knee * EPOCH,
             weight_decade=decade * EPOCH,
         )
+    if name == "sra2":
+        return SRA2.Config(depth=2 if size == "b2" else 8)
     return METHODS[name].Config()
 
 
@@ -248,6 +255,10 @@ BESIDE_DIVERSEDIT = (
     "improved_mean_flow",
     "lightningdit",
     "dit",
+    "internal_guidance",
+    "contrastive_flow",
+    "layersync",
+    "sra2",
 )
 
 PUBLISHED = {  # names of what runs together -> sizes, resolutions
@@ -261,6 +272,10 @@ PUBLISHED = {  # names of what runs together -> sizes, resolutions
     "mean_flow diversedit-mean_flow": ("b4 b2 l2 xl2", (256,)),
     "improved_mean_flow diversedit-improved_mean_flow": ("b2 l2 xl2", (256,)),
     "self_transcendence diversedit-self_transcendence": ("b2", (256,)),
+    "internal_guidance diversedit-internal_guidance layersync diversedit-layersync": ("xl2", (256,)),
+    "contrastive_flow repa-contrastive_flow": ("b2 xl2", (256,)),
+    "sra2": ("b2 l2 xl2", (256,)),
+    "diversedit-contrastive_flow diversedit-sra2": ("b2", (256,)),
 }
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {

@@ -65,7 +65,7 @@ def draw_partners(key: Key) -> Tensor:
     """For each sample of a batch of N > 1 another one of it, uniform and keyed by its position: int64 [N]."""
     count = len(key.position)
     ahead = (key.uniform(PARTNER_STREAM, ()).double() * (count - 1)).long()  # 0 .. N - 2; a float32 might round up
-    return (torch.arange(count, device=ahead.device) + 1 + ahead) % count
+    return (torch.arange(count, dtype=torch.int64, device=ahead.device) + 1 + ahead) % count
 
 
 class ContrastiveFlow(Method):
@@ -88,8 +88,9 @@ class ContrastiveFlow(Method):
             raise ConfigError(NOISE.format("objective=ddpm"))
         if model.times != 1:
             raise ConfigError(
-                "contrastive_flow compares with the velocities of other samples; the target of a mean velocity "
-                "(model.times=2) holds the model's own derivative at the sample: leave one out"
+                "contrastive_flow compares with the velocities of other samples, and the target of a mean velocity "
+                "(model.times=2) holds the model's own derivative at the sample; set objective=flow model.times=1, or "
+                "leave contrastive_flow out"
             )
 
     @staticmethod

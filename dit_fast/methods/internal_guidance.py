@@ -69,7 +69,7 @@ class InternalGuidance(Method):
         if model.times != 1:
             raise ConfigError(
                 "internal_guidance teaches a second head the velocity at one time; a mean velocity (model.times=2) has "
-                "its guidance in its target already: leave one out"
+                "its guidance in its target already; set objective=flow model.times=1, or leave internal_guidance out"
             )
         if not auxiliary(model):
             raise ConfigError(

@@ -127,8 +127,8 @@ class Flow(Objective):
         noised = like(x, {name: flow_noised(leaf, *draw) for name, leaf in fused.items()} | drawn)
         prediction, second = split(model(noised, t, y, taps))
         predicted = leaves(prediction)
-        losses = self.errors({name: predicted[name] for name in plain}, target, t)
-        losses |= {name: flow_error(predicted[name], leaf, *draw) for name, leaf in fused.items()}
+        losses = {name: flow_error(predicted[name], leaf, *draw) for name, leaf in fused.items()}
+        losses |= self.errors({name: predicted[name] for name in plain}, target, t)
         logs = {}
         if self.config.cosine_weight:
             error, cosine = losses["image"], velocity_cosine(image(prediction), target["image"])

@@ -27,9 +27,28 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("structure_guidance", "self_transcendence"): "structure_guidance is the first stage of self_transcendence, whose "
     "second trains without it; set methods=self_transcendence (methods.self_transcendence.stage1_* are its settings)",
 }
+NOISE = (
+    "contrastive_flow with {}: the noise of another sample says nothing of its image, and to be far from it is only to "
+    "be longer; set objective=flow objective.prediction=velocity, or x"
+)
+MEAN = {
+    "internal_guidance": "internal_guidance teaches a second head the velocity at one time; a mean velocity "
+    "(model.times=2) has its guidance in its target already; set objective=flow model.times=1, or leave "
+    "internal_guidance out",
+    "contrastive_flow": "contrastive_flow compares with the velocities of other samples, and the target of a mean "
+    "velocity (model.times=2) holds the model's own derivative at the sample; set objective=flow model.times=1, or "
+    "leave contrastive_flow out",
+}
+REFUSED |= {("ddpm", "contrastive_flow"): NOISE.format("objective=ddpm")}
+REFUSED |= {
+    (name, "contrastive_flow"): NOISE.format(f"objective.prediction={prediction}")
+    for name, prediction in (("score", "score"), ("noise", "noise"), ("vp", "noise"))
+}
+REFUSED |= {("mean_flow", method): reason for method, reason in MEAN.items()}
 MUST_TRAIN = [
     *(("diversedit", other) for other in ("repa", "reg", "sra", "self_transcendence", "dispersive")),
     *(("mean_flow", "diversedit"), ("ddpm", "diversedit"), ("sra", "dispersive"), ("repa", "reg")),
+    *(("diversedit", other) for other in ("internal_guidance", "contrastive_flow", "layersync", "sra2")),
 ]
 
 

@@ -268,6 +268,10 @@ REALS = {
     "Self-Transcendence, stage 2": Real({"self_transcendence": GUIDED}),
     "Dispersive Loss": Real({"dispersive": {"weight": 5.0}}, split="share"),
     "Dispersive Loss, global": Real({"dispersive": {"weight": 5.0, "scope": "global"}}, split="micro"),
+    "internal guidance": Real({"internal_guidance": {"weight": 2.0}}, options={"auxiliary_depth": 1}),
+    "contrastive flow matching": Real({"contrastive_flow": {"weight": 0.5}}, split="share"),
+    "LayerSync": Real({"layersync": {"student_depths": (1,), "teacher_depths": (2,)}}),
+    "SRA 2": Real({"sra2": {"depth": 1, "head_width": 8}}),
     "DDPM": Real(objective="ddpm", options={"name": "DiT-Nano/2"}),
     "mean flow": Real(objective="mean_flow", options={"times": 2}),
     "improved mean flow": Real(
