@@ -59,9 +59,9 @@ def load_official(
 
     source: a state_dict, a training checkpoint {model, ema, opt, args, steps}, or the path of a `.pt` or `.safetensors`
     file. family: "repa", "irepa", "sit", "dit", "diversedit", "reg", "mean_flow", "sra", "internal_guidance",
-    "self_transcendence" (of either stage) or "lightningdit" (norm, MLP, rotary positions and shifts are read off the keys). "sit" and
-    "lightningdit" models take our t and return our v; "dit" models take steps t int64 and return noise and logits of
-    the variance [N, 2C, H, W] (samplers "ddpm", "ddim"). `sample` guides three channels of these three by default, as
+    "self_transcendence" (of either stage) or "lightningdit" (norm, MLP, rotary positions and shifts are read off the
+    keys). "sit" and "lightningdit" models take our t and return our v; "dit" models take steps t int64 and return noise
+    and logits of the variance [N, 2C, H, W] (samplers "ddpm", "ddim"). `sample` guides three channels of these three by default, as
     the released samplers do. "reg" models take and return {"image", "class_token"}, "mean_flow" models take t [N, 2].
     Alignment heads come as `model.projectors`, SRA's as `model.ap_head`.
     Sizes are read off the shapes. num_heads is read off the query norm or the rotary tables where there are any, else

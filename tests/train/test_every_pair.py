@@ -45,6 +45,10 @@ REFUSED |= {
     for name, prediction in (("score", "score"), ("noise", "noise"), ("vp", "noise"))
 }
 REFUSED |= {("mean_flow", method): reason for method, reason in MEAN.items()}
+REFUSED |= {("improved_mean_flow", "contrastive_flow"): MEAN["contrastive_flow"]}
+REFUSED |= {
+    ("improved_mean_flow", "internal_guidance"): "velocity_head and auxiliary_depth are both a second output; set one"
+}
 MUST_TRAIN = [
     *(("diversedit", other) for other in ("repa", "reg", "sra", "self_transcendence", "dispersive")),
     *(("mean_flow", "diversedit"), ("ddpm", "diversedit"), ("sra", "dispersive"), ("repa", "reg")),
