@@ -51,7 +51,8 @@ class TrainingLoss(nn.Module):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
 
     def forward(self, batch: Mapping[str, Tensor], number: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """batch: moments float32 [n, 2, C, h, w] (mean, std), label int64 [n], position int64 [n], further fields.
+        """batch: moments float32 [n, 2, C, h, w] (mean, std) or [n, 1, C, h, w] (mean), label int64 [n], position
+        int64 [n], further fields.
 
         number: of the optimizer step, from 0. The loss is float32; so is all that it is computed from after the model.
         """
@@ -78,8 +79,9 @@ class TrainingLoss(nn.Module):
 
     def _state(self, batch: Mapping[str, Tensor], key: Key) -> Tree:
         """Latents drawn from their posterior, in the model's space, and what methods make of them."""
-        mean, std = batch["moments"].unbind(1)
-        latents = mean + std * key.normal(Stream.POSTERIOR, tuple(mean.shape[1:]))
+        latents, *std = batch["moments"].unbind(1)
+        if std:
+            latents = latents + std[0] * key.normal(Stream.POSTERIOR, tuple(latents.shape[1:]))
         x: Tree = latents * self.scale + self.shift
         for method in self.methods:
             x = method.state(x, batch, key)

@@ -17,6 +17,8 @@ class DiffusersAutoencoder:
     scaling_factor. Raises DataError when diffusers or the folder is missing.
     """
 
+    std = True
+
     def __init__(self, folder: str):
         path = Path(folder)
         config = path / "config.json"

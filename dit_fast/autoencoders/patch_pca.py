@@ -30,6 +30,7 @@ class PatchPCA:
 
     shift: float | Sequence[float] = 0.0
     config: Mapping[str, Any] = {}
+    std = True
 
     def __init__(
         self, patch: int, mean: torch.Tensor, basis: torch.Tensor, std: torch.Tensor, identity: str = "pca:unsaved"
@@ -47,7 +48,7 @@ class PatchPCA:
         total, moment = torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64)
         count = n * (height // patch) * (width // patch)
         for first in range(0, n, 512):
-            rows = _patches(to_float(images[first : first + 512]), patch).reshape(-1, dim).double()
+            rows = to_patches(to_float(images[first : first + 512]), patch).reshape(-1, dim).double()
             total, moment = total + rows.sum(0), moment + rows.T @ rows
         mean = total / count
         values, vectors = torch.linalg.eigh(moment / count - torch.outer(mean, mean))
@@ -114,17 +115,14 @@ class PatchPCA:
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """images [N, 3, S, S] in [-1, 1] -> coefficients [N, channels, S/p, S/p] and zeros."""
         size = images.shape[-1] // self.factor
-        coefficients = (_patches(images, self.factor) - self._mean) @ self._basis.T
+        coefficients = (to_patches(images, self.factor) - self._mean) @ self._basis.T
         latents = coefficients.transpose(1, 2).reshape(len(images), self.channels, size, size)
         return latents, torch.zeros_like(latents)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Coefficients [N, channels, h, w] -> images [N, 3, h p, w p]."""
-        n, _, height, width = latents.shape
-        p = self.factor
         rows = latents.to(self._basis.dtype).flatten(2).transpose(1, 2) @ self._basis + self._mean
-        grid = rows.reshape(n, height, width, 3, p, p).permute(0, 3, 1, 4, 2, 5)
-        return grid.reshape(n, 3, height * p, width * p)
+        return from_patches(rows, self.factor, (latents.shape[2], latents.shape[3]))
 
     def to(self, device: torch.device | str) -> Self:
         self._mean, self._basis, self._std = (item.to(device) for item in (self._mean, self._basis, self._std))
@@ -136,8 +134,14 @@ def to_float(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float() / 127.5 - 1
 
 
-def _patches(images: torch.Tensor, p: int) -> torch.Tensor:
+def to_patches(images: torch.Tensor, p: int) -> torch.Tensor:
     """[N, 3, S, S] -> [N, (S/p)^2, 3 p p], patches row by row, channel slowest."""
     n, _, height, width = images.shape
     grid = images.reshape(n, 3, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
     return grid.reshape(n, (height // p) * (width // p), 3 * p * p)
+
+
+def from_patches(rows: torch.Tensor, p: int, grid: tuple[int, int]) -> torch.Tensor:
+    """Inverse of `to_patches`: [N, h w, 3 p p] -> [N, 3, h p, w p]. grid: (h, w)."""
+    pixels = rows.reshape(len(rows), *grid, 3, p, p).permute(0, 3, 1, 4, 2, 5)
+    return pixels.reshape(len(rows), 3, grid[0] * p, grid[1] * p)

@@ -61,6 +61,7 @@ class TinyFlux2:
 
     channels, factor = CHANNELS, FACTOR
     scale: float | Sequence[float] = 1.0
+    std = True
     shift: float | Sequence[float] = 0.0
     config: Mapping[str, Any] = {}
 

@@ -15,7 +15,8 @@ from dit_fast.data.shards import LABEL_MEMBER, MOMENTS_MEMBER
 from dit_fast.errors import DataError
 
 FORMAT = "dit_fast latent shards"
-VERSION = 2  # 1 declared no fields, but could hold images and features
+VERSION = 3  # of moments without a std; 1 declared no fields, but could hold images and features
+WITH_STD = 2
 FILE_NAME = "dataset.json"
 Affine = float | tuple[float, ...]
 # bounds, far from what anybody needs; what is beyond them is damage and would take memory until there is none
@@ -30,7 +31,8 @@ FIELD_NAME = re.compile(r"[a-z][a-z_]{0,63}")
 class DatasetInfo:
     """What a data set holds. Model-space latents are (mean + std * noise) * scale + shift.
 
-    channels, size: latents are [channels, size, size]. scale, shift: one number or one per channel. dtype: of the
+    channels, size: latents are [channels, size, size]. std: whether each has a standard deviation beside its mean;
+    without, moments are [1, channels, size, size]. scale, shift: one number or one per channel. dtype: of the
     stored moments. fields: what a batch can have besides moments and label, by name. autoencoder: what
     `load_autoencoder` takes ("" when unknown), autoencoder_config: what besides its weights decides the latents, where
     known. source: hash of the images and labels that it was made from, "" when unknown. statistics: mean and std per
@@ -54,6 +56,7 @@ class DatasetInfo:
     statistics: dict[str, list[float]] | None
     shards: tuple[ShardInfo, ...]
     fingerprint: str
+    std: bool = True
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:
@@ -64,7 +67,7 @@ class DatasetInfo:
     def families(self) -> tuple[Family, ...]:
         """The shards first, then those of the fields that were added."""
         beside = {name: field for name, field in self.fields.items() if not field.shards}
-        moments = Field(MOMENTS_MEMBER, (2, self.channels, self.size, self.size), self.dtype)
+        moments = Field(MOMENTS_MEMBER, (1 + self.std, self.channels, self.size, self.size), self.dtype)
         added: dict[tuple[ShardInfo, ...], dict[str, Field]] = {}
         for name, field in self.fields.items():
             if field.shards:
@@ -142,7 +145,7 @@ def parse_description(data: bytes, where: str, root: str) -> DatasetInfo:
     if found is None:
         raise DataError(f"{where}: not a data set of dit_fast; make one with `dit-fast shards build`")
     given = JsonObject(raw, where)
-    if raw.get("version") not in (1, VERSION) or isinstance(raw["version"], bool):
+    if raw.get("version") not in (1, WITH_STD, VERSION) or isinstance(raw["version"], bool):
         raise DataError(
             f"{where}: format version {json.dumps(raw.get('version'))[:20]}, this dit_fast reads 1 to {VERSION}; "
             "update dit_fast or rebuild"
@@ -180,6 +183,7 @@ def parse_description(data: bytes, where: str, root: str) -> DatasetInfo:
         statistics={name: list(statistics.numbers(name, channels)) for name in ("mean", "std")} if statistics else None,
         shards=shards,
         fingerprint=found,
+        std=raw["version"] != VERSION,
     )
 
 

@@ -81,7 +81,7 @@ class Field:
         if self.is_float:
             if not np.isfinite(array).all():
                 raise DataError(f"{what} that are NaN or infinite; correct that input or use {other}")
-            if moments and (array[1] < 0).any():
+            if moments and (array[1:] < 0).any():
                 raise DataError(f"{what} with a negative standard deviation; use {other}")
             if not np.isfinite(stored).all():
                 raise DataError(f"{what} that are not finite in {self.dtype}; {fix}")
@@ -94,7 +94,7 @@ class Field:
         array = parse_npy(data, self.shape, self.dtype, where)
         if self.is_float and not np.isfinite(array).all():
             raise DataError(f"{where} holds NaN or Inf; encode this image again and rebuild the shard")
-        if name == MOMENTS and array[1].min() < 0:
+        if name == MOMENTS and (array[1:] < 0).any():
             raise DataError(f"{where} holds a negative standard deviation (a log variance?); rebuild the shard")
         return array
 

@@ -50,7 +50,8 @@ class MemberReader:
         """Rows `where` of the batch, all of one shard."""
         host, flat, own = _C.host(), target.numpy().reshape(len(target), -1), rows[where]
         tables, half = column.tables(shard, own), column.field.dtype == "float16"
-        signless = flat.shape[1] // 2 if column.name == MOMENTS else flat.shape[1]  # std: the second half
+        # of mean and std, the second half
+        signless = flat.shape[1] // column.field.shape[0] if column.name == MOMENTS else flat.shape[1]
         done = 0
         while done < len(where):
             header = self._headers.get(column.name)
@@ -110,9 +111,9 @@ class IndexedReader(MemberReader):
     def read(self, positions: np.ndarray, samples: np.ndarray) -> Batch:
         """Micro-batch of the samples with these numbers (int64 [n]); `positions` [n] are handed through.
 
-        Returns moments float32 [n, 2, C, h, w], label and position int64 [n], and the fields asked for, [n, *shape]:
-        float32 where they are floating-point, else in their dtype. Raises DataError naming shard and sample for damaged
-        data.
+        Returns moments float32 [n, 2, C, h, w] (or [n, 1, C, h, w], without a std), label and position int64 [n], and
+        the fields asked for, [n, *shape]: float32 where they are floating-point, else in their dtype. Raises DataError
+        naming shard and sample for damaged data.
         """
         shards = np.searchsorted(self._first, samples, side="right") - 1
         rows = samples - self._first[shards]

@@ -28,7 +28,7 @@ import torch
 from dit_fast import files
 from dit_fast.data.address import read_bytes
 from dit_fast.data.dataset import DESCRIPTION_BYTES, LatentDataset, open_dataset
-from dit_fast.data.description import FILE_NAME, FORMAT, VERSION, description_bytes, field_entry
+from dit_fast.data.description import FILE_NAME, FORMAT, VERSION, WITH_STD, description_bytes, field_entry
 from dit_fast.data.field import MOMENTS, Family, Field
 from dit_fast.data.files import bar, reason
 from dit_fast.data.index import index_path, index_to_bytes
@@ -69,7 +69,8 @@ def write_dataset(
 ) -> LatentDataset:
     """Writes the samples `order` (source numbers, int64 [N]) to shards in `out`; continues what is there.
 
-    info: the part of `dataset.json` that is known beforehand and that the producer's fields do not tell. settings:
+    info: the part of `dataset.json` that is known beforehand and that the producer's fields do not tell; without scale
+    and shift, those are what makes the mean of every channel of these samples 0 and its deviation 1. settings:
     everything that decides the bytes; a run with other settings in the same folder is refused with the difference.
     The caller has seen to `check_amounts` and `check_scaling`. Raises DataError, one line, with finished shards kept.
     """
@@ -82,16 +83,17 @@ def write_dataset(
     sizes = [min(samples_per_shard, len(order) - first) for first in range(0, len(order), samples_per_shard)]
     with writing(Unfinished(out, SHARD), settings) as state:
         results = write_shards(state, producer, order, sizes, processes, progress)
-        moments = producer.fields[MOMENTS]
+        moments, statistics = producer.fields[MOMENTS], _statistics(results)
         description = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if moments.shape[0] == 1 else WITH_STD,
             "num_samples": len(order),
+            **({} if "scale" in info else _standardising(out, statistics)),
             **info,
             "dtype": moments.dtype,
             "latent_shape": moments.shape[1:],
             "fields": {name: field_entry(field) for name, field in producer.fields.items() if name != MOMENTS},
-            "statistics": _statistics(results),
+            "statistics": statistics,
             "settings": dict(settings),
             "shards": [result["shard"] for result in results],
         }
@@ -226,8 +228,8 @@ class _Task:
                 )
                 if MOMENTS in arrays:
                     moments = arrays[MOMENTS]
-                    mean, std = moments.astype(np.float64).reshape(2, moments.shape[1], -1)
-                    sample = np.stack([mean.sum(1), (mean**2 + std**2).sum(1)])
+                    mean, *std = moments.astype(np.float64).reshape(*moments.shape[:2], -1)
+                    sample = np.stack([mean.sum(1), sum((each**2 for each in std), mean**2).sum(1)])
                     sums, values = (sample if not count else sums + sample), values + mean.shape[1]
                 count += 1
             index = writer.finish()
@@ -319,6 +321,18 @@ def _statistics(results: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
         total = total + np.array(result["sums"])
     mean, square = total / values
     return {"mean": mean.tolist(), "std": np.sqrt(np.maximum(square - mean**2, 0)).tolist()}
+
+
+def _standardising(out: Path, statistics: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """Scale and shift by channel, in float32 as they will be read. Raises DataError for a channel that is constant."""
+    mean, std = (np.array(statistics[name]) for name in ("mean", "std"))
+    flat = np.flatnonzero(std <= 1e-6 * np.maximum(np.abs(mean), 1e-30))
+    if len(flat):
+        raise DataError(
+            f"{out}: channel {flat[0]} of the latents is the same in all samples ({len(flat)} such channels), so it "
+            "cannot be scaled to deviation 1; use another encoder or more images"
+        )
+    return {"scale": (1 / std).tolist(), "shift": (-mean / std).tolist()}
 
 
 def refuse_other(out: Path, old: Mapping[str, Any], new: Mapping[str, Any], instead: str) -> None:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from dit_fast.autoencoders import Autoencoder, load_autoencoder
+from dit_fast.autoencoders import BESIDE, Autoencoder, load_autoencoder
+from dit_fast.autoencoders.features import FeatureAutoencoder
 from dit_fast.autoencoders.patch_pca import PatchPCA, to_float
 from dit_fast.data.dataset import LatentDataset
 from dit_fast.data.field import MOMENTS, Field
@@ -32,6 +33,7 @@ from dit_fast.preparation.sources import FolderSource, ImageSource, open_source
 
 AUTOENCODER_FILE = "autoencoder.safetensors"
 FIT_IMAGES, FIT_BYTES = 10_000, 1 << 28  # patch PCA is fitted on as many images as both allow
+FIT_BATCH = 64  # images that a decoder of features is fitted on at a time
 ORDER_SEED = 0
 IMAGE = "image"  # the field that `store_images` writes
 KINDS = ("features", "class_token")  # what encoders give
@@ -65,8 +67,8 @@ class ImageProducer:
             images = np.stack([read_image(self.source, number, self.size) for number in chunk])
             pixels, arrays = to_float(images), {IMAGE: images.transpose(0, 3, 1, 2)}
             if autoencoder is not None:
-                mean, std = autoencoder.encode(pixels.to(device))
-                arrays[MOMENTS] = torch.stack([mean, std], 1).float().cpu().numpy()
+                moments = [part for part in autoencoder.encode(pixels.to(device)) if part is not None]
+                arrays[MOMENTS] = torch.stack(moments, 1).float().cpu().numpy()
             if encoder is not None:
                 given = encoder(pixels.to(device), self.token_grid)
                 made = [name for name in self.fields if kind_of(name) in given]
@@ -102,7 +104,8 @@ def build_shards(
 ) -> LatentDataset:
     """Builds the shards of an image folder or array data set in `out`; run again, it continues or finds itself done.
 
-    autoencoder: a spec of `load_autoencoder`, or "pca" to fit a `PatchPCA(patch, channels)` on the source. size:
+    autoencoder: a spec of `load_autoencoder`, "pca" to fit a `PatchPCA(patch, channels)` on the source, or
+    "features:ENCODER" for an encoder's tokens, one for each patch, with a decoder that is fitted on the source. size:
     pixels of the centre crop. store_images: keep the crop as PNG. encoder: a spec of `load_encoder`, stored as
     float16 [token_grid^2, width]; token_grid defaults to half the latent size (patch 2). class_token: also store the
     encoder's class token, float16 [width]. shuffle: write samples in a
@@ -135,9 +138,11 @@ def build_shards(
         _check_labels(images)
     order = order_of(len(images.labels), shuffle)
     with one_line_errors(Unfinished(folder, SHARD)):
-        spec, stored_spec = _place_autoencoder(autoencoder, folder, images, order, size, patch, channels)
-    model = load_autoencoder(spec)
-    check_scaling(model.scale, model.shift)
+        spec, stored_spec = _place_autoencoder(autoencoder, folder, images, order, size, patch, channels, device)
+    model, scaling = load_autoencoder(spec), {}
+    if model.scale is not None and model.shift is not None:
+        check_scaling(model.scale, model.shift)
+        scaling = {"scale": _plain(model.scale), "shift": _plain(model.shift)}
     if size % model.factor:
         raise DataError(
             f"size {size} is not a multiple of {model.factor}, the pixels per latent of {autoencoder}; change --size"
@@ -145,7 +150,7 @@ def build_shards(
     latent = size // model.factor
     network = load_encoder(encoder) if encoder else None
     grid = grid_of(token_grid, latent) if network else 0
-    fields = {MOMENTS: Field(MOMENTS_MEMBER, (2, model.channels, latent, latent), dtype)}
+    fields = {MOMENTS: Field(MOMENTS_MEMBER, (1 + model.std, model.channels, latent, latent), dtype)}
     if store_images:
         fields[IMAGE] = Field("png", (3, size, size), "uint8")
     for name in ("features", "class_token") if class_token else ("features",):
@@ -167,8 +172,7 @@ def build_shards(
     info = {
         "num_classes": len(images.class_names),
         "class_names": list(images.class_names),
-        "scale": _plain(model.scale),
-        "shift": _plain(model.shift),
+        **scaling,
         "autoencoder": {"identity": model.identity, "spec": stored_spec},
     }
     return write_dataset(folder, producer, order, info, settings, samples_per_shard, processes, progress)
@@ -237,14 +241,24 @@ def read_image(source: ImageSource, number: int, size: int) -> np.ndarray:
 
 
 def _place_autoencoder(
-    spec: str, out: Path, images: ImageSource, order: np.ndarray, size: int, patch: int, channels: int
+    spec: str,
+    out: Path,
+    images: ImageSource,
+    order: np.ndarray,
+    size: int,
+    patch: int,
+    channels: int,
+    device: str,
 ) -> tuple[str, str]:
-    """(spec to load, spec to store). Patch PCA is small and lies beside the shards; others stay where they are."""
-    if spec != "pca" and not spec.startswith("pca:"):
-        kind, separator, path = spec.partition(":")
+    """(spec to load, spec to store). What is small and fitted lies beside the shards; others stay where they are."""
+    kind, separator, path = spec.partition(":")
+    fitted: PatchPCA | FeatureAutoencoder
+    if kind not in BESIDE:
         return spec, f"{kind}:{Path(path).resolve()}" if separator else spec
     target = out / AUTOENCODER_FILE
-    if spec == "pca":
+    if kind == "features":
+        fitted = _features(path, target, images, order, size, patch, device)
+    elif spec == "pca":
         PatchPCA.check(size, size, patch, channels)
         count = min(len(order), FIT_IMAGES, max(1, FIT_BYTES // (3 * size * size)))
         with one_thread():
@@ -252,7 +266,7 @@ def _place_autoencoder(
                 np.stack([read_image(images, int(number), size) for number in order[:count]]), patch, channels
             )
     else:
-        fitted = PatchPCA.load(spec.partition(":")[2])
+        fitted = PatchPCA.load(path)
     if not target.is_file():
         out.mkdir(parents=True, exist_ok=True)
         fitted.save(target)
@@ -261,7 +275,25 @@ def _place_autoencoder(
             f"{target}: another autoencoder lies there (size, patch, channels, exif or images differ); "
             "use another folder or delete it"
         )
-    return f"pca:{target.resolve()}", f"pca:./{AUTOENCODER_FILE}"
+    return f"{kind}:{target.resolve()}", f"{kind}:./{AUTOENCODER_FILE}"
+
+
+def _features(
+    path: str, target: Path, images: ImageSource, order: np.ndarray, size: int, patch: int, device: str
+) -> FeatureAutoencoder:
+    """The stored one of a file; of an encoder, the one that lies there for these images already, or a new fit."""
+    if Path(path).is_file():
+        return FeatureAutoencoder.load(path)
+    made_for = {"encoder": load_encoder(path).identity, "source": images.digest, "size": size}
+    if target.is_file():
+        found = FeatureAutoencoder.load(target)
+        if found.factor == patch and {key: found.about.get(key) for key in made_for} == made_for:
+            return found
+    numbers = order[:FIT_IMAGES].tolist()
+    chunks = (numbers[first : first + FIT_BATCH] for first in range(0, len(numbers), FIT_BATCH))
+    with one_thread():
+        batches = (to_float(np.stack([read_image(images, number, size) for number in chunk])) for chunk in chunks)
+        return FeatureAutoencoder.fit(batches, path, patch, images.digest, device)
 
 
 def _plain(value: Any) -> Any:

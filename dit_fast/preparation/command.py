@@ -24,7 +24,7 @@ def add_commands(subparsers: Any) -> None:
     )
     build.add_argument("source", help="folder with one folder of images per class, or .npz with images and labels")
     build.add_argument("out", help="folder for the shards")
-    forms = "pca (fitted on the source), pca:FILE, diffusers:DIR or taef2:DIR"
+    forms = "pca (fitted on the source), pca:FILE, diffusers:DIR, taef2:DIR or features:ENCODER (see --patch)"
     build.add_argument("--autoencoder", required=True, default=ABSENT, help=forms)
     build.add_argument("--size", type=int, required=True, default=ABSENT, help="pixels of the square centre crop")
     _add_common(build)
@@ -38,7 +38,7 @@ def add_commands(subparsers: Any) -> None:
         "--token-grid", type=int, default=ABSENT, help="feature tokens a side (default: half the latent size)"
     )
     build.add_argument("--class-token", action="store_true", help="also store the encoder's class token")
-    build.add_argument("--patch", type=int, default=4, help="pca: pixels per latent a side")
+    build.add_argument("--patch", type=int, default=4, help="pca, features: pixels per latent a side")
     build.add_argument("--channels", type=int, default=12, help="pca: latent channels")
     build.add_argument("--batch-size", type=int, default=32, help="images encoded together")
     build.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the autoencoder runs")
@@ -227,7 +227,7 @@ def describe(dataset: Any) -> str:
     lines = [
         f"{dataset.root}: {info.num_samples} samples, {info.num_classes} classes",
         f"shards       {len(info.shards)} ({size:.1f} MiB)",
-        f"latents      [{info.channels}, {info.size}, {info.size}] {info.dtype}, mean and std",
+        f"latents      [{info.channels}, {info.size}, {info.size}] {info.dtype}, mean{' and std' if info.std else ''}",
         f"autoencoder  {info.autoencoder or 'place unknown'} ({info.autoencoder_identity})",
     ]
     for name, field in info.fields.items():
