@@ -1,7 +1,7 @@
 """Distributions of the training time t in (0, 1): one formula for draws from a generator and for keyed draws."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,6 +72,18 @@ def check_shift(shift: float) -> None:
     """Raises UserError unless it is a finite number above 0."""
     if not is_number(shift) or not 0 < shift < math.inf:
         raise UserError(f"time_shift={shift!r} must be a finite number above 0; 1 = no shift")
+
+
+BASE_DIMENSION = 4096  # where times stay: latents of 4 x 32 x 32
+
+
+def dimension_shift(shape: Sequence[int]) -> float:
+    """sqrt(C H W / 4096) for latents of this shape (C, H, W): so many numbers keep a signal in more noise.
+
+    `shift_times` by it gives x_t of any dimension the signal that 4096 numbers have (RAE, arXiv 2510.11690; Esser et
+    al., arXiv 2403.03206, Sec. 5.3.2).
+    """
+    return math.sqrt(math.prod(shape) / BASE_DIMENSION)
 
 
 def shift_times(t: Tensor, shift: float) -> Tensor:

@@ -97,6 +97,7 @@ class Objective(ABC):
     solvers: by name, what can follow its `field` from noise to data. functional: whether it differentiates within a
     forward (jvp, a second derivative) or calls the model with other parameters. path: between data and noise.
     prediction: what the model gives for x_t. t_eps: least t by which a prediction of x is turned into a velocity.
+    time_shift: `shift_times` of equal steps that samplers take unless they are told another; 1 = none.
     """
 
     name: ClassVar[str]
@@ -106,6 +107,7 @@ class Objective(ABC):
     path: Path
     prediction: Prediction = "velocity"
     t_eps: float = 0.05
+    time_shift: float = 1.0
 
     @abstractmethod
     def __init__(self, config: Any, model: Backbone):

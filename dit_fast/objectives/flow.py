@@ -12,6 +12,7 @@ from dit_fast.diffusion import SOLVERS, Path, time_sampler, velocity_error
 from dit_fast.diffusion.conversions import Prediction, Weighting, error_weight, train_range, training_pair
 from dit_fast.diffusion.guidance import described
 from dit_fast.diffusion.paths import PathName
+from dit_fast.diffusion.times import dimension_shift, shift_times
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.models import Backbone, Output, Taps, split
 from dit_fast.objectives.base import Context, Objective, noise_for
@@ -87,6 +88,9 @@ class Flow(Objective):
         time: Literal["uniform", "lognormal", "logit_normal"] = setting("uniform", "Distribution of t")
         time_mean: float = setting(0.0, "Mean before the sigmoid (logit_normal)", "[-100, 100]")
         time_std: float = setting(1.0, "Standard deviation before the sigmoid (logit_normal)", "(0, 100]")
+        time_shift: float = setting(
+            1.0, "Shift s of t to s t / (1 + (s - 1) t); 0 = by dimension, sqrt(C H W / 4096)", "[0, 1e6]"
+        )
 
         def __post_init__(self) -> None:
             if self.prediction == "velocity" and self.weighting != "none":
@@ -113,6 +117,7 @@ class Flow(Objective):
         self.config, self.path = config, Path(config.path)
         self.prediction, self.t_eps = config.prediction, config.t_eps
         self.times = time_sampler(config.time, config.path, config.time_mean, config.time_std)
+        self.time_shift = config.time_shift or dimension_shift(model.shapes["image"])
         self.fusible = self.prediction == "velocity" and self.path.name in PATHS and not config.cosine_weight
 
     def run(
@@ -144,6 +149,7 @@ class Flow(Objective):
         return {name: error * weight for name, error in errors.items()}
 
     def draw_times(self, key: Key) -> Tensor:
-        """t [N], keyed; where the published range of training is not [0, 1], the distribution is shrunk to it."""
+        """t [N], keyed and shifted; where the published range of training is not [0, 1], it is then shrunk to that."""
         t, (noisy, clean) = self.times.keyed(key.seed, key.position), train_range(self.path, self.prediction)
+        t = t if self.time_shift == 1 else shift_times(t, self.time_shift)
         return t if (noisy, clean) == (1, 0) else clean + (noisy - clean) * t

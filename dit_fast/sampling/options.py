@@ -65,7 +65,9 @@ class SampleOptions:
     time_range: tuple[float, float] | None = setting(
         None, "times of the first and the last step, e.g. 0.999,0.001 (default: where the velocity is finite)"
     )
-    time_shift: float | None = setting(None, "equal steps of u with t = s u / (1 + (s - 1) u) (default: of t)")
+    time_shift: float | None = setting(
+        None, "equal steps of u with t = s u / (1 + (s - 1) u) (default: the run's shift)"
+    )
     diffusion: Diffusion | None = setting(None, "form of an SDE's diffusion (default: linear, as REPA)")
     diffusion_norm: float | None = setting(None, "its factor (default: 1)")
     last_step: LastStep | None = setting(None, "an SDE's step without noise (default: mean)")
@@ -129,6 +131,7 @@ class SampleOptions:
         mean = model.times == 2
         guided = GUIDED if model.null_label >= 0 and not mean else 1.0
         steps = STEPS.get(sampler, FEW) if self.num_steps is None else self.num_steps
+        shift = None if run.objective.time_shift == 1 else run.objective.time_shift
         chosen = replace(
             self,
             classes=check_classes(self.classes, dataset),
@@ -136,13 +139,14 @@ class SampleOptions:
             num_steps=steps,
             cfg_scale=guided if self.cfg_scale is None else self.cfg_scale,
             cfg_channels=self.cfg_channels or model.cfg_channels,
+            time_shift=self.time_shift if self.time_shift is not None or solvers[sampler].adaptive else shift,
         )
         if model.guidance_condition:
             told: dict[str, Any] = {"omega": GUIDED, "t_min": 0.0, "t_max": 1.0}
             told |= {name: getattr(self, name) for name in told if getattr(self, name) is not None}
             chosen = replace(chosen, **told)
         path, prediction, own = run.objective.path, run.objective.prediction, chosen._own_options()
-        time_grid(solvers[sampler], steps, path, prediction, own, self.time_range, time_shift=self.time_shift)
+        time_grid(solvers[sampler], steps, path, prediction, own, self.time_range, time_shift=chosen.time_shift)
         return chosen
 
     def _own_options(self) -> dict[str, Any]:
