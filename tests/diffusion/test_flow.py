@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dit_fast.diffusion import Path, flow_loss, logit_normal, lognormal, time_sampler, uniform, velocity_error
+from dit_fast.diffusion.times import dimension_shift, shift_times
 from dit_fast.errors import UserError
 from tests.helpers.cases import loop_over
 from tests.helpers.golden import assert_close
@@ -125,3 +126,12 @@ def test_error_of_half_precision_predictions_is_fp32():
     error = velocity_error(prediction, target)
     assert error.dtype == torch.float32
     assert_close(error, (prediction.float() - target).square().mean(1), 1e-7)
+
+
+def test_the_shift_by_dimension_is_that_of_4096_numbers_in_our_direction():
+    """sqrt(768 16 16 / 4096); t goes towards the noise, as the equation of RAE has it with t = 1 for noise."""
+    assert dimension_shift((4, 32, 32)) == 1
+    assert dimension_shift((768, 16, 16)) == pytest.approx(48**0.5)
+    t = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
+    expected = 48**0.5 * t / (1 + (48**0.5 - 1) * t)
+    assert_close(shift_times(t, dimension_shift((768, 16, 16))), expected, 1e-12)

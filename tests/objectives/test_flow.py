@@ -17,7 +17,7 @@ Y = torch.arange(4)
 class Scale(nn.Module):
     """v = weight x + t on every leaf; label 7 stands for none and halves it."""
 
-    null_label, times, learns_variance = 7, 1, False
+    null_label, times, learns_variance, shapes = 7, 1, False, {"image": (3, 8, 8)}
 
     def __init__(self):
         super().__init__()
@@ -98,6 +98,16 @@ def test_its_field_is_what_the_samplers_follow():
         x = x - 0.5 * field(x, 0.5, 0.0)
     assert torch.equal(x, sample(model, noise, Y, num_steps=2, cfg_scale=2.0, guidance_low=0.4))
     assert "euler" in Flow.solvers
+
+
+@pytest.mark.parametrize(("given", "shift"), [(1.0, 1.0), (3.0, 3.0), (0.0, (3 * 8 * 8 / 4096) ** 0.5)])
+def test_drawn_times_are_shifted_by_a_number_or_by_the_dimension(given, shift):
+    plain = Flow(Flow.Config(), Scale()).draw_times(KEY)
+    objective = Flow(Flow.Config(time_shift=given), Scale())
+    assert objective.time_shift == pytest.approx(shift)
+    torch.testing.assert_close(objective.draw_times(KEY), shift * plain / (1 + (shift - 1) * plain))
+    if given == 1:
+        assert torch.equal(objective.draw_times(KEY), plain)
 
 
 def test_objectives_are_known_by_name():

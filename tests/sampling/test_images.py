@@ -14,7 +14,7 @@ from dit_fast.checkpoint.run import load_run
 from dit_fast.cli import main
 from dit_fast.errors import UserError
 from dit_fast.models import new_model
-from dit_fast.objectives import ImprovedMeanFlow, MeanFlow
+from dit_fast.objectives import Flow, ImprovedMeanFlow, MeanFlow
 from dit_fast.preparation.build import build_shards
 from dit_fast.recipes import load
 from dit_fast.report.blocks import study_blocks
@@ -285,3 +285,17 @@ def test_the_model_decides_what_was_left_open(opened):
     assert len({drawn.images.tobytes() for drawn in found.values()}) == len(TOLD)
     with pytest.raises(UserError, match="'heun' does not fit the objective of this run; use mean_flow"):
         draw(mean, dataset, options(sampler="heun"))
+
+
+def test_samplers_take_the_shift_that_a_run_was_trained_with(opened):
+    """Unless they are told another; a solver that chooses its own steps has none."""
+    run, dataset = opened
+    shifted = run._replace(config=dataclasses.replace(run.config, objective=Flow.Config(time_shift=3.0)))
+    told = {"sampler": "euler", "num_steps": 4}
+    (own,), (same,) = draw(shifted, dataset, options(**told)), draw(run, dataset, options(**told, time_shift=3.0))
+    assert own.text == same.text == "euler, 4 steps, times shifted by 3, guidance 2.5, seed 0"
+    assert np.array_equal(own.images, same.images)
+    assert draw(shifted, dataset, options(**told, time_shift=2.0))[0].text.startswith(
+        "euler, 4 steps, times shifted by 2"
+    )
+    assert options(sampler="dopri5").resolved(shifted, dataset).time_shift is None
