@@ -18,6 +18,8 @@ Internal guidance (arXiv 2512.24176) has its second head on block 8, LayerSync (
 16, contrastive flow matching (arXiv 2506.05350) has a weight of 0.05, SRA 2 (arXiv 2601.17830) its head on block 2 (B)
 or 8.
 `self_transcendence-b2-256` (two stages; also with DiverseDiT) has queries and keys normalised, as published.
+`rae-xl1-256` (and with DiverseDiT) trains LightningDiT-XL/1 on tokens of DINOv2-B as RAE does (arXiv 2510.11690), but
+for its learning rate, which is constant.
 `quickstart` and `quickstart-METHOD` learn ten classes in minutes on two CPU cores.
 """
 
@@ -75,7 +77,7 @@ TOLD_GUIDANCE = {  # omega, t_min, t_max of improved mean flow: of previews (B),
 def paper(name: str, size: str, resolution: int) -> TrainConfig:
     """The published setting of one or more parts, as `PUBLISHED` names them, at 256 or 512 pixels.
 
-    Latents are f8 of 4 channels, for LightningDiT f16 of 32.
+    Latents are f8 of 4 channels, for LightningDiT f16 of 32, for RAE 16 x 16 tokens of DINOv2-B.
     """
     parts = name.split("-")
     of_model: dict[str, Any] = {"class_token": 768} if "reg" in parts else {}  # DINOv2-B's
@@ -122,6 +124,14 @@ def paper(name: str, size: str, resolution: int) -> TrainConfig:
             "objective": Flow.Config(time="lognormal", cosine_weight=1.0),
             "optimizer": OptimizerConfig(lr=2e-4, beta2=0.95, grad_clip=0.0),
             "engine": EngineConfig(global_batch=1024),
+        }
+    if "rae" in parts:
+        kind, of_latents, steps = LightningDiT, (16, 768), 80 * LARGE_EPOCH
+        of_run = {
+            "objective": Flow.Config(time_shift=0.0),
+            "optimizer": OptimizerConfig(lr=2e-4, grad_clip=0.0, ema_decay=0.9995),
+            "engine": EngineConfig(global_batch=1024),
+            "preview": PreviewConfig(cfg_scale=1.0),
         }
     return TrainConfig(
         model=kind.Config(
@@ -179,12 +189,12 @@ def quickstart() -> TrainConfig:
 
 
 def small(
-    name: str, methods: tuple[Any, ...] = (), objective: Any = None, model: Any = NANO, **preview: Any
+    name: str, methods: tuple[Any, ...] = (), objective: Any = None, model: Any = NANO, data: str = "", **preview: Any
 ) -> TrainConfig:
     """`quickstart` with other methods, another objective (not None) and another model; run.dir ends in `name`.
 
-    "diversedit-..." has the DiverseDiT of `quickstart`, and its long skips, before `methods`. preview: keys of its
-    group.
+    "diversedit-..." has the DiverseDiT of `quickstart`, and its long skips, before `methods`. data: other shards than
+    its own. preview: keys of its group.
     """
     start = quickstart()
     if name.startswith("diversedit-"):
@@ -192,6 +202,7 @@ def small(
     return replace(
         start,
         model=model,
+        data=replace(start.data, path=data or start.data.path),
         objective=objective or start.objective,
         methods=methods,
         preview=replace(start.preview, **preview),
@@ -242,6 +253,11 @@ SMALL: dict[str, dict[str, Any]] = {
         "objective": Flow.Config(time="lognormal", cosine_weight=1.0),
         "model": LightningDiT.Config(name="LightningDiT-Nano/2"),
     },
+    "rae": {  # of EfficientNet-Lite0's tokens; one for 4 x 4 pixels
+        "objective": Flow.Config(prediction="x", weighting="velocity", time_shift=0.0),
+        "model": LightningDiT.Config(name="LightningDiT-Nano/1"),
+        "data": "runs/quickstart/rae-shards",
+    },
     "dit": {"objective": DDPM.Config(), "model": DiT.Config(name="DiT-Nano/2"), "sampler": "ddim"},
 }
 # those of SMALL that are also there with it
@@ -254,6 +270,7 @@ BESIDE_DIVERSEDIT = (
     "mean_flow",
     "improved_mean_flow",
     "lightningdit",
+    "rae",
     "dit",
     "internal_guidance",
     "contrastive_flow",
@@ -266,6 +283,7 @@ PUBLISHED = {  # names of what runs together -> sizes, resolutions
     "dispersive": ("b2 l2 xl2", (256,)),
     "diversedit-dispersive diversedit-dispersive-sra": ("b2", (256,)),
     "lightningdit diversedit-lightningdit": ("b1 xl1", (256,)),
+    "rae diversedit-rae": ("xl1", (256,)),
     "dit": ("s2 b2 l2 xl2", (256, 512)),
     "diversedit-dit": ("s2 b2 l2 xl2", (256,)),
     "sra-dit": ("xl2", (256,)),

@@ -30,7 +30,14 @@ from dit_fast.train.journal import CONFIG, METRICS, Journal
 from dit_fast.train.lock import RunLock
 from dit_fast.train.loss import TrainingLoss
 from dit_fast.train.optim import STATES, learning_rate
-from dit_fast.train.prepare import check_fields, check_resume, check_stage, fit_to_dataset, micro_batch
+from dit_fast.train.prepare import (
+    check_fields,
+    check_resume,
+    check_stage,
+    fit_to_dataset,
+    micro_batch,
+    narrow_model,
+)
 from dit_fast.train.preview import Preview
 from dit_fast.train.rest import Rest, method_tensors
 from dit_fast.train.stages import check_ahead, load_frozen, newest_folder, stages, unfinished
@@ -150,6 +157,7 @@ class _Run:
             self.engine.set_applied_steps(checkpoint.state["optimizer_step"])
         self.rest = Rest(methods, self.engine, config.optimizer.ema_decay, checkpoint)
         self._describe(model)
+        self._warn(narrow_model(model, objective, dataset.info))
 
     def _frozen(self, path: str, weights: str) -> tuple[Backbone, str]:
         """`Method.prepare`'s load."""

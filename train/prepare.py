@@ -1,12 +1,15 @@
 """Checks made before anything is built, and the configuration with every "as the data set says" filled in."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dit_fast.checkpoint.step import Checkpoint
 from dit_fast.data import DatasetInfo
 from dit_fast.errors import CheckpointError, ConfigError
+from dit_fast.models import Backbone
+from dit_fast.objectives import Objective
 from dit_fast.runs import EngineConfig, TrainConfig, checked, forbidden_changes, stored
 
 
@@ -74,6 +77,21 @@ def fit_to_dataset(config: TrainConfig, info: DatasetInfo) -> TrainConfig:
         num_classes=model.num_classes or info.num_classes,
     )
     return dataclasses.replace(config, model=filled)
+
+
+def narrow_model(model: Backbone, objective: Objective, info: DatasetInfo) -> str | None:
+    """What to warn of where a token of latents without a std has more numbers than the model is wide.
+
+    The noise in the target of a velocity has all of them (RAE, arXiv 2510.11690, Theorem 1); clean data need not.
+    """
+    numbers = math.prod(model.shapes["image"]) // model.num_tokens
+    if info.std or objective.prediction == "x" or model.hidden_size >= numbers:
+        return None
+    return (
+        f"the model is {model.hidden_size} wide and each of its tokens holds {numbers} numbers: a "
+        f"{objective.prediction} of them cannot be fitted (arXiv 2510.11690); use a model at least as wide, or "
+        "objective.prediction=x"
+    )
 
 
 def check_resume(
