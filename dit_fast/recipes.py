@@ -3,8 +3,8 @@
 Paper presets are named METHOD-SIZE-RESOLUTION (`diversedit-xl2-256`, `sit-b2-512`, `repa-l2-256`,
 `diversedit-repa-b2-256`). They carry the settings of DiverseDiT (arXiv 2603.04239, Sec. 4.1 and Tab. A1): AdamW 1e-4
 constant, batch 256, clip 1.0, EMA 0.9999, label dropout 0.1, 400K steps, linear path, uniform t; bf16 in place of
-fp16. REPA is aligned at block 5 (B) or 8 (L, XL), REG at 4 or 8, coefficient 0.5. SRA has the blocks, the distance and
-the weight of its paper (arXiv 2505.02831), Dispersive Loss (arXiv 2506.09027) the setting of its JAX code: a
+fp16. REPA is aligned at block 5 (B) or 8 (L, XL), REG at 4 or 8, coefficient 0.5, iREPA (arXiv 2512.10794) at 4 or 8,
+coefficient 1. SRA has the blocks, the distance and the weight of its paper (arXiv 2505.02831), Dispersive Loss (arXiv 2506.09027) the setting of its JAX code: a
 quarter of the blocks, weight and tau 0.5, 16 samples at a time. DiverseDiT tells no coefficients of its runs with SRA
 and Dispersive Loss (Tab. 9): here they have each method's own. Mean flow (`mean_flow-b4-256`,
 `diversedit-mean_flow-xl2-256`) has its own settings (arXiv 2505.13447): beta2 0.95, no clipping, float32. So has
@@ -57,6 +57,8 @@ from dit_fast.runs import (
 
 NANO = SiT.Config(name="SiT-Nano/2")  # six blocks of quick-start size
 ENCODER_DEPTH = {"b2": 5, "l2": 8, "xl2": 8}  # aligned block, counted from 1
+EARLY_DEPTH = {"b2": 4, "l2": 8, "xl2": 8}  # the same of REG and iREPA
+IREPA: dict[str, Any] = {"projector": "conv", "spatial_norm": 0.6, "weight": 1.0}  # of its trainer on latents
 SELF_ALIGNED = {"b2": (3, 8), "l2": (6, 16), "xl2": (8, 20)}  # blocks of SRA's student and teacher, from 1
 SELF_WEIGHT = {256: (149, 1000), 512: (99, 800)}  # epochs of SRA's weight: until it falls, then to a tenth
 LARGE_EPOCH = 1251  # steps of 1024 samples in ImageNet's 1,281,167
@@ -142,7 +144,7 @@ def paper(name: str, size: str, resolution: int) -> TrainConfig:
             skip_wiring="input" if "diversedit" in parts else "off",
             **of_model,
         ),
-        methods=tuple(_method(part, parts, size, resolution) for part in parts if part in METHODS),
+        methods=tuple(_method(part, parts, size, resolution) for part in parts if part in {*METHODS, "irepa"}),
         run=RunConfig(dir=f"runs/{name}-{size}-{resolution}", steps=steps),
         **of_run,
     )
@@ -151,11 +153,12 @@ def paper(name: str, size: str, resolution: int) -> TrainConfig:
 def _method(name: str, parts: Sequence[str], size: str, resolution: int) -> Any:
     """The published setting of one method among the parts of a recipe."""
     if name == "diversedit":
-        return DiverseDiT.Config(encoder_depth=ENCODER_DEPTH[size] if "repa" in parts else None)
-    if name == "repa":
-        return REPA.Config(encoder_depth=ENCODER_DEPTH[size])
+        aligned = next((part for part in parts if part in ("repa", "irepa")), None)
+        return DiverseDiT.Config(encoder_depth=_repa(aligned, size).encoder_depth if aligned else None)
+    if name in ("repa", "irepa"):
+        return _repa(name, size)
     if name == "reg":
-        return REG.Config(encoder_depth=4 if size == "b2" else 8)
+        return REG.Config(encoder_depth=EARLY_DEPTH[size])
     if name == "sra":
         knee, decade = SELF_WEIGHT[resolution]
         student, teacher, weight = (8, 16, 0.04) if "dit" in parts else (*SELF_ALIGNED[size], 0.2)
@@ -170,6 +173,12 @@ def _method(name: str, parts: Sequence[str], size: str, resolution: int) -> Any:
     if name == "sra2":
         return SRA2.Config(depth=2 if size == "b2" else 8)
     return METHODS[name].Config()
+
+
+def _repa(name: str, size: str) -> REPA.Config:
+    if name == "irepa":
+        return REPA.Config(encoder_depth=EARLY_DEPTH[size], **IREPA)
+    return REPA.Config(encoder_depth=ENCODER_DEPTH[size])
 
 
 def quickstart() -> TrainConfig:
@@ -218,6 +227,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "objective": Flow.Config(prediction="x", weighting="velocity", time="logit_normal", time_mean=0.8, time_std=0.8)
     },
     "repa": {"methods": (REPA.Config(encoder_depth=2, projector_width=256),)},
+    "irepa": {"methods": (REPA.Config(encoder_depth=2, **IREPA),)},
     "reg": {
         "methods": (REG.Config(encoder_depth=2, projector_width=256),),
         "model": replace(NANO, class_token=112),
@@ -263,6 +273,7 @@ SMALL: dict[str, dict[str, Any]] = {
 # those of SMALL that are also there with it
 BESIDE_DIVERSEDIT = (
     "repa",
+    "irepa",
     "reg",
     "dispersive",
     "sra",
@@ -280,6 +291,7 @@ BESIDE_DIVERSEDIT = (
 
 PUBLISHED = {  # names of what runs together -> sizes, resolutions
     "sit diversedit repa diversedit-repa reg diversedit-reg sra diversedit-sra": ("b2 l2 xl2", (256, 512)),
+    "irepa diversedit-irepa": ("b2 l2 xl2", (256,)),
     "dispersive": ("b2 l2 xl2", (256,)),
     "diversedit-dispersive diversedit-dispersive-sra": ("b2", (256,)),
     "lightningdit diversedit-lightningdit": ("b1 xl1", (256,)),
