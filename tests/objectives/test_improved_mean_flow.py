@@ -68,6 +68,25 @@ def test_losses_are_those_of_the_equations(form, wiring):
     torch.testing.assert_close(found.loss, sum(e / (e + 0.2) ** 0.7 for e in errors), rtol=1e-6, atol=1e-8)
 
 
+def exact(z, times, y):
+    """The mean velocity of data drawn from N(0.5, 0.25): its flow keeps how far z is from the mean, in deviations."""
+    t, r = (time[:, None] for time in times.unbind(1))
+    mean, spread = lambda t: (1 - t) / 2, lambda t: ((1 - t).square() / 4 + t.square()).sqrt()
+    off = (z - mean(t)) / spread(t)
+    at_once = -0.5 + (t - (1 - t) / 4) / spread(t) * off
+    span = torch.where(t == r, 1.0, t - r)
+    return torch.where(t == r, at_once, (z - mean(r) - spread(r) * off) / span)
+
+
+def test_an_exact_mean_velocity_gives_the_exact_velocity():
+    """V is then the velocity at t whatever r is, so that its error is that of flow matching; one step is the flow."""
+    x, noise = clean().flatten(1), clean().flip(0).flatten(1)
+    found = improved_mean_flow_losses(exact, x, Y, T, R, noise, "boundary")
+    torch.testing.assert_close(found.u + (T - R)[:, None] * found.dudt, found.velocity)
+    torch.testing.assert_close(found.squared_error, (found.velocity - (noise - x)).square().sum(1))
+    torch.testing.assert_close(improved_mean_flow_sample(exact, noise, Y), 0.5 + noise / 2)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_no_gradient_flows_through_target_and_derivative(form):
     """The gradient is that of |u - fixed|^2 + |v - fixed|^2."""

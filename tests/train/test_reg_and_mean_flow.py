@@ -19,7 +19,14 @@ ALL = (*REG, "methods=diversedit,reg,sra", *SRA)
 IMPROVED = (
     "objective=improved_mean_flow", "model.times=2", "model.velocity_head=true", "model.guidance_condition=true",
 )  # fmt: skip
-RUNS = {"flow": ALL, "mean_flow": (*MEAN_FLOW, *ALL), "improved_mean_flow": (*IMPROVED, *ALL)}
+PREVIEW = (
+    "preview.every=8",
+    "preview.sampler=mean_flow",
+    "preview.cfg_scale=1",
+    "preview.omega=4",
+    "preview.t_max=0.6",
+)
+RUNS = {"flow": ALL, "mean_flow": (*MEAN_FLOW, *ALL), "improved_mean_flow": (*IMPROVED, *ALL, *PREVIEW)}
 
 
 def start(shards, run, name, *overrides):
@@ -37,6 +44,7 @@ def test_a_run_resumes_exactly_and_samples(name, token_shards, tmp_path):
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert {name, "diversedit/total", "reg/class_token", "reg/alignment", "sra/alignment"} <= rows(once)[-1].keys()
+    assert (once / "samples" / "step_00000008.png").exists() == (name == "improved_mean_flow")
     own = {"flow": ["--num-steps", "3", "--sampler", "sde"], "improved_mean_flow": ["--omega", "4", "--t-max", "0.6"]}
     options = ["--per-class", "2", *own.get(name, [])]
     assert command(["sample", str(once), "--out", str(tmp_path / "images.npz"), *options]) == 0
@@ -70,7 +78,7 @@ def test_launched_ranks_refuse_stage_3(token_shards, tmp_path, capsys, monkeypat
 @pytest.mark.parametrize(
     ("name", "override", "message"),
     [
-        ("flow", "model.class_token=5", "reg: the shards hold class tokens of width 6; set model.class_token=6"),
+        ("flow", "model.class_token=5", "reg: class tokens of the shards have the width 6; set model.class_token=6"),
         ("flow", "methods.reg.encoder_depth=5", "methods.reg.encoder_depth=5 is not one of this model's blocks 1..4"),
         ("mean_flow", "model.times=1", "objective=mean_flow needs a model of two times; set model.times=2"),
         (
