@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dit_fast.checkpoint import lightningdit
+from dit_fast.checkpoint import ddt, jit, lightningdit
 from dit_fast.checkpoint.layout import GROUPS, OWN, Family
 from dit_fast.errors import CheckpointError
 
 # Other networks than SiT's, one file each.
-FAMILIES: dict[str, Family] = {"lightningdit": lightningdit.FAMILY}
+FAMILIES: dict[str, Family] = {"lightningdit": lightningdit.FAMILY, "jit": jit.FAMILY, "ddt": ddt.FAMILY}
 NAMES = (*GROUPS, *FAMILIES)
 
 
@@ -38,7 +38,11 @@ def official_names(model: nn.Module, family: str) -> list[str]:
     for group, (owner, what) in OWN.items():
         if owner == family and not any(name.split(".")[0] == group for name in names):
             raise CheckpointError(f"missing '{group}.*': family '{family}' needs {what}")
-    return [name for group in groups for name in names if name.split(".")[0] == group]
+    ordered = [name for group in groups for name in names if name.split(".")[0] == group]
+    if family in FAMILIES and FAMILIES[family].in_block:
+        inside = iter(sorted((name for name in ordered if name.startswith("blocks.")), key=FAMILIES[family].place))
+        return [next(inside) if name.startswith("blocks.") else name for name in ordered]
+    return ordered
 
 
 def optimizer_state_by_name(opt_state: Mapping[str, Any], model: nn.Module, family: str) -> dict[str, dict[str, Any]]:

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from dit_fast.errors import CheckpointError
-from dit_fast.models import Backbone, SiT
+from dit_fast.models import Backbone
 from dit_fast.nn.embeddings import LabelEmbedder
 
-S = TypeVar("S", bound=SiT)
+B = TypeVar("B", bound=Backbone)
 
 BASE = ("pos_embed", "x_embedder", "t_embedder", "y_embedder", "blocks", "final_layer")
 # Registration order of each published class built on SiT: that of `model.parameters()`, by which its optimizer counts.
@@ -55,6 +55,7 @@ class Known:
     label_dropout: float | None = None
     skip_wiring: str | None = None
     encoder_depth: int | None = None
+    in_context_start: int | None = None
     assumed: list[str] = field(default_factory=list)
 
 
@@ -64,13 +65,20 @@ class Family:
 
     backbone: their class here. groups: registration order of the published class, by the first part of a name.
     empty: a state_dict to a model of its sizes, without values; CheckpointError naming the key that is missing or does
-    not fit. export: a model's entries by name to those that the published code computes the same with.
+    not fit. export: a model's entries by name to those that the published code computes the same with. in_block: the
+    order of a published block's modules, where it is another than ours.
     """
 
     backbone: type[Backbone]
     groups: tuple[str, ...]
     empty: Callable[[Mapping[str, Tensor], Known], Backbone]
     export: Callable[[Backbone, dict[str, Tensor]], dict[str, Tensor]]
+    in_block: tuple[str, ...] = ()
+
+    def place(self, name: str) -> tuple[int, ...]:
+        """Sorts the names of the blocks' entries as published."""
+        _, block, module = name.split(".", 2)
+        return int(block), next(k for k, first in enumerate((*self.in_block, "")) if module.startswith(first))
 
 
 @dataclass(frozen=True)
@@ -126,10 +134,7 @@ def read_layout(state: Mapping[str, Tensor], family: str, known: Known) -> Layou
     width = Counter([of_positions, of_patches, of_head, of_labels]).most_common(1)[0][0]
     class_token = shape(state, "cls_projectors2.weight", 2)[1] if family == "reg" else 0
     patches = tokens - bool(class_token)
-    grid = math.isqrt(patches)
-    if grid**2 != patches:
-        hint = family_hint(state, family) or f": not a model of family '{family}'"
-        raise CheckpointError(f"'pos_embed' has places for {patches} patches, which is not a square{hint}")
+    grid = side(patches, family_hint(state, family) or f": not a model of family '{family}'")
     if rows % patch**2:
         raise CheckpointError(f"'final_layer.linear.weight' has {rows} rows, not a multiple of {patch}x{patch} patches")
     aligned = indices(state, r"projectors\.(\d+)\.(?:0|projection_layer)\.weight")
@@ -159,6 +164,13 @@ def read_layout(state: Mapping[str, Tensor], family: str, known: Known) -> Layou
         projectors=tuple(_head(state, f"projectors.{k}") for k in range(len(aligned))),
         latent_head=family == "self_transcendence" and "projectors_final.linear.weight" in state,
     )
+
+
+def side(patches: int, hint: str = "") -> int:
+    """Rows of a square of patches. Raises CheckpointError, which ends in the hint, for another number."""
+    if math.isqrt(patches) ** 2 != patches:
+        raise CheckpointError(f"'pos_embed' has places for {patches} patches, which is not a square{hint}")
+    return math.isqrt(patches)
 
 
 def read_depth(state: Mapping[str, Tensor]) -> int:
@@ -213,9 +225,9 @@ def read_classes(state: Mapping[str, Tensor], known: Known) -> tuple[int, bool, 
     return classes, null_row, 0.1 if null_row and known.label_dropout != 0 else 0.0
 
 
-def with_labels(model: S, layout: Layout) -> S:
+def with_labels(model: B, null_row: bool) -> B:
     """The model with a label table like the checkpoint's: without a row for the null label where that has none."""
-    model.y_embedder = LabelEmbedder(layout.num_classes, layout.hidden_size, layout.null_row)
+    model.y_embedder = LabelEmbedder(model.num_classes, model.hidden_size, null_row)
     return model
 
 

@@ -21,7 +21,7 @@ def _empty(state: Mapping[str, Tensor], known: Known) -> ReversedLightningDiT:
         rope="feat_rope.freqs_cos" in state,
         adaln_shift=parts != 4,
     )
-    return with_labels(ReversedLightningDiT(config, layout.head_channels), layout)
+    return with_labels(ReversedLightningDiT(config, layout.head_channels), layout.null_row)
 
 
 def _export(model: Backbone, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -54,14 +54,16 @@ def load_official(
     encoder_depth: int | None = None,
     weights: str = "ema",
     num_classes: int | None = None,
+    in_context_start: int | None = None,
 ) -> Backbone:
     """A model, in eval mode, with published weights.
 
     source: a state_dict, a training checkpoint {model, ema, opt, args, steps}, or the path of a `.pt` or `.safetensors`
     file. family: "repa", "irepa", "sit", "dit", "diversedit", "reg", "mean_flow", "sra", "internal_guidance",
-    "self_transcendence" (of either stage) or "lightningdit" (norm, MLP, rotary positions and shifts are read off the
-    keys). "sit" and "lightningdit" models take our t and return our v; "dit" models take steps t int64 and return noise
-    and logits of the variance [N, 2C, H, W] (samplers "ddpm", "ddim"). `sample` guides three channels of these three by default, as
+    "self_transcendence" (of either stage), "lightningdit" (norm, MLP, rotary positions and shifts are read off the
+    keys), "jit" or "ddt". "sit", "lightningdit" and "ddt" models take our t and return our v, "jit" models take our t
+    and return clean data; "dit" models take steps t int64 and return noise and logits of the variance [N, 2C, H, W]
+    (samplers "ddpm", "ddim"). `sample` guides three channels of "sit", "lightningdit" and "dit" models by default, as
     the released samplers do. "reg" models take and return {"image", "class_token"}, "mean_flow" models take t [N, 2].
     Alignment heads come as `model.projectors`, SRA's as `model.ap_head`.
     Sizes are read off the shapes. num_heads is read off the query norm or the rotary tables where there are any, else
@@ -70,8 +72,10 @@ def load_official(
     else one less than the table has, which is logged. A model whose table has no row for the null label, or that was
     trained with label dropout 0 according to the file, has null_label -1, and guidance is refused.
     skip_wiring: "input" or "output", for "diversedit": both have the same keys and shapes, so it must be told.
-    encoder_depth: for old REPA files that name their later blocks `decoder_blocks`, and for "internal_guidance", whose
-    models return two velocities, the second from that block (from 1), unless the file says it.
+    encoder_depth: for "ddt", the number of its encoder's blocks; for "internal_guidance", whose models return two
+    velocities, the second from that block (from 1); both unless the file says it; and for old REPA files that name
+    their later blocks `decoder_blocks`. in_context_start: for "jit", the first block, from 0, with its tokens of the
+    label, unless the file says it. A "ddt" model takes images of every size, as its entries tell none.
     weights: "ema" or "model", of a training checkpoint.
     Weights are kept in fp32, or fp64 if the source has any; `export_official` returns the source's dtypes.
     Raises CheckpointError naming the key (missing, extra, wrong shape) or the argument that is needed; ConfigError for
@@ -91,6 +95,9 @@ def load_official(
         label_dropout=None if dropout is None else _probability(dropout),
         skip_wiring=wiring,
         encoder_depth=_whole("encoder_depth", tapped),
+        in_context_start=_whole(
+            "in_context_start", facts.get("in_context_start") if in_context_start is None else in_context_start
+        ),
     )
     try:
         with torch.device("meta"):
@@ -155,8 +162,8 @@ def export_official(model: nn.Module, family: str | None = None) -> dict[str, Te
 def save_official(model: nn.Module, path: str | Path, family: str | None = None) -> None:
     """Writes `export_official(model, family)` as `.pt` (bare state_dict) or `.safetensors`, replacing the file at once.
 
-    A `.safetensors` file also says num_heads, num_classes, label_dropout and skip_wiring in its header, and
-    `load_official` reads them there.
+    A `.safetensors` file also says num_heads, num_classes, label_dropout, skip_wiring, encoder_depth and
+    in_context_start in its header, as far as the model has them, and `load_official` reads them there.
     """
     path = Path(path)
     state = export_official(model, family)
@@ -167,7 +174,7 @@ def save_official(model: nn.Module, path: str | Path, family: str | None = None)
             torch.save(state, file)
         else:
             config = cast(SiT, model).config
-            facts = ("skip_wiring", "num_heads", "num_classes", "label_dropout")
+            facts = ("skip_wiring", "num_heads", "num_classes", "label_dropout", "encoder_depth", "in_context_start")
             header = {"format": "pt", **{name: str(getattr(config, name)) for name in facts if hasattr(config, name)}}
             if getattr(config, "auxiliary_depth", 0):
                 header["encoder_depth"] = str(config.auxiliary_depth)
@@ -247,17 +254,17 @@ def _wiring(family: str, given: str | None, recorded: str | None) -> str:
 def _empty_model(family: str, state: Mapping[str, Tensor], known: Known) -> SiT:
     layout = read_layout(state, family, known)
     if family == "dit":
-        return with_labels(_empty_dit(layout), layout)
+        return with_labels(_empty_dit(layout), layout.null_row)
     config = SiT.Config(**layout.settings(), skip_wiring=cast(Any, known.skip_wiring))
     if family == "sit":
         layout.check_head("SiT")
-        return with_labels(ReversedSiT(config, layout.head_channels), layout)
+        return with_labels(ReversedSiT(config, layout.head_channels), layout.null_row)
     if layout.head_channels != layout.in_channels:
         raise CheckpointError(
             f"final_layer.linear.weight: {layout.head_channels} output channels, but family '{family}' has as many as "
             f"the latents ({layout.in_channels}); an official SiT or DiT file needs family='sit' or family='dit'"
         )
-    model = with_labels(SiT(config), layout)
+    model = with_labels(SiT(config), layout.null_row)
     if family == "sra":
         model.add_head("ap_head", SelfProjector(layout.hidden_size))
     for kind, size, features in layout.projectors:

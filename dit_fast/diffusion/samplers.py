@@ -1,7 +1,6 @@
 """`sample`: a solver on the guided velocity of a model, with noise from one source, in fixed chunks."""
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
@@ -15,6 +14,7 @@ from dit_fast.diffusion.conversions import Diffusion, Prediction
 from dit_fast.diffusion.ddpm import Noise, spaced_steps
 from dit_fast.diffusion.grids import time_grid
 from dit_fast.diffusion.guidance import Bounds, Channels, Decision, Guidance, Velocity, described, is_number, shapes_of
+from dit_fast.diffusion.kept import KeptCondition
 from dit_fast.diffusion.paths import Path, as_path
 from dit_fast.diffusion.reverse import LastStep
 from dit_fast.diffusion.solvers import SOLVERS, Draw, Field, Follows
@@ -22,10 +22,11 @@ from dit_fast.errors import UserError
 from dit_fast.models import Output
 from dit_fast.options import check_choice
 from dit_fast.philox import Key, Stream, leaf_stream
-from dit_fast.tree import Tree, each, image, leaves, like
+from dit_fast.tree import Tree, each, image, label, leaves, like
 
 MOST_STEPS = Stream.METHOD - Stream.SAMPLER  # every step draws from a Philox stream of its own
 MOST_ROWS = 1 << 16  # of one batch
+BELOW_NOISE = 1 - 1e-6  # an upper end of guidance that leaves out t = 1 alone
 KINDS: dict[Follows, str] = {  # of models that give such a field
     "velocity": "a model with 1 time",
     "mean_velocity": "a model with 2 times",
@@ -79,6 +80,7 @@ def sample(
     ig_scale: float = 1.0,
     ig_low: float = 0.0,
     ig_high: float = 1.0,
+    state_refresh: int | None = None,
 ) -> Tree:
     """Latents float64 [N, C, H, W] from `noise` [N, C, H, W] (any float dtype) and labels y int64 [N].
 
@@ -111,7 +113,8 @@ def sample(
     cfg_scale; 1 is the label alone (one model row per sample), 0 the null label. null_label: by default
     `model.null_label`. cfg_channels: "all", or "first_three" as the released samplers of DiT and SiT; by default what
     `model.cfg_channels` says ("all" where it says nothing). class_token_cfg_scale: scale of the class token, by default
-    the image's. guidance_bounds: "exclusive" guides while low < t < high, where high = 1 is no bound (JiT).
+    the image's. guidance_bounds: "exclusive" guides while low < t < high, where high = 1 is no bound (JiT),
+    unless `model.guides_noise` is false (DDT).
     heun_guidance: whether the "first" evaluation of a step decides for all (REPA), or "each" for itself (JiT); dopri5's
     always do.
     ig_scale: internal guidance of a model with an auxiliary output, v = v_aux + ig_scale (v - v_aux) while
@@ -121,6 +124,9 @@ def sample(
     Randomness of the SDE and of "ddpm": `generator` (per noisy step one standard normal of the state's shape, in order,
     leaf by leaf, drawn in float64, for "ddpm" in float32), or `draws` (those states of noise themselves, one for each
     noisy step), or `seed` and `index` int64 [N] (Philox per seed, index and step).
+
+    state_refresh: the encoder of a model that has one (DDT) runs only in every so many-th step, from the first on; the
+    other steps keep its condition, with guidance each half its own. A step of several evaluations runs it in all.
 
     field: what the solver follows, from (model, y, guidance); an `Objective.field`. By default the model's velocity.
 
@@ -145,6 +151,7 @@ def sample(
     }
     options = check_options(sampler, num_steps, chunk, seed, given)
     solver = SOLVERS[sampler]
+    check_refresh(state_refresh, sampler)
     count = _check_noise(noise)
     if sum(source is not None for source in (generator, draws, index if seed is None else seed)) > 1:
         raise UserError("give one source of noise: generator=, or draws=, or seed= and index=; not both")
@@ -164,6 +171,8 @@ def sample(
     if solver.noisy and draws is not None:
         _check_draws(draws, noise, len(grid) - 1)
     channels: Channels = getattr(model, "cfg_channels", "all") if cfg_channels is None else cfg_channels
+    if guidance_bounds == "exclusive" and guidance_high == 1 and not getattr(model, "guides_noise", True):
+        guidance_high = BELOW_NOISE
     guidance = Guidance(
         cfg_scale,
         guidance_low,
@@ -184,14 +193,20 @@ def sample(
     state, batch = each(lambda leaf: leaf.double(), noise), 1 if solver.adaptive else chunk
 
     def solved(x: Tree, told: Tree, draw: Draw) -> Tree:
+        kept = None if state_refresh is None else KeptCondition(model, state_refresh, len(label(told)))
+        followed = model if kept is None else kept
         if field:
-            v = field(model, told, guidance)
+            v = field(followed, told, guidance)
         elif solver.follows == "noise":
-            v = Noise(model, told, guidance, null_label)
+            v = Noise(followed, told, guidance, null_label)
         else:
             means = 2 if solver.follows == "mean_velocity" else 1
-            v = Velocity(model, told, guidance, means, prediction, path, t_eps, null_label)
-        return deque(solver(v, x, grid, path, draw, **options), maxlen=1).pop()
+            v = Velocity(followed, told, guidance, means, prediction, path, t_eps, null_label)
+        for step, after in enumerate(solver(v, x, grid, path, draw, **options), 1):
+            x = after
+            if kept is not None:
+                kept.step = step
+        return x
 
     with torch.no_grad(), _evaluating(model):
         if seed is None or index is None:
@@ -248,6 +263,15 @@ def check_options(
     if size is not None and none != (size == 0):
         raise UserError(f"last_step_size={size} does not fit last_step='{given.get('last_step', 'mean')}'; 0 is 'none'")
     return given
+
+
+def check_refresh(state_refresh: int | None, sampler: str) -> None:
+    """Raises UserError for a number that is none, and for a sampler without steps to count."""
+    if state_refresh is None:
+        return
+    check_whole("state_refresh", state_refresh, 1, MOST_STEPS)
+    if SOLVERS[sampler].adaptive:
+        raise UserError(f"state_refresh counts steps, and sampler '{sampler}' takes its own; drop it, or use euler")
 
 
 def check_fits(sampler: str, model: object) -> None:

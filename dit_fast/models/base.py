@@ -4,7 +4,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, cast, get_args, get_type_hints, overload
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints, overload
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,8 @@ class Backbone(nn.Module, ABC):
     stands for none, -1 where none was trained. cfg_channels: what the released sampler of its weights guides.
     learns_variance: a model of DDPM: t is a whole step, and the image of the output has 2C channels, the noise and the
     variance's logits. outputs: 2 where `forward` returns a tuple, the output and a second one of the form of x.
-    guidance_condition: whether it is told its guidance.
+    guidance_condition: whether it is told its guidance. guides_noise: whether the released sampler of its weights
+    guides at t = 1 where an interval without its ends has that as its upper one.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -117,6 +118,7 @@ class Backbone(nn.Module, ABC):
     learns_variance: bool = False
     outputs: int = 1
     guidance_condition: bool = False
+    guides_noise: bool = True
 
     blocks: nn.ModuleList
     projectors: nn.ModuleList  # once there is one
@@ -134,7 +136,8 @@ class Backbone(nn.Module, ABC):
         check_sizes(config, 1, "num_classes", "input_size", "in_channels")
         check_sizes(config, 0, "input_width", "class_token")
         for name, hint in get_type_hints(type(config)).items():
-            if (choices := get_args(hint)) and getattr(config, name) not in choices:
+            choices = get_args(hint) if get_origin(hint) is Literal else ()
+            if choices and getattr(config, name) not in choices:
                 listed = ", ".join(map(str, choices))
                 raise ConfigError(f"{name} must be one of {listed}, not '{getattr(config, name)}'")
         if not 0 <= config.label_dropout < 1:

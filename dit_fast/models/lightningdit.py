@@ -1,16 +1,15 @@
 """LightningDiT (arXiv 2501.01423): SiT with RMSNorm, rotary positions and SwiGLU."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
-
-from torch import Tensor, nn
 
 from dit_fast.models.base import PRESETS
 from dit_fast.models.sit import SiT
 from dit_fast.nn.block import Block
 from dit_fast.nn.final_layer import FinalLayer
 from dit_fast.nn.mlp import Mlp, SwiGLU
-from dit_fast.nn.rotary import Rotary, axial_rotary
+from dit_fast.nn.rotary import Rotary, RotaryTables, axial_rotary
 from dit_fast.options import setting
 
 # hidden_size, depth, num_heads, as published; Nano is ours, for CPUs.
@@ -29,18 +28,6 @@ PRESETS.update(
         for patch in (1, 2)
     }
 )
-
-
-class RotaryTables(nn.Module):
-    """Cosines and sines [T, d] of `nn.rotary.axial_rotary`, as buffers under the published names."""
-
-    freqs_cos: Tensor
-    freqs_sin: Tensor
-
-    def __init__(self, head_width: int, grid: tuple[int, int], leading: int):
-        super().__init__()
-        for name, table in zip(("freqs_cos", "freqs_sin"), axial_rotary(head_width, grid, leading), strict=True):
-            self.register_buffer(name, table)
 
 
 class LightningDiT(SiT):
@@ -67,7 +54,8 @@ class LightningDiT(SiT):
         super().__init__(config)
         if config.rope:
             head_width = self.hidden_size // self.num_heads
-            self.feat_rope = RotaryTables(head_width, self.grid, leading=1 if self.class_token else 0)
+            leading = 1 if self.class_token else 0
+            self.feat_rope = RotaryTables(partial(axial_rotary, head_width, self.grid, leading))
 
     def new_block(self) -> Block:
         config, mlp = self.config, SwiGLU if self.config.mlp == "swiglu" else Mlp
@@ -85,5 +73,5 @@ class LightningDiT(SiT):
         config = self.config
         return FinalLayer(config.hidden_size, config.patch_size, channels, config.class_token, config.norm)
 
-    def rotary(self) -> Rotary | None:
-        return (self.feat_rope.freqs_cos, self.feat_rope.freqs_sin) if self.config.rope else None
+    def rotary(self, index: int) -> Rotary | None:
+        return self.feat_rope() if self.config.rope else None

@@ -5,12 +5,14 @@ from typing import Any
 
 from dit_fast.errors import ConfigError
 from dit_fast.models.base import PRESETS, Backbone
+from dit_fast.models.ddt import DDT
 from dit_fast.models.dit import DiT
+from dit_fast.models.jit import JiT
 from dit_fast.models.lightningdit import LightningDiT
 from dit_fast.models.sit import SiT
 from dit_fast.options import nearest, shown
 
-BACKBONES: dict[str, type[Backbone]] = {backbone.__name__: backbone for backbone in (SiT, DiT, LightningDiT)}
+BACKBONES: dict[str, type[Backbone]] = {backbone.__name__: backbone for backbone in (SiT, DiT, LightningDiT, JiT, DDT)}
 
 
 def kind(name: str) -> str:

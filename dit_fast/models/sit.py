@@ -51,6 +51,17 @@ class Residual(NamedTuple):
     stats: RowStatistics | None = None
     heads: Heads | None = None
 
+    def after(self, leading: int) -> "Residual":
+        """Without the first tokens."""
+        if not leading:
+            return self
+        stats = self.stats and RowStatistics(*(part[:, leading:] for part in self.stats))
+        return Residual(self.tokens[:, leading:], stats)
+
+    def joined(self, leading: int, tokens: Tensor) -> Tensor:
+        """Other tokens behind the first ones of these."""
+        return torch.cat((self.tokens[:, :leading].to(tokens.dtype), tokens), dim=1) if leading else tokens
+
 
 class SiT(Backbone):
     """Velocity of a diffusion transformer; its configuration is `SiT.Config`.
@@ -124,7 +135,7 @@ class SiT(Backbone):
         if config.skip_wiring != "off":
             self.skip_linears = nn.ModuleList(SkipLinear(width) for _ in range(depth // 2))
             self.skip_norms = nn.ModuleList(SkipNorm(width) for _ in range(depth // 2))
-        self.x_embedder = PatchEmbed(config.in_channels, config.patch_size, width)
+        self.x_embedder = self.new_patch_embed()
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(config.num_classes, width)
         self.blocks = nn.ModuleList(self.new_block() for _ in range(depth))
@@ -146,6 +157,9 @@ class SiT(Backbone):
             self.t_min_embedder = TimestepEmbedder(width)
             self.t_max_embedder = TimestepEmbedder(width)
 
+    def new_patch_embed(self) -> Any:
+        return PatchEmbed(self.config.in_channels, self.config.patch_size, self.config.hidden_size)
+
     def new_block(self) -> Block:
         config = self.config
         return Block(config.hidden_size, config.num_heads, config.qk_norm, config.attention)
@@ -154,9 +168,21 @@ class SiT(Backbone):
         """channels: of its output's image."""
         return FinalLayer(self.config.hidden_size, self.config.patch_size, channels, self.config.class_token)
 
-    def rotary(self) -> Rotary | None:
-        """What turns queries and keys of every block; None here."""
+    def rotary(self, index: int) -> Rotary | None:
+        """What turns queries and keys of a block; None here."""
         return None
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """The time [N] that the network is shown for our t."""
+        return t
+
+    def leading(self, index: int) -> int:
+        """How many of the tokens of a block, the first ones, no tap, no long skip and no head sees; none here."""
+        return 0
+
+    def extended(self, index: int, stream: Residual, y: Tree) -> Residual:
+        """What a block reads, its leading tokens put before the others where it is the first to have them."""
+        return stream
 
     def compute(self, x: Tree, t: Tensor, y: Tree, taps: Taps, stop: int | None) -> Output | None:
         tokens = self.x_embedder(image(x))
@@ -175,25 +201,28 @@ class SiT(Backbone):
             )
         first_half = self.depth // 2 if wiring != "off" else self.depth
         for index in range(self.depth if stop is None else stop + 1):
+            stream, leading = self.extended(index, stream, y), self.leading(index)
             skip = pending.pop() if index >= first_half else None
             if index < first_half and wiring == "input":
-                pending.append(stream)
+                pending.append(stream.after(leading))
             given = (index, stream, c, skip, index in taps.attention)
             if recompute:
                 stream = checkpoint(self._stage, *given, use_reentrant=False, preserve_rng_state=False)
             else:
                 stream = self._stage(*given)
             if stream.heads is not None:
-                taps.heads[index] = stream.heads
+                taps.heads[index] = Heads(*(part[:, :, leading:] for part in stream.heads))
                 stream = stream._replace(heads=None)
             if index in taps:
-                stream = Residual(taps(index, stream.tokens, stream.stats), stream.stats)
+                own = stream.after(leading)
+                stream = Residual(stream.joined(leading, taps(index, own.tokens, own.stats)), stream.stats)
             if index < first_half and wiring == "output":
-                pending.append(stream)
+                pending.append(stream.after(leading))
             if stop is None and index + 1 == self.config.auxiliary_depth:
-                second = self._decoded(self.final_layer_xr, stream, c)
+                second = self._decoded(self.final_layer_xr, stream.after(leading), c)
         if stop is not None:
             return None
+        stream = stream.after(self.leading(self.depth - 1))
         if self.config.velocity_head:
             second = self._decoded(self.final_layer_v, stream, c)
         output = self._decoded(self.final_layer, stream, c)
@@ -207,9 +236,9 @@ class SiT(Backbone):
 
     def _condition(self, t: Tensor, y: Tree) -> Tensor:
         if self.times == 1:
-            return self.t_embedder(t) + self.y_embedder(label(y))
+            return self.t_embedder(self.network_time(t)) + self.y_embedder(label(y))
         t, r = t.unbind(1)
-        c = self.t_embedder(t) + self.r_embedder(t - r) + self.y_embedder(label(y))
+        c = self.t_embedder(self.network_time(t)) + self.r_embedder(t - r) + self.y_embedder(label(y))
         if not self.guidance_condition:
             return c
         told = guidance_conditions(y, torch.ones_like(t)) if isinstance(y, Tensor) else y
@@ -220,16 +249,18 @@ class SiT(Backbone):
         """One block with the fusion that belongs to it."""
         if skip is not None and self.config.skip_wiring == "input":
             stream = self._fuse(index, stream, skip)
-        stream = Residual(*self.blocks[index](stream.tokens, c, stream.stats, self.rotary(), heads))
+        stream = Residual(*self.blocks[index](stream.tokens, c, stream.stats, self.rotary(index), heads))
         if skip is not None and self.config.skip_wiring == "output":
             stream = self._fuse(index, stream, skip)._replace(heads=stream.heads)
         return stream
 
     def _fuse(self, index: int, stream: Residual, skip: Residual) -> Residual:
-        pair = index - self.depth // 2
-        streams = (stream.tokens, skip.tokens, self.skip_linears[pair], stream.stats, skip.stats)
+        pair, leading = index - self.depth // 2, self.leading(index)
+        own = stream.after(leading)
+        streams = (own.tokens, skip.tokens, self.skip_linears[pair], own.stats, skip.stats)
         fused = self.skip_norms[pair](*streams)
-        return Residual(fused.to(stream.tokens.dtype) if self.config.residual_dtype == "fp32" else fused)
+        fused = fused.to(stream.tokens.dtype) if self.config.residual_dtype == "fp32" else fused
+        return Residual(stream.joined(leading, fused))
 
     def _decoded(self, head: nn.Module, stream: Residual, c: Tensor) -> Tree:
         """What a head makes of the tokens, as an image."""
@@ -250,7 +281,7 @@ class SiT(Backbone):
     def flops_per_sample(self) -> int:
         patches, tokens = self.num_tokens, self.num_tokens + bool(self.class_token)
         total = self.x_embedder.flops(patches) + self.times * self.t_embedder.flops() + self.final_layer.flops(patches)
-        total += sum(cast(Block, block).flops(tokens) for block in self.blocks)
+        total += sum(cast(Block, block).flops(tokens + self.leading(i)) for i, block in enumerate(self.blocks))
         if self.config.skip_wiring != "off":
             total += sum(cast(SkipLinear, skip).flops(tokens) for skip in self.skip_linears)
         if self.config.auxiliary_depth:

@@ -58,11 +58,37 @@ class PatchEmbed(nn.Module):
         return 2 * num_tokens * self.proj.in_channels * self.proj.kernel_size[0] ** 2 * self.proj.out_channels
 
 
-class TimestepEmbedder(nn.Module):
-    """Time t [N], fed as it is, to a vector [N, D]: 256 cosines and sines, then Linear, SiLU, Linear."""
+class BottleneckPatchEmbed(nn.Module):
+    """As `PatchEmbed`, through a narrower layer: a convolution to `bottleneck` channels without bias, and a linear map
+    of each patch, held as a 1 x 1 convolution (JiT, arXiv 2511.13720).
+    """
 
-    def __init__(self, hidden_size: int):
+    def __init__(self, in_channels: int, patch_size: int, bottleneck: int, hidden_size: int):
         super().__init__()
+        self.proj1 = nn.Conv2d(in_channels, bottleneck, kernel_size=patch_size, stride=patch_size, bias=False)
+        self.proj2 = nn.Conv2d(bottleneck, hidden_size, kernel_size=1)
+        for layer in (self.proj1, self.proj2):
+            nn.init.xavier_uniform_(layer.weight.view(layer.out_channels, -1))
+        nn.init.zeros_(self.proj2.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj2(self.proj1(x)).flatten(2).transpose(1, 2)
+
+    def flops(self, num_tokens: int) -> int:
+        """Forward FLOPs of one sample, multiply-add = 2."""
+        width = self.proj1.in_channels * self.proj1.kernel_size[0] ** 2 + self.proj2.out_channels
+        return 2 * num_tokens * self.proj1.out_channels * width
+
+
+class TimestepEmbedder(nn.Module):
+    """Time t [N], fed as it is, to a vector [N, D]: 256 cosines and sines, then Linear, SiLU, Linear.
+
+    base: ratio of the largest to (nearly) the smallest frequency.
+    """
+
+    def __init__(self, hidden_size: int, base: float = 10000.0):
+        super().__init__()
+        self.base = base
         first, second = nn.Linear(TIME_FREQUENCIES, hidden_size), nn.Linear(hidden_size, hidden_size)
         for layer in (first, second):
             nn.init.normal_(layer.weight, std=0.02)
@@ -70,19 +96,19 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(first, nn.SiLU(), second)
 
     @staticmethod
-    def frequencies(t: Tensor) -> Tensor:
-        """[N] to [N, 256]: `cos(t f_k)`, then `sin(t f_k)`, f_k = 10000 ** (-k / 128) rounded to fp32.
+    def frequencies(t: Tensor, base: float = 10000.0) -> Tensor:
+        """[N] to [N, 256]: `cos(t f_k)`, then `sin(t f_k)`, f_k = base ** (-k / 128) rounded to fp32.
 
         Returns at least fp32 (fp64 for fp64 t), whatever the model's dtype: half precision cannot hold the phases.
         """
         half = TIME_FREQUENCIES // 2
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
         wide = torch.promote_types(t.dtype, torch.float32)
-        angles = t.to(wide)[:, None] * torch.exp(-math.log(10000.0) * steps / half).to(wide)
+        angles = t.to(wide)[:, None] * torch.exp(-math.log(base) * steps / half).to(wide)
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(self.frequencies(t).to(cast(nn.Linear, self.mlp[0]).weight.dtype))
+        return self.mlp(self.frequencies(t, self.base).to(cast(nn.Linear, self.mlp[0]).weight.dtype))
 
     def flops(self) -> int:
         """Forward FLOPs of one sample, multiply-add = 2."""

@@ -47,3 +47,20 @@ class SwiGLU(nn.Module):
     def flops(self, num_tokens: int) -> int:
         """Forward FLOPs of one sample, multiply-add = 2."""
         return linear_flops(self.w12, num_tokens) + linear_flops(self.w3, num_tokens)
+
+
+class SeparateSwiGLU(nn.Module):
+    """`w2(silu(w1(x)) * w3(x))` on tokens [N, T, D], inside as wide as `SwiGLU`; no biases (DDT, arXiv 2504.05741)."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        width = 2 * MLP_RATIO * hidden_size // 3
+        self.w1, self.w3 = (xavier_linear(hidden_size, width, bias=False) for _ in range(2))
+        self.w2 = xavier_linear(width, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+    def flops(self, num_tokens: int) -> int:
+        """Forward FLOPs of one sample, multiply-add = 2."""
+        return sum(linear_flops(layer, num_tokens) for layer in (self.w1, self.w3, self.w2))

@@ -3,8 +3,10 @@
 Channels 2i and 2i + 1 of a head form a pair that turns by the angle position * frequency.
 """
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dit_fast.errors import ConfigError
@@ -12,6 +14,26 @@ from dit_fast.errors import ConfigError
 Rotary = tuple[Tensor, Tensor]  # cosines and sines [T, d]
 BASE = 10000.0
 DDT_EXTENT = 16.0  # where the last row and the last column lie, whatever the grid
+
+
+class RotaryTables(nn.Module):
+    """Tables that `make` computes, as buffers under LightningDiT's names.
+
+    persistent=False: no state_dict holds them, so that they have their values at once, on the meta device too.
+    """
+
+    freqs_cos: Tensor
+    freqs_sin: Tensor
+
+    def __init__(self, make: Callable[[], Rotary], persistent: bool = True):
+        super().__init__()
+        with torch.device(torch.get_default_device() if persistent else "cpu"):
+            tables = make()
+        for name, table in zip(("freqs_cos", "freqs_sin"), tables, strict=True):
+            self.register_buffer(name, table, persistent)
+
+    def forward(self) -> Rotary:
+        return self.freqs_cos, self.freqs_sin
 
 
 def axial_rotary(head_width: int, grid: tuple[int, int], leading: int = 0) -> Rotary:

@@ -16,7 +16,7 @@ from dit_fast.diffusion.conversions import Diffusion
 from dit_fast.diffusion.grids import check_range, time_grid
 from dit_fast.diffusion.guidance import Bounds, Channels, Decision, check_internal, is_number
 from dit_fast.diffusion.reverse import LastStep
-from dit_fast.diffusion.samplers import MOST_ROWS, check_options, check_whole
+from dit_fast.diffusion.samplers import MOST_ROWS, check_options, check_refresh, check_whole
 from dit_fast.diffusion.solvers import SolverName, torchdiffeq
 from dit_fast.errors import UserError
 from dit_fast.models import guidance_conditions
@@ -68,6 +68,7 @@ class SampleOptions:
     time_shift: float | None = setting(
         None, "equal steps of u with t = s u / (1 + (s - 1) u) (default: the run's shift)"
     )
+    state_refresh: int | None = setting(None, "run DDT's encoder in every so many-th step (default: in all)")
     diffusion: Diffusion | None = setting(None, "form of an SDE's diffusion (default: linear, as REPA)")
     diffusion_norm: float | None = setting(None, "its factor (default: 1)")
     last_step: LastStep | None = setting(None, "an SDE's step without noise (default: mean)")
@@ -85,6 +86,7 @@ class SampleOptions:
         steps, own = FEW if self.num_steps is None else self.num_steps, self._own_options() if self.sampler else {}
         check_options(self.sampler or "euler", steps, self.chunk, self.seed, own)
         check_range(self.time_range, self.time_shift)
+        check_refresh(self.state_refresh, self.sampler or "euler")
         if self.sampler == "dopri5":
             torchdiffeq()
         scale, channels = 1.0 if self.cfg_scale is None else self.cfg_scale, self.cfg_channels or "all"
@@ -198,6 +200,8 @@ class SampleOptions:
             parts.append("t from {} to {}".format(*map(_exact, self.time_range)))
         if self.time_shift is not None:
             parts.append(f"times shifted by {_exact(self.time_shift)}")
+        if self.state_refresh is not None:
+            parts.append(f"encoder in every {self.state_refresh}. step")
         if given.keys() & {"diffusion", "diffusion_norm"}:
             parts.append(f"diffusion {_exact(own['diffusion_norm'])} {own['diffusion']}")
         if given.keys() & {"last_step", "last_step_size"}:

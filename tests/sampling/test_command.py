@@ -224,7 +224,7 @@ def test_the_command_has_the_options_of_the_class(place, monkeypatch, tmp_path):
         "class_token_cfg_scale": 2.0, "omega": 3.0, "t_min": 0.25, "t_max": 0.75,
         "sampler": "sde", "num_steps": 4, "time_range": (0.9, 0.125), "time_shift": 2.0,
         "diffusion": "increasing-decreasing", "diffusion_norm": 0.5, "last_step": "tweedie", "last_step_size": 0.1,
-        "seed": 5, "weights": "model", "precision": "bf16", "chunk": 2,
+        "state_refresh": 3, "seed": 5, "weights": "model", "precision": "bf16", "chunk": 2,
     }  # fmt: skip
     solver = {"sampler": "dopri5", "atol": 1e-4, "rtol": 1e-2}
     assert given.keys() | solver.keys() == SampleOptions.__dataclass_fields__.keys()
