@@ -19,6 +19,7 @@ from dit_fast.patch import diffusers_dit, diversedit, hunyuan, published
 from dit_fast.patch.diversedit import SkipWiring
 from dit_fast.patch.proof import Proofs
 from dit_fast.patch.replacement import Forward, foreign_forward, install, installed, uninstall
+from dit_fast.patch.rotary import Rotations
 
 logger = logging.getLogger("dit_fast")
 
@@ -84,11 +85,11 @@ def apply(
 ) -> Handle:
     """Lets the ops run the modules of `model` that they can take.
 
-    Taken: blocks, heads, MLPs, QK-normalised attention and the long skips of the published DiT, SiT, REPA and
-    DiverseDiT code, and of diffusers' DiT and HunyuanDiT. Only the instance's `forward` changes: parameters, buffers,
-    state_dict, hooks on the replaced modules and train or eval mode stay. Each replacement is first compared with the
-    module's own forward (see `dit_fast.patch.proof`); what cannot be taken stays and is named in
-    `handle.report.refused` and in the log. Applied again, it changes nothing, and the second handle undoes as well.
+    Taken: blocks, heads, MLPs, attention with QK-norm or rotary positions and the long skips of the published DiT, SiT,
+    REPA, DiverseDiT and LightningDiT code, and of diffusers' DiT and HunyuanDiT. Only the instance's `forward` changes:
+    parameters, buffers, state_dict, hooks on the replaced modules and train or eval mode stay. Each replacement is
+    first compared with the module's own forward (see `dit_fast.patch.proof`); what cannot be taken stays and is named
+    in `handle.report.refused` and in the log. Applied again, it changes nothing, and the second handle undoes as well.
     ops: names out of OPS, None for all. backend: that of every op. skip_wiring: of a DiverseDiT ("input", "output");
     None finds it out by running the model on a small input.
     Raises ConfigError for an unknown op, backend or wiring, UserError where nothing can be replaced.
@@ -98,7 +99,7 @@ def apply(
     if any(isinstance(module, SiT) for module in model.modules()):
         raise UserError("patch.apply: a dit_fast SiT uses the ops already; patch models of other codebases")
     _check_backend(model, chosen, backend)
-    report, done, accepted, proofs = Report(), [], [], Proofs()
+    report, done, accepted, proofs, rotations = Report(), [], [], Proofs(), Rotations(model)
     for path, module in model.named_modules():
         mark = installed(module)
         if mark is not None:
@@ -110,7 +111,7 @@ def apply(
             done.append((path, module, vars(module)["forward"].__func__))
             continue
         candidates = (
-            *published.find(path, module, backend),
+            *published.find(path, module, backend, proofs, rotations),
             *diversedit.find(path, module, backend, skip_wiring, proofs),
             *diffusers_dit.find(path, module, backend),
             *hunyuan.find(path, module, backend),

@@ -66,7 +66,7 @@ def _block(path: str, module: Any, backend: str) -> Candidate:
 
         embedded = norm1.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
         modulation = norm1.linear(norm1.silu(embedded)).chunk(6, dim=1)
-        return adaln_block(hidden_states, modulation, attend, self.ff, (norm1.norm.eps, self.norm3.eps), backend)
+        return adaln_block(hidden_states, modulation, attend, self.ff, (norm1.norm, self.norm3), backend)
 
     return Candidate(path, module, "adaln", bypassed, tuple(reasons), forward, arguments)
 

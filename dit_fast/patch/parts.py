@@ -114,14 +114,25 @@ def dropout_reasons(**dropouts: nn.Module | None) -> list[str]:
 
 
 def plain_norm_reasons(**norms: nn.Module) -> list[str]:
-    """For norms whose modulation comes from the conditioning: LayerNorm without affine parameters."""
-    reasons = []
+    """For norms whose modulation comes from the conditioning: LayerNorm without affine parameters, or all RMSNorm."""
+    reasons: list[str] = []
+    if all(norm_kind(norm) == "rms" for norm in norms.values()):
+        return reasons
     for name, norm in norms.items():
         if type(norm) is not nn.LayerNorm:
             reasons.append(f"{name} is {type(norm).__name__}, not nn.LayerNorm")
         elif norm.weight is not None or norm.bias is not None:
             reasons.append(f"{name} has affine parameters")
     return reasons
+
+
+def norm_kind(norm: Any) -> str:
+    """By what a norm holds: "layer", weight and bias or neither; "rms", a weight alone and an eps; "" for another."""
+    if type(norm) is nn.LayerNorm:
+        return "layer" if (norm.weight is None) == (norm.bias is None) else ""
+    lone = [name for name, value in norm._parameters.items() if value is not None] == ["weight"]
+    simple = lone and norm.weight.dim() == 1 and not norm._modules and isinstance(getattr(norm, "eps", None), float)
+    return "rms" if simple and not isinstance(norm, nn.LayerNorm) else ""
 
 
 def is_tokens(x: Any, *vectors: Any) -> bool:

@@ -119,7 +119,7 @@ def _likeness(candidate: Candidate) -> Any:
     if candidate.stand_ins:
         return id(candidate)
     numbers: dict[int, int] = {}
-    rows: list[Any] = [candidate.op]
+    rows: list[Any] = [candidate.op, candidate.forward.__code__]
     for path, module in candidate.module.named_modules():
         plain = dict(plain_attributes(module))
         rows += [path, type(module), *sorted(plain.items())]
@@ -186,7 +186,8 @@ def _disagreement_in_mode(
         if candidate.shorten is not None:
             candidate.shorten(run, trial.tokens)
         positional, named = candidate.arguments(RandomInputs(device, trial))
-        inputs = [value for value in (*positional, *named.values()) if value.is_floating_point()]
+        given = (*positional, *named.values())
+        inputs = [value for value in given if isinstance(value, Tensor) and value.is_floating_point()]
         if replaced:
             vars(run)["forward"] = types.MethodType(dispatch(candidate, _otherwise), run)
         before = _attributes(run)

@@ -9,6 +9,7 @@ import torch
 from dit_fast import ops
 from tests.helpers.published_models import Transformer, inputs
 from tests.patch.test_diffusers import _dit, _hunyuan
+from tests.patch.test_lightningdit import LightningDiT
 
 PAGE = (Path(__file__).parents[2] / "docs" / "drop-in.md").read_text()
 
@@ -18,6 +19,7 @@ def test_the_blocks_of_the_page_run():
     torch.manual_seed(0)
     x, t, y = inputs()
     names = {"model": Transformer("sit"), "sit": Transformer("repa"), "diversedit": Transformer("output")}
+    names["lightningdit"] = LightningDiT()
     names |= {"diffusers_dit": _dit(), "hunyuan": _hunyuan(), "x": x, "t": t, "y": y, "steps": torch.tensor([3, 700])}
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert len(blocks) >= 10
