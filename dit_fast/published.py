@@ -197,6 +197,11 @@ def _reason(error: Exception) -> str:
             f"holds '{match[1]}', which is neither a tensor nor a plain value and could run code; where that object is "
             "known, save state_dicts and plain values only (torch.save({'model': model.state_dict()}, FILE))"
         )
+    if "TorchScript" in text:
+        return (
+            "is a TorchScript program, as OpenAI's CLIP files are, and not opened, since it could run code; if you "
+            "trust it, save its weights (torch.save(torch.jit.load(FILE).state_dict(), OTHER))"
+        )
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
     told = [line for line in lines if not line.startswith(("Weights only load failed", "Check the documentation", "("))]
     if "protocol" in text or "Unsupported operand" in text:

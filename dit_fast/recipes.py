@@ -2,18 +2,18 @@
 
 Paper presets are named METHOD-SIZE-RESOLUTION (`diversedit-xl2-256`, `sit-b2-512`, `repa-l2-256`,
 `diversedit-repa-b2-256`). They carry the settings of DiverseDiT (arXiv 2603.04239, Sec. 4.1 and Tab. A1): AdamW 1e-4
-constant, batch 256, clip 1.0, EMA 0.9999, label dropout 0.1, 400K steps, linear path, uniform t; bf16 in place of
-fp16. REPA is aligned at block 5 (B) or 8 (L, XL), REG at 4 or 8, coefficient 0.5, iREPA (arXiv 2512.10794) at 4 or 8,
-coefficient 1. SRA has the blocks, the distance and the weight of its paper (arXiv 2505.02831), Dispersive Loss (arXiv 2506.09027) the setting of its JAX code: a
-quarter of the blocks, weight and tau 0.5, 16 samples at a time. DiverseDiT tells no coefficients of its runs with SRA
-and Dispersive Loss (Tab. 9): here they have each method's own. Mean flow (`mean_flow-b4-256`,
-`diversedit-mean_flow-xl2-256`) has its own settings (arXiv 2505.13447): beta2 0.95, no clipping, float32. So has
-improved mean flow (`improved_mean_flow-xl2-256`; arXiv 2512.02012), in batches of 1024 with a warm-up, on SiT's
-transformer; its code gives what it trained B with, which L and XL have here too. So has DiT
-(`dit-xl2-256`, `diversedit-dit-xl2-256`; arXiv 2212.09748): no clipping, float32; with SRA (`sra-dit-xl2-256`) other
-blocks and a lower weight than SiT. LightningDiT (`lightningdit-xl1-256`, `diversedit-lightningdit-b1-256`; arXiv
-2501.01423) has those of its released XL: batch 1024, 2e-4, beta2 0.95, no clipping, 80K steps, lognormal t, and a
-cosine beside the squared error.
+constant, batch 256, clip 1.0, EMA 0.9999, label dropout 0.1, 400K steps, linear path, uniform t; bf16 in place of fp16.
+REPA is aligned at block 5 (B) or 8 (L, XL), REG at 4 or 8, coefficient 0.5, iREPA (arXiv 2512.10794) at 4 or 8,
+coefficient 1. SRA has the blocks, the distance and the weight of its paper (arXiv 2505.02831), Dispersive Loss (arXiv
+2506.09027) the setting of its JAX code: a quarter of the blocks, weight and tau 0.5, 16 samples at a time. DiverseDiT
+tells no coefficients of its runs with SRA and Dispersive Loss (Tab. 9): here they have each method's own. Mean flow
+(`mean_flow-b4-256`, `diversedit-mean_flow-xl2-256`) has its own settings (arXiv 2505.13447): beta2 0.95, no clipping,
+float32. So has improved mean flow (`improved_mean_flow-xl2-256`; arXiv 2512.02012), in batches of 1024 with a warm-up,
+on SiT's transformer; its code gives what it trained B with, which L and XL have here too. So has DiT (`dit-xl2-256`,
+`diversedit-dit-xl2-256`; arXiv 2212.09748): no clipping, float32; with SRA (`sra-dit-xl2-256`) other blocks and a lower
+weight than SiT. LightningDiT (`lightningdit-xl1-256`, `diversedit-lightningdit-b1-256`; arXiv 2501.01423) has those of
+its released XL: batch 1024, 2e-4, beta2 0.95, no clipping, 80K steps, lognormal t, and a cosine beside the squared
+error.
 Internal guidance (arXiv 2512.24176) has its second head on block 8, LayerSync (arXiv 2510.12581) aligns block 8 with
 16, contrastive flow matching (arXiv 2506.05350) has a weight of 0.05, SRA 2 (arXiv 2601.17830) its head on block 2 (B)
 or 8.

@@ -181,3 +181,9 @@ def test_the_width_of_another_size_is_told():
 def test_another_spec_is_refused(spec, message):
     with pytest.raises(UserError, match=message.replace("|", r"\|")):
         load_encoder(spec)
+
+
+def test_a_program_is_not_opened(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "ViT-L-14.pt")
+    with pytest.raises(UserError, match=r"ViT-L-14.pt: is a TorchScript program, as OpenAI's CLIP files are, and not"):
+        load_encoder(f"clip-vit-l:{tmp_path}")

@@ -194,3 +194,16 @@ def test_two_ranks_run_frozen_encoders_of_their_own(stage, built, specs, tmp_pat
         assert ranks.wait() == [0, 0], ranks.text()[-3000:]
     for ours, theirs in zip(rows(shared), rows(alone), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.parametrize("beside", ["", "diversedit,", "reg,"])
+def test_irepa_trains_alone_and_beside_others(beside, stored, tmp_path):
+    options = ["methods.repa.encoder_depth=2", "methods.repa.projector=conv", "methods.repa.spatial_norm=0.6"]
+    if beside == "reg,":
+        options += ["methods.reg.encoder_depth=2", f"model.class_token={WIDTH}"]
+    run = tmp_path / "run"
+    assert main(arguments(stored, run, f"methods={beside}repa", *options, "run.steps=2", "run.checkpoint_every=1")) == 0
+    first, last = tensors(run, 1), tensors(run, 2)
+    (head,) = [name for name in last if name.startswith("model/") and name.endswith("projection_layer.weight")]
+    assert not torch.equal(first[head], last[head])
+    assert all(np.isfinite(row["repa/alignment"]) for row in rows(run))

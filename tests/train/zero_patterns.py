@@ -262,6 +262,7 @@ REALS = {
     "DiverseDiT": Real({"diversedit": ALL_PAIRS}, split="share"),
     "DiverseDiT, global": Real({"diversedit": {**ALL_PAIRS, "scope": "global"}}, split="micro"),
     "REPA": Real({"repa": {"encoder_depth": 1, "projector_width": 8}}),
+    "iREPA": Real({"repa": {"encoder_depth": 1, "projector": "conv", "spatial_norm": 0.6, "weight": 1.0}}),
     "REG": Real({"reg": {"encoder_depth": 1, "projector_width": 8, "stop_step": 2}}, options={"class_token": 6}),
     "SRA": Real({"sra": {"student_depth": 1, "teacher_depth": 2, "decay": 0.5, "stop_step": 2}}),
     "Self-Transcendence, stage 1": Real({"structure_guidance": {"depth": 1, "projector_width": 8}}),
