@@ -234,7 +234,8 @@ def with_labels(model: B, null_row: bool) -> B:
 def family_hint(names: Iterable[str], family: str) -> str:
     """Which family to load instead, in brackets, if the first of the names that belongs to one alone says another."""
     groups = (name.split(".")[0] for name in names)
-    owners = {group: owner for group, (owner, _) in OWN.items()} | {"projectors_final": "self_transcendence"}
+    owners = {group: owner for group, (owner, _) in OWN.items()}
+    owners |= {"projectors_final": "self_transcendence", "feat_rope": "lightningdit"}
     found = next((owners[group] for group in groups if group in owners), family)
     return "" if found == family else f" (use family='{found}')"
 

@@ -292,7 +292,9 @@ def _compare(model: nn.Module, state: Mapping[str, Tensor], family: str) -> None
     expected = model.state_dict()
     for name in expected:
         if name not in state:
-            raise CheckpointError(f"missing key '{name}': not a complete checkpoint of family '{family}'")
+            raise CheckpointError(
+                f"missing key '{name}': not a complete checkpoint of family '{family}'{family_hint(state, family)}"
+            )
     for name, tensor in state.items():
         if name not in expected:
             raise CheckpointError(

@@ -152,7 +152,7 @@ def test_lightningdit_belongs_to_its_own_family_alone():
     with pytest.raises(CheckpointError, match=r"skip_linears\.0\.linear\.weight' has no place"):
         export_official(build_model("LightningDiT-B/2", **SIZES, skip_wiring="input"))
     state = export_official(model)
-    with pytest.raises(CheckpointError, match="not a complete checkpoint of family 'sit'"):
+    with pytest.raises(CheckpointError, match=r"of family 'sit' \(use family='lightningdit'\)"):
         load_official(state, "sit", num_heads=4)
     with pytest.raises(CheckpointError, match=r"num_heads=2, but 'feat_rope\.freqs_cos' has shape"):
         load_official(state, "lightningdit", num_heads=2)
