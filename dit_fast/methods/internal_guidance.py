@@ -71,6 +71,10 @@ class InternalGuidance(Method):
                 "internal_guidance teaches a second head the velocity at one time; a mean velocity (model.times=2) has "
                 "its guidance in its target already; set objective=flow model.times=1, or leave internal_guidance out"
             )
+        if not hasattr(model.config, "auxiliary_depth"):
+            raise ConfigError(
+                f"internal_guidance trains a second head, which {model.config.name} cannot have; use SiT-..."
+            )
         if not auxiliary(model):
             raise ConfigError(
                 "internal_guidance trains a second head; set model.auxiliary_depth to one of the blocks "
