@@ -7,17 +7,27 @@ import torch
 
 from dit_fast.checkpoint import export_official, load_official
 from dit_fast.checkpoint.official import save_official
+from dit_fast.checkpoint.run import load_run
 from dit_fast.diffusion import Guidance, sample
 from dit_fast.errors import UserError
 from dit_fast.methods import build_methods
 from dit_fast.methods.internal_guidance import InternalGuidance, internal_guidance_losses
 from dit_fast.methods.reg import REG
+from dit_fast.models import new_model
 from dit_fast.objectives import DDPM, Flow
+from dit_fast.recipes import RECIPES, load
+from dit_fast.sampling.images import sample_images
+from dit_fast.sampling.options import SampleOptions
+from dit_fast.sampling.samples import Samples
+from dit_fast.train.__main__ import main
 from dit_fast.train.loss import TrainingLoss
 from dit_fast.tree import image
+from dit_fast.world import here
 from tests.helpers.cases import loop_over, refused
 from tests.helpers.golden import assert_close, assert_gradient_norms, assert_same_state, golden, golden_names
+from tests.helpers.parts import settings
 from tests.helpers.tiny_sit import inputs_for, tiny_sit
+from tests.helpers.toy_runs import arguments, rows
 
 NAMES = golden_names("internalguidance_")
 OPTIONS = {"sg_scale": "ig_scale", "sg_guidance_low": "ig_low", "sg_guidance_high": "ig_high"}
@@ -207,6 +217,22 @@ def test_a_class_token_beside_the_image_counts_by_its_weight():
     assert values[1.0] > values[0.0] > 0
 
 
+def test_a_run_trains_and_is_sampled_with_it(shards, tmp_path):
+    run = tmp_path / "run"
+    assert main(arguments(shards, run, *settings(("internal_guidance",), 3), "optimizer.lr=0.01")) == 0
+    assert rows(run)[-1].keys() >= {"flow", "internal_guidance/auxiliary"}
+    loaded, drawn = load_run(run), {}
+    for scale, low in ((1.0, 0.0), (40.0, 0.0), (40.0, 0.5)):
+        options = SampleOptions(per_class=1, num_steps=3, ig_scale=scale, ig_low=low)
+        drawn[scale, low] = Samples.join(sample_images(loaded, options, here()))
+    plain, guided, partly = drawn.values()
+    assert plain.text == "heun, 3 steps, guidance 2.5, seed 0"
+    assert guided.text == "heun, 3 steps, guidance 2.5, internal guidance 40, seed 0"
+    assert partly.text == "heun, 3 steps, guidance 2.5, internal guidance 40 for t in [0.5, 1], seed 0"
+    assert not (plain.images == guided.images).all()
+    assert not (partly.images == guided.images).all()
+
+
 def test_a_run_that_cannot_have_it_is_refused():
     config = [InternalGuidance.Config()]
     assert "set model.auxiliary_depth to one of the blocks 1..4" in refused(build_methods, config, tiny_sit(), None)
@@ -215,3 +241,12 @@ def test_a_run_that_cannot_have_it_is_refused():
     assert "model.auxiliary_depth=2 adds a head that no method" in refused(
         build_methods, [], tiny_sit(auxiliary_depth=2), None
     )
+
+
+@loop_over("name", [name for name in RECIPES if "internal_guidance" in name])
+def test_recipes_have_the_head_of_their_method(name):
+    config = load(name, ["model.input_size=8", "model.in_channels=4", "model.num_classes=10"])
+    chosen = [each for each in config.methods if each.name == "internal_guidance"]
+    with torch.device("meta"):
+        build_methods(chosen, new_model(config.model), None)
+    assert config.model.auxiliary_depth == (8 if "xl2" in name else 2)

@@ -7,7 +7,9 @@ from dit_fast.checkpoint import load_official
 from dit_fast.diffusion import Path, velocity_error
 from dit_fast.methods import build_methods
 from dit_fast.methods.layersync import LayerSync, layersync_loss
+from dit_fast.models import new_model
 from dit_fast.objectives import Flow
+from dit_fast.recipes import RECIPES, load
 from dit_fast.train.loss import TrainingLoss
 from tests.helpers.cases import loop_over, refused
 from tests.helpers.golden import assert_close, assert_gradient_norms, golden, golden_names
@@ -77,3 +79,13 @@ def test_what_cannot_be_meant_is_refused():
         assert f"methods.layersync.{key} is not one of this model's blocks 1..4" in refused(
             build_methods, [chosen], tiny_sit(), None
         )
+
+
+@loop_over("name", [name for name in RECIPES if "layersync" in name.split("-")])
+def test_recipes_have_the_published_depths(name):
+    config = load(name, ["model.input_size=8", "model.in_channels=4", "model.num_classes=10"])
+    chosen = [each for each in config.methods if each.name == "layersync"]
+    with torch.device("meta"):
+        (method,) = build_methods(chosen, new_model(config.model), None)
+    pairs = [(a + 1, b + 1) for a, b in method.pairs]
+    assert pairs == ([(8, 16)] if "xl2" in name else [(2, 4)])

@@ -6,8 +6,10 @@ from torch import nn
 
 from dit_fast.methods import build_methods
 from dit_fast.methods.sra2 import SRA2, sra2_loss
+from dit_fast.models import new_model
 from dit_fast.nn.projector import projector
 from dit_fast.objectives import Flow, MeanFlow
+from dit_fast.recipes import RECIPES, load
 from dit_fast.train.loss import TrainingLoss
 from dit_fast.tree import image
 from tests.helpers.cases import loop_over, refused
@@ -86,3 +88,12 @@ def test_what_cannot_be_meant_is_refused():
     ):
         assert message in refused(sra2_loss, *given)
     assert "methods.sra2.depth=8 is not one of" in refused(build_methods, [SRA2.Config()], tiny_sit(), None)
+
+
+@loop_over("name", [name for name in RECIPES if "sra2" in name.split("-")])
+def test_recipes_have_the_published_depths(name):
+    config = load(name, ["model.input_size=8", "model.in_channels=4", "model.num_classes=10"])
+    chosen = [each for each in config.methods if each.name == "sra2"]
+    with torch.device("meta"):
+        (method,) = build_methods(chosen, new_model(config.model), None)
+    assert method.block + 1 == (8 if name.split("-")[-2] in ("l2", "xl2") else 2)

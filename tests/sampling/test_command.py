@@ -52,6 +52,9 @@ def test_sample_command_writes_a_grid_or_an_archive(place, tmp_path, capsys):
         (["--time-range", "0,1"], "time_range must descend"),
         (["--time-shift", "0"], "time_shift=0.0 must be"),
         (["--omega", "2"], "omega is for a model that was trained with model.guidance_condition=true"),
+        (["--ig-scale", "2"], "ig_scale=2.0 extrapolates from an auxiliary output, and this SiT has none"),
+        (["--ig-scale", "inf"], "ig_scale=inf must be a finite number"),
+        (["--ig-high", "1.5"], "ig_high=1.5 must be a time in [0, 1]"),
         (["--omega", "0"], "omega=0.0 must be a finite number above 0"),
         (["--t-min", "2"], "t_min=2.0 must be a time in [0, 1]"),
         (["--t-min", "0.6", "--t-max", "0.5"], "t_min=0.6 lies above t_max=0.5; swap them"),
@@ -222,6 +225,7 @@ def test_the_command_has_the_options_of_the_class(place, monkeypatch, tmp_path):
         "classes": (2, 1), "per_class": 3, "cfg_scale": 1.5, "guidance_low": 0.1, "guidance_high": 0.9,
         "guidance_bounds": "exclusive", "heun_guidance": "each", "cfg_channels": "first_three",
         "class_token_cfg_scale": 2.0, "omega": 3.0, "t_min": 0.25, "t_max": 0.75,
+        "ig_scale": 1.25, "ig_low": 0.125, "ig_high": 0.5,
         "sampler": "sde", "num_steps": 4, "time_range": (0.9, 0.125), "time_shift": 2.0,
         "diffusion": "increasing-decreasing", "diffusion_norm": 0.5, "last_step": "tweedie", "last_step_size": 0.1,
         "state_refresh": 3, "seed": 5, "weights": "model", "precision": "bf16", "chunk": 2,
@@ -232,6 +236,7 @@ def test_the_command_has_the_options_of_the_class(place, monkeypatch, tmp_path):
     monkeypatch.setattr(images_module, "sample_images", lambda run, options, *_, **__: seen.append(options) or 1 / 0)
     monkeypatch.setattr(options_module, "torchdiffeq", lambda: None)
     monkeypatch.setattr(options_module, "check_told", lambda *_: None)  # this model is told no guidance
+    monkeypatch.setattr(options_module, "check_internal", lambda *_: None)  # and has one output
     flags = {"chunk": "--batch"}
     for values in (given, {"classes": (0,), "per_class": 1, **solver}):
         words = [
