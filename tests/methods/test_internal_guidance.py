@@ -250,3 +250,22 @@ def test_recipes_have_the_head_of_their_method(name):
     with torch.device("meta"):
         build_methods(chosen, new_model(config.model), None)
     assert config.model.auxiliary_depth == (8 if "xl2" in name else 2)
+
+
+@pytest.mark.parametrize("name", ["LightningDiT-Nano/2", "JiT-Nano/2"])
+def test_networks_built_of_the_same_parts_have_the_head_too(name):
+    model = tiny_sit(name=name, auxiliary_depth=3, skip_wiring="output")
+    x, t, y = inputs_for(model)
+    _, second = model(x, t, y)
+    head, seen = model.final_layer_xr, []
+    head.register_forward_hook(lambda module, given, result: seen.append(given[0]))
+    _, features = model(x, t, y, taps=[2])
+    assert torch.equal(seen[0], features[2])  # without tokens of the network's own
+    assert second.shape == x.shape
+    assert type(head) is type(model.final_layer)
+    assert head.norm == model.final_layer.norm
+
+
+def test_a_network_without_such_a_head_is_named():
+    model = tiny_sit(name="DDT-Nano/2", encoder_depth=2)
+    assert "which DDT-Nano/2 cannot have" in refused(build_methods, [InternalGuidance.Config()], model, None)
