@@ -14,6 +14,8 @@ on SiT's transformer; its code gives what it trained B with, which L and XL have
 weight than SiT. LightningDiT (`lightningdit-xl1-256`, `diversedit-lightningdit-b1-256`; arXiv 2501.01423) has those of
 its released XL: batch 1024, 2e-4, beta2 0.95, no clipping, 80K steps, lognormal t, and a cosine beside the squared
 error.
+HASTE (arXiv 2505.16792) has the blocks that are written into its code, whatever the size; it needs a DINOv2
+(`methods.haste.encoders=dinov2-vit-b:PATH`) and shards with images.
 Internal guidance (arXiv 2512.24176) has its second head on block 8, LayerSync (arXiv 2510.12581) aligns block 8 with
 16, contrastive flow matching (arXiv 2506.05350) has a weight of 0.05, SRA 2 (arXiv 2601.17830) its head on block 2 (B)
 or 8.
@@ -34,6 +36,7 @@ from dit_fast.methods import METHODS
 from dit_fast.methods.contrastive_flow import ContrastiveFlow
 from dit_fast.methods.dispersive import Dispersive
 from dit_fast.methods.diversedit import DiverseDiT
+from dit_fast.methods.haste import HASTE
 from dit_fast.methods.internal_guidance import InternalGuidance
 from dit_fast.methods.layersync import LayerSync
 from dit_fast.methods.reg import REG
@@ -232,6 +235,13 @@ SMALL: dict[str, dict[str, Any]] = {
         "methods": (REG.Config(encoder_depth=2, projector_width=256),),
         "model": replace(NANO, class_token=112),
     },
+    "haste": {  # a transformer of local weights is needed: methods.haste.encoders
+        "methods": (
+            HASTE.Config(
+                encoder_depth=2, projector_width=256, student_depths=(2, 3), teacher_depths=(11, 12), stop_step=1000
+            ),
+        )
+    },
     "dispersive": {"methods": (Dispersive.Config(),)},
     "sra": {"methods": (SRA.Config(student_depth=2, teacher_depth=4, decay=0.995),)},
     "self_transcendence": {  # depths and lengths in the proportions of the published B
@@ -275,6 +285,7 @@ BESIDE_DIVERSEDIT = (
     "repa",
     "irepa",
     "reg",
+    "haste",
     "dispersive",
     "sra",
     "self_transcendence",
@@ -292,6 +303,7 @@ BESIDE_DIVERSEDIT = (
 PUBLISHED = {  # names of what runs together -> sizes, resolutions
     "sit diversedit repa diversedit-repa reg diversedit-reg sra diversedit-sra": ("b2 l2 xl2", (256, 512)),
     "irepa diversedit-irepa": ("b2 l2 xl2", (256,)),
+    "haste diversedit-haste": ("b2 l2 xl2", (256,)),
     "dispersive": ("b2 l2 xl2", (256,)),
     "diversedit-dispersive diversedit-dispersive-sra": ("b2", (256,)),
     "lightningdit diversedit-lightningdit": ("b1 xl1", (256,)),

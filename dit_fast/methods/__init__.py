@@ -9,6 +9,7 @@ from dit_fast.methods.base import Method, Term
 from dit_fast.methods.contrastive_flow import ContrastiveFlow
 from dit_fast.methods.dispersive import Dispersive
 from dit_fast.methods.diversedit import DiverseDiT
+from dit_fast.methods.haste import HASTE
 from dit_fast.methods.internal_guidance import InternalGuidance, auxiliary
 from dit_fast.methods.layersync import LayerSync
 from dit_fast.methods.reg import REG
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Method]] = {
         DiverseDiT,
         REPA,
         REG,
+        HASTE,
         SRA,
         Dispersive,
         StructureGuidance,

@@ -3,16 +3,26 @@
 The end is the `stop_step` that every method has.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dit_fast.errors import UserError
+from dit_fast.data import DatasetInfo
+from dit_fast.encoders import PretrainedViT
+from dit_fast.errors import ConfigError, UserError
+from dit_fast.methods.base import Term
 from dit_fast.methods.base import active as active
+from dit_fast.methods.repa import Alignment, repa_loss
+from dit_fast.methods.targets import pixels
+from dit_fast.models import Backbone
 from dit_fast.nn.attention import Heads
+from dit_fast.objectives import Context
 from dit_fast.ops.autocast import without_autocast
+from dit_fast.options import setting
 
 
 def attention_loss(
@@ -73,3 +83,84 @@ def logits(query: Tensor, key: Tensor) -> Tensor:
     """[N, H, T, T], scaled, in at least float32."""
     wide = torch.promote_types(query.dtype, torch.float32)
     return (query.to(wide) * query.shape[-1] ** -0.5) @ key.to(wide).mT
+
+
+class HASTE(Alignment):
+    """REPA's alignment and the attention of some blocks, both of one encoder that sees the images while training."""
+
+    name = "haste"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Alignment.Config):
+        """What is aligned with a frozen transformer, and until when (published: DINOv2-B; defaults for SiT-XL)."""
+
+        name: ClassVar[str] = "haste"
+        stop_step: int = setting(250_000, "Step from which the method is not computed; 0 = never", "[0, 1e9]")
+        attention_weight: float = setting(0.5, "Weight of the attention's term", "[0, 1e6]")
+        student_depths: tuple[int, ...] = setting((5, 6, 7, 8), "Blocks whose attention is aligned, from 1")
+        teacher_depths: tuple[int, ...] = setting((9, 10, 11, 12), "The encoder's blocks that they follow, from 1")
+        attention_heads: int = setting(0, "First heads that are compared; 0 = as many as both have", "[0, 65536]")
+
+        def __post_init__(self) -> None:
+            students, teachers = len(self.student_depths), len(self.teacher_depths)
+            if not students or students != teachers:
+                raise ConfigError(
+                    f"methods.haste.student_depths lists {students} blocks and teacher_depths {teachers}; give pairs, "
+                    "one or more"
+                )
+
+    def __init__(self, config: Any, model: Backbone, data: DatasetInfo):
+        """Adds the projector. Raises ConfigError for blocks, heads and encoders that are not there, DataError where the
+        shards hold no images."""
+        super().__init__(config, model, data)
+        if len(config.encoders) != 1:
+            raise ConfigError(
+                f"methods.haste.encoders lists {len(config.encoders)}; give one vision transformer, e.g. "
+                "methods.haste.encoders=dinov2-vit-b:PATH"
+            )
+        self.bind(model, data, class_token=None)
+        (encoder,) = self.targets.encoders
+        if not isinstance(encoder, PretrainedViT):
+            raise ConfigError(
+                f"methods.haste.encoders={config.encoders[0]} has no attention; give a vision transformer"
+            )
+        self.students = [model.block(depth, "methods.haste.student_depths") for depth in config.student_depths]
+        for depth in config.teacher_depths:
+            if not 1 <= depth <= encoder.depth:
+                raise ConfigError(
+                    f"methods.haste.teacher_depths={depth} is not one of the blocks 1..{encoder.depth} of "
+                    f"{encoder.name}"
+                )
+        if config.attention_heads > (both := min(model.num_heads, encoder.heads)):
+            raise ConfigError(
+                f"methods.haste.attention_heads={config.attention_heads}: the model has {model.num_heads} heads and "
+                f"{encoder.name} {encoder.heads}; set at most {both}, or 0"
+            )
+        self.attention = frozenset(self.students)
+        self.grid = model.grid[0]
+
+    def complete(self, batch: Mapping[str, Tensor], active: bool) -> Mapping[str, Tensor]:
+        """Features, queries and keys of one pass; the class token and registers are left out before any softmax."""
+        if not active:
+            return {}
+        encoder: Any = self.targets.encoders[0]
+        given, seen = encoder.encode(pixels(batch), self.grid, [depth - 1 for depth in self.config.teacher_depths])
+        made = {self.targets.features[0]: given["features"]}
+        for number, parts in enumerate(seen):
+            for kind, part in zip(Heads._fields, parts, strict=True):
+                made[f"haste.{kind}_{number}"] = part[:, :, encoder.prefix :]
+        return made
+
+    def terms(self, context: Context) -> dict[str, Term]:
+        config, batch, (head,) = self.config, context.batch, self.heads
+        target, feature = batch[self.targets.features[0]], context.features[self.block]
+        tokens = target.shape[1]  # without a class token of the model
+        student = [Heads(*(part[:, :, -tokens:] for part in context.taps.heads[block])) for block in self.students]
+        teacher = [
+            Heads(*(batch[f"haste.{kind}_{number}"] for kind in Heads._fields)) for number in range(len(student))
+        ]
+        aligned = heads_loss(student, teacher, config.attention_heads or None)
+        return {
+            "haste/alignment": self.aligned([repa_loss(head(feature[:, -tokens:]), target)]),
+            "haste/attention": Term(aligned, config.attention_weight),
+        }

@@ -73,7 +73,7 @@ class Targets:
         """What of them a batch does not hold, by name; without gradients, in autocast where the caller is."""
         if not self.encoders:
             return {}
-        images, made = batch[IMAGE].float() / 127.5 - 1, {}
+        images, made = pixels(batch), {}
         for number, (name, encoder) in enumerate(zip(self.features, self.encoders, strict=True)):
             given = encoder(images, self._grid)
             made[name] = given["features"]
@@ -84,6 +84,11 @@ class Targets:
     def release(self) -> None:
         """Frees the encoders; nothing can be computed any more."""
         self.encoders = []
+
+
+def pixels(batch: Mapping[str, Tensor]) -> Tensor:
+    """The batch's images as encoders take them: float32 [N, 3, S, S] in [-1, 1]."""
+    return batch[IMAGE].float() / 127.5 - 1
 
 
 def _width(owner: str, name: str, shape: tuple[int, ...], model: Backbone) -> int:

@@ -1,5 +1,11 @@
 """Tiny encoders under the names of their official files, filled from hashes of those names."""
 
+import atexit
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+
 import torch
 
 from tests.helpers.deterministic_fill import fill
@@ -46,6 +52,15 @@ def official(spec):
         own = shapes | _linear("head.0", 16, WIDTH)
         return {"state_dict": _filled(own, "module.base_encoder.") | _filled(own, "module.momentum_encoder.")}
     return _filled(shapes)
+
+
+@cache
+def toy_encoder():
+    """The path of a DINOv2 of two blocks and two heads; removed at the end of the process."""
+    folder = Path(tempfile.mkdtemp(prefix="encoder-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    torch.save(official("dinov2-vit-b"), folder / "dinov2.pth")
+    return folder / "dinov2.pth"
 
 
 def _transformer(patch):

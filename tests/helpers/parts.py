@@ -8,6 +8,7 @@ import numpy as np
 from dit_fast.data import add_field
 from dit_fast.methods import METHODS
 from dit_fast.objectives import OBJECTIVES
+from tests.helpers.encoder_weights import toy_encoder
 
 WIDTH = 6  # of the features and the class token
 # What a part needs beside its name; a method that is not here runs with its defaults.
@@ -15,6 +16,13 @@ METHOD = {
     "diversedit": ("model.skip_wiring=input", "methods.diversedit.pairs=all", "methods.diversedit.low=0.01"),
     "repa": ("methods.repa.encoder_depth=2", "methods.repa.projector_width=8"),
     "reg": ("methods.reg.encoder_depth=2", "methods.reg.projector_width=8", f"model.class_token={WIDTH}"),
+    "haste": (
+        "methods.haste.encoders=dinov2-vit-b:{encoder}",
+        "methods.haste.encoder_depth=2",
+        "methods.haste.projector_width=8",
+        "methods.haste.student_depths=1,3",
+        "methods.haste.teacher_depths=2,1",
+    ),
     "sra": ("methods.sra.student_depth=2", "methods.sra.teacher_depth=3"),
     "self_transcendence": (
         "methods.self_transcendence.student_depth=2",
@@ -66,7 +74,8 @@ def settings(cell, steps):
     objectives = [name for name in cell if name not in METHODS]
     methods = [name for name in cell if name in METHODS]
     chosen = [text for name in objectives for text in OBJECTIVE.get(name, (f"objective={name}",))]
-    needed = [text.format(steps=steps) for name in methods for text in METHOD.get(name, ())]
+    values = {"steps": steps, **({"encoder": toy_encoder()} if "haste" in methods else {})}
+    needed = [text.format(**values) for name in methods for text in METHOD.get(name, ())]
     return [
         f"run.steps={steps}",
         f"methods={','.join(methods) or 'none'}",
@@ -80,10 +89,12 @@ def settings(cell, steps):
 
 
 def add_tokens(shards, folder):
-    """A copy of a toy data set, in folder, with features of four tokens and a class token beside the latents."""
+    """A copy of a toy data set, in folder, with features of four tokens, a class token and images beside them."""
     generator = np.random.default_rng(0)
     place = shutil.copytree(shards, folder / "with-tokens")
     for name, shape in (("features", (48, 4, WIDTH)), ("class_token", (48, WIDTH))):
         np.save(folder / f"{name}.npy", generator.standard_normal(shape, np.float32))
         add_field(place, name, folder / f"{name}.npy", progress=False)
+    np.save(folder / "image.npy", generator.integers(0, 256, (48, 3, 16, 16), np.uint8))
+    add_field(place, "image", folder / "image.npy", progress=False)
     return place

@@ -1,14 +1,25 @@
 """HASTE: its two losses, and as a method."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from dit_fast.errors import UserError
-from dit_fast.methods import haste
+from dit_fast.data.field import Field
+from dit_fast.encoders import load_encoder
+from dit_fast.errors import ConfigError, UserError
+from dit_fast.methods import build_methods, haste
 from dit_fast.methods.repa import repa_loss
+from dit_fast.models import build_model
 from dit_fast.nn.attention import Heads
+from dit_fast.objectives import Flow
+from dit_fast.train.__main__ import main
+from dit_fast.train.loss import TrainingLoss
 from tests.helpers.cases import loop_over
+from tests.helpers.encoder_weights import toy_encoder
 from tests.helpers.golden import assert_close, golden, golden_names
+from tests.helpers.parts import settings
+from tests.helpers.toy_runs import arguments, rows
 
 GOLDEN = golden_names("haste_")
 
@@ -80,3 +91,87 @@ def test_layers_are_paired():
         haste.attention_loss([], [])
     with pytest.raises(UserError, match="not 1 with 2"):
         haste.attention_loss([torch.zeros(1, 1, 2, 2)], [torch.zeros(1, 1, 2, 2)] * 2)
+
+
+SIZES = {"input_size": 4, "in_channels": 12, "hidden_size": 32, "depth": 3, "num_heads": 2, "num_classes": 3}
+SETTINGS = {"encoder_depth": 2, "projector_width": 8, "student_depths": (1, 3), "teacher_depths": (2, 1)}
+INFO = SimpleNamespace(field=lambda name: Field("image.npy", (3, 16, 16), "uint8"))
+
+
+def bound(**changes):
+    torch.manual_seed(0)
+    own = {key: changes.pop(key) for key in ("input_width", "num_heads", "class_token") if key in changes}
+    model = build_model("SiT-Nano/2", **{**SIZES, **own})
+    settings = {**SETTINGS, "encoders": (f"dinov2-vit-b:{toy_encoder()}",), **changes}
+    return model, *build_methods([haste.HASTE.Config(**settings)], model, INFO)
+
+
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "moments": torch.rand(3, 2, 12, 4, 4, generator=generator),
+        "label": torch.tensor([0, 1, 2]),
+        "position": torch.arange(3),
+        "image": torch.randint(0, 256, (3, 3, 16, 16), generator=generator, dtype=torch.uint8),
+    }
+
+
+def test_its_terms_are_the_plain_losses_of_the_encoders_maps_without_class_token():
+    model, method = bound(attention_heads=1)
+    seen = []
+    training = TrainingLoss(model, Flow(Flow.Config(), model), [method], seed=0)
+    terms = method.terms
+    method.terms = lambda context: seen.append(context) or terms(context)
+    value, logs = training(batch(), 0)
+    (context,) = seen
+    encoder = load_encoder(f"dinov2-vit-b:{toy_encoder()}")
+    images = batch()["image"].float() / 127.5 - 1
+    maps = [(q[:, :, 1:] @ k[:, :, 1:].mT) / 8 for q, k in encoder.attention(images, 2, [1, 0])]  # heads of 64
+    own = [context.taps.heads[block] for block in (0, 2)]
+    expected = haste.attention_loss([q @ k.mT / 4 for q, k in own], maps, heads=1)  # heads of 16
+    assert_close(logs["haste/attention"], expected, 1e-5)
+    projected = method.heads[0](context.features[1])
+    assert_close(logs["haste/alignment"], repa_loss(projected, encoder(images, 2)["features"]), 1e-5)
+    assert_close(value, logs["flow"] + 0.5 * logs["haste/attention"] + 0.5 * logs["haste/alignment"], 1e-6)
+
+
+def test_after_its_stop_the_encoder_is_gone_and_no_head_is_handed_out():
+    model, method = bound(stop_step=4)
+    assert haste.HASTE.Config().stop_step == 250_000
+    run = TrainingLoss(model, Flow(Flow.Config(), model), [method], seed=0)
+    assert run(batch(), 3)[1].keys() == {"loss", "flow", "haste/alignment", "haste/attention"}
+    assert run(batch(), 4)[1].keys() == {"loss", "flow"}
+    assert method.targets.encoders == []
+
+
+@loop_over(
+    ("changes", "message"),
+    [
+        ({"encoders": ()}, "methods.haste.encoders lists 0; give one vision transformer"),
+        ({"student_depths": (1,)}, "student_depths lists 1 blocks and teacher_depths 2"),
+        ({"student_depths": (1, 4)}, "methods.haste.student_depths=4 is not one of this model's blocks 1..3"),
+        ({"teacher_depths": (1, 3)}, r"teacher_depths=3 is not one of the blocks 1..2 of dinov2-vit-b"),
+        ({"attention_heads": 3}, "the model has 2 heads and dinov2-vit-b 2; set at most 2, or 0"),
+        ({"input_width": 6}, "the model has 2 x 3 tokens, an encoder gives a square"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        bound(**changes)
+
+
+def test_an_encoder_without_attention_is_refused(monkeypatch):
+    simple = SimpleNamespace(identity="a:b", shapes=lambda grid: {"features": (4, 6)})
+    simple.to = lambda device: simple
+    monkeypatch.setattr("dit_fast.methods.targets.load_encoder", lambda spec: simple)
+    with pytest.raises(ConfigError, match=r"methods\.haste\.encoders=simple has no attention"):
+        bound(encoders=("simple",))
+
+
+def test_beside_a_class_token_the_patch_tokens_are_compared(token_shards, tmp_path):
+    """REG's token is in front of the model's tokens; in bf16, over the stop."""
+    stop = ["methods.haste.stop_step=1", "engine.precision=bf16", "engine.micro_batch=4"]
+    assert main(arguments(token_shards, tmp_path / "run", *settings(("reg", "haste"), 2), *stop)) == 0
+    first, second = rows(tmp_path / "run")
+    assert {"haste/attention", "reg/alignment"} <= first.keys()
+    assert "haste/attention" not in second

@@ -17,6 +17,7 @@ from dit_fast.methods import METHODS, Method, Term
 from dit_fast.models import build_model
 from dit_fast.objectives import OBJECTIVES
 from dit_fast.train.loss import TrainingLoss
+from tests.helpers.encoder_weights import toy_encoder
 
 LR, EPS, BETAS, WEIGHT_DECAY, EMA = 5e-3, 1e-2, (0.9, 0.999), 0.01, 0.9
 
@@ -255,8 +256,12 @@ class Real:
         return OBJECTIVES[self.objective].functional
 
 
-FIELDS = {"features": (4, 6), "class_token": (6,)}
+FIELDS = {"features": (4, 6), "class_token": (6,), "image": (3, 16, 16)}
 ALL_PAIRS = {"pairs": "all", "weight": "continuous", "low": 0.0}
+FOLLOWED = {
+    "encoder_depth": 1, "projector_width": 8, "student_depths": (1, 2), "teacher_depths": (1, 2), "stop_step": 2,
+    "encoders": (f"dinov2-vit-b:{toy_encoder()}",),
+}  # fmt: skip
 GUIDED = {"student_depth": 1, "teacher_depth": 2, "guidance": 2.0, "projector_width": 8, "t_low": 0.0, "stop_step": 2}
 REALS = {
     "DiverseDiT": Real({"diversedit": ALL_PAIRS}, split="share"),
@@ -264,6 +269,7 @@ REALS = {
     "REPA": Real({"repa": {"encoder_depth": 1, "projector_width": 8}}),
     "iREPA": Real({"repa": {"encoder_depth": 1, "projector": "conv", "spatial_norm": 0.6, "weight": 1.0}}),
     "REG": Real({"reg": {"encoder_depth": 1, "projector_width": 8, "stop_step": 2}}, options={"class_token": 6}),
+    "HASTE": Real({"haste": FOLLOWED}),
     "SRA": Real({"sra": {"student_depth": 1, "teacher_depth": 2, "decay": 0.5, "stop_step": 2}}),
     "Self-Transcendence, stage 1": Real({"structure_guidance": {"depth": 1, "projector_width": 8}}),
     "Self-Transcendence, stage 2": Real({"self_transcendence": GUIDED}),
