@@ -175,3 +175,11 @@ def test_beside_a_class_token_the_patch_tokens_are_compared(token_shards, tmp_pa
     first, second = rows(tmp_path / "run")
     assert {"haste/attention", "reg/alignment"} <= first.keys()
     assert "haste/attention" not in second
+
+
+def test_the_quick_start_trains_with_the_weights_it_is_given(token_shards, tmp_path):
+    spec = f"methods.haste.encoders=dinov2-vit-b:{toy_encoder()}"
+    own = [spec, "methods.haste.teacher_depths=1,2", "run.steps=1", "engine.global_batch=4", "preview.every=0"]
+    places = [f"data.path={token_shards}", f"run.dir={tmp_path / 'run'}", "run.log_every=1"]
+    assert main(["quickstart-diversedit-haste", *own, *places]) == 0
+    assert {"haste/attention", "haste/alignment", "diversedit/total"} <= rows(tmp_path / "run")[0].keys()

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dit_fast.errors import UserError
-from dit_fast.models import Taps
+from dit_fast.models import Taps, build_model
+from dit_fast.models.registry import BACKBONES
 from tests.helpers.golden import assert_close
 from tests.helpers.tiny_sit import WIRINGS, inputs_for, tiny_sit
 
@@ -66,3 +67,17 @@ def test_a_model_that_hands_none_out_is_named(monkeypatch):
     monkeypatch.setattr(type(model), "compute", lambda self, *given: given[0])
     with pytest.raises(UserError, match=r"SiT-S/2 hands out no queries and keys of block 2"):
         model(*inputs_for(model), taps=Taps(attention=[2]))
+
+
+@pytest.mark.parametrize("name", [f"{kind}-Nano/2" for kind in BACKBONES])
+def test_every_backbone_hands_them_out(name):
+    """Those of the patches last, whatever tokens are in front."""
+    model = build_model(name, input_size=8, in_channels=4, num_classes=10)
+    taps = Taps(attention=[0, model.depth - 1])
+    model(*inputs_for(model), taps=taps)
+    for heads in taps.heads.values():
+        assert heads.query.shape == heads.key.shape
+        assert heads.query.shape[:2] == (3, model.num_heads)
+        assert heads.query.shape[2] >= model.num_tokens
+        assert heads.query.shape[3] == model.hidden_size // model.num_heads
+    assert sorted(taps.heads) == [0, model.depth - 1]
