@@ -16,6 +16,7 @@ its released XL: batch 1024, 2e-4, beta2 0.95, no clipping, 80K steps, lognormal
 error.
 HASTE (arXiv 2505.16792) has the blocks that are written into its code, whatever the size; it needs a DINOv2
 (`methods.haste.encoders=dinov2-vit-b:PATH`) and shards with images.
+REPA-E (arXiv 2504.10483) is aligned as REPA is; it needs an SD-VAE and the weights of LPIPS, by path.
 Internal guidance (arXiv 2512.24176) has its second head on block 8, LayerSync (arXiv 2510.12581) aligns block 8 with
 16, contrastive flow matching (arXiv 2506.05350) has a weight of 0.05, SRA 2 (arXiv 2601.17830) its head on block 2 (B)
 or 8.
@@ -41,6 +42,7 @@ from dit_fast.methods.internal_guidance import InternalGuidance
 from dit_fast.methods.layersync import LayerSync
 from dit_fast.methods.reg import REG
 from dit_fast.methods.repa import REPA
+from dit_fast.methods.repa_e import REPAE
 from dit_fast.methods.self_transcendence import SelfTranscendence
 from dit_fast.methods.sra import SRA
 from dit_fast.methods.sra2 import SRA2
@@ -156,10 +158,10 @@ def paper(name: str, size: str, resolution: int) -> TrainConfig:
 def _method(name: str, parts: Sequence[str], size: str, resolution: int) -> Any:
     """The published setting of one method among the parts of a recipe."""
     if name == "diversedit":
-        aligned = next((part for part in parts if part in ("repa", "irepa")), None)
-        return DiverseDiT.Config(encoder_depth=_repa(aligned, size).encoder_depth if aligned else None)
-    if name in ("repa", "irepa"):
-        return _repa(name, size)
+        aligned = next((part for part in parts if part in ("repa", "irepa", "repa_e")), None)
+        return DiverseDiT.Config(encoder_depth=_aligned(aligned, size).encoder_depth if aligned else None)
+    if name in ("repa", "irepa", "repa_e"):
+        return _aligned(name, size)
     if name == "reg":
         return REG.Config(encoder_depth=EARLY_DEPTH[size])
     if name == "sra":
@@ -178,10 +180,10 @@ def _method(name: str, parts: Sequence[str], size: str, resolution: int) -> Any:
     return METHODS[name].Config()
 
 
-def _repa(name: str, size: str) -> REPA.Config:
+def _aligned(name: str, size: str) -> REPA.Config | REPAE.Config:
     if name == "irepa":
         return REPA.Config(encoder_depth=EARLY_DEPTH[size], **IREPA)
-    return REPA.Config(encoder_depth=ENCODER_DEPTH[size])
+    return (REPA if name == "repa" else REPAE).Config(encoder_depth=ENCODER_DEPTH[size])
 
 
 def quickstart() -> TrainConfig:
@@ -231,6 +233,17 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "repa": {"methods": (REPA.Config(encoder_depth=2, projector_width=256),)},
     "irepa": {"methods": (REPA.Config(encoder_depth=2, **IREPA),)},
+    "repa_e": {  # no file of LPIPS is at hand; a discriminator for 32 pixels
+        "methods": (
+            REPAE.Config(
+                encoder_depth=2,
+                projector_width=256,
+                perceptual_weight=0.0,
+                discriminator_width=16,
+                discriminator_layers=2,
+            ),
+        )
+    },
     "reg": {
         "methods": (REG.Config(encoder_depth=2, projector_width=256),),
         "model": replace(NANO, class_token=112),
@@ -284,6 +297,7 @@ SMALL: dict[str, dict[str, Any]] = {
 BESIDE_DIVERSEDIT = (
     "repa",
     "irepa",
+    "repa_e",
     "reg",
     "haste",
     "dispersive",
@@ -304,6 +318,7 @@ PUBLISHED = {  # names of what runs together -> sizes, resolutions
     "sit diversedit repa diversedit-repa reg diversedit-reg sra diversedit-sra": ("b2 l2 xl2", (256, 512)),
     "irepa diversedit-irepa": ("b2 l2 xl2", (256,)),
     "haste diversedit-haste": ("b2 l2 xl2", (256,)),
+    "repa_e diversedit-repa_e": ("b2 l2 xl2", (256,)),
     "dispersive": ("b2 l2 xl2", (256,)),
     "diversedit-dispersive diversedit-dispersive-sra": ("b2", (256,)),
     "lightningdit diversedit-lightningdit": ("b1 xl1", (256,)),

@@ -17,6 +17,35 @@ from dit_fast.errors import ConfigError, UserError
 T = TypeVar("T")
 
 
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of the ranks' tensors, on each; x itself outside of a process group. Collective, forward and backward.
+
+    Its gradient is that of the sum of the ranks' losses, each of which depends on every rank's x.
+    """
+    return _SumOverRanks.apply(x) if ranks() > 1 else x
+
+
+def ranks() -> int:
+    """Processes of the group that this one has joined; 1 outside of one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce whose backward all-reduces too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
 @dataclass(frozen=True)
 class World:
     """One process of `size`. device is this process's; all methods are collective, except in a world of one."""

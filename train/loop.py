@@ -125,7 +125,8 @@ class _Run:
             precision=config.engine.precision,
         )
         self.checkpoints = Checkpoints(Path(config.run.dir), world, config.run.keep_checkpoints, config.run.keep_every)
-        self.preview = Preview(config, dataset, world) if config.preview.every else None
+        self.autoencoder = next((method.autoencoder for method in methods if method.autoencoder), None)
+        self.preview = Preview(config, dataset, world, self.autoencoder) if config.preview.every else None
         checkpoint = self.checkpoints.newest()
         self.start = 0
         if checkpoint is not None:
@@ -296,6 +297,7 @@ class _Run:
             "dataset_fingerprint": self.dataset.info.fingerprint,
             "field_fingerprints": self.dataset.info.field_fingerprints(self.fields),
             "digests": self.digests,
+            **({"autoencoder": self.autoencoder} if self.autoencoder else {}),
             "dataset_root": absolute(self.dataset.root),
             "ema_decay": self.config.optimizer.ema_decay,
             "config": to_dict(self.config),

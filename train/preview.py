@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from dit_fast import autoencoders
 from dit_fast.autoencoders import Autoencoder
-from dit_fast.checkpoint.run import LoadedRun
+from dit_fast.checkpoint.run import LoadedRun, own_autoencoder
 from dit_fast.data import LatentDataset
 from dit_fast.diffusion import Guidance
 from dit_fast.errors import ConfigError, DataError, UserError
@@ -33,13 +34,14 @@ logger = logging.getLogger("dit_fast")
 class Preview:
     """RUN/samples/step_N.png: image k has class k mod num_classes and starts from noise that depends on k alone.
 
-    Construction loads the data set's autoencoder on rank 0; UserError, on all ranks, where that cannot be done or no
+    own: configuration of an autoencoder that the run trains (`Method.autoencoder`), which then decodes.
+    Construction else loads the data set's on rank 0; UserError, on all ranks, where that cannot be done or no
     picture could be drawn with this configuration. Images that are not finite are not drawn: a warning says so, and
     training goes on.
     """
 
-    def __init__(self, config: TrainConfig, dataset: LatentDataset, world: World):
-        self.config, self.dataset, self.world = config, dataset, world
+    def __init__(self, config: TrainConfig, dataset: LatentDataset, world: World, own: Mapping[str, Any] | None = None):
+        self.config, self.dataset, self.world, self.own = config, dataset, world, own
         self._autoencoder: Autoencoder | None = None
         preview, classes = config.preview, tuple(range(dataset.info.num_classes))[: config.preview.count]
         try:
@@ -68,7 +70,8 @@ class Preview:
                 f"preview.cfg_scale={preview.cfg_scale} needs a null label, and model.label_dropout=0 trains none; set "
                 "preview.cfg_scale=1 or preview.every=0"
             )
-        world.agree(self._load)
+        if own is None:
+            world.agree(self._load)
 
     def _load(self) -> None:
         self._autoencoder = autoencoders.of(self.dataset)
@@ -99,6 +102,7 @@ class Preview:
         with torch.random.fork_rng(devices=[]):
             model = new_model(self.config.model)
         model.load_state_dict({name: weights[name] for name in model.state_dict()})
-        run, alone = LoadedRun(model.eval(), self.config, {"step": step}), replace(self.world, rank=0, size=1)
+        own = own_autoencoder(self.own, weights)
+        run, alone = LoadedRun(model.eval(), self.config, {"step": step}, own), replace(self.world, rank=0, size=1)
         # its first chunk is the grid; the last images of the last round of classes are beyond it
         return next(sample_images(run, self.options, alone, self.dataset, self._autoencoder)).images

@@ -70,7 +70,7 @@ def load_autoencoder(spec: str) -> Autoencoder:
         return TinyFlux2.load(path)
     from dit_fast.autoencoders.from_diffusers import DiffusersAutoencoder
 
-    return DiffusersAutoencoder(path)
+    return DiffusersAutoencoder.load(path)
 
 
 def of(dataset: LatentDataset) -> Autoencoder:

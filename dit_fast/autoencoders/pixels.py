@@ -1,7 +1,7 @@
 """Latents to model space and back, and from there to pixels, where nothing passes that is not finite."""
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -11,13 +11,20 @@ from dit_fast.errors import DataError
 
 if TYPE_CHECKING:
     from dit_fast.autoencoders import Autoencoder
-    from dit_fast.data.dataset import DatasetInfo
 
 
-def decode_images(
-    latents: Tensor, info: "DatasetInfo", autoencoder: "Autoencoder", origin: str, first: int = 0
-) -> np.ndarray:
-    """uint8 [N, H, W, 3] from model-space latents [N, C, h, w].
+class Scaled(Protocol):
+    """What says how latents are scaled: a data set's description, or an autoencoder with statistics of its own."""
+
+    @property
+    def scale(self) -> Any: ...
+
+    @property
+    def shift(self) -> Any: ...
+
+
+def decode_images(latents: Tensor, info: Scaled, autoencoder: "Autoencoder", origin: str, first: int = 0) -> np.ndarray:
+    """uint8 [N, H, W, 3] from model-space latents [N, C, h, w], which are scaled as `info` says.
 
     origin: where they come from ("weights of step 100"), and first: the number of the first, for messages. Raises
     DataError naming the first image that holds NaN or Inf, as a latent or once decoded.
@@ -48,18 +55,18 @@ def to_uint8(images: np.ndarray, origin: str, first: int = 0) -> np.ndarray:
     return levels.transpose(0, 2, 3, 1)
 
 
-def to_model_space(latents: Tensor, info: "DatasetInfo") -> Tensor:
+def to_model_space(latents: Tensor, info: Scaled) -> Tensor:
     """The autoencoder's latents [N, C, h, w] as the model sees them: x * scale + shift."""
     scale, shift = _scaling(latents, info)
     return latents * scale + shift
 
 
-def from_model_space(latents: Tensor, info: "DatasetInfo") -> Tensor:
+def from_model_space(latents: Tensor, info: Scaled) -> Tensor:
     """Inverse of `to_model_space`: (x - shift) / scale."""
     scale, shift = _scaling(latents, info)
     return (latents - shift) / scale
 
 
-def _scaling(latents: Tensor, info: "DatasetInfo") -> list[Tensor]:
+def _scaling(latents: Tensor, info: Scaled) -> list[Tensor]:
     make = partial(torch.tensor, dtype=latents.dtype, device=latents.device)
     return [make(value).reshape(-1, 1, 1) for value in (info.scale, info.shift)]

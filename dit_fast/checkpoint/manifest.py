@@ -31,6 +31,7 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {  # of state.json, where they are
     "dataset_root": str,
     "ema_decay": (int, float),
     "config": dict,
+    "autoencoder": dict,
     "ranks": int,
     "micro_batch": int,
     "versions": dict,

@@ -1,13 +1,18 @@
 """Reading a training run back: the model from its configuration, with averaged or raw weights. Needs no DeepSpeed."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from torch import Tensor
+
+from dit_fast.autoencoders import Autoencoder
+from dit_fast.autoencoders.from_diffusers import DiffusersAutoencoder
 from dit_fast.checkpoint.manifest import MANIFEST, STATE
 from dit_fast.checkpoint.step import FOLDER, Checkpoint, newest_checkpoint, open_checkpoint
 from dit_fast.data import LatentDataset, open_dataset
 from dit_fast.errors import CheckpointError, ConfigError, DataError
+from dit_fast.methods.base import NORM, NORM_EPS, VAE
 from dit_fast.models import Backbone, new_model
 from dit_fast.objectives import OBJECTIVES, Objective
 from dit_fast.runs import TrainConfig, stored
@@ -16,12 +21,14 @@ from dit_fast.runs import TrainConfig, stored
 class LoadedRun(NamedTuple):
     """model: on the CPU, in eval mode. state: what the checkpoint says about itself (step, samples_seen, ...).
 
-    `load_run` adds "weights_sha256" to the state: of the file that the weights were read from.
+    `load_run` adds "weights_sha256" to the state: of the file that the weights were read from. autoencoder: that of a
+    run that has trained one with its model, in the place of the data set's; its scale and shift too are the run's own.
     """
 
     model: Backbone
     config: TrainConfig
     state: dict[str, Any]
+    autoencoder: Autoencoder | None = None
 
     @property
     def step(self) -> int:
@@ -72,11 +79,27 @@ def load_run(path: str | Path, weights: Literal["ema", "model"] = "ema") -> Load
         model = new_model(config.model)
     except ConfigError as error:
         raise CheckpointError(f"{checkpoint.path / STATE}: its configuration cannot be read: {error}") from None
-    own = model.state_dict()
+    own, tensors = model.state_dict(), checkpoint.state_dict(weights)
     checkpoint.require(weights, own)
-    model.load_state_dict({name: tensor for name, tensor in checkpoint.state_dict(weights).items() if name in own})
+    model.load_state_dict({name: tensor for name, tensor in tensors.items() if name in own})
     state["weights_sha256"] = checkpoint.files[file][1]
-    return LoadedRun(model.eval(), config, state)
+    return LoadedRun(model.eval(), config, state, own_autoencoder(state.get("autoencoder"), tensors))
+
+
+def own_autoencoder(config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> Autoencoder | None:
+    """The autoencoder among a run's tensors, None where it has none (`Method.autoencoder`).
+
+    Its latents are scaled as the batch norm does it that stands before the model, by running statistics. Raises
+    CheckpointError where something of it is missing.
+    """
+    if config is None:
+        return None
+    for name in (f"{NORM}.running_mean", f"{NORM}.running_var"):
+        if name not in tensors:
+            raise CheckpointError(f"the run has an autoencoder of its own, and its weights lack '{name}'; restore them")
+    weights = {name.removeprefix(f"{VAE}."): x for name, x in tensors.items() if name.startswith(f"{VAE}.")}
+    mean, var = (tensors[f"{NORM}.{name}"].double() for name in ("running_mean", "running_var"))
+    return DiffusersAutoencoder.trained(config, weights, mean, (var + NORM_EPS).sqrt(), "the run's own")
 
 
 def find_checkpoint(path: str | Path, files: Collection[str]) -> Checkpoint:

@@ -14,6 +14,7 @@ from dit_fast.methods.internal_guidance import InternalGuidance, auxiliary
 from dit_fast.methods.layersync import LayerSync
 from dit_fast.methods.reg import REG
 from dit_fast.methods.repa import REPA
+from dit_fast.methods.repa_e import REPAE
 from dit_fast.methods.self_transcendence import SelfTranscendence, StructureGuidance
 from dit_fast.methods.sra import SRA
 from dit_fast.methods.sra2 import SRA2
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Method]] = {
     for method in (
         DiverseDiT,
         REPA,
+        REPAE,
         REG,
         HASTE,
         SRA,

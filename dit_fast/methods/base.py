@@ -20,6 +20,8 @@ from dit_fast.options import setting
 from dit_fast.philox import Key
 from dit_fast.tree import Tree
 
+# Modules of the model where a method trains an autoencoder with it: that, and the batch norm of its latents.
+VAE, NORM, NORM_EPS = "vae", "bn", 1e-4
 Load = Callable[[str, str], tuple[Backbone, str]]  # path of a run or step folder, weights -> frozen model, sha256
 
 
@@ -49,7 +51,9 @@ class Method(ABC):
     moving average the EMA file holds. teachers: networks beside the model that it runs, without gradients; they are
     compiled where the model is. functional: whether it differentiates within a forward (jvp, a second derivative) or
     calls the model with other parameters. digests: sha256 by name of what `prepare` read from outside and is frozen;
-    they are kept in the checkpoints, and a resume with another file is refused, wherever it lies.
+    they are kept in the checkpoints, and a resume with another file is refused, wherever it lies. autoencoder: where
+    `state` gives latents of an autoencoder that is trained with the model, diffusers' configuration of it; it is the
+    model's `VAE`, and the running statistics of `NORM` scale its latents.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -68,6 +72,7 @@ class Method(ABC):
     averaged: tuple[str, ...] = ()
     teachers: tuple[Backbone, ...] = ()
     digests: Mapping[str, str] = MappingProxyType({})
+    autoencoder: Mapping[str, Any] | None = None
 
     def __init__(self, config: Any, model: Backbone, data: DatasetInfo):
         """Binds the method to a run: works out its blocks and adds its heads (`model.add_projector`, `model.add_head`).

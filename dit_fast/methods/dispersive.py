@@ -19,6 +19,7 @@ from dit_fast.models import Backbone
 from dit_fast.objectives import Context
 from dit_fast.ops.autocast import without_autocast
 from dit_fast.options import check_choice, setting
+from dit_fast.world import ranks
 
 Variant = Literal["infonce_l2", "infonce_cosine", "hinge", "covariance"]
 Scope = Literal["rank", "global"]
@@ -57,8 +58,8 @@ def dispersive_loss(
     with without_autocast(feature):
         rows = feature.flatten(1)
         rows = rows if rows.dtype == torch.float64 else rows.float()
-        if scope == "global" and (ranks := _ranks()) > 1:
-            rows = _GatherOverRanks.apply(rows, ranks)
+        if scope == "global" and (count := ranks()) > 1:
+            rows = _GatherOverRanks.apply(rows, count)
         count, width = rows.shape
         if variant in ("hinge", "covariance") and count < 2:
             raise UserError(f"dispersive loss '{variant}' is over pairs of samples, and there is only {count}")
@@ -79,10 +80,6 @@ def dispersive_loss(
 
 def _log_mean_exp(exponents: Tensor) -> Tensor:
     return exponents.flatten().logsumexp(0) - math.log(exponents.numel())
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 class _GatherOverRanks(torch.autograd.Function):
@@ -145,9 +142,9 @@ class Dispersive(Method):
     def check_batch(self, micro_batch: int) -> None:
         """Raises ConfigError for a batch of one sample, with which no variant has a gradient."""
         config = self.config
-        if micro_batch * (_ranks() if config.scope == "global" else 1) < 2:
+        if micro_batch * (ranks() if config.scope == "global" else 1) < 2:
             void = "is constant" if config.variant.startswith("infonce") else "has no pair"
-            fix = " or methods.dispersive.scope=global" if config.scope == "rank" and _ranks() > 1 else ""
+            fix = " or methods.dispersive.scope=global" if config.scope == "rank" and ranks() > 1 else ""
             raise ConfigError(
                 f"methods.dispersive.variant={config.variant} {void} with one sample in a batch of scope "
                 f"'{config.scope}'; set engine.micro_batch=2 or more{fix}"

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dit_fast.errors import UserError
@@ -22,6 +21,7 @@ from dit_fast.ops._op import wide
 from dit_fast.ops.autocast import without_autocast
 from dit_fast.ops.diversity_op import EPS, OP
 from dit_fast.ops.row_statistics import RowStatistics, known
+from dit_fast.world import ranks, sum_over_ranks
 
 PAPER_COEFFICIENT = 0.33
 
@@ -159,27 +159,11 @@ def loss_from_stats(
     return _combine(_reduce_over_ranks(stats) if scope == "global" else stats, pairs, variant)
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """All-reduce whose backward all-reduces too: every rank's loss depends on every rank's statistics."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad
-
-
 def _reduce_over_ranks(stats: DiversityStats) -> DiversityStats:
-    if not (dist.is_available() and dist.is_initialized()):
+    if ranks() == 1:
         return stats
     parts = [stats.sums, stats.abs_sums, stats.square_sums, stats.pair_sums, stats.count]
-    flat = _SumOverRanks.apply(torch.cat([part.reshape(-1) for part in parts]))
+    flat = sum_over_ranks(torch.cat([part.reshape(-1) for part in parts]))
     pieces = flat.split([part.numel() for part in parts])
     return DiversityStats(*(piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)))
 

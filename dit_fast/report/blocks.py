@@ -84,8 +84,11 @@ def _clean(loaded: LoadedRun, dataset: LatentDataset, samples: np.ndarray, seed:
     adding = [config for config in loaded.config.methods if METHODS[config.name].adds]
     with torch.device("meta"):  # their heads are not wanted
         methods = build_methods(adding, new_model(loaded.config.model), dataset.info)
-    batch = _read(dataset, samples, tuple({name for method in methods for name in method.fields}))
-    x: Tree = to_model_space(batch["moments"][:, 0], dataset.info)
+    images = set() if loaded.autoencoder is None else {"image"}
+    batch = _read(dataset, samples, tuple(images.union(*(method.fields for method in methods))))
+    own = loaded.autoencoder
+    means = batch["moments"][:, 0] if own is None else own.encode(batch["image"].float() / 127.5 - 1)[0]
+    x: Tree = to_model_space(means, own or dataset.info)
     for method in methods:
         batch |= method.complete(batch, active=False)
         x = method.state(x, batch, Key(seed, batch["position"]))

@@ -28,7 +28,8 @@ def sample_images(
 
     Image k depends on the seed, on k and on its class, not on how many are drawn or on the number of ranks; equal
     `chunk` gives equal bytes. A chunk is held at a time, and ranks do not talk. run: read with options.weights.
-    dataset, autoencoder: the run's, where they are open already. done: first images of chunks that are not wanted.
+    dataset, autoencoder: the run's, where they are open already; one that the run has trained comes first. done: first
+    images of chunks that are not wanted.
 
     Raises UserError, here, for a label outside the data set's classes and for a data set or an autoencoder that cannot
     be read; while drawing, for guidance of a model without a null label, and for images that are not finite, naming the
@@ -36,8 +37,9 @@ def sample_images(
     """
     dataset = run.dataset() if dataset is None else dataset
     options = options.resolved(run, dataset)
-    decoder = (autoencoders.of(dataset) if autoencoder is None else autoencoder).to(world.device)
-    model, device, info, classes = run.model.to(world.device), world.device, dataset.info, options.classes
+    own = run.autoencoder
+    decoder = (own or autoencoder or autoencoders.of(dataset)).to(world.device)
+    model, device, classes = run.model.to(world.device), world.device, options.classes
     objective = run.objective
     shapes = model.shapes if len(model.shapes) > 1 else model.shapes["image"]
 
@@ -56,7 +58,7 @@ def sample_images(
                 field=objective.field,
                 **options.arguments(),
             )
-        pictures = decode_images(image(latents), info, decoder, f"weights of step {run.step}", first)
+        pictures = decode_images(image(latents), own or dataset.info, decoder, f"weights of step {run.step}", first)
         return Samples(pictures, labels.cpu().numpy(), run.step, options.text(), first)
 
     firsts = range(world.rank * options.chunk, options.count, world.size * options.chunk)

@@ -9,12 +9,21 @@ from dit_fast.data import add_field
 from dit_fast.methods import METHODS
 from dit_fast.objectives import OBJECTIVES
 from tests.helpers.encoder_weights import toy_encoder
+from tests.helpers.tiny_vae import toy_vae
 
 WIDTH = 6  # of the features and the class token
 # What a part needs beside its name; a method that is not here runs with its defaults.
 METHOD = {
     "diversedit": ("model.skip_wiring=input", "methods.diversedit.pairs=all", "methods.diversedit.low=0.01"),
     "repa": ("methods.repa.encoder_depth=2", "methods.repa.projector_width=8"),
+    "repa_e": (
+        "methods.repa_e.vae=diffusers:{vae}",
+        "methods.repa_e.encoder_depth=2",
+        "methods.repa_e.projector_width=8",
+        "methods.repa_e.perceptual_weight=0",
+        "methods.repa_e.discriminator_width=4",
+        "methods.repa_e.discriminator_layers=2",
+    ),
     "reg": ("methods.reg.encoder_depth=2", "methods.reg.projector_width=8", f"model.class_token={WIDTH}"),
     "haste": (
         "methods.haste.encoders=dinov2-vit-b:{encoder}",
@@ -74,7 +83,11 @@ def settings(cell, steps):
     objectives = [name for name in cell if name not in METHODS]
     methods = [name for name in cell if name in METHODS]
     chosen = [text for name in objectives for text in OBJECTIVE.get(name, (f"objective={name}",))]
-    values = {"steps": steps, **({"encoder": toy_encoder()} if "haste" in methods else {})}
+    values = {
+        "steps": steps,
+        **({"encoder": toy_encoder()} if "haste" in methods else {}),
+        **({"vae": toy_vae()} if "repa_e" in methods else {}),
+    }
     needed = [text.format(**values) for name in methods for text in METHOD.get(name, ())]
     return [
         f"run.steps={steps}",

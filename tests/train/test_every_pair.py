@@ -5,6 +5,7 @@ reason (a name, a shape) is mended, not listed.
 """
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,10 @@ REFUSED: dict[tuple[str, ...], str] = {
     "not predict; set model.class_token=0, or objective=flow",
     ("structure_guidance", "self_transcendence"): "structure_guidance is the first stage of self_transcendence, whose "
     "second trains without it; set methods=self_transcendence (methods.self_transcendence.stage1_* are its settings)",
+}
+REFUSED |= {
+    ("repa_e", "self_transcendence"): "repa_e moves the latents while it trains, and the frozen teacher of "
+    "self_transcendence knows those of another autoencoder; remove one of them"
 }
 NOISE = (
     "contrastive_flow with {}: the noise of another sample says nothing of its image, and to be far from it is only to "
@@ -50,7 +55,7 @@ REFUSED |= {
     ("improved_mean_flow", "internal_guidance"): "velocity_head and auxiliary_depth are both a second output; set one"
 }
 MUST_TRAIN = [
-    *(("diversedit", other) for other in ("repa", "reg", "sra", "self_transcendence", "dispersive")),
+    *(("diversedit", other) for other in ("repa", "repa_e", "reg", "sra", "self_transcendence", "dispersive")),
     *(("mean_flow", "diversedit"), ("ddpm", "diversedit"), ("sra", "dispersive"), ("repa", "reg")),
     *(("diversedit", other) for other in ("internal_guidance", "contrastive_flow", "layersync", "sra2")),
 ]
@@ -95,7 +100,9 @@ def test_it_trains_or_contradicts_itself(cell, trained, capsys):
         with torch.device("meta"):
             own = {f"model/{name}" for name in new_model(read_config(run / "config.json").model).state_dict()}
         heads = {name for name in second if name.startswith("model/")} - own
-        assert [name for name in sorted(heads) if torch.equal(first[name], second[name])] == []
+        still = [name for name in sorted(heads) if torch.equal(first[name], second[name])]
+        # a hinge loss of logits below 1 on both sides says nothing of what is added to all of them
+        assert [name for name in still if not re.fullmatch(r"model/discriminator\.\d+\.bias", name)] == []
     for name in set(cell) & METHODS.keys():
         alone, beside = (
             {key for run in folders for key in terms(run, name)} for folders in (trained((name,))[1], runs)
