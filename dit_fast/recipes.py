@@ -295,24 +295,9 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 # those of SMALL that are also there with it
 BESIDE_DIVERSEDIT = (
-    "repa",
-    "irepa",
-    "repa_e",
-    "reg",
-    "haste",
-    "dispersive",
-    "sra",
-    "self_transcendence",
-    "mean_flow",
-    "improved_mean_flow",
-    "lightningdit",
-    "rae",
-    "dit",
-    "internal_guidance",
-    "contrastive_flow",
-    "layersync",
-    "sra2",
-)
+    "repa irepa repa_e reg haste dispersive sra self_transcendence mean_flow improved_mean_flow "
+    "lightningdit rae dit internal_guidance contrastive_flow layersync sra2"
+).split()
 
 PUBLISHED = {  # names of what runs together -> sizes, resolutions
     "sit diversedit repa diversedit-repa reg diversedit-reg sra diversedit-sra": ("b2 l2 xl2", (256, 512)),
