@@ -284,6 +284,9 @@ REALS = {
     "improved mean flow": Real(
         objective="improved_mean_flow", options={"times": 2, "velocity_head": True, "guidance_condition": True}
     ),
+    "DiverseDiT on LightningDiT": Real(
+        {"diversedit": ALL_PAIRS}, options={"name": "LightningDiT-Nano/1", "adaln_shift": False}, split="share"
+    ),
 }
 CASES = {**PATTERNS, **REALS}
 
