@@ -243,3 +243,35 @@ def _type_name(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join("none" if kind is type(None) else _type_name(kind) for kind in arguments)
     return f"list of {_type_name(arguments[0])}" if origin is tuple else hint.__name__
+
+
+HEAD = """# Configuration
+
+Every key of a run, generated from the code by `python -m dit_fast.recipes`. Keys are set as `key=value` on the command
+line (`optimizer.lr=2e-4`) or in a `.json` configuration, where each dot is a level. Defaults are those of the classes;
+a recipe may differ (`dit-fast train RECIPE --print-config` shows its values). A square bracket includes the bound, a
+round one does not. Keys marked *yes* may change when a run is resumed.
+
+`objective=NAME` chooses another objective, with its defaults. `methods=a,b` sets the list of methods, `methods=none`
+empties it; order is kept, and so are the settings of those that were in it. Sizes of the model that are 0 are those of
+its name. Choices are made before single keys are set, in whatever order they stand on the command line.
+"""
+
+
+def reference(config: type) -> str:
+    """docs/configuration.md: every key of every group that a configuration may have, from the declarations."""
+    return "\n".join([HEAD, *(_table(path, group) for path, group in groups(config))])
+
+
+def _table(path: str, group: Any) -> str:
+    rows, text = list(keys(group, path)), group.__doc__
+    title, (component, _, nested) = path, group.__qualname__.partition(".")
+    if nested and not path.endswith(f".{group.name}"):
+        sizes = any(key.path == f"{path}.name" for key in rows)  # one class for several names
+        title += f"={component}-..." if sizes else f"={group.name}"
+    lines = [f"## {title}\n", f"{text}\n", "| Key | Values | Default | Resumed | Meaning |", "|---|---|---|---|---|"]
+    for key in rows:
+        default = str(key.default).lower() if isinstance(key.default, bool | None) else str(key.default) or "(empty)"
+        resumed = "yes" if key.resumes else ""
+        lines.append(f"| `{key.path}` | {f'{key.type} {key.within}'.strip()} | {default} | {resumed} | {key.text} |")
+    return "\n".join(lines) + "\n"

@@ -23,6 +23,9 @@ or 8.
 `self_transcendence-b2-256` (two stages; also with DiverseDiT) has queries and keys normalised, as published.
 `rae-xl1-256` (and with DiverseDiT) trains LightningDiT-XL/1 on tokens of DINOv2-B as RAE does (arXiv 2510.11690), but
 for its learning rate, which is constant.
+JiT (`jit-b16-256`, `diversedit-jit-h16-256`; arXiv 2511.13720) is trained on pixels: batch 1024, 2e-4, beta2 0.95, no
+clipping, 5 epochs of warm-up, 600 in all. DDT (`ddt-xl2-256`, `repa-ddt-xl2-256`; arXiv 2504.05741) has beta2 0.95, no
+clipping and lognormal t; beside REPA a projector as wide as the model.
 `quickstart` and `quickstart-METHOD` learn ten classes in minutes on two CPU cores.
 """
 
@@ -46,9 +49,9 @@ from dit_fast.methods.repa_e import REPAE
 from dit_fast.methods.self_transcendence import SelfTranscendence
 from dit_fast.methods.sra import SRA
 from dit_fast.methods.sra2 import SRA2
-from dit_fast.models import DiT, LightningDiT, SiT
+from dit_fast.models import DDT, DiT, JiT, LightningDiT, SiT
 from dit_fast.objectives import DDPM, Flow, ImprovedMeanFlow, MeanFlow
-from dit_fast.options import groups, keys, nearest
+from dit_fast.options import nearest, reference
 from dit_fast.runs import (
     DataConfig,
     EngineConfig,
@@ -74,6 +77,10 @@ GUIDED_TARGETS = {  # omega, kappa, largest guided t of mean flow: B and L as pu
     "l2": (0.2, 0.92, 0.8),
     "xl2": (0.2, 0.92, 0.75),
 }
+X_PREDICTION = Flow.Config(  # JiT's weighting and times, in our direction
+    prediction="x", weighting="velocity", time="logit_normal", time_mean=0.8, time_std=0.8
+)
+JIT_GUIDANCE = {"b16": 2.9, "l16": 2.4, "h16": 2.2}
 TOLD_GUIDANCE = {  # omega, t_min, t_max of improved mean flow: of previews (B), of samples of released weights (L, XL)
     "b2": (7.5, 0.4, 0.65),
     "l2": (10.5, 0.4, 0.6),
@@ -84,7 +91,7 @@ TOLD_GUIDANCE = {  # omega, t_min, t_max of improved mean flow: of previews (B),
 def paper(name: str, size: str, resolution: int) -> TrainConfig:
     """The published setting of one or more parts, as `PUBLISHED` names them, at 256 or 512 pixels.
 
-    Latents are f8 of 4 channels, for LightningDiT f16 of 32, for RAE 16 x 16 tokens of DINOv2-B.
+    Latents are f8 of 4 channels, for LightningDiT f16 of 32, for RAE 16 x 16 tokens of DINOv2-B, for JiT the pixels.
     """
     parts = name.split("-")
     of_model: dict[str, Any] = {"class_token": 768} if "reg" in parts else {}  # DINOv2-B's
@@ -111,7 +118,7 @@ def paper(name: str, size: str, resolution: int) -> TrainConfig:
             "engine": EngineConfig(precision="fp32"),
             "preview": PreviewConfig(sampler="mean_flow", num_steps=1, cfg_scale=1.0),
         }
-    kind: type[SiT] = DiT if "dit" in parts else SiT
+    kind: Any = DiT if "dit" in parts else SiT
     of_latents, steps = (8, 4), RunConfig.steps
     if "improved_mean_flow" in parts:
         omega, low, high = TOLD_GUIDANCE[size]
@@ -140,13 +147,29 @@ def paper(name: str, size: str, resolution: int) -> TrainConfig:
             "engine": EngineConfig(global_batch=1024),
             "preview": PreviewConfig(cfg_scale=1.0),
         }
+    if "jit" in parts:
+        kind, of_latents, steps = JiT, (1, 3), 600 * LARGE_EPOCH
+        of_run = {
+            "objective": X_PREDICTION,
+            "optimizer": OptimizerConfig(lr=2e-4, beta2=0.95, grad_clip=0.0, warmup_steps=5 * LARGE_EPOCH),
+            "engine": EngineConfig(global_batch=1024),
+            "preview": PreviewConfig(sampler="heun", cfg_scale=JIT_GUIDANCE[size]),
+        }
+    if "ddt" in parts:
+        kind = DDT
+        of_run = {
+            "objective": Flow.Config(time="lognormal"),
+            "optimizer": OptimizerConfig(beta2=0.95, grad_clip=0.0),
+        }
+    if "diversedit" in parts and has_long_skips(kind.Config):
+        of_model["skip_wiring"] = "input"
+    width = size.rstrip("0123456789")
     return TrainConfig(
         model=kind.Config(
-            name=f"{kind.__name__}-{size[:-1].upper()}/{size[-1]}",
+            name=f"{kind.__name__}-{width.upper()}/{size.removeprefix(width)}",
             input_size=resolution // of_latents[0],
             in_channels=of_latents[1],
             num_classes=1000,
-            skip_wiring="input" if "diversedit" in parts else "off",
             **of_model,
         ),
         methods=tuple(_method(part, parts, size, resolution) for part in parts if part in {*METHODS, "irepa"}),
@@ -160,6 +183,8 @@ def _method(name: str, parts: Sequence[str], size: str, resolution: int) -> Any:
     if name == "diversedit":
         aligned = next((part for part in parts if part in ("repa", "irepa", "repa_e")), None)
         return DiverseDiT.Config(encoder_depth=_aligned(aligned, size).encoder_depth if aligned else None)
+    if name == "repa" and "ddt" in parts:
+        return REPA.Config(projector_width=1152)
     if name in ("repa", "irepa", "repa_e"):
         return _aligned(name, size)
     if name == "reg":
@@ -178,6 +203,11 @@ def _method(name: str, parts: Sequence[str], size: str, resolution: int) -> Any:
     if name == "sra2":
         return SRA2.Config(depth=2 if size == "b2" else 8)
     return METHODS[name].Config()
+
+
+def has_long_skips(config: object) -> bool:
+    """Whether a backbone's Config has them as a setting."""
+    return hasattr(config, "skip_wiring")
 
 
 def _aligned(name: str, size: str) -> REPA.Config | REPAE.Config:
@@ -207,12 +237,13 @@ def small(
 ) -> TrainConfig:
     """`quickstart` with other methods, another objective (not None) and another model; run.dir ends in `name`.
 
-    "diversedit-..." has the DiverseDiT of `quickstart`, and its long skips, before `methods`. data: other shards than
-    its own. preview: keys of its group.
+    "diversedit-..." has the DiverseDiT of `quickstart`, and its long skips where the model has some, before `methods`.
+    data: other shards than its own. preview: keys of its group.
     """
     start = quickstart()
     if name.startswith("diversedit-"):
-        methods, model = (*start.methods, *methods), replace(model, skip_wiring="input")
+        methods = (*start.methods, *methods)
+        model = replace(model, skip_wiring="input") if has_long_skips(model) else model
     return replace(
         start,
         model=model,
@@ -228,9 +259,9 @@ def small(
 # token is EfficientNet-Lite0's. Of quick-start size by name, as `small` takes it:
 SMALL: dict[str, dict[str, Any]] = {
     "sit": {},
-    "x": {  # JiT's weighting and times, in our direction
-        "objective": Flow.Config(prediction="x", weighting="velocity", time="logit_normal", time_mean=0.8, time_std=0.8)
-    },
+    "x": {"objective": X_PREDICTION},
+    "jit": {"objective": X_PREDICTION, "model": JiT.Config(name="JiT-Nano/2")},
+    "ddt": {"objective": Flow.Config(time="lognormal"), "model": DDT.Config(name="DDT-Nano/2")},
     "repa": {"methods": (REPA.Config(encoder_depth=2, projector_width=256),)},
     "irepa": {"methods": (REPA.Config(encoder_depth=2, **IREPA),)},
     "repa_e": {  # no file of LPIPS is at hand; a discriminator for 32 pixels
@@ -296,7 +327,7 @@ SMALL: dict[str, dict[str, Any]] = {
 # those of SMALL that are also there with it
 BESIDE_DIVERSEDIT = (
     "repa irepa repa_e reg haste dispersive sra self_transcendence mean_flow improved_mean_flow "
-    "lightningdit rae dit internal_guidance contrastive_flow layersync sra2"
+    "lightningdit rae jit ddt dit internal_guidance contrastive_flow layersync sra2"
 ).split()
 
 PUBLISHED = {  # names of what runs together -> sizes, resolutions
@@ -308,6 +339,10 @@ PUBLISHED = {  # names of what runs together -> sizes, resolutions
     "diversedit-dispersive diversedit-dispersive-sra": ("b2", (256,)),
     "lightningdit diversedit-lightningdit": ("b1 xl1", (256,)),
     "rae diversedit-rae": ("xl1", (256,)),
+    "jit diversedit-jit": ("b16 l16 h16", (256,)),
+    "ddt": ("b2 l2 xl2", (256, 512)),
+    "repa-ddt": ("xl2", (256, 512)),
+    "diversedit-ddt": ("b2 xl2", (256,)),
     "dit": ("s2 b2 l2 xl2", (256, 512)),
     "diversedit-dit": ("s2 b2 l2 xl2", (256,)),
     "sra-dit": ("xl2", (256,)),
@@ -351,37 +386,5 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> TrainConfig:
     return changed(config, overrides)
 
 
-HEAD = """# Configuration
-
-Every key of a run, generated from the code by `python -m dit_fast.recipes`. Keys are set as `key=value` on the command
-line (`optimizer.lr=2e-4`) or in a `.json` configuration, where each dot is a level. Defaults are those of the classes;
-a recipe may differ (`dit-fast train RECIPE --print-config` shows its values). A square bracket includes the bound, a
-round one does not. Keys marked *yes* may change when a run is resumed.
-
-`objective=NAME` chooses another objective, with its defaults. `methods=a,b` sets the list of methods, `methods=none`
-empties it; order is kept, and so are the settings of those that were in it. Sizes of the model that are 0 are those of
-its name. Choices are made before single keys are set, in whatever order they stand on the command line.
-"""
-
-
-def reference() -> str:
-    """docs/configuration.md: every key of every group that a run may have, from the declarations."""
-    return "\n".join([HEAD, *(_table(path, group) for path, group in groups(TrainConfig))])
-
-
-def _table(path: str, group: Any) -> str:
-    rows, text = list(keys(group, path)), group.__doc__
-    title, (component, _, nested) = path, group.__qualname__.partition(".")
-    if nested and not path.endswith(f".{group.name}"):
-        sizes = any(key.path == f"{path}.name" for key in rows)  # one class for several names
-        title += f"={component}-..." if sizes else f"={group.name}"
-    lines = [f"## {title}\n", f"{text}\n", "| Key | Values | Default | Resumed | Meaning |", "|---|---|---|---|---|"]
-    for key in rows:
-        default = str(key.default).lower() if isinstance(key.default, bool | None) else str(key.default) or "(empty)"
-        resumed = "yes" if key.resumes else ""
-        lines.append(f"| `{key.path}` | {f'{key.type} {key.within}'.strip()} | {default} | {resumed} | {key.text} |")
-    return "\n".join(lines) + "\n"
-
-
 if __name__ == "__main__":
-    print(reference(), end="")
+    print(reference(TrainConfig), end="")

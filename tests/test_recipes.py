@@ -19,7 +19,8 @@ def test_a_small_recipe_changes_objective_methods_and_model_of_the_quick_start(n
     assert f'run.dir: "runs/quickstart/train" -> "runs/quickstart/{name.removeprefix("quickstart-")}"' in lines
     assert {key.partition(".")[0] for key in keys - {"run.dir"}} <= {"objective", "methods", "model", "preview", "data"}
     assert ("data.path" in keys) == name.endswith("rae")
-    assert load(name).model.skip_wiring == ("input" if name.startswith("quickstart-diversedit-") else "off")
+    if not name.endswith("ddt"):  # which has no long skips
+        assert load(name).model.skip_wiring == ("input" if name.startswith("quickstart-diversedit-") else "off")
     assert ("methods.diversedit.pairs" in keys) != name.startswith("quickstart-diversedit-")
 
 

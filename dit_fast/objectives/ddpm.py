@@ -22,6 +22,7 @@ from dit_fast.diffusion.paths import along
 from dit_fast.diffusion.solvers import Field
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.models import Backbone, Output, Taps, split
+from dit_fast.models.base import PRESETS
 from dit_fast.objectives.base import Context, Objective, noise_for
 from dit_fast.philox import Key, Stream
 from dit_fast.tree import Tree, each, image, like
@@ -110,9 +111,10 @@ class DDPM(Objective):
         """Raises ConfigError for a model without a variance, of two times or with a class token."""
         name = model.config.name
         if not model.learns_variance:
+            alike = f"DiT-{name.partition('-')[2]}"
             raise ConfigError(
                 f"objective=ddpm needs a model that predicts a variance, unlike {name}; set "
-                f"model={name.replace('SiT', 'DiT', 1)}"
+                f"model={alike if alike in PRESETS else 'DiT-XL/2'}"
             )
         if model.times != 1:
             raise ConfigError("objective=ddpm tells its model one step t, not two times; set model.times=1")
