@@ -1,7 +1,8 @@
-// LayerNorm with a modulation per sample, the gated residual before it, and both in one pass, on the CPU.
+// A norm with a modulation per sample, the gated residual before it, and both in one pass, on the CPU.
 //
-// x_new = x + gate * y and out = layer_norm(x_new) * (1 + scale) + shift; either part may be absent. All arithmetic is
-// in float32, every result is rounded once. Statistics are those of x_new as stored.
+// x_new = x + gate * y and out = norm(x_new) * (1 + scale) + shift; either part may be absent, and the shift. The norm is
+// LayerNorm, or RMSNorm, x / sqrt(variance + mean^2 + eps). All arithmetic is in float32, every result is rounded once.
+// Statistics are those of x_new as stored: mean and variance with either norm.
 //
 // Gradients of gate, shift and scale are summed over chunks of 64 tokens in float32, chunks are added in float64 in
 // order. Threads only take different chunks, so results have the same bits for any thread count, and on AVX2 and
@@ -53,6 +54,7 @@ struct Modulation {
 struct Forward {
   int64_t tokens, width, padded;
   float eps;
+  bool rms;
   Stream x, y, x_new, out;
   const float *known_mean, *known_variance;  // [N, T] or null
   float *mean, *variance;                    // [N, T] or null
@@ -61,6 +63,7 @@ struct Forward {
 struct Backward {
   int64_t tokens, width, padded;
   float eps;
+  bool rms;
   Stream grad_x_new, grad_out, x_new, y, grad_x, grad_y;
   const float *mean, *variance;  // [N, T]
 };
@@ -141,15 +144,14 @@ class Scratch {
   int64_t sample_ = -1;
 };
 
-// Fills x_new (with y and gate), out (with shift and scale), mean and variance [N, T], each where it is given.
+// Fills x_new (with y and gate), out (with scale; shift may be absent), mean and variance [N, T], each where it is given.
 // known_mean and known_variance replace the statistics of x; they exclude y.
 void adaln_forward(Tensor x, Maybe y, Maybe gate, Maybe shift, Maybe scale, Maybe known_mean, Maybe known_variance,
-                   double eps, Maybe x_new, Maybe out, Maybe mean, Maybe variance, int64_t level) {
+                   double eps, bool rms, Maybe x_new, Maybe out, Maybe mean, Maybe variance, int64_t level) {
   const Shape shape = read_shape(x, "x");
   STD_TORCH_CHECK(y.has_value() == gate.has_value() && y.has_value() == x_new.has_value(),
                   "y, gate and x_new go together");
-  STD_TORCH_CHECK(shift.has_value() == scale.has_value() && shift.has_value() == out.has_value(),
-                  "shift, scale and out go together");
+  STD_TORCH_CHECK(scale.has_value() == out.has_value() && (out || !shift), "shift goes with scale, scale with out");
   STD_TORCH_CHECK(mean.has_value() == variance.has_value() && known_mean.has_value() == known_variance.has_value(),
                   "mean and variance go together");
   STD_TORCH_CHECK(!known_mean || (!y && !mean), "known statistics are those of x itself and are not measured again");
@@ -157,6 +159,7 @@ void adaln_forward(Tensor x, Maybe y, Maybe gate, Maybe shift, Maybe scale, Mayb
                      shape.width,
                      shape.padded,
                      static_cast<float>(eps),
+                     rms,
                      read_stream(x, shape, "x"),
                      read_stream(y, shape, "y"),
                      read_stream(x_new, shape, "x_new"),
@@ -196,23 +199,24 @@ void add_chunks(const Shape& shape, const float* partials, const Stream* grads) 
   });
 }
 
-// Fills grad_x, with y also grad_y and grad_gate, with grad_out also grad_shift and grad_scale.
+// Fills grad_x, with y also grad_y and grad_gate, with grad_out also grad_scale and, where it is given, grad_shift.
 // At least one of grad_x_new and grad_out is given; x_new, scale, mean and variance are read with grad_out only.
 void adaln_backward(Maybe grad_x_new, Maybe grad_out, Maybe x_new, Maybe y, Maybe gate, Maybe scale, Maybe mean,
-                    Maybe variance, double eps, Tensor grad_x, Maybe grad_y, Maybe grad_gate, Maybe grad_shift,
+                    Maybe variance, double eps, bool rms, Tensor grad_x, Maybe grad_y, Maybe grad_gate, Maybe grad_shift,
                     Maybe grad_scale, int64_t level) {
   const Shape shape = read_shape(grad_x, "grad_x");
   STD_TORCH_CHECK(grad_x_new || grad_out, "grad_x_new and grad_out are both absent");
   STD_TORCH_CHECK(y.has_value() == gate.has_value() && y.has_value() == grad_y.has_value() &&
                       y.has_value() == grad_gate.has_value(),
                   "y, gate, grad_y and grad_gate go together");
-  STD_TORCH_CHECK(grad_shift.has_value() == grad_out.has_value() && grad_scale.has_value() == grad_out.has_value(),
-                  "grad_out, grad_shift and grad_scale go together");
+  STD_TORCH_CHECK(grad_scale.has_value() == grad_out.has_value() && (grad_out || !grad_shift),
+                  "grad_shift goes with grad_scale, grad_scale with grad_out");
   STD_TORCH_CHECK(!grad_out || (x_new && scale && mean && variance), "grad_out needs x_new, scale, mean and variance");
   const Backward pass{shape.tokens,
                       shape.width,
                       shape.padded,
                       static_cast<float>(eps),
+                      rms,
                       read_stream(grad_x_new, shape, "grad_x_new"),
                       read_stream(grad_out, shape, "grad_out"),
                       read_stream(x_new, shape, "x_new"),
@@ -244,11 +248,11 @@ void adaln_backward(Maybe grad_x_new, Maybe grad_out, Maybe x_new, Maybe y, Mayb
 STABLE_TORCH_LIBRARY_FRAGMENT(dit_fast_native, m) {
   m.def(
       "adaln_forward(Tensor x, Tensor? y, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? known_mean, "
-      "Tensor? known_variance, float eps, Tensor(a!)? x_new, Tensor(b!)? out, Tensor(c!)? mean, "
+      "Tensor? known_variance, float eps, bool rms, Tensor(a!)? x_new, Tensor(b!)? out, Tensor(c!)? mean, "
       "Tensor(d!)? variance, int level) -> ()");
   m.def(
       "adaln_backward(Tensor? grad_x_new, Tensor? grad_out, Tensor? x_new, Tensor? y, Tensor? gate, Tensor? scale, "
-      "Tensor? mean, Tensor? variance, float eps, Tensor(a!) grad_x, Tensor(b!)? grad_y, Tensor(c!)? grad_gate, "
+      "Tensor? mean, Tensor? variance, float eps, bool rms, Tensor(a!) grad_x, Tensor(b!)? grad_y, Tensor(c!)? grad_gate, "
       "Tensor(d!)? grad_shift, Tensor(e!)? grad_scale, int level) -> ()");
 }
 

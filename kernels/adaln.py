@@ -1,4 +1,4 @@
-r"""The adaLN-Zero family in one pass over the streams: gate + residual, LayerNorm, modulation, and their gradient.
+r"""The adaLN-Zero family in one pass over the streams: gate + residual, norm, modulation, and their gradient.
 
 With vectors per sample, m and v mean and variance of the row of x' as it is stored, and r = 1 / sqrt(v + eps)
 
@@ -9,8 +9,13 @@ For gradients e of x' and g of out, with h = g (1 + scale) and means over the ro
     a = e + r (h - mean h - n mean(h n)),    dx = a,    dy = gate * a,
     dgate = sum of a y,    dshift = sum of g,    dscale = sum of g n     over the tokens of a sample.
 
-Without y, x' is x; without shift and scale there is no out; e or g may be missing. A row stays in registers from load
-to store, the vectors over all rows of a program.
+That is LayerNorm. RMSNorm divides by the root of the mean square, which m and v give without cancellation, and its
+gradient lacks the term of the mean:
+
+    r = 1 / sqrt(v + m^2 + eps),    n = r x',    a = e + r (h - n mean(h n)).
+
+Without y, x' is x; without scale there is no out, and scale may be without shift; e or g may be missing. A row stays in
+registers from load to store, the vectors over all rows of a program.
 
 Bits. CHUNK tokens of one sample make a partial sum of the three vectors; `add_chunks` adds the chunks in order, in
 float64. Padded width, rows of a tile and warps order the sums inside: all three are functions of the width alone. Only
@@ -52,11 +57,13 @@ from dit_fast.kernels.rows import MAX_CHUNKS, store_rounded
 def modulate_rows(x, y, gate, shift, scale, x_new, out, mean, variance, tokens, x_strides, y_strides,
                   gate_stride, shift_stride, scale_stride, eps,
                   WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-                  RESIDUAL: tl.constexpr, NORM: tl.constexpr, KNOWN: tl.constexpr, EMIT: tl.constexpr,
+                  RESIDUAL: tl.constexpr, NORM: tl.constexpr, RMS: tl.constexpr, SCALE_ONLY: tl.constexpr,
+                  KNOWN: tl.constexpr, EMIT: tl.constexpr,
                   ALIGNED: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """x_new, out [N, T, D], mean, variance [N, T], all contiguous. Program (n, i): TOKENS rows of sample n.
 
-    RESIDUAL: there are y and x_new. NORM: there is out. KNOWN: statistics are read; EMIT: they are written.
+    RESIDUAL: there are y and x_new. NORM: there is out. RMS: of RMSNorm. SCALE_ONLY: there is no shift. KNOWN:
+    statistics are read; EMIT: they are written.
     """
     sample = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1).to(tl.int64) * TOKENS
@@ -67,7 +74,8 @@ def modulate_rows(x, y, gate, shift, scale, x_new, out, mean, variance, tokens, 
         y += sample * multiple(y, y_strides[0], ALIGNED)
     if NORM:
         gain = 1 + read_vector(scale, sample, scale_stride, channel, whole, ALIGNED)
-        offset = read_vector(shift, sample, shift_stride, channel, whole, ALIGNED)
+        if not SCALE_ONLY:
+            offset = read_vector(shift, sample, shift_stride, channel, whole, ALIGNED)
     x += sample * multiple(x, x_strides[0], ALIGNED)
     for start in range(0, TOKENS, ROWS):
         token = first + start + tl.arange(0, ROWS)[:, None]
@@ -92,7 +100,12 @@ def modulate_rows(x, y, gate, shift, scale, x_new, out, mean, variance, tokens, 
                 tl.store(mean + row, centre, mask=present)
                 tl.store(variance + row, spread, mask=present)
             if NORM:
-                value = centred * (1 / tl.sqrt(spread + eps)) * gain + offset
+                if RMS:
+                    centred = stream
+                    spread += centre * centre
+                value = centred * (1 / tl.sqrt(spread + eps)) * gain
+                if not SCALE_ONLY:
+                    value += offset
                 store_rounded(out + row * WIDTH + channel, value, inside, UPCAST)
 
 
@@ -110,9 +123,9 @@ def supports(x: Tensor) -> list[str]:
 
 def forward(
     x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, eps: float,
-    stats: tuple[Tensor, Tensor] | None, out_dtype: torch.dtype, want_stats: bool,
+    rms: bool, stats: tuple[Tensor, Tensor] | None, out_dtype: torch.dtype, want_stats: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(x_new, out, mean, variance): x_new is None without y and gate, out without shift and scale.
+    """(x_new, out, mean, variance): x_new is None without y and gate, out without scale.
 
     x, y: [N, T, D]; gate, shift, scale: [N, D]; any mixture of fp32, bf16 and fp16, any strides. stats: mean and
     variance [N, T] fp32 of x, only without y; they are handed back. Statistics are fp32 [N, T], of x_new as stored.
@@ -121,7 +134,7 @@ def forward(
     y, gate, shift, scale = (by_rows(tensor) for tensor in (y, gate, shift, scale))
     batch, tokens, width = x.shape
     x_new = None if y is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out = None if shift is None else torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    out = None if scale is None else torch.empty(x.shape, dtype=out_dtype, device=x.device)
     mean = variance = None
     if stats is not None:
         mean, variance = (each.contiguous() for each in stats)
@@ -135,7 +148,8 @@ def forward(
         vector_strides = [0 if vector is None else vector.stride(0) for vector in (gate, shift, scale)]
         modulate_rows[(batch, triton.cdiv(tokens, TOKENS))](
             *pointers, tokens, strides_of(x, x), strides_of(y, x), *vector_strides, eps, TOKENS=TOKENS,
-            RESIDUAL=y is not None, NORM=out is not None, KNOWN=stats is not None, EMIT=emits,
+            RESIDUAL=y is not None, NORM=out is not None, RMS=rms, SCALE_ONLY=out is not None and shift is None,
+            KNOWN=stats is not None, EMIT=emits,
             ALIGNED=is_aligned([x, y, gate, shift, scale, x_new, out]),
             **tile_of(width), **options_of(width), enable_fp_fusion=True,
         )  # fmt: skip
@@ -144,12 +158,13 @@ def forward(
 
 def aot_cases(arch: int) -> list[AotCase]:
     """Widths of SiT-B, L and XL; every type with everything on, and the parts alone as training in bf16 runs them."""
-    fused = {"RESIDUAL": True, "NORM": True, "KNOWN": False, "EMIT": True}
+    fused = {"RESIDUAL": True, "NORM": True, "RMS": False, "SCALE_ONLY": False, "KNOWN": False, "EMIT": True}
     shapes = ((768, PURE), (1024, HALF), (1152, PURE), (1152, AUTOCAST), (1152, SINGLE))
     alone = (fused | {"RESIDUAL": False}, fused | {"NORM": False})
-    known = {"RESIDUAL": False, "NORM": True, "KNOWN": True, "EMIT": False}
+    known = fused | {"RESIDUAL": False, "KNOWN": True, "EMIT": False}
+    rms = (fused | {"RMS": True}, known | {"RMS": True}, fused | {"RESIDUAL": False, "RMS": True, "SCALE_ONLY": True})
     return [_case(modulate_rows, *shape, fused) for shape in shapes] + [
-        _case(modulate_rows, 1152, AUTOCAST, parts) for parts in (*alone, known)
+        _case(modulate_rows, 1152, AUTOCAST, parts) for parts in (*alone, known, *rms)
     ]
 
 
@@ -160,7 +175,8 @@ def _case(kernel: Any, width: int, types: tuple[str, str], parts: dict[str, bool
     # What is absent is passed as the launcher does it: by x.
     kinds: dict[str, Any] = {"x": stream, "x_new": stream, "eps": "fp32"}
     kinds |= dict.fromkeys(("y", "gate"), branch if parts["RESIDUAL"] else stream)
-    kinds |= dict.fromkeys(("shift", "scale", "out"), branch if parts["NORM"] else stream)
+    kinds |= dict.fromkeys(("scale", "out"), branch if parts["NORM"] else stream)
+    kinds |= {"shift": branch if parts["NORM"] and not parts["SCALE_ONLY"] else stream}
     kinds |= dict.fromkeys(("mean", "variance"), "*fp32")
     kinds |= dict.fromkeys(("tokens", "gate_stride", "shift_stride", "scale_stride"), "i32")
     kinds |= dict.fromkeys(("x_strides", "y_strides"), ("i32", "i32"))

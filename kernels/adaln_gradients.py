@@ -33,11 +33,12 @@ BLOCK = 256
 def differentiate_rows(grad_x_new, grad_out, x_new, y, gate, scale, mean, variance, grad_x, grad_y, partials,
                        tokens, chunks, above_strides, out_strides, x_strides, y_strides, gate_stride, scale_stride, eps,
                        WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
-                       ABOVE: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
-                       ALIGNED: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """grad_x, grad_y [N, T, D] contiguous; partials [N, chunks, parts, D]: of gate if RESIDUAL, shift, scale if NORM.
+                       ABOVE: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr, RMS: tl.constexpr,
+                       SCALE_ONLY: tl.constexpr, ALIGNED: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """grad_x, grad_y [N, T, D] contiguous; partials [N, chunks, parts, D]: of gate if RESIDUAL, scale if NORM, before
+    it of shift unless SCALE_ONLY.
 
-    Program (n, chunk). ABOVE: there is grad_x_new.
+    Program (n, chunk). ABOVE: there is grad_x_new. RMS: NORM is that of RMSNorm.
     """
     sample = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1).to(tl.int64)
@@ -52,7 +53,8 @@ def differentiate_rows(grad_x_new, grad_out, x_new, y, gate, scale, mean, varian
         gain = 1 + read_vector(scale, sample, scale_stride, channel, whole, ALIGNED)
         grad_out += sample * multiple(grad_out, out_strides[0], ALIGNED)
         x_new += sample * multiple(x_new, x_strides[0], ALIGNED)
-        grad_shift = tl.zeros([ROWS, PADDED], tl.float32)
+        if not SCALE_ONLY:
+            grad_shift = tl.zeros([ROWS, PADDED], tl.float32)
         grad_scale = tl.zeros([ROWS, PADDED], tl.float32)
     if ABOVE:
         grad_x_new += sample * multiple(grad_x_new, above_strides[0], ALIGNED)
@@ -71,35 +73,45 @@ def differentiate_rows(grad_x_new, grad_out, x_new, y, gate, scale, mean, varian
             above = read_rows(grad_out, token, out_strides, channel, inside, ALIGNED)
             stream = read_rows(x_new, token, x_strides, channel, inside, ALIGNED)
             centre = tl.load(mean + row, mask=present, other=0.0)
-            rstd = 1 / tl.sqrt(tl.load(variance + row, mask=present, other=1.0) + eps)
-            unit = (stream - centre) * rstd  # outside of the row `above` is zero, which is enough
+            spread = tl.load(variance + row, mask=present, other=1.0)
             inner = above * gain
-            along = tl.sum(inner * unit, 1)[:, None] / WIDTH
-            total += rstd * (inner - tl.sum(inner, 1)[:, None] / WIDTH - unit * along)
-            grad_shift += above
+            if RMS:
+                rstd = 1 / tl.sqrt(spread + centre * centre + eps)
+                unit = stream * rstd
+                along = tl.sum(inner * unit, 1)[:, None] / WIDTH
+                total += rstd * (inner - unit * along)
+            else:
+                rstd = 1 / tl.sqrt(spread + eps)
+                unit = (stream - centre) * rstd  # outside of the row `above` is zero, which is enough
+                along = tl.sum(inner * unit, 1)[:, None] / WIDTH
+                total += rstd * (inner - tl.sum(inner, 1)[:, None] / WIDTH - unit * along)
+            if not SCALE_ONLY:
+                grad_shift += above
             grad_scale += above * unit
         store_rounded(grad_x + row * WIDTH + channel, total, inside, UPCAST)
         if RESIDUAL:
             store_rounded(grad_y + row * WIDTH + channel, gates * total, inside, UPCAST)
             grad_gate += total * branch
     column = tl.arange(0, PADDED)
-    partials += (sample * chunks + chunk) * ((RESIDUAL + 2 * NORM) * WIDTH) + column
+    partials += (sample * chunks + chunk) * ((RESIDUAL + 2 * NORM - SCALE_ONLY) * WIDTH) + column
     if RESIDUAL:
         tl.store(partials, tl.sum(grad_gate, 0), mask=column < WIDTH)
     if NORM:
-        tl.store(partials + RESIDUAL * WIDTH, tl.sum(grad_shift, 0), mask=column < WIDTH)
-        tl.store(partials + (RESIDUAL + 1) * WIDTH, tl.sum(grad_scale, 0), mask=column < WIDTH)
+        if not SCALE_ONLY:
+            tl.store(partials + RESIDUAL * WIDTH, tl.sum(grad_shift, 0), mask=column < WIDTH)
+        tl.store(partials + (RESIDUAL + 1 - SCALE_ONLY) * WIDTH, tl.sum(grad_scale, 0), mask=column < WIDTH)
 
 
 @triton.jit(do_not_specialize=("chunks",))
 def add_chunks(partials, grad_gate, grad_shift, grad_scale, chunks, width,
-               BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+               BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr, SCALE_ONLY: tl.constexpr,
+               UPCAST: tl.constexpr):  # fmt: skip
     """grad_gate, grad_shift, grad_scale [N, D] contiguous from partials [N, chunks, parts, D]. Program (n, block)."""
     sample = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     place = sample * width + column
-    step = (RESIDUAL + 2 * NORM) * width
+    step = (RESIDUAL + 2 * NORM - SCALE_ONLY) * width
     partials += sample * chunks * step + column
     gates = tl.zeros([BLOCK], tl.float64)
     shifts = tl.zeros([BLOCK], tl.float64)
@@ -108,25 +120,27 @@ def add_chunks(partials, grad_gate, grad_shift, grad_scale, chunks, width,
         if RESIDUAL:
             gates += tl.load(partials, mask=inside, other=0.0).to(tl.float64)
         if NORM:
-            shifts += tl.load(partials + RESIDUAL * width, mask=inside, other=0.0).to(tl.float64)
-            scales += tl.load(partials + (RESIDUAL + 1) * width, mask=inside, other=0.0).to(tl.float64)
+            if not SCALE_ONLY:
+                shifts += tl.load(partials + RESIDUAL * width, mask=inside, other=0.0).to(tl.float64)
+            scales += tl.load(partials + (RESIDUAL + 1 - SCALE_ONLY) * width, mask=inside, other=0.0).to(tl.float64)
         partials += step
     if RESIDUAL:
         store_rounded(grad_gate + place, gates.to(tl.float32), inside, UPCAST)
     if NORM:
-        store_rounded(grad_shift + place, shifts.to(tl.float32), inside, UPCAST)
+        if not SCALE_ONLY:
+            store_rounded(grad_shift + place, shifts.to(tl.float32), inside, UPCAST)
         store_rounded(grad_scale + place, scales.to(tl.float32), inside, UPCAST)
 
 
 def backward(
     grad_x_new: Tensor | None, grad_out: Tensor | None, x_new: Tensor | None, y: Tensor | None, gate: Tensor | None,
-    scale: Tensor | None, mean: Tensor | None, variance: Tensor | None, eps: float, x_dtype: torch.dtype,
-    y_dtype: torch.dtype | None, vector_dtypes: Sequence[torch.dtype],
+    scale: Tensor | None, mean: Tensor | None, variance: Tensor | None, eps: float, rms: bool, shifted: bool,
+    x_dtype: torch.dtype, y_dtype: torch.dtype | None, vector_dtypes: Sequence[torch.dtype],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of x, y, gate, shift and scale, contiguous, in the given dtypes; of one of the two gradients at least.
 
-    Without y those of y and gate are None, without grad_out those of shift and scale; x_new, scale, mean and variance
-    are only read with grad_out. x_new is x where there is no y.
+    Without y those of y and gate are None, without grad_out those of shift and scale, and that of shift where there was
+    none; x_new, scale, mean and variance are only read with grad_out. x_new is x where there is no y.
     """
     grad_x_new, grad_out, x_new, y, gate, scale = (
         by_rows(tensor) for tensor in (grad_x_new, grad_out, x_new, y, gate, scale)
@@ -136,11 +150,12 @@ def backward(
         raise ValueError("grad_x_new and grad_out are both None")
     (batch, tokens, width), device = like.shape, like.device
     parts = {"RESIDUAL": y is not None, "NORM": grad_out is not None}
+    parts["SCALE_ONLY"] = parts["NORM"] and not shifted
     if not parts["NORM"]:
         x_new = scale = mean = variance = None
     grad_x = torch.empty(like.shape, dtype=x_dtype, device=device)
     grad_y = None if y is None else torch.empty(like.shape, dtype=y_dtype, device=device)
-    present = (parts["RESIDUAL"], parts["NORM"], parts["NORM"])
+    present = (parts["RESIDUAL"], parts["NORM"] and shifted, parts["NORM"])
     vectors = [
         torch.empty(batch, width, dtype=dtype, device=device) if here else None
         for here, dtype in zip(present, vector_dtypes, strict=True)
@@ -154,7 +169,7 @@ def backward(
         vector_strides = [0 if vector is None else vector.stride(0) for vector in (gate, scale)]
         differentiate_rows[(batch, chunks)](
             *pointers, partials, tokens, chunks, *(strides_of(each, like) for each in streams), *vector_strides, eps,
-            CHUNK=CHUNK, ABOVE=grad_x_new is not None, **parts,
+            CHUNK=CHUNK, ABOVE=grad_x_new is not None, **parts, RMS=rms and parts["NORM"],
             ALIGNED=is_aligned([*streams, gate, scale, grad_x, grad_y]),
             **tile_of(width), **options_of(width), enable_fp_fusion=True,
         )  # fmt: skip
@@ -170,18 +185,20 @@ def backward(
 
 def aot_cases(arch: int) -> list[AotCase]:
     """Widths of SiT-B, L and XL; every type with everything on, and the parts alone as training in bf16 runs them."""
-    fused = {"ABOVE": True, "RESIDUAL": True, "NORM": True}
+    fused = {"ABOVE": True, "RESIDUAL": True, "NORM": True, "RMS": False, "SCALE_ONLY": False}
     shapes = ((768, PURE), (1024, HALF), (1152, PURE), (1152, AUTOCAST), (1152, SINGLE))
-    alone = (fused | {"NORM": False}, {"ABOVE": False, "RESIDUAL": False, "NORM": True})
+    alone = (fused | {"NORM": False}, fused | {"ABOVE": False, "RESIDUAL": False})
+    rms = (fused | {"RMS": True}, fused | {"ABOVE": False, "RESIDUAL": False, "RMS": True, "SCALE_ONLY": True})
     cases = [_case(differentiate_rows, *shape, fused) for shape in shapes] + [
-        _case(differentiate_rows, 1152, AUTOCAST, parts) for parts in alone
+        _case(differentiate_rows, 1152, AUTOCAST, parts) for parts in (*alone, *rms)
     ]
-    for residual, norm in ((True, True), (True, False), (False, True)):
+    for residual, norm, bare in ((True, True, False), (True, False, False), (False, True, False), (False, True, True)):
         kinds = {"partials": "*fp32", "chunks": "i32", "width": "i32", "grad_gate": "*bf16" if residual else "*fp32"}
-        kinds |= dict.fromkeys(("grad_shift", "grad_scale"), "*bf16" if norm else "*fp32")
-        constants = {"BLOCK": BLOCK, "RESIDUAL": residual, "NORM": norm, "UPCAST": options_of(1152)["UPCAST"]}
+        kinds |= {"grad_shift": "*bf16" if norm and not bare else "*fp32", "grad_scale": "*bf16" if norm else "*fp32"}
+        constants = {"BLOCK": BLOCK, "RESIDUAL": residual, "NORM": norm, "SCALE_ONLY": bare}
+        constants["UPCAST"] = options_of(1152)["UPCAST"]
         signature = {name: kinds[name] for name in add_chunks.arg_names if name not in constants}
-        shown = " ".join(name.lower() for name in ("RESIDUAL", "NORM") if constants[name])
+        shown = " ".join(name.lower() for name in ("RESIDUAL", "NORM", "SCALE_ONLY") if constants[name])
         launch = {"num_warps": 4, "num_stages": 1}
         cases.append(
             AotCase(add_chunks, f"bf16 {shown}", signature, constants, launch, unaligned=("chunks",), wide_loads=False)

@@ -1,4 +1,4 @@
-"""The adaLN-Zero family: LayerNorm without affine parameters, modulated per sample, and the gated residual before it.
+"""The adaLN-Zero family: a norm without affine parameters, modulated per sample, and the gated residual before it.
 
 DiT (arXiv 2212.09748) Sec. 3.2. All arithmetic is done in fp32 (fp64 for fp64 input), under autocast too, and rounded
 once; results of the residual stream keep the stream's dtype. Differentiable in forward mode and, once, in reverse mode,
@@ -14,8 +14,9 @@ and for gradients e of x_new and g of out, with h = g (1 + scale) and means over
     a = e + r (h - mean(h) - n mean(h n))        dx = a        dy = gate * a        dgate = sum over tokens of a * y
     dscale = sum over tokens of g * n            dshift = sum over tokens of g
 
-Without y, x_new is x; without shift and scale there is no out. Saved for the backward: x_new, which the model holds
-anyway, y, the vectors and two numbers per row.
+RMSNorm has r = 1/sqrt(variance + m^2 + eps), n = r x_new and a = e + r (h - n mean(h n)): the statistics of a row are
+its mean and variance with either norm. Without y, x_new is x; without scale there is no out, and scale may be without
+shift. Saved for the backward: x_new, which the model holds anyway, y, the vectors and two numbers per row.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ from dit_fast.ops.row_statistics import RowStatistics, known, row_statistics
 
 
 def _refuses(
-    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, norm: str,
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
     out_dtype: torch.dtype,
 ) -> list[str]:  # fmt: skip
     vectors = [vector for vector in (gate, shift, scale) if vector is not None]
@@ -43,10 +44,6 @@ def _refuses(
         reasons.append(f"out_dtype is {out_dtype}, not float32, bfloat16 or float16")
     if any(vector.dim() == 3 for vector in vectors):
         reasons.append("a vector for each token is left to torch")
-    if norm == "rms":
-        reasons.append("RMSNorm is left to torch")
-    if scale is not None and shift is None:
-        reasons.append("a modulation without shift is left to torch")
     return reasons
 
 
@@ -90,10 +87,10 @@ def layer_norm_modulate(
     check_norm(MODULATE.name, norm, "layer", "rms")
     mean, variance = known(MODULATE.name, "stats", stats, x) or (None, None)
     out_dtype = _checked(MODULATE, out_dtype, x)
-    chosen = MODULATE.choose(backend, x.device, x, None, None, shift, scale, norm, out_dtype)
+    chosen = MODULATE.choose(backend, x.device, x, None, None, shift, scale, out_dtype)
     if chosen == "torch":
         return _modulate(x, shift, scale, eps, out_dtype, norm)
-    return _fused(x, None, None, shift, scale, mean, variance, eps, out_dtype, True, chosen)[1]
+    return _fused(x, None, None, shift, scale, mean, variance, eps, norm == "rms", out_dtype, True, chosen)[1]
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor, backend: str = "auto", return_stats: bool = False) -> Any:
@@ -102,11 +99,11 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor, backend: str = "auto", ret
     Returns [N, T, D] in x's dtype, and with return_stats the RowStatistics of that result as well. Raises as above.
     """
     RESIDUAL.check(backend, x=x, y=y, gate=gate)
-    chosen = RESIDUAL.choose(backend, x.device, x, y, gate, None, None, "layer", x.dtype)
+    chosen = RESIDUAL.choose(backend, x.device, x, y, gate, None, None, x.dtype)
     if chosen == "torch":
         x_new = _residual(x, y, gate)
         return (x_new, row_statistics(x_new, "torch")) if return_stats else x_new
-    x_new, _, *stats = _fused(x, y, gate, None, None, None, None, 0.0, x.dtype, return_stats, chosen)
+    x_new, _, *stats = _fused(x, y, gate, None, None, None, None, 0.0, False, x.dtype, return_stats, chosen)
     return (x_new, RowStatistics(*stats)) if return_stats else x_new
 
 
@@ -132,18 +129,19 @@ def gate_residual_modulate(
     BOTH.check(backend, eps, x=x, y=y, gate=gate, **given, scale=scale)
     check_norm(BOTH.name, norm, "layer", "rms")
     out_dtype = _checked(BOTH, out_dtype, x)
-    chosen = BOTH.choose(backend, x.device, x, y, gate, shift, scale, norm, out_dtype)
+    chosen = BOTH.choose(backend, x.device, x, y, gate, shift, scale, out_dtype)
     if chosen == "torch":
         x_new = _residual(x, y, gate)
         out = _modulate(x_new, shift, scale, eps, out_dtype, norm)
         return (x_new, out, row_statistics(x_new, "torch")) if return_stats else (x_new, out)
-    x_new, out, *stats = _fused(x, y, gate, shift, scale, None, None, eps, out_dtype, True, chosen)
+    results = _fused(x, y, gate, shift, scale, None, None, eps, norm == "rms", out_dtype, True, chosen)
+    x_new, out, *stats = results
     return (x_new, out, RowStatistics(*stats)) if return_stats else (x_new, out)
 
 
 def returns_statistics(x: Tensor) -> bool:
     """Whether the ops that write the stream x return its row statistics for free; the reference takes another pass."""
-    return RESIDUAL.choose("auto", x.device, x, None, None, None, None, "layer", x.dtype) != "torch"
+    return RESIDUAL.choose("auto", x.device, x, None, None, None, None, x.dtype) != "torch"
 
 
 def _checked(op: Op, out_dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
@@ -179,9 +177,18 @@ def _runner(backend: str, like: Tensor) -> Any:
     return adaln_cpp
 
 
+def _normalised(x: Tensor, mean: Tensor, variance: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor]:
+    """n and r of the equations above, from a row's statistics."""
+    if rms:
+        rstd = (variance + mean.square() + eps).rsqrt().unsqueeze(-1)
+        return x * rstd, rstd
+    rstd = (variance + eps).rsqrt().unsqueeze(-1)
+    return (x - mean.unsqueeze(-1)) * rstd, rstd
+
+
 def _torch_forward(
     x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
-    stats: tuple[Tensor, Tensor] | None, eps: float, out_dtype: torch.dtype, want_stats: bool,
+    stats: tuple[Tensor, Tensor] | None, eps: float, rms: bool, out_dtype: torch.dtype, want_stats: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     dtype, x_new, out, mean, variance = wide(x), None, None, None, None
     if y is not None and gate is not None:
@@ -190,15 +197,16 @@ def _torch_forward(
         mean, variance = stats
     elif want_stats:
         variance, mean = torch.var_mean(x.to(dtype), -1, correction=0)
-    if shift is not None and scale is not None and mean is not None and variance is not None:
-        normalised = (x.to(dtype) - mean.unsqueeze(-1)) * (variance + eps).rsqrt().unsqueeze(-1)
-        out = (normalised * (1 + _over_tokens(scale, dtype)) + _over_tokens(shift, dtype)).to(out_dtype)
+    if scale is not None and mean is not None and variance is not None:
+        normalised, _ = _normalised(x.to(dtype), mean, variance, eps, rms)
+        out = normalised * (1 + _over_tokens(scale, dtype))
+        out = (out if shift is None else out + _over_tokens(shift, dtype)).to(out_dtype)
     return x_new, out, mean, variance
 
 
 def _torch_backward(
     grad_x_new: Tensor | None, grad_out: Tensor | None, x_new: Tensor | None, y: Tensor | None, gate: Tensor | None,
-    scale: Tensor | None, mean: Tensor | None, variance: Tensor | None, eps: float,
+    scale: Tensor | None, mean: Tensor | None, variance: Tensor | None, eps: float, rms: bool, shifted: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     above = [grad for grad in (grad_x_new, grad_out) if grad is not None]
     dtype = wide(x_new if x_new is not None else above[0])
@@ -208,12 +216,12 @@ def _torch_backward(
         torch.zeros((), dtype=dtype, device=above[0].device) if grad_x_new is None else grad_x_new.to(dtype, copy=True)
     )
     if grad_out is not None and x_new is not None and scale is not None and mean is not None and variance is not None:
-        g, rstd = grad_out.to(dtype), (variance + eps).rsqrt().unsqueeze(-1)
-        normalised = (x_new.to(dtype) - mean.unsqueeze(-1)) * rstd
+        g = grad_out.to(dtype)
+        normalised, rstd = _normalised(x_new.to(dtype), mean, variance, eps, rms)
         h = g * (1 + _over_tokens(scale, dtype))
         inner = (h * normalised).mean(-1, keepdim=True)
-        total = total + rstd * (h - h.mean(-1, keepdim=True) - normalised * inner)
-        grad_scale, grad_shift = (g * normalised).sum(1), g.sum(1)
+        total = total + rstd * ((h if rms else h - h.mean(-1, keepdim=True)) - normalised * inner)
+        grad_scale, grad_shift = (g * normalised).sum(1), g.sum(1) if shifted else None
     if y is not None and gate is not None:
         grad_y, grad_gate = total * _over_tokens(gate, dtype), (total * y.to(dtype)).sum(1)
     return total, grad_y, grad_gate, grad_shift, grad_scale
@@ -221,16 +229,16 @@ def _torch_backward(
 
 def _forward(
     x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
-    mean: Tensor | None, variance: Tensor | None, eps: float, out_dtype: torch.dtype, want_stats: bool,
-        backend: str,
+    mean: Tensor | None, variance: Tensor | None, eps: float, rms: bool, out_dtype: torch.dtype, want_stats: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     runner = _runner(backend, x)
     stats = None if mean is None or variance is None else (mean, variance)
-    want_stats = (want_stats or shift is not None) and stats is None
+    want_stats = (want_stats or scale is not None) and stats is None
     if runner is None:
-        results = _torch_forward(x, y, gate, shift, scale, stats, eps, out_dtype, want_stats)
+        results = _torch_forward(x, y, gate, shift, scale, stats, eps, rms, out_dtype, want_stats)
     else:
-        results = runner.forward(x, y, gate, shift, scale, eps, stats, out_dtype, want_stats)
+        results = runner.forward(x, y, gate, shift, scale, eps, rms, stats, out_dtype, want_stats)
     absent = (False, False, stats is not None, stats is not None)
     # Contiguous whatever the strides of x, as the fake promises the compiler.
     return tuple(x.new_empty(0) if t is None or no else t.contiguous() for t, no in zip(results, absent, strict=True))  # type: ignore[return-value]
@@ -238,23 +246,23 @@ def _forward(
 
 def _fake_forward(
     x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
-    mean: Tensor | None, variance: Tensor | None, eps: float, out_dtype: torch.dtype, want_stats: bool,
-        backend: str,
+    mean: Tensor | None, variance: Tensor | None, eps: float, rms: bool, out_dtype: torch.dtype, want_stats: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     new = lambda here, shape, dtype: x.new_empty(shape if here else (0,), dtype=dtype if here else x.dtype)  # noqa: E731
-    measured = (want_stats or shift is not None) and mean is None
+    measured = (want_stats or scale is not None) and mean is None
     rows = [new(measured, x.shape[:2], wide(x)) for _ in range(2)]
-    return new(y is not None, x.shape, x.dtype), new(shift is not None, x.shape, out_dtype), rows[0], rows[1]
+    return new(y is not None, x.shape, x.dtype), new(scale is not None, x.shape, out_dtype), rows[0], rows[1]
 
 
 def _backward(
     grad_x_new: Tensor | None, grad_out: Tensor | None, x_new: Tensor | None, y: Tensor | None, gate: Tensor | None,
-    scale: Tensor | None, mean: Tensor | None, variance: Tensor | None, eps: float, x_dtype: torch.dtype,
-    gate_dtype: torch.dtype, shift_dtype: torch.dtype, scale_dtype: torch.dtype, backend: str,
+    scale: Tensor | None, mean: Tensor | None, variance: Tensor | None, eps: float, rms: bool, shifted: bool,
+    x_dtype: torch.dtype, gate_dtype: torch.dtype, shift_dtype: torch.dtype, scale_dtype: torch.dtype, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     like = next(tensor for tensor in (grad_x_new, grad_out) if tensor is not None)
     runner = _runner(backend, like)
-    inputs = (grad_x_new, grad_out, x_new, y, gate, scale, mean, variance, eps)
+    inputs = (grad_x_new, grad_out, x_new, y, gate, scale, mean, variance, eps, rms, shifted)
     y_dtype, vectors = None if y is None else y.dtype, (gate_dtype, shift_dtype, scale_dtype)
     if runner is None:
         results: Sequence[Tensor | None] = _torch_backward(*inputs)
@@ -267,12 +275,12 @@ def _backward(
 
 def _fake_backward(
     grad_x_new: Tensor | None, grad_out: Tensor | None, x_new: Tensor | None, y: Tensor | None, gate: Tensor | None,
-    scale: Tensor | None, mean: Tensor | None, variance: Tensor | None, eps: float, x_dtype: torch.dtype,
-    gate_dtype: torch.dtype, shift_dtype: torch.dtype, scale_dtype: torch.dtype, backend: str,
+    scale: Tensor | None, mean: Tensor | None, variance: Tensor | None, eps: float, rms: bool, shifted: bool,
+    x_dtype: torch.dtype, gate_dtype: torch.dtype, shift_dtype: torch.dtype, scale_dtype: torch.dtype, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     like = next(tensor for tensor in (grad_x_new, grad_out) if tensor is not None)
     samples, _, width = like.shape
-    present = (y is not None, grad_out is not None, grad_out is not None)
+    present = (y is not None, grad_out is not None and shifted, grad_out is not None)
     streams = [like.new_empty(like.shape, dtype=x_dtype)]
     streams.append(like.new_empty(like.shape, dtype=y.dtype) if y is not None else like.new_empty(0))
     vectors = [
@@ -284,14 +292,14 @@ def _fake_backward(
 
 forward_op = define(
     "adaln_forward(Tensor x, Tensor? y, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? mean, Tensor? variance, "
-    "float eps, ScalarType out_dtype, bool want_stats, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float eps, bool rms, ScalarType out_dtype, bool want_stats, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
 )
 backward_op = define(
     "adaln_backward(Tensor? grad_x_new, Tensor? grad_out, Tensor? x_new, Tensor? y, Tensor? gate, Tensor? scale, "
-    "Tensor? mean, Tensor? variance, float eps, ScalarType x_dtype, ScalarType gate_dtype, ScalarType shift_dtype, "
-    "ScalarType scale_dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? mean, Tensor? variance, float eps, bool rms, bool shifted, ScalarType x_dtype, ScalarType gate_dtype, "
+    "ScalarType shift_dtype, ScalarType scale_dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
 )
@@ -303,22 +311,23 @@ class _AdaLN(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
-        mean: Tensor | None, variance: Tensor | None, eps: float, out_dtype: torch.dtype, want_stats: bool,
+        mean: Tensor | None, variance: Tensor | None, eps: float, rms: bool, out_dtype: torch.dtype, want_stats: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        return forward_op(x, y, gate, shift, scale, mean, variance, eps, out_dtype, want_stats, backend)
+        return forward_op(x, y, gate, shift, scale, mean, variance, eps, rms, out_dtype, want_stats, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, y, gate, shift, scale, mean, variance, ctx.eps, ctx.out_dtype, _, ctx.backend = inputs
+        x, y, gate, shift, scale, mean, variance, ctx.eps, ctx.rms, ctx.out_dtype, _, ctx.backend = inputs
         x_new, out, *measured = output
         if mean is not None:
             measured = [mean, variance]
         ctx.x_dtype = x.dtype
         ctx.vector_dtypes = [x.dtype if vector is None else vector.dtype for vector in (gate, shift, scale)]
-        ctx.mark_non_differentiable(*output[2:], *(t for t, given in ((x_new, y), (out, shift)) if given is None))
+        ctx.shifted = shift is not None
+        ctx.mark_non_differentiable(*output[2:], *(t for t, given in ((x_new, y), (out, scale)) if given is None))
         ctx.set_materialize_grads(False)
-        normalises = shift is not None
+        normalises = scale is not None
         stream = x if y is None else x_new
         ctx.save_for_backward(
             stream if normalises else None, y, gate, scale, *(measured if normalises else (None, None))
@@ -332,11 +341,12 @@ class _AdaLN(torch.autograd.Function):
         y_given, normalises = saved[1] is not None, saved[3] is not None
         grad_x_new, grad_out = grad_x_new if y_given else None, grad_out if normalises else None
         if grad_x_new is None and grad_out is None:
-            return (None,) * 11
-        grads = backward_op(grad_x_new, grad_out, *saved, ctx.eps, ctx.x_dtype, *ctx.vector_dtypes, ctx.backend)
-        present = (True, y_given, y_given, grad_out is not None, grad_out is not None)
+            return (None,) * 12
+        forms = (ctx.eps, ctx.rms, ctx.shifted)
+        grads = backward_op(grad_x_new, grad_out, *saved, *forms, ctx.x_dtype, *ctx.vector_dtypes, ctx.backend)
+        present = (True, y_given, y_given, grad_out is not None and ctx.shifted, grad_out is not None)
         wanted = zip(grads, present, ctx.needs_input_grad[:5], strict=True)
-        return *(grad if here and needed else None for grad, here, needed in wanted), *(None,) * 6
+        return *(grad if here and needed else None for grad, here, needed in wanted), *(None,) * 7
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -353,11 +363,12 @@ class _AdaLN(torch.autograd.Function):
         d_x_new = None if y is None else change.to(x.dtype)
         if scale is None:
             return d_x_new, None, None, None
-        centred = stream - stream.mean(-1, keepdim=True)
+        centred = stream if ctx.rms else stream - stream.mean(-1, keepdim=True)
         rstd = (centred.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
         normalised = centred * rstd
         along = (change * normalised).mean(-1, keepdim=True)
-        d_out = rstd * (change - change.mean(-1, keepdim=True) - normalised * along) * (1 + _over_tokens(scale, dtype))
+        change = change if ctx.rms else change - change.mean(-1, keepdim=True)
+        d_out = rstd * (change - normalised * along) * (1 + _over_tokens(scale, dtype))
         d_out = d_out if dscale is None else d_out + normalised * _over_tokens(dscale, dtype)
         d_out = d_out if dshift is None else d_out + _over_tokens(dshift, dtype)
         return d_x_new, d_out.to(ctx.out_dtype), None, None

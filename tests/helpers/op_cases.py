@@ -86,9 +86,20 @@ REFERENCES = {name: functools.partial(call, backend="torch") for name, call in C
 # What carries the kernels' gradients and tangents; in float64 plain torch stands where the kernels are called.
 FUSED = {
     "layer_norm_modulate": lambda x, shift, scale: adaln._fused(
-        x, None, None, shift, scale, None, None, 1e-6, x.dtype, True, "torch"
+        x, None, None, shift, scale, None, None, 1e-6, False, x.dtype, True, "torch"
     )[1],
-    "gate_residual_modulate": lambda *x: torch.cat(adaln._fused(*x, None, None, 1e-6, x[0].dtype, True, "torch")[:2]),
+    "layer_norm_modulate rms": lambda x, shift, scale: adaln._fused(
+        x, None, None, shift, scale, None, None, 1e-6, True, x.dtype, True, "torch"
+    )[1],
+    "layer_norm_modulate scale": lambda x, scale: adaln._fused(
+        x, None, None, None, scale, None, None, 1e-6, False, x.dtype, True, "torch"
+    )[1],
+    "gate_residual_modulate": lambda *x: torch.cat(
+        adaln._fused(*x, None, None, 1e-6, False, x[0].dtype, True, "torch")[:2]
+    ),
+    "gate_residual_modulate rms scale": lambda x, y, gate, scale: torch.cat(
+        adaln._fused(x, y, gate, None, scale, None, None, 1e-6, True, x.dtype, True, "torch")[:2]
+    ),
     "long_skip": lambda *x: ops.long_skip(*x, backend="gemm"),
     "qk_norm": lambda qkv, *x: torch.cat(fused_qk_norm(qkv, 2, *x, 1e-5, "torch")).transpose(1, 2),
     "gelu_mlp": lambda *x: ops.gelu_mlp(*x, backend="recompute"),
@@ -171,11 +182,12 @@ def diversity_backward():
 
 REGISTERED = {
     "adaln_forward": lambda: (
-        new(*STREAM), new(*STREAM), new(*VECTOR), new(*VECTOR), new(*VECTOR), None, None, 1e-6, F32, True, "torch"
+        new(*STREAM), new(*STREAM), new(*VECTOR), new(*VECTOR), new(*VECTOR), None, None, 1e-6, False, F32, True,
+        "torch",
     ),
     "adaln_backward": lambda: (
         *(new(*STREAM) for _ in range(4)), new(*VECTOR), new(*VECTOR), new(2, 3), torch.ones(2, 3).requires_grad_(),
-        1e-6, F32, F32, F32, F32, "torch",
+        1e-6, True, True, F32, F32, F32, F32, "torch",
     ),
     "diversity_forward": lambda: ([new(6, 8), new(6, 8)], True, "torch"),
     "diversity_backward": diversity_backward,

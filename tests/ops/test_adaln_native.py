@@ -16,7 +16,7 @@ LEVELS = range(torch.ops.dit_fast_native.isa_level() + 1) if _C.unavailable() is
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 SHAPES = [(1, 1, 2), (2, 5, 7), (3, 66, 16), (2, 131, 33), (1, 3, 1151), (2, 70, 768)]
-PARTS = ["norm", "residual", "both"]
+PARTS = ["norm", "residual", "both", "norm rms", "norm rms scale", "both scale"]
 EPS = 1e-6
 
 
@@ -38,8 +38,9 @@ def inputs(shape, part, stream=torch.float32, branch=None, vectors=None, out=Non
     branch, vectors, out = branch or stream, vectors or stream, out or stream
     row = (shape[0], shape[2])
     x, gate, shift, scale = random(shape, stream, 0), *(random(row, vectors, seed) for seed in (1, 2, 3))
+    shift = None if "scale" in part else shift
     y, above, grad_out = random(shape, branch, 4), random(shape, stream, 5), random(shape, out, 6)
-    if part == "norm":
+    if "norm" in part:
         return (x, None, None, shift, scale), (None, grad_out)
     return (
         ((x, y, gate, None, None), (above, None))
@@ -48,22 +49,36 @@ def inputs(shape, part, stream=torch.float32, branch=None, vectors=None, out=Non
     )
 
 
-def run(tensors, grads, out_dtype=None, vector_dtype=None):
+def run(tensors, grads, out_dtype=None, vector_dtype=None, rms=False):
     """(x_new, out, mean, variance) and the five gradients of the kernels."""
-    x, y, gate, _, scale = tensors
+    x, y, gate, shift, scale = tensors
     vectors = vector_dtype or next(v.dtype for v in (gate, scale) if v is not None)
-    results = adaln_cpp.forward(*tensors, EPS, None, out_dtype or x.dtype, True)
+    results = adaln_cpp.forward(*tensors, EPS, rms, None, out_dtype or x.dtype, True)
     x_new = x if y is None else results[0]
-    saved = (x_new, y, gate, scale, *results[2:], EPS, x.dtype, None if y is None else y.dtype, (vectors,) * 3)
+    saved = (
+        x_new,
+        y,
+        gate,
+        scale,
+        *results[2:],
+        EPS,
+        rms,
+        shift is not None,
+        x.dtype,
+        None if y is None else y.dtype,
+        (vectors,) * 3,
+    )
     return results, adaln_cpp.backward(*grads, *saved)
 
 
-def reference(tensors, grads, dtype=torch.float64):
+def reference(tensors, grads, dtype=torch.float64, rms=False):
     """The same by autograd through the definition, every operation in `dtype`."""
     leaves = [None if t is None else t.to(dtype).requires_grad_() for t in tensors]
     x, y, gate, shift, scale = leaves
     x_new = x if y is None else x + gate[:, None] * y
-    out = None if shift is None else F.layer_norm(x_new, x.shape[2:], eps=EPS) * (1 + scale[:, None]) + shift[:, None]
+    norm = F.rms_norm if rms else F.layer_norm
+    out = None if scale is None else norm(x_new, x.shape[2:], eps=EPS) * (1 + scale[:, None])
+    out = out if shift is None else out + shift[:, None]
     pairs = [(v, g.to(dtype)) for v, g in zip((x_new, out), grads, strict=True) if v is not None and g is not None]
     present = [leaf for leaf in leaves if leaf is not None]
     found = iter(torch.autograd.grad([v for v, _ in pairs], present, [g for _, g in pairs]))
@@ -84,8 +99,9 @@ def matches(ours, expected, tolerance, extra=0.0):
 def test_values_statistics_and_gradients(level, shape, part, dtype):
     """fp32 to 1e-6, bf16 to 6e-3, fp16 to 1e-3; statistics, of x_new as stored, to 1e-6."""
     tensors, grads = inputs(shape, part, dtype)
-    (x_new, out, mean, variance), gradients = run(tensors, grads)
-    values, expected = reference(tensors, grads)
+    rms = "rms" in part
+    (x_new, out, mean, variance), gradients = run(tensors, grads, rms=rms)
+    values, expected = reference(tensors, grads, rms=rms)
     rounding = ROUNDING[dtype]
     # Two channels: their normalised values are +-1 whatever they are, and gradients through them nearly cancel.
     cancelled = 3e-6 if shape[2] == 2 else 0.0
@@ -102,9 +118,10 @@ def test_values_statistics_and_gradients(level, shape, part, dtype):
 def test_bfloat16_error_is_at_most_that_of_eager(level, part):
     """Against fp64 on the same rounded inputs: within 1.25 times the error of eager bf16 (kernels.md §7)."""
     tensors, grads = inputs((3, 150, 384), part, torch.bfloat16)
-    results, gradients = run(tensors, grads)
-    exact, ours = reference(tensors, grads), (results[:2], gradients)
-    eager = reference(tensors, grads, torch.bfloat16)
+    rms = "rms" in part
+    results, gradients = run(tensors, grads, rms=rms)
+    exact, ours = reference(tensors, grads, rms=rms), (results[:2], gradients)
+    eager = reference(tensors, grads, torch.bfloat16, rms)
     for mine, bound, true in zip(*(itertools.chain(*side) for side in (ours, eager, exact)), strict=True):
         if true is not None:
             error, allowed = ((side.double() - true).norm() for side in (mine, bound))
@@ -117,7 +134,7 @@ def test_the_residual_is_rounded_once_to_nearest_even(level, dtype):
     x, y, gate, _, _ = inputs((4, 40, 37), "residual", dtype)[0]
     step = torch.finfo(dtype).eps
     x[0], y[0], gate[0] = torch.tensor([1.0, 1 + step]).repeat(19)[:37], step, 0.5
-    x_new = adaln_cpp.forward(x, y, gate, None, None, EPS, None, dtype, False)[0]
+    x_new = adaln_cpp.forward(x, y, gate, None, None, EPS, False, None, dtype, False)[0]
     assert torch.equal(x_new, (x.float() + gate.float()[:, None] * y.float()).to(dtype))
     assert set(x_new[0].unique().tolist()) == {1.0, 1 + 2 * step}
 
@@ -165,12 +182,12 @@ def test_strides_are_followed(level, width):
 
 def test_known_statistics_replace_measured_ones(level):
     (x, _, _, shift, scale), _ = inputs((2, 9, 21), "norm", torch.bfloat16)
-    _, out, mean, variance = adaln_cpp.forward(x, None, None, shift, scale, EPS, None, x.dtype, True)
-    again = adaln_cpp.forward(x, None, None, shift, scale, EPS, (mean, variance), x.dtype, True)
+    _, out, mean, variance = adaln_cpp.forward(x, None, None, shift, scale, EPS, False, None, x.dtype, True)
+    again = adaln_cpp.forward(x, None, None, shift, scale, EPS, False, (mean, variance), x.dtype, True)
     assert torch.equal(again[1], out)
     assert again[2] is mean
     assert again[3] is variance
-    shifted = adaln_cpp.forward(x, None, None, shift, scale, EPS, (mean + 1, variance), x.dtype, False)
+    shifted = adaln_cpp.forward(x, None, None, shift, scale, EPS, False, (mean + 1, variance), x.dtype, False)
     inverse = (variance + EPS).rsqrt()[..., None]
     assert_close(shifted[1], out.double() - inverse * (1 + scale.float()[:, None]), 6e-3)
     assert shifted[2:] == (None, None)
@@ -178,13 +195,13 @@ def test_known_statistics_replace_measured_ones(level):
 
 def test_parts_that_are_not_asked_for_are_absent(level):
     (x, y, gate, shift, scale), (above, grad_out) = inputs((2, 5, 19), "both")
-    x_new, _, mean, variance = adaln_cpp.forward(x, y, gate, shift, scale, EPS, None, x.dtype, True)
-    assert adaln_cpp.forward(x, y, gate, None, None, EPS, None, x.dtype, False)[1:] == (None, None, None)
-    statistics = adaln_cpp.forward(x_new, None, None, None, None, EPS, None, x.dtype, True)
+    x_new, _, mean, variance = adaln_cpp.forward(x, y, gate, shift, scale, EPS, False, None, x.dtype, True)
+    assert adaln_cpp.forward(x, y, gate, None, None, EPS, False, None, x.dtype, False)[1:] == (None, None, None)
+    statistics = adaln_cpp.forward(x_new, None, None, None, None, EPS, False, None, x.dtype, True)
     assert statistics[:2] == (None, None)
     assert torch.equal(torch.stack(statistics[2:]), torch.stack((mean, variance)))
     # Only out has a gradient, or only x_new: their sum is that of both.
-    saved = (gate, scale, mean, variance, EPS, x.dtype, y.dtype, (x.dtype,) * 3)
+    saved = (gate, scale, mean, variance, EPS, False, True, x.dtype, y.dtype, (x.dtype,) * 3)
     both = adaln_cpp.backward(above, grad_out, x_new, y, *saved)
     through_out = adaln_cpp.backward(None, grad_out, x_new, y, *saved)
     through_x_new = adaln_cpp.backward(above, None, None, y, gate, None, None, None, *saved[4:])
@@ -198,11 +215,13 @@ def test_rows_far_from_zero_keep_their_variance(level):
     """A mean of 100 standard deviations costs the two-pass variance nothing; the mean's own rounding stays, 1e-5."""
     (x, _, _, shift, scale), _ = inputs((2, 8, 768), "norm")
     x += 100
-    _, out, mean, variance = adaln_cpp.forward(x, None, None, shift, scale, EPS, None, x.dtype, True)
+    _, out, mean, variance = adaln_cpp.forward(x, None, None, shift, scale, EPS, False, None, x.dtype, True)
     assert_close(variance, x.double().var(2, correction=0), 1e-6)
     assert_close(mean, x.double().mean(2), 3e-7)
     expected = F.layer_norm(x.double(), (768,), eps=EPS) * (1 + scale[:, None].double()) + shift[:, None].double()
     assert_close(out, expected, 3e-5)
+    _, out, *_ = adaln_cpp.forward(x, None, None, None, scale, EPS, True, (mean, variance), x.dtype, True)
+    assert_close(out, F.rms_norm(x.double(), (768,), eps=EPS) * (1 + scale[:, None].double()), 1e-6)
 
 
 @loop_over("dtype", DTYPES)
@@ -262,7 +281,7 @@ def test_an_empty_batch_and_samples_without_tokens(level, shape):
 
 def test_the_public_definition_is_the_one_computed():
     tensors, _ = inputs((2, 6, 24), "both")
-    ours = adaln_cpp.forward(*tensors, EPS, None, torch.float32, False)
+    ours = adaln_cpp.forward(*tensors, EPS, False, None, torch.float32, False)
     matches(ours[:2], adaln.gate_residual_modulate(*tensors, backend="torch"), 1e-6)
 
 
@@ -279,26 +298,26 @@ def test_operators_name_what_they_cannot_take():
         (1, None, "y, gate and x_new go together"),
         (2, gate[:1], r"gate must be \[2, 6\]"),
         (3, shift[:, None], r"shift must be \[2, 6\]"),
-        (4, None, "shift, scale and out go together"),
+        (4, None, "scale with out"),
     ):
         tensors = [change if i == place else tensor for i, tensor in enumerate(good)]
         outputs = (torch.empty_like(x), torch.empty_like(x), None, None)
         with pytest.raises(RuntimeError, match=message):
-            torch.ops.dit_fast_native.adaln_forward(*tensors, None, None, EPS, *outputs, -1)
+            torch.ops.dit_fast_native.adaln_forward(*tensors, None, None, EPS, False, *outputs, -1)
     transposed = x.transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(RuntimeError, match="x must have a contiguous last dimension"):
-        torch.ops.dit_fast_native.adaln_forward(transposed, *[None] * 6, EPS, None, None, mean, mean.clone(), -1)
+        torch.ops.dit_fast_native.adaln_forward(transposed, *[None] * 6, EPS, False, None, None, mean, mean.clone(), -1)
     with pytest.raises(RuntimeError, match="mean has 4 elements, expected 10"):
-        torch.ops.dit_fast_native.adaln_forward(x, *[None] * 6, EPS, None, None, mean[:, :2].clone(), mean, -1)
+        torch.ops.dit_fast_native.adaln_forward(x, *[None] * 6, EPS, False, None, None, mean[:, :2].clone(), mean, -1)
     with pytest.raises(RuntimeError, match="known statistics are those of x itself"):
-        adaln_cpp.forward(*good, EPS, (mean, mean), x.dtype, False)
+        adaln_cpp.forward(*good, EPS, False, (mean, mean), x.dtype, False)
     with pytest.raises(RuntimeError, match="level 9 is above"):
-        torch.ops.dit_fast_native.adaln_forward(x, *[None] * 6, EPS, None, None, mean, mean.clone(), 9)
-    rest = (EPS, x.dtype, y.dtype, (x.dtype,) * 3)
+        torch.ops.dit_fast_native.adaln_forward(x, *[None] * 6, EPS, False, None, None, mean, mean.clone(), 9)
+    rest = (EPS, False, True, x.dtype, y.dtype, (x.dtype,) * 3)
     with pytest.raises(RuntimeError, match="grad_out needs x_new, scale, mean and variance"):
         adaln_cpp.backward(above, grad_out, None, y, gate, scale, mean, mean, *rest)
     outputs = (torch.empty_like(x), None, None, torch.empty_like(shift), torch.empty_like(scale))
-    short = (None, grad_out[:, :3], x, None, None, scale, mean, mean, EPS)
+    short = (None, grad_out[:, :3], x, None, None, scale, mean, mean, EPS, False)
     with pytest.raises(RuntimeError, match=r"grad_out must be \[2, 5, 6\]"):
         torch.ops.dit_fast_native.adaln_backward(*short, *outputs, -1)
     with pytest.raises(ValueError, match="both None"):

@@ -1,5 +1,7 @@
 """The adaLN ops as torch ops: analytic gradients, both modes, compile, saved memory, mixed dtypes, strides."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -19,7 +21,27 @@ SHAPES = {
     fused: ("x", "y", "gate", "shift", "scale"),
 }
 STREAMS = ("x", "y")
-NAMES = {modulate: "layer_norm_modulate", residual: "gate_residual", fused: "gate_residual_modulate"}
+SHAPES |= {  # the other norm, and no shift
+    partial(modulate, norm="rms"): SHAPES[modulate],
+    lambda x, scale, **options: modulate(x, None, scale, norm="rms", **options): ("x", "scale"),
+    lambda x, y, gate, scale, **options: fused(x, y, gate, None, scale, **options): ("x", "y", "gate", "scale"),
+    partial(fused, norm="rms"): SHAPES[fused],
+}
+NAMES = dict(
+    zip(
+        SHAPES,
+        (
+            "layer_norm_modulate",
+            "gate_residual",
+            "gate_residual_modulate",
+            "layer_norm_modulate rms",
+            "layer_norm_modulate rms scale",
+            "gate_residual_modulate scale",
+            "gate_residual_modulate rms",
+        ),
+        strict=True,
+    )
+)
 ops = pytest.mark.parametrize("op", list(SHAPES), ids=list(NAMES.values()))
 needs_library = pytest.mark.skipif(_C.unavailable() is not None, reason=f"{_C.unavailable()}")
 BACKENDS = ["torch", *(["cpp"] if _C.unavailable() is None else [])]  # the rest of the library's tests say why
@@ -41,8 +63,8 @@ def through_op(op, backend):
     def run(*tensors):
         given = dict(zip(SHAPES[op], tensors, strict=True))
         parts = [given.get(name) for name in ("x", "y", "gate", "shift", "scale")]
-        results = adaln._fused(*parts, None, None, 1e-6, tensors[0].dtype, True, backend)
-        return tuple(result for result, name in zip(results, ("y", "shift"), strict=False) if name in given)
+        results = adaln._fused(*parts, None, None, 1e-6, "rms" in NAMES[op], tensors[0].dtype, True, backend)
+        return tuple(result for result, name in zip(results, ("y", "scale"), strict=False) if name in given)
 
     return run
 
@@ -153,11 +175,11 @@ def test_statistics_are_of_the_stream_as_it_is_stored(backend, dtype):
 def test_known_statistics_change_nothing_and_wrong_ones_are_believed(backend):
     x, shift, scale = (t.requires_grad_() for t in inputs(modulate, 2, 9, 70, torch.float32))
     stats = row_statistics(x)
-    ours = everything(lambda *t: modulate(*t, backend=backend, stats=stats), [x, shift, scale])
-    for mine, expected in zip(
-        ours, everything(lambda *t: modulate(*t, backend=backend), [x, shift, scale]), strict=True
-    ):
-        assert_close(mine, expected, 1e-6)
+    for norm in ("layer", "rms"):
+        run = partial(modulate, backend=backend, norm=norm)
+        ours = everything(partial(run, stats=stats), [x, shift, scale])
+        for mine, expected in zip(ours, everything(run, [x, shift, scale]), strict=True):
+            assert_close(mine, expected, 1e-6)
     wrong = RowStatistics(stats.mean + 1, stats.variance)
     same = torch.equal(
         modulate(x, shift, scale, backend=backend, stats=wrong), modulate(x, shift, scale, backend=backend)
@@ -199,13 +221,14 @@ def test_opcheck(op):
         given = dict(zip(SHAPES[op], inputs(op, dtype=dtype), strict=True))
         parts = [given.get(name) for name in ("x", "y", "gate", "shift", "scale")]
         stats = row_statistics(given["x"]) if op is modulate else (None, None)
+        rms = "rms" in NAMES[op]
         for backend in BACKENDS:
-            torch.library.opcheck(adaln.forward_op, (*parts, *stats, 1e-6, dtype, True, backend))
-            normalises = op is not residual
+            torch.library.opcheck(adaln.forward_op, (*parts, *stats, 1e-6, rms, dtype, True, backend))
+            normalises = "scale" in given
             x = given["x"]
             rest = (x, *parts[1:3], parts[4], *row_statistics(x)) if normalises else (None, *parts[1:3], *(None,) * 3)
-            grads = (x if op is not modulate else None, x if normalises else None)
-            arguments = (*grads, *rest, 1e-6, *[dtype] * 4, backend)
+            grads = (x if "y" in given else None, x if normalises else None)
+            arguments = (*grads, *rest, 1e-6, rms, "shift" in given, *[dtype] * 4, backend)
             torch.library.opcheck(adaln.backward_op, arguments)
 
 
@@ -216,11 +239,12 @@ def test_results_of_strided_streams_are_contiguous_as_the_compiler_is_told(op, b
     gate, shift, scale = torch.randn(3, 2, 16).unbind(0)
     given = {"x": x, "y": y, "gate": gate, "shift": shift, "scale": scale}
     parts = [given[name] if name in SHAPES[op] else None for name in given]
-    results = adaln.forward_op(*parts, None, None, 1e-6, x.dtype, True, backend)
+    rms, names = "rms" in NAMES[op], SHAPES[op]
+    results = adaln.forward_op(*parts, None, None, 1e-6, rms, x.dtype, True, backend)
     assert all(result.is_contiguous() for result in results)
-    rest = (parts[0], *parts[1:3], parts[4], *results[2:]) if op is not residual else (None, *parts[1:3], *(None,) * 3)
-    grads = (None if op is modulate else x, None if op is residual else y)
-    found = adaln.backward_op(*grads, *rest, 1e-6, *[x.dtype] * 4, backend)
+    rest = (parts[0], *parts[1:3], parts[4], *results[2:]) if "scale" in names else (None, *parts[1:3], *(None,) * 3)
+    grads = (x if "y" in names else None, y if "scale" in names else None)
+    found = adaln.backward_op(*grads, *rest, 1e-6, rms, "shift" in names, *[x.dtype] * 4, backend)
     assert all(grad.is_contiguous() for grad in found)
 
 

@@ -8,7 +8,14 @@ from dit_fast.ops import adaln, gate_residual, gate_residual_modulate, layer_nor
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 LIMITS = {FP32: 1e-6, FP16: 1e-3, BF16: 6e-3}  # relative RMS error
-PARTS = {"norm": (False, True), "residual": (True, False), "both": (True, True)}  # residual, norm
+PARTS = {  # residual, norm, RMSNorm, shift
+    "norm": (False, True, False, True),
+    "residual": (True, False, False, False),
+    "both": (True, True, False, True),
+    "rms": (False, True, True, True),
+    "both, rms without shift": (True, True, True, False),
+    "norm without shift": (False, True, False, False),
+}
 MIXES = {  # stream, branch, vectors, out
     "fp32": (FP32, FP32, FP32, FP32),
     "bf16": (BF16, BF16, BF16, BF16),
@@ -27,7 +34,7 @@ def error(ours, exact):
 def make(sizes, part, mix="fp32", seed=0):
     """(x, y, gate, shift, scale), (grad of x_new, grad of out); None where the part has none."""
     (batch, tokens, width), (stream, branch, vectors, out) = sizes, MIXES[mix]
-    residual, norm = PARTS[part]
+    residual, norm, _, shifted = PARTS[part]
     generator = torch.Generator().manual_seed(seed)
 
     def draw(here, dtype, *shape):
@@ -38,7 +45,7 @@ def make(sizes, part, mix="fp32", seed=0):
     y = draw(residual, branch, batch, tokens, width)
     modulation = torch.randn(batch, 6 * width, generator=generator).to(vectors)  # rows are strided, as in a block
     gate, shift, scale = modulation.chunk(6, dim=1)[1:4]
-    gate, shift, scale = gate if residual else None, shift if norm else None, scale if norm else None
+    gate, shift, scale = gate if residual else None, shift if shifted else None, scale if norm else None
     grads = draw(residual, stream, batch, tokens, width), draw(norm, out, batch, tokens, width)
     return (x, y, gate, shift, scale), grads
 
@@ -47,16 +54,16 @@ def wide(tensors):
     return [None if tensor is None else tensor.double() for tensor in tensors]
 
 
-def run(inputs, grads, mix="fp32", stats=None, side=kernel):
+def run(inputs, grads, mix="fp32", stats=None, side=kernel, rms=False):
     """x_new, out, mean, variance, and the five gradients, of the kernels or of the op's own torch implementation."""
-    x, y, gate, _, scale = inputs
+    x, y, gate, shift, scale = inputs
     stream, branch, vectors, out = MIXES[mix]
     if side is kernel:
-        results = kernel.forward(*inputs, EPS, stats, out, True)
+        results = kernel.forward(*inputs, EPS, rms, stats, out, True)
     else:
-        results = adaln._torch_forward(*inputs, stats, EPS, out, True)
+        results = adaln._torch_forward(*inputs, stats, EPS, rms, out, True)
     x_new = x if y is None else results[0]
-    saved = (x_new, y, gate, scale, *results[2:], EPS)
+    saved = (x_new, y, gate, scale, *results[2:], EPS, rms, shift is not None)
     if side is kernel:
         return [*results, *kernel.backward(*grads, *saved, stream, branch, [vectors] * 3)]
     found = adaln._torch_backward(*grads, *saved)
@@ -64,7 +71,7 @@ def run(inputs, grads, mix="fp32", stats=None, side=kernel):
     return [*results, *(g if g is None else g.to(dtype) for g, dtype in zip(found, dtypes, strict=True))]
 
 
-def exact(inputs, grads, x_new=None):
+def exact(inputs, grads, x_new=None, rms=False):
     """The same in float64 by autograd; out and all gradients at x_new as it was stored."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in wide(inputs)]
     x, y, gate, shift, scale = leaves
@@ -76,7 +83,9 @@ def exact(inputs, grads, x_new=None):
     outputs, above = ([] if y is None else [rounded]), [g for g in wide(grads) if g is not None]
     out = None
     if scale is not None:
-        out = (rounded - mean) / (variance + EPS).sqrt() * (1 + scale[:, None]) + shift[:, None]
+        norm = torch.nn.functional.rms_norm if rms else torch.nn.functional.layer_norm
+        out = norm(rounded, x.shape[2:], eps=EPS) * (1 + scale[:, None])
+        out = out if shift is None else out + shift[:, None]
         outputs.append(out)
     found = iter(torch.autograd.grad(outputs, [leaf for leaf in leaves if leaf is not None], above))
     gradients = [None if leaf is None else next(found) for leaf in leaves]
@@ -84,13 +93,13 @@ def exact(inputs, grads, x_new=None):
     return [None if v is None else v.detach() for v in values] + gradients
 
 
-def compare(inputs, grads, mix="fp32", stats=None):
-    ours = run(inputs, grads, mix, stats)
-    expected = exact(inputs, grads, ours[0])
+def compare(inputs, grads, mix="fp32", stats=None, rms=False):
+    ours = run(inputs, grads, mix, stats, rms=rms)
+    expected = exact(inputs, grads, ours[0], rms)
     stream, branch, vectors, out = MIXES[mix]
     types = [stream, out, FP32, FP32, stream, branch, vectors, vectors, vectors]
-    eager = run(inputs, grads, mix, stats, side=None)
-    eager_expected = exact(inputs, grads, eager[0])
+    eager = run(inputs, grads, mix, stats, None, rms)
+    eager_expected = exact(inputs, grads, eager[0], rms)
     for place, (each, reference, dtype) in enumerate(zip(ours, expected, types, strict=True)):
         assert (each is None) == (reference is None)
         if each is None:
@@ -108,7 +117,7 @@ def compare(inputs, grads, mix="fp32", stats=None):
 @pytest.mark.parametrize("part", PARTS)
 def test_parts_in_every_mix_of_types(part, mix):
     """One token more than a chunk, a width that no power of two divides."""
-    compare(*make((2, kernel.CHUNK + 1, 40), part, mix), mix)
+    compare(*make((2, kernel.CHUNK + 1, 40), part, mix), mix, rms=PARTS[part][2])
 
 
 @pytest.mark.parametrize(
@@ -139,20 +148,21 @@ def test_known_statistics_are_read_and_handed_back():
     inputs, grads = make((2, 11, 40), "norm")
     x = inputs[0].double()
     known = x.mean(-1).float(), x.var(-1, correction=0).float()
+    compare(inputs, grads, stats=known, rms=True)
     ours = compare(inputs, grads, stats=known)
     assert torch.equal(ours[2], known[0])
     assert torch.equal(ours[3], known[1])
-    moved = kernel.forward(*inputs, EPS, (known[0] + 1, known[1]), FP32, True)[1]
+    moved = kernel.forward(*inputs, EPS, False, (known[0] + 1, known[1]), FP32, True)[1]
     assert error(moved, ours[1]) > 0.1
 
 
 def test_statistics_are_those_of_the_stored_row():
     inputs, _ = make((1, 5, 48), "residual", "bf16")
-    x_new, out, mean, variance = kernel.forward(*inputs, EPS, None, BF16, True)
+    x_new, out, mean, variance = kernel.forward(*inputs, EPS, False, None, BF16, True)
     assert out is None
     assert error(mean, x_new.double().mean(-1)) < 1e-6
     assert error(variance, x_new.double().var(-1, correction=0)) < 1e-6
-    assert kernel.forward(*inputs, EPS, None, BF16, False)[2:] == (None, None)
+    assert kernel.forward(*inputs, EPS, False, None, BF16, False)[2:] == (None, None)
 
 
 def test_a_mean_of_a_hundred_deviations_and_constant_rows():
@@ -165,6 +175,14 @@ def test_a_mean_of_a_hundred_deviations_and_constant_rows():
             assert ours.isfinite().all()
             # A mean of 1 in fp32 has an error of 6e-8, a hundred times that relative to the deviation.
             assert error(ours, reference) < 2e-5
+
+
+def test_rms_of_a_mean_of_a_hundred_deviations_loses_nothing():
+    inputs, grads = make((2, 6, 40), "rms")
+    inputs = (0.01 * inputs[0] + 1, *inputs[1:])
+    found, expected = run(inputs, grads, rms=True), exact(inputs, grads, rms=True)
+    for place in (1, 4, 7, 8):  # out, and the gradients
+        assert error(found[place], expected[place]) < 1e-6
 
 
 @pytest.mark.parametrize("width", [32, 21])
@@ -197,9 +215,9 @@ def test_one_gradient_alone(part):
     inputs, (_, above) = make((2, 7, 24), part)
     x, y, gate, _, scale = inputs
     leaves = [t.double().requires_grad_() for t in inputs if t is not None]
-    results = kernel.forward(*inputs, EPS, None, FP32, True)
-    ours = kernel.backward(None, above, x if y is None else results[0], y, gate, scale, *results[2:], EPS, FP32, FP32,
-                           [FP32] * 3)  # fmt: skip
+    results = kernel.forward(*inputs, EPS, False, None, FP32, True)
+    saved = (x if y is None else results[0], y, gate, scale, *results[2:])
+    ours = kernel.backward(None, above, *saved, EPS, False, True, FP32, FP32, [FP32] * 3)
     wide_x = leaves[0] if y is None else leaves[0] + leaves[2][:, None] * leaves[1]
     out = torch.nn.functional.layer_norm(wide_x, (24,), eps=EPS) * (1 + leaves[-1][:, None]) + leaves[-2][:, None]
     expected = torch.autograd.grad(out, leaves, above.double())
@@ -221,7 +239,7 @@ def test_tokens_of_a_program_change_no_bit_and_neither_does_the_batch(monkeypatc
 def test_a_bad_token_stays_alone():
     inputs, _ = make((2, 5, 24), "both")
     inputs[0][1, 2, 3] = torch.inf
-    x_new, out, *_ = kernel.forward(*inputs, EPS, None, FP32, True)
+    x_new, out, *_ = kernel.forward(*inputs, EPS, False, None, FP32, True)
     assert not out[1, 2].isfinite().any()
     assert x_new.isfinite().sum() == x_new.numel() - 1
     assert out.isfinite().sum() == out.numel() - 24
@@ -235,8 +253,9 @@ def test_empty_batches_and_no_tokens():
         assert all(t.shape == (sizes[0], 8) and (t == 0).all() for t in ours[6:])
 
 
+@pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("mix", ["fp32", "fp32 stream under bf16 autocast"])
-def test_the_public_ops_through_the_kernels(mix):
+def test_the_public_ops_through_the_kernels(mix, norm):
     """A block's use of all three ops, statistics passed on, against the reference."""
     (x, y, gate, shift, scale), _ = make((2, 9, 24), "both", mix)
     out_dtype, sides = MIXES[mix][3], []
@@ -244,10 +263,10 @@ def test_the_public_ops_through_the_kernels(mix):
         leaves = [t.clone().requires_grad_() for t in (x, y, gate, shift, scale)]
         a, b, g, h, s = leaves
         first, modulated, stats = gate_residual_modulate(
-            a, b, g, h, s, backend=backend, return_stats=True, out_dtype=out_dtype
+            a, b, g, h, s, backend=backend, return_stats=True, out_dtype=out_dtype, norm=norm
         )
         second, again = gate_residual(first, modulated, g, backend=backend, return_stats=True)
-        out = layer_norm_modulate(second, h, s, backend=backend, stats=again, out_dtype=out_dtype)
+        out = layer_norm_modulate(second, h, s, backend=backend, stats=again, out_dtype=out_dtype, norm=norm)
         total = (out.float().sin() + second.float().square()).sum()
         sides.append([first, *stats, second, *again, out, *torch.autograd.grad(total, leaves)])
     for ours, reference in zip(*sides, strict=True):
