@@ -74,15 +74,16 @@ def differentiate_rows(grad_x_new, grad_out, x_new, y, gate, scale, mean, varian
             stream = read_rows(x_new, token, x_strides, channel, inside, ALIGNED)
             centre = tl.load(mean + row, mask=present, other=0.0)
             spread = tl.load(variance + row, mask=present, other=1.0)
-            inner = above * gain
             if RMS:
                 rstd = 1 / tl.sqrt(spread + centre * centre + eps)
                 unit = stream * rstd
+                inner = above * gain
                 along = tl.sum(inner * unit, 1)[:, None] / WIDTH
                 total += rstd * (inner - unit * along)
             else:
                 rstd = 1 / tl.sqrt(spread + eps)
                 unit = (stream - centre) * rstd  # outside of the row `above` is zero, which is enough
+                inner = above * gain
                 along = tl.sum(inner * unit, 1)[:, None] / WIDTH
                 total += rstd * (inner - tl.sum(inner, 1)[:, None] / WIDTH - unit * along)
             if not SCALE_ONLY:

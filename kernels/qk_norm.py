@@ -1,4 +1,4 @@
-r"""LayerNorm of queries and keys per head, straight from the fused projection qkv [N, T, 3 H d], and its gradient.
+r"""Norm and rotation of queries and keys per head, straight from the fused projection qkv [N, T, 3 H d], and back.
 
 A head row is the d channels of one token and head; it stays in registers from load to store. For part p of {q, k}
 
@@ -7,6 +7,13 @@ A head row is the d channels of one token and head; it stays in registers from l
 and with g = dy w_p
 
     dx = r (g - mean g - x^ mean(g x^)),   dw_p = sum over rows of dy x^,   db_p = sum over rows of dy.
+
+That is LayerNorm. RMSNorm has r = 1 / sqrt(mean x^2 + eps), x^ = x r and no mean g; without a norm y = x. Weight and
+bias may be absent. With J(y)[2i] = -y[2i + 1] and J(y)[2i + 1] = y[2i], tables c and s [T, d] turn a row to
+
+    z = y c + J(y) s,   dy = dz c - J(dz s),
+
+as J transposed is -J. The two channels of a pair lie in one thread.
 
 Values are left where they are. `gradient` reads the q and k rows again (the statistics come with them, nothing is
 saved), takes the gradient of the values along, and writes the whole gradient of qkv once. A projection that is split
@@ -42,18 +49,52 @@ def _multiple(stride, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _unit(x, whole, eps, WIDTH: tl.constexpr):
+def _turned(x, ROWS: tl.constexpr, PADDED: tl.constexpr):
+    """J(x) of rows [R, C]."""
+    first, second = tl.split(tl.reshape(x, [ROWS, PADDED // 2, 2]))
+    return tl.reshape(tl.join(-second, first), [ROWS, PADDED])
+
+
+@triton.jit
+def _unit(x, whole, eps, WIDTH: tl.constexpr, NORM: tl.constexpr):
     """x^ and r of rows [R, C]; columns outside of `whole` are zero in x and in x^."""
-    centred = tl.where(whole, x - tl.sum(x, 1)[:, None] / WIDTH, 0.0)
+    centred = x
+    if NORM == "layer":
+        centred = tl.where(whole, x - tl.sum(x, 1)[:, None] / WIDTH, 0.0)
     rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) / WIDTH + eps)
     return centred * rstd[:, None], rstd[:, None]
 
 
 @triton.jit
-def normalise(qkv, query, key, q_weight, q_bias, k_weight, k_bias, tokens, sample_stride, token_stride, eps,
+def _head(x, weight, bias, cosines, sines, channel, eps,
+          WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+          NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ROTARY: tl.constexpr):  # fmt: skip
+    """float32 rows [R, C] normalised and turned."""
+    whole = channel < WIDTH
+    if WEIGHT:
+        gain = tl.load(weight + channel, mask=whole, other=0.0).to(tl.float32)
+    if BIAS:
+        offset = tl.load(bias + channel, mask=whole, other=0.0).to(tl.float32)
+    if NORM != "none":
+        x, _ = _unit(x, whole, eps, WIDTH, NORM)
+    if WEIGHT:
+        x = x * gain
+    if BIAS:
+        x = x + offset
+    if ROTARY:
+        x = x * cosines + _turned(x, ROWS, PADDED) * sines
+    return x
+
+
+@triton.jit
+def normalise(qkv, query, key, q_weight, q_bias, k_weight, k_bias, cos, sin, tokens, sample_stride, token_stride, eps,
               HEADS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+              NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ROTARY: tl.constexpr,
               VECTOR: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """query, key [N, T, H, d] contiguous. Program (n, tile): ROWS head rows of sample n, both parts."""
+    """query, key [N, T, H, d] contiguous. Program (n, tile): ROWS head rows of sample n, both parts.
+
+    NORM: "layer", "rms" or "none". WEIGHT, BIAS, ROTARY: there are weights, biases, cos and sin [T, d] contiguous.
+    """
     sample = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     token, head = row // HEADS, row % HEADS
@@ -65,72 +106,96 @@ def normalise(qkv, query, key, q_weight, q_bias, k_weight, k_bias, tokens, sampl
     raw_k = tl.load(source + HEADS * WIDTH + channel, mask=inside, other=0.0)
     place = (sample * tokens * HEADS + row) * WIDTH
 
-    weight = tl.load(q_weight + channel, mask=channel < WIDTH, other=0.0).to(tl.float32)
-    bias = tl.load(q_bias + channel, mask=channel < WIDTH, other=0.0).to(tl.float32)
-    unit, _ = _unit(raw_q.to(tl.float32), channel < WIDTH, eps, WIDTH)
-    store_rounded(query + place + channel, unit * weight + bias, inside, UPCAST)
-
-    weight = tl.load(k_weight + channel, mask=channel < WIDTH, other=0.0).to(tl.float32)
-    bias = tl.load(k_bias + channel, mask=channel < WIDTH, other=0.0).to(tl.float32)
-    unit, _ = _unit(raw_k.to(tl.float32), channel < WIDTH, eps, WIDTH)
-    store_rounded(key + place + channel, unit * weight + bias, inside, UPCAST)
+    cosines = None
+    sines = None
+    if ROTARY:
+        cosines = tl.load(cos + token * WIDTH + channel, mask=inside, other=0.0).to(tl.float32)
+        sines = tl.load(sin + token * WIDTH + channel, mask=inside, other=0.0).to(tl.float32)
+    turned = _head(raw_q.to(tl.float32), q_weight, q_bias, cosines, sines, channel, eps,
+                   WIDTH, PADDED, ROWS, NORM, WEIGHT, BIAS, ROTARY)  # fmt: skip
+    store_rounded(query + place + channel, turned, inside, UPCAST)
+    turned = _head(raw_k.to(tl.float32), k_weight, k_bias, cosines, sines, channel, eps,
+                   WIDTH, PADDED, ROWS, NORM, WEIGHT, BIAS, ROTARY)  # fmt: skip
+    store_rounded(key + place + channel, turned, inside, UPCAST)
 
 
 @triton.jit
-def _part(source, grad, out, partial, weight, first, tokens, strides, eps,
+def _part(source, grad, out, partial, weight, cos, sin, first, tokens, strides, eps,
           HEADS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+          NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ROTARY: tl.constexpr,
           INPUT: tl.constexpr, PARAMETERS: tl.constexpr, VECTOR: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """Gradient of one normalised part over one chunk. strides: tokens of qkv, tokens and heads of grad."""
+    """Gradient of queries or keys over one chunk. strides: tokens of qkv, tokens and heads of grad."""
     token_stride = _multiple(strides[0], VECTOR)
     grad_token_stride, grad_head_stride = _multiple(strides[1], VECTOR), _multiple(strides[2], VECTOR)
     channel = tl.arange(0, PADDED)[None, :]
     whole = channel < WIDTH
-    scale = tl.load(weight + channel, mask=whole, other=0.0).to(tl.float32)
-    grad_weight = tl.zeros([ROWS, PADDED], tl.float32)
-    grad_bias = tl.zeros([ROWS, PADDED], tl.float32)
+    if WEIGHT:
+        scale = tl.load(weight + channel, mask=whole, other=0.0).to(tl.float32)
+        grad_weight = tl.zeros([ROWS, PADDED], tl.float32)
+    if BIAS:
+        grad_bias = tl.zeros([ROWS, PADDED], tl.float32)
     for start in range(0, CHUNK, ROWS):
         row = first + start + tl.arange(0, ROWS)[:, None]
         token, head = row // HEADS, row % HEADS
         inside = (row < tokens * HEADS) & whole
-        x = tl.load(source + token * token_stride + head * WIDTH + channel, mask=inside, other=0.0)
+        if NORM != "none":
+            x = tl.load(source + token * token_stride + head * WIDTH + channel, mask=inside, other=0.0)
         above = grad + token * grad_token_stride + head * grad_head_stride
         dy = tl.load(above + channel, mask=inside, other=0.0).to(tl.float32)
-        unit, rstd = _unit(x.to(tl.float32), whole, eps, WIDTH)
+        if ROTARY:
+            cosines = tl.load(cos + token * WIDTH + channel, mask=inside, other=0.0).to(tl.float32)
+            sines = tl.load(sin + token * WIDTH + channel, mask=inside, other=0.0).to(tl.float32)
+            dy = dy * cosines - _turned(dy * sines, ROWS, PADDED)
+        if NORM != "none":
+            unit, rstd = _unit(x.to(tl.float32), whole, eps, WIDTH, NORM)
         if PARAMETERS:
-            grad_weight += dy * unit
-            grad_bias += dy
+            if WEIGHT:
+                grad_weight += dy * unit
+            if BIAS:
+                grad_bias += dy
         if INPUT:
-            g = dy * scale
-            along = tl.sum(g * unit, 1)[:, None] / WIDTH
-            dx = rstd * (g - tl.sum(g, 1)[:, None] / WIDTH - unit * along)
+            dx = dy
+            if WEIGHT:
+                dx = dy * scale
+            if NORM == "layer":
+                along = tl.sum(dx * unit, 1)[:, None] / WIDTH
+                dx = rstd * (dx - tl.sum(dx, 1)[:, None] / WIDTH - unit * along)
+            if NORM == "rms":
+                dx = rstd * (dx - unit * (tl.sum(dx * unit, 1)[:, None] / WIDTH))
             place = out + (token * 3 * HEADS + head) * WIDTH
             store_rounded(place + channel, dx, inside, UPCAST)
     if PARAMETERS:
         column = tl.arange(0, PADDED)
-        tl.store(partial + column, tl.sum(grad_weight, 0), mask=column < WIDTH)
-        tl.store(partial + WIDTH + column, tl.sum(grad_bias, 0), mask=column < WIDTH)
+        if WEIGHT:
+            tl.store(partial + column, tl.sum(grad_weight, 0), mask=column < WIDTH)
+        if BIAS:
+            tl.store(partial + WEIGHT * WIDTH + column, tl.sum(grad_bias, 0), mask=column < WIDTH)
 
 
 @triton.jit
-def gradient(qkv, grad_query, grad_key, grad_value, out, partials, q_weight, k_weight, tokens, chunks,
+def gradient(qkv, grad_query, grad_key, grad_value, out, partials, q_weight, k_weight, cos, sin, tokens, chunks,
              sample_stride, token_stride, q_strides, k_strides, v_strides, eps,
              HEADS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
-             CHUNK: tl.constexpr, INPUT: tl.constexpr, PARAMETERS: tl.constexpr, VECTOR: tl.constexpr,
-             UPCAST: tl.constexpr):  # fmt: skip
-    """out [N, T, 3 H d] contiguous; partials [N chunks, 4 d]: w and b of q, then of k. Program (n, chunk)."""
+             CHUNK: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ROTARY: tl.constexpr,
+             INPUT: tl.constexpr, PARAMETERS: tl.constexpr, VECTOR: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """out [N, T, 3 H d] contiguous; partials [N chunks, parts d]: w and b of q, then of k, those that there are.
+
+    Program (n, chunk).
+    """
     sample = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1).to(tl.int64)
     first = chunk * CHUNK
     source = qkv + sample * _multiple(sample_stride, VECTOR)
     target = out + sample * tokens * (3 * HEADS * WIDTH)
-    partial = partials + (sample * chunks + chunk) * (4 * WIDTH)
+    partial = partials + (sample * chunks + chunk) * (2 * (WEIGHT + BIAS) * WIDTH)
     above = grad_query + sample * _multiple(q_strides[0], VECTOR)
-    _part(source, above, target, partial, q_weight, first, tokens, (token_stride, q_strides[1], q_strides[2]), eps,
-          HEADS, WIDTH, PADDED, ROWS, CHUNK, INPUT, PARAMETERS, VECTOR, UPCAST)  # fmt: skip
+    _part(source, above, target, partial, q_weight, cos, sin, first, tokens,
+          (token_stride, q_strides[1], q_strides[2]), eps,
+          HEADS, WIDTH, PADDED, ROWS, CHUNK, NORM, WEIGHT, BIAS, ROTARY, INPUT, PARAMETERS, VECTOR, UPCAST)  # fmt: skip
     above = grad_key + sample * _multiple(k_strides[0], VECTOR)
-    _part(source + HEADS * WIDTH, above, target + HEADS * WIDTH, partial + 2 * WIDTH, k_weight, first, tokens,
-          (token_stride, k_strides[1], k_strides[2]), eps,
-          HEADS, WIDTH, PADDED, ROWS, CHUNK, INPUT, PARAMETERS, VECTOR, UPCAST)  # fmt: skip
+    _part(source + HEADS * WIDTH, above, target + HEADS * WIDTH, partial + (WEIGHT + BIAS) * WIDTH, k_weight, cos, sin,
+          first, tokens, (token_stride, k_strides[1], k_strides[2]), eps,
+          HEADS, WIDTH, PADDED, ROWS, CHUNK, NORM, WEIGHT, BIAS, ROTARY, INPUT, PARAMETERS, VECTOR, UPCAST)  # fmt: skip
     if INPUT:
         channel = tl.arange(0, PADDED)[None, :]
         above = grad_value + sample * _multiple(v_strides[0], VECTOR)
@@ -176,20 +241,26 @@ def _options() -> dict[str, object]:
     return {"UPCAST": triton.knobs.runtime.interpret, "num_warps": WARPS, "num_stages": 1}
 
 
+def _form(norm: str, weight: Any, bias: Any, cos: Any) -> dict[str, object]:
+    return {"NORM": norm, "WEIGHT": weight is not None, "BIAS": bias is not None, "ROTARY": cos is not None}
+
+
 def forward(
-    qkv: Tensor, num_heads: int, q_weight: Tensor, q_bias: Tensor, k_weight: Tensor, k_bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+    qkv: Tensor, num_heads: int, q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None,
+    k_bias: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, norm: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """query, key [N, T, H, d], contiguous, in qkv's dtype.
 
-    qkv: [N, T, 3 H d], not empty, last stride 1, else any strides, fp32, bf16 or fp16; parameters [d], contiguous, any
-    of these dtypes.
+    qkv: [N, T, 3 H d], not empty, last stride 1, else any strides, fp32, bf16 or fp16; parameters [d] and tables
+    [T, d], contiguous, any of these dtypes. norm: "layer", "rms" or "none".
     """
     batch, tokens, width = *qkv.shape[:2], qkv.shape[2] // (3 * num_heads)
     query, key = (torch.empty(batch, tokens, num_heads, width, dtype=qkv.dtype, device=qkv.device) for _ in range(2))
     tile = _tile(width, FORWARD_TILE)
     normalise[(batch, triton.cdiv(tokens * num_heads, tile["ROWS"]))](
-        qkv, query, key, q_weight, q_bias, k_weight, k_bias, tokens, qkv.stride(0), qkv.stride(1), eps,
-        HEADS=num_heads, WIDTH=width, VECTOR=_vector(width, [qkv]), **tile, **_options(), enable_fp_fusion=True,
+        qkv, query, key, *(qkv if x is None else x for x in (q_weight, q_bias, k_weight, k_bias, cos, sin)),
+        tokens, qkv.stride(0), qkv.stride(1), eps, HEADS=num_heads, WIDTH=width, VECTOR=_vector(width, [qkv]),
+        **_form(norm, q_weight, q_bias, cos), **tile, **_options(), enable_fp_fusion=True,
     )  # fmt: skip
     return query, key
 
@@ -199,13 +270,18 @@ def backward(
     grad_key: Tensor,
     grad_value: Tensor,
     qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
     eps: float,
+    norm: str,
+    biased: bool,
     need_input: bool,
     need_parameters: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradient of qkv [N, T, 3 H d], contiguous, in its dtype, and fp32 [4, d]: of q's weight and bias, then k's.
+    """Gradient of qkv [N, T, 3 H d], contiguous, in its dtype, and fp32 [parts, d]: of q's weight and bias, then k's,
+    those that there are.
 
     grad_query, grad_key, grad_value: [N, T, H, d] in qkv's dtype, last stride 1, else any strides. At least one of the
     two needs must hold; what is not needed is None.
@@ -213,32 +289,47 @@ def backward(
     batch, tokens, heads, width = grad_query.shape
     chunks = triton.cdiv(tokens * heads, CHUNK)
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device) if need_input else None
-    partials = (
-        torch.empty(batch * chunks, 4 * width, dtype=torch.float32, device=qkv.device) if need_parameters else None
-    )
+    parts = 2 * ((q_weight is not None) + biased)
+    partials = None
+    if need_parameters:
+        partials = torch.empty(batch * chunks, parts * width, dtype=torch.float32, device=qkv.device)
     grads = [grad_query, grad_key, grad_value]
     gradient[(batch, chunks)](
-        qkv, *grads, qkv if grad_qkv is None else grad_qkv, q_weight if partials is None else partials,
-        q_weight, k_weight, tokens, chunks, qkv.stride(0), qkv.stride(1), *(grad.stride()[:3] for grad in grads), eps,
-        HEADS=heads, WIDTH=width, CHUNK=CHUNK, INPUT=need_input, PARAMETERS=need_parameters,
+        qkv, *grads, *(qkv if x is None else x for x in (grad_qkv, partials, q_weight, k_weight, cos, sin)),
+        tokens, chunks, qkv.stride(0), qkv.stride(1), *(grad.stride()[:3] for grad in grads), eps,
+        HEADS=heads, WIDTH=width, CHUNK=CHUNK, **_form(norm, q_weight, True if biased else None, cos),
+        INPUT=need_input, PARAMETERS=need_parameters,
         VECTOR=_vector(width, [qkv, *grads]), **_tile(width, BACKWARD_TILE), **_options(), enable_fp_fusion=True,
     )  # fmt: skip
-    return grad_qkv, None if partials is None else ordered_sum(partials).view(4, width)
+    return grad_qkv, None if partials is None else ordered_sum(partials).view(parts, width)
+
+
+_AFFINE = {"NORM": "layer", "WEIGHT": True, "BIAS": True, "ROTARY": False}
+_RMS_ROTARY = {"NORM": "rms", "WEIGHT": True, "BIAS": False, "ROTARY": True}
+_ROTARY = {"NORM": "none", "WEIGHT": False, "BIAS": False, "ROTARY": True}
 
 
 def aot_cases(arch: int) -> list[AotCase]:
-    """Heads of SiT-B, L and XL; one case per type and per choice of gradients, to keep the compile time down."""
+    """Heads of SiT-B, L and XL; one case per type, form and choice of gradients, to keep the compile time down."""
+    shapes = ((12, 64, "bf16"), (16, 72, "bf16"), (16, 64, "fp16"), (16, 72, "fp32"))
     both = {"INPUT": True, "PARAMETERS": True}
-    cases = [_case(normalise, *shape, {}) for shape in ((12, 64, "bf16"), (16, 72, "bf16"), (16, 64, "fp16"))]
-    cases += [_case(normalise, 16, 72, "fp32", {})]
-    cases += [_case(gradient, *shape, both) for shape in ((12, 64, "bf16"), (16, 72, "bf16"), (16, 64, "fp16"))]
-    cases += [_case(gradient, 16, 72, "fp32", both)]
+    cases = [_case(normalise, *shape, {}) for shape in shapes] + [_case(gradient, *shape, both) for shape in shapes]
     cases += [_case(gradient, 16, 72, "bf16", {"INPUT": True, "PARAMETERS": False}, " input")]
     cases += [_case(gradient, 16, 72, "bf16", {"INPUT": False, "PARAMETERS": True}, " parameters")]
+    for suffix, form in ((" rms rotary", _RMS_ROTARY), (" layer rotary", _AFFINE | {"ROTARY": True})):
+        for kernel, needs in ((normalise, {}), (gradient, both)):
+            cases += [_case(kernel, 16, 72, kind, needs, suffix, form) for kind in ("bf16", "fp32")]
+    cases += [_case(normalise, 16, 72, "bf16", {}, " rms", _RMS_ROTARY | {"ROTARY": False})]
+    cases += [_case(gradient, 16, 72, "bf16", both, " rms", _RMS_ROTARY | {"ROTARY": False})]
+    cases += [_case(normalise, 16, 72, "bf16", {}, " rotary", _ROTARY)]
+    cases += [_case(gradient, 16, 72, "bf16", {"INPUT": True, "PARAMETERS": False}, " rotary", _ROTARY)]
     return cases
 
 
-def _case(kernel: Any, heads: int, width: int, kind: str, needs: dict[str, bool], suffix: str = "") -> AotCase:
+def _case(
+    kernel: Any, heads: int, width: int, kind: str, needs: dict[str, bool], suffix: str = "",
+    form: dict[str, Any] = _AFFINE,
+) -> AotCase:  # fmt: skip
     tile = _tile(width, FORWARD_TILE if kernel is normalise else BACKWARD_TILE)
     options = _options()
     constants = {
@@ -247,11 +338,17 @@ def _case(kernel: Any, heads: int, width: int, kind: str, needs: dict[str, bool]
         "VECTOR": 4 if kind == "fp32" else 8,
         "UPCAST": options.pop("UPCAST"),
         **tile,
+        **form,
         **needs,
     }
     if kernel is gradient:
         constants["CHUNK"] = CHUNK
-    streams = ("qkv", "query", "key", "grad_query", "grad_key", "grad_value", "out")
+    # What is absent is passed as the launcher does it: by qkv.
+    streams = ["qkv", "query", "key", "grad_query", "grad_key", "grad_value", "out"]
+    streams += [] if form["WEIGHT"] else ["q_weight", "k_weight"]
+    streams += [] if form["BIAS"] else ["q_bias", "k_bias"]
+    streams += [] if form["ROTARY"] else ["cos", "sin"]
+    streams += [] if needs.get("PARAMETERS") else ["partials"]
     types: dict[str, Any] = dict.fromkeys(streams, f"*{kind}")
     types |= dict.fromkeys(("tokens", "chunks", "sample_stride", "token_stride"), "i32") | {"eps": "fp32"}
     strides: Any = ("i32", "i32", "i32")

@@ -16,10 +16,11 @@ from dit_fast.ops._op import Op, check_norm, define, differentiable, rows, trito
 from dit_fast.ops.layer_norm import layer_norm, rms_norm
 
 
-def _refuses(qkv: Tensor, num_heads: int, plain: bool) -> Sequence[str]:
+def _refuses(qkv: Tensor, num_heads: int, split_alone: bool) -> Sequence[str]:
     from dit_fast.kernels import qk_norm as kernel
 
-    return kernel.supports(qkv, num_heads) + ([] if plain else ["only an affine LayerNorm is not left to torch"])
+    reasons = kernel.supports(qkv, num_heads)
+    return [*reasons, "without norm and rotary positions only views are taken"] if split_alone else reasons
 
 
 # C: the width of a head
@@ -62,12 +63,12 @@ def qk_norm(
     if cos is not None and cos.shape[1] % 2:
         raise UserError(f"qk_norm: heads of width {cos.shape[1]} have no pairs to turn; rotary needs an even width")
     qkv = rows(qkv)
-    plain = norm == "layer" and q_bias is not None and q_weight is not None and rotary is None
-    chosen = OP.choose(backend, qkv.device, qkv, num_heads, plain)
+    chosen = OP.choose(backend, qkv.device, qkv, num_heads, norm == "none" and cos is None)
+    parameters = (q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm)
     if chosen == "torch":
-        query, key, value = _reference(qkv, num_heads, q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm)
+        query, key, value = _reference(qkv, num_heads, *parameters)
     else:
-        query, key, value = _fused(qkv, num_heads, q_weight, q_bias, k_weight, k_bias, eps, chosen)
+        query, key, value = _fused(qkv, num_heads, *parameters, chosen)
     return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
@@ -101,6 +102,10 @@ def _turn(x: Tensor) -> Tensor:
     return torch.stack([-second, first], dim=-1).flatten(-2)
 
 
+def _of_tokens(table: Tensor, dtype: torch.dtype) -> Tensor:
+    return table.to(dtype).unsqueeze(1)
+
+
 def _reference(
     qkv: Tensor, num_heads: int, q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None,
     k_bias: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, norm: str,
@@ -116,152 +121,169 @@ def _reference(
         elif norm == "rms":
             x = rms_norm(x, eps, weight)
         if cos is not None and sin is not None:
-            x = x * cos.to(dtype)[:, None] + _turn(x) * sin.to(dtype)[:, None]
+            x = x * _of_tokens(cos, dtype) + _turn(x) * _of_tokens(sin, dtype)
         return x.to(qkv.dtype)
 
     return transform(query, q_weight, q_bias), transform(key, k_weight, k_bias), value
 
 
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def _forward(
-    qkv: Tensor,
-    num_heads: int,
-    q_weight: Tensor,
-    q_bias: Tensor,
-    k_weight: Tensor,
-    k_bias: Tensor,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+    qkv: Tensor, num_heads: int, q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None,
+    k_bias: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, norm: str, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if backend == "triton" and qkv.numel():
         from dit_fast.kernels import qk_norm as kernel
 
-        q_weight, q_bias, k_weight, k_bias = (x.contiguous() for x in (q_weight, q_bias, k_weight, k_bias))
-        return kernel.forward(qkv, num_heads, q_weight, q_bias, k_weight, k_bias, eps)
-    query, key, _ = _reference(qkv, num_heads, q_weight, q_bias, k_weight, k_bias, None, None, eps, "layer")
-    return query.contiguous(), key.contiguous()
+        query = _contiguous(q_weight), _contiguous(q_bias)
+        key, tables = (_contiguous(k_weight), _contiguous(k_bias)), (_contiguous(cos), _contiguous(sin))
+        return kernel.forward(qkv, num_heads, *query, *key, *tables, eps, norm)
+    outputs = _reference(qkv, num_heads, q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm)
+    return outputs[0].contiguous(), outputs[1].contiguous()
 
 
 def _backward(
-    grad_query: Tensor,
-    grad_key: Tensor,
-    grad_value: Tensor,
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    eps: float,
-    need_input: bool,
-    need_parameters: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+    grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, qkv: Tensor, q_weight: Tensor | None,
+    k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, norm: str, biased: bool,
+    need_input: bool, need_parameters: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     heads = grad_query.shape[2]
     if backend == "triton" and qkv.numel():
         from dit_fast.kernels import qk_norm as kernel
 
         grads = rows(grad_query), rows(grad_key), rows(grad_value)
-        weights = q_weight.contiguous(), k_weight.contiguous()
-        grad_qkv, grad_parameters = kernel.backward(*grads, qkv, *weights, eps, need_input, need_parameters)
+        weights, tables = (_contiguous(q_weight), _contiguous(k_weight)), (_contiguous(cos), _contiguous(sin))
+        found = kernel.backward(*grads, qkv, *weights, *tables, eps, norm, biased, need_input, need_parameters)
         empty = qkv.new_empty(0)
-        return empty if grad_qkv is None else grad_qkv, empty.float() if grad_parameters is None else grad_parameters
-    grad_qkv, grad_parameters = _empty_gradients(qkv, heads, need_input, need_parameters)
-    parts, dtype = _heads(qkv, heads).unbind(2), wide(qkv)
+        return empty if found[0] is None else found[0], empty.float() if found[1] is None else found[1]
+    grad_qkv, grad_parameters = _empty_gradients(qkv, heads, q_weight, biased, need_input, need_parameters)
+    parts, dtype, places = _heads(qkv, heads).unbind(2), wide(qkv), iter(grad_parameters)
     for part, (grad, weight) in enumerate(((grad_query, q_weight), (grad_key, k_weight))):
-        x, scale = parts[part].to(dtype), weight.to(dtype)
-        _, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
-        needs = [need_input, need_parameters, need_parameters]
-        found = torch.ops.aten.native_layer_norm_backward(
-            grad.to(dtype), x, x.shape[-1:], mean, rstd, scale, scale, needs
-        )
+        x, grad = parts[part].to(dtype), grad.to(dtype)
+        if cos is not None and sin is not None:
+            grad = grad * _of_tokens(cos, dtype) - _turn(grad * _of_tokens(sin, dtype))
+        scale = None if weight is None else weight.to(dtype)
+        grad_x, grad_weight = grad, None
+        if norm == "layer":
+            _, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+            scale = x.new_ones(x.shape[-1]) if scale is None else scale
+            needs = [need_input, need_parameters, False]
+            grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+                grad, x, x.shape[-1:], mean, rstd, scale, scale, needs
+            )
+        elif norm == "rms":
+            rstd = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+            unit, along = x * rstd, grad if scale is None else grad * scale
+            grad_x = rstd * (along - unit * (along * unit).mean(-1, keepdim=True))
+            grad_weight = (grad * unit).sum((0, 1, 2))
         if need_input:
-            _heads(grad_qkv, heads)[:, :, part] = found[0]
-        if need_parameters:
-            grad_parameters[2 * part], grad_parameters[2 * part + 1] = found[1], found[2]
+            _heads(grad_qkv, heads)[:, :, part] = grad_x
+        if need_parameters and weight is not None and grad_weight is not None:
+            next(places).copy_(grad_weight)
+        if need_parameters and biased:
+            next(places).copy_(grad.sum((0, 1, 2)))
     if need_input:
         _heads(grad_qkv, heads)[:, :, 2] = grad_value
     return grad_qkv, grad_parameters
 
 
-def _empty_gradients(qkv: Tensor, heads: int, need_input: bool, need_parameters: bool) -> tuple[Tensor, Tensor]:
-    width = qkv.shape[-1] // (3 * heads)
+def _empty_gradients(
+    qkv: Tensor, heads: int, q_weight: Tensor | None, biased: bool, need_input: bool, need_parameters: bool
+) -> tuple[Tensor, Tensor]:
+    parts = 2 * ((q_weight is not None) + biased)
     return (
         qkv.new_empty(qkv.shape if need_input else (0,)),
-        qkv.new_empty((4, width) if need_parameters else (0,), dtype=wide(qkv)),
+        qkv.new_empty((parts, qkv.shape[-1] // (3 * heads)) if need_parameters else (0,), dtype=wide(qkv)),
     )
 
 
-def _empty_outputs(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+def _fake_forward(qkv: Tensor, num_heads: int, *_: Any) -> tuple[Tensor, Tensor]:
     shape = (*qkv.shape[:2], num_heads, qkv.shape[2] // (3 * num_heads))
     return qkv.new_empty(shape), qkv.new_empty(shape)
 
 
+def _fake_backward(
+    grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, qkv: Tensor, q_weight: Tensor | None,
+    k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, norm: str, biased: bool,
+    need_input: bool, need_parameters: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _empty_gradients(qkv, grad_query.shape[2], q_weight, biased, need_input, need_parameters)
+
+
 forward_op = define(
-    "qk_norm_forward(Tensor qkv, int num_heads, Tensor q_weight, Tensor q_bias, Tensor k_weight, Tensor k_bias, "
-    "float eps, str backend) -> (Tensor, Tensor)",
+    "qk_norm_forward(Tensor qkv, int num_heads, Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, "
+    "Tensor? cos, Tensor? sin, float eps, str norm, str backend) -> (Tensor, Tensor)",
     _forward,
-    lambda qkv, num_heads, q_weight, q_bias, k_weight, k_bias, eps, backend: _empty_outputs(qkv, num_heads),
+    _fake_forward,
 )
 backward_op = define(
-    "qk_norm_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor qkv, Tensor q_weight, "
-    "Tensor k_weight, float eps, bool need_input, bool need_parameters, str backend) -> (Tensor, Tensor)",
+    "qk_norm_backward(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor qkv, Tensor? q_weight, "
+    "Tensor? k_weight, Tensor? cos, Tensor? sin, float eps, str norm, bool biased, bool need_input, "
+    "bool need_parameters, str backend) -> (Tensor, Tensor)",
     _backward,
-    lambda query, key, value, qkv, q_weight, k_weight, eps, need_input, need_parameters, backend: _empty_gradients(
-        qkv, query.shape[2], need_input, need_parameters
-    ),
+    _fake_backward,
 )
 
 
 class _QkNorm(torch.autograd.Function):
-    """(qkv, H, q_weight, q_bias, k_weight, k_bias, eps, backend) -> query, key, value [N, T, H, d]."""
+    """(qkv, H, q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm, backend) -> query, key, value [N, T, H, d]."""
 
     @staticmethod
     def forward(
-        qkv: Tensor,
-        num_heads: int,
-        q_weight: Tensor,
-        q_bias: Tensor,
-        k_weight: Tensor,
-        k_bias: Tensor,
-        eps: float,
-        backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        query, key = forward_op(qkv, num_heads, q_weight, q_bias, k_weight, k_bias, eps, backend)
+        qkv: Tensor, num_heads: int, q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None,
+        k_bias: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, norm: str, backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        query, key = forward_op(qkv, num_heads, q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm, backend)
         return query, key, _heads(qkv, num_heads).select(2, 2)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        qkv, ctx.num_heads, q_weight, _, k_weight, _, ctx.eps, ctx.backend = inputs
-        ctx.dtypes = [inputs[place].dtype for place in range(2, 6)]
-        ctx.save_for_backward(qkv, q_weight, k_weight)
-        ctx.save_for_forward(qkv, q_weight, k_weight)
+        qkv, ctx.num_heads, q_weight, q_bias, k_weight, _, cos, sin, ctx.eps, ctx.norm, ctx.backend = inputs
+        ctx.places = [place for place in range(2, 6) if inputs[place] is not None]
+        ctx.dtypes = [inputs[place].dtype for place in ctx.places]
+        ctx.biased = q_bias is not None
+        ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
+        ctx.save_for_forward(qkv, q_weight, k_weight, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
+        grads: list[Tensor | None] = [None] * 11
+        forms = (ctx.eps, ctx.norm, ctx.biased, needs[0], any(needs[2:6]))
         grad_qkv, grad_parameters = backward_op(
-            grad_query, grad_key, grad_value, *ctx.saved_tensors, ctx.eps, needs[0], any(needs[2:6]), ctx.backend
+            grad_query, grad_key, grad_value, *ctx.saved_tensors, *forms, ctx.backend
         )
-        parameters = [
-            grad_parameters[place].to(dtype) if needed else None
-            for place, (dtype, needed) in enumerate(zip(ctx.dtypes, needs[2:6], strict=True))
-        ]
-        return grad_qkv if needs[0] else None, None, *parameters, None, None
+        grads[0] = grad_qkv if needs[0] else None
+        for row, (place, dtype) in enumerate(zip(ctx.places, ctx.dtypes, strict=True)):
+            grads[place] = grad_parameters[row].to(dtype) if needs[place] else None
+        return tuple(grads)
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor | None, _: None, *tangents: Any) -> tuple[Tensor, Tensor, Tensor]:
-        qkv, q_weight, k_weight = ctx.saved_tensors
+        qkv, q_weight, k_weight, cos, sin = ctx.saved_tensors
         tangent = torch.zeros_like(qkv) if tangent is None else tangent
         parts, dtype = _heads(qkv, ctx.num_heads).unbind(2), wide(qkv)
         changes = _heads(tangent, ctx.num_heads).unbind(2)
         results = []
         for part, weight in enumerate((q_weight, k_weight)):
-            x, change = parts[part].to(dtype), changes[part].to(dtype)
-            rstd = (x.var(-1, correction=0, keepdim=True) + ctx.eps).rsqrt()
-            unit = (x - x.mean(-1, keepdim=True)) * rstd
-            turned = change - change.mean(-1, keepdim=True) - unit * (change * unit).mean(-1, keepdim=True)
-            result = turned * rstd * weight.to(dtype)
+            x, result = parts[part].to(dtype), changes[part].to(dtype)
+            unit = x
+            if ctx.norm != "none":
+                x = x if ctx.norm == "rms" else x - x.mean(-1, keepdim=True)
+                result = result if ctx.norm == "rms" else result - result.mean(-1, keepdim=True)
+                rstd = (x.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
+                unit = x * rstd
+                result = (result - unit * (result * unit).mean(-1, keepdim=True)) * rstd
+            result = result if weight is None else result * weight.to(dtype)
             if tangents[2 * part] is not None:
                 result = result + unit * tangents[2 * part].to(dtype)
             if tangents[2 * part + 1] is not None:
                 result = result + tangents[2 * part + 1].to(dtype)
+            if cos is not None:
+                result = result * _of_tokens(cos, dtype) + _turn(result) * _of_tokens(sin, dtype)
             results.append(result.to(qkv.dtype))
         return results[0], results[1], changes[2]
 

@@ -39,6 +39,10 @@ def stats_flat(*features, backend="auto"):
     return torch.cat([stats.sums, stats.abs_sums, stats.square_sums, stats.pair_sums], 1)
 
 
+def fused_heads(qkv, *arguments):
+    return torch.cat(fused_qk_norm(qkv, 2, *arguments, "torch")).transpose(1, 2)
+
+
 SHAPES = {
     "layer_norm_modulate": [STREAM, VECTOR, VECTOR],
     "gate_residual": [STREAM, STREAM, VECTOR],
@@ -101,7 +105,8 @@ FUSED = {
         adaln._fused(x, y, gate, None, scale, None, None, 1e-6, True, x.dtype, True, "torch")[:2]
     ),
     "long_skip": lambda *x: ops.long_skip(*x, backend="gemm"),
-    "qk_norm": lambda qkv, *x: torch.cat(fused_qk_norm(qkv, 2, *x, 1e-5, "torch")).transpose(1, 2),
+    "qk_norm": lambda qkv, *x: fused_heads(qkv, *x, None, None, 1e-5, "layer"),
+    "qk_norm rms rotary": lambda qkv, q, k: fused_heads(qkv, q, None, k, None, COSINES, SINES, 1e-5, "rms"),
     "gelu_mlp": lambda *x: ops.gelu_mlp(*x, backend="recompute"),
     "repa_cosine": lambda p, q: fused_cosine(p.flatten(0, 1), q.flatten(0, 1), "torch")[0],
     "flow_error": lambda p, x: flow._fused_error(p.flatten(1), x.flatten(1), TIMES, POSITIONS, 7, "linear", "torch"),
@@ -199,9 +204,10 @@ REGISTERED = {
     "gelu_backward": lambda: (new(5, 8), new(5, 6), new(6, 8), True, True, "recompute"),
     "long_skip_forward": lambda: (new(5, 8), new(5, 8), *parameters(), [None] * 4, 1e-6, F32, "gemm"),
     "long_skip_backward": long_skip_backward,
-    "qk_norm_forward": lambda: (new(2, 3, 24), 2, *(new(4) for _ in range(4)), 1e-5, "torch"),
+    "qk_norm_forward": lambda: (new(2, 3, 24), 2, *(new(4) for _ in range(4)), None, None, 1e-5, "layer", "torch"),
     "qk_norm_backward": lambda: (
-        *(new(2, 3, 2, 4) for _ in range(3)), new(2, 3, 24), new(4), new(4), 1e-5, True, True, "torch"
+        *(new(2, 3, 2, 4) for _ in range(3)), new(2, 3, 24), new(4), new(4), torch.randn(3, 4), torch.randn(3, 4), 1e-5,
+        "rms", False, True, True, "torch",
     ),
     "repa_cosine_forward": lambda: (new(5, 8), new(5, 8), "torch"),
     "repa_cosine_backward": lambda: (new(), new(5, 8), new(5, 8), new(3, 5), [True, True], "torch"),

@@ -32,7 +32,7 @@ def plain(qkv, *parameters):
 
 def through_op(qkv, *parameters):
     """What runs where the kernels can: here, torch behind the op."""
-    return tuple(part.transpose(1, 2) for part in _fused(qkv, H, *parameters, EPS, "torch"))
+    return tuple(part.transpose(1, 2) for part in _fused(qkv, H, *parameters, None, None, EPS, "layer", "torch"))
 
 
 def exact(qkv, q_weight, q_bias, k_weight, k_bias):
@@ -88,12 +88,20 @@ def given(form, dtype, parameters=None):
 
 @loop_over("form", FORMS)
 @loop_over("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_forms(form, dtype):
+@loop_over("fused", [False, True])
+def test_forms(form, dtype, fused):
+    if fused and form == "nothing":
+        return
     norm, limit = FORMS[form][0], {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
     (qkv, *learned), rotary = given(form, dtype, None if dtype == torch.float64 else torch.float32)
     ours = [None if x is None else x.clone().requires_grad_() for x in (qkv, *learned)]
     wide = [None if x is None else x.double().requires_grad_() for x in (qkv, *learned)]
-    outputs = qk_norm(ours[0], H, *ours[1:], eps=EPS, norm=norm, rotary=rotary)
+    if fused:
+        outputs = [
+            part.transpose(1, 2) for part in _fused(ours[0], H, *ours[1:], *(rotary or (None,) * 2), EPS, norm, "torch")
+        ]
+    else:
+        outputs = qk_norm(ours[0], H, *ours[1:], eps=EPS, norm=norm, rotary=rotary)
     pairs = [tuple(wide[i] for i in places) if wide[places[0]] is not None else None for places in ((1, 3), (2, 4))]
     expected = exact_form(wide[0], norm, *pairs, None if rotary is None else [table.double() for table in rotary])
     for each, reference in zip(outputs, expected, strict=True):
@@ -203,8 +211,9 @@ def test_gradients_that_nobody_needs_are_not_computed():
     qkv, *parameters = make()
     grads = [x.transpose(1, 2) for x in seeds(torch.float32)]
     weights = parameters[0], parameters[2]
-    only_input = backward_op(*grads, qkv, *weights, EPS, True, False, "torch")
-    only_parameters = backward_op(*grads, qkv, *weights, EPS, False, True, "torch")
+    form = (None, None, EPS, "layer", True)
+    only_input = backward_op(*grads, qkv, *weights, *form, True, False, "torch")
+    only_parameters = backward_op(*grads, qkv, *weights, *form, False, True, "torch")
     assert [x.numel() for x in (*only_input, *only_parameters)] == [qkv.numel(), 0, 0, 4 * D]
 
 
@@ -212,7 +221,7 @@ def test_gradients_that_nobody_needs_are_not_computed():
 def test_the_backward_asks_for_what_is_needed(wanted, needs, monkeypatch):
     asked = []
     module = importlib.import_module("dit_fast.ops.qk_norm")
-    monkeypatch.setattr(module, "backward_op", lambda *x: asked.append(x[7:9]) or backward_op(*x))
+    monkeypatch.setattr(module, "backward_op", lambda *x: asked.append(x[11:13]) or backward_op(*x))
     inputs = [x.requires_grad_(place in wanted) for place, x in enumerate(make())]
     sum(part.sum() for part in through_op(*inputs)).backward()
     assert asked == [needs]
@@ -250,10 +259,15 @@ def test_empty_batches(op):
 def test_opcheck():
     for dtype in (torch.float32, torch.bfloat16):
         qkv, *parameters = make(dtype)
-        torch.library.opcheck(forward_op, (qkv, H, *parameters, EPS, "torch"))
-        grads = [x.transpose(1, 2) for x in seeds(dtype)]
+        torch.library.opcheck(forward_op, (qkv, H, *parameters, None, None, EPS, "layer", "torch"))
+        grads, turn = [x.transpose(1, 2) for x in seeds(dtype)], tables(torch.float32)
         for needs in ((True, True), (True, False), (False, True)):
-            torch.library.opcheck(backward_op, (*grads, qkv, parameters[0], parameters[2], EPS, *needs, "torch"))
+            saved = (qkv, parameters[0], parameters[2])
+            torch.library.opcheck(backward_op, (*grads, *saved, None, None, EPS, "layer", True, *needs, "torch"))
+            torch.library.opcheck(backward_op, (*grads, *saved, *turn, EPS, "rms", False, *needs, "torch"))
+        torch.library.opcheck(forward_op, (qkv, H, None, None, None, None, *turn, EPS, "none", "torch"))
+        nothing = (qkv, None, None, *turn, EPS, "none", False, True, False, "torch")
+        torch.library.opcheck(backward_op, (*grads, *nothing))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])

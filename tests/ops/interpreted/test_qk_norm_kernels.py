@@ -22,6 +22,16 @@ CASES = {  # N, T, H, d, type
     "real width": (1, 9, 16, 72, BF16),
 }
 EPS = 1e-5
+AFFINE = (None, None, EPS, "layer")  # cos, sin, eps, norm
+FORMS = {  # norm, weights, biases, rotary
+    "layer, rotary": ("layer", True, True, True),
+    "layer, biases alone": ("layer", False, True, False),
+    "layer, weights alone, rotary": ("layer", True, False, True),
+    "rms": ("rms", True, False, False),
+    "rms, rotary": ("rms", True, False, True),
+    "rms, nothing learned, rotary": ("rms", False, False, True),
+    "rotary": ("none", False, False, True),
+}
 
 
 def error(ours, exact):
@@ -38,22 +48,42 @@ def make(batch, tokens, heads, width, dtype, seed=0):
     return qkv, heads, parameters, grads
 
 
-def exact(qkv, heads, parameters, grads):
+def exact(qkv, heads, parameters, grads, form=AFFINE):
     """query, key, then the gradients of qkv and of the parameters stacked, by autograd in float64."""
-    leaves = [x.double().requires_grad_() for x in (qkv, *parameters)]
-    outputs = op._reference(leaves[0], heads, *leaves[1:], EPS)
-    found = torch.autograd.grad(outputs, leaves, [grad.double() for grad in grads])
-    return outputs[0].detach(), outputs[1].detach(), found[0], torch.stack(found[1:])
+    leaves = [None if x is None else x.double().requires_grad_() for x in (qkv, *parameters)]
+    outputs = op._reference(leaves[0], heads, *leaves[1:], *form)
+    there = [x for x in leaves if x is not None]
+    found = torch.autograd.grad(outputs, there, [grad.double() for grad in grads])
+    return outputs[0].detach(), outputs[1].detach(), found[0], torch.stack(found[1:]) if found[1:] else None
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name):
     qkv, heads, parameters, grads = make(*CASES[name])
-    expected, dtype = exact(qkv, heads, parameters, grads), qkv.dtype
-    backward = (*grads, qkv, parameters[0], parameters[2], EPS, True, True)
-    ours = [*kernel.forward(qkv, heads, *parameters, EPS), *kernel.backward(*backward)]
-    eager = [*op._forward(qkv, heads, *parameters, EPS, "torch"), *op._backward(*backward, "torch")]
+    compare(qkv, heads, parameters, grads, AFFINE)
+
+
+@pytest.mark.parametrize("sizes", [(2, 43, 3, 72, BF16), (2, 11, 3, 20, FP32)], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("form", FORMS)
+def test_forms(form, sizes):
+    norm, weights, biases, rotary = FORMS[form]
+    qkv, heads, parameters, grads = make(*sizes)
+    parameters = [x if here else None for x, here in zip(parameters, (weights, biases) * 2, strict=True)]
+    # Tables of no rotation: the gradient is the transposed map whatever they hold.
+    tables = torch.randn(2, sizes[1], sizes[3], generator=torch.Generator().manual_seed(1)).unbind(0)
+    compare(qkv, heads, parameters, grads, (*(tables if rotary else (None, None)), EPS, norm))
+
+
+def compare(qkv, heads, parameters, grads, form):
+    expected, dtype = exact(qkv, heads, parameters, grads, form), qkv.dtype
+    needs = (parameters[1] is not None, True, any(x is not None for x in parameters))
+    backward = (*grads, qkv, parameters[0], parameters[2], *form, *needs)
+    ours = [*kernel.forward(qkv, heads, *parameters, *form), *kernel.backward(*backward)]
+    eager = [*op._forward(qkv, heads, *parameters, *form, "torch"), *op._backward(*backward, "torch")]
     for place, (each, reference) in enumerate(zip(ours, expected, strict=True)):
+        if reference is None:
+            assert each is None
+            continue
         assert each.dtype == (FP32 if place == 3 else dtype)
         assert each.shape == reference.shape
         assert each.is_contiguous()
@@ -66,8 +96,8 @@ def test_parameters_in_half_precision():
     qkv, heads, parameters, grads = make(2, 5, 2, 16, BF16)
     parameters = [x.to(BF16) for x in parameters]
     expected = exact(qkv, heads, parameters, grads)
-    found = kernel.forward(qkv, heads, *parameters, EPS)
-    found += kernel.backward(*grads, qkv, parameters[0], parameters[2], EPS, True, True)
+    found = kernel.forward(qkv, heads, *parameters, *AFFINE)
+    found += kernel.backward(*grads, qkv, parameters[0], parameters[2], *AFFINE, True, True, True)
     for ours, reference in zip(found, expected, strict=True):
         assert error(ours, reference) < LIMITS[BF16]
 
@@ -77,8 +107,8 @@ def test_rows_with_a_mean_of_a_hundred_deviations_and_constant_rows():
     qkv = (0.01 * qkv + 1).bfloat16().float()
     qkv[0, 3] = 2.5
     expected = exact(qkv, heads, parameters, grads)
-    found = kernel.forward(qkv, heads, *parameters, EPS)
-    found += kernel.backward(*grads, qkv, parameters[0], parameters[2], EPS, True, True)
+    found = kernel.forward(qkv, heads, *parameters, *AFFINE)
+    found += kernel.backward(*grads, qkv, parameters[0], parameters[2], *AFFINE, True, True, True)
     for ours, reference in zip(found, expected, strict=True):
         assert ours.isfinite().all()
         # A mean of 1 in fp32 has an error of 6e-8, a hundred times that relative to the deviation.
@@ -99,16 +129,16 @@ def test_any_strides_and_addresses(width):
     for view in views:
         view.copy_(plain)
         expected = exact(plain, heads, parameters, grads)
-        for ours, reference in zip(kernel.forward(view, heads, *parameters, EPS), expected, strict=False):
+        for ours, reference in zip(kernel.forward(view, heads, *parameters, *AFFINE), expected, strict=False):
             assert error(ours, reference) < 1e-6
         for layout in layouts:
-            found = kernel.backward(*layout, view, parameters[0], parameters[2], EPS, True, True)
+            found = kernel.backward(*layout, view, parameters[0], parameters[2], *AFFINE, True, True, True)
             for ours, reference in zip(found, expected[2:], strict=True):
                 assert error(ours, reference) < 1e-6
     expanded, one = plain[:1].expand(batch, tokens, row), [x[:1, :1].expand_as(x) for x in grads]
     expected = exact(expanded, heads, parameters, one)
-    found = kernel.forward(expanded, heads, *parameters, EPS)
-    found += kernel.backward(*one, expanded, parameters[0], parameters[2], EPS, True, True)
+    found = kernel.forward(expanded, heads, *parameters, *AFFINE)
+    found += kernel.backward(*one, expanded, parameters[0], parameters[2], *AFFINE, True, True, True)
     for ours, reference in zip(found, expected, strict=True):
         assert error(ours, reference) < 1e-6
 
@@ -116,14 +146,14 @@ def test_any_strides_and_addresses(width):
 def test_values_are_not_read_by_the_forward_and_pass_through_the_backward():
     qkv, heads, parameters, grads = make(2, 5, 2, 24, BF16)
     qkv[..., 2 * heads * 24 :] = torch.nan
-    assert all(x.isfinite().all() for x in kernel.forward(qkv, heads, *parameters, EPS))
-    found, _ = kernel.backward(*grads, qkv, parameters[0], parameters[2], EPS, True, False)
+    assert all(x.isfinite().all() for x in kernel.forward(qkv, heads, *parameters, *AFFINE))
+    found, _ = kernel.backward(*grads, qkv, parameters[0], parameters[2], *AFFINE, True, True, False)
     assert torch.equal(found.unflatten(-1, (3, heads, 24))[:, :, 2], grads[2])
 
 
 def test_gradients_that_are_not_needed():
     qkv, _, parameters, grads = make(2, 70, 2, 16, FP32)
-    arguments = (*grads, qkv, parameters[0], parameters[2], EPS)
+    arguments = (*grads, qkv, parameters[0], parameters[2], *AFFINE, True)
     both = kernel.backward(*arguments, True, True)
     only_input, nothing = kernel.backward(*arguments, True, False)
     none, only_parameters = kernel.backward(*arguments, False, True)
@@ -135,7 +165,7 @@ def test_gradients_that_are_not_needed():
 def test_a_bad_token_stays_alone():
     qkv, heads, parameters, _ = make(2, 5, 3, 16, FP32)
     qkv[1, 2, 16:32] = torch.inf  # the second head of the queries
-    query, key = kernel.forward(qkv, heads, *parameters, EPS)
+    query, key = kernel.forward(qkv, heads, *parameters, *AFFINE)
     assert not query[1, 2, 1].isfinite().any()
     assert query.isfinite().sum() == query.numel() - 16
     assert key.isfinite().all()
