@@ -20,7 +20,8 @@ saved), takes the gradient of the values along, and writes the whole gradient of
 by autograd would fill a buffer with zeros per part and add the parts up.
 
 Bits. CHUNK head rows of one sample, tokens slow and heads fast, make a partial sum of dw and db; ordered_sum adds the
-chunks. The rows of a tile and its warps order the sums inside a chunk: both are functions of the padded width alone.
+chunks. The rows of a tile and its warps order the sums inside a chunk: both are functions of the padded width and of
+whether there are tables.
 """
 
 from typing import Any
@@ -37,8 +38,8 @@ from dit_fast.kernels.rows import MAX_CHUNKS, store_rounded
 MAX_WIDTH = 256
 CHUNK = 128  # head rows per partial sum
 WARPS = 4
-FORWARD_TILE = 4096  # elements of one part that a program of the forward has in flight
-BACKWARD_TILE = 2048
+FORWARD_TILE = 4096  # elements of one part that a program of the forward has in flight; half of it with tables
+BACKWARD_TILE = 2048  # the same
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -66,15 +67,16 @@ def _unit(x, whole, eps, WIDTH: tl.constexpr, NORM: tl.constexpr):
 
 
 @triton.jit
-def _head(x, weight, bias, cosines, sines, channel, eps,
+def _head(raw, weight, bias, cosines, sines, channel, eps,
           WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
           NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ROTARY: tl.constexpr):  # fmt: skip
-    """float32 rows [R, C] normalised and turned."""
+    """Rows [R, C] normalised and turned, in float32."""
     whole = channel < WIDTH
     if WEIGHT:
         gain = tl.load(weight + channel, mask=whole, other=0.0).to(tl.float32)
     if BIAS:
         offset = tl.load(bias + channel, mask=whole, other=0.0).to(tl.float32)
+    x = raw.to(tl.float32)
     if NORM != "none":
         x, _ = _unit(x, whole, eps, WIDTH, NORM)
     if WEIGHT:
@@ -111,10 +113,10 @@ def normalise(qkv, query, key, q_weight, q_bias, k_weight, k_bias, cos, sin, tok
     if ROTARY:
         cosines = tl.load(cos + token * WIDTH + channel, mask=inside, other=0.0).to(tl.float32)
         sines = tl.load(sin + token * WIDTH + channel, mask=inside, other=0.0).to(tl.float32)
-    turned = _head(raw_q.to(tl.float32), q_weight, q_bias, cosines, sines, channel, eps,
+    turned = _head(raw_q, q_weight, q_bias, cosines, sines, channel, eps,
                    WIDTH, PADDED, ROWS, NORM, WEIGHT, BIAS, ROTARY)  # fmt: skip
     store_rounded(query + place + channel, turned, inside, UPCAST)
-    turned = _head(raw_k.to(tl.float32), k_weight, k_bias, cosines, sines, channel, eps,
+    turned = _head(raw_k, k_weight, k_bias, cosines, sines, channel, eps,
                    WIDTH, PADDED, ROWS, NORM, WEIGHT, BIAS, ROTARY)  # fmt: skip
     store_rounded(key + place + channel, turned, inside, UPCAST)
 
@@ -209,14 +211,14 @@ def gradient(qkv, grad_query, grad_key, grad_value, out, partials, q_weight, k_w
             tl.store(place + channel, tl.load(rows + channel, mask=inside, other=0.0), mask=inside)
 
 
-def supports(qkv: Tensor, num_heads: int) -> list[str]:
+def supports(qkv: Tensor, num_heads: int, rotary: bool = False) -> list[str]:
     """Why qkv [N, T, 3 H d] cannot go through the kernels; empty if it can."""
     reasons, width = [], qkv.shape[-1] // (3 * num_heads)
     if width > MAX_WIDTH:
         reasons.append(f"head width {width} is more than {MAX_WIDTH}")
     if qkv.dtype not in _TYPES:
         reasons.append(f"{qkv.dtype} is not float32, bfloat16 or float16")
-    most = _tile(width, FORWARD_TILE)["ROWS"] * MAX_CHUNKS
+    most = _tile(width, FORWARD_TILE, rotary)["ROWS"] * MAX_CHUNKS
     if qkv.shape[1] * num_heads > most:
         reasons.append(f"{qkv.shape[1]} tokens of {num_heads} heads are more than {most} head rows")
     return reasons
@@ -232,8 +234,9 @@ def _vector(width: int, tensors: list[Tensor]) -> int:
     return 16 // size
 
 
-def _tile(width: int, elements: int) -> dict[str, int]:
+def _tile(width: int, elements: int, rotary: bool = False) -> dict[str, int]:
     padded = max(16, triton.next_power_of_2(width))
+    elements = elements // 2 if rotary else elements
     return {"PADDED": padded, "ROWS": max(1, min(CHUNK, elements // padded))}
 
 
@@ -256,7 +259,7 @@ def forward(
     """
     batch, tokens, width = *qkv.shape[:2], qkv.shape[2] // (3 * num_heads)
     query, key = (torch.empty(batch, tokens, num_heads, width, dtype=qkv.dtype, device=qkv.device) for _ in range(2))
-    tile = _tile(width, FORWARD_TILE)
+    tile = _tile(width, FORWARD_TILE, cos is not None)
     normalise[(batch, triton.cdiv(tokens * num_heads, tile["ROWS"]))](
         qkv, query, key, *(qkv if x is None else x for x in (q_weight, q_bias, k_weight, k_bias, cos, sin)),
         tokens, qkv.stride(0), qkv.stride(1), eps, HEADS=num_heads, WIDTH=width, VECTOR=_vector(width, [qkv]),
@@ -299,7 +302,8 @@ def backward(
         tokens, chunks, qkv.stride(0), qkv.stride(1), *(grad.stride()[:3] for grad in grads), eps,
         HEADS=heads, WIDTH=width, CHUNK=CHUNK, **_form(norm, q_weight, True if biased else None, cos),
         INPUT=need_input, PARAMETERS=need_parameters,
-        VECTOR=_vector(width, [qkv, *grads]), **_tile(width, BACKWARD_TILE), **_options(), enable_fp_fusion=True,
+        VECTOR=_vector(width, [qkv, *grads]), **_tile(width, BACKWARD_TILE, cos is not None), **_options(),
+        enable_fp_fusion=True,
     )  # fmt: skip
     return grad_qkv, None if partials is None else ordered_sum(partials).view(parts, width)
 
@@ -330,7 +334,7 @@ def _case(
     kernel: Any, heads: int, width: int, kind: str, needs: dict[str, bool], suffix: str = "",
     form: dict[str, Any] = _AFFINE,
 ) -> AotCase:  # fmt: skip
-    tile = _tile(width, FORWARD_TILE if kernel is normalise else BACKWARD_TILE)
+    tile = _tile(width, FORWARD_TILE if kernel is normalise else BACKWARD_TILE, form["ROTARY"])
     options = _options()
     constants = {
         "HEADS": heads,

@@ -1,5 +1,6 @@
-"""LayerNorm with modulation and gated residual, apart and in one."""
+"""A norm with modulation and gated residual, apart and in one."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,7 @@ _OPS: dict[str, tuple[int, int, Callable[..., Any], tuple[int, int], tuple[int, 
     "layer_norm_modulate": (1, 2, ops.layer_norm_modulate, (2, 3), (9, 16)),
     "gate_residual": (2, 1, ops.gate_residual, (3, 3), (2, 3)),
     "gate_residual_modulate": (2, 3, ops.gate_residual_modulate, (4, 6), (11, 20)),
+    "gate_residual_modulate rms": (2, 3, functools.partial(ops.gate_residual_modulate, norm="rms"), (4, 6), (10, 18)),
 }
 _PROMISED = "gate_residual_modulate, XL/2 b256 bf16"
 
@@ -42,7 +44,7 @@ def _cases(setting: Setting) -> list[Case]:
             def inputs(generator: torch.Generator, shapes: Any = shapes, dtype: str = dtype) -> Inputs:
                 return tuple(normal(generator, shape, dtype).requires_grad_() for shape in shapes)
 
-            sides = ours_and_eager(setting, op, lambda x, backend, call=call: call(*x, backend=backend))
+            sides = ours_and_eager(setting, op.split()[0], lambda x, backend, call=call: call(*x, backend=backend))
             forward, backward = (
                 Work(count * elements * size, each * elements) for count, each in zip(passes, flops, strict=True)
             )

@@ -16,11 +16,12 @@ from dit_fast.ops._op import Op, check_norm, define, differentiable, rows, trito
 from dit_fast.ops.layer_norm import layer_norm, rms_norm
 
 
-def _refuses(qkv: Tensor, num_heads: int, split_alone: bool) -> Sequence[str]:
+def _refuses(qkv: Tensor, num_heads: int, norm: str, rotary: bool) -> Sequence[str]:
     from dit_fast.kernels import qk_norm as kernel
 
-    reasons = kernel.supports(qkv, num_heads)
-    return [*reasons, "without norm and rotary positions only views are taken"] if split_alone else reasons
+    if norm == "none" and not rotary:
+        return ["without norm and rotary positions only views are taken"]
+    return kernel.supports(qkv, num_heads, rotary)
 
 
 # C: the width of a head
@@ -63,7 +64,7 @@ def qk_norm(
     if cos is not None and cos.shape[1] % 2:
         raise UserError(f"qk_norm: heads of width {cos.shape[1]} have no pairs to turn; rotary needs an even width")
     qkv = rows(qkv)
-    chosen = OP.choose(backend, qkv.device, qkv, num_heads, norm == "none" and cos is None)
+    chosen = OP.choose(backend, qkv.device, qkv, num_heads, norm, cos is not None)
     parameters = (q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm)
     if chosen == "torch":
         query, key, value = _reference(qkv, num_heads, *parameters)

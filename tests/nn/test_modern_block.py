@@ -1,11 +1,13 @@
 """The parts of a modern block: RMSNorm, rotary positions, SwiGLU, a modulation without shifts or per token."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from dit_fast.backend import force
 from dit_fast.errors import ConfigError
 from dit_fast.nn.attention import Attention
 from dit_fast.nn.block import Block
@@ -117,3 +119,18 @@ def test_the_head_has_the_norm_of_the_blocks(per_token):
     x, c = tokens(2, 3, 8), tokens(2, 3, 8, seed=3) if per_token else tokens(2, 8, seed=3)
     shift, scale = head.adaLN_modulation(c if per_token else c[:, None]).chunk(2, dim=-1)
     assert_close(head(x, c), head.linear(head.norm_final(x) * (1 + scale) + shift), 1e-12)
+
+
+@loop_over("shift", [True, False])
+@loop_over("backend", ["auto", "torch"])
+def test_a_block_in_single_precision_stays_near_the_exact_one(shift, backend):
+    """Compiled ops, where there are some, against plain torch in float64: values and all gradients."""
+    rotary, sides = axial_rotary(8, (2, 2)), []
+    for dtype in (torch.float32, torch.float64):
+        block = randomised(Block(16, 2, True, "math", "rms", SwiGLU, shift)).to(dtype)
+        x, c = (part.to(dtype).requires_grad_() for part in (tokens(2, 4, 16), tokens(2, 16, seed=3)))
+        with force(backend) if backend == "torch" else nullcontext():
+            out = block(x, c, rotary=rotary)[0]
+        sides.append([out, *torch.autograd.grad(out.sin().sum(), [x, c, *block.parameters()])])
+    for ours, exact in zip(*sides, strict=True):
+        assert_close(ours, exact, 3e-6)
