@@ -138,7 +138,7 @@ def build_shards(
         _check_labels(images)
     order = order_of(len(images.labels), shuffle)
     with one_line_errors(Unfinished(folder, SHARD)):
-        spec, stored_spec = _place_autoencoder(autoencoder, folder, images, order, size, patch, channels, device)
+        spec, stored_spec = _place_autoencoder(autoencoder, folder, images, order, size, patch, channels, place)
     model, scaling = load_autoencoder(spec), {}
     if model.scale is not None and model.shift is not None:
         check_scaling(model.scale, model.shift)

@@ -29,7 +29,7 @@ def shards(tmp_path_factory):
     np.savez(folder / "images.npz", images=images, labels=labels)
     made_of = f"features:dinov2-vit-b:{folder / 'dino.pth'}"
     command = ["shards", "build", str(folder / "images.npz"), str(folder / "shards"), "--autoencoder", made_of]
-    assert main([*command, "--size", "16", "--patch", "4", "--no-progress", "--device", "cpu"]) == 0
+    assert main([*command, "--size", "16", "--patch", "4", "--no-progress"]) == 0
     (folder / "dino.pth").unlink()  # nothing needs it again
     return folder / "shards"
 
