@@ -28,7 +28,7 @@ from dit_fast.train.stages import stages
 from dit_fast.world import World
 
 SEEDS = (0, 1, 2)  # run.seed; the two others follow it
-ELSEWHERE = ("haste", "rae")  # need an encoder's weights, or its latents
+ELSEWHERE = ("haste", "rae", "repa_e")  # need an encoder's weights, its latents, or an autoencoder to train
 NAMES = [name for name in RECIPES if name.partition("-")[0] == "quickstart" and not name.endswith(ELSEWHERE)]
 SHORT = (  # none of it changes a value
     f"run.steps={STEPS}",

@@ -328,7 +328,7 @@ SMALL: dict[str, dict[str, Any]] = {
 BESIDE_DIVERSEDIT = (
     "repa irepa repa_e reg haste dispersive sra self_transcendence mean_flow improved_mean_flow "
     "lightningdit rae jit ddt dit internal_guidance contrastive_flow layersync sra2"
-).split()
+)
 
 PUBLISHED = {  # names of what runs together -> sizes, resolutions
     "sit diversedit repa diversedit-repa reg diversedit-reg sra diversedit-sra": ("b2 l2 xl2", (256, 512)),
@@ -360,7 +360,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     **{f"quickstart-{name}": partial(small, name, **changes) for name, changes in SMALL.items()},
     **{
         f"quickstart-diversedit-{name}": partial(small, f"diversedit-{name}", **SMALL[name])
-        for name in BESIDE_DIVERSEDIT
+        for name in BESIDE_DIVERSEDIT.split()
     },
     **{
         f"{name}-{size}-{resolution}": partial(paper, name, size, resolution)
