@@ -29,7 +29,7 @@ from dit_fast.report.metrics import read_metrics
 from dit_fast.train.loop import train
 from dit_fast.world import World
 
-SEEDS, STEPS, EVERY, LAST, SIZE = (0, 1, 2), 300, 10, 5, 32  # LAST: logged rows, of EVERY steps each, that are compared
+SEEDS, STEPS, EVERY, LAST, SIZE = (0, 1, 2), 200, 10, 5, 32  # LAST: logged rows, of EVERY steps each, that are compared
 VAE = {"channels": 12, "halvings": 2, "width": 16, "steps": 100, "batch": 16}
 FIXED = (
     f"run.steps={STEPS}",
@@ -86,7 +86,7 @@ def _run(folder: Path, source: str, seed: int, arm: str) -> dict[str, Any]:
     """One run of an arm; autoencoder and shards are those of the seed, made by its first run."""
     vae, shards, run = folder / "vae", folder / "shards", folder / arm.replace(" ", "_")
     if not vae.exists():
-        train_small_vae(read_images(source, SIZE, 10_000), vae, seed=seed, **VAE)  # type: ignore[arg-type]
+        train_small_vae(read_images(source, SIZE, 10_000), vae, seed=seed, **VAE)
         build_shards(
             source, shards, autoencoder=f"diffusers:{vae}", size=SIZE, store_images=True, encoder="efficientnet-lite0",
             progress=False, device="cpu",

@@ -27,6 +27,7 @@ GROUPS = {
     "sra": (*BASE[:-1], "ap_head", BASE[-1]),
     "self_transcendence": (*BASE[:-1], "projectors", "projectors_final", BASE[-1]),
     "irepa": (*BASE[:-1], "projectors", BASE[-1]),
+    "repa_e": (*BASE[:-1], "projectors", BASE[-1], "bn"),
     "internal_guidance": (*BASE[:-1], "final_layer_xr", BASE[-1]),
 }
 # What one family alone has: where it belongs, and what makes a model have it.
@@ -38,6 +39,7 @@ OWN = {
     "r_embedder": ("mean_flow", "a model of two times"),
     "ap_head": ("sra", "the head of SRA"),
     "final_layer_xr": ("internal_guidance", "a model with auxiliary_depth"),
+    "bn": ("repa_e", "the batch norm of REPA-E's latents"),
 }
 OF_HEAD = ("blocks.0.attn.q_norm.weight", "feat_rope.freqs_cos")  # whose last dimension is the width of a head
 UNLISTED = re.compile(r"projectors\.([024]\.(?:weight|bias))")  # of a lone head that lies in no list

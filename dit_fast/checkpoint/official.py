@@ -24,10 +24,12 @@ from dit_fast.checkpoint.families import FAMILIES, NAMES, official_names
 from dit_fast.checkpoint.layout import Known, Layout, family_hint, listed_heads, read_layout, rename_legacy, with_labels
 from dit_fast.checkpoint.official_time import reversed_state, widened_state
 from dit_fast.errors import CheckpointError, ConfigError
+from dit_fast.methods.base import NORM, NORM_EPS
 from dit_fast.models import Backbone
 from dit_fast.models.dit import DiT
 from dit_fast.models.reversed_sit import ReversedSiT
 from dit_fast.models.sit import SiT
+from dit_fast.nn.batch_norm import BatchNorm
 from dit_fast.nn.projector import ConvProjector, LatentHead, SelfProjector, projector
 from dit_fast.published import read_state
 
@@ -59,13 +61,14 @@ def load_official(
     """A model, in eval mode, with published weights.
 
     source: a state_dict, a training checkpoint {model, ema, opt, args, steps}, or the path of a `.pt` or `.safetensors`
-    file. family: "repa", "irepa", "sit", "dit", "diversedit", "reg", "mean_flow", "sra", "internal_guidance",
+    file. family: "repa", "irepa", "repa_e", "sit", "dit", "diversedit", "reg", "mean_flow", "sra", "internal_guidance",
     "self_transcendence" (of either stage), "lightningdit" (norm, MLP, rotary positions and shifts are read off the
     keys), "jit" or "ddt". "sit", "lightningdit" and "ddt" models take our t and return our v, "jit" models take our t
     and return clean data; "dit" models take steps t int64 and return noise and logits of the variance [N, 2C, H, W]
     (samplers "ddpm", "ddim"). `sample` guides three channels of "sit", "lightningdit" and "dit" models by default, as
     the released samplers do. "reg" models take and return {"image", "class_token"}, "mean_flow" models take t [N, 2].
-    Alignment heads come as `model.projectors`, SRA's as `model.ap_head`.
+    Alignment heads come as `model.projectors`, SRA's as `model.ap_head`. A "repa_e" model takes latents normalised by
+    the running statistics of its `model.bn`; their autoencoder is no part of "model" or "ema" in the file.
     Sizes are read off the shapes. num_heads is read off the query norm or the rotary tables where there are any, else
     off the file's header or arguments; it defaults to head width 64 (72 at width 1152), which is logged.
     num_classes: rows of the label table without the null label's; default: what the file's header or arguments say,
@@ -109,7 +112,10 @@ def load_official(
         logger.warning("the checkpoint does not say, so %s; pass other values if that is wrong", taken)
     _compare(model, state, family)
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in state.values()) else torch.float32
-    tensors = {name: tensor.detach().to(dtype, copy=True).contiguous() for name, tensor in state.items()}
+    tensors = {
+        name: tensor.detach().to(dtype if tensor.is_floating_point() else None, copy=True).contiguous()
+        for name, tensor in state.items()
+    }
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise CheckpointError(f"'{name}' holds NaN or Inf; take a checkpoint from before the training diverged")
@@ -123,10 +129,11 @@ def export_official(model: nn.Module, family: str | None = None) -> dict[str, Te
     """The state_dict that the published code of a family loads: CPU copies, in its key order.
 
     family defaults to where the weights came from, else to "dit" with a learned variance, "reg" with a class token,
-    "mean_flow" with two times, "internal_guidance" with an auxiliary head, "sra" with its head, "diversedit" with long
-    skips and "repa" without; another network has its own. A model that `load_official` made gives back the source's
-    bits, key order and dtypes. A model of ours exported as "sit" or "lightningdit" gets the reversed time and sign
-    folded into its weights (exact up to rounding), as "sit" also an 8-channel style head whose second half is zero.
+    "mean_flow" with two times, "internal_guidance" with an auxiliary head, "sra" and "repa_e" with what is theirs,
+    "diversedit" with long skips and "repa" without; another network has its own. A model that `load_official` made
+    gives back the source's bits, key order and dtypes. A model of ours exported as "sit" or "lightningdit" gets the
+    reversed time and sign folded into its weights (exact up to rounding), as "sit" also an 8-channel style head
+    whose second half is zero.
     Raises CheckpointError if the family cannot hold the model, naming the key.
     """
     sit = cast(SiT, model)
@@ -204,6 +211,8 @@ def _natural_family(model: SiT) -> str:
         return "internal_guidance"
     if hasattr(model, "ap_head"):
         return "sra"
+    if hasattr(model, NORM):
+        return "repa_e"
     if model.config.skip_wiring != "off":
         return "diversedit"
     return "irepa" if any(isinstance(head, ConvProjector) for head in getattr(model, "projectors", ())) else "repa"
@@ -267,6 +276,8 @@ def _empty_model(family: str, state: Mapping[str, Tensor], known: Known) -> SiT:
     model = with_labels(SiT(config), layout.null_row)
     if family == "sra":
         model.add_head("ap_head", SelfProjector(layout.hidden_size))
+    if family == "repa_e":
+        model.add_head(NORM, BatchNorm(layout.in_channels, NORM_EPS, affine=False))
     for kind, size, features in layout.projectors:
         if kind == "conv":
             model.add_projector(ConvProjector(layout.hidden_size, features, model.grid, kernel=size))
@@ -304,8 +315,9 @@ def _compare(model: nn.Module, state: Mapping[str, Tensor], family: str) -> None
             raise CheckpointError(
                 f"'{name}' has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)} from the other keys"
             )
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"'{name}' is {tensor.dtype}, expected floating point")
+        if tensor.is_floating_point() != expected[name].is_floating_point():
+            kind = "floating point" if expected[name].is_floating_point() else "whole numbers"
+            raise CheckpointError(f"'{name}' is {tensor.dtype}, expected {kind}")
         if tensor.layout != torch.strided or tensor.is_meta:
             kind = "on the meta device, without values" if tensor.is_meta else f"stored as {tensor.layout}"
             raise CheckpointError(f"'{name}' is {kind}; save a checkpoint of dense tensors with values")

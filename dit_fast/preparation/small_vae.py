@@ -38,9 +38,9 @@ def train_small_vae(
 ) -> Path:
     """Trains one on uint8 [N, S, S, 3] and writes it to `folder`, with mean and deviation of its latents per channel.
 
-    channels: of a latent, which has S / 2^halvings values a side. width: of all convolutions. steps: of AdamW on `batch`
-    images drawn with `seed`; the rate falls linearly to 0. Raises ConfigError for a number that is out of range or does
-    not divide, DataError where diffusers is missing.
+    channels: of a latent, which has S / 2^halvings values a side. width: of all convolutions. steps: of AdamW on
+    `batch` images drawn with `seed`; the rate falls linearly to 0. Raises ConfigError for a number that is out of range
+    or does not divide, DataError where diffusers is missing.
     """
     if min(channels, steps, batch) < 1 or halvings < 0 or width < 1 or width % GROUPS:
         raise ConfigError(

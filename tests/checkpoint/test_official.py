@@ -233,7 +233,7 @@ def test_diversedit_without_wiring_is_refused_with_the_reason():
         load_official(tiny_state("off"), "repa", num_heads=4, skip_wiring="input")
 
 
-@loop_over("family", ["repa_e", "rape"])
+@loop_over("family", ["repae", "rape"])
 def test_other_families_say_what_is_supported(family):
     with pytest.raises(ConfigError, match="sit, dit, repa, diversedit, reg, mean_flow, sra"):
         load_official(tiny_state("off"), family, num_heads=4)
