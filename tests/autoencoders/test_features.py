@@ -30,6 +30,7 @@ class Shuffler:
         return {"features": (grid * grid, self.width)}
 
     def to(self, device):
+        torch.device(device)  # raises for what is none, "auto" for example
         return self
 
 
@@ -48,7 +49,7 @@ def array_file(tmp_path):
 
 
 def built(array_file, out, **options):
-    return build(array_file, out, **{"autoencoder": "features:shuffler", "patch": 4, **options})
+    return build(array_file, out, **{"autoencoder": "features:shuffler", "patch": 4, "device": "auto", **options})
 
 
 def test_the_shards_hold_tokens_without_a_std_and_the_statistics_of_all_of_them(array_file, tmp_path):
