@@ -3,7 +3,8 @@
 A cell is a toy run of 20 steps in two processes under ZeRO-1: once undisturbed; again with both processes killed at a
 random step, and once more by the same command to the end, which must give equal bits (weights, averages, moments, what
 methods keep, logged rows); then samples. A pair that is refused is written down with its reason. The last line is JSON;
---record writes benchmarks/results/cpu/method_matrix.json and the table in docs/methods.md.
+--record writes benchmarks/results/cpu/method_matrix.json and the table in docs/methods.md. Beside --only, the cells
+recorded before stay; each says of which commit it is.
 """
 
 import argparse
@@ -30,16 +31,26 @@ from dit_fast.cli import main as command
 from dit_fast.sampling.samples import Samples
 from dit_fast.train import zero as zero  # imported once, so that forked ranks start in no time
 from dit_fast.train.__main__ import main as train
-from tests.helpers.parts import PREDICTIONS, add_tokens, cells, settings
+from tests.helpers.parts import BACKBONE, PREDICTIONS, add_tokens, cells, settings
 from tests.helpers.toy_runs import arguments, free_port, make_shards, rows, rows_so_far, tensors, wait_for
 
 STEPS, EVERY, RANKS = 20, 5, 2
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
+RECORD = RESULTS / "cpu" / "method_matrix.json"
+BESIDE_BACKBONES = ("diversedit", "repa")
 
 
 def pairs_that_matter():
-    """All cells but pairs with a prediction of flow matching, which differ from `flow` in one line of arithmetic."""
-    return [cell for cell in cells() if len(cell) == 1 or not set(cell) & set(PREDICTIONS)]
+    """All cells but pairs with a prediction of flow matching, which differ from `flow` in one line of arithmetic.
+
+    Then each further backbone, alone and beside two methods.
+    """
+    pairs = [cell for cell in cells() if len(cell) == 1 or not set(cell) & set(PREDICTIONS)]
+    return [
+        *pairs,
+        *((name,) for name in BACKBONE),
+        *((other, name) for name in BACKBONE for other in BESIDE_BACKBONES),
+    ]
 
 
 def fork(log, act, **variables):
@@ -138,22 +149,30 @@ def try_cell(cell, shards, folder, rng):
 
 
 def table(result):
-    """The lower half of the square of parts: yes, or the number of the reason below."""
+    """The lower half of the square of parts, backbones below it: yes, no with the number of its reason, or not run."""
     rows = {tuple(row["parts"]): row for row in result["cells"]}
-    names = list(dict.fromkeys(name for cell in rows for name in cell if name != "flow"))
+    wanted = pairs_that_matter()
+    names = [cell[0] for cell in wanted if len(cell) == 1 and cell != ("flow",)]
     reasons = list(dict.fromkeys(row["reason"] for row in rows.values() if row["outcome"] == "refused"))
-    across = [name for name in names if name not in PREDICTIONS]
+    across = [name for name in names if name not in {*PREDICTIONS, *BACKBONE}]
+
+    def mark(cell):
+        if cell not in rows:
+            return "not run" if cell in wanted else "-"
+        return "yes" if rows[cell]["outcome"] == "trained" else f"no ({reasons.index(rows[cell]['reason']) + 1})"
+
     lines = [f"| | alone | {' | '.join(f'`{name}`' for name in across)} |", "|---" * (len(across) + 2) + "|"]
     for number, name in enumerate(names):
-        shown = []
-        for other in (None, *across):
-            row = rows.get((name,)) if other is None else rows.get((other, name))
-            ahead = other is not None and names.index(other) >= number
-            mark = "" if ahead else "objectives" if row is None else "yes" if row["outcome"] == "trained" else ""
-            shown.append(mark or ("" if ahead else f"no ({reasons.index(row['reason']) + 1})"))
-        lines.append(f"| `{name}` | {' | '.join(shown)} |".replace("objectives", "-"))
+        beside = [mark((other, name)) if names.index(other) < number else "" for other in across]
+        lines.append(f"| `{name}` | {' | '.join([mark((name,)), *beside])} |")
     notes = [f"{number}. `{reason}`" for number, reason in enumerate(reasons, 1)]
     return "\n".join([*lines, "", *notes]).strip()
+
+
+def kept(result, tried):
+    """The cells of an earlier result that were not tried again, in the order of all; each with its commit and seed."""
+    of = {key: result[key] for key in ("commit", "dirty", "written", "seed") if key in result}
+    return [{**of, **cell} for cell in result["cells"] if tuple(cell["parts"]) not in tried]
 
 
 def main(arguments=None):
@@ -161,13 +180,16 @@ def main(arguments=None):
     parser.add_argument("--only", nargs="*", help="cells, e.g. diversedit,sra flow; default: all")
     parser.add_argument("--count", type=int, help="this many cells, drawn with the seed")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--record", action="store_true", help="write the result file and the table of docs/methods.md")
+    parser.add_argument("--record", action="store_true", help="write the result file and the table")
     options = parser.parse_args(arguments)
     chosen = [tuple(text.split(",")) for text in options.only] if options.only else pairs_that_matter()
     if options.count is not None:
         chosen = random.Random(options.seed).sample(chosen, options.count)
     where = environment(torch.device("cpu"))
     where["versions"]["deepspeed"] = zero.deepspeed.__version__
+    earlier = json.loads(RECORD.read_text()) if options.record and options.only else {**where, "cells": []}
+    if earlier["versions"] != where["versions"]:
+        parser.error("the recorded cells are of other versions of torch or the like; record all, without --only")
     folder, done, failed = Path(tempfile.mkdtemp(prefix="matrix-")), [], []
     shards = add_tokens(make_shards(folder), folder)
     for cell in (bar := tqdm(chosen, unit="cell")):
@@ -182,23 +204,25 @@ def main(arguments=None):
             failed.append(name)
             again = f"python -m tests.matrix --only {','.join(cell)} --seed {options.seed}"
             print(f"\nFAILED {name}: {error}\nits files: {place}; again: {again}", flush=True)
-    result = {
-        "schema": 1,
-        "run": "method_matrix",
-        **where,
-        "command": "python -m tests.matrix --record",
-        "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        "steps": STEPS,
-        "processes": RANKS,
-        "zero_stage": 1,
-        "seed": options.seed,
-        "failed": failed,
-        "cells": done,
-    }
+    written = datetime.now(UTC).isoformat(timespec="seconds")
+    of = {"commit": where.pop("commit"), "dirty": where.pop("dirty"), "written": written, "seed": options.seed}
+    done = [{**cell, **of} for cell in done]
     if not failed:
         shutil.rmtree(folder)
-    if options.record and not failed and len(done) == len(pairs_that_matter()):
-        (RESULTS / "cpu" / "method_matrix.json").write_text(json.dumps(result, indent=1) + "\n")
+    if options.record:
+        found = {tuple(cell["parts"]): cell for cell in (*kept(earlier, chosen), *done)}
+        result = {
+            "schema": 1,
+            "run": "method_matrix",
+            **where,
+            "command": "python -m tests.matrix --record",
+            "steps": STEPS,
+            "processes": RANKS,
+            "zero_stage": 1,
+            "failed": failed,
+            "cells": [found[cell] for cell in pairs_that_matter() if cell in found],
+        }
+        RECORD.write_text(json.dumps(result, indent=1) + "\n")
         write_table(PAGE, "matrix", table(result))
     outcomes = [row["outcome"] for row in done]
     summary = {

@@ -1,4 +1,7 @@
-"""Every method and every kind of objective at toy size, alone and in pairs: what a run of it sets, on one data set."""
+"""Every method and every kind of objective at toy size, alone and in pairs: what a run of it sets, on one data set.
+
+The further backbones are no part of the pairs; `settings` takes one as the last of a cell.
+"""
 
 import itertools
 import shutil
@@ -63,6 +66,11 @@ OBJECTIVE = {
     ),
     "ddpm": ("objective=ddpm", "model=DiT-Nano/2"),
 }
+BACKBONE = {  # beside SiT, which has the cells
+    "lightningdit": ("model=LightningDiT-Nano/2", "objective.time=lognormal", "objective.cosine_weight=1"),
+    "jit": ("model=JiT-Nano/2", "objective.prediction=x", "objective.weighting=velocity"),
+    "ddt": ("model=DDT-Nano/2", "model.encoder_depth=2", "objective.time=lognormal"),
+}
 
 
 def parts():
@@ -80,16 +88,16 @@ def cells():
 
 def settings(cell, steps):
     """`key=value` of a run of these parts, four blocks of width 32, of `steps` steps in each of its stages."""
-    objectives = [name for name in cell if name not in METHODS]
+    replaced = [name for name in cell if name not in METHODS]
     methods = [name for name in cell if name in METHODS]
-    chosen = [text for name in objectives for text in OBJECTIVE.get(name, (f"objective={name}",))]
+    chosen = [text for name in replaced for text in {**OBJECTIVE, **BACKBONE}.get(name, (f"objective={name}",))]
     values = {
         "steps": steps,
         **({"encoder": toy_encoder()} if "haste" in methods else {}),
         **({"vae": toy_vae()} if "repa_e" in methods else {}),
     }
     needed = [text.format(**values) for name in methods for text in METHOD.get(name, ())]
-    return [
+    lines = [
         f"run.steps={steps}",
         f"methods={','.join(methods) or 'none'}",
         "model.skip_wiring=off",
@@ -99,6 +107,7 @@ def settings(cell, steps):
         *chosen,
         *needed,
     ]
+    return [line for line in lines if "ddt" not in cell or not line.startswith("model.skip_wiring")]
 
 
 def add_tokens(shards, folder):

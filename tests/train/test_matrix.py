@@ -13,3 +13,17 @@ def test_four_cells_survive_a_kill_with_equal_bits(capsys):
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["trained"] + found["refused"] == 4
     assert found["trained"] >= 2
+
+
+def test_cells_recorded_before_keep_their_commit_and_others_are_told_as_not_run():
+    sra = {"parts": ["sra"], "outcome": "refused", "reason": "why"}
+    earlier = {"commit": "a", "dirty": False, "written": "then", "seed": 0, "cells": [{"parts": ["flow"]}, sra]}
+    assert matrix.kept(earlier, [("flow",)]) == [
+        {"commit": "a", "dirty": False, "written": "then", "seed": 0, **sra},
+    ]
+    own = {"parts": ["sra"], "commit": "b", "dirty": True, "written": "later", "seed": 7}
+    assert matrix.kept({"versions": {}, "cells": [own]}, []) == [own]
+    lines = matrix.table({"cells": [{"parts": ["repa"], "outcome": "trained"}, sra]}).splitlines()
+    cells = {line.split("`")[1]: line.split("|")[2].strip() for line in lines if line.startswith("| `")}
+    assert (cells["repa"], cells["sra"], cells["jit"]) == ("yes", "no (1)", "not run")
+    assert lines[-1] == "1. `why`"
