@@ -232,7 +232,11 @@ def shares(step, world, count):
     for i, batch in enumerate(batches):
         batch["micro"] = torch.full_like(batch["label"], i)
         for name, shape in zero_patterns.FIELDS.items():
-            drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(int(p))) for p in batch["position"]]
+            keyed = [torch.Generator().manual_seed(int(p)) for p in batch["position"]]
+            if name == "image":
+                drawn = [torch.randint(0, 256, shape, generator=key, dtype=torch.uint8) for key in keyed]
+            else:
+                drawn = [torch.randn(shape, generator=key) for key in keyed]
             batch[name] = torch.stack(drawn)
     return batches
 

@@ -18,6 +18,7 @@ from dit_fast.models import build_model
 from dit_fast.objectives import OBJECTIVES
 from dit_fast.train.loss import TrainingLoss
 from tests.helpers.encoder_weights import toy_encoder
+from tests.helpers.tiny_vae import toy_vae
 
 LR, EPS, BETAS, WEIGHT_DECAY, EMA = 5e-3, 1e-2, (0.9, 0.999), 0.01, 0.9
 
@@ -253,7 +254,7 @@ class Real:
 
     @property
     def functional(self):
-        return OBJECTIVES[self.objective].functional
+        return any(part.functional for part in (OBJECTIVES[self.objective], *map(METHODS.get, self.methods)))
 
 
 FIELDS = {"features": (4, 6), "class_token": (6,), "image": (3, 16, 16)}
@@ -263,6 +264,10 @@ FOLLOWED = {
     "encoders": (f"dinov2-vit-b:{toy_encoder()}",),
 }  # fmt: skip
 GUIDED = {"student_depth": 1, "teacher_depth": 2, "guidance": 2.0, "projector_width": 8, "t_low": 0.0, "stop_step": 2}
+END_TO_END = {
+    "vae": f"diffusers:{toy_vae()}", "encoder_depth": 1, "projector_width": 8, "perceptual_weight": 0.0,
+    "discriminator_width": 4, "discriminator_layers": 2, "vae_lr": LR / 4, "vae_clip": 1.0, "discriminator_clip": 0.3,
+}  # fmt: skip
 REALS = {
     "DiverseDiT": Real({"diversedit": ALL_PAIRS}, split="share"),
     "DiverseDiT, global": Real({"diversedit": {**ALL_PAIRS, "scope": "global"}}, split="micro"),
@@ -270,6 +275,7 @@ REALS = {
     "iREPA": Real({"repa": {"encoder_depth": 1, "projector": "conv", "spatial_norm": 0.6, "weight": 1.0}}),
     "REG": Real({"reg": {"encoder_depth": 1, "projector_width": 8, "stop_step": 2}}, options={"class_token": 6}),
     "HASTE": Real({"haste": FOLLOWED}),
+    "REPA-E": Real({"repa_e": END_TO_END}, split="micro"),
     "SRA": Real({"sra": {"student_depth": 1, "teacher_depth": 2, "decay": 0.5, "stop_step": 2}}),
     "Self-Transcendence, stage 1": Real({"structure_guidance": {"depth": 1, "projector_width": 8}}),
     "Self-Transcendence, stage 2": Real({"self_transcendence": GUIDED}),
