@@ -231,6 +231,10 @@ def _sizes(state: dict[str, Tensor], kind: Kind, family: str, name: str, file: P
     blocks = {int(found[1]) for key in state if (found := re.match(r"blocks\.(\d+)\.", key))}
     if kernel is None or positions is None or inner is None or kernel.dim() != 4 or not blocks:
         raise ConfigError(f"{name}:{file}: is no vision transformer under names of {family} or timm; give its weights")
+    for part, expected in (("cls_token", family != "ijepa"), ("blocks.0.ls1.gamma", family == "dinov2")):
+        if (part in state) != expected:
+            told = f"lacks '{part}', which {family} has" if expected else f"has '{part}', which {family} lacks"
+            raise ConfigError(f"{name}:{file}: {told}; name the encoder that it is of")
     width, count = kernel.shape[0], positions.shape[1]
     if "cls_token" in state and side(count) is None:
         state["cls_token"] = state["cls_token"] + positions[:, :1]

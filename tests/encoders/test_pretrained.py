@@ -154,6 +154,10 @@ def without(name):
         ("dino-vit-b", {"norm.weight": torch.ones(2)}, "is no vision transformer under names of dino or timm"),
         ("dino-vit-b", {**official("dino-vit-b"), "norm.bias": torch.ones(3)}, "'norm.bias' is .3. where"),
         ("dino-vit-b", {**official("dino-vit-b"), "norm.bias": torch.full((128,), torch.nan)}, "or not finite; fetch"),
+        ("mae-vit-b", official("dinov2-vit-b"), "has 'blocks.0.ls1.gamma', which mae lacks; name the encoder that it"),
+        ("dinov2-vit-b", official("mae-vit-l"), "lacks 'blocks.0.ls1.gamma', which dinov2 has; name the encoder"),
+        ("mae-vit-h", official("ijepa-vit-h"), "lacks 'cls_token', which mae has"),
+        ("ijepa-vit-h", official("dino-vit-b"), "has 'cls_token', which ijepa lacks"),
         ("dino-vit-b", {"a": print}, "holds '.*print', which is neither a tensor nor a plain value"),
     ],
 )  # fmt: skip
