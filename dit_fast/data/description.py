@@ -78,9 +78,10 @@ class DatasetInfo:
         """What the samples' `name` is. Raises DataError with the fix where they have none."""
         if name not in self.fields:
             known = ", ".join(self.fields) or "none"
+            made = name == "image" or name.startswith(("features", "class_token"))  # of the images, by `add-features`
             raise DataError(
                 f"no field '{name}' in the shards (fields there: {known}); add it with "
-                f"`dit-fast shards add-field FOLDER {name}`, see docs/data.md"
+                f"`dit-fast shards add-{'features' if made else 'field'} FOLDER {name}`, see docs/data.md"
             )
         return self.fields[name]
 

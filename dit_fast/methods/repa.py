@@ -14,7 +14,7 @@ from torch import Tensor
 from dit_fast.data import DatasetInfo
 from dit_fast.methods.base import Method, Term
 from dit_fast.methods.irepa import spatial_normalize
-from dit_fast.methods.targets import Targets
+from dit_fast.methods.targets import FEATURES, Targets
 from dit_fast.models import Backbone
 from dit_fast.nn.projector import ConvProjector, projector
 from dit_fast.objectives import Context
@@ -41,7 +41,7 @@ class Alignment(Method):
         encoder_depth: int = setting(8, "Aligned block, from 1 (published: 8 for L and XL, 4 or 5 for B)", "[1, 1000]")
         projector_width: int = setting(2048, "Hidden width of the projector", "[1, 65536]")
         weight: float = setting(0.5, "Weight of the term", "[0, 1e6]")
-        fields: tuple[str, ...] = setting(("features",), "Fields of the shards with the targets, one for each encoder")
+        fields: tuple[str, ...] = setting(FEATURES, "Fields of the shards with the targets, one for each encoder")
         encoders: tuple[str, ...] = setting(
             (), "Encoders (KIND-vit-SIZE:PATH, ...) that make targets of the shards' images; none: `fields`", "", True
         )

@@ -11,6 +11,7 @@ from dit_fast.errors import ConfigError
 from dit_fast.models import Backbone
 
 IMAGE = "image"
+FEATURES = ("features",)  # read unless other fields, or encoders, are named
 
 
 class Targets:
@@ -36,6 +37,11 @@ class Targets:
     ):
         self.encoders: list[FeatureEncoder] = []
         if encoders:
+            if tuple(stored) != FEATURES:
+                raise ConfigError(
+                    f"methods.{owner}.fields={','.join(stored)} is not read beside methods.{owner}.encoders, which "
+                    "make all targets; drop one of them"
+                )
             data.field(IMAGE)
             self._load(owner, encoders, model)
             self.fields: tuple[str, ...] = (IMAGE,)

@@ -151,6 +151,7 @@ def test_reg_makes_its_class_token_on_the_way(built, stored, specs):
         (REPA.Config(fields=(), encoder_depth=2), {}, "methods.repa.fields=: give each field once, at least one"),
         (REPA.Config(fields=("image",), encoder_depth=2), {}, "'image' holds .3, 16, 16. per image, not tokens"),
         (REPA.Config(fields=("features_c",), encoder_depth=2), {}, "no field 'features_c' in the shards"),
+        (REPA.Config(fields=("features_c",), encoders=("SPEC",), encoder_depth=2), {}, "fields=features_c is not read"),
         (REG.Config(encoders=("SPEC", "SPEC"), encoder_depth=2), {}, "reg denoises the class token of one encoder"),
         (REG.Config(encoders=("SPEC",), encoder_depth=2), {"class_token": 3}, "set model.class_token=128"),
     ],
@@ -162,9 +163,11 @@ def test_what_cannot_run_is_refused_before_the_first_step(config, sizes, message
     assert "\n" not in str(caught.value)
 
 
-def test_shards_without_images_are_refused(token_shards, specs, tmp_path, capsys):
-    assert main(arguments(token_shards, tmp_path / "run", *SMALL, on_the_way(specs))) == 2
-    assert "no field 'image' in the shards" in capsys.readouterr().err
+def test_shards_without_images_are_refused(shards, specs, tmp_path, capsys):
+    assert main(arguments(shards, tmp_path / "run", *SMALL, on_the_way(specs))) == 2
+    error = capsys.readouterr().err
+    assert "no field 'image' in the shards" in error
+    assert "add it with `dit-fast shards add-features FOLDER image`" in error
 
 
 def test_convolution_and_spatial_normalisation(stored):
