@@ -23,7 +23,6 @@ from dit_fast.tree import Tree, each, image, label, leaves, relabelled
 Channels = Literal["all", "first_three"]
 Bounds = Literal["inclusive", "exclusive"]
 Decision = Literal["first", "each"]
-ROUNDING = 1e-9  # JiT's edges are 1 - ours: a time this near to an edge lies on it
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ class Guidance:
     channels: "first_three" guides channels 0 to 2 and leaves the others at the label's velocity, as the released
     samplers of DiT, SiT and LightningDiT do.
     class_token_scale: of the class token, where one is sampled with the image (REG); None is the image's scale.
-    bounds: "inclusive", low <= t <= high (REPA, to the last bit), or "exclusive", low < t < high up to rounding, where
-    high = 1 is no bound (JiT).
+    bounds: "inclusive", low <= t <= high (REPA, to the last bit), or "exclusive", low < t < high, where high = 1 is no
+    bound (JiT); compared as published, 1 - t in float32, so that a rounded time lies on its edge.
     decision: whether an evaluation is guided is decided by the "first" of its step, at the noisier end (REPA), or by
     "each" for itself (JiT).
     ig_scale: of internal guidance, from a model's second output to its first, on all channels and leaves: any finite
@@ -90,8 +89,10 @@ class Guidance:
         time = self._time(t, s)
         if self.bounds == "inclusive":
             return self.needs_null and self.low <= time <= self.high
-        low, high = self.low + ROUNDING, self.high - ROUNDING
-        return self.needs_null and low < time and (self.high == 1 or time < high)
+        now, low, high = torch.tensor(
+            [1 - time, 1 - self.low, 1 - self.high], dtype=torch.float32, device="cpu"
+        ).tolist()
+        return self.needs_null and now < low and (self.high == 1 or high < now)
 
     def extrapolated(self, first: Tree, second: Tree | None, t: float, s: float) -> Tree:
         """What internal guidance makes of a model's outputs, float64, in an evaluation as for `active`."""

@@ -189,10 +189,13 @@ def test_exclusive_bounds_leave_the_ends_out_but_for_pure_noise():
     assert guided("heun2", quarters, **whole) == ([1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25], [0.0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("low", [1 - 0.8, 0.2, 0.2 - 1e-12])
-def test_exclusive_bounds_leave_an_edge_out_however_it_is_rounded(low):
-    """0.8 in JiT's time: 1 - 0.8 is 0.19999999999999996."""
-    times = torch.linspace(1, 0, 6, dtype=torch.float64).tolist()
+def test_exclusive_bounds_leave_an_edge_out_however_it_is_rounded(low, dtype):
+    """0.8 in JiT's time: 1 - 0.8 is 0.19999999999999996. DDT's times are float32: their 0.4 is 1 - 0.599999994."""
+    times = (1 - torch.linspace(0, 1, 6, dtype=dtype).double()).tolist()
+    active, plain = guided("euler", times, guidance_high=0.6, guidance_bounds="exclusive")
+    assert (len(active), len(plain)) == (2, 3)
     active, plain = guided("euler", times, guidance_low=low, guidance_bounds="exclusive")
     assert (len(active), len(plain)) == (4, 1)
 
