@@ -75,22 +75,22 @@ STREAM, VECTOR, HEADS, ROWS = (2, 3, 16), (2, 16), (2, 3, 2, 4), (6, 16)
 LAUNCHES = {  # shapes of what a launcher reads in wide pieces, how to call it with them, who decides
     "adaln forward": (
         [STREAM, STREAM, VECTOR, VECTOR, VECTOR],
-        lambda *x: adaln.forward(*x, 1e-6, None, FP32, True),
+        lambda *x: adaln.forward(*x, 1e-6, False, None, FP32, True),
         (adaln, "is_aligned"),
     ),
     "adaln backward": (
         [STREAM, STREAM, STREAM, STREAM, VECTOR, VECTOR],
-        lambda *x: adaln.backward(*x, torch.zeros(2, 3), torch.ones(2, 3), 1e-6, FP32, FP32, [FP32] * 3),
+        lambda *x: adaln.backward(*x, torch.zeros(2, 3), torch.ones(2, 3), 1e-6, False, True, FP32, FP32, [FP32] * 3),
         (adaln_gradients, "is_aligned"),
     ),
     "qk_norm forward": (
         [(2, 3, 24)],
-        lambda qkv: qk_norm.forward(qkv, 2, *torch.ones(4, 4), 1e-5),
+        lambda qkv: qk_norm.forward(qkv, 2, *torch.ones(4, 4), None, None, 1e-5, "layer"),
         (qk_norm, "_vector"),
     ),
     "qk_norm backward": (
         [HEADS, HEADS, HEADS, (2, 3, 24)],
-        lambda *x: qk_norm.backward(*x, *torch.ones(2, 4), 1e-5, True, True),
+        lambda *x: qk_norm.backward(*x, *torch.ones(2, 4), None, None, 1e-5, "layer", True, True, True),
         (qk_norm, "_vector"),
     ),
     "diversity forward": ([ROWS] * 2, lambda *x: diversity.forward(x), (diversity, "is_aligned")),
