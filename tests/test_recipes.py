@@ -2,11 +2,12 @@
 
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 
 from dit_fast.options import diff, to_dict
-from dit_fast.recipes import RECIPES, load
+from dit_fast.recipes import PUBLISHED, RECIPES, load
 from dit_fast.train.__main__ import main as train
 
 SMALL = [name for name in RECIPES if name.startswith("quickstart-")]
@@ -32,3 +33,8 @@ def test_the_help_lists_every_recipe_once_in_few_lines(capsys):
     found = [name for line in parts for name in map("".join, itertools.product(*line))]
     assert sorted(found) == sorted(RECIPES)
     assert len(lines) < len(RECIPES) / 3
+
+
+def test_the_readme_lists_the_recipes_of_the_papers():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    assert [name for names in PUBLISHED for name in names.split() if f"`{name}-" not in text] == []
