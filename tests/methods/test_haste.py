@@ -86,6 +86,14 @@ def test_logits_that_cannot_be_compared(student, teacher, heads, message):
         haste.attention_loss([ours], [theirs], heads=heads)
 
 
+@loop_over("count", [None, 2, 1])
+def test_the_first_heads_of_either_side_are_compared(count):
+    student, teacher = (torch.stack([q @ k.mT for q, k in heads(size, size, layers=1)])[0] for size in (2, 3))
+    used = count or 2
+    wanted = -(teacher[:, :used].softmax(-1) * student[:, :used].softmax(-1).log()).sum(-1).mean()
+    assert_close(haste.attention_loss([student], [teacher], count), wanted, 1e-12)
+
+
 def test_layers_are_paired():
     with pytest.raises(UserError, match="at least one: not 0 with 0"):
         haste.attention_loss([], [])
