@@ -253,8 +253,9 @@ a recipe may differ (`dit-fast train RECIPE --print-config` shows its values). A
 round one does not. Keys marked *yes* may change when a run is resumed.
 
 `objective=NAME` chooses another objective, with its defaults. `methods=a,b` sets the list of methods, `methods=none`
-empties it; order is kept, and so are the settings of those that were in it. Sizes of the model that are 0 are those of
-its name. Choices are made before single keys are set, in whatever order they stand on the command line.
+empties it (as `none` does every list); order is kept, and so are the settings of those that were in it. Sizes of the
+model that are 0 are those of its name. Choices are made before single keys are set, in whatever order they stand
+on the command line.
 """
 
 

@@ -267,8 +267,9 @@ def _plain(value: Any, hint: Any) -> Any:
         absent = value is None or (isinstance(value, str) and value.lower() == "none")
         return None if absent else _plain(value, next(kind for kind in arguments if kind is not type(None)))
     if origin is tuple:
-        items = value.split(",") if isinstance(value, str) else value
-        return tuple(_plain(item, arguments[0]) for item in items) if isinstance(items, list | tuple) else _NOTHING
+        if isinstance(value, str):
+            value = [] if value.strip().lower() in ("", "none") else value.split(",")
+        return tuple(_plain(item, arguments[0]) for item in value) if isinstance(value, list | tuple) else _NOTHING
     kind = type(arguments[0]) if origin is Literal else hint
     if kind is bool:
         return _BOOLS.get(value.lower(), _NOTHING) if isinstance(value, str) else value

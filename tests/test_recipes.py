@@ -38,3 +38,9 @@ def test_the_help_lists_every_recipe_once_in_few_lines(capsys):
 def test_the_readme_lists_the_recipes_of_the_papers():
     text = (Path(__file__).parents[1] / "README.md").read_text()
     assert [name for names in PUBLISHED for name in names.split() if f"`{name}-" not in text] == []
+
+
+def test_a_list_of_values_is_emptied():
+    for text in ("none", ""):
+        (method,) = load("quickstart-repa", ["methods.repa.encoders=a,b", f"methods.repa.encoders={text}"]).methods
+        assert method.encoders == ()

@@ -127,7 +127,12 @@ def check_resume(
     frozen = state.get("digests", {})
     for name in sorted(frozen.keys() | digests.keys()):
         if frozen.get(name) != digests.get(name):
-            had, has = (str(each.get(name))[:12] for each in (frozen, digests))
+            if name not in digests or name not in frozen:
+                raise CheckpointError(
+                    f"methods.{name}: {checkpoint.path} was trained with{'out' * (name in digests)} it; "
+                    "restore the configuration or set another run.dir"
+                )
+            had, has = (each[name][:12] for each in (frozen, digests))
             raise CheckpointError(
                 f"methods.{name}: its weights have the sha256 {has}, those that {checkpoint.path} was trained with "
                 f"{had}; give the file or step folder that holds those (it may lie anywhere) or set another run.dir"

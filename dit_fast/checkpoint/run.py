@@ -1,8 +1,9 @@
 """Reading a training run back: the model from its configuration, with averaged or raw weights. Needs no DeepSpeed."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -18,8 +19,10 @@ from dit_fast.objectives import OBJECTIVES, Objective
 from dit_fast.runs import TrainConfig, stored
 
 
-class LoadedRun(NamedTuple):
+@dataclass(frozen=True)
+class LoadedRun:
     """model: on the CPU, in eval mode. state: what the checkpoint says about itself (step, samples_seen, ...).
+    Unpacked it is model, config, state.
 
     `load_run` adds "weights_sha256" to the state: of the file that the weights were read from. autoencoder: that of a
     run that has trained one with its model, in the place of the data set's; its scale and shift too are the run's own.
@@ -29,6 +32,9 @@ class LoadedRun(NamedTuple):
     config: TrainConfig
     state: dict[str, Any]
     autoencoder: Autoencoder | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.model, self.config, self.state))
 
     @property
     def step(self) -> int:

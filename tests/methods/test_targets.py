@@ -1,6 +1,7 @@
 """Alignment with several encoders, stored or run while training, and the options of iREPA, on real shards."""
 
 import dataclasses
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -94,6 +95,9 @@ def test_a_run_resumes_exactly_and_only_with_the_same_weights(built, specs, tmp_
     torch.save(other, moved)
     assert main(arguments(built, again, *start, "run.steps=5")) == 2
     assert "methods.repa.encoders.0: its weights have the sha256" in capsys.readouterr().err
+    start[-3] = on_the_way(specs[:1])
+    assert main(arguments(built, again, *start, "run.steps=5")) == 2
+    assert re.search(r"encoders.1: .*step_0+4 was trained with it; restore the conf", capsys.readouterr().err)
 
 
 def test_several_encoders_have_a_projector_each_and_their_mean_counts(specs, stored):

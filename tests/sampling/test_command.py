@@ -1,5 +1,6 @@
 """`dit-fast sample`: what it writes, how it goes on after a kill, and how ranks share it."""
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -160,7 +161,7 @@ def test_chunks_of_other_weights_are_not_mixed(place, tmp_path):
     run, chosen = load_run(place / "plain"), SampleOptions(classes=(0,), sampler="euler")
     Parts(tmp_path / "folder", run, chosen, 0)
     with pytest.raises(UserError, match=r"holds images of another command \(sha256 [0-9a-f]{64} there, 0 here\)"):
-        Parts(tmp_path / "folder", run._replace(state={**run.state, "weights_sha256": "0"}), chosen, 0)
+        Parts(tmp_path / "folder", dataclasses.replace(run, state={**run.state, "weights_sha256": "0"}), chosen, 0)
 
 
 def test_a_damaged_chunk_or_description_is_named_with_the_fix(place, tmp_path, capsys):

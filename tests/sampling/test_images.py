@@ -133,7 +133,7 @@ def test_a_run_that_predicts_noise_on_vp_draws_finite_images(place, tmp_path):
 def test_a_run_without_label_dropout_is_not_guided(opened):
     loaded, dataset = opened
     model = dataclasses.replace(loaded.config.model, label_dropout=0.0)
-    undropped = loaded._replace(model=new_model(model).eval())
+    undropped = dataclasses.replace(loaded, model=new_model(model).eval())
     assert draw(undropped, dataset, options())[0].text == "euler, 1 steps, guidance 1, seed 0"
     with pytest.raises(UserError, match="trained null_label"):
         draw(undropped, dataset, options(cfg_scale=2.0))
@@ -187,12 +187,12 @@ def test_data_that_moved_is_named_or_found(place, tmp_path, capsys, monkeypatch)
     relative = dataclasses.replace(loaded.config, data=dataclasses.replace(loaded.config.data, path="shards"))
     with monkeypatch.context() as patched:
         patched.chdir(tmp_path)
-        assert loaded._replace(config=relative).dataset().root == "shards"
+        assert dataclasses.replace(loaded, config=relative).dataset().root == "shards"
         patched.chdir("/")
-        assert loaded._replace(config=relative).dataset().root == str(place / "shards")
+        assert dataclasses.replace(loaded, config=relative).dataset().root == str(place / "shards")
         old = {key: value for key, value in loaded.state.items() if key != "dataset_root"}
         with pytest.raises(UserError, match=r"shards.*: no such folder.*--data"):
-            loaded._replace(config=relative, state=old).dataset()
+            dataclasses.replace(loaded, config=relative, state=old).dataset()
     moved = ["--data", str(tmp_path / "shards"), "--out"]
     few = ["--per-class", "1", "--num-steps", "1"]
     assert main(["sample", str(tmp_path / "plain"), *few, *moved, str(tmp_path / "a.png")]) == 0
@@ -265,16 +265,17 @@ def test_the_model_decides_what_was_left_open(opened):
     run, dataset = opened
     changed = dataclasses.replace
     joint, mean = (
-        run._replace(model=new_model(changed(run.config.model, **more)).eval())
+        dataclasses.replace(run, model=new_model(changed(run.config.model, **more)).eval())
         for more in ({"class_token": 6}, {"times": 2})
     )
-    mean = mean._replace(config=changed(run.config, objective=MeanFlow.Config()))
+    mean = dataclasses.replace(mean, config=changed(run.config, objective=MeanFlow.Config()))
     (drawn,) = draw(joint, dataset, options(class_token_cfg_scale=1.5))
     assert drawn.text == "euler, 1 steps, guidance 2.5 (1.5 of the class token), seed 0"
     (drawn,) = draw(mean, dataset, options(sampler=None))
     assert (drawn.images.shape, drawn.text) == ((3, 32, 32, 3), "mean_flow, 1 steps, guidance 1, seed 0")
     more = {"times": 2, "velocity_head": True, "guidance_condition": True}
-    told = run._replace(
+    told = dataclasses.replace(
+        run,
         model=tiny_sit(**{**dataclasses.asdict(run.model.config), **more}),
         config=changed(run.config, objective=ImprovedMeanFlow.Config()),
     )
@@ -290,7 +291,7 @@ def test_the_model_decides_what_was_left_open(opened):
 def test_samplers_take_the_shift_that_a_run_was_trained_with(opened):
     """Unless they are told another; a solver that chooses its own steps has none."""
     run, dataset = opened
-    shifted = run._replace(config=dataclasses.replace(run.config, objective=Flow.Config(time_shift=3.0)))
+    shifted = dataclasses.replace(run, config=dataclasses.replace(run.config, objective=Flow.Config(time_shift=3.0)))
     told = {"sampler": "euler", "num_steps": 4}
     (own,), (same,) = draw(shifted, dataset, options(**told)), draw(run, dataset, options(**told, time_shift=3.0))
     assert own.text == same.text == "euler, 4 steps, times shifted by 3, guidance 2.5, seed 0"
