@@ -55,10 +55,19 @@ def _what_you_see(main: RunStory) -> Section:
     told = {
         "long skip connections carry early block outputs to late blocks": model.get("skip_wiring", "off") != "off",
         "a diversity loss keeps the blocks from doing the same work": "diversedit" in methods,
-        "one block is aligned with the features of a frozen image encoder": "repa" in methods or "reg" in methods,
+        "one block is aligned with the features of a frozen image encoder": bool(
+            {"repa", "repa_e", "reg", "haste"} & {*methods}
+        ),
+        "the autoencoder is trained with the model, by that alignment too": "repa_e" in methods,
+        "attention of several blocks follows that of the encoder, up to a step": "haste" in methods,
         "that encoder's class token is denoised beside the image": "reg" in methods,
         "one block is aligned with a later block of the model's own average, at less noise": "sra" in methods,
         "the samples of a batch are pushed apart in the output of one block": "dispersive" in methods,
+        "one block is aligned with a deeper one of the same forward": "layersync" in methods,
+        "a head on a shallow block predicts the clean latent": "sra2" in methods,
+        "a second head on an earlier block learns the same, and samples may be led away from it": "internal_guidance"
+        in methods,
+        "predictions are pushed away from the targets of other samples": "contrastive_flow" in methods,
         "a shallow block learns to predict by itself": "structure_guidance" in methods,
         "one block follows the guided features of a frozen model of a first stage": "self_transcendence" in methods,
         "it learned mean velocities, for samples in one step": "mean_flow" in main.config["objective"]["name"],

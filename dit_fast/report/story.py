@@ -25,11 +25,17 @@ METHOD_NAMES = {
     "ddpm": "DDPM",
     "diversedit": "DiverseDiT",
     "repa": "REPA",
+    "repa_e": "REPA-E",
     "reg": "REG",
+    "haste": "HASTE",
     "sra": "SRA",
+    "sra2": "SRA 2",
+    "layersync": "LayerSync",
     "dispersive": "Dispersive Loss",
     "structure_guidance": "structure guidance",
     "self_transcendence": "Self-Transcendence",
+    "internal_guidance": "internal guidance",
+    "contrastive_flow": "contrastive flow matching",
 }
 TAIL = 0.1  # share of the run over which final values are averaged
 
