@@ -233,24 +233,14 @@ class ImprovedMeanFlow(MeanVelocity):
     name = "improved_mean_flow"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(MeanVelocity.Config):
         """What guidance is drawn, the two times, and how the errors are normalised."""
 
         name: ClassVar[str] = "improved_mean_flow"
         beta: float = setting(1.0, "The density of a drawn omega falls as omega^-beta (guidance_condition)", "[0, 100]")
         maximum: float = setting(7.0, "A drawn omega lies in 1 .. 1 + maximum (guidance_condition)", "(0, 1000]")
         omega: float = setting(1.0, "Guidance of the target of a model that is told none; 1 = none", "(0, 1000]")
-        guidance_low: float = setting(0.0, "Least t with it", "[0, 1]")
-        guidance_high: float = setting(1.0, "Largest t with it", "[0, 1]")
-        time_mean: float = setting(-0.4, "Mean of both times before the sigmoid", "[-100, 100]")
-        time_std: float = setting(1.0, "Their standard deviation before the sigmoid", "(0, 100]")
         data_proportion: float = setting(0.5, "Share of samples with r = t, which learn the velocity", "[0, 1]")
-        norm_p: float = setting(1.0, "Power of each error by which it is divided; 0 = not at all", "[0, 10]")
-        norm_eps: float = setting(0.01, "Added to the error before that", "(0, 1e6]")
-
-        def __post_init__(self) -> None:
-            if self.guidance_low > self.guidance_high:
-                raise ConfigError("objective.guidance_low lies above objective.guidance_high; swap them")
 
     def __init__(self, config: Config, model: Backbone):
         """Raises ConfigError as above, for guidance without a trained null label, and for one that the model is told

@@ -168,6 +168,21 @@ class MeanVelocity(Objective):
     solvers: ClassVar = {name: solver for name, solver in SOLVERS.items() if solver.follows == "mean_velocity"}
     functional = True
 
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Where the target is guided, the two times, and how the error is normalised."""
+
+        guidance_low: float = setting(0.0, "Least t with a guided target", "[0, 1]")
+        guidance_high: float = setting(1.0, "Largest t with a guided target (mean flow XL/2: 0.75)", "[0, 1]")
+        time_mean: float = setting(-0.4, "Mean of both times before the sigmoid", "[-100, 100]")
+        time_std: float = setting(1.0, "Their standard deviation before the sigmoid", "(0, 100]")
+        norm_p: float = setting(1.0, "Power of an error by which it is divided; 0 = not at all", "[0, 10]")
+        norm_eps: float = setting(0.01, "Added to the error before that", "(0, 1e6]")
+
+        def __post_init__(self) -> None:
+            if self.guidance_low > self.guidance_high:
+                raise ConfigError("objective.guidance_low lies above objective.guidance_high; swap them")
+
     def __init__(self, config: Any, model: Backbone):
         """Raises ConfigError for a model with one time or a learned variance."""
         self.refuse_variance(model)
@@ -199,23 +214,13 @@ class MeanFlow(MeanVelocity):
     name = "mean_flow"
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(MeanVelocity.Config):
         """Guidance within the target, the two times, and how the error is normalised."""
 
         name: ClassVar[str] = "mean_flow"
         omega: float = setting(1.0, "Weight of the data's velocity in the guided target (XL/2: 0.2)", "[0, 1000]")
         kappa: float = setting(0.5, "Weight of the label's own velocity; the scale is omega / (1 - kappa)", "[0, 1)")
-        guidance_low: float = setting(0.0, "Least t with a guided target", "[0, 1]")
-        guidance_high: float = setting(1.0, "Largest t with a guided target (XL/2: 0.75)", "[0, 1]")
-        time_mean: float = setting(-0.4, "Mean of both times before the sigmoid", "[-100, 100]")
-        time_std: float = setting(1.0, "Their standard deviation before the sigmoid", "(0, 100]")
         data_proportion: float = setting(0.75, "Share of samples with r = t, which learn the velocity", "[0, 1]")
-        norm_p: float = setting(1.0, "Power of the error by which the loss is divided; 0 = not at all", "[0, 10]")
-        norm_eps: float = setting(0.01, "Added to the error before that", "(0, 1e6]")
-
-        def __post_init__(self) -> None:
-            if self.guidance_low > self.guidance_high:
-                raise ConfigError("objective.guidance_low lies above objective.guidance_high; swap them")
 
     def __init__(self, config: Config, model: Backbone):
         """Raises ConfigError as above, for guidance of a model without a trained null label, and for one that is told
