@@ -15,16 +15,13 @@ import torch
 from torch import Tensor
 
 from dit_fast import files
-from dit_fast.autoencoders.patch_pca import from_patches, to_patches
-from dit_fast.data.address import read_bytes
-from dit_fast.data.files import reason
+from dit_fast.autoencoders.patch_pca import from_patches, read_tensors, to_patches
 from dit_fast.encoders import FeatureEncoder, load_encoder
 from dit_fast.errors import DataError
 
 FORMAT = "dit_fast linear decoder 1"
 RIDGE = 1e-3  # of tokens whose channels have variance 1
 HELD_OUT = 10  # every tenth image is not fitted but measured
-MAX_BYTES = 1 << 28
 
 
 class FeatureAutoencoder:
@@ -86,17 +83,12 @@ class FeatureAutoencoder:
     @classmethod
     def load(cls, path: str | Path) -> "FeatureAutoencoder":
         """Reads what `save` wrote, from a file or address. Raises DataError naming a missing or foreign file."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        data = read_bytes(str(path), MAX_BYTES)  # not mapped: the tensors must outlive the file
+        _, tensors, header = read_tensors(path, "a decoder of features")
         try:
-            tensors = load(data)
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            meta = json.loads((header.get("__metadata__") or {}).get("about", "{}"))
-        except (SafetensorError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read as a decoder of features ({reason(error)})") from None
-        if meta.get("format") != FORMAT:
+            meta = json.loads(header.get("about", "{}"))
+        except ValueError:
+            meta = {}
+        if not isinstance(meta, dict) or meta.get("format") != FORMAT:
             raise DataError(
                 f"{path}: not a decoder of features; make one with `dit-fast shards build --autoencoder "
                 "features:ENCODER --patch P`"

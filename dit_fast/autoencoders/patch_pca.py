@@ -75,16 +75,7 @@ class PatchPCA:
     @classmethod
     def load(cls, path: str | Path) -> "PatchPCA":
         """Reads what `save` wrote, from a file or address. Raises DataError naming a missing or foreign file."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        data = read_bytes(str(path), MAX_BYTES)  # not mapped: the tensors must outlive the file
-        try:
-            tensors = load(data)
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        except (SafetensorError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read as a patch PCA autoencoder ({reason(error)})") from None
-        meta = header.get("__metadata__") or {}
+        data, tensors, meta = read_tensors(path, "a patch PCA autoencoder")
         if meta.get("format") != FORMAT:
             raise DataError(
                 f"{path}: not a patch PCA autoencoder; make one with `dit-fast shards build --autoencoder pca`"
@@ -139,6 +130,19 @@ def to_patches(images: torch.Tensor, p: int) -> torch.Tensor:
     n, _, height, width = images.shape
     grid = images.reshape(n, 3, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
     return grid.reshape(n, (height // p) * (width // p), 3 * p * p)
+
+
+def read_tensors(path: str | Path, what: str) -> tuple[bytes, dict[str, torch.Tensor], dict[str, str]]:
+    """Bytes, tensors and metadata of a safetensors file or address. Raises DataError where that is not readable."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    data = read_bytes(str(path), MAX_BYTES)  # not mapped: the tensors must outlive the file
+    try:
+        tensors, header = load(data), json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as {what} ({reason(error)})") from None
+    return data, tensors, header.get("__metadata__") or {}
 
 
 def from_patches(rows: torch.Tensor, p: int, grid: tuple[int, int]) -> torch.Tensor:

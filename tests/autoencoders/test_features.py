@@ -149,14 +149,15 @@ def test_a_constant_channel_cannot_be_scaled(array_file, tmp_path, monkeypatch):
         built(array_file, tmp_path / "out")
 
 
-@pytest.mark.parametrize("damage", ["format", "shape"])
+@pytest.mark.parametrize("damage", ["format", "list", "shape"])
 def test_a_foreign_file_is_named(array_file, tmp_path, damage):
     from safetensors.torch import save_file
 
     file = tmp_path / "x.safetensors"
     about = {"format": features.FORMAT if damage == "shape" else "?", "patch": 2, "encoder": "a"}
+    about = [about] if damage == "list" else about
     save_file({"weight": torch.zeros(3, 5), "bias": torch.zeros(12)}, file, {"about": json.dumps(about)})
-    with pytest.raises(DataError, match="not a decoder of features" if damage == "format" else "misshapen"):
+    with pytest.raises(DataError, match="misshapen" if damage == "shape" else "not a decoder of features"):
         load_autoencoder(f"features:{file}")
 
 
