@@ -1,0 +1,356 @@
+"""What the host does for a training step, without a GPU:
+
+    PYTHONPATH=.cache/triton-3.9.0 python -m dit_fast.benchmarks.host
+
+Everything that a step does before the device works is run as it is: the trainer's Python, checks and choices, autograd,
+torch's dispatcher, Triton's launch. Tensors lie on the CPU and are so small that their arithmetic hardly counts;
+kernels end at a null driver (`null_driver.py`, which says what is not counted). Ours and the step as published
+alternate in one process, each with SiT of 12 or 28 blocks, long skips, bf16 autocast and the diversity loss, on one
+thread.
+
+Times are of the thread's CPU, which a busy machine hardly changes, and medians. A call of an op is also given in
+clones: the time of `clone()` of a small tensor, the cheapest call that torch can launch, taken in the same rounds.
+Launches are operators that write memory, and Triton kernels, counted in a run of their own; operators on lists of
+tensors count as one. The published side draws its noise from torch's generator, as published.
+"""
+
+import argparse
+import collections
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+DEPTHS = (12, 28)
+ROUNDS = 15
+CALLS = 200  # of an op in a round
+WIDTH, TOKENS, HEADS = 64, 4, 2
+GOALS = {"step": 0.5, "forward": 12, "backward": 15, "launches": 1200}
+FREE = {
+    "_unsafe_view",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "lift_fresh",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dit_fast.benchmarks.host")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--depths", type=int, nargs="*", default=list(DEPTHS))
+    parser.add_argument("--out", type=Path, help="result file; default: that of this repository")
+    options = parser.parse_args(arguments)
+
+    import torch
+
+    from dit_fast.benchmarks import null_driver
+    from dit_fast.errors import UserError
+
+    torch.set_num_threads(1)
+    try:
+        triton = null_driver.install()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    from dit_fast.benchmarks.results import RESULTS, environment, rounded, write
+
+    where = environment(torch.device("cpu"))
+    where["versions"]["triton"] = triton
+    result = {
+        "schema": 1,
+        "run": "host",
+        **where,
+        "command": " ".join(["python", "-m", "dit_fast.benchmarks.host", *(arguments or sys.argv[1:])]),
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "goals": GOALS,
+        "ops": ops(options.rounds),
+        "steps": [step(depth, options.rounds) for depth in options.depths],
+    }
+    print(text(result))
+    write(options.out or RESULTS / "cpu" / "host.json", rounded(result))
+    return 0
+
+
+def text(result: dict[str, Any]) -> str:
+    lines = [f"{'op':34}{'forward':>18}{'backward':>18}"]
+    for name, parts in result["ops"].items():
+        shown = (f"{part['us']:7.1f} us {part['clones']:6.1f}" for part in parts.values())
+        lines.append(f"{name:34}{''.join(f'{each:>18}' for each in shown)}")
+    for case in result["steps"]:
+        for side in ("published", "ours"):
+            times = "  ".join(f"{part} {ms:.1f}" for part, ms in case[side]["ms"].items())
+            lines.append(f"{case['blocks']} blocks, {side:10} {times} ms, launches {case[side]['launches']}")
+        lines.append(f"{case['blocks']} blocks, ours / published: {case['ratio']:.2f} of the host's time")
+    return "\n".join(lines)
+
+
+def step(blocks: int, rounds: int) -> dict[str, Any]:
+    """Times of both sides' parts of a step in ms, launches by name, and the ratio of the whole."""
+    sides: dict[str, _Side] = {"published": _Published(blocks), "ours": _Ours(blocks)}
+    for side in sides.values():
+        for number in range(3):
+            side.run(number)
+    taken: dict[str, dict[str, list[float]]] = {name: collections.defaultdict(list) for name in sides}
+    with _without_collector():
+        for number in range(3, 3 + rounds):
+            for name, side in sides.items():
+                for part, seconds in side.run(number).items():
+                    taken[name][part].append(1e3 * seconds)
+    entry: dict[str, Any] = {"blocks": blocks}
+    for name, side in sides.items():
+        launched = launches(partial(side.run, 3 + rounds))
+        entry[name] = {
+            "ms": {part: statistics.median(times) for part, times in taken[name].items()},
+            "launches": sum(launched.values()),
+            "launches_by_name": dict(launched.most_common()),
+        }
+    ratios = [ours / published for ours, published in zip(*(taken[name]["step"] for name in ("ours", "published")))]  # noqa: B905
+    entry["ratio"] = statistics.median(ratios)
+    return entry
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Python's collector strikes either side at random."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+class _Side:
+    def __init__(self, blocks: int, *methods: Any):
+        import torch
+
+        from dit_fast.models import new_model
+        from dit_fast.models.sit import SiT
+        from dit_fast.objectives import Flow
+        from dit_fast.train.loss import TrainingLoss
+
+        torch.manual_seed(0)
+        sizes = {"hidden_size": WIDTH, "depth": blocks, "num_heads": HEADS, "patch_size": 2}
+        config = SiT.Config(
+            name="SiT-Nano/2", input_size=4, in_channels=4, num_classes=1000, skip_wiring="input", **sizes
+        )
+        model = new_model(config)
+        bound = [bind(model, None) for bind in methods]
+        self.loss = TrainingLoss(model, Flow(Flow.Config(), model), bound, seed=0, label_dropout=0.1, precision="bf16")
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.batches = []
+        for number in range(4):
+            labels, positions = torch.randint(0, 1000, (2,)), torch.arange(2 * number, 2 * number + 2)
+            self.batches.append({"moments": torch.randn(2, 2, 4, 4, 4), "label": labels, "position": positions})
+
+    def run(self, number: int) -> dict[str, float]:
+        """Seconds of the step's parts and of the whole."""
+        raise NotImplementedError
+
+
+class _Published(_Side):
+    def __init__(self, blocks: int):
+        from dit_fast.benchmarks.baselines.published_step import PublishedDiversity, PublishedTrainer
+        from dit_fast.runs import OptimizerConfig
+
+        super().__init__(blocks, PublishedDiversity)
+        self.trainer = PublishedTrainer(self.loss, OptimizerConfig())
+        self.marks = _Marks(self.loss, self.parameters)
+
+    def run(self, number: int) -> dict[str, float]:
+        from dit_fast.backend import force
+
+        with force("torch"), _torchs_generator(), self.marks:
+            self.trainer.train_step(self.batches[number % 4], number)
+        return self.marks.parts()
+
+
+@contextmanager
+def _torchs_generator() -> Iterator[None]:
+    import torch
+
+    from dit_fast import philox
+
+    own = philox.normal, philox.uniform
+    philox.normal = lambda seed, positions, stream, shape: torch.randn(len(positions), *shape)
+    philox.uniform = lambda seed, positions, stream, shape: torch.rand(len(positions), *shape)
+    try:
+        yield
+    finally:
+        philox.normal, philox.uniform = own
+
+
+class _Ours(_Side):
+    def __init__(self, blocks: int):
+        import torch
+
+        from dit_fast.methods.diversedit import DiverseDiT
+        from dit_fast.runs import TrainConfig
+        from dit_fast.train.engine import SingleEngine
+        from dit_fast.world import World
+
+        super().__init__(blocks, partial(DiverseDiT, DiverseDiT.Config(pairs="all")))
+        config = TrainConfig()
+        self.rate = config.optimizer.lr
+        self.engine = SingleEngine(self.loss, config, World(0, 1, torch.device("cpu")))
+        self.marks = _Marks(self.loss, self.parameters)
+
+    def run(self, number: int) -> dict[str, float]:
+        with self.marks:
+            self.engine.train_step([self.batches[number % 4]], number, self.rate)
+        return self.marks.parts()
+
+
+class _Marks:
+    """When a step began, when its forward ended, when the last gradient came, when it ended."""
+
+    def __init__(self, loss: Any, parameters: list[Any]):
+        loss.register_forward_hook(lambda *_: self._note("forward"))
+        self.times: dict[str, float] = {}
+        for parameter in parameters[:1]:  # the earliest layer: its gradient is among the last
+            parameter.register_post_accumulate_grad_hook(lambda _: self._note("backward"))
+
+    def _note(self, name: str) -> None:
+        self.times[name] = time.thread_time()
+
+    def __enter__(self) -> None:
+        self._note("start")
+
+    def __exit__(self, *error: object) -> None:
+        self._note("end")
+
+    def parts(self) -> dict[str, float]:
+        start, forward, backward, end = (self.times[name] for name in ("start", "forward", "backward", "end"))
+        return {"forward": forward - start, "backward": backward - forward, "rest": end - backward, "step": end - start}
+
+
+def launches(work: Callable[[], Any]) -> collections.Counter[str]:
+    """By name: operators of torch that write memory, those inside our operators too, and Triton kernels."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from dit_fast.benchmarks import null_driver
+
+    counted: collections.Counter[str] = collections.Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "dit_fast":
+                with self:
+                    return null_driver.IMPLEMENTATIONS[func.overloadpacket.__name__](*args, **(kwargs or {}))
+            name = func.overloadpacket.__name__
+            if not func.is_view and name not in FREE:
+                counted[f"aten.{name}"] += 1
+            return func(*args, **(kwargs or {}))
+
+    with null_driver.counting() as kernels, Count():
+        work()
+    counted.update({f"triton.{name}": count for name, count in kernels.items()})
+    return counted
+
+
+def ops(rounds: int) -> dict[str, Any]:
+    """Forward and backward of each op as training runs it, in microseconds and in clones."""
+    import torch
+
+    small = torch.randn(2, TOKENS, WIDTH)
+    calls: dict[str, dict[str, Callable[[], Any]]] = {}
+    for name, (function, tensors) in _cases().items():
+        with torch.autocast("cpu", torch.bfloat16):
+            results = [each for each in _tensors(function(*tensors)) if each.grad_fn is not None]
+        wanted = [tensor for tensor in tensors if tensor.requires_grad]
+        above = [torch.ones_like(each) for each in results]
+        calls[name] = {"forward": partial(function, *tensors)}
+        if results:
+            calls[name]["backward"] = partial(torch.autograd.grad, results, wanted, above, retain_graph=True)
+    found: dict[str, Any] = {}
+    for name, parts in calls.items():
+        found[name] = {}
+        for part, call in parts.items():
+            found[name][part] = _against(call, small.clone, rounds, autocast=part == "forward")
+    return found
+
+
+def _against(call: Callable[[], Any], unit: Callable[[], Any], rounds: int, autocast: bool) -> dict[str, float]:
+    import torch
+
+    taken, units, ratios = [], [], []
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), _without_collector():
+        for each in (call, unit):
+            _seconds(each)
+        for _ in range(rounds):
+            own, one = _seconds(call), _seconds(unit)
+            taken.append(own)
+            units.append(one)
+            ratios.append(own / one)
+    median = statistics.median
+    return {"us": 1e6 * median(taken), "clones": median(ratios), "clone_us": 1e6 * median(units)}
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.thread_time()
+    for _ in range(CALLS):
+        call()
+    return (time.thread_time() - start) / CALLS
+
+
+def _cases() -> Mapping[str, tuple[Callable[..., Any], list[Any]]]:
+    """Each op with the types of training under bf16 autocast: an fp32 stream, bf16 branches and vectors."""
+    import torch
+
+    from dit_fast import ops
+
+    def new(*shape: int, half: bool = False) -> torch.Tensor:
+        return torch.randn(shape).to(torch.bfloat16 if half else torch.float32).requires_grad_()
+
+    stream, other, branch = new(2, TOKENS, WIDTH), new(2, TOKENS, WIDTH), new(2, TOKENS, WIDTH, half=True)
+    gate, shift, scale = (new(2, 6 * WIDTH, half=True).detach().chunk(6, 1)[i].requires_grad_() for i in range(3))
+    statistics = ops.row_statistics(stream.detach())
+    times, positions = torch.rand(2), torch.arange(2)
+    mlp = [new(4 * WIDTH, WIDTH, half=True), new(4 * WIDTH, half=True)]
+    mlp += [new(WIDTH, 4 * WIDTH, half=True), new(WIDTH, half=True)]
+    skip = [new(2 * WIDTH), new(2 * WIDTH), new(WIDTH, 2 * WIDTH), new(WIDTH)]
+    heads = [new(WIDTH // HEADS) for _ in range(4)]
+    return {
+        "layer_norm_modulate": (partial(ops.layer_norm_modulate, out_dtype=torch.bfloat16), [stream, shift, scale]),
+        "layer_norm_modulate, stats known": (
+            partial(ops.layer_norm_modulate, stats=statistics, out_dtype=torch.bfloat16), [stream, shift, scale],
+        ),
+        "gate_residual, with stats": (partial(ops.gate_residual, return_stats=True), [stream, branch, gate]),
+        "gate_residual_modulate": (
+            partial(ops.gate_residual_modulate, out_dtype=torch.bfloat16), [stream, branch, gate, shift, scale],
+        ),
+        "qk_norm": (
+            lambda qkv, *rest: ops.qk_norm(qkv, HEADS, *rest)[:2], [new(2, TOKENS, 3 * WIDTH, half=True), *heads],
+        ),
+        "gelu_mlp": (ops.gelu_mlp, [branch, *mlp]),
+        "long_skip": (ops.long_skip, [stream, other, *skip]),
+        "repa_cosine": (ops.repa_cosine, [branch, other.detach()]),
+        "flow_noised": (lambda x: ops.flow_noised(x, times, positions, 7), [stream.detach()]),
+        "flow_error": (lambda p, x: ops.flow_error(p, x, times, positions, 7), [branch, stream.detach()]),
+        "row_statistics": (ops.row_statistics, [stream.detach()]),
+        "diversity_loss, 4 blocks": (lambda *x: ops.diversity_loss(x).total, [new(2, TOKENS, WIDTH) for _ in range(4)]),
+    }  # fmt: skip
+
+
+def _tensors(result: Any) -> Iterator[Any]:
+    import torch
+
+    if isinstance(result, torch.Tensor):
+        yield result
+    elif isinstance(result, tuple | list):
+        for each in result:
+            yield from _tensors(each)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
