@@ -140,7 +140,7 @@ class _Side:
         from dit_fast.train.loss import TrainingLoss
 
         torch.manual_seed(0)
-        sizes = {"hidden_size": WIDTH, "depth": blocks, "num_heads": HEADS, "patch_size": 2}
+        sizes: dict[str, Any] = {"hidden_size": WIDTH, "depth": blocks, "num_heads": HEADS, "patch_size": 2}
         config = SiT.Config(
             name="SiT-Nano/2", input_size=4, in_channels=4, num_classes=1000, skip_wiring="input", **sizes
         )

@@ -119,7 +119,7 @@ def _on_cpu_tensors() -> None:
 
     kernels.devices = lambda: ("cpu", "cuda")
     kernels.unavailable = lambda: None
-    _C.unavailable = lambda: "as on CUDA"
+    _C.unavailable = lambda: "as on CUDA"  # type: ignore[assignment]
     backend._automatic = lambda implementation, device_type: (
         implementation.automatic is None or "cuda" in implementation.automatic
     )
@@ -135,7 +135,7 @@ def _keep_implementations() -> None:
             IMPLEMENTATIONS[str(name)] = function
         return register(self, name, function, *rest, **options)
 
-    torch.library.Library.impl = impl  # type: ignore[method-assign]
+    torch.library.Library.impl = impl  # type: ignore[method-assign, assignment]
 
 
 @contextlib.contextmanager
