@@ -1,0 +1,27 @@
+"""CUDA's branches on a fake GPU: every case runs, results are as their fakes promise, what is launched compiles."""
+
+import os
+
+import pytest
+
+from tests.ops import fake_cuda
+from tests.ops.install_triton import VERSIONS
+from tests.ops.proofs import changed
+
+
+def test_every_case_runs_and_returns_what_its_fakes_promise():
+    found = fake_cuda.run(90, "3.6.0", compiled=False)
+    assert not found["reasons"], "\n".join(found["reasons"])
+    for name, launches in found["cases"].items():
+        if name.startswith("step"):
+            assert launches["adaln.modulate_rows"] > 4, (name, launches)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("gpu", fake_cuda.GPUS)
+def test_what_is_launched_compiles_without_stack_scratch_or_too_much_shared_memory(gpu, version):
+    if os.environ.get("PROVE") != "all" and not changed():
+        pytest.skip("kernels unchanged since their recorded proofs; `make test-kernels` runs it")
+    found = fake_cuda.run(gpu, version)
+    assert not found["reasons"], "\n".join(found["reasons"])
