@@ -73,10 +73,11 @@ matrix: $(INSTALLED)
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest -m long
 
-# On a GPU machine, with its own Python and no network: make gpu-suite [COMMIT=sha] [OUT=folder]
+# On a GPU machine, with its own Python, no network and nothing installed: docs/gpu-day.md.
+#   make gpu-suite STAGE=correct|tune|decide [COMMIT=sha] [OUT=folder] [PYTHON=python3.12]
 gpu-suite:
-	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
-	$(PYTHON) -m dit_fast.benchmarks.gpu_suite $(if $(COMMIT),--commit '$(COMMIT)') $(if $(OUT),--out '$(OUT)')
+	$(PYTHON) -m dit_fast.benchmarks.gpu_suite --stage '$(STAGE)' $(if $(COMMIT),--commit '$(COMMIT)') \
+		$(if $(OUT),--out '$(OUT)')
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -7,6 +7,12 @@ from dataclasses import dataclass
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SUSTAINED_SECONDS = 3.0
+# Dense matrix FLOP/s in 16 bits of NVIDIA's data sheets, without sparsity, by a part of the device's name.
+DATA_SHEETS = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+    "RTX 4090": 165e12,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,32 @@ def measure_ceilings(device: torch.device, *, small: bool = False) -> Ceilings:
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         matmul[name] = 2 * side**3 / _best(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
     return Ceilings(copy, read, matmul)
+
+
+def data_sheet(device: torch.device, dtype: str) -> float | None:
+    """Matrix FLOP/s that the maker states for this device and dtype; None where we have no sheet."""
+    if device.type != "cuda" or dtype == "fp32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate for part, rate in DATA_SHEETS.items() if part in name), None)
+
+
+def sustained_matmul(device: torch.device, dtype: str, *, small: bool = False) -> float:
+    """FLOP/s of matrix products in a row for some seconds, over all of that time: the rate that power and heat allow,
+    below that of the fastest single product."""
+    cuda = device.type == "cuda"
+    side = 8192 if cuda and not small else 512
+    seconds, batch = (0.05, 2) if small else (SUSTAINED_SECONDS, 20 if cuda else 2)
+    a, b = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
+    out = a @ b
+    _wait(device)
+    start, count = time.perf_counter(), 0
+    while (spent := time.perf_counter() - start) < seconds or not count:
+        for _ in range(batch):
+            torch.mm(a, b, out=out)
+        _wait(device)
+        count += batch
+    return 2 * side**3 * count / spent
 
 
 def _best(work: Callable[[], object], device: torch.device, repeats: int = 12) -> float:

@@ -1,145 +1,139 @@
-"""Everything that needs a GPU, in one go that always ends: tests, all benchmarks, the whole step, tables and figure.
+"""What needs a GPU, in stages that each end in time and leave one tar: `make gpu-suite STAGE=correct|tune|decide`.
 
-`make gpu-suite`. Every part is a process with an end to its time; time that a part leaves goes to the next. A part that
-fails or runs out of time is recorded, what it had written stays, and the others run. Needs torch, numpy, safetensors,
-pytest and, for the figure, matplotlib; no network. `--device cpu --small` is the same in a minute on any machine.
+docs/gpu-day.md says what to run and what each number decides. Every part is a process of its own (`parts.py`), so
+that a failing test, an illegal access or a hang hides itself alone. Needs torch, numpy, safetensors, pydantic, pytest,
+a C compiler and Python.h; no network, no installation. All parts share one warm cache of Triton and torch.compile, kept
+between stages. `--device cpu --small` is the same with tiny shapes on any machine.
 """
 
 import argparse
-import importlib.util
-import json
+import hashlib
 import os
 import signal
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
-LIMIT = 500.0  # seconds, all parts
+from dit_fast.benchmarks.machine import check_toolchain, sanitizer
+from dit_fast.benchmarks.parts import Part, Record, run_parts
+from dit_fast.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("correct",)
+LIMIT = 520.0  # seconds of a stage
 START_UP = 12.0  # of a benchmark's time: imports, device, ceilings
-USUAL_SHARE = 10.0
-SHARES = {
-    "tests": 120, "step": 80, "diversity_loss": 100, "long_skip": 90, "adaln": 30, "qk_norm": 20, "gelu_mlp": 25,
-    "mean_flow": 20, "report": 15,
-}  # fmt: skip
+CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+Command = Callable[[float], Sequence[str]]
+FAMILIES = ("adaln", "diversity", "flow", "gelu_mlp", "long_skip", "qk_norm", "repa_cosine")  # of kernels
+TRAINING = ("tests/methods/test_diversedit.py", "tests/models/test_training_curve.py", "tests/train/test_optim.py",
+            "tests/train/test_loss.py")  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Part:
-    """command(seconds): what to run, told how long it may take. share: of the limit, relative to the other parts."""
+class Stage:
+    """Makes the parts of a stage. folder: where they write. tested: for pytest's records of these very sources, which
+    open the gates of the benchmarks."""
 
-    name: str
-    share: float
-    command: Callable[[float], Sequence[str]]
+    def __init__(self, options: argparse.Namespace, folder: Path, tested: Path):
+        self.options, self.folder, self.tested = options, folder, tested
+        self.common = ["--device", options.device, "--out", str(folder)]
+        self.common += ["--small"] * options.small + (["--commit", options.commit] if options.commit else [])
 
+    def parts(self) -> list[Part]:
+        return [Part("machine", 10, self._module("machine")), *getattr(self, self.options.stage)()]
 
-@dataclass(frozen=True)
-class Outcome:
-    """status: ok, failed, stopped (its time was up). tail: its last lines."""
+    def correct(self) -> list[Part]:
+        """Values and gradients on the device, opcheck, memory and races, ceilings, one step's profile, resume."""
+        tools = ("memcheck", "racecheck")
+        return [
+            *(self._tests(f"tests {name}", patterns) for name, patterns in self._families().items()),
+            self._tests("resume", ["tests/train/test_resume_devices.py"]),
+            Part("ceilings", 20, self._module("machine", "--ceilings")),
+            Part("profile", 40, self._module("profile_step")),
+            *(self._sanitized(tool, family) for tool in tools for family in FAMILIES),
+        ]
 
-    name: str
-    status: str
-    seconds: float
-    tail: list[str]
+    def _families(self) -> dict[str, list[str]]:
+        """Patterns of the tests that must pass before a number is printed, in groups that may hide each other. small:
+        those alone that run on every device."""
+        if self.options.small:
+            return {family: [f"tests/ops/test_{family}_devices.py"] for family in FAMILIES}
+        families = {family: [f"tests/ops/test_{family}*.py"] for family in FAMILIES}
+        return families | {"library": ["tests/ops/test_library*.py"], "training": list(TRAINING)}
 
+    def _tests(self, name: str, patterns: Sequence[str]) -> Part:
+        part = Part(name, 90, lambda _: [*command, *files], beside=True)
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rfE",
+                   f"--junitxml={self.tested / part.slug}.xml"]  # fmt: skip
+        files = sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+        return part
 
-def run_parts(parts: Sequence[Part], limit: float, *, cwd: Path, say: Callable[[str], None] = print) -> list[Outcome]:
-    """Runs the parts in order; each ends at its share of `limit` counted from the beginning, so the whole does too."""
-    start, spent, whole = time.monotonic(), 0.0, sum(part.share for part in parts)
-    outcomes = []
-    for part in parts:
-        spent += part.share
-        seconds = max(limit * spent / whole - (time.monotonic() - start), 1.0)
-        say(f"--- {part.name} (at most {seconds:.0f} s)")
-        outcomes.append(_run(part.name, part.command(seconds), seconds, cwd, say))
-        say(f"--- {part.name}: {outcomes[-1].status} after {outcomes[-1].seconds:.0f} s")
-    return outcomes
+    def _sanitized(self, tool: str, family: str) -> Part:
+        """NVIDIA's checker around the small cases, fp32 and bf16, of one family."""
+        checker = sanitizer()
+        test = [f"tests/ops/test_{family}_devices.py", "-k", "values and cuda"]
+        command = [str(checker), "--tool", tool, "--error-exitcode", "9", "--target-processes", "all", sys.executable,
+                   "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *test]  # fmt: skip
+        absent = None if checker else "compute-sanitizer is not installed (it comes with the CUDA toolkit)"
+        return Part(f"{tool} {family}", 150, lambda _: command, beside=True, absent=absent)
 
-
-def _run(name: str, command: Sequence[str], seconds: float, cwd: Path, say: Callable[[str], None]) -> Outcome:
-    start = time.monotonic()
-    process = subprocess.Popen(
-        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=seconds)
-        status = "failed" if process.returncode else "ok"
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        status = "stopped"
-    say(output.rstrip())
-    return Outcome(name, status, round(time.monotonic() - start, 1), output.rstrip().splitlines()[-12:])
-
-
-def names() -> list[str]:
-    """Of all parts, in their order: every benchmark is one."""
-    from dit_fast.benchmarks.cases import BENCHMARKS
-    from dit_fast.benchmarks.step import BENCHMARK
-
-    return ["tests", BENCHMARK.op, *BENCHMARKS, "report"]
-
-
-def suite(options: argparse.Namespace, root: Path, results: Path, record: Path) -> list[Part]:
-    """The parts of the whole suite. record: where the tests' outcome goes, for the benchmarks' gates; without the
-    part "tests" it is that of an earlier run (--tested), or each benchmark runs its own."""
-    from dit_fast.benchmarks.cases import BENCHMARKS
-    from dit_fast.benchmarks.step import BENCHMARK
-
-    patterns = {*BENCHMARK.tests, *(pattern for benchmark in BENCHMARKS.values() for pattern in benchmark.tests)}
-    files = sorted(str(path.relative_to(root)) for pattern in patterns for path in root.glob(pattern))
-    workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
-    python = [sys.executable, "-m"]
-    wanted = options.only or names()
-    common = ["--device", options.device, "--out", str(results)]
-    common += ["--tested", str(record)] if "tests" in wanted or options.tested else []
-    common += ["--small"] * options.small + (["--commit", options.commit] if options.commit else [])
-
-    def benchmark(name: str) -> Callable[[float], Sequence[str]]:
-        return lambda seconds: [
-            *python, "dit_fast.benchmarks", name, *common, "--budget", str(max(0.9 * seconds - START_UP, 1.0))
-        ]  # fmt: skip
-
-    commands: dict[str, Callable[[float], Sequence[str]]] = {
-        "tests": lambda seconds: [*python, "pytest", "-q", *workers, f"--junitxml={record}", *files],
-        **{name: benchmark(name) for name in (BENCHMARK.op, *BENCHMARKS)},
-        "report": lambda seconds: [*python, "dit_fast.benchmarks", "report", "--out", str(results)],
-    }
-    return [Part(name, SHARES.get(name, USUAL_SHARE), commands[name]) for name in names() if name in wanted]
+    def _module(self, name: str, *arguments: str) -> Command:
+        return lambda _: [sys.executable, "-m", f"dit_fast.benchmarks.{name}", *arguments, *self.common]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0 if every part is ok."""
+    """Exit status: 0 if every part is ok or absent, 1 if not, 2 if the stage cannot begin."""
     options = _parser().parse_args(argv)
-
-    from dit_fast.benchmarks.gate import ROOT
-    from dit_fast.benchmarks.results import RESULTS, device_of, environment
-
-    results = (options.out or RESULTS).resolve()
-    where = environment(device_of(options.device), options.commit)
-    folder = results / where["device"]["slug"]
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        parts = suite(options, ROOT, results, options.tested or Path(scratch) / "tests.xml")
-        outcomes = run_parts(parts, options.limit, cwd=ROOT)
-    summary = {**where, "limit_s": options.limit, "parts": [asdict(outcome) for outcome in outcomes]}
-    (folder / "suite.json").write_text(json.dumps(summary, indent=1) + "\n")
+    try:
+        if options.device != "cpu":
+            check_toolchain()
+    except UserError as error:
+        print(f"gpu-suite: error: {error}", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, _leave)
+    out = options.out.resolve()
+    record = Record(
+        out / options.stage, out / f"{options.stage}.tar", {"stage": options.stage, "limit_s": options.limit}
+    )
+    cache = ROOT / ".cache" / "gpu-suite"
+    tested = cache / f"tested-{options.device}-{_sources()}"
+    tested.mkdir(parents=True, exist_ok=True)
+    parts = Stage(options, record.folder, tested).parts()
+    for name in options.only:
+        if name not in [part.name for part in parts]:
+            print(
+                f"gpu-suite: error: no part '{name}'; valid: {', '.join(part.name for part in parts)}", file=sys.stderr
+            )
+            return 2
+    wanted = [part for part in parts if not options.only or part.name in options.only]
+    environment = {**{name: str(cache / folder) for name, folder in CACHES.items()}, "PIP_NO_INDEX": "1", **os.environ}
+    outcomes = run_parts(wanted, options.limit, record, cwd=ROOT, environment=environment)
     for outcome in outcomes:
-        print(f"{outcome.name:16}{outcome.status:9}{outcome.seconds:7.1f} s")
-    return int(any(outcome.status != "ok" for outcome in outcomes))
+        print(f"{outcome.name:26}{outcome.status:9}{outcome.seconds:7.1f} s")
+    print(f"-> {record.tar}")
+    return int(any(outcome.status not in ("ok", "absent") for outcome in outcomes))
+
+
+def _leave(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
+def _sources() -> str:
+    """Hash of what the tests test, so that no record of other sources opens a gate."""
+    found = hashlib.sha256()
+    for folder in ("dit_fast", "kernels", "train", "csrc", "tests"):
+        for path in sorted(path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp", ".cu", ".h")):
+            found.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m dit_fast.benchmarks.gpu_suite", description="See make gpu-suite.")
-    parser.add_argument("--device", default="cuda", help="cuda, cpu or auto")
+    parser = argparse.ArgumentParser(prog="python -m dit_fast.benchmarks.gpu_suite", description="See docs/gpu-day.md.")
+    parser.add_argument("--stage", required=True, choices=STAGES)
+    parser.add_argument("--device", default="cuda", help="cuda or cpu")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for everything")
-    parser.add_argument("--only", action="append", choices=names(), help="one part; may be given again")
+    parser.add_argument("--only", action="append", default=[], metavar="PART", help="one part; may be given again")
     parser.add_argument("--small", action="store_true", help="tiny shapes: a check of the suite, no measurement")
-    parser.add_argument("--out", type=Path, help="folder for results instead of benchmarks/results")
-    parser.add_argument("--tested", type=Path, metavar="XML", help="--junitxml of the tests; written by the part tests")
+    parser.add_argument("--out", type=Path, default=Path("gpu-suite"), help="folder of STAGE.tar and STAGE/")
     parser.add_argument("--commit", help="recorded where there is no git history")
     return parser
 

@@ -205,6 +205,13 @@ def _batch(case: StepCase, device: torch.device, step: int) -> dict[str, Tensor]
     }
 
 
+def our_step(case: StepCase, device: torch.device) -> Callable[[int], Any]:
+    """Our whole step, all pairs, as a function of its number."""
+    bind = partial(DiverseDiT, DiverseDiT.Config(pairs="all"))
+    engine = _Engine(_training_loss(case, device, bind), TrainConfig(), World(0, 1, device))
+    return lambda step: engine.train_step([_batch(case, device, step)], step, TrainConfig().optimizer.lr).logs
+
+
 def _features(training_loss: Any, batch: dict[str, Tensor]) -> list[Tensor]:
     """Block outputs of the model, detached leaves, in the dtype in which the loss meets them in training."""
     size, model = batch["label"].shape[0], training_loss.model

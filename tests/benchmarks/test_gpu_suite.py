@@ -1,63 +1,169 @@
-"""The suite ends in time, whatever its parts do, and says how each ended."""
+"""A stage ends in time whatever its parts do, says how each ended, and leaves a whole tar at every moment."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import tarfile
+import time
+from pathlib import Path
 
 import pytest
 
-from dit_fast.benchmarks import gpu_suite
-from dit_fast.benchmarks.cases import BENCHMARKS
-from dit_fast.benchmarks.gpu_suite import SHARES, Part, run_parts
+from dit_fast.benchmarks import gpu_suite, machine
+from dit_fast.benchmarks.gpu_suite import FAMILIES, STAGES, Stage, _parser
+from dit_fast.benchmarks.parts import Part, Record, run_parts
+from dit_fast.errors import UserError
+
+RED = "def test_red():\n    assert 1 == 2\n"
+PLANTED = {  # as code of a part: a hang with a child of its own, a failing test, an illegal access, one that works
+    "hang": "import subprocess, sys, time; print('begun', flush=True)\n"
+    "subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])",
+    "red": "import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '{folder}/test_red.py']))",
+    "crash": "import ctypes; print('begun', flush=True); ctypes.string_at(0)",
+    "works": "open('{folder}/out/stage/works.json', 'w').write('{{}}')",
+}
 
 
-def part(name, code, share=1.0):
-    return Part(name, share, lambda seconds: [sys.executable, "-c", code])
+def part(name, code, share=1.0, **options):
+    return Part(name, share, lambda seconds: [sys.executable, "-c", code], **options)
 
 
-def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path):
-    parts = [
-        part("hangs", "import time; print('begun', flush=True); time.sleep(60)"),
-        part("fails", "print('reason'); raise SystemExit(3)"),
-        part("works", f"open({str(tmp_path / 'written')!r}, 'w').write('x')", share=4.0),
-    ]
-    lines = []
-    outcomes = run_parts(parts, 6.0, cwd=tmp_path, say=lines.append)
-    assert [outcome.status for outcome in outcomes] == ["stopped", "failed", "ok"]
-    assert outcomes[0].tail == ["begun"]
-    assert outcomes[1].tail == ["reason"]
-    assert sum(outcome.seconds for outcome in outcomes) < 12
-    assert (tmp_path / "written").exists()
-    assert "reason" in lines
+def planted(folder, name, **options):
+    return part(name, PLANTED[name].format(folder=folder), **options)
 
 
-def test_time_that_is_left_goes_to_the_next_part(tmp_path):
+@pytest.fixture
+def record(tmp_path):
+    (tmp_path / "test_red.py").write_text(RED)
+    return Record(tmp_path / "out" / "stage", tmp_path / "out" / "stage.tar", {"stage": "test"})
+
+
+def packed(tar):
+    """Name and content of the tar's files."""
+    with tarfile.open(tar) as archive:
+        return {Path(entry.name).name: archive.extractfile(entry).read() for entry in archive}
+
+
+def statuses(tar):
+    return {entry["name"]: entry["status"] for entry in json.loads(packed(tar)["suite.json"])["parts"]}
+
+
+@pytest.mark.parametrize(("beside", "limit"), [(False, 61.0), (True, 15.0)])
+def test_a_failing_test_a_crash_and_a_hang_hide_themselves_alone(record, tmp_path, beside, limit):
+    parts = [planted(tmp_path, name, beside=beside, share=1.0 if name == "hang" else 20.0) for name in PLANTED]
+    outcomes = {each.name: each for each in run_parts(parts, limit, record, cwd=tmp_path, say=lambda line: None)}
+    ends = {"red": "failed", "crash": "crashed", "hang": "stopped", "works": "ok"}
+    assert {name: outcome.status for name, outcome in outcomes.items()} == ends == statuses(record.tar)
+    assert any("assert 1 == 2" in line for line in outcomes["red"].tail)
+    assert outcomes["crash"].tail[0] == outcomes["hang"].tail[0] == "begun"
+    assert packed(record.tar).keys() == {"suite.json", "works.json", *(f"{name}.txt" for name in PLANTED)}
+
+
+def test_the_tar_follows_a_running_part(record, tmp_path, monkeypatch):
+    monkeypatch.setattr("dit_fast.benchmarks.parts.PACK_EVERY", 0.2)
+    seen = []
+
+    class Watched(Record):
+        def pack(self):
+            super().pack()
+            seen.append((statuses(self.tar)["slow"], "early.json" in packed(self.tar)))
+
+    code = f"import time; open({str(record.folder / 'early.json')!r}, 'w').write('1'); time.sleep(3)"
+    run_parts([part("slow", code)], 20, Watched(record.folder, record.tar, {}), cwd=tmp_path, say=lambda line: None)
+    assert ("running", True) in seen
+    assert seen[-1] == ("ok", True)
+
+
+def test_time_that_is_left_goes_to_the_next_part(record, tmp_path):
     told = []
 
     def command(seconds):
         told.append(seconds)
         return [sys.executable, "-c", ""]
 
-    run_parts([Part("first", 1, command), Part("second", 1, command)], 100, cwd=tmp_path, say=lambda line: None)
+    run_parts([Part("first", 1, command), Part("second", 1, command)], 100, record, cwd=tmp_path, say=lambda _: None)
     assert told[0] == pytest.approx(50, abs=1)
     assert told[1] > 90
 
 
-def test_every_benchmark_is_a_part_and_all_together_stay_under_nine_minutes():
-    assert gpu_suite.LIMIT < 9 * 60 - 30
-    assert set(gpu_suite.names()) >= BENCHMARKS.keys() | SHARES.keys()
+def test_what_cannot_run_here_is_named_and_fails_nothing(record, tmp_path):
+    (outcome,) = run_parts([part("checked", "", absent="no tool")], 5, record, cwd=tmp_path, say=lambda _: None)
+    assert (outcome.status, outcome.tail) == ("absent", ["no tool"])
 
 
-def test_one_part_on_a_cpu(tmp_path, capsys):
-    status = gpu_suite.main(["--device", "cpu", "--small", "--only", "report", "--out", str(tmp_path), "--limit", "30"])
-    summary = json.loads((tmp_path / "cpu" / "suite.json").read_text())
-    assert status == 1  # there is nothing to report on
-    assert [(entry["name"], entry["status"]) for entry in summary["parts"]] == [("report", "failed")]
-    assert "no results in" in summary["parts"][0]["tail"][-1]
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_that_is_killed_leaves_a_whole_tar_and_no_process(stage, number, tmp_path):
+    """Its small form, killed while its second part runs."""
+    command = [sys.executable, "-m", "dit_fast.benchmarks.gpu_suite", "--stage", stage, "--device", "cpu", "--small"]
+    second = [each.name for each in stage_parts(stage) if not each.absent][1]
+    suite = subprocess.Popen(
+        [*command, "--only", "machine", "--only", second, "--out", str(tmp_path)], cwd=gpu_suite.ROOT
+    )
+    tar, children, end = tmp_path / f"{stage}.tar", [], time.monotonic() + 120
+    while not (tar.exists() and statuses(tar).get(second) == "running") and time.monotonic() < end:
+        time.sleep(0.05)
+    children = Path(f"/proc/{suite.pid}/task/{suite.pid}/children").read_text().split()
+    assert children
+    os.kill(suite.pid, number)
+    assert suite.wait(30) == (143 if number == signal.SIGTERM else -9)
+    assert statuses(tar) == {"machine": "ok", second: "stopped" if number == signal.SIGTERM else "running"}
+    assert json.loads(packed(tar)["machine.json"])["device"]["slug"] == "cpu"
+    while any(alive(pid) for pid in children) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(alive(pid) for pid in children)
+
+
+def stage_parts(stage, *arguments):
+    options = _parser().parse_args(["--stage", stage, "--device", "cpu", "--small", *arguments])
+    return Stage(options, Path("out"), Path("tested")).parts()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_part_of_a_stage_has_a_name_and_a_log_of_its_own(stage):
+    parts = stage_parts(stage)
+    assert len({each.slug for each in parts}) == len(parts)
+    assert gpu_suite.LIMIT < 9 * 60
+    for each in parts:
+        assert not {"pip", "curl", "wget"} & set(each.command(10.0))
+
+
+def test_every_family_of_kernels_is_checked():
+    from tests.ops.proofs import FAMILIES as proved
+
+    assert {family.removesuffix("_mlp") for family in FAMILIES} == set(proved) - {"shared"}
+
+
+def test_gcc_and_the_header_come_first(monkeypatch, tmp_path, capsys):
+    machine.check_toolchain()
+    monkeypatch.setattr(machine.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    with pytest.raises(UserError, match=r"Python\.h is absent"):
+        machine.check_toolchain()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    assert gpu_suite.main(["--stage", "correct", "--out", str(tmp_path)]) == 2
+    assert "gpu-suite: error: no C compiler" in capsys.readouterr().err
+    assert not (tmp_path / "correct.tar").exists()
+
+
+def test_an_unknown_part_is_named(tmp_path, capsys):
+    arguments = ["--stage", "correct", "--device", "cpu", "--small", "--out", str(tmp_path), "--only", "nothing"]
+    assert gpu_suite.main(arguments) == 2
+    assert "no part 'nothing'; valid: machine, tests adaln" in capsys.readouterr().err
 
 
 @pytest.mark.long
-def test_the_whole_suite_on_a_cpu(tmp_path):
-    arguments = ["--device", "cpu", "--small", "--out", str(tmp_path), "--limit", "400"]
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_whole_stage_on_a_cpu(stage, tmp_path):
+    arguments = ["--stage", stage, "--device", "cpu", "--small", "--out", str(tmp_path), "--limit", "590"]
     assert gpu_suite.main(arguments) == 0
-    written = {path.name for path in (tmp_path / "cpu").iterdir()}
-    assert written == {"roofline.png", "suite.json", "step.json", *(f"{name}.json" for name in BENCHMARKS)}
+    assert set(statuses(tmp_path / f"{stage}.tar").values()) <= {"ok", "absent"}
