@@ -19,10 +19,11 @@ from typing import Annotated, Any, Literal
 from dit_fast.diffusion.solvers import SolverName
 from dit_fast.errors import ConfigError
 from dit_fast.methods import METHODS
+from dit_fast.models.recompute import ActivationCheckpointing
 from dit_fast.models.registry import BACKBONES, kind
 from dit_fast.models.sit import SiT
 from dit_fast.objectives import OBJECTIVES, Flow
-from dit_fast.options import assign, chosen, diff, from_dict, groups, keys, setting, shown, to_dict
+from dit_fast.options import assign, chosen, diff, from_dict, groups, keys, leaves, setting, shown, to_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,11 @@ class EngineConfig:
     reduce_bucket_size: int = setting(500_000_000, "Elements reduced at once", "[1, 1e12]", resumes=True)
     allgather_bucket_size: int = setting(500_000_000, "Elements gathered at once", "[1, 1e12]", resumes=True)
     communication_dtype: Literal["fp32", "bf16"] = setting("fp32", "Type in which gradients are reduced")
+    activation_checkpointing: ActivationCheckpointing = setting(
+        "none",
+        "What the backward pass computes again to save memory; selective: all but products and attention; full: blocks",
+        resumes=True,
+    )
     compile: bool = setting(False, "torch.compile for every block", resumes=True)
 
 
@@ -138,7 +144,9 @@ class TrainConfig:
         return self.run.seed if self.run.noise_seed is None else self.run.noise_seed
 
 
-MOVED = {"flow": "objective"}  # groups of keys by their former names
+RECOMPUTE = "model.checkpoint_blocks"
+# groups of keys, and keys, by their former names
+MOVED = {"flow": "objective", RECOMPUTE: "engine.activation_checkpointing"}
 
 
 def checked(config: TrainConfig) -> TrainConfig:
@@ -165,7 +173,8 @@ def read_config(path: Path) -> TrainConfig:
         values = json.loads(text, parse_float=Decimal, parse_constant=_no_constant, object_pairs_hook=_no_repetition)
         if path.name == "config.json" and path.with_name("metrics.jsonl").exists():
             values = _renamed(values)
-        _refuse_moved(values if isinstance(values, Mapping) else ())
+        if isinstance(values, Mapping):
+            _refuse_moved(path for path, _ in leaves(values))
         return from_dict(TrainConfig, values, _checked)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read this configuration: {error.strerror}") from None
@@ -194,14 +203,22 @@ def forbidden_changes(old: TrainConfig, new: TrainConfig) -> list[str]:
 
 
 def _renamed(values: Any) -> Any:
-    return {MOVED.get(key, key): value for key, value in values.items()} if isinstance(values, Mapping) else values
+    if not isinstance(values, Mapping):
+        return values
+    values = {MOVED.get(key, key): value for key, value in values.items()}
+    group, _, key = RECOMPUTE.partition(".")
+    if isinstance(values.get(group), Mapping) and key in values[group]:
+        rest, engine = dict(values[group]), values.get("engine", {})
+        which = "full" if rest.pop(key) else "none"
+        values |= {group: rest, "engine": {"activation_checkpointing": which, **engine}}
+    return values
 
 
 def _refuse_moved(paths: Iterable[str]) -> None:
     for path in paths:
-        group = path.partition(".")[0]
-        if group in MOVED:
-            raise ConfigError(f"'{path}' is now '{MOVED[group]}{path.removeprefix(group)}'")
+        for former in (path, path.partition(".")[0]):
+            if former in MOVED:
+                raise ConfigError(f"'{path}' is now '{MOVED[former]}{path.removeprefix(former)}'")
 
 
 def _no_constant(name: str) -> None:

@@ -149,12 +149,22 @@ def test_keys_that_moved_are_named_to_people_and_read_from_runs(tmp_path):
     old = {"flow": {"path": "cosine"}, "run": {"seed": 3}}
     path = tmp_path / "config.json"
     path.write_text(json.dumps(old))
-    with pytest.raises(ConfigError, match=r"config\.json: 'flow' is now 'objective'"):
+    with pytest.raises(ConfigError, match=r"config\.json: 'flow\.path' is now 'objective\.path'"):
         load(str(path))
     (tmp_path / "metrics.jsonl").touch()  # the folder of a run
     new = changed(TrainConfig(), ["objective.path=cosine", "run.seed=3"])
     assert load(str(path)) == stored(old) == new
     assert forbidden_changes(stored(old), new) == []
+
+
+def test_recomputation_was_once_a_setting_of_the_model():
+    named = r"'model\.checkpoint_blocks' is now 'engine\.activation_checkpointing'"
+    with pytest.raises(ConfigError, match=named):
+        changed(TrainConfig(), ["model.checkpoint_blocks=true"])
+    for old, which in ((True, "full"), (False, "none")):
+        was = {"model": {"name": "DDT-B/2", "checkpoint_blocks": old}, "engine": {"compile": True}}
+        new = ["model=DDT-B/2", "engine.compile=true", f"engine.activation_checkpointing={which}"]
+        assert stored(was) == changed(TrainConfig(), new)
 
 
 @pytest.mark.usefixtures("toy")

@@ -146,6 +146,7 @@ class _Run:
             batch=config.engine.global_batch,
         )
         self.flops = model.flops_per_sample()
+        model.activation_checkpointing = config.engine.activation_checkpointing
         if config.engine.compile:
             for network in (model, *(teacher for method in methods for teacher in method.teachers)):
                 for block in network.blocks:

@@ -22,6 +22,11 @@ def check_fields(config: TrainConfig) -> TrainConfig:
         config.run.dir.encode()
     except UnicodeEncodeError:  # safetensors would write there and never read it back
         raise ConfigError(f"run.dir={config.run.dir}: the name is not UTF-8; rename the folder") from None
+    if getattr(config.model, "residual_dtype", "") == "bf16" and config.engine.precision == "fp32":
+        raise ConfigError(
+            "model.residual_dtype=bf16 says what the stream is under engine.precision=bf16; set that too, or "
+            "model.residual_dtype=fp32"
+        )
     if not config.data.path:
         raise ConfigError("data.path is not set; give the folder that holds dataset.json (`dit-fast shards build`)")
     return config

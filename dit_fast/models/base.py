@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_fast.errors import ConfigError, UserError
+from dit_fast.models.recompute import ActivationCheckpointing
 from dit_fast.nn.attention import Heads
 from dit_fast.ops import RowStatistics
 from dit_fast.ops.autocast import autocast_dtype
@@ -95,6 +96,7 @@ class Backbone(nn.Module, ABC):
     their rows and columns. class_token: width of a token that is denoised beside the image, 0 = none; the features then
     hold it before the patch tokens. times: 1, or 2 for a mean velocity between two times. null_label: the label that
     stands for none, -1 where none was trained. cfg_channels: what the released sampler of its weights guides.
+    activation_checkpointing: what each block's backward computes again (`models.recompute`); may be set at any time.
     learns_variance: a model of DDPM: t is a whole step, and the image of the output has 2C channels, the noise and the
     variance's logits. outputs: 2 where `forward` returns a tuple, the output and a second one of the form of x.
     guidance_condition: whether it is told its guidance. guides_noise: whether the released sampler of its weights
@@ -115,6 +117,7 @@ class Backbone(nn.Module, ABC):
         times: Literal[1, 2] = setting(1, "1: velocity at t; 2: mean velocity between two times (mean flow)")
 
     cfg_channels: Literal["all", "first_three"] = "all"
+    activation_checkpointing: ActivationCheckpointing = "none"
     learns_variance: bool = False
     outputs: int = 1
     guidance_condition: bool = False

@@ -8,11 +8,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from dit_fast.errors import ConfigError, UserError
+from dit_fast.errors import ConfigError
 from dit_fast.models.base import PRESETS, Backbone, Output, Taps, check_sizes
-from dit_fast.nn.attention import has_tangent
+from dit_fast.models.recompute import recomputed
 from dit_fast.nn.block import Block
 from dit_fast.nn.embeddings import LabelEmbedder, TimestepEmbedder
 from dit_fast.nn.final_layer import FinalLayer
@@ -20,6 +19,7 @@ from dit_fast.nn.linear import linear_flops, xavier_linear, zero_linear
 from dit_fast.nn.mlp import SeparateSwiGLU
 from dit_fast.nn.rotary import Rotary, RotaryTables, interleaved_rotary
 from dit_fast.ops import RowStatistics
+from dit_fast.ops.autocast import autocast_dtype
 from dit_fast.options import nearest, setting, shown
 from dit_fast.tree import Tree, image, label
 
@@ -65,7 +65,9 @@ class DDT(Backbone):
         attention: Literal["auto", "sdpa", "flash", "math"] = setting(
             "auto", "Implementation of attention", resumes=True
         )
-        checkpoint_blocks: bool = setting(False, "Recompute blocks in the backward pass to save memory", resumes=True)
+        residual_dtype: Literal["fp32", "autocast"] = setting(
+            "autocast", "Stream under engine.precision=bf16; autocast: bf16, as published"
+        )
         patch_size: int = setting(0, "Patch height = width; 0 = as the name says", "[0, 4096]")
         hidden_size: int = setting(0, "Width of the tokens; 0 = as the name says", "[0, 65536]")
         depth: int = setting(0, "Blocks, of both parts; 0 = as the name says", "[0, 1000]")
@@ -158,20 +160,13 @@ class DDT(Backbone):
         return None if stop is not None else -self._image(self.final_layer(tokens, condition))
 
     def _through(self, blocks: range, tokens: Tensor, condition: Tensor, taps: Taps) -> Tensor:
-        recompute = self.config.checkpoint_blocks and torch.is_grad_enabled()
-        if recompute and (has_tangent(tokens) or has_tangent(condition)):
-            raise UserError(
-                "checkpoint_blocks recomputes no tangents: take them under torch.no_grad(), or switch it off"
-            )
+        if self.config.residual_dtype == "fp32" and autocast_dtype(tokens) is not None:
+            tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
         stats: RowStatistics | None = None
         rotary: Rotary = self.rope()
         for index in blocks:
             given = (tokens, condition, stats, rotary, index in taps.attention)
-            if recompute:
-                result = checkpoint(self.blocks[index], *given, use_reentrant=False, preserve_rng_state=False)
-            else:
-                result = self.blocks[index](*given)
-            tokens, stats, *heads = result
+            tokens, stats, *heads = recomputed(self.activation_checkpointing, self.blocks[index], *given)
             if heads:
                 taps.heads[index] = heads[0]
             if index in taps:

@@ -6,11 +6,11 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from dit_fast.errors import ConfigError, UserError
+from dit_fast.errors import ConfigError
 from dit_fast.models.base import GUIDANCE, PRESETS, Backbone, Output, Taps, check_sizes, guidance_conditions
-from dit_fast.nn.attention import Heads, has_tangent
+from dit_fast.models.recompute import recomputed
+from dit_fast.nn.attention import Heads
 from dit_fast.nn.block import Block
 from dit_fast.nn.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_position_embedding
 from dit_fast.nn.final_layer import FinalLayer
@@ -18,6 +18,7 @@ from dit_fast.nn.linear import Reads, linear_flops, xavier_linear
 from dit_fast.nn.long_skip import SkipLinear, SkipNorm
 from dit_fast.nn.rotary import Rotary
 from dit_fast.ops import RowStatistics
+from dit_fast.ops.autocast import linear_dtype
 from dit_fast.options import nearest, setting, shown
 from dit_fast.tree import Tree, image, label
 
@@ -69,8 +70,8 @@ class SiT(Backbone):
     skip_wiring: long residual connections between the two halves. "input" (paper, Eq. 8): before block b of the second
     half, the stream is fused with the input of block L-1-b. "output" (released code): after block b, it is fused with
     the output of block L-1-b. The parameters are the same for both: a checkpoint cannot tell them apart.
-    residual_dtype: under autocast, "fp32" returns the fused stream to fp32; "autocast" leaves it in half precision from
-    the first fusion on, as the released code does.
+    residual_dtype: under autocast, "fp32" keeps the stream between the blocks in fp32; "autocast" leaves it in half
+    precision from the first fusion on, as the released code does; "bf16" has all of it in half precision.
     label_dropout: share of labels that the trainer replaces by the null label; with 0 that is never trained, so
     `null_label` is -1 and samplers refuse guidance. attention: see `dit_fast.nn.attention.Attention`.
     class_token: the output is a velocity of it, too (REG, arXiv 2507.01467). times=2: a mean velocity between two times
@@ -92,11 +93,12 @@ class SiT(Backbone):
             "off", "Long skips: none, as in the paper, as published"
         )
         qk_norm: bool = setting(False, "Normalise queries and keys per head")
-        residual_dtype: Literal["fp32", "autocast"] = setting("fp32", "Type of the residual stream under bf16")
+        residual_dtype: Literal["fp32", "autocast", "bf16"] = setting(
+            "fp32", "Stream under engine.precision=bf16; autocast: bf16 from the first long skip on, as published"
+        )
         attention: Literal["auto", "sdpa", "flash", "math"] = setting(
             "auto", "Implementation of attention", resumes=True
         )
-        checkpoint_blocks: bool = setting(False, "Recompute blocks in the backward pass to save memory", resumes=True)
         patch_size: int = setting(0, "Patch height = width; 0 = as the name says", "[0, 4096]")
         hidden_size: int = setting(0, "Width of the tokens; 0 = as the name says", "[0, 65536]")
         depth: int = setting(0, "Blocks; 0 = as the name says", "[0, 1000]")
@@ -190,15 +192,14 @@ class SiT(Backbone):
             token = self.wg_norm(self.cls_projectors2(x["class_token"]))
             tokens = torch.cat((token[:, None], tokens), dim=1)
         # A sum has the strides of its first term: those of the convolution would make every reader of a row copy.
-        stream = Residual(self.pos_embed + tokens)
+        tokens = self.pos_embed + tokens
+        if self.config.residual_dtype == "bf16":
+            tokens = tokens.to(linear_dtype(tokens, tokens.dtype))
+        stream = Residual(tokens)
         c = self._condition(t, y)
         pending: list[Residual] = []
         second: Tree | None = None
-        wiring, recompute = self.config.skip_wiring, self.config.checkpoint_blocks and torch.is_grad_enabled()
-        if recompute and (has_tangent(stream.tokens) or has_tangent(c)):
-            raise UserError(
-                "checkpoint_blocks recomputes no tangents: take them under torch.no_grad(), or switch it off"
-            )
+        wiring = self.config.skip_wiring
         first_half = self.depth // 2 if wiring != "off" else self.depth
         for index in range(self.depth if stop is None else stop + 1):
             stream, leading = self.extended(index, stream, y), self.leading(index)
@@ -206,10 +207,7 @@ class SiT(Backbone):
             if index < first_half and wiring == "input":
                 pending.append(stream.after(leading))
             given = (index, stream, c, skip, index in taps.attention)
-            if recompute:
-                stream = checkpoint(self._stage, *given, use_reentrant=False, preserve_rng_state=False)
-            else:
-                stream = self._stage(*given)
+            stream = recomputed(self.activation_checkpointing, self._stage, *given)
             if stream.heads is not None:
                 taps.heads[index] = Heads(*(part[:, :, leading:] for part in stream.heads))
                 stream = stream._replace(heads=None)
@@ -259,7 +257,7 @@ class SiT(Backbone):
         own = stream.after(leading)
         streams = (own.tokens, skip.tokens, self.skip_linears[pair], own.stats, skip.stats)
         fused = self.skip_norms[pair](*streams)
-        fused = fused.to(stream.tokens.dtype) if self.config.residual_dtype == "fp32" else fused
+        fused = fused if self.config.residual_dtype == "autocast" else fused.to(stream.tokens.dtype)
         return Residual(stream.joined(leading, fused))
 
     def _decoded(self, head: nn.Module, stream: Residual, c: Tensor) -> Tree:

@@ -17,10 +17,11 @@ TINY = {
 WIRINGS = ("off", "input", "output")
 
 
-def tiny_sit(seed=0, name="SiT-S/2", **arguments) -> Any:
+def tiny_sit(seed=0, name="SiT-S/2", recompute="none", **arguments) -> Any:
     """A model whose zero-initialised layers are filled, so that every part shows in the output."""
     torch.manual_seed(seed)
     model = build_model(name, **{**TINY, **arguments})
+    model.activation_checkpointing = recompute
     generator = torch.Generator().manual_seed(seed + 1)
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.abs().max() == 0:

@@ -261,12 +261,13 @@ def test_published_training_loss_and_gradients(name):
 
 @loop_over("wiring", ["off", "input", "output"])
 @loop_over("pairs", ["release", "all"])
-@loop_over("checkpoint_blocks", [False, True])
-def test_taps_in_the_model_give_the_gradients_of_the_plain_loss(wiring, pairs, checkpoint_blocks):
+@loop_over("recompute", ["none", "selective", "full"])
+def test_taps_in_the_model_give_the_gradients_of_the_plain_loss(wiring, pairs, recompute):
     """The collector folds the loss into each block's backward; without it the loss reads the features. fp64 to 1e-9."""
     torch.manual_seed(0)
     sizes = {"input_size": 4, "hidden_size": 24, "depth": 6, "num_heads": 2, "num_classes": 3}
-    model = build_model("SiT-Nano/2", **sizes, skip_wiring=wiring, checkpoint_blocks=checkpoint_blocks).double()
+    model = build_model("SiT-Nano/2", **sizes, skip_wiring=wiring).double()
+    model.activation_checkpointing = recompute
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     config = DiverseDiT.Config(pairs=pairs, weight="constant", weight_constant=2.0)

@@ -138,9 +138,9 @@ class ThreeSteps:
         self.step(self.model, flow + 0.5 * alignment, 0.5)
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_one_backward_is_the_published_three_steps(vae, checkpointed):
-    loss = training(vae, model={"checkpoint_blocks": checkpointed}).double()
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_one_backward_is_the_published_three_steps(vae, recompute):
+    loss = training(vae, model={"recompute": recompute}).double()
     draw = loss.objective.draw_times
     loss.objective.draw_times = lambda key: draw(key).double()
     published, engine = ThreeSteps(loss), engine_of(loss)
@@ -219,7 +219,7 @@ def test_a_published_discriminator_is_read(vae, tmp_path):
     assert torch.equal(model.discriminator[0].weight, state["main.0.weight"])
 
 
-RUN = ("engine.precision=bf16", "model.checkpoint_blocks=true", "run.checkpoint_every=2")
+RUN = ("engine.precision=bf16", "engine.activation_checkpointing=full", "run.checkpoint_every=2")
 
 
 @pytest.fixture(scope="module")

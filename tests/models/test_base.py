@@ -71,9 +71,9 @@ def test_blocks_pass_the_collectors_that_want_them_on_their_way_to_the_next():
 
 
 @loop_over("wiring", WIRINGS)
-@loop_over("checkpoint_blocks", [False, True])
-def test_an_early_exit_runs_the_first_blocks_alone(wiring, checkpoint_blocks):
-    model, ran = tiny_sit(skip_wiring=wiring, depth=6, checkpoint_blocks=checkpoint_blocks), []
+@loop_over("recompute", ["none", "full"])
+def test_an_early_exit_runs_the_first_blocks_alone(wiring, recompute):
+    model, ran = tiny_sit(skip_wiring=wiring, depth=6, recompute=recompute), []
     _, whole = model(*inputs_for(model), taps=range(6))
     for index, block in enumerate(model.blocks):
         block.register_forward_hook(lambda *_, index=index: ran.append(index))

@@ -29,10 +29,10 @@ def test_a_new_class_token_says_zero_and_stands_first():
 
 @loop_over("wiring", WIRINGS)
 @loop_over("class_token", [0, 6])
-@loop_over("checkpoint_blocks", [False, True])
-def test_derivative_along_state_and_time(wiring, class_token, checkpoint_blocks):
+@loop_over("recompute", ["none", "selective", "full"])
+def test_derivative_along_state_and_time(wiring, class_token, recompute):
     """As mean flow takes it: no gradient, features beside, r held; against central differences."""
-    options = {"skip_wiring": wiring, "class_token": class_token, "checkpoint_blocks": checkpoint_blocks}
+    options = {"skip_wiring": wiring, "class_token": class_token, "recompute": recompute}
     single = tiny_sit(times=2, qk_norm=True, attention="math", **options)
     results = []
     for dtype in (torch.float32, torch.float64):
@@ -49,8 +49,8 @@ def test_derivative_along_state_and_time(wiring, class_token, checkpoint_blocks)
             output, tangent, features = jvp(mean_velocity, (x, t), (direction, torch.ones_like(t)), has_aux=True)
         results.append(leaves(tangent))
         assert list(features) == [1, 3]
-    if checkpoint_blocks:
-        with pytest.raises(UserError, match="checkpoint_blocks recomputes no tangents"):
+    if recompute != "none":
+        with pytest.raises(UserError, match=f"activation_checkpointing={recompute} recomputes no tangents"):
             jvp(mean_velocity, (x, t), (direction, torch.ones_like(t)), has_aux=True)
     plain, plain_features = mean_velocity(x, t)
     for leaf, value in leaves(output).items():

@@ -26,9 +26,9 @@ def test_encoder_and_decoder_are_the_model(encoder):
 
 
 @loop_over("encoder", [1, 3])
-@loop_over("recompute", [False, True])
+@loop_over("recompute", ["none", "selective", "full"])
 def test_taps_and_an_early_exit_count_on_from_encoder_to_decoder(encoder, recompute):
-    model, ran = tiny_ddt(encoder_depth=encoder, checkpoint_blocks=recompute), []
+    model, ran = tiny_ddt(encoder_depth=encoder, recompute=recompute), []
     inputs = inputs_for(model)
     taps = Taps(range(4), attention=[0, 3])
     assert torch.equal(model(*inputs, taps=taps), model(*inputs))
@@ -47,10 +47,19 @@ def test_taps_and_an_early_exit_count_on_from_encoder_to_decoder(encoder, recomp
 
 def test_recomputing_blocks_changes_no_gradient():
     gradients = []
-    for model in (tiny_ddt(), tiny_ddt(checkpoint_blocks=True)):
+    for model in (tiny_ddt(recompute=which) for which in ("none", "selective", "full")):
         model(*inputs_for(model)).square().mean().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
-    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    for others in gradients[1:]:
+        assert all(torch.equal(*pair) for pair in zip(gradients[0], others, strict=True))
+
+
+def test_the_stream_under_autocast_is_that_of_its_setting():
+    for residual, expected in (("autocast", torch.bfloat16), ("fp32", torch.float32)):
+        model = tiny_ddt(residual_dtype=residual)
+        with torch.autocast("cpu", torch.bfloat16):
+            _, features = model(*inputs_for(model), taps=range(4))
+        assert {feature.dtype for feature in features.values()} == {expected}
 
 
 def test_a_trunk_holds_the_decoder_only_as_far_as_it_runs():

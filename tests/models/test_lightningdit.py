@@ -26,9 +26,9 @@ def test_without_its_parts_it_is_sit(more):
 
 
 @loop_over("wiring", WIRINGS)
-@loop_over("checkpoint_blocks", [False, True])
-def test_long_skips_taps_and_recomputed_blocks_are_those_of_sit(wiring, checkpoint_blocks):
-    model = tiny(skip_wiring=wiring, qk_norm=True, checkpoint_blocks=checkpoint_blocks)
+@loop_over("recompute", ["none", "selective", "full"])
+def test_long_skips_taps_and_recomputed_blocks_are_those_of_sit(wiring, recompute):
+    model = tiny(skip_wiring=wiring, qk_norm=True, recompute=recompute)
     v, features = model(*inputs_for(model), taps=range(4))
     v.square().mean().backward()
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]

@@ -54,7 +54,7 @@ def test_the_first_output_is_that_of_the_model_without_it(wiring, class_token):
 
 
 def test_it_is_not_computed_where_the_forward_ends_early():
-    model = tiny_sit(auxiliary_depth=DEPTH, checkpoint_blocks=True)
+    model = tiny_sit(auxiliary_depth=DEPTH, recompute="full")
     given = inputs_for(model)
     _, features = model(*given, taps=[DEPTH - 1])
     teacher = model.trunk(DEPTH - 1)

@@ -108,9 +108,10 @@ def test_cpu_preset_has_one_to_four_million_parameters():
 
 
 @loop_over("wiring", WIRINGS)
-def test_activation_checkpointing_changes_neither_taps_nor_gradients(wiring):
+@loop_over("recompute", ["selective", "full"])
+def test_activation_checkpointing_changes_neither_taps_nor_gradients(wiring, recompute):
     plain = tiny_sit(skip_wiring=wiring)
-    saving = tiny_sit(skip_wiring=wiring, checkpoint_blocks=True)
+    saving = tiny_sit(skip_wiring=wiring, recompute=recompute)
     saving.load_state_dict(plain.state_dict())
     results = []
     for model in (plain, saving):
@@ -128,8 +129,8 @@ def test_activation_checkpointing_changes_neither_taps_nor_gradients(wiring):
 
 def test_activation_checkpointing_keeps_fewer_activations():
     counts = []
-    for keep in (False, True):
-        model = tiny_sit(skip_wiring="input", checkpoint_blocks=keep)
+    for recompute in ("none", "full"):
+        model = tiny_sit(skip_wiring="input", recompute=recompute)
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
             model(*inputs_for(model))
@@ -151,9 +152,10 @@ def test_compiles_without_graph_breaks(wiring):
     assert model.x_embedder.proj.weight.grad is not None
 
 
-def test_compiles_in_train_mode_with_label_dropout_and_checkpointing():
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_compiles_in_train_mode_with_label_dropout_and_checkpointing(recompute):
     torch._dynamo.reset()
-    model = tiny_sit(skip_wiring="input", checkpoint_blocks=True, depth=2).train()
+    model = tiny_sit(skip_wiring="input", recompute=recompute, depth=2).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     compiled(*inputs_for(model)).square().mean().backward()
     assert model.blocks[0].attn.qkv.weight.grad.abs().max() > 0
@@ -171,12 +173,13 @@ def test_float64_model_agrees_with_float32(wiring):
 @loop_over("wiring", ["input", "output"])
 def test_residual_stream_dtype_under_autocast(wiring):
     """The published code keeps fp32 until the first fusion and half precision from there on (methods.md §2.7)."""
-    for residual, late in (("autocast", torch.bfloat16), ("fp32", torch.float32)):
+    half, single = torch.bfloat16, torch.float32
+    for residual, early, late in (("autocast", single, half), ("fp32", single, single), ("bf16", half, half)):
         model = tiny_sit(skip_wiring=wiring, residual_dtype=residual)
         exact = model(*inputs_for(model))
         with torch.autocast("cpu", torch.bfloat16):
             v, features = model(*inputs_for(model), taps=range(4))
-        assert [features[index].dtype for index in range(4)] == [torch.float32, torch.float32, late, late]
+        assert [features[index].dtype for index in range(4)] == [early, early, late, late]
         assert_close(v, exact, 3e-2)
         v.float().square().mean().backward()
         assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
@@ -214,7 +217,7 @@ def test_strided_and_channels_last_latents():
     [
         ({"depth": 5, "skip_wiring": "input"}, "depth 5 is odd"),
         ({"skip_wiring": "both"}, "off, input, output"),
-        ({"residual_dtype": "bf16"}, "fp32, autocast"),
+        ({"residual_dtype": "fp16"}, "fp32, autocast, bf16"),
         ({"input_size": 9}, "input_size 9"),
         ({"input_width": 9}, "input_width 9"),
         ({"class_token": -1}, "class_token must be at least 0"),

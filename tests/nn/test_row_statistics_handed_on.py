@@ -14,10 +14,11 @@ from tests.helpers.golden import assert_close
 needs_library = pytest.mark.skipif(_C.unavailable() is not None, reason=f"{_C.unavailable()}")
 
 
-def model(wiring, **options):
+def model(wiring, recompute="none", **options):
     torch.manual_seed(0)
     sizes = {"input_size": 8, "hidden_size": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
     made = build_model("SiT-S/2", **sizes, skip_wiring=wiring, **options)
+    made.activation_checkpointing = recompute
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_(0, 0.2)
@@ -44,9 +45,9 @@ def run(made, autocast=False):
 
 @needs_library
 @pytest.mark.parametrize("wiring", ["off", "input", "output"])
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_they_are_those_of_the_stream_and_change_nothing(wiring, checkpoint, monkeypatch):
-    with_stats, seen = run(model(wiring, checkpoint_blocks=checkpoint))
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_they_are_those_of_the_stream_and_change_nothing(wiring, recompute, monkeypatch):
+    with_stats, seen = run(model(wiring, recompute=recompute))
     fused = {"off": (), "input": (), "output": (2, 3)}[wiring]
     for index, (feature, stats) in enumerate(seen):
         assert (stats is None) == (index in fused)
@@ -55,7 +56,7 @@ def test_they_are_those_of_the_stream_and_change_nothing(wiring, checkpoint, mon
                 assert_close(ours, expected, 1e-5)
                 assert not ours.requires_grad
     monkeypatch.setattr(block_file, "returns_statistics", lambda x: False)
-    without, seen = run(model(wiring, checkpoint_blocks=checkpoint))
+    without, seen = run(model(wiring, recompute=recompute))
     assert all(stats is None for _, stats in seen)
     for ours, expected in zip(with_stats, without, strict=True):
         assert_close(ours, expected, 1e-5)

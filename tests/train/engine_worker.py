@@ -92,6 +92,7 @@ def run(scenario, world, folder):
     if checkpoint is not None:
         model.load_state_dict(checkpoint.state_dict("model"))
         first = checkpoint.step
+    model.activation_checkpointing = scenario.get("recompute", "none")
     if scenario.get("compile"):
         for block in model.blocks:
             block.compile(backend="aot_eager")

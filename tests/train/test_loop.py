@@ -342,6 +342,10 @@ def test_load_run_says_what_is_wrong(tmp_path, copied):
         (["run.dir="], "run.dir is not set"),
         (["run.dir=r\udcff"], "the name is not UTF-8"),
         (["data.path="], "data.path is not set"),
+        (
+            ["model.residual_dtype=bf16"],
+            "residual_dtype=bf16 says what the stream is under engine.precision=bf16; set that",
+        ),
         (["data.path=/nowhere"], "/nowhere: no such folder"),
         (["model.input_size=32"], "model.input_size=32, but the latents of .* have 4"),
         (["model.input_width=32"], "model.input_width=32, but the latents of .* have 4"),

@@ -15,7 +15,9 @@ SRA = {"methods": {"sra": {"student_depth": 2, "teacher_depth": 5, "decay": 0.5,
 QK = {"qk_norm": True}
 TOY = {"toy": {"steps_of_b": [0]}, "poisoned": [3]}
 SECOND = "toy-{}/checkpoints/step_00000002"
-READS = [("plain", False, False), ("checkpointed", False, True), ("compiled", True, False), ("both", True, True)]
+READS = {"plain": {}, "compiled": {"compile": True}}
+READS |= {which: {"recompute": which} for which in ("selective", "full")}
+READS |= {f"compiled-{which}": {"compile": True, "recompute": which} for which in ("selective", "full")}
 
 BEFORE = [{"name": "fp32-single", "steps": 6}]
 TWO_RANKS = [
@@ -33,15 +35,11 @@ TWO_RANKS = [
     ),
     {"name": "sra-start", "stage": 3, "steps": 0, **SRA},
     *({"name": f"sra-{stage}", "stage": stage, "steps": 4, "micro": 2, "poisoned": [3], **SRA} for stage in STAGES),
+    *({"name": f"reads-{name}", "stage": 3, "steps": 3, "model": QK, **how} for name, how in READS.items()),
     *(
-        {
-            "name": f"reads-{name}",
-            "stage": 3,
-            "steps": 3,
-            "compile": compiled,
-            "model": {**QK, "checkpoint_blocks": saves},
-        }
-        for name, compiled, saves in READS
+        {"name": f"{which}-{stage}", "stage": stage, "steps": 3, "model": QK, "recompute": which}
+        for stage in STAGES[:3]
+        for which in ("selective", "full")
     ),
     {"name": "half-1", "stage": 1, "steps": 3},
     {"name": "half-3", "stage": 3, "steps": 3},
@@ -187,11 +185,19 @@ def test_a_teacher_is_the_same_on_all_ranks_and_that_of_one_process(results, fol
     assert not any(torch.equal(start[name], tensor) for name, tensor in alone.items() if "blocks" in name)
 
 
-@pytest.mark.parametrize("name", [name for name, *_ in READS])
+@pytest.mark.parametrize("name", READS)
 def test_parameters_that_another_module_reads_are_there_in_stage_3(results, name):
     """MLP, QK-norm and long skips hand them to one op; compiled blocks and recomputed ones need them too."""
     assert results[f"reads-{name}"]["losses"] == pytest.approx(results["reads-single"]["losses"], rel=1e-6)
     assert results[f"reads-{name}"]["norms"] == pytest.approx(results["reads-single"]["norms"], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES[:3])
+@pytest.mark.parametrize("which", ["selective", "full"])
+def test_stages_train_alike_with_recomputed_blocks(results, stage, which):
+    """Stage 3 is in the test above."""
+    for value, tolerance in (("losses", 1e-6), ("norms", 1e-5)):
+        assert results[f"{which}-{stage}"][value] == pytest.approx(results["reads-single"][value], rel=tolerance)
 
 
 @pytest.mark.parametrize("name", ["1-to-3", "3-to-2", "3-to-0", "2-ranks-to-one", "3-sharded-to-one"])

@@ -24,7 +24,8 @@ LR, EPS, BETAS, WEIGHT_DECAY, EMA = 5e-3, 1e-2, (0.9, 0.999), 0.01, 0.9
 
 
 class Pattern(Method):
-    """Trains the model alone. options: of the model. clip: of the whole gradient, 0 = none, as it hides a wrong scale.
+    """Trains the model alone. options, recompute: of the model. clip: of the whole gradient, 0 = none, as it hides a wrong
+    scale.
 
     split: what the plain loop takes a loss of, the "whole" batch, one "micro"-batch of all ranks, or the "share" of a
     rank in it; the gradient is the mean.
@@ -32,6 +33,7 @@ class Pattern(Method):
 
     name, blocks = "pattern", frozenset({0, 1})
     options: ClassVar[dict] = {}
+    recompute = "none"
     clip, split, objective = 0.0, "whole", "flow"
 
     @classmethod
@@ -60,7 +62,7 @@ class Clipped(Pattern):
 
 
 class Recomputed(Pattern):
-    options: ClassVar = {"checkpoint_blocks": True}
+    recompute = "full"
 
 
 class Twice(Headed):
@@ -241,6 +243,7 @@ class Real:
     methods: dict = field(default_factory=dict)
     objective: str = "flow"
     options: dict = field(default_factory=dict)
+    recompute: str = "none"
     split: str = "whole"
     clip: float = 0.0
 
@@ -304,6 +307,7 @@ def build(name, precision):
     sizes = {"hidden_size": 16, "depth": 2, "num_heads": 2}
     torch.manual_seed(0)
     model = build_model(**{"name": "SiT-Nano/2", **options, **sizes, **case.options})
+    model.activation_checkpointing = case.recompute
     for parameter in model.parameters():  # zero-initialised gates would leave most gradients at zero
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.2)
