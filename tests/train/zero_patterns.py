@@ -24,8 +24,9 @@ LR, EPS, BETAS, WEIGHT_DECAY, EMA = 5e-3, 1e-2, (0.9, 0.999), 0.01, 0.9
 
 
 class Pattern(Method):
-    """Trains the model alone. options, recompute: of the model. clip: of the whole gradient, 0 = none, as it hides a wrong
-    scale.
+    """Trains the model alone. options, recompute: of the model.
+
+    clip: of the whole gradient, 0 = none, as it hides a wrong scale.
 
     split: what the plain loop takes a loss of, the "whole" batch, one "micro"-batch of all ranks, or the "share" of a
     rank in it; the gradient is the mean.
