@@ -1,6 +1,6 @@
 """Does a residual stream in bf16 learn as one in fp32 does? python -m dit_fast.benchmarks.streams SHARDS.
 
-A recipe under `engine.precision=bf16`, 300 steps on the CPU for every `model.residual_dtype` and two seeds, on real
+A recipe under `engine.precision=bf16`, 300 steps on the CPU with `model.residual_dtype` fp32 and bf16 and two seeds, on real
 latents. Kept are the means over each 20 steps of loss and gradient norm, and how far streams and seeds lie apart.
 Needs bf16 arithmetic alone: the values depend neither on the machine's load nor on its clock.
 """
@@ -20,7 +20,7 @@ from dit_fast.train.loop import train
 from dit_fast.world import World
 
 RECIPE, STEPS, EVERY = "quickstart", 300, 20
-STREAMS, SEEDS = ("fp32", "autocast", "bf16"), (0, 1)
+STREAMS, SEEDS = ("fp32", "bf16"), (0, 1)
 SETTINGS = (
     f"run.steps={STEPS}",
     f"run.log_every={EVERY}",
@@ -28,6 +28,7 @@ SETTINGS = (
     "run.tensorboard=false",
     "preview.every=0",
     "engine.precision=bf16",
+    "engine.global_batch=24",
 )
 
 
