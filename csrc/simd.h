@@ -112,6 +112,16 @@ struct Vec {
     for (int i = 0; i < kQuads; ++i) out.part[i] = part[i] * other.part[i];
     return out;
   }
+  inline Vec operator/(const Vec& other) const {
+    Vec out;
+    for (int i = 0; i < kQuads; ++i) out.part[i] = part[i] / other.part[i];
+    return out;
+  }
+  inline Vec root() const {
+    Vec out;
+    for (int i = 0; i < kLanes; ++i) out.part[i / 4][i % 4] = std::sqrt(part[i / 4][i % 4]);
+    return out;
+  }
   inline Vec abs() const {
     Vec out;
     for (int i = 0; i < kQuads; ++i) out.part[i] = (Quad)((QuadBits)part[i] & INT32_MAX);
@@ -204,6 +214,10 @@ struct Vec {
   inline Vec operator*(const Vec& other) const {
     return {_mm256_mul_ps(low, other.low), _mm256_mul_ps(high, other.high)};
   }
+  inline Vec operator/(const Vec& other) const {
+    return {_mm256_div_ps(low, other.low), _mm256_div_ps(high, other.high)};
+  }
+  inline Vec root() const { return {_mm256_sqrt_ps(low), _mm256_sqrt_ps(high)}; }
   inline Vec abs() const {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     return {_mm256_andnot_ps(sign, low), _mm256_andnot_ps(sign, high)};
@@ -262,6 +276,8 @@ struct Vec {
   inline Vec operator+(const Vec& other) const { return {_mm512_add_ps(all, other.all)}; }
   inline Vec operator-(const Vec& other) const { return {_mm512_sub_ps(all, other.all)}; }
   inline Vec operator*(const Vec& other) const { return {_mm512_mul_ps(all, other.all)}; }
+  inline Vec operator/(const Vec& other) const { return {_mm512_div_ps(all, other.all)}; }
+  inline Vec root() const { return {_mm512_sqrt_ps(all)}; }
   inline Vec abs() const {
     return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(all), _mm512_set1_epi32(0x7fffffff)))};
   }

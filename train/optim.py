@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dit_fast.errors import ConfigError
+from dit_fast.ops.adamw import States, adamw
 from dit_fast.runs import OptimizerConfig
 
 STATES = ("exp_avg", "exp_avg_sq", "ema")
@@ -26,9 +27,12 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
 class AdamWEMA(torch.optim.Optimizer):
     """AdamW with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101) and an EMA of the updated weights.
 
-    ema <- decay * ema + (1 - decay) * weight after every update; before the first one it equals the weights. States per
-    parameter: "step" (0-d float32 on the CPU, so reading it never waits for a device), "exp_avg", "exp_avg_sq", "ema".
-    They come into being with the first step or with `init_states`. Parameters without a gradient are left alone.
+    `dit_fast.ops.adamw` is the update; before the first one the EMA equals the weights. States per parameter: "step"
+    (0-d float32 on the parameter's device), "exp_avg", "exp_avg_sq", "ema". They come into being with the first step or
+    with `init_states`. Parameters without a gradient are left alone.
+
+    applied: 0-d float32; where it is 0 the next steps change nothing. A group's "factor", 0-d float32, is that of its
+    gradients in the pass; its "lr" may be 0-d float64 on the device. Neither is read on the host.
     """
 
     def __init__(
@@ -41,38 +45,23 @@ class AdamWEMA(torch.optim.Optimizer):
         ema_decay: float = 0.9999,
     ):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "ema_decay": ema_decay}
-        super().__init__(params, defaults)
+        super().__init__(params, {**defaults, "factor": None})
+        self.applied: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update, in place, by a few multi-tensor operations."""
+        """One update, in place."""
         if closure is not None:
             raise ConfigError("AdamWEMA takes no closure")
+        rules = ("lr", "betas", "eps", "weight_decay", "ema_decay", "factor")
         for group in self.param_groups:
             moved = [parameter for parameter in group["params"] if parameter.grad is not None]
-            init_states(self, moved)
             if moved:
-                torch._foreach_add_([self.state[parameter]["step"] for parameter in moved], 1)
-            by_step: dict[float, list[Tensor]] = {}
-            for parameter in moved:
-                by_step.setdefault(self.state[parameter]["step"].item(), []).append(parameter)
-            for count, parameters in by_step.items():
-                self._update(group, count, parameters)
-
-    def _update(self, group: dict[str, Any], count: float, parameters: list[Tensor]) -> None:
-        beta1, beta2 = group["betas"]
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        first, second, ema = ([self.state[p][name] for p in parameters] for name in STATES)
-        if group["weight_decay"]:
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_lerp_(first, gradients, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
-        denominator = torch._foreach_sqrt(second)
-        torch._foreach_div_(denominator, (1 - beta2**count) ** 0.5)
-        torch._foreach_add_(denominator, group["eps"])
-        torch._foreach_addcdiv_(parameters, first, denominator, -group["lr"] / (1 - beta1**count))
-        torch._foreach_lerp_(ema, parameters, 1 - group["ema_decay"])
+                init_states(self, moved)
+                held = [self.state[parameter] for parameter in moved]
+                states = States(*([each[name] for each in held] for name in (*STATES, "step")))
+                gradients = [parameter.grad for parameter in moved]
+                adamw(moved, gradients, states, applied=self.applied, **{name: group[name] for name in rules})
 
 
 def with_ema(base: type[torch.optim.Optimizer]) -> type[Any]:
@@ -156,7 +145,8 @@ def with_step_per_group(base: type[torch.optim.Optimizer]) -> type[Any]:
 def init_states(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor] | None = None) -> None:
     """Creates the missing states of parameters (default: of all), so that values can be put into them."""
     every = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    counts_on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+    options = optimizer.defaults
+    counts_on_device = isinstance(optimizer, AdamWEMA) or options.get("fused") or options.get("capturable")
     for parameter in every if parameters is None else parameters:
         if not optimizer.state[parameter]:
             weight = parameter.detach()
@@ -169,8 +159,9 @@ def init_states(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor] |
 
 
 def applied_steps(optimizer: torch.optim.Optimizer) -> int:
-    """Updates applied so far (0 before the first); waits for the device where a fused optimizer counts on it."""
-    return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
+    """Updates applied so far (0 before the first); waits for the device once, where they are counted on it."""
+    counts = [torch.as_tensor(state["step"]) for state in optimizer.state.values() if "step" in state]
+    return int(torch.stack(counts).max()) if counts else 0
 
 
 def set_applied_steps(optimizer: torch.optim.Optimizer, count: int) -> None:

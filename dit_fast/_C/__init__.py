@@ -1,6 +1,7 @@
 """Compiled libraries, loaded on first use; without them the plain implementations run.
 
-The CPU library's operators live in `torch.ops.dit_fast_native`; only `dit_fast.ops` calls them. The host module, which
+Operators of the CPU library and of the CUDA one, which adds to it, live in `torch.ops.dit_fast_native`; only
+`dit_fast.ops` calls them. The host module, which
 knows no torch, reads members of latent shards; only `dit_fast.data` calls it.
 """
 
@@ -9,7 +10,7 @@ import importlib
 import logging
 from typing import Any
 
-from dit_fast._C.build import HOST, HOST_SOURCES, LIBRARY, compiler, source_hash
+from dit_fast._C.build import CUDA_LIBRARY, HOST, HOST_SOURCES, LIBRARY, compiler, cuda_compiler, source_hash
 
 logger = logging.getLogger("dit_fast")
 
@@ -31,6 +32,26 @@ def unavailable() -> str | None:
     expected = source_hash()
     if expected is not None and expected not in _description():
         return f"{LIBRARY.name} was built from other sources: run `make native`"
+    return None
+
+
+@functools.cache
+def cuda_unavailable() -> str | None:
+    """Why the CUDA library cannot be used here, with the remedy; None when it is loaded."""
+    if (reason := unavailable()) is not None:  # it declares the operators
+        return reason
+    if not CUDA_LIBRARY.exists():
+        remedy = "run `make native`" if cuda_compiler() else "install CUDA's nvcc and run `make native`"
+        return f"{CUDA_LIBRARY.name} is not built: {remedy}"
+    expected = source_hash()
+    if expected is not None and f"source={expected} ".encode() not in CUDA_LIBRARY.read_bytes():
+        return f"{CUDA_LIBRARY.name} was built from other sources: run `make native`"
+    import torch
+
+    try:
+        torch.ops.load_library(str(CUDA_LIBRARY))
+    except OSError as error:
+        return f"{CUDA_LIBRARY.name} does not load ({error.__cause__ or error}): run `make native`"
     return None
 
 

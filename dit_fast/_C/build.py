@@ -1,8 +1,9 @@
-"""Compiles `csrc/` into one library that serves every Python and every torch from 2.11 on (torch's stable ABI), and
-`csrc/host/` into a module for the running Python that knows no torch (pybind11).
+"""Compiles `csrc/` into libraries that serve every Python and every torch from 2.11 on (torch's stable ABI), one for the
+CPU and, where there is nvcc and torch has CUDA, one more; and `csrc/host/` into a module for the running Python that
+knows no torch (pybind11).
 
 Runs by itself, without dit_fast installed: `python dit_fast/_C/build.py` (that is `make native`), and from `setup.py`.
-Either may be missing. The library is built for plain x86-64 (or whatever the compiler's default is) and holds AVX2 and
+Any may be missing. The library is built for plain x86-64 (or whatever the compiler's default is) and holds AVX2 and
 AVX-512 versions of each kernel that are chosen when it runs, so that it can be built on one machine and used on
 another.
 """
@@ -21,10 +22,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "csrc"
 LIBRARY = HERE / "libdit_fast_cpu.so"
+CUDA_LIBRARY = HERE / "libdit_fast_cuda.so"
 HOST_SOURCES = SOURCES / "host"
 HOST = HERE / f"_host{sysconfig.get_config_var('EXT_SUFFIX')}"
 OLDEST_TORCH = "0x020b000000000000"  # 2.11
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi"]
+ARCHITECTURES = ("80", "90")  # and PTX of the last one, for newer devices
 
 
 class CannotBuild(Exception):
@@ -37,7 +40,7 @@ def source_hash(folder: Path = SOURCES) -> str | None:
         return None
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix in (".cpp", ".h", ".inc"):
+        if path.suffix in (".cpp", ".cu", ".h", ".inc"):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
@@ -46,6 +49,11 @@ def compiler() -> str | None:
     """The C++ compiler: $CXX, else g++ or clang++ on the path."""
     named = os.environ.get("CXX")
     return shutil.which(named) if named else shutil.which("g++") or shutil.which("clang++")
+
+
+def cuda_compiler() -> str | None:
+    """nvcc: $NVCC, else on the path."""
+    return shutil.which(os.environ.get("NVCC", "nvcc"))
 
 
 def is_current(target: Path = LIBRARY, folder: Path = SOURCES) -> bool:
@@ -111,6 +119,39 @@ def build() -> Path:
     return LIBRARY
 
 
+def cuda_command(*arguments: str) -> list[str]:
+    """nvcc on the CUDA sources, for every architecture. Raises CannotBuild without nvcc or torch's headers."""
+    nvcc, spec = cuda_compiler(), importlib.util.find_spec("torch")
+    if nvcc is None:
+        raise CannotBuild("no nvcc on the path; install the CUDA toolkit or set NVCC")
+    if spec is None or spec.origin is None:
+        raise CannotBuild(f"{sys.executable} has no torch (its headers are needed); run `make native` later")
+    defines = [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}", f'-DDIT_FAST_SOURCE_HASH="{source_hash()}"']
+    flags = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    return [nvcc, *flags, *defines, f"-I{Path(spec.origin).parent / 'include'}", *arguments]
+
+
+def build_cuda() -> Path:
+    """Compiles and links the CUDA library; it appears under its name only when it is whole. Raises CannotBuild."""
+    spec = importlib.util.find_spec("torch")
+    with tempfile.TemporaryDirectory(dir=HERE) as scratch:
+        target = Path(scratch) / CUDA_LIBRARY.name
+        codes = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in ARCHITECTURES]
+        codes.append(f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}")
+        sources = map(str, sorted(SOURCES.glob("*.cu")))
+        command = cuda_command(*codes, "-shared", *sources, "-o", str(target), "-ltorch_cpu")
+        _run([*command, f"-L{Path(str(spec and spec.origin)).parent / 'lib'}"])
+        target.replace(CUDA_LIBRARY)
+    return CUDA_LIBRARY
+
+
+def has_cuda() -> bool:
+    """Whether the torch of this Python was built for CUDA; its version's file says so, without importing it."""
+    spec = importlib.util.find_spec("torch")
+    version = Path(str(spec.origin)).parent / "version.py" if spec is not None else None
+    return version is not None and version.exists() and "cuda: Optional[str] = '" in version.read_text()
+
+
 def _run(command: list[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
@@ -119,9 +160,12 @@ def _run(command: list[str]) -> None:
 
 
 def main() -> int:
-    """Builds what is not current; exit status 1 if one of the two could not be built, with the reason."""
+    """Builds what is not current; exit status 1 if one could not be built, with the reason."""
     status = 0
-    for target, folder, make in ((LIBRARY, SOURCES, build), (HOST, HOST_SOURCES, build_host)):
+    targets = [(LIBRARY, SOURCES, build), (HOST, HOST_SOURCES, build_host)]
+    if has_cuda() and cuda_compiler():
+        targets.append((CUDA_LIBRARY, SOURCES, build_cuda))
+    for target, folder, make in targets:
         if is_current(target, folder):
             print(f"{target.name} is up to date")
             continue
