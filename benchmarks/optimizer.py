@@ -52,7 +52,7 @@ class Moved(TorchDispatchMode):
             written = argument.alias_info is not None and argument.alias_info.is_write
             if name == "_fused_adamw_" and argument.name == "grads":
                 written = kwargs.get("grad_scale") is not None
-            alone = written and (name in WRITTEN or argument.name == "shadows")
+            alone = written and (name in WRITTEN or argument.name in ("shadows", "scratch"))
             for x in _tensors(value):
                 key = (x.data_ptr(), x.nbytes)
                 times[key] = max(times.get(key, 0), 1 + (written and not alone))
@@ -96,7 +96,7 @@ def sides(world: World) -> dict[str, tuple[nn.Module, Callable[[], Any]]]:
 
 
 def _engine_pass(engine: SingleEngine) -> None:
-    engine._update(engine._clip())
+    engine._update()
 
 
 def _plain_pass(parameters: list[Any]) -> Callable[[], None]:

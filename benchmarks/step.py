@@ -34,7 +34,7 @@ from dit_fast.world import World
 PUBLISHED, OURS, WITHOUT = "as published", "dit_fast, all pairs", "dit_fast, no diversity loss"
 COMPILED = "dit_fast, all pairs, compiled blocks"
 ALONE = "diversity loss alone"
-OPTIMIZER_BYTES = 36  # per parameter: weight, two moments and EMA read and written, gradient read, all float32
+OPTIMIZER_BYTES = 40  # per parameter: gradient read twice, weight, two moments and EMA read and written, all float32
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def measure_step(case: StepCase, setting: Setting, ceilings: Ceilings, seconds: 
     published = PublishedTrainer(_training_loss(case, device, PublishedDiversity), TrainConfig().optimizer)
     world = World(0, 1, device)
     ours, without = (
-        _Engine(_training_loss(case, device, *methods), TrainConfig(), world)
+        SingleEngine(_training_loss(case, device, *methods), TrainConfig(), world)
         for methods in ([partial(DiverseDiT, DiverseDiT.Config(pairs="all"))], [])
     )
     lr = TrainConfig().optimizer.lr
@@ -98,9 +98,8 @@ def measure_step(case: StepCase, setting: Setting, ceilings: Ceilings, seconds: 
             if name == PUBLISHED:
                 raise
             (skipped if name == COMPILED else failed)[name] = reason(error)
-    engines = {OURS: ours, COMPILED: ours, WITHOUT: without}
     host: dict[str, list[float]] = {name: [] for name in costs}
-    calls = {name: _timed(steps[name], engines.get(name), host[name]) for name in costs}
+    calls = {name: _timed(steps[name], host[name]) for name in costs}
     warm_up = 3 if device.type == "cuda" else 1
     left = end - time.perf_counter()
     rounds = interleave(calls, clock_for(device), samples=SAMPLES, seconds=left, warm_up=warm_up)
@@ -134,18 +133,6 @@ def measure_step(case: StepCase, setting: Setting, ceilings: Ceilings, seconds: 
         "parts": {"step": step}
         | ({"diversity_loss": part_entry(alone, {ALONE: least}, ceilings, case.precision)} if alone else {}),
     }
-
-
-class _Engine(SingleEngine):
-    """Counts the seconds for which its steps have waited for the device: once each, for the norm."""
-
-    waited = 0.0
-
-    def _update(self, norm: Tensor) -> bool:
-        start = time.perf_counter()
-        norm.item()
-        self.waited += time.perf_counter() - start
-        return super()._update(norm)
 
 
 def _with_compiled_blocks(model: Any, step: Callable[[int], Any]) -> Callable[[int], Any]:
@@ -208,7 +195,7 @@ def _batch(case: StepCase, device: torch.device, step: int) -> dict[str, Tensor]
 def our_step(case: StepCase, device: torch.device) -> Callable[[int], Any]:
     """Our whole step, all pairs, as a function of its number."""
     bind = partial(DiverseDiT, DiverseDiT.Config(pairs="all"))
-    engine = _Engine(_training_loss(case, device, bind), TrainConfig(), World(0, 1, device))
+    engine = SingleEngine(_training_loss(case, device, bind), TrainConfig(), World(0, 1, device))
     return lambda step: engine.train_step([_batch(case, device, step)], step, TrainConfig().optimizer.lr).logs
 
 
@@ -222,13 +209,13 @@ def _features(training_loss: Any, batch: dict[str, Tensor]) -> list[Tensor]:
     return [feature.clone().requires_grad_() for feature in features.values()]
 
 
-def _timed(run: Callable[[int], Any], engine: _Engine | None, host: list[float]) -> Call:
-    """host gets the seconds of each call without those for which the engine waited."""
+def _timed(run: Callable[[int], Any], host: list[float]) -> Call:
+    """host gets the seconds of each call, until it returns."""
 
     def call(number: int, mark: Callable[[], None]) -> Any:
-        start = time.perf_counter() - (engine.waited if engine else 0.0)
+        start = time.perf_counter()
         kept = run(number)
-        host.append(time.perf_counter() - (engine.waited if engine else 0.0) - start)
+        host.append(time.perf_counter() - start)
         mark()
         return kept
 

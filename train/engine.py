@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dit_fast.errors import ConfigError
 from dit_fast.runs import TrainConfig
-from dit_fast.train.optim import applied_steps, build_optimizer, init_states, set_applied_steps
+from dit_fast.train.optim import AdamWEMA, applied_steps, build_optimizer, init_states, set_applied_steps
 from dit_fast.world import World
 
 Batch = Mapping[str, Tensor]
@@ -27,13 +27,13 @@ Groups = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class StepResult:
-    """logs: this rank's values, averaged over micro-batches, 0-d on the device. grad_norm: global L2 norm before
-    clipping (inf or nan where the step was not applied). applied: False when the gradient was not finite: then weights,
-    EMA, moments and buffers of the model are what they were before, on every rank."""
+    """All 0-d float32 on the device; whoever reads them waits. logs: this rank's values, averaged over micro-batches.
+    grad_norm: global L2 norm before clipping. applied: 1, or 0 where the norm is not finite: then weights, EMA, moments
+    and buffers of the model are what they were before, on every rank."""
 
     logs: dict[str, Tensor]
     grad_norm: Tensor
-    applied: bool
+    applied: Tensor
 
 
 class Engine(ABC):
@@ -56,6 +56,7 @@ class Engine(ABC):
         self._optimizer = build_optimizer(config.optimizer, [{"params": rest}, *groups], world.device.type)
         base = config.optimizer.lr
         self._lr_shares = [group["lr"] / base if base else 1.0 for group in self._optimizer.param_groups]
+        self._buffers = Buffers(loss)
         self._checked = self._in_backward = False
         self._hooks: list[Any] = [each.register_post_accumulate_grad_hook(self._accumulated) for _, each in self._named]
 
@@ -64,7 +65,7 @@ class Engine(ABC):
         if not self._checked:
             self._refuse_unknown(parameter for _, parameter in own_parameters(self.loss))
         sums: dict[str, Tensor] = {}
-        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        self._buffers.keep()
         for group, share in zip(self._optimizer.param_groups, self._lr_shares, strict=True):
             group["lr"] = lr * share
         for batch in micro_batches:
@@ -80,11 +81,8 @@ class Engine(ABC):
                 value = value.float() / len(micro_batches)
                 sums[name] = sums[name] + value if name in sums else value
         self._checked = True
-        norm = self._clip()
-        applied = self._update(norm)
-        if not applied:  # statistics that have seen a NaN never lose it
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(before[name])
+        norm, applied = self._update()
+        self._buffers.settle(applied)
         return StepResult(sums, norm, applied)
 
     @abstractmethod
@@ -98,22 +96,39 @@ class Engine(ABC):
     def _step(self) -> None:
         """The optimizer's step."""
 
-    def _clip(self) -> Tensor:
-        """The norm of the whole gradient, 0-d float32; the gradients are clipped by it."""
-        bundles: list[tuple[float, list[Tensor]]] = [(self.config.optimizer.grad_clip, [])]
-        for group, gradients in zip(self._optimizer.param_groups, self._gradients(), strict=True):
-            if "clip" in group:
-                bundles.append((group["clip"], gradients))
-            else:
-                bundles[0][1].extend(gradients)
-        bundles = [(limit, gradients) for limit, gradients in bundles if gradients]
-        norms = self._over_ranks([torch.linalg.vector_norm(torch.stack(torch._foreach_norm(g))) for _, g in bundles])
-        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(norms)
-        for own, (limit, gradients) in zip(norms, bundles, strict=True):
-            if limit > 0:
-                scale = torch.clamp(limit / (own + 1e-6), max=1.0)
-                torch._foreach_mul_(gradients, scale + (norm - norm))  # adds zero, or NaN where the norm is not finite
-        return norm
+    def _update(self) -> tuple[Tensor, Tensor]:
+        """One clipped step of the optimizer: the norm of the whole gradient, and whether it was applied."""
+        gradients = self._gradients()
+        norm, factors = self._clip(gradients)
+        applied = torch.isfinite(norm).float()
+        if isinstance(self._optimizer, AdamWEMA):
+            self._optimizer.applied = applied
+            for group, factor in zip(self._optimizer.param_groups, factors, strict=True):
+                group["factor"] = factor
+            self._step()
+        else:
+            for own, factor in zip(gradients, factors, strict=True):
+                if own and factor is not None:
+                    torch._foreach_mul_(own, factor + (norm - norm))  # adds zero, or NaN where the norm is not finite
+            applied = self._step_or_not(applied)
+        return norm, applied
+
+    def _clip(self, every: Sequence[list[Tensor]]) -> tuple[Tensor, list[Tensor | None]]:
+        """The norm of the whole gradient, 0-d float32, and by what each group's is multiplied; None: by 1."""
+        groups = self._optimizer.param_groups
+        bundles: dict[int, list[Tensor]] = {}  # by the group whose limit it is; -1: the general one
+        keys = [index if "clip" in group else -1 for index, group in enumerate(groups)]
+        for key, gradients in zip(keys, every, strict=True):
+            bundles.setdefault(key, []).extend(gradients)
+        bundles = {key: bundles[key] for key in sorted(bundles) if bundles[key]}
+        norms = [torch.linalg.vector_norm(torch.stack(torch._foreach_norm(each))) for each in bundles.values()]
+        whole = self._over_ranks(norms)
+        factors: dict[int, Tensor | None] = {}
+        for key, own in zip(bundles, whole, strict=True):
+            limit = groups[key]["clip"] if key >= 0 else self.config.optimizer.grad_clip
+            factors[key] = torch.clamp(limit / (own + 1e-6), max=1.0) if limit > 0 else None
+        norm = whole[0] if len(norms) == 1 else torch.linalg.vector_norm(whole)
+        return norm, [factors.get(key) for key in keys]
 
     def _gradients(self) -> list[list[Tensor]]:
         """This rank's share of the gradient, by parameter group; missing ones become zeros."""
@@ -126,13 +141,13 @@ class Engine(ABC):
         """Norms of shares to norms of the whole."""
         return torch.stack(norms)
 
-    def _update(self, norm: Tensor) -> bool:
-        """One step of the optimizer; whether it was applied. An optimizer leaves parameters without a gradient alone.
+    def _step_or_not(self, applied: Tensor) -> Tensor:
+        """The step of an optimizer that cannot be told on the device to change nothing; whether it was applied.
 
-        The test waits for the device once a step, as DeepSpeed's own does in stages 1 to 3.
+        It leaves parameters without a gradient alone. The test waits for the device, as DeepSpeed's own does in stages 1
+        to 3.
         """
-        applied = bool(torch.isfinite(norm))
-        if not applied:
+        if not bool(applied):
             for _, parameter in self._named:
                 parameter.grad = None
         self._step()
@@ -225,6 +240,42 @@ class SingleEngine(Engine):
     def _step(self) -> None:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+
+
+class Buffers:
+    """A loss's buffers as the last applied step left them; of those that no forward changes, nothing is copied again.
+
+    A module's are followed together: torch's batch norm moves two of them behind the back of their version counters.
+    """
+
+    def __init__(self, loss: nn.Module):
+        self._loss = loss
+        self._modules: list[nn.Module] | None = None
+        self._kept: dict[nn.Module, tuple[list[int], list[Tensor]]] = {}  # versions and copies
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Before a step: copies what is new, or was changed since the last one."""
+        for module, own in self._own():
+            if module not in self._kept or [each._version for each in own] != self._kept[module][0]:
+                self._kept[module] = [each._version for each in own], [each.detach().clone() for each in own]
+
+    @torch.no_grad()
+    def settle(self, applied: Tensor) -> None:
+        """After it: those that the step changed stay as they are or, where applied is 0, are put back."""
+        for module, own in self._own():
+            versions, copies = self._kept.get(module, ([], []))
+            if copies and [each._version for each in own] != versions:
+                for buffer, copy in zip(own, copies, strict=True):
+                    copy.copy_(torch.where(applied.bool(), buffer, copy))
+                    buffer.copy_(copy)
+                self._kept[module] = [each._version for each in own], copies
+
+    def _own(self) -> Iterator[tuple[nn.Module, list[Tensor]]]:
+        if self._modules is None:
+            self._modules = [module for module in self._loss.modules() if [*module.buffers(recurse=False)]]
+        for module in self._modules:
+            yield module, [each for each in module._buffers.values() if each is not None]
 
 
 def uneven_ranks(what: str) -> ConfigError:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_fast.errors import UserError
-from dit_fast.world import World
+from dit_fast.world import Late, World
 
 PATIENCE = 20  # consecutive steps without a finite gradient
 WINDOW = 100  # steps over which the share of skipped ones is taken while training
@@ -29,6 +29,9 @@ class Diverged(UserError):
 class Guard:
     """Counts skipped steps; the same on every rank, so all stop at the same step.
 
+    Whether a step was applied is known on the device first. On a CPU it is read at once, else an interval late, so that
+    nothing waits: `settle` reads what is left.
+
     newest: step of the newest checkpoint. skipped: how many steps were, before this start. recent: the skipped ones
     among the newest WINDOW, ascending; a checkpoint keeps them. batch: samples per step. patience: skipped steps in a
     row that end the run. All steps count from 1.
@@ -44,10 +47,41 @@ class Guard:
     ):
         self.newest, self.patience, self.skipped, self._batch = newest, patience, skipped, batch
         self.recent, self._reported = list(recent), max(recent, default=0)
+        self._seen = newest or 0
+        self._open: list[Tensor] = []
+        self._closed: list[tuple[int, Late]] = []  # last step of an interval and its flags
 
-    def after_step(self, step: int, applied: bool) -> None:
-        """step: the one just done. Raises Diverged after `patience` skipped steps in a row."""
-        self.skipped += not applied
+    def after_step(self, step: int, applied: Tensor) -> None:
+        """step: the one just done; applied: 0-d, 0 where it was skipped. Raises Diverged as `settle` does."""
+        self._open.append(applied)
+        if not applied.is_cuda:
+            self.settle(step)
+
+    def close_interval(self, step: int) -> int:
+        """At the end of an interval: the step up to which all are read. Raises Diverged as `settle` does."""
+        self._close(step)
+        self._read(keep=1)
+        return self._seen
+
+    def settle(self, step: int) -> None:
+        """Reads all steps up to the one just done. Raises Diverged after `patience` skipped ones in a row."""
+        self._close(step)
+        self._read()
+
+    def _close(self, step: int) -> None:
+        if self._open:
+            self._closed.append((step, Late(torch.stack(self._open))))
+            self._open = []
+
+    def _read(self, keep: int = 0) -> None:
+        while len(self._closed) > keep:
+            last, flags = self._closed.pop(0)
+            applied = flags.read().bool().tolist()
+            for step, each in enumerate(applied, last - len(applied) + 1):
+                self._count(step, each)
+
+    def _count(self, step: int, applied: bool) -> None:
+        self.skipped, self._seen = self.skipped + (not applied), step
         self.recent = [*(old for old in self.recent if old > step - WINDOW), *([] if applied else [step])]
         row = self.in_a_row(step)
         if row >= self.patience:

@@ -11,8 +11,8 @@ import logging
 import math
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,11 @@ class Journal:
     def __init__(self, config: TrainConfig, world: World, guard: Guard, start: int, epoch: int, flops: int):
         self.run, self.config, self.world, self.guard = Path(config.run.dir), config, world, guard
         self._epoch, self._flops = epoch, 3 * flops  # samples per epoch; forward + backward FLOPs of a sample
-        self._sums: dict[str, Tensor] = {}
-        self._counts: Counter[str] = Counter()  # steps that have a value: a method may stop within an interval
-        self._applied, self._skipped, self._last = 0, 0, start
-        self._pending: list[tuple[dict[str, Any], list[str], Late | None]] = []
+        # By the names of a step's values (a method may stop within an interval): their sums over the applied steps, and
+        # how many those are.
+        self._sums: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+        self._last = start
+        self._pending: list[tuple[dict[str, Any], list[str], Late]] = []
         self._writer: Any = None
         self._progress: _Progress | None = None
         self._file: AppendedLines | None = None
@@ -64,37 +65,48 @@ class Journal:
     def step(self, result: StepResult) -> None:
         """Adds one step; skipped ones (no finite gradient) are counted, their values are not averaged."""
         self._show(_Progress.step)
-        if not result.applied:
-            self._skipped += 1
-            return
-        self._applied += 1
-        for name, value in {**result.logs, "grad_norm": result.grad_norm}.items():
-            value = torch.as_tensor(value, dtype=torch.float32, device=self.world.device)
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] += 1
+        named = {**result.logs, "grad_norm": result.grad_norm}
+        given = [torch.as_tensor(value, dtype=torch.float32, device=self.world.device) for value in named.values()]
+        values = torch.where(result.applied.bool(), torch.stack(given), 0.0)
+        if tuple(named) in self._sums:
+            sums, count = self._sums[tuple(named)]
+            self._sums[tuple(named)] = sums + values, count + result.applied
+        else:
+            self._sums[tuple(named)] = values, result.applied
 
     def close_interval(self, step: int, lr: float) -> None:
         """Ends the interval at `step` (steps done); collective. Raises Diverged for a value that is not finite."""
         batch = self.config.engine.global_batch
         speed = self.clock.rate((step - self._last) * batch)
         row: dict[str, Any] = {"step": step, "samples": step * batch, "epoch": round(step * batch / self._epoch, 4)}
-        values = None
-        if self._applied:
-            means = torch.stack([total / self._counts[name] for name, total in self._sums.items()])
-            values = Late(self.world.reduce(means, "mean"))
-        row |= {"lr": lr, "skipped": self._skipped, "samples_per_s": float(f"{speed:.5g}")}
+        names = list(dict.fromkeys(name for each in self._sums for name in each))
+        row |= {"lr": lr, "skipped": step - self._last, "samples_per_s": float(f"{speed:.5g}")}
         if self._ceiling:
             row["mfu"] = float(f"{self._flops * speed / self._ceiling:.4g}")
         row["seconds"] = round(time.time() - self.started, 2)
-        self._pending.append((row, list(self._sums), values))
-        self._sums, self._counts, self._applied, self._skipped, self._last = {}, Counter(), 0, 0, step
+        self._pending.append((row, names, Late(self.world.reduce(self._means(names), "mean"))))
+        self._sums, self._last = {}, step
         self.drain(keep=1 if self.world.device.type == "cuda" else 0)
+
+    def _means(self, names: list[str]) -> Tensor:
+        """The means of the interval, then how many applied steps each is of, then how many there were."""
+        means: list[Tensor] = []
+        counts: list[Tensor] = []
+        for name in names:
+            parts = [(sums[each.index(name)], count) for each, (sums, count) in self._sums.items() if name in each]
+            total, count = (_sum(x) for x in zip(*parts, strict=True))
+            means.append(total / count)
+            counts.append(count)
+        return torch.stack([*means, *counts, _sum(count for _, count in self._sums.values())])
 
     def drain(self, keep: int = 0) -> None:
         """Writes the closed intervals but the newest `keep`, whose values may still be on their way from the device."""
         while len(self._pending) > keep:
             row, names, values = self._pending.pop(0)
-            logged = dict(zip(names, values.read().tolist(), strict=True)) if values is not None else {}
+            *read, applied = values.read().tolist()
+            counted = zip(names, read[: len(names)], read[len(names) :], strict=True)
+            logged = {name: mean for name, mean, count in counted if count}
+            row["skipped"] -= round(applied)
             self._write({**row, **logged})
             self.guard.values(row["step"], logged)
 
@@ -133,6 +145,10 @@ class Journal:
                 self._file.close()
             self._show(_Progress.close)
             self._plot(lambda writer: writer.close())
+
+
+def _sum(numbers: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, numbers)
 
 
 class AppendedLines:

@@ -209,9 +209,10 @@ class _Run:
                     saving = last or leaving or (every and done % every == 0)
                     if saving or done % config.run.log_every == 0:
                         journal.close_interval(done, lr)
-                        self._warn(guard.warning(done))
+                        self._warn(guard.warning(guard.close_interval(done)))
                     if saving:
                         journal.drain()
+                        guard.settle(done)
                         with journal.clock.away():
                             self._save(done, required=last or leaving, failure=failure)
                     with journal.clock.away():

@@ -63,20 +63,19 @@ class Rest:
         return {"model": model, "ema": model | self._averages, "rest": own}
 
     @torch.no_grad()
-    def after_update(self, applied: bool, number: int) -> None:
-        """To be called after every step, number from 0; collective. applied: whether the weights moved."""
+    def after_update(self, applied: Tensor, number: int) -> None:
+        """To be called after every step, number from 0; collective. applied: 0-d float32, 0 where no weight moved."""
         active = [method for method in self._moving if method.active(number)]
         if not (active or self._averages):
             return
         engine = self._engine
-        moved = torch.full((), float(applied), dtype=torch.float32, device=engine.world.device)
         if active:
             with engine.whole():
                 for method in active:
-                    method.after_update(engine.model, moved)
+                    method.after_update(engine.model, applied)
         buffers = self._buffers()
         for name, average in self._averages.items():
-            average.lerp_(buffers[name], ((1 - self._decay) * moved).to(average.dtype))
+            average.lerp_(buffers[name], ((1 - self._decay) * applied).to(average.dtype))
 
     def _buffers(self) -> dict[str, Tensor]:
         return dict(self._engine.model.named_buffers())

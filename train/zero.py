@@ -159,9 +159,6 @@ class ZeroEngine(Engine):
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
-    def _step(self) -> None:
-        self._engine.step()
-
     def _gradients(self) -> list[list[Tensor]]:
         if self.stage == 0:
             return super()._gradients()
@@ -175,13 +172,16 @@ class ZeroEngine(Engine):
         whole = super()._over_ranks(norms)
         return self.world.reduce(whole.square(), "sum").sqrt() if self.stage else whole
 
-    def _update(self, norm: Tensor) -> bool:
-        if self.stage == 0:  # DeepSpeed would apply a gradient that is not finite
-            return super()._update(norm)
-        self._step()
+    def _step(self) -> None:
+        self._engine.step()
         if self.stage == 3:  # a parameter without a gradient would be moved by its last one again
             self._engine.optimizer.grad_partitions_flat_buffer.zero_()
-        return self._engine.was_step_applied()
+
+    def _step_or_not(self, applied: Tensor) -> Tensor:
+        if self.stage == 0:  # DeepSpeed would apply a gradient that is not finite
+            return super()._step_or_not(applied)
+        self._step()
+        return torch.full_like(applied, self._engine.was_step_applied())
 
     def untrained(self) -> dict[str, Tensor]:
         with self._gathered(False):

@@ -1,6 +1,6 @@
-"""Compiles `csrc/` into libraries that serve every Python and every torch from 2.11 on (torch's stable ABI), one for the
-CPU and, where there is nvcc and torch has CUDA, one more; and `csrc/host/` into a module for the running Python that
-knows no torch (pybind11).
+"""Compiles `csrc/` into libraries that serve every Python and every torch from 2.11 on (torch's stable ABI), one for
+the CPU and, where there is nvcc and torch has CUDA, one for CUDA; and `csrc/host/` into a module for the running Python
+that knows no torch (pybind11).
 
 Runs by itself, without dit_fast installed: `python dit_fast/_C/build.py` (that is `make native`), and from `setup.py`.
 Any may be missing. The library is built for plain x86-64 (or whatever the compiler's default is) and holds AVX2 and

@@ -5,9 +5,9 @@ With g the gradient times `factor`, t the count of updates, this one included:
     m <- lerp(m, g, 1 - beta1)    v <- beta2 v + (1 - beta2) g^2    w <- (1 - lr decay) w
     w <- w - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)    ema <- lerp(ema, w, 1 - ema_decay)
 
-"cpp" and "cuda" (csrc/adamw*) read each gradient once and read and write the rest once, and write the shadows: 36 bytes
-per parameter, 38 with them. "fused" is torch's fused AdamW, for CUDA without our library. "torch", the definition,
-is a list of multi-tensor operations. They differ by rounding: torch's CPU root is off by one unit in a fifth of all cases.
+"cpp" and "cuda" (csrc/adamw*) read each gradient once, read and write the rest once, and write the shadows: 36 bytes
+per parameter, 38 with them. "fused" is torch's fused AdamW, for CUDA without our library. "torch", the definition, is a
+list of multi-tensor operations. They differ by rounding: torch's root on CPUs is often one unit off.
 """
 
 from collections.abc import Sequence
@@ -57,8 +57,8 @@ def adamw(
 ) -> None:
     """One update. lr: a number, or 0-d float64 on the device. factor: of the gradients, 0-d float32; None: 1.
 
-    applied: 0-d float32; where it is 0 nothing changes, whatever the gradients are. shadows: for each weight its copy in
-    bfloat16, or an empty tensor where it has none. "torch" reads `applied`, the others read nothing on the host.
+    applied: 0-d float32; where it is 0 nothing changes, whatever the gradients are. shadows: for each weight its copy
+    in bfloat16, or an empty tensor where it has none. "torch" reads `applied`, the others read nothing on the host.
     "cpp" and "cuda" raise RuntimeError for tensors that are not contiguous float32; others are taken by "torch" alone.
     """
     device = weights[0].device

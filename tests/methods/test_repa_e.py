@@ -170,7 +170,7 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(vae):
     }  # fmt: skip
     before, broken = held(), batch()
     broken["features"] = broken["features"] * float("nan")
-    assert engine.train_step([batch(first=3), broken], 1, 1e-3).applied is False
+    assert not engine.train_step([batch(first=3), broken], 1, 1e-3).applied
     assert [name for name, tensor in held().items() if not torch.equal(tensor, before[name])] == []
     assert engine.train_step([batch(first=3)], 2, 1e-3).applied
     moved = held()

@@ -106,7 +106,7 @@ def run(scenario, world, folder):
         rest.after_update(outcome.applied, step)
         result["losses"].append(world.reduce(outcome.logs["loss"].clone(), "mean").item())
         result["norms"].append(float(outcome.grad_norm))
-        result["applied"].append(outcome.applied)
+        result["applied"].append(bool(outcome.applied))
     result["optimizer_step"] = engine.applied_steps()
     result["finite"] = all(tensor.isfinite().all().item() for _, tensor in engine.full_state("model"))
     checkpoints = Checkpoints(folder / scenario["name"], world)

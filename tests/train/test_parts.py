@@ -23,10 +23,10 @@ ALONE = World(0, 1, torch.device("cpu"))
 def test_guard_counts_consecutive_skips_only():
     guard = Guard(newest=40, patience=3)
     for step, applied in enumerate([False, False, True, False, False], start=1):
-        guard.after_step(step, applied)
+        guard.after_step(step, torch.tensor(float(applied)))
     assert guard.skipped == 4
     with pytest.raises(Diverged, match=r"steps 4 to 6.*newest checkpoint is step 40"):
-        guard.after_step(6, False)
+        guard.after_step(6, torch.zeros(()))
 
 
 def test_guard_names_a_value_that_is_not_finite():
@@ -42,21 +42,21 @@ def test_guard_goes_on_from_a_checkpoint():
     """A streak is a streak across restarts; of all earlier skips only the recent ones are kept."""
     guard = Guard(patience=4, batch=8)
     for step in range(1, 201):
-        guard.after_step(step, step not in (5, 150, 199, 200))
+        guard.after_step(step, torch.tensor(step not in (5, 150, 199, 200)))
     assert guard.recent == [150, 199, 200]
     again = Guard(newest=200, patience=4, skipped=4, recent=guard.recent, batch=8)
     assert again.in_a_row(200) == 2
     assert again.warning(200) is None  # reported before the restart
-    again.after_step(201, False)
+    again.after_step(201, torch.zeros(()))
     with pytest.raises(Diverged, match="steps 199 to 202"):
-        again.after_step(202, False)
+        again.after_step(202, torch.zeros(()))
 
 
 def test_guard_warns_of_more_than_one_in_twenty():
     guard = Guard(batch=8)
     said = []
     for step in range(1, 301):
-        guard.after_step(step, step not in (40, 80, 120, 160, *range(200, 205)))
+        guard.after_step(step, torch.tensor(step not in (40, 80, 120, 160, *range(200, 205))))
         if step % 20 == 0:
             said.append((step, guard.warning(step)))
     texts = {step: text for step, text in said if text}
