@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 HOST_READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select"}
 
 NO_TRAFFIC = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+OVERWRITES = {"copy_", "fill_", "zero_"}  # in place, and without a look at what was there
 
 
 def peak_memory(work: Callable[[], Any], device: torch.device) -> int:
@@ -54,9 +55,25 @@ class _Count(TorchDispatchMode):
         name = func.overloadpacket.__name__
         self.reads += name in HOST_READS
         self.fused |= func.namespace.startswith("dit_fast")
-        if not (func.is_view or name in NO_TRAFFIC):
-            self.moved += sum(_size(x) for x in _tensors([args, kwargs, result]))
+        self.moved += moved(func, args, kwargs, result)
         return result
+
+
+def moved(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Bytes that a call of an operator moves by its schema: arguments read, results written, those in place both."""
+    name = func.overloadpacket.__name__
+    if func.is_view or name in NO_TRAFFIC:
+        return 0
+    reads = not name.startswith("new_") and not name.endswith("_like")
+    keeps = name not in OVERWRITES and func.namespace != "dit_fast_native"  # whose results are arguments
+    total = 0
+    for place, argument in enumerate(func._schema.arguments):
+        size = sum(map(_size, _tensors(args[place] if place < len(args) else kwargs.get(argument.name))))
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        total += size * (written + (reads and (not written or (keeps and not argument.is_out))))
+    if any(form.alias_info is not None for form in func._schema.returns):
+        return total  # results that are arguments
+    return total + sum(map(_size, _tensors(result)))
 
 
 def traffic(work: Callable[[], Any]) -> int | None:
