@@ -98,7 +98,7 @@ def _gate(*inputs: Any, **options: Any) -> Any:
 def _block(x: Tensor, *vectors: Any, **options: Any) -> Any:
     """The adaLN ops of a block around branches that do nothing."""
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m, stats = vectors
-    branch = _modulate(x, shift_a, scale_a, stats, **options)
+    x, branch = _modulate(x, shift_a, scale_a, stats, return_x=True, **options)
     x, branch = _gate_modulate(x, branch, gate_a, shift_m, scale_m, **options)
     return _gate(x, branch, gate_m, **options)
 

@@ -199,19 +199,21 @@ void add_chunks(const Shape& shape, const float* partials, const Stream* grads) 
   });
 }
 
-// Fills grad_x, with y also grad_y and grad_gate, with grad_out also grad_scale and, where it is given, grad_shift.
+// Fills, with y, grad_y and grad_gate, with grad_out grad_x, grad_scale and, where it is given, grad_shift. Without
+// grad_out the gradient of x is grad_x_new.
 // At least one of grad_x_new and grad_out is given; x_new, scale, mean and variance are read with grad_out only.
 void adaln_backward(Maybe grad_x_new, Maybe grad_out, Maybe x_new, Maybe y, Maybe gate, Maybe scale, Maybe mean,
-                    Maybe variance, double eps, bool rms, Tensor grad_x, Maybe grad_y, Maybe grad_gate, Maybe grad_shift,
+                    Maybe variance, double eps, bool rms, Maybe grad_x, Maybe grad_y, Maybe grad_gate, Maybe grad_shift,
                     Maybe grad_scale, int64_t level) {
-  const Shape shape = read_shape(grad_x, "grad_x");
   STD_TORCH_CHECK(grad_x_new || grad_out, "grad_x_new and grad_out are both absent");
+  STD_TORCH_CHECK(!grad_out || (x_new && scale && mean && variance), "grad_out needs x_new, scale, mean and variance");
+  const Shape shape = grad_out ? read_shape(*x_new, "x_new") : read_shape(*grad_x_new, "grad_x_new");
+  STD_TORCH_CHECK(grad_x.has_value() == grad_out.has_value(), "grad_x goes with grad_out");
   STD_TORCH_CHECK(y.has_value() == gate.has_value() && y.has_value() == grad_y.has_value() &&
                       y.has_value() == grad_gate.has_value(),
                   "y, gate, grad_y and grad_gate go together");
   STD_TORCH_CHECK(grad_scale.has_value() == grad_out.has_value() && (grad_out || !grad_shift),
                   "grad_shift goes with grad_scale, grad_scale with grad_out");
-  STD_TORCH_CHECK(!grad_out || (x_new && scale && mean && variance), "grad_out needs x_new, scale, mean and variance");
   const Backward pass{shape.tokens,
                       shape.width,
                       shape.padded,
@@ -252,7 +254,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dit_fast_native, m) {
       "Tensor(d!)? variance, int level) -> ()");
   m.def(
       "adaln_backward(Tensor? grad_x_new, Tensor? grad_out, Tensor? x_new, Tensor? y, Tensor? gate, Tensor? scale, "
-      "Tensor? mean, Tensor? variance, float eps, bool rms, Tensor(a!) grad_x, Tensor(b!)? grad_y, Tensor(c!)? grad_gate, "
+      "Tensor? mean, Tensor? variance, float eps, bool rms, Tensor(a!)? grad_x, Tensor(b!)? grad_y, Tensor(c!)? grad_gate, "
       "Tensor(d!)? grad_shift, Tensor(e!)? grad_scale, int level) -> ()");
 }
 

@@ -35,8 +35,8 @@ def differentiate_rows(grad_x_new, grad_out, x_new, y, gate, scale, mean, varian
                        WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
                        ABOVE: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr, RMS: tl.constexpr,
                        SCALE_ONLY: tl.constexpr, ALIGNED: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """grad_x, grad_y [N, T, D] contiguous; partials [N, chunks, parts, D]: of gate if RESIDUAL, scale if NORM, before
-    it of shift unless SCALE_ONLY.
+    """grad_y [N, T, D] contiguous; grad_x too if NORM, else it is grad_x_new. partials [N, chunks, parts, D]: of gate
+    if RESIDUAL, scale if NORM, before it of shift unless SCALE_ONLY.
 
     Program (n, chunk). ABOVE: there is grad_x_new. RMS: NORM is that of RMSNorm.
     """
@@ -89,7 +89,8 @@ def differentiate_rows(grad_x_new, grad_out, x_new, y, gate, scale, mean, varian
             if not SCALE_ONLY:
                 grad_shift += above
             grad_scale += above * unit
-        store_rounded(grad_x + row * WIDTH + channel, total, inside, UPCAST)
+        if NORM:
+            store_rounded(grad_x + row * WIDTH + channel, total, inside, UPCAST)
         if RESIDUAL:
             store_rounded(grad_y + row * WIDTH + channel, gates * total, inside, UPCAST)
             grad_gate += total * branch
@@ -137,11 +138,12 @@ def backward(
     grad_x_new: Tensor | None, grad_out: Tensor | None, x_new: Tensor | None, y: Tensor | None, gate: Tensor | None,
     scale: Tensor | None, mean: Tensor | None, variance: Tensor | None, eps: float, rms: bool, shifted: bool,
     x_dtype: torch.dtype, y_dtype: torch.dtype | None, vector_dtypes: Sequence[torch.dtype],
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of x, y, gate, shift and scale, contiguous, in the given dtypes; of one of the two gradients at least.
 
-    Without y those of y and gate are None, without grad_out those of shift and scale, and that of shift where there was
-    none; x_new, scale, mean and variance are only read with grad_out. x_new is x where there is no y.
+    Without grad_out that of x is grad_x_new, and None here, as are those of shift and scale. Without y those of y and
+    gate are None, and that of shift where there was none; x_new, scale, mean and variance are only read with grad_out.
+    x_new is x where there is no y.
     """
     grad_x_new, grad_out, x_new, y, gate, scale = (
         by_rows(tensor) for tensor in (grad_x_new, grad_out, x_new, y, gate, scale)
@@ -154,7 +156,7 @@ def backward(
     parts["SCALE_ONLY"] = parts["NORM"] and not shifted
     if not parts["NORM"]:
         x_new = scale = mean = variance = None
-    grad_x = torch.empty(like.shape, dtype=x_dtype, device=device)
+    grad_x = torch.empty(like.shape, dtype=x_dtype, device=device) if parts["NORM"] else None
     grad_y = None if y is None else torch.empty(like.shape, dtype=y_dtype, device=device)
     present = (parts["RESIDUAL"], parts["NORM"] and shifted, parts["NORM"])
     vectors = [
@@ -188,7 +190,7 @@ def aot_cases(arch: int) -> list[AotCase]:
     """Widths of SiT-B, L and XL; every type with everything on, and the parts alone as training in bf16 runs them."""
     fused = {"ABOVE": True, "RESIDUAL": True, "NORM": True, "RMS": False, "SCALE_ONLY": False}
     shapes = ((768, PURE), (1024, HALF), (1152, PURE), (1152, AUTOCAST), (1152, SINGLE))
-    alone = (fused | {"NORM": False}, fused | {"ABOVE": False, "RESIDUAL": False})
+    alone = (fused | {"NORM": False}, fused | {"RESIDUAL": False}, fused | {"ABOVE": False, "RESIDUAL": False})
     rms = (fused | {"RMS": True}, fused | {"ABOVE": False, "RESIDUAL": False, "RMS": True, "SCALE_ONLY": True})
     cases = [_case(differentiate_rows, *shape, fused) for shape in shapes] + [
         _case(differentiate_rows, 1152, AUTOCAST, parts) for parts in (*alone, *rms)
@@ -213,7 +215,7 @@ def _case(kernel: Any, width: int, types: tuple[str, str], parts: dict[str, bool
     stream, branch = (f"*{each}" for each in types)
     # What is absent is passed as the launcher does it: by grad_out, or else by grad_x_new.
     like = branch if parts["NORM"] else stream
-    kinds: dict[str, Any] = {"grad_x": stream, "partials": "*fp32", "eps": "fp32"}
+    kinds: dict[str, Any] = {"grad_x": stream if parts["NORM"] else like, "partials": "*fp32", "eps": "fp32"}
     kinds |= {"grad_x_new": stream if parts["ABOVE"] else like}
     kinds |= dict.fromkeys(("y", "gate", "grad_y"), branch if parts["RESIDUAL"] else like)
     kinds |= dict.fromkeys(("grad_out", "scale"), like) | {"x_new": stream}

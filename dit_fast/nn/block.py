@@ -62,8 +62,8 @@ class Block(nn.Module):
         else:
             scale_a, gate_a, scale_m, gate_m = modulation.chunk(4, dim=-1)
         dtype = linear_dtype(x, x.dtype)
-        modulated = layer_norm_modulate(
-            x, shift_a, folded(self.norm1, scale_a), stats=stats, out_dtype=dtype, norm=self.norm
+        x, modulated = layer_norm_modulate(
+            x, shift_a, folded(self.norm1, scale_a), stats=stats, out_dtype=dtype, norm=self.norm, return_x=True
         )
         attended, *kept = self.attn(modulated, rotary, heads=True) if heads else (self.attn(modulated, rotary),)
         x, modulated = gate_residual_modulate(

@@ -14,6 +14,8 @@ and for gradients e of x_new and g of out, with h = g (1 + scale) and means over
     a = e + r (h - mean(h) - n mean(h n))        dx = a        dy = gate * a        dgate = sum over tokens of a * y
     dscale = sum over tokens of g * n            dshift = sum over tokens of g
 
+Without g, dx is e itself: autograd gets back the tensor that it gave.
+
 RMSNorm has r = 1/sqrt(variance + m^2 + eps), n = r x_new and a = e + r (h - n mean(h n)): the statistics of a row are
 its mean and variance with either norm. Without y, x_new is x; without scale there is no out, and scale may be without
 shift. Saved for the backward: x_new, which the model holds anyway, y, the vectors and two numbers per row.
@@ -71,7 +73,8 @@ def layer_norm_modulate(
     stats: RowStatistics | None = None,
     out_dtype: torch.dtype | None = None,
     norm: str = "layer",
-) -> Tensor:
+    return_x: bool = False,
+) -> Any:
     """`norm(x) * (1 + scale) + shift`.
 
     norm: "layer", LayerNorm, or "rms", `x / sqrt(mean(x^2) + eps)` (arXiv 1910.07467), whose weight w [D] the caller
@@ -79,7 +82,9 @@ def layer_norm_modulate(
     rounding adds to the factor `w (1 + scale)` is 1e-7 absolute. x: [N, T, D]; scale and shift (None: none): [N, D],
     broadcast over T, or [N, T, D], one for each token, which "torch" alone takes. stats: the caller's promise that they
     are `row_statistics(x)`, which saves a pass with either norm; "torch" takes its own. Returns [N, T, D] in out_dtype,
-    by default x's: the dtype in which the next linear map runs spares it a cast.
+    by default x's: the dtype in which the next linear map runs spares it a cast. return_x: returns (x, that), for those
+    who read x after this op: the gradients of both then become that of x in one pass; autograd would add them in one
+    more.
     Raises UserError for shapes, dtypes or devices that do not fit, ConfigError for a backend that is unknown or cannot
     take these tensors.
     """
@@ -89,8 +94,11 @@ def layer_norm_modulate(
     out_dtype = _checked(MODULATE, out_dtype, x)
     chosen = MODULATE.choose(backend, x.device, x, None, None, shift, scale, out_dtype)
     if chosen == "torch":
-        return _modulate(x, shift, scale, eps, out_dtype, norm)
-    return _fused(x, None, None, shift, scale, mean, variance, eps, norm == "rms", out_dtype, True, chosen)[1]
+        out = _modulate(x, shift, scale, eps, out_dtype, norm)
+        return (x, out) if return_x else out
+    forms = (eps, norm == "rms", out_dtype, True, chosen, return_x)
+    same, out, *_ = _fused(x, None, None, shift, scale, mean, variance, *forms)
+    return (same, out) if return_x else out
 
 
 def gate_residual(x: Tensor, y: Tensor, gate: Tensor, backend: str = "auto", return_stats: bool = False) -> Any:
@@ -103,7 +111,7 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor, backend: str = "auto", ret
     if chosen == "torch":
         x_new = _residual(x, y, gate)
         return (x_new, row_statistics(x_new, "torch")) if return_stats else x_new
-    x_new, _, *stats = _fused(x, y, gate, None, None, None, None, 0.0, False, x.dtype, return_stats, chosen)
+    x_new, _, *stats = _fused(x, y, gate, None, None, None, None, 0.0, False, x.dtype, return_stats, chosen, False)
     return (x_new, RowStatistics(*stats)) if return_stats else x_new
 
 
@@ -134,7 +142,7 @@ def gate_residual_modulate(
         x_new = _residual(x, y, gate)
         out = _modulate(x_new, shift, scale, eps, out_dtype, norm)
         return (x_new, out, row_statistics(x_new, "torch")) if return_stats else (x_new, out)
-    results = _fused(x, y, gate, shift, scale, None, None, eps, norm == "rms", out_dtype, True, chosen)
+    results = _fused(x, y, gate, shift, scale, None, None, eps, norm == "rms", out_dtype, True, chosen, False)
     x_new, out, *stats = results
     return (x_new, out, RowStatistics(*stats)) if return_stats else (x_new, out)
 
@@ -207,14 +215,11 @@ def _torch_forward(
 def _torch_backward(
     grad_x_new: Tensor | None, grad_out: Tensor | None, x_new: Tensor | None, y: Tensor | None, gate: Tensor | None,
     scale: Tensor | None, mean: Tensor | None, variance: Tensor | None, eps: float, rms: bool, shifted: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     above = [grad for grad in (grad_x_new, grad_out) if grad is not None]
     dtype = wide(x_new if x_new is not None else above[0])
     grad_y = grad_gate = grad_shift = grad_scale = None
-    # A copy: what the op returns may not be what it was given.
-    total = (
-        torch.zeros((), dtype=dtype, device=above[0].device) if grad_x_new is None else grad_x_new.to(dtype, copy=True)
-    )
+    total = torch.zeros((), dtype=dtype, device=above[0].device) if grad_x_new is None else grad_x_new.to(dtype)
     if grad_out is not None and x_new is not None and scale is not None and mean is not None and variance is not None:
         g = grad_out.to(dtype)
         normalised, rstd = _normalised(x_new.to(dtype), mean, variance, eps, rms)
@@ -224,7 +229,7 @@ def _torch_backward(
         grad_scale, grad_shift = (g * normalised).sum(1), g.sum(1) if shifted else None
     if y is not None and gate is not None:
         grad_y, grad_gate = total * _over_tokens(gate, dtype), (total * y.to(dtype)).sum(1)
-    return total, grad_y, grad_gate, grad_shift, grad_scale
+    return None if grad_out is None else total, grad_y, grad_gate, grad_shift, grad_scale
 
 
 def _forward(
@@ -281,7 +286,7 @@ def _fake_backward(
     like = next(tensor for tensor in (grad_x_new, grad_out) if tensor is not None)
     samples, _, width = like.shape
     present = (y is not None, grad_out is not None and shifted, grad_out is not None)
-    streams = [like.new_empty(like.shape, dtype=x_dtype)]
+    streams = [like.new_empty(0) if grad_out is None else like.new_empty(like.shape, dtype=x_dtype)]
     streams.append(like.new_empty(like.shape, dtype=y.dtype) if y is not None else like.new_empty(0))
     vectors = [
         like.new_empty((samples, width), dtype=dtype) if here else like.new_empty(0)
@@ -306,29 +311,35 @@ backward_op = define(
 
 
 class _AdaLN(torch.autograd.Function):
-    """Streams, vectors and statistics, some None -> x_new, out, mean, variance; what is absent has no elements."""
+    """Streams, vectors and statistics, some None -> x_new, out, mean, variance; what is absent has no elements.
+
+    passes: without y, x_new is x, which the backward takes the gradient of along.
+    """
 
     @staticmethod
     def forward(
         x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
         mean: Tensor | None, variance: Tensor | None, eps: float, rms: bool, out_dtype: torch.dtype, want_stats: bool,
-        backend: str,
+        backend: str, passes: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        return forward_op(x, y, gate, shift, scale, mean, variance, eps, rms, out_dtype, want_stats, backend)
+        x_new, *rest = forward_op(x, y, gate, shift, scale, mean, variance, eps, rms, out_dtype, want_stats, backend)
+        return x.view_as(x) if passes else x_new, *rest
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, y, gate, shift, scale, mean, variance, ctx.eps, ctx.rms, ctx.out_dtype, _, ctx.backend = inputs
+        x, y, gate, shift, scale, mean, variance, ctx.eps, ctx.rms, ctx.out_dtype, _, ctx.backend, ctx.passes = inputs
         x_new, out, *measured = output
         if mean is not None:
             measured = [mean, variance]
         ctx.x_dtype = x.dtype
         ctx.vector_dtypes = [x.dtype if vector is None else vector.dtype for vector in (gate, shift, scale)]
         ctx.shifted = shift is not None
-        ctx.mark_non_differentiable(*output[2:], *(t for t, given in ((x_new, y), (out, scale)) if given is None))
+        ctx.writes = y is not None or ctx.passes
+        absent = [t for t, here in ((x_new, ctx.writes), (out, scale is not None)) if not here]
+        ctx.mark_non_differentiable(*output[2:], *absent)
         ctx.set_materialize_grads(False)
         normalises = scale is not None
-        stream = x if y is None else x_new
+        stream = x if y is None else x_new  # never the view of x that passes
         ctx.save_for_backward(
             stream if normalises else None, y, gate, scale, *(measured if normalises else (None, None))
         )
@@ -339,14 +350,17 @@ class _AdaLN(torch.autograd.Function):
         # Under the compiler, gradients of outputs that are absent come as empty tensors.
         saved = ctx.saved_tensors
         y_given, normalises = saved[1] is not None, saved[3] is not None
-        grad_x_new, grad_out = grad_x_new if y_given else None, grad_out if normalises else None
+        grad_x_new, grad_out = grad_x_new if ctx.writes else None, grad_out if normalises else None
         if grad_x_new is None and grad_out is None:
-            return (None,) * 12
+            return (None,) * 13
+        if grad_out is None and not y_given:
+            return grad_x_new, *(None,) * 12
         forms = (ctx.eps, ctx.rms, ctx.shifted)
         grads = backward_op(grad_x_new, grad_out, *saved, *forms, ctx.x_dtype, *ctx.vector_dtypes, ctx.backend)
+        grads = (grads[0] if grad_out is not None else grad_x_new, *grads[1:])
         present = (True, y_given, y_given, grad_out is not None and ctx.shifted, grad_out is not None)
         wanted = zip(grads, present, ctx.needs_input_grad[:5], strict=True)
-        return *(grad if here and needed else None for grad, here, needed in wanted), *(None,) * 7
+        return *(grad if here and needed else None for grad, here, needed in wanted), *(None,) * 8
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -360,7 +374,9 @@ class _AdaLN(torch.autograd.Function):
             stream = stream + wide_gate * wide_y
             change = change if dy is None else change + wide_gate * dy.to(dtype)
             change = change if dgate is None else change + _over_tokens(dgate, dtype) * wide_y
-        d_x_new = None if y is None else change.to(x.dtype)
+        d_x_new = change.to(x.dtype) if y is not None else None
+        if ctx.passes:
+            d_x_new = torch.zeros_like(x) if dx is None else dx.view_as(dx)
         if scale is None:
             return d_x_new, None, None, None
         centred = stream if ctx.rms else stream - stream.mean(-1, keepdim=True)

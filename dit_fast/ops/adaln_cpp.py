@@ -61,18 +61,18 @@ def backward(
     x_dtype: torch.dtype,
     y_dtype: torch.dtype | None,
     vector_dtypes: Sequence[torch.dtype | None],
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, y, gate, shift and scale, given those of x_new and out (either may be None).
 
-    Without y the gradients of y and gate are None, without grad_out those of shift and scale, and that of shift where
-    there was none (shifted); x_new, scale, mean and variance are only read with grad_out. vector_dtypes: dtypes of the
-    gradients of gate, shift and scale.
+    Without grad_out that of x is grad_x_new, and None here, as are those of shift and scale. Without y those of y and
+    gate are None, and that of shift where there was none (shifted). x_new, scale, mean and variance are only read with
+    grad_out. vector_dtypes: dtypes of the gradients of gate, shift and scale.
     """
     above = grad_out if grad_out is not None else grad_x_new
     if above is None:
         raise ValueError("grad_x_new and grad_out are both None")
     samples, _, width = above.shape
-    grad_x = torch.empty(above.shape, dtype=x_dtype)
+    grad_x = None if grad_out is None else torch.empty(above.shape, dtype=x_dtype)
     grad_y = None if y is None else torch.empty(above.shape, dtype=y_dtype)
     present = (y is not None, grad_out is not None and shifted, grad_out is not None)
     grad_gate, grad_shift, grad_scale = (

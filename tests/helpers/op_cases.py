@@ -90,19 +90,19 @@ REFERENCES = {name: functools.partial(call, backend="torch") for name, call in C
 # What carries the kernels' gradients and tangents; in float64 plain torch stands where the kernels are called.
 FUSED = {
     "layer_norm_modulate": lambda x, shift, scale: adaln._fused(
-        x, None, None, shift, scale, None, None, 1e-6, False, x.dtype, True, "torch"
+        x, None, None, shift, scale, None, None, 1e-6, False, x.dtype, True, "torch", False
     )[1],
     "layer_norm_modulate rms": lambda x, shift, scale: adaln._fused(
-        x, None, None, shift, scale, None, None, 1e-6, True, x.dtype, True, "torch"
+        x, None, None, shift, scale, None, None, 1e-6, True, x.dtype, True, "torch", False
     )[1],
     "layer_norm_modulate scale": lambda x, scale: adaln._fused(
-        x, None, None, None, scale, None, None, 1e-6, False, x.dtype, True, "torch"
+        x, None, None, None, scale, None, None, 1e-6, False, x.dtype, True, "torch", False
     )[1],
     "gate_residual_modulate": lambda *x: torch.cat(
-        adaln._fused(*x, None, None, 1e-6, False, x[0].dtype, True, "torch")[:2]
+        adaln._fused(*x, None, None, 1e-6, False, x[0].dtype, True, "torch", False)[:2]
     ),
     "gate_residual_modulate rms scale": lambda x, y, gate, scale: torch.cat(
-        adaln._fused(x, y, gate, None, scale, None, None, 1e-6, True, x.dtype, True, "torch")[:2]
+        adaln._fused(x, y, gate, None, scale, None, None, 1e-6, True, x.dtype, True, "torch", False)[:2]
     ),
     "long_skip": lambda *x: ops.long_skip(*x, backend="gemm"),
     "qk_norm": lambda qkv, *x: fused_heads(qkv, *x, None, None, 1e-5, "layer"),

@@ -16,7 +16,7 @@ LEVELS = range(torch.ops.dit_fast_native.isa_level() + 1) if _C.unavailable() is
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 SHAPES = [(1, 1, 2), (2, 5, 7), (3, 66, 16), (2, 131, 33), (1, 3, 1151), (2, 70, 768)]
-PARTS = ["norm", "residual", "both", "norm rms", "norm rms scale", "both scale"]
+PARTS = ["norm", "norm passes", "residual", "both", "norm rms", "norm rms scale", "both scale"]
 EPS = 1e-6
 
 
@@ -41,7 +41,7 @@ def inputs(shape, part, stream=torch.float32, branch=None, vectors=None, out=Non
     shift = None if "scale" in part else shift
     y, above, grad_out = random(shape, branch, 4), random(shape, stream, 5), random(shape, out, 6)
     if "norm" in part:
-        return (x, None, None, shift, scale), (None, grad_out)
+        return (x, None, None, shift, scale), (above if "passes" in part else None, grad_out)
     return (
         ((x, y, gate, None, None), (above, None))
         if part == "residual"
@@ -68,7 +68,9 @@ def run(tensors, grads, out_dtype=None, vector_dtype=None, rms=False):
         None if y is None else y.dtype,
         (vectors,) * 3,
     )
-    return results, adaln_cpp.backward(*grads, *saved)
+    of_x, *rest = adaln_cpp.backward(*grads, *saved)
+    assert (of_x is None) == (grads[1] is None)  # then it is the gradient of x_new
+    return results, (grads[0] if of_x is None else of_x, *rest)
 
 
 def reference(tensors, grads, dtype=torch.float64, rms=False):
@@ -204,8 +206,8 @@ def test_parts_that_are_not_asked_for_are_absent(level):
     saved = (gate, scale, mean, variance, EPS, False, True, x.dtype, y.dtype, (x.dtype,) * 3)
     both = adaln_cpp.backward(above, grad_out, x_new, y, *saved)
     through_out = adaln_cpp.backward(None, grad_out, x_new, y, *saved)
-    through_x_new = adaln_cpp.backward(above, None, None, y, gate, None, None, None, *saved[4:])
-    assert through_x_new[3:] == (None, None)
+    through_x_new = [above, *adaln_cpp.backward(above, None, None, y, gate, None, None, None, *saved[4:])[1:]]
+    assert through_x_new[3:] == [None, None]
     for k in range(3):
         assert_close(through_out[k] + through_x_new[k], both[k], 1e-6)
     assert torch.equal(torch.stack(through_out[3:]), torch.stack(both[3:]))

@@ -63,7 +63,7 @@ def through_op(op, backend):
     def run(*tensors):
         given = dict(zip(SHAPES[op], tensors, strict=True))
         parts = [given.get(name) for name in ("x", "y", "gate", "shift", "scale")]
-        results = adaln._fused(*parts, None, None, 1e-6, "rms" in NAMES[op], tensors[0].dtype, True, backend)
+        results = adaln._fused(*parts, None, None, 1e-6, "rms" in NAMES[op], tensors[0].dtype, True, backend, False)
         return tuple(result for result, name in zip(results, ("y", "scale"), strict=False) if name in given)
 
     return run
@@ -338,3 +338,38 @@ def test_what_a_backend_cannot_take(op):
         op(*inputs(op), backend="cpp")
     with pytest.raises(ConfigError, match="backend 'triton' cannot run"):
         op(*inputs(op, dtype=torch.float32), backend="triton")
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_the_gradient_of_a_stream_that_goes_on_is_taken_along(backend, norm):
+    """x is read after the op too: one gradient comes out, of both readers, with no addition by autograd."""
+    generator = torch.Generator().manual_seed(3)
+    x, shift, scale = (
+        torch.randn(shape, generator=generator).requires_grad_() for shape in ((2, 5, 8), (2, 8), (2, 8))
+    )
+    exact = [t.detach().double().requires_grad_() for t in (x, shift, scale)]
+    same, out = modulate(x, shift, scale, backend=backend, norm=norm, return_x=True)
+    assert torch.equal(same, x)
+    assert same.data_ptr() == x.data_ptr()
+    wide = modulate(*exact, backend="torch", norm=norm)
+    loss, expected = (same.square() * out.cos()).sum(), (exact[0].square() * wide.cos()).sum()
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, (x, shift, scale)), torch.autograd.grad(expected, exact), strict=True
+    ):
+        assert_close(ours, theirs, 1e-6)
+
+
+def test_a_stream_that_goes_on_alone_keeps_its_gradient():
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    same, _ = modulate(x, torch.zeros(2, 8), torch.zeros(2, 8), return_x=True)
+    upstream = torch.randn(2, 5, 8)
+    assert torch.equal(torch.autograd.grad(same, x, upstream)[0], upstream)
+
+
+def test_a_residual_hands_on_the_gradient_that_it_gets():
+    """dx of `x + gate * y` is the gradient of the sum: the same memory, not a copy."""
+    x, y = torch.randn(2, 2, 5, 8).unbind(0)
+    result = residual(x.requires_grad_(), y, torch.zeros(2, 8))
+    upstream = torch.randn(2, 5, 8)
+    assert torch.autograd.grad(result, x, upstream)[0].data_ptr() == upstream.data_ptr()

@@ -15,6 +15,7 @@ PARTS = {  # residual, norm, RMSNorm, shift
     "rms": (False, True, True, True),
     "both, rms without shift": (True, True, True, False),
     "norm without shift": (False, True, False, False),
+    "norm, x passes": (False, True, False, True),
 }
 MIXES = {  # stream, branch, vectors, out
     "fp32": (FP32, FP32, FP32, FP32),
@@ -46,7 +47,8 @@ def make(sizes, part, mix="fp32", seed=0):
     modulation = torch.randn(batch, 6 * width, generator=generator).to(vectors)  # rows are strided, as in a block
     gate, shift, scale = modulation.chunk(6, dim=1)[1:4]
     gate, shift, scale = gate if residual else None, shift if shifted else None, scale if norm else None
-    grads = draw(residual, stream, batch, tokens, width), draw(norm, out, batch, tokens, width)
+    above = residual or "passes" in part
+    grads = draw(above, stream, batch, tokens, width), draw(norm, out, batch, tokens, width)
     return (x, y, gate, shift, scale), grads
 
 
@@ -65,10 +67,13 @@ def run(inputs, grads, mix="fp32", stats=None, side=kernel, rms=False):
     x_new = x if y is None else results[0]
     saved = (x_new, y, gate, scale, *results[2:], EPS, rms, shift is not None)
     if side is kernel:
-        return [*results, *kernel.backward(*grads, *saved, stream, branch, [vectors] * 3)]
-    found = adaln._torch_backward(*grads, *saved)
-    dtypes = (stream, branch, vectors, vectors, vectors)
-    return [*results, *(g if g is None else g.to(dtype) for g, dtype in zip(found, dtypes, strict=True))]
+        found = kernel.backward(*grads, *saved, stream, branch, [vectors] * 3)
+    else:
+        found = adaln._torch_backward(*grads, *saved)
+        dtypes = (stream, branch, vectors, vectors, vectors)
+        found = [g if g is None else g.to(dtype) for g, dtype in zip(found, dtypes, strict=True)]
+    assert (found[0] is None) == (grads[1] is None)  # then it is the gradient of x_new
+    return [*results, grads[0] if found[0] is None else found[0], *found[1:]]
 
 
 def exact(inputs, grads, x_new=None, rms=False):
@@ -80,7 +85,7 @@ def exact(inputs, grads, x_new=None, rms=False):
     rounded = stream if x_new is None else stream + (x_new.double() - stream).detach()
     mean = rounded.mean(-1, keepdim=True)
     variance = (rounded - mean).square().mean(-1, keepdim=True)
-    outputs, above = ([] if y is None else [rounded]), [g for g in wide(grads) if g is not None]
+    outputs, above = ([] if grads[0] is None else [rounded]), [g for g in wide(grads) if g is not None]
     out = None
     if scale is not None:
         norm = torch.nn.functional.rms_norm if rms else torch.nn.functional.layer_norm

@@ -8,7 +8,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FUSED, NORM, RESIDUAL = (True, True), (False, True), (True, False)  # residual, norm
 
 
-def launch(batch, tokens, width, stream, branch, residual, norm, known=False, rms=False, shifted=True):
+def launch(batch, tokens, width, stream, branch, residual, norm, known=False, rms=False, shifted=True, passes=False):
     x, y = torch.zeros(batch, tokens, width, dtype=stream), torch.zeros(batch, tokens, width, dtype=branch)
     gate, shift, scale = torch.zeros(batch, 6 * width, dtype=branch).chunk(6, dim=1)[:3]
     statistics = [torch.zeros(batch, tokens)] * 2
@@ -16,7 +16,7 @@ def launch(batch, tokens, width, stream, branch, residual, norm, known=False, rm
     shift, scale, grad_out = (shift, scale, torch.zeros_like(x, dtype=branch)) if norm else (None, None, None)
     shift = shift if shifted else None
     adaln.forward(x, y, gate, shift, scale, 1e-6, rms, statistics if known else None, branch, True)
-    above = x if residual else None
+    above = x if residual or passes else None
     adaln.backward(above, grad_out, x, y, gate, scale, *statistics, 1e-6, rms, shifted, stream, branch, [branch] * 3)
 
 
@@ -28,6 +28,7 @@ for sizes in ((2, 256), (1, 1)):  # 1 is the value that Triton likes to compile 
     launch(*sizes, 1152, FP32, FP32, *FUSED)
     launch(*sizes, 1152, FP32, BF16, *NORM, known=True)
     launch(*sizes, 1152, FP32, BF16, *NORM)
+    launch(*sizes, 1152, FP32, BF16, *NORM, passes=True)
     launch(*sizes, 1152, FP32, BF16, *RESIDUAL)
     launch(*sizes, 1152, FP32, BF16, *FUSED, rms=True)
     launch(*sizes, 1152, FP32, BF16, *NORM, rms=True, shifted=False)

@@ -1,0 +1,94 @@
+"""Bytes that ops move: what is recorded against kernels.md and torch.compile, and counted again at a small size."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.ops.install_triton import folder
+
+ROOT = Path(__file__).parents[2]
+RECORDED = json.loads((ROOT / "benchmarks/results/cpu/traffic.json").read_text())["entries"]
+FP32, BF16 = "fp32 stream", "bf16 stream"
+# Bytes per element of a Triton implementation, forward and backward: each stream once, in its dtype.
+LIMITS = {
+    ("layer_norm_modulate", FP32): (6, 10),
+    ("layer_norm_modulate", BF16): (4, 6),
+    ("gate_residual", FP32): (10, 8),
+    ("gate_residual", BF16): (6, 6),
+    ("gate_residual_modulate", FP32): (12, 18),
+    ("gate_residual_modulate", BF16): (8, 12),
+    ("adaLN of a block", FP32): (28, 40),
+    ("adaLN of a block", BF16): (18, 26),
+    ("repa_cosine", FP32): (8, 16),
+    ("qk_norm", BF16): (8, 16),
+}
+SLACK = 0.1  # statistics, vectors and partial sums: numbers per row, sample and chunk
+
+
+def check(entries):
+    found = {(e["case"], e["stream"]): (e["forward"], e["backward"]) for e in entries if e["side"] == "triton"}
+    wrong = [
+        f"{case}, {stream}: {moved} is more than {limit}"
+        for (case, stream), limit in LIMITS.items()
+        for moved in [found.get((case, stream), limit)]
+        if any(bytes > most * (1 + SLACK) for bytes, most in zip(moved, limit, strict=True))
+    ]
+    assert not wrong, "\n".join(wrong)
+    return found
+
+
+def test_recorded_numbers_are_within_the_limits():
+    assert check(RECORDED).keys() >= LIMITS.keys()
+
+
+def test_kernels_never_move_more_than_torch_compile():
+    sides = {(e["case"], e["stream"], e["side"]): e["forward"] + e["backward"] for e in RECORDED}
+    compared = {key: sides[*key[:2], "torch.compile"] for key in sides if (*key[:2], "torch.compile") in sides}
+    more = {k: (sides[k], most) for k, most in compared.items() if k[2] == "triton" and sides[k] > most * (1 + SLACK)}
+    assert compared
+    assert not more
+
+
+COUNT = """
+import json
+from dit_fast.benchmarks import traffic
+cases = [case for case in traffic.CASES if case.name in {names}]
+print(json.dumps([entry for case in cases for entry in traffic.entries(case, 64, 256, ("triton",))]))
+"""
+
+
+def counted(code):
+    environment = os.environ | {"PYTHONPATH": str(folder("3.9.0")), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout)
+
+
+def test_what_runs_today_is_within_the_limits():
+    names = ["adaLN of a block", "gate_residual"]
+    assert len(check(counted(COUNT.format(names=names)))) == 2 * len(names)
+
+
+KNOWN = """
+import json, torch
+from dit_fast.benchmarks.traffic import Traffic, _launches
+from dit_fast import ops
+x = torch.ones(4, 64, 256)
+def bytes(work):
+    with Traffic() as count, _launches(count):
+        work()
+    return count.bytes // (4 * x.numel())
+print(json.dumps([
+    bytes(lambda: x.view(-1) + 1), bytes(lambda: x.add_(1)), bytes(lambda: x.copy_(x)),
+    bytes(lambda: torch.zeros_like(x)),
+    bytes(lambda: x.reshape(16, -1)), bytes(lambda: torch.add(x, x, out=torch.empty_like(x))),
+    bytes(lambda: ops.row_statistics(x, "triton")), bytes(lambda: ops.row_statistics(x, "torch")),
+]))
+"""
+
+
+def test_the_counter_on_work_whose_traffic_is_known():
+    """In passes over x: views are free, in place is two, a copy into x does not read it, nor does what is like it."""
+    assert counted(KNOWN) == [2, 2, 2, 1, 0, 3, 1, 7]
