@@ -1,5 +1,6 @@
 """What fake_cuda.py runs: whole steps of recipes, four blocks deep and of full width, and single ops."""
 
+from tests.ops import fake_ops
 from tests.ops.fake_step import Trace, traced
 
 # isort: split
@@ -24,4 +25,4 @@ def _steps() -> dict[str, Callable[[], Trace]]:
     }
 
 
-CASES: dict[str, Callable[[], Trace]] = _steps()
+CASES: dict[str, Callable[[], Trace]] = {**fake_ops.CASES, **_steps()}
