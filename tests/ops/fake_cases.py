@@ -8,9 +8,9 @@ from collections.abc import Callable
 from functools import partial
 
 SMALL = ("model.depth=4", "engine.global_batch=32")
-MIXED = ("engine.precision=bf16",)
 STEPS = {
     "diversedit-xl2-256": ((), ("model.skip_wiring=output",), ("model.residual_dtype=autocast",),
+                           ("model.residual_dtype=bf16",),
                            ("model.qk_norm=true",), ("engine.precision=fp32",), ("optimizer.name=torch_fused_adamw",)),
     "diversedit-b2-512": ((),),
     "diversedit-l2-256": ((),),
