@@ -144,8 +144,8 @@ class Engine(ABC):
     def _step_or_not(self, applied: Tensor) -> Tensor:
         """The step of an optimizer that cannot be told on the device to change nothing; whether it was applied.
 
-        It leaves parameters without a gradient alone. The test waits for the device, as DeepSpeed's own does in stages 1
-        to 3.
+        It leaves parameters without a gradient alone. The test waits for the device, as DeepSpeed's own does in
+        stages 1 to 3.
         """
         if not bool(applied):
             for _, parameter in self._named:
