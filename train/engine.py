@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_fast.errors import ConfigError
+from dit_fast.nn.linear import Linear
 from dit_fast.runs import TrainConfig
 from dit_fast.train.optim import AdamWEMA, applied_steps, build_optimizer, init_states, set_applied_steps
 from dit_fast.world import World
@@ -84,6 +85,22 @@ class Engine(ABC):
         norm, applied = self._update()
         self._buffers.settle(applied)
         return StepResult(sums, norm, applied)
+
+    def _make_shadows(self) -> list[tuple[Tensor, Tensor]]:
+        """Gives the weights of linear layers their copies for autocast; (copy, weight) of each.
+
+        To be called when the weights are in place; whoever writes one afterwards, but the optimizer, writes its copy.
+        """
+        if self.config.engine.precision != "bf16" or not isinstance(self._optimizer, AdamWEMA):
+            return []
+        trained = {id(parameter) for _, parameter in self._named}
+        found = []
+        for module in self.model.modules():
+            if isinstance(module, Linear) and id(module.weight) in trained:
+                weight: Any = module.weight
+                weight.shadow = weight.detach().bfloat16()
+                found.append((weight.shadow, weight))
+        return found
 
     @abstractmethod
     def _forward(self, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]: ...
@@ -230,6 +247,7 @@ class SingleEngine(Engine):
     def __init__(self, loss: nn.Module, config: TrainConfig, world: World, groups: Groups = ()):
         super().__init__(loss.to(world.device), config, world, groups)
         init_states(self._optimizer)
+        self._make_shadows()
 
     def _forward(self, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         return self.loss(batch, step)

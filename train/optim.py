@@ -32,7 +32,8 @@ class AdamWEMA(torch.optim.Optimizer):
     with `init_states`. Parameters without a gradient are left alone.
 
     applied: 0-d float32; where it is 0 the next steps change nothing. A group's "factor", 0-d float32, is that of its
-    gradients in the pass; its "lr" may be 0-d float64 on the device. Neither is read on the host.
+    gradients in the pass; its "lr" may be 0-d float64 on the device. Neither is read on the host. A parameter's
+    `shadow` (nn/linear.py) is written with it.
     """
 
     def __init__(
@@ -61,7 +62,10 @@ class AdamWEMA(torch.optim.Optimizer):
                 held = [self.state[parameter] for parameter in moved]
                 states = States(*([each[name] for each in held] for name in (*STATES, "step")))
                 gradients = [parameter.grad for parameter in moved]
-                adamw(moved, gradients, states, applied=self.applied, **{name: group[name] for name in rules})
+                none = torch.empty(0, dtype=torch.bfloat16, device=moved[0].device)
+                shadows = [getattr(parameter, "shadow", none) for parameter in moved]
+                told = {name: group[name] for name in rules}
+                adamw(moved, gradients, states, applied=self.applied, shadows=shadows, **told)
 
 
 def with_ema(base: type[torch.optim.Optimizer]) -> type[Any]:

@@ -125,6 +125,7 @@ class ZeroEngine(Engine):
         # Stage 3 puts one of its own there, for the whole process, which has no forward mode nor second derivative.
         self._linear, nn.functional.linear = nn.functional.linear, linear
         init_states(self._optimizer, self._flats())
+        self._shadows = [] if self.stage == 3 else self._make_shadows()  # stage 3 holds no whole weights
 
     def _forward(self, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         with self._own_linear():
@@ -174,6 +175,9 @@ class ZeroEngine(Engine):
 
     def _step(self) -> None:
         self._engine.step()
+        if self.stage and self._shadows:  # after the gather; in stage 0 the optimizer has written them
+            shadows, weights = zip(*self._shadows, strict=True)
+            torch._foreach_copy_(shadows, [weight.detach() for weight in weights])
         if self.stage == 3:  # a parameter without a gradient would be moved by its last one again
             self._engine.optimizer.grad_partitions_flat_buffer.zero_()
 

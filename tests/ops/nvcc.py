@@ -1,7 +1,7 @@
 """What nvcc makes of the CUDA sources: registers, spills, stack, and how wide loads and stores of global memory are.
 
-    python -m tests.ops.nvcc           compare with nvcc_lock.json
-    python -m tests.ops.nvcc --write   record
+python -m tests.ops.nvcc           compare with nvcc_lock.json
+python -m tests.ops.nvcc --write   record
 """
 
 import json
@@ -46,7 +46,9 @@ def measure(architecture: str) -> list[dict[str, object]]:
             subprocess.run(cuda_command(*target, f"{folder}/a.ptx", "-ptx"), capture_output=True, check=True)
             ptx = Path(folder, "a.ptx").read_text()
         bodies = dict(re.findall(r"\.visible \.entry (\w+)\((.*?)\n}\n", ptx, re.S))
-        entries = r"entry function '(\w+)'.*?\n.*?\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill"
+        entries = (
+            r"entry function '(\w+)'.*?\n.*?\n\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill"
+        )
         for name, stack, stores, loads in re.findall(entries, said):
             registers = re.search(rf"'{name}'.*?Used (\d+) registers", said, re.S)
             widths = Counter(re.findall(r"\b((?:ld|st)\.global(?:\.nc)?(?:\.v\d)?\.[a-z]+\d+)", bodies[name]))

@@ -1,0 +1,74 @@
+"""Copies of weights for autocast: the same bits as autocast's own, in fewer operations, written by the optimizer."""
+
+import copy
+
+import torch
+
+from dit_fast.benchmarks.cost import _Count
+from dit_fast.methods.diversedit import DiverseDiT
+from dit_fast.models import build_model
+from dit_fast.nn.linear import Linear
+from dit_fast.objectives import Flow
+from dit_fast.runs import TrainConfig, changed
+from dit_fast.train.engine import SingleEngine
+from dit_fast.train.loss import TrainingLoss
+from tests.train.test_no_waits import ALONE, batch
+
+
+def engine(precision="bf16", shadows=True, compile=False):
+    torch.manual_seed(0)
+    model = build_model("SiT-Nano/2", input_size=8, in_channels=4, num_classes=3, skip_wiring="input")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.03)
+    if compile:
+        for block in model.blocks:
+            block.compile(backend="aot_eager")
+    method = DiverseDiT(DiverseDiT.Config(pairs="all"), model, None)
+    loss = TrainingLoss(model, Flow(Flow.Config(), model), [method], seed=0, label_dropout=0.1, precision=precision)
+    made = SingleEngine(loss, changed(TrainConfig(), [f"engine.precision={precision}"]), ALONE)
+    if not shadows:
+        for weight in model.parameters():
+            weight.__dict__.pop("shadow", None)
+    return made
+
+
+def losses(made, steps=3):
+    return [made.train_step([batch(6 * k), batch(6 * k + 3)], k, 1e-2).logs["loss"].item() for k in range(steps)]
+
+
+def test_curves_are_those_of_autocast_bit_for_bit():
+    with_shadows, without = engine(), engine(shadows=False)
+    assert losses(with_shadows) == losses(without)
+    pairs = zip(with_shadows.model.named_parameters(), without.model.parameters(), strict=True)
+    assert [name for (name, mine), other in pairs if not torch.equal(mine, other)] == []
+
+
+def test_shadows_follow_the_weights_and_copies_of_a_model_have_none():
+    made = engine()
+    losses(made, 2)
+    layers = [module for module in made.model.modules() if isinstance(module, Linear)]
+    shadowed = [layer for layer in layers if hasattr(layer.weight, "shadow")]
+    assert shadowed
+    assert all(torch.equal(layer.weight.shadow, layer.weight.bfloat16()) for layer in shadowed)
+    assert not any(hasattr(weight, "shadow") for weight in copy.deepcopy(made.model).parameters())
+    assert not any(hasattr(weight, "shadow") for weight in engine("fp32").model.parameters())
+
+
+def test_no_weight_of_a_linear_layer_is_cast():
+    class Casts(_Count):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ == "_to_copy" and (kwargs or {}).get("dtype") is torch.bfloat16:
+                cast.append(args[0].data_ptr())
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    cast, made = [], engine()
+    losses(made, 1)
+    with Casts():
+        losses(made, 1)
+    mine = {w.data_ptr(): name for name, w in made.model.named_parameters() if hasattr(w, "shadow")}
+    assert [mine[address] for address in cast if address in mine] == []
+
+
+def test_compiled_blocks_read_them_too():
+    torch.testing.assert_close(losses(engine(compile=True)), losses(engine()), rtol=1e-2, atol=0)
