@@ -125,7 +125,7 @@ def _fused(
     moves = torch.ones_like(states.counts[0]) if applied is None else applied
     if factor is not None:
         torch._foreach_mul_(gradients, factor)
-    torch._foreach_add_(states.counts, moves)
+    torch._foreach_add_(states.counts, [moves] * len(weights))
     torch._fused_adamw_(
         weights,
         gradients,
