@@ -67,9 +67,11 @@ def load_tile(source, stride, row, column, rows, columns, ROWS: tl.constexpr, CO
 
 
 def family(device: torch.device) -> int:
-    """90 where bulk copies exist, else 80. Interpreted, 90: the interpreter is faster on descriptors."""
+    """90 where bulk copies exist and a block can have the shared memory that their tiles take (sm_120 has 99 KB), else
+    80. Interpreted, 90: the interpreter is faster on descriptors."""
     if device.type == "cuda":
-        return 90 if torch.cuda.get_device_capability(device) >= (9, 0) else 80
+        gpu = torch.cuda.get_device_properties(device)
+        return 90 if gpu.major >= 9 and gpu.shared_memory_per_block_optin >= 128 << 10 else 80
     return 90 if triton.knobs.runtime.interpret else 80
 
 
