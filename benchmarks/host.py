@@ -30,7 +30,7 @@ from typing import Any
 DEPTHS = (12, 28)
 ROUNDS = 15
 CALLS = 200  # of an op in a round
-WIDTH, TOKENS, HEADS = 64, 4, 2
+WIDTH, TOKENS, HEADS = 16, 4, 2
 GOALS = {"step": 0.5, "forward": 12, "backward": 15, "launches": 1200}
 FREE = {
     "_unsafe_view",
