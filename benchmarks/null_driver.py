@@ -30,11 +30,11 @@ class _Utilities:
     def __init__(self) -> None:
         self._handles = itertools.count(1)
         self.names: dict[int, str] = {}
-        self.on_launch: Callable[[int], None] | None = None
+        self.on_launch: Callable[..., None] | None = None
 
     def launch(self, *arguments: Any) -> None:
         if self.on_launch:
-            self.on_launch(arguments[4])
+            self.on_launch(*arguments)
 
     def build_signature_metadata(self, signature: Any) -> bytes:
         return b""
@@ -73,6 +73,7 @@ def install() -> str:
 
     utilities = _Utilities()
     nvidia.compile_module_from_src = lambda **_: utilities  # Triton 3.6: one C module per signature
+    nvidia.library_dirs = lambda: []
     nvidia.PyKernelArg, nvidia.ARG_TUPLE, nvidia.ARG_KERNEL, nvidia.ARG_CONSTEXPR = SimpleNamespace, 0, 1, 2
     driver.set_active(
         SimpleNamespace(
@@ -145,7 +146,7 @@ def counting() -> Iterator[collections.Counter[str]]:
 
     counted: collections.Counter[str] = collections.Counter()
     utilities = driver.active.utils
-    utilities.on_launch = lambda function: counted.update([utilities.names[function]])
+    utilities.on_launch = lambda *arguments: counted.update([utilities.names[arguments[4]]])
     try:
         yield counted
     finally:

@@ -1,7 +1,7 @@
 """Gradient of the adaLN-Zero family: one pass over the streams, then the sums over tokens; equations in adaln.py."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,7 +14,7 @@ from dit_fast.kernels.adaln_rows import (
     PURE,
     SINGLE,
     by_rows,
-    is_aligned,
+    has_aligned_rows,
     multiple,
     options_of,
     read_rows,
@@ -23,6 +23,7 @@ from dit_fast.kernels.adaln_rows import (
     tile_of,
 )
 from dit_fast.kernels.aot import AotCase
+from dit_fast.kernels.launch import Kept, launcher, signature
 from dit_fast.kernels.rows import store_rounded
 
 CHUNK = 32  # tokens per partial sum, part of the definition
@@ -145,45 +146,77 @@ def backward(
     gate are None, and that of shift where there was none; x_new, scale, mean and variance are only read with grad_out.
     x_new is x where there is no y.
     """
-    grad_x_new, grad_out, x_new, y, gate, scale = (
-        by_rows(tensor) for tensor in (grad_x_new, grad_out, x_new, y, gate, scale)
-    )
     like = grad_out if grad_out is not None else grad_x_new
     if like is None:
         raise ValueError("grad_x_new and grad_out are both None")
-    (batch, tokens, width), device = like.shape, like.device
+    if grad_out is None:
+        x_new = scale = mean = variance = None
+    tensors = (grad_x_new, grad_out, x_new, y, gate, scale)
+    key = (signature(like, *tensors), eps, rms, shifted, x_dtype, y_dtype, *vector_dtypes)
+    plan = _BACKWARD.get(key)
+    if plan is None:
+        rows: Any = tuple(by_rows(tensor) for tensor in tensors)
+        if any(copy is not tensor for copy, tensor in zip(rows, tensors, strict=True)):
+            return backward(*rows, mean, variance, eps, rms, shifted, x_dtype, y_dtype, vector_dtypes)  # type: ignore[call-arg]
+        plan = _BACKWARD.keep(key, _plan(like, *tensors, eps, rms, shifted, x_dtype, y_dtype))
+    shape, device = like.shape, like.device
+    grad_x = None if grad_out is None else torch.empty(shape, dtype=x_dtype, device=device)
+    grad_y = None if y is None else torch.empty(shape, dtype=y_dtype, device=device)
+    vectors = [
+        torch.empty(plan.vector, dtype=dtype, device=device) if here else None
+        for here, dtype in zip(plan.present, vector_dtypes, strict=True)
+    ]
+    partials = torch.empty(plan.partials, dtype=torch.float32, device=device)
+    if plan.differentiate is not None:
+        if mean is not None and variance is not None:
+            mean, variance = mean.contiguous(), variance.contiguous()
+        given = (*tensors, mean, variance, grad_x, grad_y, partials)
+        plan.differentiate(*[like if each is None else each for each in given])
+    if plan.add is not None:
+        plan.add(partials, *[partials if vector is None else vector for vector in vectors])
+    return grad_x, grad_y, vectors[0], vectors[1], vectors[2]
+
+
+class _Plan(NamedTuple):
+    """Of a backward: which vectors it gives, their shape, that of the partial sums, and the launches, None for none."""
+
+    present: tuple[bool, bool, bool]
+    vector: tuple[int, int]
+    partials: tuple[int, ...]
+    differentiate: Callable[..., None] | None
+    add: Callable[..., None] | None
+
+
+_BACKWARD = Kept()
+
+
+def _plan(
+    like: Tensor, grad_x_new: Tensor | None, grad_out: Tensor | None, x_new: Tensor | None, y: Tensor | None,
+    gate: Tensor | None, scale: Tensor | None, eps: float, rms: bool, shifted: bool, x_dtype: torch.dtype,
+    y_dtype: torch.dtype | None,
+) -> _Plan:  # fmt: skip
+    batch, tokens, width = like.shape
     parts = {"RESIDUAL": y is not None, "NORM": grad_out is not None}
     parts["SCALE_ONLY"] = parts["NORM"] and not shifted
-    if not parts["NORM"]:
-        x_new = scale = mean = variance = None
-    grad_x = torch.empty(like.shape, dtype=x_dtype, device=device) if parts["NORM"] else None
-    grad_y = None if y is None else torch.empty(like.shape, dtype=y_dtype, device=device)
     present = (parts["RESIDUAL"], parts["NORM"] and shifted, parts["NORM"])
-    vectors = [
-        torch.empty(batch, width, dtype=dtype, device=device) if here else None
-        for here, dtype in zip(present, vector_dtypes, strict=True)
-    ]
     chunks = triton.cdiv(tokens, CHUNK)
-    partials = torch.empty(batch, chunks, sum(present), width, dtype=torch.float32, device=device)
-    streams = [grad_x_new, grad_out, x_new, y]
+    differentiate = add = None
     if like.numel():
-        statistics = [None if each is None else each.contiguous() for each in (mean, variance)]
-        pointers = [like if each is None else each for each in (*streams, gate, scale, *statistics, grad_x, grad_y)]
+        streams = [grad_x_new, grad_out, x_new, y]
         vector_strides = [0 if vector is None else vector.stride(0) for vector in (gate, scale)]
-        differentiate_rows[(batch, chunks)](
-            *pointers, partials, tokens, chunks, *(strides_of(each, like) for each in streams), *vector_strides, eps,
-            CHUNK=CHUNK, ABOVE=grad_x_new is not None, **parts, RMS=rms and parts["NORM"],
-            ALIGNED=is_aligned([*streams, gate, scale, grad_x, grad_y]),
-            **tile_of(width), **options_of(width), enable_fp_fusion=True,
-        )  # fmt: skip
+        results = [x_dtype] * parts["NORM"] + ([] if y_dtype is None else [y_dtype])
+        constants = {
+            "CHUNK": CHUNK, "ABOVE": grad_x_new is not None, **parts, "RMS": rms and parts["NORM"],
+            "ALIGNED": has_aligned_rows([*streams, gate, scale], results),
+            **tile_of(width), **options_of(width), "enable_fp_fusion": True,
+        }  # fmt: skip
+        numbers = (tokens, chunks, *(strides_of(each, like) for each in streams), *vector_strides, eps)
+        differentiate = launcher(differentiate_rows, (batch, chunks), numbers, constants, {"ALIGNED": False})
     if batch and any(present):
-        interpreted = triton.knobs.runtime.interpret
-        pointers = [partials if vector is None else vector for vector in vectors]
-        add_chunks[(batch, triton.cdiv(width, BLOCK))](
-            partials, *pointers, chunks, width, BLOCK=BLOCK, **parts, UPCAST=interpreted,
-            num_warps=4, num_stages=1, enable_fp_fusion=True,
-        )  # fmt: skip
-    return grad_x, grad_y, vectors[0], vectors[1], vectors[2]
+        constants = {"BLOCK": BLOCK, **parts, "UPCAST": triton.knobs.runtime.interpret}
+        constants |= {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+        add = launcher(add_chunks, (batch, triton.cdiv(width, BLOCK)), (chunks, width), constants)
+    return _Plan(present, (batch, width), (batch, chunks, sum(present), width), differentiate, add)
 
 
 def aot_cases(arch: int) -> list[AotCase]:

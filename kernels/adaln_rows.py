@@ -58,15 +58,19 @@ def by_rows(tensor: Given) -> Given:
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def is_aligned(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether every row of every tensor starts at a multiple of 16 bytes, results of x's width included."""
+def has_aligned_rows(tensors: Sequence[Tensor | None], results: Sequence[torch.dtype]) -> bool:
+    """Whether every row of every tensor starts at a multiple of 16 bytes where its first one does.
+
+    results: types of further tensors of that width, contiguous.
+    """
     for tensor in tensors:
         if tensor is None:
             continue
         steps = [step for step, length in zip(tensor.stride()[:-1], tensor.shape, strict=False) if length > 1]
-        if tensor.data_ptr() % 16 or any(step * tensor.element_size() % 16 for step in (*steps, tensor.shape[-1])):
+        if any(step * tensor.element_size() % 16 for step in (*steps, tensor.shape[-1])):
             return False
-    return True
+    width = next(tensor for tensor in tensors if tensor is not None).shape[-1]
+    return not any(width * dtype.itemsize % 16 for dtype in results)
 
 
 def tile_of(width: int) -> dict[str, int]:

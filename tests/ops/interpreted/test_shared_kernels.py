@@ -60,7 +60,8 @@ LAYOUTS = {  # dtype, sizes, strides, offset, whether every row of the last dime
 def test_wide_accesses_only_where_every_row_starts_at_16_bytes(name):
     dtype, sizes, strides, offset, whole = LAYOUTS[name]
     tensor, aligned = torch.zeros(200, dtype=dtype).as_strided(sizes, strides, offset), torch.zeros(4, 16, dtype=dtype)
-    assert adaln_rows.is_aligned([None, aligned, tensor]) == whole
+    starts = tensor.data_ptr() % 16 == 0  # which `launcher` looks at
+    assert (adaln_rows.has_aligned_rows([None, aligned, tensor], []) and starts) == whole
     assert qk_norm._vector(sizes[-1], [tensor]) == (16 // tensor.element_size() if whole else 1)
     assert qk_norm._vector(16, [aligned, tensor]) == qk_norm._vector(16, [tensor])
 
@@ -72,16 +73,16 @@ def shifted(tensor):
 
 
 STREAM, VECTOR, HEADS, ROWS = (2, 3, 16), (2, 16), (2, 3, 2, 4), (6, 16)
-LAUNCHES = {  # shapes of what a launcher reads in wide pieces, how to call it with them, who decides
+LAUNCHES = {  # shapes of what a launcher reads in wide pieces, how to call it with them, who decides or is launched
     "adaln forward": (
         [STREAM, STREAM, VECTOR, VECTOR, VECTOR],
         lambda *x: adaln.forward(*x, 1e-6, False, None, FP32, True),
-        (adaln, "is_aligned"),
+        (adaln, "modulate_rows"),
     ),
     "adaln backward": (
         [STREAM, STREAM, STREAM, STREAM, VECTOR, VECTOR],
         lambda *x: adaln.backward(*x, torch.zeros(2, 3), torch.ones(2, 3), 1e-6, False, True, FP32, FP32, [FP32] * 3),
-        (adaln_gradients, "is_aligned"),
+        (adaln_gradients, "differentiate_rows"),
     ),
     "qk_norm forward": (
         [(2, 3, 24)],
@@ -116,11 +117,19 @@ def test_every_tensor_that_is_read_counts(name, monkeypatch):
     shapes, launch, (module, rule) = LAUNCHES[name]
     answers, decide = [], getattr(module, rule)
 
-    def recorded(*arguments):
-        answers.append(decide(*arguments))
-        return answers[-1]
+    class Recorded:
+        def __call__(self, *arguments):
+            answers.append(decide(*arguments))
+            return answers[-1]
 
-    monkeypatch.setattr(module, rule, recorded)
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: (
+                answers.append(constants["ALIGNED"]) or decide[grid](*arguments, **constants)
+            )
+
+    monkeypatch.setattr(module, rule, Recorded())
+    for kept in (adaln._FORWARD, adaln_gradients._BACKWARD):
+        kept.clear()
     tensors = [torch.randn(shape) for shape in shapes]
     launch(*tensors)
     for place in range(len(tensors)):

@@ -1,0 +1,127 @@
+"""Launches that look a kernel up once.
+
+`kernel[grid](...)` binds the arguments, looks at each for its type, divisibility by 16 and value 1, and makes a key of
+strings of them, at every launch: 40 to 60 us of Python. What decides are shapes, strides and types, so a launcher makes
+one `launcher` per `signature` of its arguments and keeps it. The first launch goes the ordinary way and gives the
+compiled kernel; later ones hand addresses to the C function that Triton's own launcher would call. Addresses that are
+no multiples of 16 take another kernel, and the ordinary way; so does everything under hooks (profilers), under the
+interpreter and with a version of Triton whose C function is not known here (`ordinary`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton.runtime import driver
+
+ALIGNMENT = 16  # bytes; what Triton specialises a pointer for
+KEPT = 4096
+
+
+class Kept(dict[Any, Any]):
+    """What was made for a signature. Emptied when it is full: shapes that change all the time gain nothing by it."""
+
+    def keep(self, key: Any, value: Any) -> Any:
+        if len(self) >= KEPT:
+            self.clear()
+        self[key] = value
+        return value
+
+
+def signature(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Device of the first, which is not None; shape, strides and dtype of each."""
+    parts: list[Any] = [tensors[0].device]  # type: ignore[union-attr]
+    for tensor in tensors:
+        parts += (None,) if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
+    return tuple(parts)
+
+
+def launcher(
+    kernel: Any,
+    grid: tuple[int, ...],
+    numbers: Sequence[Any],
+    constants: Mapping[str, Any],
+    unaligned: Mapping[str, Any] | None = None,
+) -> Callable[..., None]:
+    """What launches `kernel` on tensors of one signature, given in the order of its first parameters.
+
+    numbers: the parameters after them, integers, floats or tuples of those; constants: the constexpr ones, all of the
+    rest, and the options of a launch. unaligned: constants that are other ones where some address is no multiple of 16
+    bytes.
+    """
+    direct: Callable[[list[int]], None] | None = None
+    runtime = triton.knobs.runtime
+
+    def launch(*tensors: Tensor) -> None:
+        nonlocal direct
+        addresses, bits = [], 0
+        for tensor in tensors:
+            address = tensor.data_ptr()
+            addresses.append(address)
+            bits |= address
+        if bits % ALIGNMENT:
+            kernel[grid](*tensors, *numbers, **{**constants, **(unaligned or {})})
+        elif direct is not None and not (_calls(runtime.launch_enter_hook) or _calls(runtime.launch_exit_hook)):
+            direct(addresses)
+        else:
+            direct = _direct(kernel, kernel[grid](*tensors, *numbers, **constants), grid, numbers, constants)
+
+    return launch
+
+
+def _calls(hook: Any) -> Any:
+    return hook if hook is None else getattr(hook, "calls", hook)
+
+
+def ordinary() -> str | None:
+    """Why every launch goes the ordinary way here; None if it does not."""
+    version = ".".join(triton.__version__.split(".")[:2])
+    return None if version in _FORMS else f"Triton {version} is not one of {', '.join(_FORMS)}"
+
+
+def _direct(
+    kernel: Any, compiled: Any, grid: Sequence[int], numbers: Sequence[Any], constants: Mapping[str, Any]
+) -> Any:
+    """The call of the C function with all but stream and addresses; None where it cannot be made, or is interpreted."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    if compiled is None or ordinary() or getattr(driver.active, "launcher_cls", None) is not CudaLauncher:
+        return None
+    run = compiled.run
+    if type(run) is not CudaLauncher or run.global_scratch_size or run.profile_scratch_size:
+        return None
+    rest = (*numbers, *(constants[name] for name in kernel.arg_names if name in constants))
+    (*sizes,) = (*grid, 1, 1)[:3]
+    form = _FORMS[".".join(triton.__version__.split(".")[:2])]
+    return form(run, compiled, sizes, driver.active.get_current_device(), driver.active.get_current_stream, rest)
+
+
+def _form_3_6(run: Any, compiled: Any, sizes: Any, device: int, stream: Callable[[int], int], rest: Any) -> Any:
+    x, y, z = sizes
+    launch, function = run.launch, compiled.function
+    fixed = (run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata, None, None, None)
+
+    def direct(addresses: list[int]) -> None:
+        launch(x, y, z, stream(device), function, *fixed, *addresses, *rest)
+
+    return direct
+
+
+def _form_3_9(run: Any, compiled: Any, sizes: Any, device: int, stream: Callable[[int], int], rest: Any) -> Any:
+    if run.gsan_enabled:
+        return None
+    x, y, z = sizes
+    launch, function = run.launch, compiled.function
+    fixed = (
+        run.launch_cooperative_grid, run.launch_pdl, compiled.packed_metadata, None, None, None, None, None,
+        run.arg_annotations, run.kernel_signature,
+    )  # fmt: skip
+
+    def direct(addresses: list[int]) -> None:
+        launch(x, y, z, stream(device), function, *fixed, (*addresses, *rest))
+
+    return direct
+
+
+_FORMS: dict[str, Callable[..., Any]] = {"3.6": _form_3_6, "3.9": _form_3_9}

@@ -1,0 +1,67 @@
+"""The short way to a kernel hands Triton's C function what the ordinary way does, with either version of Triton."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.ops.install_triton import ROOT, VERSIONS, folder
+
+SCRIPT = """
+from dit_fast.benchmarks import null_driver
+null_driver.install()
+import torch, triton
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from dit_fast.kernels import adaln, launch
+
+ordinary, given = [], []
+run = JITFunction.run
+JITFunction.run = lambda self, *arguments, **options: ordinary.append(1) or run(self, *arguments, **options)
+driver.active.utils.on_launch = lambda *arguments: given.append(arguments)
+
+def flat(values):
+    for value in values:
+        if isinstance(value, tuple):
+            yield from flat(value)
+        elif hasattr(value, "calls") or type(value).__name__ == "LazyDict":  # empty hooks, and what they would be told
+            yield None
+        else:
+            yield value.data_ptr() if isinstance(value, torch.Tensor) else value
+
+buffer = torch.randn(2, 3, 40)
+x, y = buffer[:, :, :16], buffer[:, :, 16:32].contiguous()
+vectors = [torch.randn(2, 16) for _ in range(3)]
+
+def call(x=x):
+    before = len(ordinary)
+    adaln.forward(x, y, *vectors, 1e-6, False, None, torch.float32, True)
+    return len(ordinary) - before
+
+assert call() == 1 and call() == 0 and call() == 0, "a launch takes the short way from the second time on"
+first, second = (list(flat(arguments)) for arguments in given[:2])
+fresh = [place for place, (a, b) in enumerate(zip(first, second, strict=True)) if a != b]
+assert len(fresh) <= 4, (first, second)  # x_new, out, mean and variance lie where there was room
+assert {type(a) for a in first} == {type(b) for b in second}
+
+shifted = torch.zeros(241)[1:].view(2, 3, 40)[:, :, :16]
+assert call(shifted) == 1 and call(shifted) == 1 and call() == 0, "other addresses are other kernels"
+
+triton.knobs.runtime.launch_enter_hook.add(print_nothing := lambda metadata: None)
+assert call() == 1, "profilers see every launch"
+triton.knobs.runtime.launch_enter_hook.remove(print_nothing)
+assert call() == 0
+triton.__version__ = "4.0.0"
+assert launch.ordinary() == "Triton 4.0 is not one of 3.6, 3.9"
+vectors = [vector.bfloat16() for vector in vectors]
+assert call() == 1 and call() == 1
+"""
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_second_launch_is_the_first_without_triton_s_python(version):
+    environment = os.environ | {"PYTHONPATH": str(folder(version))}
+    environment.pop("TRITON_INTERPRET", None)
+    result = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-3000:]
