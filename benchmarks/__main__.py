@@ -1,10 +1,12 @@
-"""`python -m dit_fast.benchmarks NAME ... | all | report | curves`."""
+"""`dit-fast bench NAME ... | all | report | curves`, also `python -m dit_fast.benchmarks`."""
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+SIDES = ("plain", "types", "graph", "compiled", "diffusion-bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,10 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dit_fast.benchmarks.report import report
     from dit_fast.benchmarks.results import RESULTS, device_of
     from dit_fast.benchmarks.run import NAMES, run
+    from dit_fast.benchmarks.step import StepSetting, warm
     from dit_fast.errors import UserError
 
     folder = options.out or RESULTS
-    names = NAMES if options.names == ["all"] else options.names
+    options.overrides = [name for name in options.names if "=" in name]
+    given = [name for name in options.names if "=" not in name]
+    names = list(NAMES) if given == ["all"] else given
     status = 0
     try:
         if names == ["report"]:
@@ -37,26 +42,54 @@ def main(argv: Sequence[str] | None = None) -> int:
             record_curves(options.data, folder / "cpu" / "curves", options.only, options.commit)
             return 0
         setting = Setting(device_of(options.device), options.small)
+        whole = StepSetting(
+            setting.device, setting.small, tuple(options.sides), tuple(options.overrides), tuple(options.model),
+            tuple(options.batch), tuple(options.precision), tuple(options.pixels),
+        )  # fmt: skip
+        if names != ["step"] and (whole.chosen or options.once):
+            raise UserError(
+                "key=value, --model, --batch, --precision, --pixels, --sides and --once are for `step` alone"
+            )
+        if options.once:
+            warm(whole)
+            return 0
         for name in names:
             try:
-                run(name, setting, folder, budget=options.budget, record=options.tested, commit=options.commit)
+                run(
+                    name,
+                    whole if name == "step" else setting,
+                    folder,
+                    budget=options.budget,
+                    record=options.tested,
+                    commit=options.commit,
+                )
             except RedGate as error:
-                print(f"dit-fast benchmarks: {error}", file=sys.stderr)
+                print(f"dit-fast bench: {error}", file=sys.stderr)
                 status = 1
     except UserError as error:
-        print(f"dit-fast benchmarks: error: {error}", file=sys.stderr)
+        print(f"dit-fast bench: error: {error}", file=sys.stderr)
         return 2
     return status
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m dit_fast.benchmarks",
+        prog="dit-fast bench",
         description="Measure ops against their baselines, after their tests, into benchmarks/results/<device>/.",
     )
     parser.add_argument(
-        "names", nargs="+", metavar="NAME", help="an op, step, all, report (tables and roofline), or curves"
+        "names",
+        nargs="+",
+        metavar="NAME",
+        help="an op, step (with key=value for our sides), all, report (tables and roofline), or curves",
     )
+    step = parser.add_argument_group("step", "every combination of these instead of the usual cases")
+    step.add_argument("--model", nargs="+", default=[], metavar="SIZE", help="S/2, B/2, L/2, XL/2 ...")
+    step.add_argument("--batch", nargs="+", default=[], type=int, metavar="N", help="samples per step")
+    step.add_argument("--precision", nargs="+", default=[], choices=["bf16", "fp32"])
+    step.add_argument("--pixels", nargs="+", default=[], type=int, metavar="N", help="of the images: 256, 512")
+    step.add_argument("--sides", nargs="+", default=["plain", "compiled"], choices=list(SIDES), help="what is compared")
+    step.add_argument("--once", action="store_true", help="one step of each side, to fill caches; measures nothing")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds per benchmark, without its tests")
     parser.add_argument("--threads", type=int, default=1, help="torch's CPU threads")

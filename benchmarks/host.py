@@ -160,11 +160,11 @@ class _Side:
 
 class _Published(_Side):
     def __init__(self, blocks: int):
-        from dit_fast.benchmarks.baselines.published_step import PublishedDiversity, PublishedTrainer
+        from dit_fast.benchmarks.baselines.published_step import PlainTrainer, PublishedDiversity
         from dit_fast.runs import OptimizerConfig
 
         super().__init__(blocks, PublishedDiversity)
-        self.trainer = PublishedTrainer(self.loss, OptimizerConfig())
+        self.trainer = PlainTrainer(self.loss, OptimizerConfig())
         self.marks = _Marks(self.loss, self.parameters)
 
     def run(self, number: int) -> dict[str, float]:

@@ -26,11 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from dit_fast.benchmarks.cases.case import Setting
     from dit_fast.benchmarks.results import device_of, environment, occasion, rounded, write
-    from dit_fast.benchmarks.step import our_step, step_cases
+    from dit_fast.benchmarks.step import OURS, Sides, step_cases
 
     device = device_of(options.device)
     case = step_cases(Setting(device, options.small))[0]
-    step = our_step(case, device)
+    step = Sides(case, device).make(OURS).run
     for number in range(3):
         step(number)
     cuda = device.type == "cuda"

@@ -136,9 +136,10 @@ def _require(entry: Any, keys: set[str], where: str) -> None:
 
 
 def save(result: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Writes <folder>/<device>/<benchmark>.json."""
+    """Writes <folder>/<device>/<benchmark>.json, the benchmark's name in letters that files can have."""
     check(result)
-    path = folder / result["device"]["slug"] / f"{result['benchmark']}.json"
+    name = re.sub(r"[^a-z0-9_]+", "-", result["benchmark"].lower()).strip("-")
+    path = folder / result["device"]["slug"] / f"{name}.json"
     write(path, rounded(result))
     return path
 

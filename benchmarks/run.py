@@ -1,5 +1,6 @@
 """One benchmark from its tests to its file, and the table that says the same in the terminal."""
 
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -48,6 +49,7 @@ def run(
     failed: dict[str, str] = {}
     wrong: list[str] = []
     path, names = folder, list(measures)
+    label = f"{name} {', '.join(names)}" if isinstance(setting, step.StepSetting) and setting.chosen else name
     for number, (case, measure) in enumerate(measures.items()):
         left = budget - (time.perf_counter() - start)
         if number and left <= 0:
@@ -63,7 +65,7 @@ def run(
             for line in table(cases[-1]):
                 say(line)
         result = document(
-            name,
+            label,
             where,
             seconds=time.perf_counter() - start,
             gate=verdict.as_dict(),
@@ -82,9 +84,7 @@ def run(
 
 def _plan(name: str, setting: Setting) -> tuple[Benchmark[Any], dict[str, Measure]]:
     if name == step.BENCHMARK.op:
-        return step.BENCHMARK, {
-            case.name: partial(step.measure_step, case, setting) for case in step.BENCHMARK.cases(setting)
-        }
+        return step.BENCHMARK, step.step_measures(setting)
     if name not in BENCHMARKS:
         raise UserError(f"unknown benchmark '{name}'; valid: {', '.join(NAMES)}, all, report")
     return BENCHMARKS[name], {
@@ -106,10 +106,13 @@ def target_line(target: dict[str, Any]) -> str:
 
 
 def throughput(side: dict[str, Any]) -> str:
-    """Samples per second, MFU and the host's time of a side that trains; empty for others."""
+    """Samples per second, MFU, the host's time and that of its parts, of a side that trains; empty for others."""
     if "mfu" not in side:
         return ""
-    return f" ({side['samples_per_s']:.4g} samples/s, MFU {side['mfu']:.1%}, host {side['host_s'] * 1e3:.4g} ms)"
+    shares = ", ".join(f"{share:.1%} of {of}" for of, share in side["mfu"].items())
+    host = f", host {side['host_s'] * 1e3:.4g} ms" if "host_s" in side else ""
+    parts = ", ".join(f"{part} {statistics.median(times) * 1e3:.4g}" for part, times in side.get("parts_s", {}).items())
+    return f" ({side['samples_per_s']:.4g} samples/s, MFU {shares}{host}{f'; ms: {parts}' if parts else ''})"
 
 
 def _ceilings_line(ceilings: Ceilings) -> str:

@@ -1,8 +1,7 @@
 """The whole training step of DiverseDiT: model, flow matching, diversity loss, clipping, AdamW with EMA.
 
-Sides in one process: the step as published (our model through the plain torch reference of every op), ours with all
-pairs, the same with compiled blocks (CUDA), ours without the diversity loss, and the diversity loss alone on the
-features of that very model. Data are random latents that lie on the device already.
+Sides (`step_sides.py`) in turn in one process, by groups that hold the weights of few models at once. A turn is ten
+steps in a row on a GPU, so that a host which is slower than the device shows. Data are random latents on the device.
 """
 
 import time
@@ -12,47 +11,53 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from dit_fast.backend import force
-from dit_fast.benchmarks.baselines.published_step import PublishedDiversity, PublishedTrainer
-from dit_fast.benchmarks.cases.case import Benchmark, Setting, Target, Work
-from dit_fast.benchmarks.ceilings import Ceilings
+from dit_fast.benchmarks.cases.case import Benchmark, Setting, Target, Work, speedup_of
+from dit_fast.benchmarks.ceilings import Ceilings, data_sheet, sustained_matmul
 from dit_fast.benchmarks.cost import host_waits, peak_memory
 from dit_fast.benchmarks.measure import SAMPLES, part_entry, reason
+from dit_fast.benchmarks.step_sides import (
+    ALONE,
+    BENCH,
+    BF16_STREAM,
+    CAREFUL,
+    COMPILED,
+    GROUPS,
+    OURS,
+    VARIANTS,
+    Side,
+    Sides,
+    StepCase,
+)
 from dit_fast.benchmarks.timing import Call, clock_for, interleave, summarise
-from dit_fast.methods import Method
-from dit_fast.methods.diversedit import DiverseDiT
-from dit_fast.models import build_model
-from dit_fast.objectives import Flow
-from dit_fast.ops import diversity_loss
-from dit_fast.runs import TrainConfig
-from dit_fast.train.engine import SingleEngine
-from dit_fast.train.loss import TrainingLoss
-from dit_fast.world import World
+from dit_fast.errors import ConfigError
 
-PUBLISHED, OURS, WITHOUT = "as published", "dit_fast, all pairs", "dit_fast, no diversity loss"
-COMPILED = "dit_fast, all pairs, compiled blocks"
-ALONE = "diversity loss alone"
 OPTIMIZER_BYTES = 40  # per parameter: gradient read twice, weight, two moments and EMA read and written, all float32
+ROWS = 10  # steps in a row on a GPU
+PART_STEPS = 3  # in which the parts of a step are told apart
+BENCH_STEPS, BENCH_WARM_UP = 500, 300
+MAY_FAIL = (CAREFUL, COMPILED, BENCH)  # a compiler's work; so may a variant that this machine's configuration refuses
 
 
 @dataclass(frozen=True)
-class StepCase:
-    """input_size: of the latents [batch, channels, input_size, input_size]."""
+class StepSetting(Setting):
+    """groups: of `GROUPS`. overrides: key=value for every side of ours. models, batches, precisions, pixels: every
+    combination of these instead of the usual cases; what is not given is as usual."""
 
-    model: str
-    batch: int
-    precision: str
-    input_size: int = 32
-    channels: int = 4
+    groups: tuple[str, ...] = ("plain", "compiled")
+    overrides: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    batches: tuple[int, ...] = ()
+    precisions: tuple[str, ...] = ()
+    pixels: tuple[int, ...] = ()
 
     @property
-    def name(self) -> str:
-        return f"{self.model.removeprefix('SiT-')} b{self.batch} {self.precision}"
+    def chosen(self) -> bool:
+        """Whether it asks for anything but the usual."""
+        return self != StepSetting(self.device, self.small)
 
 
-def step_cases(setting: Setting) -> list[StepCase]:
+def usual_cases(setting: Setting) -> list[StepCase]:
     if setting.small:
         return [StepCase("SiT-Nano/2", 2, "fp32", input_size=8)]
     if setting.device.type != "cuda":
@@ -60,63 +65,102 @@ def step_cases(setting: Setting) -> list[StepCase]:
     return [StepCase("SiT-XL/2", 32, "bf16"), StepCase("SiT-B/2", 32, "bf16"), StepCase("SiT-B/2", 256, "bf16")]
 
 
-def measure_step(case: StepCase, setting: Setting, ceilings: Ceilings, seconds: float) -> dict[str, Any]:
-    """The case as it stands in the JSON, parts "step" (with samples per second, MFU and the host's time) and
-    "diversity_loss". A side that raises is left out with the reason, unless it is the first."""
-    device, end = setting.device, time.perf_counter() + seconds
-    published = PublishedTrainer(_training_loss(case, device, PublishedDiversity), TrainConfig().optimizer)
-    world = World(0, 1, device)
-    ours, without = (
-        SingleEngine(_training_loss(case, device, *methods), TrainConfig(), world)
-        for methods in ([partial(DiverseDiT, DiverseDiT.Config(pairs="all"))], [])
-    )
-    lr = TrainConfig().optimizer.lr
+def step_cases(setting: Setting) -> list[StepCase]:
+    usual = usual_cases(setting)
+    if not isinstance(setting, StepSetting) or not any(
+        (setting.models, setting.batches, setting.precisions, setting.pixels)
+    ):
+        return usual
+    first = usual[0]
+    return [
+        StepCase(f"SiT-{model.removeprefix('SiT-')}", batch, precision, pixels // 8)
+        for model in setting.models or (first.model,)
+        for batch in setting.batches or (first.batch,)
+        for precision in setting.precisions or (first.precision,)
+        for pixels in setting.pixels or (8 * first.input_size,)
+    ]
 
-    def as_published(step: int) -> Any:
-        with force("torch"):
-            return published.train_step(_batch(case, device, step), step)
 
-    steps: dict[str, Callable[[int], Any]] = {
-        PUBLISHED: as_published,
-        OURS: lambda step: ours.train_step([_batch(case, device, step)], step, lr).logs,
-        WITHOUT: lambda step: without.train_step([_batch(case, device, step)], step, lr).logs,
+def step_measures(setting: Setting) -> dict[str, Callable[[Ceilings, float], dict[str, Any]]]:
+    """By name, every case with every group of sides; those of "plain" have the case's own."""
+    setting = setting if isinstance(setting, StepSetting) else StepSetting(setting.device, setting.small)
+    return {
+        case.name if group == "plain" else f"{case.name}, {group}": partial(measure_step, case, group, setting)
+        for group in setting.groups
+        for case in step_cases(setting)
     }
-    if device.type == "cuda":
-        steps[COMPILED] = _with_compiled_blocks(ours.model, steps[OURS])
-    features = _features(ours.loss, _batch(case, device, 0))
-    steps[ALONE] = lambda step: torch.autograd.grad(diversity_loss(features, "all").total, features)
+
+
+def warm(setting: StepSetting, say: Callable[[str], None] = print) -> None:
+    """One step of every side, so that all of it is compiled and cached; nothing is measured."""
+    for case in step_cases(setting):
+        for group in setting.groups:
+            sides = Sides(case, setting.device, setting.overrides, setting.small)
+            for name in GROUPS[group]:
+                start = time.perf_counter()
+                try:
+                    sides.make(name).run(0)
+                    _finish(setting.device)
+                    say(f"{case.name}: {name}: {time.perf_counter() - start:.1f} s")
+                except Exception as error:
+                    say(f"{case.name}: {name}: not run ({reason(error)})")
+
+
+def measure_step(
+    case: StepCase, group: str, setting: StepSetting, ceilings: Ceilings, seconds: float
+) -> dict[str, Any]:
+    """The case as it stands in the JSON: part "step" (or "diffusion_bench"), each side with samples per second,
+    MFU, the host's time and the step's parts, and part "diversity_loss". A side that raises is left out, with the
+    reason."""
+    device, end = setting.device, time.perf_counter() + seconds
+    makers = Sides(case, device, setting.overrides, setting.small)
+    sides: dict[str, Side] = {}
     costs: dict[str, dict[str, int]] = {}
     skipped: dict[str, str] = {}
     failed: dict[str, str] = {}
-    for name, run in steps.items():
+    for name in GROUPS[group]:
         try:
-            run(0)  # a compiler's memory is not the step's
-            costs[name] = {"peak_memory_bytes": peak_memory(partial(run, 0), device)}
+            side = makers.make(name)
+            side.run(0)  # a compiler's memory is not the step's
+            costs[name] = {"peak_memory_bytes": peak_memory(partial(side.run, 0), device)}
             if device.type == "cuda":  # elsewhere the count would be of counters that lie on the CPU anyway
-                costs[name]["host_waits"] = host_waits(partial(run, 0), device)
+                costs[name]["host_waits"] = host_waits(partial(side.run, 0), device)
+            sides[name] = side
         except Exception as error:
-            if name == PUBLISHED:
-                raise
-            (skipped if name == COMPILED else failed)[name] = reason(error)
-    host: dict[str, list[float]] = {name: [] for name in costs}
-    calls = {name: _timed(steps[name], host[name]) for name in costs}
-    warm_up = 3 if device.type == "cuda" else 1
-    left = end - time.perf_counter()
-    rounds = interleave(calls, clock_for(device), samples=SAMPLES, seconds=left, warm_up=warm_up)
-    samples = {name: [times[0] for times in turns] for name, turns in rounds.items()}
-    alone = {name: samples.pop(name) for name in (ALONE,) if name in samples}
-    model: Any = ours.loss.model
+            elsewhere = name in MAY_FAIL or (name in VARIANTS and isinstance(error, ConfigError))
+            (skipped if elsewhere else failed)[name] = reason(error)
+    if not any(name != ALONE for name in sides):
+        raise RuntimeError(f"no side ran: {'; '.join([*failed.values(), *skipped.values()])}")
+    engine = next(iter(makers._engines.values()), None) or makers.engine(False, ())
+    model: Any = engine.model
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     work = Work(OPTIMIZER_BYTES * trained, 3 * model.flops_per_sample() * case.batch)
-    step = part_entry(samples, dict.fromkeys(samples, work), ceilings, case.precision)
-    for name, side in step["sides"].items():
-        side["host_s"] = summarise(host[name][warm_up:]).median
-        side["samples_per_s"] = case.batch / side["median_s"]
-        side["mfu"] = side["flops_per_s"] / ceilings.matmul[case.precision]
-    elements, pairs = sum(x.numel() for x in features), len(features) * (len(features) - 1) // 2
-    least = Work(3 * sum(x.nbytes for x in features), 18 * elements + 6 * pairs * features[0].numel())
-    return {
-        "name": case.name,
+    left = end - time.perf_counter()
+    parts: dict[str, Any] = {}
+    host: dict[str, list[float]] = {}
+    if group == "diffusion-bench":
+        samples = {name: _in_a_row(side, setting) for name, side in sides.items()}
+        parts["diffusion_bench"] = part = part_entry(samples, dict.fromkeys(samples, work), ceilings, case.precision)
+    else:
+        samples, host = _in_turn(sides, setting, left)
+        alone = {name: samples.pop(name) for name in (ALONE,) if name in samples}
+        parts["step"] = part = part_entry(samples, dict.fromkeys(samples, work), ceilings, case.precision)
+        if alone:
+            parts["diversity_loss"] = part_entry(alone, {ALONE: _least(makers)}, ceilings, case.precision)
+    matmul = "fp32" if case.precision == "fp32" else "bf16"
+    peaks = {"the data sheet": data_sheet(device, matmul),
+             "the sustained rate": sustained_matmul(device, matmul, small=setting.small)}  # fmt: skip
+    for name, side in part["sides"].items():
+        spent = sum(side["samples_s"]) / len(side["samples_s"]) if group == "diffusion-bench" else side["median_s"]
+        side["samples_per_s"] = case.batch / spent
+        side["mfu"] = {of: work.flops / spent / peak for of, peak in peaks.items() if peak}
+        if name in host:
+            side["host_s"] = summarise(host[name]).median
+        if sides[name].owner is not None:
+            told = [sides[name].parts(step, device) for step in range(PART_STEPS)]
+            side["parts_s"] = {key: [each[key] for each in told] for key in told[0]}
+    entry = {
+        "name": case.name if group == "plain" else f"{case.name}, {group}",
         "dtype": case.precision,
         "shape": {
             "batch": case.batch,
@@ -125,101 +169,88 @@ def measure_step(case: StepCase, setting: Setting, ceilings: Ceilings, seconds: 
             "blocks": model.depth,
             "parameters": trained,
         },
-        "baseline": PUBLISHED,
-        "feature_dtype": str(features[0].dtype).removeprefix("torch."),
+        "baseline": next(iter(samples)),
+        "overrides": list(setting.overrides),
         "skipped": skipped,
         "failed": failed,
         "costs": costs,
-        "parts": {"step": step}
-        | ({"diversity_loss": part_entry(alone, {ALONE: least}, ceilings, case.precision)} if alone else {}),
+        "parts": parts,
     }
+    return entry | ({"feature_dtype": makers.feature_dtype} if ALONE in sides else {})
 
 
-def _with_compiled_blocks(model: Any, step: Callable[[int], Any]) -> Callable[[int], Any]:
-    """The step with the model's blocks compiled as engine.compile does it; at other times they are as they were."""
-    blocks = list(model.blocks)
-    for block in blocks:
-        block.compile()
-    compiled = [block._compiled_call_impl for block in blocks]
+def _in_turn(
+    sides: dict[str, Side], setting: Setting, seconds: float
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of a step by side, sides in turn, and those of the host's calls."""
+    device = setting.device
+    row = ROWS if device.type == "cuda" else 1
+    warm_up = 1
+    host: dict[str, list[float]] = {name: [] for name in sides}
 
-    def switch(calls: Sequence[Any]) -> None:
-        for block, call in zip(blocks, calls, strict=True):
-            block._compiled_call_impl = call
+    def timed(name: str, side: Side) -> Call:
+        def call(number: int, mark: Callable[[], None]) -> Any:
+            start = time.perf_counter()
+            for step in range(number * row, number * row + row):
+                kept = side.run(step)
+            host[name].append((time.perf_counter() - start) / row)
+            mark()
+            return kept
 
-    def run(number: int) -> Any:
-        switch(compiled)
-        try:
-            return step(number)
-        finally:
-            switch([None] * len(blocks))
+        return call
 
-    switch([None] * len(blocks))
-    return run
+    calls = {name: timed(name, side) for name, side in sides.items()}
+    rounds = interleave(calls, clock_for(device), samples=SAMPLES, seconds=seconds, warm_up=warm_up)
+    samples = {name: [times[0] / row for times in turns] for name, turns in rounds.items()}
+    return samples, {name: times[warm_up:] for name, times in host.items()}
+
+
+def _in_a_row(side: Side, setting: Setting) -> list[float]:
+    """diffusion-bench's protocol: one side alone, 500 steps of which 300 do not count, TF32 allowed, each step's
+    loss read by the host. Its rate is the steps that count over all of their time; here each one's time is kept."""
+    steps, first = (5, 3) if setting.small else (BENCH_STEPS, BENCH_WARM_UP)
+    before, times = torch.get_float32_matmul_precision(), []
+    torch.set_float32_matmul_precision("high")
+    try:
+        for step in range(steps):
+            if step == first:
+                _finish(setting.device)
+                start = time.perf_counter()
+            float(side.run(step))
+            if step >= first:
+                times.append(time.perf_counter() - start)
+                start = time.perf_counter()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return times
+
+
+def _least(makers: Sides) -> Work:
+    """Of the diversity loss of all pairs on features in memory."""
+    features = makers._features
+    elements, pairs = sum(x.numel() for x in features), len(features) * (len(features) - 1) // 2
+    return Work(3 * sum(x.nbytes for x in features), 18 * elements + 6 * pairs * features[0].numel())
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _side(cases: Sequence[dict[str, Any]], case: str, name: str) -> dict[str, Any] | None:
+    found = (part["sides"].get(name) for entry in cases if entry["name"] == case for part in entry["parts"].values())
+    return next((side for side in found if side is not None), None)
 
 
 def diversity_share(cases: list[dict[str, Any]], case: str) -> float | None:
     """Time of the diversity loss alone over that of our step with it, in percent."""
-    for entry in cases:
-        sides = {name: side for part in entry["parts"].values() for name, side in part["sides"].items()}
-        if entry["name"] == case and ALONE in sides and OURS in sides:
-            return 100 * sides[ALONE]["median_s"] / sides[OURS]["median_s"]
-    return None
+    alone, ours = _side(cases, case, ALONE), _side(cases, case, OURS)
+    return 100 * alone["median_s"] / ours["median_s"] if alone and ours else None
 
 
-def _training_loss(case: StepCase, device: torch.device, *methods: Callable[[Any, Any], Method]) -> TrainingLoss:
-    """methods: bound by a call with the model and a data set, of which they need nothing."""
-    torch.manual_seed(0)
-    model = build_model(case.model, input_size=case.input_size, in_channels=case.channels, skip_wiring="input")
-    precision: Any = case.precision
-    return TrainingLoss(
-        model,
-        Flow(Flow.Config(), model),
-        [bind(model, None) for bind in methods],
-        seed=0,
-        label_dropout=0.1,
-        precision=precision,
-    ).to(device)
-
-
-def _batch(case: StepCase, device: torch.device, step: int) -> dict[str, Tensor]:
-    generator = torch.Generator(device).manual_seed(step)
-    size = (case.batch, 2, case.channels, case.input_size, case.input_size)
-    first = step * case.batch
-    return {
-        "moments": torch.randn(size, generator=generator, device=device),
-        "label": torch.randint(0, 1000, (case.batch,), generator=generator, device=device),
-        "position": torch.arange(first, first + case.batch, device=device),
-    }
-
-
-def our_step(case: StepCase, device: torch.device) -> Callable[[int], Any]:
-    """Our whole step, all pairs, as a function of its number."""
-    bind = partial(DiverseDiT, DiverseDiT.Config(pairs="all"))
-    engine = SingleEngine(_training_loss(case, device, bind), TrainConfig(), World(0, 1, device))
-    return lambda step: engine.train_step([_batch(case, device, step)], step, TrainConfig().optimizer.lr).logs
-
-
-def _features(training_loss: Any, batch: dict[str, Tensor]) -> list[Tensor]:
-    """Block outputs of the model, detached leaves, in the dtype in which the loss meets them in training."""
-    size, model = batch["label"].shape[0], training_loss.model
-    x = batch["moments"][:, 0].contiguous()
-    times = torch.full((size,), 0.5, device=x.device)
-    with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=training_loss.precision == "bf16"):
-        _, features = model(x, times, batch["label"], taps=range(model.depth))
-    return [feature.clone().requires_grad_() for feature in features.values()]
-
-
-def _timed(run: Callable[[int], Any], host: list[float]) -> Call:
-    """host gets the seconds of each call, until it returns."""
-
-    def call(number: int, mark: Callable[[], None]) -> Any:
-        start = time.perf_counter()
-        kept = run(number)
-        host.append(time.perf_counter() - start)
-        mark()
-        return kept
-
-    return call
+def _sustained_share(cases: list[dict[str, Any]], _: Ceilings) -> float | None:
+    ours = _side(cases, "XL/2 b128 bf16", OURS)
+    return 100 * ours["mfu"]["the sustained rate"] if ours else None
 
 
 BENCHMARK: Benchmark[StepCase] = Benchmark(
@@ -230,7 +261,12 @@ BENCHMARK: Benchmark[StepCase] = Benchmark(
     step_cases,
     {
         "cuda": (
-            Target("XL/2 b32: diversity loss, all pairs, under 1 % of the step (percent)", 1,
+            Target("XL/2 b32, fp32 stream: 1.5x as published", 1.5, speedup_of("XL/2 b32 bf16", OURS, "step")),
+            Target("XL/2 b32, bf16 stream: 1.6x as published", 1.6,
+                   speedup_of("XL/2 b32 bf16, types", BF16_STREAM, "step")),
+            Target("XL/2 b32: 1.25x careful", 1.25, speedup_of("XL/2 b32 bf16, compiled", OURS, "step", (CAREFUL,))),
+            Target("XL/2 b128: 65 % of the sustained matrix rate (percent)", 65, _sustained_share),
+            Target("XL/2 b32: diversity loss, all pairs, under 2 % of the step (percent)", 2,
                    lambda cases, _: diversity_share(cases, "XL/2 b32 bf16"), at_most=True),
         )
     },

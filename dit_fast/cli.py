@@ -10,11 +10,17 @@ from dit_fast import __version__, terminal
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status. Errors are one line (`dit_fast.terminal`)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if [argument for argument in arguments if argument != "--traceback"][:1] == ["train"]:
+    first = [argument for argument in arguments if argument != "--traceback"][:1]
+    if first == ["train"]:
         from dit_fast.train.__main__ import main as train  # shared with `deepspeed --module`
 
         arguments.remove("train")
         return train(arguments)
+    if first == ["bench"]:
+        from dit_fast.benchmarks.__main__ import main as bench  # shared with `python -m dit_fast.benchmarks`
+
+        arguments.remove("bench")
+        return terminal.run(bench, arguments)
     return terminal.run(_work, arguments)
 
 
@@ -35,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, devices, optional packages, and which backend each op uses")
     info.set_defaults(run=_info)
     commands.add_parser("train", help="train in one process: dit-fast train RECIPE key=value ...", add_help=False)
+    commands.add_parser("bench", help="measure ops and the whole training step: dit-fast bench NAME", add_help=False)
     shards.add_commands(commands)
     sampling.add_commands(commands)
     report.add_commands(commands)

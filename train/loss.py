@@ -29,6 +29,7 @@ class TrainingLoss(nn.Module):
     only where a method asked for them, and of a method that has stopped no more than its `lasting_terms` is computed.
     """
 
+    autocast_dtype = torch.bfloat16  # a baseline has another
     scale: Tensor
     shift: Tensor
 
@@ -57,7 +58,7 @@ class TrainingLoss(nn.Module):
         number: of the optimizer step, from 0. The loss is float32; so is all that it is computed from after the model.
         """
         key = Key(self.seed, batch["position"])
-        with torch.autocast(batch["moments"].device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with torch.autocast(batch["moments"].device.type, self.autocast_dtype, enabled=self.precision == "bf16"):
             batch = self._complete(batch, number)
             x, y, taps = self._state(batch, key), self._labels(batch["label"], key), self._taps(number)
             context = self.objective.run(self.model, x, y, key, taps, batch, number)

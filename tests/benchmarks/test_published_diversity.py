@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import torch
 
-from dit_fast.benchmarks.baselines.published_diversity import published_diversity_loss
-from dit_fast.benchmarks.baselines.published_step import PublishedDiversity
+from dit_fast.benchmarks.baselines.published_diversity import published_diversity_loss, vectorised_diversity_loss
+from dit_fast.benchmarks.baselines.published_step import CarefulDiversity, PublishedDiversity
 from dit_fast.methods.diversedit import DiverseDiT, select_pairs
 from dit_fast.models import Taps
 from dit_fast.ops import diversity_loss
@@ -34,6 +34,15 @@ def test_values_and_gradients_equal_ours(blocks, depth, checks):
     assert_close(torch.stack(torch.autograd.grad(ours.total, x)), expected, 1e-4)
 
 
+@loop_over("blocks", [12, 7, 2])
+def test_the_careful_loss_equals_the_published_one(blocks):
+    x = features(blocks)
+    theirs, careful = published_diversity_loss(x).total, vectorised_diversity_loss(x)
+    assert_close(careful, theirs, 1e-5)
+    gradients = [torch.stack(torch.autograd.grad(total, x)) for total in (careful, theirs)]
+    assert_close(*gradients, 1e-4)
+
+
 @loop_over("name", golden_names("diversity_"))
 def test_equals_the_recorded_values_of_the_original(name):
     data = golden(name)
@@ -59,6 +68,8 @@ def test_the_published_weight_is_ours_undetached(scale):
     taps = Taps((), {"diversedit": (method.collector(), method.blocks)})
     features = {block: taps(block, feature) for block, feature in enumerate(x)}
     (theirs,) = PublishedDiversity(model, None).terms(SimpleNamespace(features=features)).values()
+    (careful,) = CarefulDiversity(model, None).terms(SimpleNamespace(features=features)).values()
+    assert_close(careful.weight * careful.value, theirs.weight * theirs.value, 1e-4, extra=1e-9)
     (ours,) = method.terms(SimpleNamespace(taps=taps)).values()
     weights = [torch.as_tensor(term.weight).detach() for term in (ours, theirs)]
     assert_close(*weights, 1e-4)

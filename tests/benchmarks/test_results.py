@@ -16,6 +16,7 @@ from dit_fast.benchmarks.ceilings import Ceilings
 from dit_fast.benchmarks.measure import measure_case
 from dit_fast.benchmarks.results import check, environment, load_all, save
 from dit_fast.benchmarks.run import _judged, run
+from dit_fast.benchmarks.step import StepSetting, step_cases, step_measures
 from dit_fast.errors import UserError
 
 
@@ -155,17 +156,52 @@ def test_other_ops(name, small, open_gate, tmp_path):
 
 def test_whole_step(small, open_gate, tmp_path):
     lines = []
-    found = json.loads(run("step", small, tmp_path, budget=0.1, say=lines.append).read_text())
+    setting = StepSetting(small.device, True, ("plain",), overrides=("optimizer.weight_decay=0.1",))
+    path = run("step", setting, tmp_path, budget=0.1, say=lines.append)
+    found = json.loads(path.read_text())
     check(found)
+    assert path.name == "step-nano-2-b2-fp32-64px.json"
     (case,) = found["cases"]
+    assert case["name"] == "Nano/2 b2 fp32 64px"
     sides = case["parts"]["step"]["sides"]
     assert list(sides) == ["as published", "dit_fast, all pairs", "dit_fast, no diversity loss"]
     for side in sides.values():
         assert side["samples_per_s"] == pytest.approx(2 / side["median_s"], rel=1e-4)
-        assert 0 < side["mfu"] < 1
+        assert side["mfu"].keys() == {"the sustained rate"}  # no data sheet of a CPU
         assert 0 < side["host_s"] < 2 * side["quartiles_s"][1]
+        assert {part: len(times) for part, times in side["parts_s"].items()} == {
+            "forward": 3,
+            "backward": 3,
+            "update": 3,
+        }
     assert list(case["parts"]["diversity_loss"]["sides"]) == ["diversity loss alone"]
-    assert any("samples/s, MFU" in line for line in lines)
+    assert case["overrides"] == ["optimizer.weight_decay=0.1"]
+    assert any("samples/s, MFU" in line and "backward" in line for line in lines)
+
+
+def test_steps_in_a_row_keep_the_time_of_each_that_counts(small, open_gate, tmp_path, monkeypatch):
+    """diffusion-bench's protocol, without its compiler."""
+    monkeypatch.setattr(torch, "compile", lambda call, **options: call)
+    found = json.loads(run("step", StepSetting(small.device, True, ("diffusion-bench",)), tmp_path, budget=0.1,
+                           say=lambda line: None).read_text())  # fmt: skip
+    (case,) = found["cases"]
+    sides = case["parts"]["diffusion_bench"]["sides"]
+    assert list(sides)[:2] == ["diffusion-bench", "dit_fast, no diversity loss"]
+    for side in sides.values():
+        assert len(side["samples_s"]) == 2
+        assert side["samples_per_s"] == pytest.approx(2 * 2 / sum(side["samples_s"]), rel=1e-4)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_cases_of_the_step_are_every_combination_asked_for(small):
+    setting = StepSetting(
+        small.device, models=("B/2", "SiT-XL/2"), batches=(32,), precisions=("bf16",), pixels=(256, 512)
+    )
+    names = ["B/2 b32 bf16", "B/2 b32 bf16 512px", "XL/2 b32 bf16", "XL/2 b32 bf16 512px"]
+    assert [case.name for case in step_cases(setting)] == names
+    assert list(step_measures(replace(setting, groups=("plain", "types")))) == [
+        *names, *(f"{name}, types" for name in names)
+    ]  # fmt: skip
 
 
 def broken(inputs):
@@ -208,7 +244,7 @@ def test_a_case_that_breaks_takes_no_other_with_it(small, open_gate, monkeypatch
     assert main(arguments) == 1
     printed = capsys.readouterr()
     failure = "AssertionError: wrong number of dimensions"
-    assert printed.err == f"dit-fast benchmarks: adaln: first: {failure}; third: ours: {failure}\n"
+    assert printed.err == f"dit-fast bench: adaln: first: {failure}; third: ours: {failure}\n"
     assert f"first: not run ({failure})" in printed.out
     (found,) = load_all(tmp_path)
     assert [case["name"] for case in found["cases"]] == ["second", "third"]
@@ -248,6 +284,8 @@ def test_report_prints_tables_and_draws_the_roofline(result, folder, capsys):
     [
         (["adalm"], "unknown benchmark 'adalm'; valid: diversity_loss, long_skip, adaln, qk_norm"),
         (["adaln", "--device", "tpu"], "--device tpu is unknown"),
+        (["adaln", "--batch", "4"], "--once are for `step` alone"),
+        (["step", "engine.compil=true", "--once", "--small"], "unknown configuration key 'engine.compil'"),
         (["report", "--out", "/nonexistent"], "no results in /nonexistent"),
     ],
 )
