@@ -25,7 +25,7 @@ def report(folder: Path) -> None:
     """Prints the tables and writes <folder>/<device>/roofline.png. Raises UserError where there is no result."""
     results = load_all(folder)
     if not results:
-        raise UserError(f"no results in {folder}; run python -m dit_fast.benchmarks all")
+        raise UserError(f"no results in {folder}; run dit-fast bench all")
     for result in results:
         print(markdown(result))
     for device in sorted({result["device"]["slug"] for result in results}):

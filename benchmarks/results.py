@@ -108,8 +108,10 @@ def document(
 
 def occasion() -> dict[str, str]:
     """The command of this process, and the time."""
+    first, *rest = sys.orig_argv[1:] or sys.argv
+    begin = ["dit-fast"] if Path(first).name == "dit-fast" else ["python", first]
     return {
-        "command": " ".join(["python", "-m", "dit_fast.benchmarks", *sys.argv[1:]]),
+        "command": " ".join([*begin, *rest]),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

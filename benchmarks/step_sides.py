@@ -131,7 +131,7 @@ class Side:
 
 
 class Sides:
-    """Makes sides of one case. overrides: key=value for all of ours, refused here. small: a compiler that only traces."""
+    """Makes sides of one case. overrides: key=value for all of ours. small: a compiler that only traces."""
 
     def __init__(self, case: StepCase, device: torch.device, overrides: Sequence[str] = (), small: bool = False):
         changed(TrainConfig(), overrides)  # before anything is built

@@ -1,6 +1,6 @@
 """Reference curves of the recipes of quick-start size, and whether a run lies on the one of its configuration.
 
-`python -m dit_fast.benchmarks curves` records them: three runs of 200 steps in which every seed changes, each logged
+`dit-fast bench curves` records them: three runs of 200 steps in which every seed changes, each logged
 quantity's mean over every ten steps, raw. docs/benchmarks.md has the rule with its statistics.
 """
 
