@@ -82,6 +82,9 @@ class EngineConfig:
         resumes=True,
     )
     compile: bool = setting(False, "torch.compile for every block", resumes=True)
+    cuda_graph: bool = setting(
+        False, "Replay the step as one CUDA graph; one process, optimizer.name=adamw", resumes=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

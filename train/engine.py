@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dit_fast.errors import ConfigError
 from dit_fast.nn.linear import Linear
 from dit_fast.runs import TrainConfig
+from dit_fast.train.graph import GraphedStep, Graphs
 from dit_fast.train.optim import AdamWEMA, applied_steps, build_optimizer, init_states, set_applied_steps
 from dit_fast.world import World
 
@@ -65,10 +66,16 @@ class Engine(ABC):
         """Forward and backward over the micro-batches of this rank, then one clipped update."""
         if not self._checked:
             self._refuse_unknown(parameter for _, parameter in own_parameters(self.loss))
-        sums: dict[str, Tensor] = {}
         self._buffers.keep()
         for group, share in zip(self._optimizer.param_groups, self._lr_shares, strict=True):
-            group["lr"] = lr * share
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr * share)
+            else:
+                group["lr"] = lr * share
+        return self._whole_step(micro_batches, step)
+
+    def _whole_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
+        sums: dict[str, Tensor] = {}
         for batch in micro_batches:
             loss, logs = self._forward(batch, step)
             if not self._checked:
@@ -242,12 +249,39 @@ class Engine(ABC):
 
 
 class SingleEngine(Engine):
-    """One process, no DeepSpeed. The loss is moved to the world's device."""
+    """One process, no DeepSpeed. The loss is moved to the world's device.
 
-    def __init__(self, loss: nn.Module, config: TrainConfig, world: World, groups: Groups = ()):
+    graphs: with which engine.cuda_graph replays steps; None: CUDA's. Raises ConfigError where that cannot be.
+    """
+
+    def __init__(
+        self, loss: nn.Module, config: TrainConfig, world: World, groups: Groups = (), graphs: Graphs | None = None
+    ):
         super().__init__(loss.to(world.device), config, world, groups)
         init_states(self._optimizer)
         self._make_shadows()
+        self._graphed: GraphedStep[StepResult] | None = None
+        if config.engine.cuda_graph:
+            if graphs is None and world.device.type != "cuda":
+                raise ConfigError(
+                    f"engine.cuda_graph=true needs a CUDA device, and this process runs on {world.device.type}; set "
+                    "engine.cuda_graph=false"
+                )
+            if not isinstance(self._optimizer, AdamWEMA):
+                raise ConfigError(
+                    f"engine.cuda_graph=true needs optimizer.name=adamw, not {config.optimizer.name}, for which the host "
+                    "waits in every step"
+                )
+            for group in self._optimizer.param_groups:
+                group["lr"] = torch.full((), group["lr"], dtype=torch.float64, device=world.device)
+            self._graphed = GraphedStep(super()._whole_step, cast(Any, self.loss).kind, graphs or Graphs())
+
+    def _whole_step(self, micro_batches: Sequence[Batch], step: int) -> StepResult:
+        if self._graphed is None or not self._checked:
+            return super()._whole_step(micro_batches, step)
+        made = self._graphed(micro_batches, step)  # overwritten by the next step, and these may be read late
+        logs = {name: value.clone() for name, value in made.logs.items()}
+        return StepResult(logs, made.grad_norm.clone(), made.applied.clone())
 
     def _forward(self, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         return self.loss(batch, step)
@@ -275,8 +309,11 @@ class Buffers:
     def keep(self) -> None:
         """Before a step: copies what is new, or was changed since the last one."""
         for module, own in self._own():
-            if module not in self._kept or [each._version for each in own] != self._kept[module][0]:
-                self._kept[module] = [each._version for each in own], [each.detach().clone() for each in own]
+            versions, copies = self._kept.get(module) or ([], [each.detach().clone() for each in own])
+            if [each._version for each in own] != versions:
+                for buffer, copy in zip(own, copies, strict=True):
+                    copy.copy_(buffer)
+                self._kept[module] = [each._version for each in own], copies
 
     @torch.no_grad()
     def settle(self, applied: Tensor) -> None:

@@ -4,7 +4,7 @@ Every random number is keyed by (noise seed, position in the run): posterior noi
 draws do not depend on the batch, the rank, the world size or on what ran before.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -50,6 +50,10 @@ class TrainingLoss(nn.Module):
         self.seed, self.label_dropout, self.precision = seed, label_dropout, precision
         for name, value in (("scale", scale), ("shift", shift)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
+
+    def kind(self, number: int) -> tuple[Hashable, ...]:
+        """All that a step depends on through its number; equal for steps that differ by their data alone."""
+        return tuple(method.kind(number) for method in self.methods)
 
     def forward(self, batch: Mapping[str, Tensor], number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """batch: moments float32 [n, 2, C, h, w] (mean, std) or [n, 1, C, h, w] (mean), label int64 [n], position

@@ -98,6 +98,11 @@ class ZeroEngine(Engine):
     """DeepSpeed ranks. The model's weights must be in place before; optimizer states are restored after."""
 
     def __init__(self, loss: nn.Module, config: TrainConfig, world: World, micro_batch: int, groups: Groups = ()):
+        if config.engine.cuda_graph:
+            raise ConfigError(
+                "engine.cuda_graph=true replays steps of one process, and a launcher started this one; set "
+                "engine.cuda_graph=false, or start without a launcher"
+            )
         super().__init__(loss, config, world, groups)
         self.stage = config.engine.zero_stage
         size = sum(shape.numel() for shape in self._shapes.values())

@@ -6,7 +6,7 @@ the blocks that they ask for, and adds `weight * value` of their terms to the ob
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -128,6 +128,11 @@ class Method(ABC):
     def active(self, number: int) -> bool:
         """Whether its terms count in this optimizer step, from 0."""
         return active(number, self.config.stop_step)
+
+    def kind(self, number: int) -> Hashable:
+        """All that its part of an optimizer step, from 0, depends on through the number: equal for steps that differ by
+        their data alone, of which one can be captured and replayed."""
+        return self.active(number)
 
     def lasting_terms(self, context: Context) -> dict[str, Term]:
         """Those of `terms` that count from stop_step on too, without `features`: what the model needs to denoise what

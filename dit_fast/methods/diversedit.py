@@ -4,6 +4,7 @@ Paper and published code disagree on the pairs, the variant of the terms and whe
 is an option. Defaults: the published pairs and terms, and the weight as a weight (detached), as the paper means it.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -137,6 +138,9 @@ class DiverseDiT(Method):
 
     def collector(self) -> DiversityTaps:
         return DiversityTaps()
+
+    def kind(self, number: int) -> Hashable:
+        return number if self.redrawn and self.active(number) else self.active(number)
 
     def terms(self, context: Context) -> dict[str, Term]:
         taps: Any = context.taps.collectors[self.name]

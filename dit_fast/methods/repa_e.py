@@ -23,7 +23,7 @@ changes none of them, here, where three optimizers would each decide for themsel
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -175,6 +175,9 @@ class REPAE(Alignment):
         latents = mean + (0.5 * logvar).exp() * noise
         self._encoded = Encoded(images, mean, logvar, latents, self.bn.running(latents))
         return like(x, {**leaves(x), "image": self.bn(latents.detach())})
+
+    def kind(self, number: int) -> Hashable:
+        return self.active(number), number >= self.config.gan_start
 
     def terms(self, context: Context) -> dict[str, Term]:
         if self._encoded is None:

@@ -3,7 +3,7 @@
 The teacher is the moving average of the model itself. No encoder and no further data are read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -149,6 +149,9 @@ class SRA(Method):
         config = self.config
         late = max(0, number - config.weight_knee) / config.weight_decade if config.weight_decade else 0.0
         return config.weight * 0.1**late
+
+    def kind(self, number: int) -> Hashable:
+        return self.active(number) and self.weight(number)
 
     def after_update(self, model: Backbone, applied: Tensor) -> None:
         source, share = dict(model.named_parameters()), (1 - self.config.decay) * applied

@@ -29,6 +29,22 @@ def test_guard_counts_consecutive_skips_only():
         guard.after_step(6, torch.zeros(()))
 
 
+class OnCuda(torch.Tensor):
+    is_cuda = True
+
+
+def test_guard_reads_a_devices_flags_one_interval_late():
+    guard, seen = Guard(), []
+    for step, flag in enumerate((1.0, 0.0, 1.0, 0.0, 0.0, 1.0), start=1):
+        guard.after_step(step, torch.tensor(flag).as_subclass(OnCuda))
+        if step % 2 == 0:
+            guard._open = [each.as_subclass(torch.Tensor) for each in guard._open]  # no pinned memory on a CPU
+            seen.append((guard.close_interval(step), guard.skipped))
+    assert seen == [(0, 0), (2, 1), (4, 2)]
+    guard.settle(6)
+    assert guard.recent == [2, 4, 5]
+
+
 def test_guard_names_a_value_that_is_not_finite():
     guard = Guard()
     guard.values(10, {"loss": 1.0})
