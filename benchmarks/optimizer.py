@@ -25,6 +25,7 @@ from dit_fast.world import World, single
 MODEL, SAMPLES, SECONDS = "SiT-S/2", 15, 40.0
 PLAIN = "torch: clip_grad_norm_, AdamW(foreach), foreach EMA"
 OURS = "optimizer.name=adamw"
+GATHERED = "ZeRO stages 1 and 2, after the gather: shadows"
 NAMES = (OURS, "optimizer.name=torch_fused_adamw")
 WRITTEN = {"copy_", "fill_", "zero_"}  # their first argument is written and not read
 
@@ -52,7 +53,7 @@ class Moved(TorchDispatchMode):
             written = argument.alias_info is not None and argument.alias_info.is_write
             if name == "_fused_adamw_" and argument.name == "grads":
                 written = kwargs.get("grad_scale") is not None
-            alone = written and (name in WRITTEN or argument.name in ("shadows", "scratch"))
+            alone = written and (name in WRITTEN or "copy_" in name or argument.name in ("shadows", "scratch"))
             for x in _tensors(value):
                 key = (x.data_ptr(), x.nbytes)
                 times[key] = max(times.get(key, 0), 1 + (written and not alone))
@@ -90,7 +91,12 @@ def sides(world: World) -> dict[str, tuple[nn.Module, Callable[[], Any]]]:
     found: dict[str, tuple[nn.Module, Callable[[], Any]]] = {}
     for name in NAMES:
         loss, config = Gradients(), changed(TrainConfig(), [name])
-        found[name] = loss, partial(_engine_pass, SingleEngine(loss, config, world))
+        engine = SingleEngine(loss, config, world)
+        found[name] = loss, partial(_engine_pass, engine)
+        if name == OURS:
+            shadows, weights = zip(*engine._make_shadows(), strict=True)
+            own = [weight.detach() for weight in weights]
+            found[GATHERED] = loss, partial(torch._foreach_copy_, shadows, own)
     loss = Gradients().to(world.device)
     return found | {PLAIN: (loss, _plain_pass(list(filter(lambda each: each.requires_grad, loss.parameters()))))}
 
@@ -123,7 +129,7 @@ def measure(world: World, seconds: float = SECONDS) -> dict[str, Any]:
             parameter.grad = gradient
         with Moved() as moved:
             run()
-        count = sum(each.numel() for each, _ in gradients)
+        count = sum(each.numel() for each in loss.parameters() if each.requires_grad)
         found[name] = {"bytes_per_parameter": round(moved.bytes / count, 2), "operators": moved.calls}
     rounds = interleave(prepared, clock_for(world.device), samples=SAMPLES, seconds=seconds, warm_up=1)
     for name, turns in rounds.items():

@@ -269,8 +269,8 @@ class SingleEngine(Engine):
                 )
             if not isinstance(self._optimizer, AdamWEMA):
                 raise ConfigError(
-                    f"engine.cuda_graph=true needs optimizer.name=adamw, not {config.optimizer.name}, for which the host "
-                    "waits in every step"
+                    f"engine.cuda_graph=true needs optimizer.name=adamw, not {config.optimizer.name}, for which every "
+                    "step waits"
                 )
             for group in self._optimizer.param_groups:
                 group["lr"] = torch.full((), group["lr"], dtype=torch.float64, device=world.device)
