@@ -21,10 +21,9 @@ STEP = 4  # rows whose loads are in flight together
 
 
 @triton.jit(do_not_specialize=("rows",))
-def row_products(grad_y, y, rstd, row_sums, folded_bias, scaled, c1, c2, partials, rows, grad_stride, y_stride,
-                 WIDTH: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
-                 UPCAST: tl.constexpr):  # fmt: skip
-    """scaled [rows, WIDTH], c1, c2 [rows], partials [chunks, WIDTH]; one program per chunk of rows."""
+def row_products(grad_y, y, row_sums, folded_bias, c1, c2, partials, rows, grad_stride, y_stride,
+                 WIDTH: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+    """c1, c2 [rows], partials [chunks, WIDTH]; one program per chunk of rows."""
     chunk = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, PADDED)
     within = channel < WIDTH
@@ -37,18 +36,16 @@ def row_products(grad_y, y, rstd, row_sums, folded_bias, scaled, c1, c2, partial
         inside = present[:, None] & within[None, :]
         g = tl.load(grad_y + row[:, None] * grad_stride + channel[None, :], mask=inside, other=0.0).to(tl.float32)
         out = tl.load(y + row[:, None] * y_stride + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-        r = tl.load(rstd + row, mask=present, other=0.0)
         tl.store(c1 + row, tl.sum(g * (out - shift[None, :]), axis=1) / (2 * WIDTH), mask=present)
         tl.store(c2 + row, tl.sum(g * u[None, :], axis=1) / (2 * WIDTH), mask=present)
-        store_rounded(scaled + row[:, None] * WIDTH + channel[None, :], g * r[:, None], inside, UPCAST)
         total += tl.sum(g, axis=0)
     tl.store(partials + chunk * WIDTH + channel, total, mask=within)
 
 
 @triton.jit
-def _finish(acc, rows_in, grad_out, stride, mean, rstd, c1, c2, m, n, rows, width,
-            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """r (g W' - c2 - zhat c1) for one tile of one half."""
+def _finish(acc, rows_in, grad_out, unit, stride, mean, rstd, c1, c2, m, n, half, rows, width,
+            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """r (g W' - c2 - zhat c1) for one tile of one half, and with UNIT zhat."""
     i, j = m.to(tl.int64) + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
     present = i < rows
     inside = present[:, None] & (j < width)[None, :]
@@ -56,15 +53,21 @@ def _finish(acc, rows_in, grad_out, stride, mean, rstd, c1, c2, m, n, rows, widt
     first, second = tl.load(c1 + i, mask=present, other=0.0), tl.load(c2 + i, mask=present, other=0.0)
     place = tl.multiple_of(rows_in + i[:, None] * stride + j[None, :], [16, 16])
     z = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    value = r[:, None] * (acc - second[:, None] - (z - mu[:, None]) * (r * first)[:, None])
+    z = (z - mu[:, None]) * r[:, None]
+    if UNIT:
+        store_rounded(unit + (2 * i[:, None] + half) * width + j[None, :], z, inside, UPCAST)
+    value = r[:, None] * (acc - second[:, None] - z * first[:, None])
     store_rounded(grad_out + i[:, None] * width + j[None, :], value, inside, UPCAST)
 
 
 @triton.jit(do_not_specialize=("rows", "first_half", "halves"))
-def input_gradients(grad_y, folded, x, skip, mean, rstd, c1, c2, grad_x, grad_skip, rows, width, grad_stride, x_stride,
-                    skip_stride, first_half, halves, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, BULK: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """grad_x, grad_skip [rows, width]: half 0 and half 1 of the columns of W', `halves` of them from first_half on."""
+def input_gradients(grad_y, folded, x, skip, mean, rstd, c1, c2, grad_x, grad_skip, unit, rows, width, grad_stride,
+                    x_stride, skip_stride, first_half, halves, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, BULK: tl.constexpr,
+                    UPCAST: tl.constexpr):  # fmt: skip
+    """grad_x, grad_skip [rows, width]: half 0 and half 1 of the columns of W', `halves` of them from first_half on.
+    UNIT: these halves of the normalised rows, too, unit [rows, 2 width].
+    """
     width = tl.multiple_of(width, 8)
     row_tiles, half_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(width, BLOCK_N)
     column_tiles = half_tiles * halves
@@ -82,9 +85,11 @@ def input_gradients(grad_y, folded, x, skip, mean, rstd, c1, c2, grad_x, grad_sk
             acc = tl.dot(a, b, acc)
         # After the loop, a condition costs nothing: the two halves may differ in type.
         if half == 0:
-            _finish(acc, x, grad_x, x_stride, mean, rstd, c1, c2, m, n, rows, width, BLOCK_M, BLOCK_N, UPCAST)
+            _finish(acc, x, grad_x, unit, x_stride, mean, rstd, c1, c2, m, n, 0, rows, width, BLOCK_M, BLOCK_N,
+                    UNIT, UPCAST)  # fmt: skip
         else:
-            _finish(acc, skip, grad_skip, skip_stride, mean, rstd, c1, c2, m, n, rows, width, BLOCK_M, BLOCK_N, UPCAST)
+            _finish(acc, skip, grad_skip, unit, skip_stride, mean, rstd, c1, c2, m, n, 1, rows, width, BLOCK_M, BLOCK_N,
+                    UNIT, UPCAST)  # fmt: skip
 
 
 def _row_options(width: int) -> dict[str, int]:
@@ -93,34 +98,32 @@ def _row_options(width: int) -> dict[str, int]:
     return options | {"num_warps": min(16, max(1, padded // 256)), "num_stages": 1}
 
 
-def prepare_backward(
-    grad_y: Tensor, y: Tensor, rstd: Tensor, row_sums: Tensor, folded_bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(round(rstd grad_y) [M, D] in grad_y's dtype, c1 [M], c2 [M], sum of grad_y over rows [D]), the sums in float32.
+def prepare_backward(grad_y: Tensor, y: Tensor, row_sums: Tensor, folded_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(c1 [M], c2 [M], sum of grad_y over rows [D]), float32.
 
-    grad_y, y: [M, D], rows contiguous with any stride, float32, bfloat16 or float16; rstd: [M]; row_sums, folded_bias:
-    from `fold`. One read of grad_y and y.
+    grad_y, y: [M, D], rows contiguous with any stride, float32, bfloat16 or float16; row_sums, folded_bias: from
+    `fold`. One read of grad_y and y.
     """
     rows, width = grad_y.shape
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=grad_y.device)  # noqa: E731
-    scaled, c1, c2 = torch.empty(rows, width, dtype=grad_y.dtype, device=grad_y.device), new(rows), new(rows)
+    c1, c2 = new(rows), new(rows)
     if rows == 0:
-        return scaled, c1, c2, torch.zeros(width, dtype=torch.float32, device=grad_y.device)
+        return c1, c2, torch.zeros(width, dtype=torch.float32, device=grad_y.device)
     partials = new(triton.cdiv(rows, CHUNK), width)
     row_products[(len(partials),)](
-        grad_y, y, rstd, row_sums, folded_bias, scaled, c1, c2, partials, rows, grad_y.stride(0), y.stride(0),
-        **_row_options(width), UPCAST=triton.knobs.runtime.interpret, enable_fp_fusion=True,
+        grad_y, y, row_sums, folded_bias, c1, c2, partials, rows, grad_y.stride(0), y.stride(0),
+        **_row_options(width), enable_fp_fusion=True,
     )  # fmt: skip
-    return scaled, c1, c2, ordered_sum(partials)
+    return c1, c2, ordered_sum(partials)
 
 
 def _kind(*halves: torch.dtype) -> str:
     return "16-bit, float32 out" if torch.float32 in halves else "16-bit"
 
 
-def _constants(tiles: Tiles, arch: int) -> dict[str, int]:
+def _constants(tiles: Tiles, arch: int, unit: bool) -> dict[str, int]:
     blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k}
-    return blocks | {"GROUP": GROUP, "BULK": arch >= 90}
+    return blocks | {"GROUP": GROUP, "UNIT": unit, "BULK": arch >= 90}
 
 
 def backward_input(
@@ -133,8 +136,10 @@ def backward_input(
     c1: Tensor,
     c2: Tensor,
     needs: tuple[bool, bool] = (True, True),
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dskip) [M, D], contiguous, in the dtypes of x and skip; None where `needs` is False.
+    want_unit: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dskip, unit): [M, D], contiguous, in the dtypes of x and skip, None where `needs` is False; the normalised
+    rows [M, 2D] in folded's dtype, both halves if both are needed, None where they are not wanted.
 
     grad_y [M, D] is multiplied in folded's dtype (and copied if it is in another, or in rows that do not start at
     multiples of 16 bytes); x, skip as in `forward`; c1, c2 from `prepare_backward`.
@@ -144,8 +149,9 @@ def backward_input(
         torch.empty(rows, width, dtype=half.dtype, device=half.device) if needed else None
         for half, needed in zip((x, skip), needs, strict=True)
     ]
+    unit = torch.empty(rows, 2 * width, dtype=folded.dtype, device=x.device) if want_unit else None
     if rows == 0 or not any(needs):
-        return grads[0], grads[1]
+        return grads[0], grads[1], unit
     grad_y = grad_y.to(folded.dtype)
     if not is_aligned([grad_y]):
         grad_y = grad_y.clone(memory_format=torch.contiguous_format)
@@ -157,11 +163,12 @@ def backward_input(
     places = [half if grad is None else grad for half, grad in zip((x, skip), grads, strict=True)]
     input_gradients[(min(count, long_skip_tiles.processors(x.device)),)](
         operand(grad_y, (tiles.block_m, tiles.block_k), bulk), operand(folded, weights, bulk), x, skip, mean, rstd, c1,
-        c2, *places, rows, width, grad_y.stride(0), x.stride(0), skip.stride(0), 0 if needs[0] else 1, halves,
-        **_constants(tiles, arch), UPCAST=triton.knobs.runtime.interpret,
+        c2, *places, folded if unit is None else unit, rows, width, grad_y.stride(0), x.stride(0), skip.stride(0),
+        0 if needs[0] else 1, halves,
+        **_constants(tiles, arch, want_unit), UPCAST=triton.knobs.runtime.interpret,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
-    return grads[0], grads[1]
+    return grads[0], grads[1], unit
 
 
 def aot_cases(arch: int) -> list[AotCase]:
@@ -169,32 +176,30 @@ def aot_cases(arch: int) -> list[AotCase]:
     cases = []
     for width, kind in ((768, "bf16"), (1024, "fp16"), (1152, "bf16")):
         options = _row_options(width)
-        constants = {name: value for name, value in options.items() if name.isupper()} | {"UPCAST": False}
+        constants = {name: value for name, value in options.items() if name.isupper()}
         launch = {name: value for name, value in options.items() if name.islower()}
-        types = dict.fromkeys(("grad_y", "y", "scaled"), f"*{kind}")
+        types = dict.fromkeys(("grad_y", "y"), f"*{kind}")
         types |= dict.fromkeys(("rows", "grad_stride", "y_stride"), "i32")
         signature = {name: types.get(name, "*fp32") for name in row_products.arg_names if name not in constants}
         cases.append(
             AotCase(row_products, f"D={width} {kind}", signature, constants, launch, ("rows",), wide_stores=True)
         )
     plans = [("many", "bf16", "bf16"), ("many", "fp32", "bf16"), ("few", "fp16", "fp16")]
-    return cases + [case for plan in plans for case in _cases(arch, *plan)]
+    return cases + [_case(arch, *plan, unit) for plan in plans for unit in (True, False)]
 
 
-def _cases(arch: int, rows: str, x: str, skip: str) -> list[AotCase]:
+def _case(arch: int, rows: str, x: str, skip: str, unit: bool) -> AotCase:
     kind = "16-bit, float32 out" if x == "fp32" else "16-bit"
     tiles, compute, bulk = CONFIGS[arch, kind, rows], skip, arch >= 90
     types = {"grad_y": operand_type(compute, (tiles.block_m, tiles.block_k), bulk)}
     types |= {"folded": operand_type(compute, (tiles.block_k, tiles.block_n), bulk)}
-    types |= {"x": f"*{x}", "grad_x": f"*{x}", "skip": f"*{skip}", "grad_skip": f"*{skip}"}
+    types |= {"x": f"*{x}", "grad_x": f"*{x}", "skip": f"*{skip}", "grad_skip": f"*{skip}", "unit": f"*{compute}"}
     types |= dict.fromkeys(("rows", "width", "grad_stride", "x_stride", "skip_stride", "first_half", "halves"), "i32")
-    constants = _constants(tiles, arch) | {"UPCAST": False}
+    constants = _constants(tiles, arch, unit) | {"UPCAST": False}
     signature = {name: types.get(name, "*fp32") for name in input_gradients.arg_names if name not in constants}
     launch = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     unaligned = ("rows", "first_half", "halves", *(("grad_y", "folded") if bulk else ()))
-    name = f"{rows} {x} {skip}"
-    return [
-        AotCase(
-            input_gradients, name, signature, constants, launch, unaligned, wide_stores=True, dots=True, bulk_loads=True
-        )
-    ]
+    name = f"{rows} {x} {skip}{' unit' if unit else ''}"
+    return AotCase(
+        input_gradients, name, signature, constants, launch, unaligned, wide_stores=True, dots=True, bulk_loads=True
+    )

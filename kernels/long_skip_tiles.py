@@ -35,7 +35,7 @@ CONFIGS = {
     (80, "16-bit, float32 out", "many"): Tiles(64, 128, 32, 8, 4),
     (80, "16-bit, float32 out", "few"): Tiles(64, 128, 32, 8, 4),
     (80, "16-bit", "many"): Tiles(128, 128, 32, 8, 4),
-    (80, "16-bit", "few"): Tiles(64, 128, 32, 4, 4),
+    (80, "16-bit", "few"): Tiles(64, 128, 32, 8, 4),
     (80, "mixed", "many"): Tiles(128, 128, 32, 8, 3),
     (80, "mixed", "few"): Tiles(128, 128, 32, 8, 3),
 }

@@ -1,15 +1,21 @@
 """The two implementations of the long skip and of its gradient, on rows [M, D]; long_skip.py has the formulas.
 
-"gemm": statistics, then the normalised rows in the map's dtype, then one library GEMM. Folding the mean out of a
-library GEMM instead (y = r (x W1'^T + s W2'^T) - r m u^T + b') needs its sums in fp32 outside the GEMM: between them
-and y lie 42 bytes per element of traffic against 18, and in the map's own dtype a mean of 100 deviations would cost
-two digits; fp32 inputs would lose them in any case. The normalised rows live only inside the call, in the backward one
-half at a time. "triton" (kernels/long_skip.py) does the fold in its epilogues, where the sums are in registers.
+"gemm": the normalised rows in the map's dtype, then one library GEMM. Folding the mean out of a library GEMM instead
+(y = r (x W1'^T + s W2'^T) - r m u^T + b') needs its sums in fp32 outside the GEMM: between them and y lie 42 bytes per
+element of traffic against 18, and in the map's own dtype a mean of 100 deviations would cost two digits; fp32 inputs
+would lose them in any case. The normalised rows live only inside the call. Where Triton runs, each pass over the rows
+is one kernel (kernels/long_skip_rows.py); torch's operators, on a CPU, take one half at a time. "triton"
+(kernels/long_skip.py) does the fold in its epilogues, where the sums are in registers, and leaves the normalised rows
+for the gradient of W on the way.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dit_fast.kernels import devices as triton_devices
+from dit_fast.kernels import unavailable
 from dit_fast.ops._op import rows
 from dit_fast.ops.autocast import without_autocast
 from dit_fast.ops.row_statistics import join, of_rows
@@ -36,6 +42,10 @@ def forward(
 
             folds = kernel.fold(*_for_kernel(parameters), dtype)
             return kernel.forward(_aligned(x), _aligned(skip), mean, rstd, *folds, dtype), mean, rstd
+        if weight.dtype.itemsize > 2 and (kernels := _row_kernels(x, skip, dtype)) is not None:
+            folded, folded_bias = _fold(*parameters, dtype)
+            normalised = kernels.normalise(x, skip, mean, rstd, dtype)
+            return torch.addmm(folded_bias.to(dtype), normalised, folded.T), mean, rstd
         normalised = x.new_empty((len(x), weight.shape[1]), dtype=dtype)
         if weight.dtype.itemsize == 2:
             # These weights are exact as they are: folding would round once more than LayerNorm before the map does.
@@ -48,6 +58,15 @@ def forward(
             _normalise(half, mean, rstd, out)
         folded, folded_bias = _fold(*parameters, dtype)
         return torch.addmm(folded_bias.to(dtype), normalised, folded.T), mean, rstd
+
+
+def _row_kernels(x: Tensor, skip: Tensor, dtype: torch.dtype) -> Any:
+    """The module with one kernel for each pass of "gemm" over the rows; None where torch's operators make them."""
+    if x.device.type not in triton_devices() or unavailable() or not x.numel():
+        return None
+    from dit_fast.kernels import long_skip_rows as kernels
+
+    return kernels if kernels.supports(x, skip, dtype) else None
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -94,59 +113,94 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of those of the six inputs that are needed."""
     grad, x, skip, parameters = rows(grad), rows(x), rows(skip), (norm_weight, norm_bias, weight, bias)
-    width, wide = x.shape[1], mean.dtype
+    wide, wanted = mean.dtype, (needs[0], needs[1])
     grads: list[Tensor | None] = [None] * 6
+    unit: Tensor | None = None  # the normalised rows [M, 2D] and the sum of grad over rows, where a kernel made them
+    grad_bias: Tensor | None = None
+    product: Tensor | None = None
+    want_product = needs[2] or needs[4]
     with without_autocast(x):
-        product = torch.empty_like(weight, dtype=wide) if needs[2] or needs[4] else None
-        if backend == "triton":
-            if any(needs[:2]):
-                from dit_fast.kernels import long_skip as kernel
+        if backend == "triton" and any(wanted):
+            from dit_fast.kernels import long_skip as kernel
 
-                if not grad.is_contiguous() or grad.data_ptr() % 16:
-                    grad = grad.clone(memory_format=torch.contiguous_format)
-                folded, sums, folded_bias = kernel.fold(*_for_kernel(parameters), y.dtype)
-                _, c1, c2, _ = kernel.prepare_backward(grad, y, rstd, sums, folded_bias)
-                halves, wanted = (_aligned(x), _aligned(skip)), (needs[0], needs[1])
-                grads[:2] = kernel.backward_input(grad, *halves, mean, rstd, folded, c1, c2, needs=wanted)
-        elif any(needs[:2]):
-            folded, folded_bias = _fold(*parameters, y.dtype)
-            if weight.dtype.itemsize == 2:
-                factor, sums = weight.to(y.dtype), torch.mv(weight.to(wide), norm_weight.to(wide))
-            else:
-                factor, sums = folded, folded.sum(1, dtype=wide)
-            upstream = grad.to(wide)
-            c2 = torch.mv(upstream, sums) / (2 * width)
-            c1 = ((upstream * y).sum(1) - torch.mv(upstream, folded_bias)) / (2 * width)
-            del upstream
-        for index, half in enumerate((x, skip)):
-            columns, by_gemm = slice(index * width, (index + 1) * width), needs[index] and backend == "gemm"
-            if product is None and not by_gemm:
-                continue
-            normalised = _normalise(half, mean, rstd, y.new_empty(half.shape))
-            if product is not None:
-                product[:, columns] = _matmul_wide(grad.T, normalised, wide)
-            if by_gemm:
-                rest = torch.addcmul((-rstd * c2)[:, None], normalised, (-rstd * c1)[:, None])
-                turned = grad @ factor[:, columns]
-                if factor is not folded:
-                    turned = turned * norm_weight[columns].to(wide)
-                grads[index] = torch.addcmul(rest, turned, rstd[:, None], out=half.new_empty(half.shape))
-        grads[2:] = _parameter_gradients(grad, product, parameters, wide, needs[2:])
+            if not grad.is_contiguous() or grad.data_ptr() % 16:
+                grad = grad.clone(memory_format=torch.contiguous_format)
+            folded, sums, folded_bias = kernel.fold(*_for_kernel(parameters), y.dtype)
+            c1, c2, grad_bias = kernel.prepare_backward(grad, y, sums, folded_bias)
+            pair, want_unit = (_aligned(x), _aligned(skip)), want_product and all(wanted)
+            *grads[:2], unit = kernel.backward_input(grad, *pair, mean, rstd, folded, c1, c2, wanted, want_unit)
+        elif (
+            backend == "gemm"
+            and all(wanted)
+            and weight.dtype.itemsize > 2
+            and (passes := _row_kernels(x, skip, y.dtype))
+        ):
+            folded, _ = _fold(*parameters, y.dtype)
+            *grads[:2], unit = passes.finish(grad @ folded, x, skip, mean, rstd)
+        if unit is not None and want_product:
+            product = _matmul_wide(grad.T, unit, wide)
+        elif unit is None and (want_product or (backend == "gemm" and any(wanted))):
+            product = _by_halves(grad, y, mean, rstd, x, skip, parameters, backend, needs, grads)
+        grads[2:] = _parameter_gradients(grad, product, grad_bias, parameters, wide, needs[2:])
     return [g for g, needed in zip(grads, needs, strict=True) if needed and g is not None]
+
+
+def _by_halves(
+    grad: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    x: Tensor,
+    skip: Tensor,
+    parameters: tuple[Tensor, Tensor, Tensor, Tensor],
+    backend: str,
+    needs: list[bool],
+    grads: list[Tensor | None],
+) -> Tensor | None:
+    """P [D, 2D] = dY^T zn if it is needed, and with "gemm" the gradients of the halves into `grads`, by torch's
+    operators and with one half's normalised rows at a time."""
+    norm_weight, _, weight, _ = parameters
+    width, wide = x.shape[1], mean.dtype
+    product = torch.empty_like(weight, dtype=wide) if needs[2] or needs[4] else None
+    if backend == "gemm" and any(needs[:2]):
+        folded, folded_bias = _fold(*parameters, y.dtype)
+        if weight.dtype.itemsize == 2:
+            factor, sums = weight.to(y.dtype), torch.mv(weight.to(wide), norm_weight.to(wide))
+        else:
+            factor, sums = folded, folded.sum(1, dtype=wide)
+        upstream = grad.to(wide)
+        c2 = torch.mv(upstream, sums) / (2 * width)
+        c1 = ((upstream * y).sum(1) - torch.mv(upstream, folded_bias)) / (2 * width)
+        del upstream
+    for index, half in enumerate((x, skip)):
+        columns, by_gemm = slice(index * width, (index + 1) * width), needs[index] and backend == "gemm"
+        if product is None and not by_gemm:
+            continue
+        normalised = _normalise(half, mean, rstd, y.new_empty(half.shape))
+        if product is not None:
+            product[:, columns] = _matmul_wide(grad.T, normalised, wide)
+        if by_gemm:
+            rest = torch.addcmul((-rstd * c2)[:, None], normalised, (-rstd * c1)[:, None])
+            turned = grad @ factor[:, columns]
+            if factor is not folded:
+                turned = turned * norm_weight[columns].to(wide)
+            grads[index] = torch.addcmul(rest, turned, rstd[:, None], out=half.new_empty(half.shape))
+    return product
 
 
 def _parameter_gradients(
     grad: Tensor,
     product: Tensor | None,
+    grad_bias: Tensor | None,
     parameters: tuple[Tensor, Tensor, Tensor, Tensor],
     wide: torch.dtype,
     needs: list[bool],
 ) -> list[Tensor | None]:
     """From P [D, 2D] = dY^T zn, which is overwritten: D^2 work and one sum over the rows."""
-    norm_weight, norm_bias, weight, _ = parameters
+    norm_weight, norm_bias, weight, _ = parameters  # grad_bias: where it is known, the sum of grad over the rows
     grads: list[Tensor | None] = [None] * 4
     if any(needs):
-        grad_bias = grad.sum(0, dtype=wide)
+        grad_bias = grad.sum(0, dtype=wide) if grad_bias is None else grad_bias
         grads[3] = grad_bias
         if needs[1]:
             grads[1] = torch.mv(weight.to(wide).T, grad_bias)

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dit_fast.kernels import long_skip, long_skip_backward, long_skip_forward, long_skip_tiles, row_statistics
+from dit_fast.kernels import (
+    long_skip,
+    long_skip_backward,
+    long_skip_forward,
+    long_skip_rows,
+    long_skip_tiles,
+    row_statistics,
+)
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 LIMITS = {FP32: 1e-6, FP16: 1e-3, BF16: 6e-3}  # relative RMS error
@@ -126,10 +133,9 @@ def test_fold(dtype, fp32_weights, monkeypatch):
 def gradients(problem, needs=(True, True)):
     """dx, dskip as an op would get them, and what `prepare_backward` hands out."""
     problem.y = problem.ours()
-    prepared = long_skip.prepare_backward(problem.grad, problem.y, problem.rstd, *problem.folded[1:])
-    _, c1, c2, _ = prepared
+    prepared = long_skip.prepare_backward(problem.grad, problem.y, *problem.folded[1:])
     halves = (problem.x, problem.skip, problem.mean, problem.rstd, problem.folded[0])
-    return long_skip.backward_input(problem.grad, *halves, c1, c2, needs), prepared
+    return long_skip.backward_input(problem.grad, *halves, *prepared[:2], needs)[:2], prepared
 
 
 @pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[2]], ids=str)
@@ -204,13 +210,62 @@ def test_prepare_backward(count, dtypes):
     y = problem.ours()
     wide = torch.full((count, 88), torch.nan, dtype=problem.dtype)
     wide[:, :72] = problem.grad
-    scaled, c1, c2, total = long_skip.prepare_backward(wide[:, :72], y, problem.rstd, *problem.folded[1:])
+    c1, c2, total = long_skip.prepare_backward(wide[:, :72], y, *problem.folded[1:])
     grad, (_, u, shift) = problem.grad.double(), (part.double() for part in problem.folded)
-    assert scaled.dtype == problem.dtype
-    assert torch.equal(scaled, (problem.grad.float() * problem.rstd[:, None]).to(problem.dtype))
     assert error(c1, (grad * (y.double() - shift)).sum(1) / 144) < 2e-6
     assert error(c2, grad @ u / 144) < 2e-6
     assert error(total, grad.sum(0)) < 1e-6
+
+
+def normalised(problem):
+    joined = torch.cat([problem.x.double(), problem.skip.double()], 1)
+    return (joined - problem.mean.double()[:, None]) * problem.rstd.double()[:, None]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_the_gradient_leaves_the_normalised_rows(dtypes, family):
+    """And changes no bit by it; several tiles each way."""
+    problem = Problem(130, 136, dtypes, "offset")
+    expected, (c1, c2, _) = gradients(problem)
+    given = (problem.grad, problem.x, problem.skip, problem.mean, problem.rstd, problem.folded[0], c1, c2)
+    *grads, unit = long_skip.backward_input(*given, want_unit=True)
+    assert all(torch.equal(*pair) for pair in zip(grads, expected, strict=True))
+    assert unit.dtype == problem.dtype
+    assert error(unit, normalised(problem)) < LIMITS[problem.dtype]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 72), (37, 72), (5, 136), (3, 1152)], ids=str)
+def test_passes_around_library_gemms(sizes, dtypes):
+    """Strided rows, whose neighbours are not read; rounding of the product g W' is that of the reference."""
+    problem = Problem(*sizes, dtypes, "offset")
+    problem.mean, problem.rstd = problem.statistics()
+    for name in ("x", "skip"):
+        value = getattr(problem, name)
+        wide = torch.full((sizes[0], sizes[1] + 5), torch.nan, dtype=value.dtype)
+        setattr(problem, name, wide[:, 3:-2].copy_(value))
+    rows = (problem.x, problem.skip, problem.mean, problem.rstd)
+    exact = normalised(problem)
+    unit = long_skip_rows.normalise(*rows, problem.dtype)
+    assert unit.dtype == problem.dtype
+    assert error(unit, exact) < LIMITS[problem.dtype]
+    turned = (problem.grad.double() @ (problem.gamma * problem.weight).double()).to(problem.dtype)
+    *grads, again = long_skip_rows.finish(turned, *rows)
+    assert torch.equal(again, unit)
+    above = turned.double()
+    mean, along = above.mean(1, keepdim=True), (above * exact).mean(1, keepdim=True)
+    expected = problem.rstd.double()[:, None] * (above - mean - exact * along)
+    for ours, half, reference in zip(grads, rows[:2], expected.chunk(2, 1), strict=True):
+        assert ours.dtype == half.dtype
+        assert error(ours, reference) < {FP32: 2e-6}.get(half.dtype, LIMITS[half.dtype])
+
+
+def test_no_rows_around_library_gemms():
+    none, rows = torch.zeros(0), torch.zeros(0, 64, dtype=BF16)
+    assert long_skip_rows.normalise(rows, rows, none, none, BF16).shape == (0, 128)
+    assert [x.shape for x in long_skip_rows.finish(torch.zeros(0, 128), rows, rows, none, none)] == [
+        (0, 64), (0, 64), (0, 128),
+    ]  # fmt: skip
 
 
 def test_gradient_of_another_dtype_or_alignment():
@@ -237,8 +292,8 @@ def test_configurations_agree(monkeypatch):
 def test_empty_batch():
     problem = Problem(0, 64, DTYPES[0])
     ours, prepared = gradients(problem)
-    assert problem.ours().shape == ours[0].shape == ours[1].shape == prepared[0].shape == (0, 64)
-    assert not prepared[3].any()
+    assert problem.ours().shape == ours[0].shape == ours[1].shape == (0, 64)
+    assert not prepared[2].any()
 
 
 def test_supports_names_what_it_refuses():

@@ -2,7 +2,7 @@
 
 import torch
 
-from dit_fast.kernels import long_skip, row_statistics
+from dit_fast.kernels import long_skip, long_skip_rows, row_statistics
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -18,6 +18,9 @@ for width, rows, x_dtype, dtype in plans:
     folded, *sums = long_skip.fold(*parts, dtype)
     y = long_skip.forward(x, skip, mean, rstd, folded, *sums, dtype)
     if width > 64:  # which is here for the tiles of few rows, and is no width of a model
-        long_skip.prepare_backward(y, y, rstd, *sums)
+        long_skip.prepare_backward(y, y, *sums)
+        long_skip_rows.finish(torch.zeros(rows, 2 * width, dtype=dtype), x, x.clone(), mean, rstd)
+        long_skip_rows.normalise(x, x.clone(), mean, rstd, dtype)
     for needs in ((True, False), (False, True), (True, True)):
-        long_skip.backward_input(y, x, skip, mean, rstd, folded, mean, mean, needs)
+        for unit in (True, False):
+            long_skip.backward_input(y, x, skip, mean, rstd, folded, mean, mean, needs, unit)
