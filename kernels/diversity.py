@@ -19,15 +19,14 @@ the norm is below the floor,
 
 p needs whole rows and no elementwise gradient: `projections` takes it from the same Gram matrices. What is left needs
 no whole row, so `gradients` may own a strip of channels and keep the strip's K x STRIP gradients of S, A, Q in
-registers over its tokens. Both read only the blocks that matter: the wanted ones and those that H joins with them. A
-single wanted block (a tap) takes `row_gradients` instead: its whole row, its partners' rows, one write. Only partners
-may differ in type there, so a float32 mixture among 16-bit blocks leaves the block's own rows on the direct path.
+registers over its tokens. Both read only the blocks that matter: the wanted ones and those that H joins with them.
+One block at a time, as taps need it, is kernels/diversity_taps.py.
 
-For taps `mixture` keeps X = sum_k y_k [M, D], added in the order of the blocks: one read of every feature, one write.
+For taps X = sum_k y_k [M, D] is kept: `sums_with_norms` writes it on the way, `mixture` in a read of its own.
 
 Bits. The order of every sum is part of the definition: CHUNK tokens per partial channel sum, GROUP tokens per partial
-pair sum, the width and warp count of a row reduction, channels in steps of the tensor core's inner size, then
-ordered_sum. Configurations hold only what cannot change a bit.
+pair sum, the width and warp count of a row reduction, the blocks and warp count of X, channels in steps of the tensor
+core's inner size, then ordered_sum. Configurations hold only what cannot change a bit.
 
 Source: DiverseDiT (arXiv 2603.04239), Eq. 9-15; gradient derived here.
 """
@@ -41,11 +40,11 @@ from torch import Tensor
 
 from dit_fast.kernels import unavailable as unavailable
 from dit_fast.kernels.aot import AotCase
-from dit_fast.kernels.diversity_gradients import gradients, projections, row_gradients
+from dit_fast.kernels.diversity_gradients import gradients, projections
 from dit_fast.kernels.diversity_mixture import add_directions
 from dit_fast.kernels.diversity_sums import block_sums, pair_sums, sums_with_norms
 from dit_fast.kernels.ordered_sum import ordered_sum
-from dit_fast.kernels.rows import MAX_CHUNKS
+from dit_fast.kernels.rows import MAX_CHUNKS, TYPES, types_of
 from dit_fast.kernels.tables import address_table, is_aligned
 
 MAX_BLOCKS = 32
@@ -57,8 +56,6 @@ GROUP = 16  # tokens per partial pair sum
 STRIP = {"bf16": 128, "fp16": 128, "fp32": 32, "mixed": 32}  # channels per product in a Gram matrix
 GRADIENT_TOKENS = 64
 ROW_STEP = 2  # rows in flight where a program owns whole rows of several tensors
-ROW_TOKENS = 16
-_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Config(NamedTuple):
@@ -96,7 +93,7 @@ def supports(features: Sequence[Tensor]) -> list[str]:
     tokens = features[0].shape[:-1].numel()
     if tokens > GRADIENT_TOKENS * MAX_CHUNKS:
         reasons.append(f"{tokens} tokens are more than {GRADIENT_TOKENS * MAX_CHUNKS}")
-    for dtype in sorted({str(feature.dtype) for feature in features if feature.dtype not in _TYPES}):
+    for dtype in sorted({str(feature.dtype) for feature in features if feature.dtype not in TYPES}):
         reasons.append(f"{dtype} is not float32, bfloat16 or float16")
     if any(feature.stride(-1) != 1 and feature.shape[-1] > 1 for feature in features):
         reasons.append("the last dimension is not contiguous")
@@ -109,25 +106,17 @@ class _Plan(NamedTuple):
     config: Config
     kind: str
     constants: dict[str, object]
-    masks: tuple[int, int]  # bit k: block k is float32, is float16
+    masks: tuple[int, int]
 
 
 def _plan(features: Sequence[Tensor], touched: list[Tensor]) -> _Plan:
-    kinds = [_TYPES[feature.dtype] for feature in features]
-    kind = kinds[0] if len(set(kinds)) == 1 else "mixed"
+    kind, masks = types_of(tuple(feature.dtype for feature in features))
     arch = 80
     if features[0].is_cuda and torch.cuda.get_device_capability(features[0].device) >= (9, 0):
         arch = 90
     blocks, width = len(features), features[0].shape[1]
-    return _Plan(
-        CONFIGS[arch][_padded_rows(blocks), kind],
-        kind,
-        {"BLOCKS": blocks, "WIDTH": width, "TYPE": kind, "ALIGNED": is_aligned(touched)},
-        (
-            sum(1 << k for k, each in enumerate(kinds) if each == "fp32"),
-            sum(1 << k for k, each in enumerate(kinds) if each == "fp16"),
-        ),
-    )
+    constants = {"BLOCKS": blocks, "WIDTH": width, "TYPE": kind, "ALIGNED": is_aligned(touched)}
+    return _Plan(CONFIGS[arch][_padded_rows(blocks), kind], kind, constants, masks)
 
 
 def _padded_rows(blocks: int) -> int:
@@ -145,20 +134,6 @@ def _mixture_options(width: int) -> dict[str, int]:
     return {"PADDED": padded, "STEP": ROW_STEP, "num_warps": max(1, padded // 256), "num_stages": 1}
 
 
-def _row_options(width: int, own_type: str, upstream: bool) -> dict[str, object]:
-    padded = max(128, triton.next_power_of_2(width))
-    return {
-        "OWN_TYPE": own_type,
-        "PADDED": padded,
-        "STEP": ROW_STEP,
-        "TOKENS": ROW_TOKENS,
-        "UPSTREAM": upstream,
-        "UPCAST": triton.knobs.runtime.interpret,
-        "num_warps": max(1, padded // 256),
-        "num_stages": 1,
-    }
-
-
 def _pair_options(blocks: int, kind: str, config: Config) -> dict[str, int]:
     return {
         "ROWS": _padded_rows(blocks),
@@ -170,13 +145,16 @@ def _pair_options(blocks: int, kind: str, config: Config) -> dict[str, int]:
     }
 
 
-def _known_options(blocks: int, kind: str, config: Config) -> dict[str, int]:
+def _known_options(blocks: int, kind: str, config: Config, mix: bool) -> dict[str, int]:
+    """Warps order the sum over blocks, so they are a function of the number of blocks and of their types."""
+    rows = _padded_rows(blocks)
     return {
-        "ROWS": _padded_rows(blocks),
+        "ROWS": rows,
         "STRIP": KNOWN_STRIP[kind],
         "CHUNK": CHUNK,
+        "MIX": mix,
         "UPCAST": triton.knobs.runtime.interpret,
-        "num_warps": config.pair_warps,
+        "num_warps": rows // 4 if kind == "mixed" else rows // 8,
         "num_stages": config.pair_stages,
     }
 
@@ -223,23 +201,32 @@ def forward(features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     return statistics, ordered_sum(pair_partials).view(blocks, blocks), inverse_norms
 
 
-def forward_with_norms(features: Sequence[Tensor], inverse_norms: Tensor) -> tuple[Tensor, Tensor]:
-    """statistics and pair_sums as `forward` gives them, up to float32 rounding, in one read of every feature.
+def forward_with_norms(
+    features: Sequence[Tensor], means: Sequence[Tensor], variances: Sequence[Tensor], mix: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What `forward` gives, up to float32 rounding, and with mix what `mixture` gives.
 
-    features as there; inverse_norms float32 [K, M], contiguous: 1 / max(|x|, 1e-8) of every row.
+    In one read of every feature; a mixture of types that differ takes another.
+
+    features as there; means, variances: of every row, float32 [M] each, contiguous.
     """
     features = list(features)
     plan, device = _plan(features, features), features[0].device
     blocks, (tokens, width) = len(features), features[0].shape
-    options = _known_options(blocks, plan.kind, plan.config)
+    on_the_way = mix and plan.kind != "mixed"  # which has no registers left for it
+    options = _known_options(blocks, plan.kind, plan.config, on_the_way)
     strips, chunks = triton.cdiv(width, KNOWN_STRIP[plan.kind]), triton.cdiv(tokens, CHUNK)
+    inverse_norms = torch.empty(blocks, tokens, dtype=torch.float32, device=device)
     partials = torch.empty(chunks, 3 * blocks * width, dtype=torch.float32, device=device)
     pair_partials = torch.empty(chunks * strips, blocks * blocks, dtype=torch.float32, device=device)
+    out = torch.empty(tokens, width, dtype=torch.float32, device=device) if on_the_way else None
     sums_with_norms[(strips, chunks)](
-        *address_table(features), inverse_norms, partials, pair_partials, tokens, *plan.masks,
-        **plan.constants, **options, enable_fp_fusion=True,
+        *address_table([*features, *means, *variances]), inverse_norms, partials, pair_partials,
+        inverse_norms if out is None else out, tokens, *plan.masks, **plan.constants, **options, enable_fp_fusion=True,
     )  # fmt: skip
-    return ordered_sum(partials).view(3, blocks, width), ordered_sum(pair_partials).view(blocks, blocks)
+    pairs = ordered_sum(pair_partials).view(blocks, blocks)
+    out = mixture(features, inverse_norms) if mix and out is None else out
+    return ordered_sum(partials).view(3, blocks, width), pairs, inverse_norms, out
 
 
 def mixture(features: Sequence[Tensor], inverse_norms: Tensor) -> Tensor:
@@ -272,15 +259,6 @@ def backward(
     grads = [torch.empty(features[k].shape, dtype=features[k].dtype, device=features[k].device) for k in wanted]
     above = [_contiguous_rows(x.to(features[k].dtype)) for k, x in zip(wanted, upstream, strict=bool(upstream))]
     grad_statistics, grad_pair_sums = grad_statistics.float().contiguous(), grad_pair_sums.float().contiguous()
-
-    if len(wanted) == 1:
-        touched = features + grads + above
-        plan, tables, own_type = _plan(features, touched), address_table(touched), _TYPES[grads[0].dtype]
-        row_gradients[(triton.cdiv(tokens, ROW_TOKENS),)](
-            *tables, inverse_norms, grad_statistics, grad_pair_sums, tokens, wanted[0], *plan.masks,
-            **plan.constants, **_row_options(width, own_type, bool(upstream)), enable_fp_fusion=True,
-        )  # fmt: skip
-        return grads
 
     # Blocks that are not wanted need an entry in the tables, which is never followed.
     results, upper = features.copy(), features.copy()
@@ -322,22 +300,18 @@ def _cases(arch: int, blocks: int, width: int, kind: str) -> list[AotCase]:
         (projections, "", pair, {"dots": True}),
         (gradients, "", _gradient_options(blocks, config, False), {"dots": True, "wide_stores": True}),
         (gradients, " upstream", _gradient_options(blocks, config, True), {"dots": True, "wide_stores": True}),
-        (
-            row_gradients,
-            " upstream",
-            _row_options(width, "bf16" if kind == "mixed" else kind, True),
-            {"wide_stores": True},
-        ),
         (add_directions, "", _mixture_options(width), {"wide_stores": True}),
-        (sums_with_norms, "", _known_options(blocks, kind, config), {"dots": True}),
+        (sums_with_norms, "", _known_options(blocks, kind, config, False), {"dots": True}),
     ]
+    if kind != "mixed":
+        plans.append((sums_with_norms, " mixture", _known_options(blocks, kind, config, True), {"dots": True}))
     # The other shapes would compile the same lines again.
     if (width, kind) not in ((768, "bf16"), (1152, "mixed")):
         plans = [plan for plan in plans if plan[0] is not add_directions and plan[:2] != (gradients, "")]
     if kind == "fp16":
         plans = [plan for plan in plans if plan[0] in (block_sums, gradients)]
     types = {"addresses": "*i64", "strides": "*i64", "tokens": "i32"}
-    types |= dict.fromkeys(("wanted", "block", "wide_blocks", "half_blocks"), "i64")
+    types |= dict.fromkeys(("wanted", "wide_blocks", "half_blocks"), "i64")
     cases = []
     for kernel, suffix, options, expected in plans:
         launch = {name: value for name, value in options.items() if name.islower()}

@@ -19,7 +19,7 @@ def _pair_weights(grad_pairs, wanted, row, BLOCKS: tl.constexpr):
     return weights, (joined | has_bit(wanted, row)) & (row < BLOCKS)
 
 
-@triton.jit(do_not_specialize=("wanted", "block", "wide_blocks", "half_blocks"))
+@triton.jit(do_not_specialize=("wanted", "wide_blocks", "half_blocks"))
 def projections(addresses, strides, inverse_norms, grad_pairs, out, tokens, wanted, wide_blocks, half_blocks,
                 BLOCKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STRIP: tl.constexpr,
                 GROUP: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
@@ -60,7 +60,7 @@ def _mix(weights, x, TYPE: tl.constexpr, UPCAST: tl.constexpr):
     return mixed
 
 
-@triton.jit(do_not_specialize=("wanted", "block", "wide_blocks", "half_blocks"))
+@triton.jit(do_not_specialize=("wanted", "wide_blocks", "half_blocks"))
 def gradients(addresses, strides, inverse_norms, projected, grad_statistics, grad_pairs, tokens, wanted,
               wide_blocks, half_blocks,
               BLOCKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STRIP: tl.constexpr,
@@ -104,56 +104,3 @@ def gradients(addresses, strides, inverse_norms, projected, grad_statistics, gra
             grad += read_rows(above, channel[None, :], write_here, wide, half, TYPE, ALIGNED, True)
         address = (out_base + token * out_stride)[:, None]
         write_rows(address, channel[None, :], grad, write_here, wide, half, TYPE, ALIGNED, UPCAST)
-
-
-@triton.jit(do_not_specialize=("wanted", "block", "wide_blocks", "half_blocks"))
-def row_gradients(addresses, strides, inverse_norms, grad_statistics, grad_pairs, tokens, block,
-                  wide_blocks, half_blocks,
-                  BLOCKS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, STEP: tl.constexpr,
-                  TOKENS: tl.constexpr, UPSTREAM: tl.constexpr, TYPE: tl.constexpr, OWN_TYPE: tl.constexpr,
-                  ALIGNED: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """dx of one block; the table holds features, result, upstream. Whole rows, so p needs no pass of its own.
-
-    TYPE is that of all features, OWN_TYPE that of this block, of its gradient and of upstream.
-    """
-    first = tl.program_id(0).to(tl.int64) * TOKENS
-    block = block.to(tl.int64)
-    channel = tl.arange(0, PADDED)
-    real = channel < WIDTH
-    position = tl.zeros([1, 1], tl.int64)
-    wide = has_bit(wide_blocks, position + block)
-    half = has_bit(half_blocks, position + block)
-    base = tl.load(addresses + block)
-    stride = tl.load(strides + block)
-    out_base = tl.load(addresses + BLOCKS)
-    out_stride = tl.load(strides + BLOCKS)
-    coefficient = grad_statistics + block * WIDTH + channel
-    constant = tl.load(coefficient, mask=real, other=0.0)
-    signed = tl.load(coefficient + BLOCKS * WIDTH, mask=real, other=0.0)
-    linear = 2.0 * tl.load(coefficient + 2 * BLOCKS * WIDTH, mask=real, other=0.0)
-    last = tl.minimum(first + TOKENS, tokens)
-    for start in range(first, last, STEP):
-        token = start + tl.arange(0, STEP)
-        inside = (token < last)[:, None] & real[None, :]
-        inverse = tl.load(inverse_norms + block * tokens + token, mask=token < last, other=0.0)
-        address = (base + token * stride)[:, None]
-        x = read_rows(address, channel[None, :], inside, wide, half, OWN_TYPE, ALIGNED, True)
-        mixed = tl.zeros([STEP, PADDED], tl.float32)
-        for source in range(0, BLOCKS):
-            weight = tl.load(grad_pairs + block * BLOCKS + source) + tl.load(grad_pairs + source * BLOCKS + block)
-            if weight != 0:
-                here = position + source
-                address = (tl.load(addresses + source) + token * tl.load(strides + source))[:, None]
-                scale = weight * tl.load(inverse_norms + here * tokens + token[:, None], (token < last)[:, None], 0.0)
-                mixed += scale * read_rows(
-                    address, channel[None, :], inside, has_bit(wide_blocks, here), has_bit(half_blocks, here),
-                    TYPE, ALIGNED, True)  # fmt: skip
-        projection = tl.where(inverse < 1e8, tl.sum(mixed * x, axis=1) * inverse, 0.0)
-        sign = (x > 0).to(tl.float32) - (x < 0).to(tl.float32)
-        grad = constant[None, :] + signed[None, :] * sign + linear[None, :] * x
-        grad += inverse[:, None] * (mixed - (projection * inverse)[:, None] * x)
-        if UPSTREAM:
-            address = (tl.load(addresses + BLOCKS + 1) + token * tl.load(strides + BLOCKS + 1))[:, None]
-            grad += read_rows(address, channel[None, :], inside, wide, half, OWN_TYPE, ALIGNED, True)
-        address = (out_base + token * out_stride)[:, None]
-        write_rows(address, channel[None, :], grad, inside, wide, half, OWN_TYPE, ALIGNED, UPCAST)

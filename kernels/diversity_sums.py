@@ -73,14 +73,18 @@ def pair_sums(addresses, strides, inverse_norms, partials, tokens, wide_blocks, 
     tl.store(out, total, mask=present[:, None] & present[None, :])
 
 
-@triton.jit(do_not_specialize=("wide_blocks", "half_blocks"))
-def sums_with_norms(addresses, strides, inverse_norms, partials, pair_partials, tokens, wide_blocks, half_blocks,
+@triton.jit(do_not_specialize=("tokens", "wide_blocks", "half_blocks"))
+def sums_with_norms(addresses, strides, inverse_norms, partials, pair_partials, mixture, tokens,
+                    wide_blocks, half_blocks,
                     BLOCKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STRIP: tl.constexpr,
-                    CHUNK: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+                    CHUNK: tl.constexpr, MIX: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr,
+                    UPCAST: tl.constexpr):  # fmt: skip
     """Both of the above in one read, for norms that are known; one program per strip of channels and chunk of tokens.
 
-    partials [chunks, 3, BLOCKS, WIDTH], pair_partials [chunks, strips, BLOCKS, BLOCKS]. Tokens are added one by one,
-    where block_sums adds them in steps, and a cosine strip by strip: results agree to float32 rounding, not in bits.
+    The tables hold the rows, then their means, then their variances. inverse_norms [BLOCKS, tokens]; partials [chunks,
+    3, BLOCKS, WIDTH], pair_partials [chunks, strips, BLOCKS, BLOCKS]; if MIX, mixture [tokens, WIDTH]. Tokens are added
+    one by one, where block_sums adds them in steps, and a cosine strip by strip: results agree to float32 rounding, not
+    in bits.
     """
     strip = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1).to(tl.int64)
@@ -90,14 +94,21 @@ def sums_with_norms(addresses, strides, inverse_norms, partials, pair_partials, 
     inside = present[:, None] & (channel < WIDTH)[None, :]
     base = tl.load(addresses + row, mask=present, other=0)
     stride = tl.load(strides + row, mask=present, other=0)
+    means = tl.load(addresses + BLOCKS + row, mask=present, other=0).to(tl.pointer_type(tl.float32))
+    variances = tl.load(addresses + 2 * BLOCKS + row, mask=present, other=0).to(tl.pointer_type(tl.float32))
     wide = has_bit(wide_blocks, row)[:, None]
     half = has_bit(half_blocks, row)[:, None]
     sums = tl.zeros([ROWS, STRIP], tl.float32)
     abs_sums = tl.zeros([ROWS, STRIP], tl.float32)
     square_sums = tl.zeros([ROWS, STRIP], tl.float32)
     cosines = tl.zeros([ROWS, ROWS], tl.float32)
+    here = tl.where(strip == 0, BLOCKS, 0)  # norms are written by one strip
     for token in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, tokens)):
-        inverse = tl.load(inverse_norms + row.to(tl.int64) * tokens + token, mask=present, other=0.0)
+        mean = tl.load(means + token, mask=present, other=0.0)
+        norm = tl.sqrt((tl.load(variances + token, mask=present, other=0.0) + mean * mean) * WIDTH)
+        inverse = inverse_or_floor(norm, 1e-8)
+        tl.store(inverse_norms + row.to(tl.int64) * tokens + token, inverse, mask=row < here)
+        inverse = tl.where(present, inverse, 0.0)
         address = (base + token * stride)[:, None]
         raw = read_rows(address, channel[None, :], inside, wide, half, TYPE, ALIGNED, UPCAST)
         gram = tl.dot(raw, tl.trans(raw), input_precision="tf32x3")
@@ -106,6 +117,8 @@ def sums_with_norms(addresses, strides, inverse_norms, partials, pair_partials, 
         sums += x
         abs_sums += tl.abs(x)
         square_sums += x * x
+        if MIX:
+            tl.store(mixture + token * WIDTH + channel, tl.sum(x * inverse[:, None], 0), mask=channel < WIDTH)
     out = partials + (chunk * 3 * BLOCKS + row[:, None]) * WIDTH + channel[None, :]
     tl.store(out, sums, mask=inside)
     tl.store(out + BLOCKS * WIDTH, abs_sums, mask=inside)

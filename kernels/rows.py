@@ -4,10 +4,22 @@ TYPE names the type of all rows, or is "mixed": then `wide` marks float32 rows, 
 bfloat16. UPCAST is true under the interpreter, which has no bfloat16 arithmetic and truncates where hardware rounds.
 """
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 MAX_CHUNKS = 65535  # programs along the second axis of a grid
+
+
+@functools.cache
+def types_of(dtypes: tuple[torch.dtype, ...]) -> tuple[str, tuple[int, int]]:
+    """TYPE of tensors with these dtypes, and the masks of those that are float32 and of those that are float16."""
+    kinds = [TYPES[dtype] for dtype in dtypes]
+    masks = [sum(1 << k for k, kind in enumerate(kinds) if kind == each) for each in ("fp32", "fp16")]
+    return kinds[0] if len(set(kinds)) == 1 else "mixed", (masks[0], masks[1])
 
 
 @triton.jit

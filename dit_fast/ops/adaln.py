@@ -339,6 +339,8 @@ class _AdaLN(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[2:], *absent)
         ctx.set_materialize_grads(False)
         normalises = scale is not None
+        if y is not None and not normalises:
+            ctx.tap = None  # a tap on x_new sets it (diversity_taps.py): what a loss of that adds to its gradient
         stream = x if y is None else x_new  # never the view of x that passes
         ctx.save_for_backward(
             stream if normalises else None, y, gate, scale, *(measured if normalises else (None, None))
@@ -351,9 +353,14 @@ class _AdaLN(torch.autograd.Function):
         saved = ctx.saved_tensors
         y_given, normalises = saved[1] is not None, saved[3] is not None
         grad_x_new, grad_out = grad_x_new if ctx.writes else None, grad_out if normalises else None
-        if grad_x_new is None and grad_out is None:
-            return (None,) * 13
-        if grad_out is None and not y_given:
+        tap = getattr(ctx, "tap", None)
+        if tap is not None and tap.active:
+            found = tap.gradients(grad_x_new, *saved[1:3], ctx.backend)
+            if not isinstance(found, Tensor):
+                grads = zip(found, ctx.needs_input_grad[:3], strict=True)
+                return *(grad if needed else None for grad, needed in grads), *(None,) * 10
+            grad_x_new = found
+        if grad_out is None and (grad_x_new is None or not y_given):
             return grad_x_new, *(None,) * 12
         forms = (ctx.eps, ctx.rms, ctx.shifted)
         grads = backward_op(grad_x_new, grad_out, *saved, *forms, ctx.x_dtype, *ctx.vector_dtypes, ctx.backend)

@@ -137,18 +137,13 @@ def _forward(
         from dit_fast.kernels import diversity
 
         if row_means and row_variances:
-            inverse_norms = _inverse_norms(row_means, row_variances, features[0].shape[1])
-            statistics, pair_sums = diversity.forward_with_norms(features, inverse_norms)
+            means, variances = ([x.contiguous() for x in each] for each in (row_means, row_variances))
+            *sums, mixture = diversity.forward_with_norms(features, means, variances, mix)
         else:
-            statistics, pair_sums, inverse_norms = diversity.forward(features)
-        mixture = diversity.mixture(features, inverse_norms) if mix else _mixture(features, inverse_norms, False)
-        return statistics, pair_sums, inverse_norms, mixture
+            sums = list(diversity.forward(features))
+            mixture = diversity.mixture(features, sums[2]) if mix else None
+        return sums[0], sums[1], sums[2], sums[2].new_empty(0, features[0].shape[1]) if mixture is None else mixture
     return _cpp_forward(features, mix) if backend == "cpp" else _torch_forward(features, mix)
-
-
-def _inverse_norms(means: Sequence[Tensor], variances: Sequence[Tensor], width: int) -> Tensor:
-    square = torch.stack(tuple(variances)).addcmul_(mean := torch.stack(tuple(means)), mean)
-    return square.mul_(width).sqrt_().clamp_min_(EPS).reciprocal_()
 
 
 def _backward(

@@ -1,11 +1,16 @@
 """Taps: the gradient of the diversity loss becomes part of each block's own backward.
 
-A tap is the identity on a block's output. In the backward it receives the gradient from the layers above and writes
-that plus the loss's gradient in one pass, so that the loss costs no gradient tensors of its own and no additions.
+A tap is the identity on a block's output. In the backward the node of the graph that wrote the output, `gate_residual`,
+receives the gradient from the layers above and adds the loss's gradient to it before it goes on, so that the loss costs
+no gradient tensors of its own, no additions and no pass over the stream. A block that something else wrote gets a node
+of its own, which receives one gradient and writes the other.
 
-    forward   block 0 -> tap 0 -> block 1 -> tap 1 -> ...          each tap also hands out a token, a 0-d tensor
-              statistics = f(tokens), computed in one pass over all the features
+    forward   block 0 -> tap 0 -> block 1 -> tap 1 -> ...
+              statistics = f(outputs of gates, and tokens of the other taps), in one pass over all the features
     backward  the statistics' gradients first (autograd runs a node after all its consumers), then block by block
+
+A node joined this way adds what was prepared in the same backward pass only, and so do taps, whose 0-d token has a
+gradient then.
 
 With H the symmetric weights of the pairs' gradient, a tap needs V_k = sum over l of H_kl u_l: one row per partner, and
 for all pairs K rows in each of K taps. So where a block has many partners, the forward also keeps the mixture X = sum
@@ -24,6 +29,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from dit_fast.errors import UserError
 from dit_fast.ops import diversity_op
@@ -38,11 +44,12 @@ from dit_fast.ops.diversity import (
     loss_from_stats,
     stats_from_sums,
 )
-from dit_fast.ops.diversity_op import OP, backward_op, forward_op
+from dit_fast.ops.diversity_descent import Descent
+from dit_fast.ops.diversity_op import OP, forward_op
 from dit_fast.ops.row_statistics import RowStatistics
 
 _INSTEAD = 'diversity_loss(outputs, backend="torch")'
-FEW = 3  # blocks that a tap reads one by one; for more, the mixture of all directions is kept
+FEW = 3  # blocks that a tap reads one by one; for more, and for most, the mixture of all directions is kept
 
 
 class Shared:
@@ -53,10 +60,41 @@ class Shared:
         self.mix = False
         self.features: list[Tensor] = []
         self.known: diversity_op.Known | None = None
+        self.joined: set[int] = set()  # blocks whose gradient the node of a gate gives
         self.tangents: dict[int, tuple[Tensor, Tensor]] = {}  # feature and tangent, both with their graph
-        self.waiting = 0
-        # Rows of all sources, their inverse norms, gradient of the statistics, and of the pair sums for each block.
-        self.gradients: tuple[list[Tensor], Tensor, Tensor, Sequence[Tensor]] | tuple[()] = ()
+        self.waiting = 0  # blocks that have not used it
+        self.descent: Descent | None = None
+
+    def used(self) -> Descent:
+        """What this backward prepared; forgotten with the last block."""
+        descent = self.descent
+        assert descent is not None
+        self.waiting -= 1
+        if not self.waiting:
+            self.descent = None
+        return descent
+
+
+class Joint:
+    """A tap on the result of a gate, kept by that gate's node in the graph, whose backward asks it."""
+
+    def __init__(self, shared: Shared, index: int):
+        self._shared, self._index = shared, index
+
+    @property
+    def active(self) -> bool:
+        """Whether the statistics' gradients take part in the backward pass that runs."""
+        descent = self._shared.descent
+        return descent is not None and descent.task == torch._C._current_graph_task_id()
+
+    def gradients(
+        self, above: Tensor | None, y: Tensor, gate: Tensor, backend: str
+    ) -> tuple[Tensor, Tensor, Tensor] | Tensor:
+        """The gate's own gradients, from one launch, or the gradient of its result with the loss's added to it."""
+        descent = self._shared.used()
+        if descent.backend == backend == "triton":
+            return descent.through_gate(self._index, above, y, gate)
+        return descent.added(self._index, above)
 
 
 class Tap(torch.autograd.Function):
@@ -65,11 +103,11 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def forward(shared: Shared, x: Tensor) -> tuple[Tensor, Tensor]:
         shared.features.append(x.detach())
-        return x.view_as(x), x.new_zeros(())
+        return x.view_as(x), x.new_empty(())  # nobody reads a token
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.shared, ctx.shape = inputs[0], inputs[1].shape
+        ctx.shared = inputs[0]
         ctx.index = len(ctx.shared.features) - 1
         ctx.save_for_backward(inputs[1])  # what the gradient depends on: a second derivative meets the refusal
         ctx.save_for_forward(inputs[1])
@@ -79,15 +117,7 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, token: Tensor | None) -> tuple[None, Tensor | None]:
         if token is None:
             return None, upstream
-        shared = ctx.shared
-        rows, inverse_norms, grad_statistics, grad_pair_sums = shared.gradients
-        above = [] if upstream is None else [upstream.flatten(0, 1)]
-        incoming = (inverse_norms, grad_statistics, grad_pair_sums[ctx.index])
-        (grad,) = backward_op(rows, *incoming, above, [ctx.index], shared.backend)
-        shared.waiting -= 1
-        if not shared.waiting:
-            shared.gradients = ()
-        return None, grad.view(ctx.shape)
+        return None, ctx.shared.used().added(ctx.index, upstream)
 
     @staticmethod
     def jvp(ctx: Any, _: None, tangent: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +129,10 @@ _tap = differentiable(Tap, "DiversityTaps", _INSTEAD)
 
 
 class Collect(torch.autograd.Function):
-    """(shared, *tokens) -> statistics [3, K, D], pair_sums [K, K], inverse_norms, mixture of the tapped features."""
+    """(shared, *tokens) -> statistics [3, K, D], pair_sums [K, K], inverse_norms, mixture of the tapped features.
+
+    The token of a block that a gate wrote is that output: the statistics depend on it, and no gradient is sent.
+    """
 
     @staticmethod
     def forward(shared: Shared, *tokens: Tensor) -> tuple[Tensor, ...]:
@@ -120,14 +153,11 @@ class Collect(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         inverse_norms, mixture, *features = ctx.saved_tensors
         grads = diversity_op.with_zeros(grad_statistics, grad_pair_sums, inverse_norms, features)
-        rows = [x.flatten(0, 1) for x in features]
-        if len(mixture):
-            ctx.shared.gradients = _through_mixture(rows, inverse_norms, mixture, *grads)
-        else:
-            ctx.shared.gradients = (rows, inverse_norms, grads[0], [grads[1]] * len(rows))
-        needed = ctx.needs_input_grad[1:]
-        ctx.shared.waiting = sum(needed)
-        return None, *(x.new_zeros(()) if tapped else None for x, tapped in zip(features, needed, strict=True))
+        shared, needed = ctx.shared, ctx.needs_input_grad[1:]
+        shared.descent, shared.waiting = Descent(shared.backend, features, inverse_norms, mixture, *grads), sum(needed)
+        token = features[0].new_zeros(())
+        sent = [tapped and index not in shared.joined for index, tapped in enumerate(needed)]
+        return None, *(token.to(x.dtype) if own else None for x, own in zip(features, sent, strict=True))
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tokens: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -142,22 +172,18 @@ class Collect(torch.autograd.Function):
 _collect = differentiable(Collect, "DiversityTaps", _INSTEAD)
 
 
-def _through_mixture(
-    rows: list[Tensor], inverse_norms: Tensor, mixture: Tensor, grad_statistics: Tensor, grad_pair_sums: Tensor
-) -> tuple[list[Tensor], Tensor, Tensor, Sequence[Tensor]]:
-    """The mixture as one more source, of norm one, and for each block its weights towards all sources."""
-    count, index = len(rows), torch.arange(len(rows), dtype=torch.int64, device=mixture.device)
-    weights = grad_pair_sums + grad_pair_sums.T
-    partners = weights.flatten()[1:].view(count - 1, count + 1)[:, :-1].reshape(count, count - 1)
-    common = partners.mode(dim=1).values
-    # Of block k's matrix only row k matters; the op adds the transpose, hence half of what stands on the diagonal.
-    per_block = weights.new_zeros(count, count + 1, count + 1)
-    per_block[index, index, :-1] = weights - common[:, None]
-    per_block[index, index, index] = common / -2
-    per_block[index, index, -1] = common
-    norms = torch.cat([inverse_norms, inverse_norms.new_ones(1, inverse_norms.shape[1])])
-    statistics = torch.cat([grad_statistics, grad_statistics.new_zeros(3, 1, grad_statistics.shape[2])], 1)
-    return [*rows, mixture], norms, statistics, per_block.unbind(0)
+def _gate_of(x: Tensor) -> Any:
+    """The node of the gate that wrote x and takes the loss's gradient, if x is its result as it is; else None.
+
+    Not where there are tangents or torch.func's levels. A branch or gate that needs a gradient is what a second
+    derivative meets the refusal by.
+    """
+    if torch._C._are_functorch_transforms_active() or not torch.is_grad_enabled():
+        return None
+    node = x.grad_fn
+    if getattr(node, "tap", x) is not None or x.output_nr or not any(node.needs_input_grad[1:3]):  # type: ignore[union-attr]
+        return None
+    return None if unpack_dual(x).tangent is not None else node
 
 
 class DiversityTaps:
@@ -194,8 +220,15 @@ class DiversityTaps:
         if torch.compiler.is_compiling():
             self._outputs.append(x)
             return x
-        same, token = _tap(self._shared, x)
         self._known.append(stats)
+        shared, gate = self._shared, _gate_of(x)
+        if gate is not None:
+            gate.tap = Joint(shared, len(shared.features))
+            shared.joined.add(len(shared.features))
+            shared.features.append(x.detach())
+            self._tokens.append(x)
+            return x
+        same, token = _tap(shared, x)
         self._tokens.append(token)
         return same
 
@@ -212,7 +245,9 @@ class DiversityTaps:
         elif self._stats is None:
             check_features(shared.features)
             count = shared.features[0][..., 0].numel()
-            shared.mix = most_joined > FEW and any(token.requires_grad for token in self._tokens)
+            # Else the most frequent weight is zero: nothing would be read of the mixture.
+            useful = most_joined > FEW and 2 * most_joined > len(shared.features) - 1
+            shared.mix = useful and any(token.requires_grad for token in self._tokens)
             shared.known = known_rows(shared.features, self._known)
             shared.backend = OP.choose(shared.backend, shared.features[0].device, *shared.features)
             sums, pair_sums, *_ = _collect(shared, *self._tokens)

@@ -11,7 +11,7 @@ import functools
 import torch
 
 from dit_fast import ops
-from dit_fast.ops import adaln, diversity_op, flow
+from dit_fast.ops import adaln, diversity_descent, diversity_op, flow
 from dit_fast.ops.long_skip import forward_op as long_skip_forward
 from dit_fast.ops.qk_norm import _fused as fused_qk_norm
 from dit_fast.ops.repa_cosine import _fused as fused_cosine
@@ -185,6 +185,14 @@ def diversity_backward():
     return [new(6, 8), new(6, 8)], norms.requires_grad_(), new(3, 2, 8), new(2, 2), [], [0, 1], "torch"
 
 
+def diversity_tap_backward():
+    features, x, y, gate = [new(6, 8), new(6, 8)], new(2, 3, 8), new(2, 3, 8), new(2, 8)
+    with torch.no_grad():
+        norms = diversity_op.forward_op(features, False, "torch")[2]
+        partners = diversity_descent.partners_op(features, new(2, 2), True, "torch")
+    return features, x, new(2, 3, 8), y, gate, 1, *partners, norms.requires_grad_(), new(3, 2, 8), new(6, 8), "torch"
+
+
 REGISTERED = {
     "adaln_forward": lambda: (
         new(*STREAM), new(*STREAM), new(*VECTOR), new(*VECTOR), new(*VECTOR), None, None, 1e-6, False, F32, True,
@@ -196,6 +204,8 @@ REGISTERED = {
     ),
     "diversity_forward": lambda: ([new(6, 8), new(6, 8)], True, "torch"),
     "diversity_backward": diversity_backward,
+    "diversity_partners": lambda: ([new(6, 8), new(6, 8)], new(2, 2), True, "torch"),
+    "diversity_tap_backward": diversity_tap_backward,
     "flow_noised": lambda: (new(4, 8), torch.rand(4), torch.arange(4), 3, "linear", "torch"),
     "flow_error": lambda: (new(4, 8), new(4, 8), torch.rand(4), torch.arange(4), 3, "linear", "torch"),
     "flow_error_backward": lambda: (

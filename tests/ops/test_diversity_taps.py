@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_fast.errors import UserError
 from dit_fast.ops import DiversityTaps, RowStatistics, diversity_loss, row_statistics
-from dit_fast.ops.diversity_taps import _through_mixture
+from dit_fast.ops.diversity_descent import through_mixture
 from tests.helpers.cases import loop_over
 from tests.helpers.golden import assert_close
 
@@ -80,7 +80,7 @@ def test_all_pairs_of_one_sign_need_the_own_row_and_the_mixture_only():
     rows = [torch.randn(4, 3) for _ in range(6)]
     gradient = torch.full((6, 6), 0.1).triu(1)
     gradient[1, 4] = -0.1
-    sources, norms, statistics, per_block = _through_mixture(
+    sources, norms, statistics, per_block = through_mixture(
         rows, torch.rand(6, 4), sum(rows), torch.randn(3, 6, 3), gradient
     )
     assert len(sources) == norms.shape[0] == statistics.shape[1] == 7
