@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch import eager_transforms
-from torch._functorch.utils import unwrap_dead_wrappers
 
 from dit_fast import backend, kernels
 from dit_fast.backend import Implementation
 from dit_fast.errors import UserError
+from dit_fast.ops.autocast import autocast_dtype_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _STRIDED = torch.strided
@@ -53,6 +53,8 @@ class Op:
     def __init__(self, name: str, shapes: str, *implementations: Implementation, nonempty: bool = False):
         self.name = name
         self._nonempty = nonempty
+        self._checked: dict[Any, object] = {}
+        self._chosen: dict[Any, str] = {}
         self._shapes: dict[str, list[tuple[str, int, Dims, tuple[torch.dtype, ...]]]] = {}
         for kind, argument, text in re.findall(r"(int64 )?(\w+)\[([^\]]*)\]", shapes):
             parts = text.split(", ")
@@ -63,12 +65,17 @@ class Op:
             self._shapes.setdefault(argument, []).append(shape)
         backend.register(name, *implementations)
 
-    def check(self, asked: Any, eps: Any = 0.0, sizes: dict[str, Any] | None = None, /, **tensors: Any) -> None:
+    def check(self, asked: Any, eps: Any = 0.0, sizes: dict[str, Any] | None = None, /, **tensors: Any) -> Any:
         """Raises UserError, in one line naming the culprit, unless tensors, backend and eps are what the op takes.
 
         tensors: by name, optional ones only where they are given; "name[3]" is one of several of one shape. sizes:
-        those that are known beforehand.
+        those that are known beforehand. Returns what `choose` takes as `given`, so that it need not look again.
         """
+        key = _key(asked, eps, sizes, tensors)
+        if key is not None:
+            found = self._checked.get(key)
+            if found is not None:
+                return found
         sizes = {} if sizes is None else sizes
         first, device = "", None
         for name, x in tensors.items():
@@ -98,10 +105,51 @@ class Op:
         if not isinstance(eps, (int, float)) or isinstance(eps, bool) or not 0 <= eps < math.inf:
             given = eps if isinstance(eps, (int, float, str)) else type(eps).__name__
             raise UserError(f"{self.name}: eps must be a finite number >= 0, not {given!r}")
+        return None if key is None else _remember(self._checked, key, object())
 
-    def choose(self, asked: str, device: torch.device, *arguments: Any) -> str:
-        """The implementation of this call; `arguments` are what the implementations' `refuses` look at."""
-        return asked if asked == "torch" else backend.choose(self.name, asked, device.type, *arguments)
+    def choose(self, asked: str, device: torch.device, *arguments: Any, given: Any = None) -> str:
+        """The implementation of this call; `arguments` are what the implementations' `refuses` look at.
+
+        given: what `check` returned for tensors that say all about those among the arguments.
+        """
+        if asked == "torch":
+            return asked
+        kind = device.type
+        if given is None:
+            return backend.choose(self.name, asked, kind, *arguments)
+        scalars = [each for each in arguments if not isinstance(each, Tensor)]
+        key = (given, backend.forced(), autocast_dtype_of(kind), *scalars)
+        found = self._chosen.get(key)
+        return found or _remember(self._chosen, key, backend.choose(self.name, asked, kind, *arguments))
+
+
+REMEMBERED = 4096
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_SCALARS = frozenset((str, int, float, bool, type(None), torch.dtype))
+
+
+def _key(asked: Any, eps: Any, sizes: dict[str, Any] | None, tensors: dict[str, Any]) -> tuple[Any, ...] | None:
+    """What decides about a call: of a tensor, all but its numbers and its address.
+
+    None where nothing may be remembered: under the compiler, for what is no tensor and for tensors of other classes.
+    """
+    if torch.compiler.is_compiling() or type(asked) is not str or type(eps) is not float:
+        return None
+    parts: list[Any] = [asked, eps, *tensors]
+    if sizes:
+        parts += sizes.values()
+    for x in tensors.values():
+        if type(x) not in _PLAIN or x.layout is not _STRIDED:
+            return None
+        parts += (x.shape, x.stride(), x.dtype, x.device)
+    return tuple(parts)
+
+
+def _remember(memory: dict[Any, Any], key: Any, value: Any) -> Any:
+    if len(memory) >= REMEMBERED:
+        memory.clear()
+    memory[key] = value
+    return value
 
 
 def _fits(shape: Sequence[int], free: int, dims: Dims, sizes: dict[str, Any]) -> bool:
@@ -208,18 +256,64 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
         # Kernels are launched on the current device, which need not be that of the tensors. Inputs that need a gradient
         # or have a tangent reach an op that is called alone or inside a level of forward mode; its steps write into
         # results (out=), which autograd refuses.
-        with torch.cuda.device_of(_first_tensor(args)), torch._C._AutoDispatchBelowAutograd():
+        first = _first_tensor(args)
+        with torch._C._AutoDispatchBelowAutograd():
+            if _is_elsewhere(first):
+                with torch.cuda.device_of(first):
+                    return implementation(*args, **options)
             return implementation(*args, **options)
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    return getattr(torch.ops.dit_fast, name).default
+    op = getattr(torch.ops.dit_fast, name).default
+
+    def call(*args: Any) -> Any:
+        return run(*args) if _goes_straight(args) else op(*args)
+
+    return call
 
 
 def _first_tensor(args: Sequence[Any]) -> Tensor:
     """Of an op's arguments, which lie on one device; a list of tensors counts by its first."""
-    firsts = (arg[0] if isinstance(arg, list) and arg else arg for arg in args)
-    return next(arg for arg in firsts if isinstance(arg, Tensor))
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg
+        if isinstance(arg, list) and arg and isinstance(arg[0], Tensor):
+            return arg[0]
+    raise UserError("an op got no tensor")
+
+
+def _is_elsewhere(tensor: Tensor) -> bool:
+    """Whether a tensor lies on a GPU that is not the current one."""
+    index = tensor.get_device()
+    return index >= 0 and index != torch.cuda.current_device()
+
+
+def _goes_straight(args: Sequence[Any]) -> bool:
+    """Whether nobody wants to see the call of an op, so that torch's dispatcher, the dearer half of it, is left out.
+
+    Seen it must be by the compiler, torch.func, the tracer, dispatch modes (fake tensors, counters, make_fx), tensors
+    of other classes, and the profiler, which names it.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    for arg in args:
+        kind = type(arg)
+        if kind is list:
+            if not all(type(each) in _PLAIN for each in arg if isinstance(each, Tensor)):
+                return False
+        elif kind not in _PLAIN and kind not in _SCALARS:
+            return False
+    return True
+
+
+_unwrapped = torch._C._functorch.unwrap_if_dead  # a tensor that outlived its level of torch.func
 
 
 def differentiable(function: Any, name: str, instead: str = 'backend="torch"') -> Callable[..., Any]:
@@ -249,7 +343,7 @@ def differentiable(function: Any, name: str, instead: str = 'backend="torch"') -
             return function.apply(*arguments)
         if torch._C._are_functorch_transforms_active():
             return eager.apply(*arguments)
-        return run(*unwrap_dead_wrappers(arguments))
+        return run(*[_unwrapped(each) if isinstance(each, Tensor) else each for each in arguments])
 
     return apply
 
@@ -259,9 +353,11 @@ def _guarded(backward: Callable[..., Any], refusal: str) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def guarded(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
         with torch.no_grad():
             results = backward(ctx, *grads)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
             return results
         present = [result for result in results if result is not None]
         causes = [x for x in (*grads, *ctx.saved_tensors) if x is not None and x.is_floating_point()]

@@ -88,11 +88,11 @@ def layer_norm_modulate(
     Raises UserError for shapes, dtypes or devices that do not fit, ConfigError for a backend that is unknown or cannot
     take these tensors.
     """
-    MODULATE.check(backend, eps, x=x, **({} if shift is None else {"shift": shift}), scale=scale)
+    given = MODULATE.check(backend, eps, x=x, **({} if shift is None else {"shift": shift}), scale=scale)
     check_norm(MODULATE.name, norm, "layer", "rms")
     mean, variance = known(MODULATE.name, "stats", stats, x) or (None, None)
     out_dtype = _checked(MODULATE, out_dtype, x)
-    chosen = MODULATE.choose(backend, x.device, x, None, None, shift, scale, out_dtype)
+    chosen = MODULATE.choose(backend, x.device, x, None, None, shift, scale, out_dtype, given=given)
     if chosen == "torch":
         out = _modulate(x, shift, scale, eps, out_dtype, norm)
         return (x, out) if return_x else out
@@ -106,8 +106,8 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor, backend: str = "auto", ret
 
     Returns [N, T, D] in x's dtype, and with return_stats the RowStatistics of that result as well. Raises as above.
     """
-    RESIDUAL.check(backend, x=x, y=y, gate=gate)
-    chosen = RESIDUAL.choose(backend, x.device, x, y, gate, None, None, x.dtype)
+    given = RESIDUAL.check(backend, x=x, y=y, gate=gate)
+    chosen = RESIDUAL.choose(backend, x.device, x, y, gate, None, None, x.dtype, given=given)
     if chosen == "torch":
         x_new = _residual(x, y, gate)
         return (x_new, row_statistics(x_new, "torch")) if return_stats else x_new
@@ -133,11 +133,11 @@ def gate_residual_modulate(
     in x's dtype, out in out_dtype (by default x's), and with return_stats the RowStatistics of x_new as a third, mean
     and variance with either norm. Raises as above.
     """
-    given = {} if shift is None else {"shift": shift}
-    BOTH.check(backend, eps, x=x, y=y, gate=gate, **given, scale=scale)
+    moved = {} if shift is None else {"shift": shift}
+    given = BOTH.check(backend, eps, x=x, y=y, gate=gate, **moved, scale=scale)
     check_norm(BOTH.name, norm, "layer", "rms")
     out_dtype = _checked(BOTH, out_dtype, x)
-    chosen = BOTH.choose(backend, x.device, x, y, gate, shift, scale, out_dtype)
+    chosen = BOTH.choose(backend, x.device, x, y, gate, shift, scale, out_dtype, given=given)
     if chosen == "torch":
         x_new = _residual(x, y, gate)
         out = _modulate(x_new, shift, scale, eps, out_dtype, norm)

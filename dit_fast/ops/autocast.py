@@ -8,7 +8,11 @@ from torch import Tensor
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives to matrix products with x; None where it is off."""
-    kind = x.device.type
+    return autocast_dtype_of(x.device.type)
+
+
+def autocast_dtype_of(kind: str) -> torch.dtype | None:
+    """The same on devices of this type."""
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 

@@ -45,9 +45,9 @@ def flow_noised(
     does); t may not. Raises UserError for shapes, dtypes, devices, seeds or paths that do not fit, ConfigError for a
     backend that is unknown or cannot run.
     """
-    NOISED.check(backend, latents=latents, t=t, positions=positions)
+    given = NOISED.check(backend, latents=latents, t=t, positions=positions)
     _check_key(NOISED, latents, t, seed, path)
-    chosen = NOISED.choose(backend, latents.device, latents)
+    chosen = NOISED.choose(backend, latents.device, latents, given=given)
     if chosen == "torch" and not torch.compiler.is_compiling():  # inductor's 64-bit products give other noise
         return flow_reference.noised(latents, t, positions, seed, path)
     return _fused_noised(latents.flatten(1), t, positions, _signed(seed), path, chosen).view(latents.shape)
@@ -70,9 +70,9 @@ def flow_error(
     differentiates in forward mode and, once, in reverse mode, of the error or of its forward-mode derivative. Raises as
     `flow_noised`.
     """
-    ERROR.check(backend, latents=latents, t=t, positions=positions, prediction=prediction)
+    given = ERROR.check(backend, latents=latents, t=t, positions=positions, prediction=prediction)
     _check_key(ERROR, latents, t, seed, path)
-    chosen = ERROR.choose(backend, latents.device, latents, prediction)
+    chosen = ERROR.choose(backend, latents.device, latents, prediction, given=given)
     if chosen == "torch" and not torch.compiler.is_compiling():
         return flow_reference.error(prediction, latents, t, positions, seed, path)
     return _fused_error(prediction.flatten(1), latents.flatten(1), t, positions, _signed(seed), path, chosen)

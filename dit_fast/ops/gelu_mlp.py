@@ -50,14 +50,14 @@ def gelu_mlp(
     take these tensors.
     """
     parameters = {"fc1_weight": fc1_weight, "fc1_bias": fc1_bias, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
-    OP.check(backend, x=x, **parameters)
+    given = OP.check(backend, x=x, **parameters)
     own = fc1_weight.dtype
     if not fc1_bias.dtype == fc2_weight.dtype == fc2_bias.dtype == own:
         name, odd = next((name, tensor.dtype) for name, tensor in parameters.items() if tensor.dtype != own)
         raise UserError(f"gelu_mlp: {name} is {odd}, fc1_weight {own}; give them one dtype")
     dtype = linear_dtype(x, own)
     x, *cast = (tensor.to(dtype) for tensor in (x, *parameters.values()))
-    chosen = OP.choose(backend, x.device, x)
+    chosen = OP.choose(backend, x.device, x, given=given)
     if chosen == "torch":
         return _reference(x, *cast)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *cast))

@@ -77,10 +77,12 @@ def long_skip(
     Raises UserError for shapes, dtypes or devices that do not fit, ConfigError for a backend that is unknown or cannot
     take these tensors.
     """
-    OP.check(backend, eps, x=x, skip=skip, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias)
+    given = OP.check(
+        backend, eps, x=x, skip=skip, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias
+    )
     stats = (known(OP.name, "x_stats", x_stats, x), known(OP.name, "skip_stats", skip_stats, skip))
     parameters = (norm_weight, norm_bias, weight, bias)
-    chosen = OP.choose(backend, x.device, x, skip, *parameters)
+    chosen = OP.choose(backend, x.device, x, skip, *parameters, given=given)
     if chosen == "torch":
         return _reference(x, skip, *parameters, eps)
     pair = (x.reshape(-1, x.shape[-1]), skip.reshape(-1, x.shape[-1]))

@@ -59,12 +59,12 @@ def qk_norm(
         raise UserError(f"qk_norm: num_heads must be an integer of at least 1, not {num_heads!r}")
     check_norm(OP.name, norm, "layer", "rms", "none")
     tensors = _given(norm, q_weight, q_bias, k_weight, k_bias, rotary)
-    OP.check(backend, eps, {"H": num_heads}, qkv=qkv, **tensors)
+    given = OP.check(backend, eps, {"H": num_heads}, qkv=qkv, **tensors)
     cos, sin = tensors.get("cos"), tensors.get("sin")
     if cos is not None and cos.shape[1] % 2:
         raise UserError(f"qk_norm: heads of width {cos.shape[1]} have no pairs to turn; rotary needs an even width")
     qkv = rows(qkv)
-    chosen = OP.choose(backend, qkv.device, qkv, num_heads, norm, cos is not None)
+    chosen = OP.choose(backend, qkv.device, qkv, num_heads, norm, cos is not None, given=given)
     parameters = (q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm)
     if chosen == "torch":
         query, key, value = _reference(qkv, num_heads, *parameters)

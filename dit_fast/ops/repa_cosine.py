@@ -38,8 +38,8 @@ def repa_cosine(prediction: Tensor, target: Tensor, backend: str = "auto") -> Te
     derivative. Raises UserError for shapes, dtypes or devices that do not
     fit and for empty tensors, ConfigError for a backend that is unknown or cannot run.
     """
-    OP.check(backend, prediction=prediction, target=target)
-    chosen = OP.choose(backend, prediction.device, prediction, target)
+    given = OP.check(backend, prediction=prediction, target=target)
+    chosen = OP.choose(backend, prediction.device, prediction, target, given=given)
     if chosen == "torch":
         return _reference(prediction, target)
     return _fused(prediction.flatten(0, 1), target.flatten(0, 1), chosen)[0]

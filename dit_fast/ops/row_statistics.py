@@ -35,9 +35,9 @@ def row_statistics(x: Tensor, backend: str = "auto") -> RowStatistics:
     They carry no gradient. Raises UserError for an x without a last dimension or not of floating point, ConfigError for
     an unknown backend or one that cannot take x.
     """
-    OP.check(backend, x=x)
+    given = OP.check(backend, x=x)
     flat = rows(x.detach().reshape(-1, x.shape[-1]))
-    mean, variance = row_statistics_op(flat, OP.choose(backend, x.device, flat))
+    mean, variance = row_statistics_op(flat, OP.choose(backend, x.device, flat, given=given))
     return RowStatistics(mean.view(x.shape[:-1]), variance.view(x.shape[:-1]))
 
 

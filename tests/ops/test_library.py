@@ -3,11 +3,17 @@
 import ast
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_fast import ops, philox
+from dit_fast.ops import _op
+from dit_fast.ops.row_statistics import row_statistics_op
 from tests.helpers.cases import loop_over
 from tests.helpers.op_cases import FUSED, REFERENCES, REGISTERED, inputs
 
@@ -25,7 +31,7 @@ def test_opcheck_with_inputs_that_need_a_gradient(name):
 
 def test_every_op_runs_on_the_device_of_its_tensors(monkeypatch):
     """Kernels go to the current device, whatever their arguments: each op makes it that of its first tensor."""
-    entered = []
+    asked, entered = [], []
 
     class Guard(torch.cuda.device_of):
         def __init__(self, tensor):
@@ -33,12 +39,42 @@ def test_every_op_runs_on_the_device_of_its_tensors(monkeypatch):
             super().__init__(tensor)
 
     monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    monkeypatch.setattr(_op, "_is_elsewhere", lambda tensor: asked.append(tensor) or True)
     for name, arguments in REGISTERED.items():
-        arguments, entered[:] = arguments(), []
+        arguments, asked[:], entered[:] = arguments(), [], []
         with torch.no_grad():
             getattr(torch.ops.dit_fast, name)(*arguments)
         first = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
-        assert [tensor.data_ptr() for tensor in entered] == [first.data_ptr()], name
+        assert [tensor.data_ptr() for tensor in entered] == [first.data_ptr()] == [x.data_ptr() for x in asked], name
+
+
+def test_a_device_is_only_entered_where_it_is_not_the_current_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    tensors = [SimpleNamespace(get_device=lambda index=index: index) for index in (-1, 0, 1)]
+    assert [_op._is_elsewhere(tensor) for tensor in tensors] == [False, True, False]
+
+
+def test_an_op_is_seen_by_all_who_look_for_it():
+    """Without them the implementation is called and not the op."""
+    x = torch.randn(5, 8)
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    seen = []
+    with Seen():
+        row_statistics_op(x, "torch")
+    assert seen[0] == "row_statistics"
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
+        row_statistics_op(x, "torch")
+    assert "dit_fast::row_statistics" in {event.name for event in record.events()}
+    fake = FakeTensorMode().from_tensor(x)
+    assert type(row_statistics_op(fake, "torch")[0]) is FakeTensor
+    assert "dit_fast.row_statistics" in str(make_fx(lambda x: row_statistics_op(x, "torch"))(x).code)
+    assert not _op._goes_straight([[fake], 1])
+    assert _op._goes_straight([[x, torch.nn.Parameter(x)], 1, None])
 
 
 def test_kernels_are_launched_inside_ops_alone():

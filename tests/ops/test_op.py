@@ -15,11 +15,32 @@ needs_library = pytest.mark.skipif(_C.unavailable() is not None, reason=f"{_C.un
 
 @loop_over("name", [*CALLS, "diversity_loss taps"])
 def test_one_decision_per_call(name, monkeypatch):
-    made = []
-    choose = backend.choose
-    monkeypatch.setattr(backend, "choose", lambda *arguments: made.append(arguments[0]) or choose(*arguments))
+    made, choose = [], Op.choose
+    monkeypatch.setattr(Op, "choose", lambda op, *rest, **given: made.append(op.name) or choose(op, *rest, **given))
     {**CALLS, "diversity_loss taps": tapped}[name](*(x.float().requires_grad_() for x in inputs(name))).sum().backward()
     assert made == ["diversity_loss" if "diversity" in name else name.split()[0]]
+
+
+def test_what_was_checked_and_chosen_once_is_remembered_until_something_decides_anew(toy, monkeypatch):
+    made, choose = [], backend.choose
+    monkeypatch.setattr(backend, "choose", lambda *arguments: made.append(arguments) or choose(*arguments))
+    x = Z(2, 4)
+
+    def call(x, *scalars, **options):
+        toy.choose("auto", x.device, x, *scalars, given=toy.check("auto", 0.0, x=x), **options)
+        return len(made)
+
+    assert call(x) == call(x) == call(Z(2, 4)) == 1
+    assert [call(x.double()), call(Z(4, 2).T), call(x, "rms")] == [2, 3, 4]
+    with backend.force("torch"):
+        assert call(x) == 5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call(x) == 6
+    assert call(x) == 6
+    with pytest.raises(UserError, match="eps"):
+        toy.check("auto", True, x=x)
+    with pytest.raises(UserError, match="x must be"):
+        toy.check("auto", 0.0, x=Z(4))
 
 
 @needs_library
