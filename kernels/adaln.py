@@ -141,15 +141,15 @@ def forward(
         if any(copy is not tensor for copy, tensor in zip(rows, inputs, strict=True)):
             return forward(*rows, eps, rms, stats, out_dtype, want_stats)  # type: ignore[arg-type, call-arg]
         launch = _FORWARD.keep(key, _forward_launcher(x, y, gate, shift, scale, eps, rms, known, out_dtype, want_stats))
-    shape, device = x.shape, x.device
-    x_new = None if y is None else torch.empty(shape, dtype=x.dtype, device=device)
-    out = None if scale is None else torch.empty(shape, dtype=out_dtype, device=device)
+    # empty_like takes half of the time of empty, whose arguments are many
+    x_new = None if y is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = None if scale is None else torch.empty_like(x, dtype=out_dtype, memory_format=torch.contiguous_format)
     mean = variance = None
     if stats is not None:
         mean, variance = (each.contiguous() for each in stats)
     elif want_stats:
-        mean = torch.empty(shape[:2], dtype=torch.float32, device=device)
-        variance = torch.empty(shape[:2], dtype=torch.float32, device=device)
+        mean = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
+        variance = torch.empty_like(mean)
     if launch is not None:
         launch(*[x if tensor is None else tensor for tensor in (x, y, gate, shift, scale, x_new, out, mean, variance)])
     return x_new, out, mean, variance

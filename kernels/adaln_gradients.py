@@ -159,14 +159,14 @@ def backward(
         if any(copy is not tensor for copy, tensor in zip(rows, tensors, strict=True)):
             return backward(*rows, mean, variance, eps, rms, shifted, x_dtype, y_dtype, vector_dtypes)  # type: ignore[call-arg]
         plan = _BACKWARD.keep(key, _plan(like, *tensors, eps, rms, shifted, x_dtype, y_dtype))
-    shape, device = like.shape, like.device
-    grad_x = None if grad_out is None else torch.empty(shape, dtype=x_dtype, device=device)
-    grad_y = None if y is None else torch.empty(shape, dtype=y_dtype, device=device)
+    contiguous = torch.contiguous_format
+    grad_x = None if grad_out is None else torch.empty_like(like, dtype=x_dtype, memory_format=contiguous)
+    grad_y = None if y is None else torch.empty_like(y, dtype=y_dtype, memory_format=contiguous)
+    partials = torch.empty(plan.partials, dtype=torch.float32, device=like.device)
     vectors = [
-        torch.empty(plan.vector, dtype=dtype, device=device) if here else None
-        for here, dtype in zip(plan.present, vector_dtypes, strict=True)
+        torch.empty_like(vector, dtype=dtype, memory_format=contiguous) if here and vector is not None else None
+        for here, vector, dtype in zip(plan.present, (gate, scale, scale), vector_dtypes, strict=True)
     ]
-    partials = torch.empty(plan.partials, dtype=torch.float32, device=device)
     if plan.differentiate is not None:
         if mean is not None and variance is not None:
             mean, variance = mean.contiguous(), variance.contiguous()
@@ -178,10 +178,9 @@ def backward(
 
 
 class _Plan(NamedTuple):
-    """Of a backward: which vectors it gives, their shape, that of the partial sums, and the launches, None for none."""
+    """Of a backward: which vectors it gives, the shape of the partial sums, and the launches, None for none."""
 
     present: tuple[bool, bool, bool]
-    vector: tuple[int, int]
     partials: tuple[int, ...]
     differentiate: Callable[..., None] | None
     add: Callable[..., None] | None
@@ -216,7 +215,7 @@ def _plan(
         constants = {"BLOCK": BLOCK, **parts, "UPCAST": triton.knobs.runtime.interpret}
         constants |= {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
         add = launcher(add_chunks, (batch, triton.cdiv(width, BLOCK)), (chunks, width), constants)
-    return _Plan(present, (batch, width), (batch, chunks, sum(present), width), differentiate, add)
+    return _Plan(present, (batch, chunks, sum(present), width), differentiate, add)
 
 
 def aot_cases(arch: int) -> list[AotCase]:

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_fast.kernels.aot import AotCase
+from dit_fast.kernels.launch import Kept, launcher, signature
 from dit_fast.kernels.ordered_sum import ordered_sum
 from dit_fast.kernels.rows import MAX_CHUNKS, store_rounded
 
@@ -31,6 +32,7 @@ WARPS = 2
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _ROOT = tl.constexpr(math.sqrt(2 / math.pi))
 _CUBIC = tl.constexpr(0.044715)
+_BACKWARD = Kept()
 
 
 @triton.jit
@@ -100,10 +102,13 @@ def backward(
     out = torch.empty_like(hidden) if out is None else out
     activation = torch.empty_like(hidden) if want_activation else None
     partials = torch.empty(chunks, width, dtype=torch.float32, device=hidden.device) if want_bias else None
-    gelu_gradient[(triton.cdiv(width, BLOCK), chunks)](
-        hidden, grad, out if activation is None else activation, out, out if partials is None else partials, rows,
-        WIDTH=width, ACTIVATION=want_activation, BIAS=want_bias, **_options(), enable_fp_fusion=True,
-    )  # fmt: skip
+    key = (signature(hidden), want_activation, want_bias)
+    launch = _BACKWARD.get(key)
+    if launch is None:
+        constants = {"WIDTH": width, "ACTIVATION": want_activation, "BIAS": want_bias, **_options()}
+        grid = (triton.cdiv(width, BLOCK), chunks)
+        launch = _BACKWARD.keep(key, launcher(gelu_gradient, grid, (rows,), constants | {"enable_fp_fusion": True}))
+    launch(hidden, grad, out if activation is None else activation, out, out if partials is None else partials)
     return activation, out, None if partials is None else ordered_sum(partials)
 
 

@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 
 from dit_fast.kernels.aot import AotCase
+from dit_fast.kernels.launch import Kept, launcher, signature
 
 GROUP = 64  # part of the definition
 _UNROLL = 8
 _BLOCK = 512
+_SUMS = Kept()
 
 
 @triton.jit
@@ -39,9 +41,14 @@ def ordered_sum(partials: torch.Tensor) -> torch.Tensor:
         groups = triton.cdiv(rows, GROUP)
         dtype = torch.float32 if groups == 1 else torch.float64
         out = torch.empty(groups, columns, dtype=dtype, device=partials.device)
-        grid = (triton.cdiv(columns, _BLOCK), groups)
-        options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
-        sum_rows[grid](partials, out, rows, columns, GROUP, _UNROLL, _BLOCK, **options)
+        key = signature(partials)
+        launch = _SUMS.get(key)
+        if launch is None:
+            constants = {"GROUP": GROUP, "UNROLL": _UNROLL, "BLOCK": _BLOCK}
+            constants |= {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+            grid = (triton.cdiv(columns, _BLOCK), groups)
+            launch = _SUMS.keep(key, launcher(sum_rows, grid, (rows, columns), constants))
+        launch(partials, out)
         if groups == 1:
             return out[0]
         partials, rows = out, groups

@@ -14,10 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_fast.kernels.aot import AotCase
+from dit_fast.kernels.launch import Kept, launcher, signature
 
 SINGLE = 4096  # widest row of one tile
 PROGRAM = 4096  # elements of a program where rows are short
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+_KEPT = Kept()
 
 
 @triton.jit(do_not_specialize=("rows",))
@@ -72,11 +75,17 @@ def _options(width: int) -> dict[str, int]:
 def row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, variance) float32 [M] of x [M, D]; x: float32, bfloat16 or float16, rows contiguous with any stride."""
     rows, width = x.shape
-    mean, variance = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    mean = torch.empty(rows, dtype=torch.float32, device=x.device)
+    variance = torch.empty_like(mean)
     if rows:
-        options = _options(width)
-        grid = (triton.cdiv(rows, options["ROWS"]),)
-        row_moments[grid](x, mean, variance, rows, x.stride(0), **options, enable_fp_fusion=True)
+        key = signature(x)
+        launch = _KEPT.get(key)
+        if launch is None:
+            options = _options(width)
+            grid = (triton.cdiv(rows, options["ROWS"]),)
+            made = launcher(row_moments, grid, (rows, x.stride(0)), options | {"enable_fp_fusion": True})
+            launch = _KEPT.keep(key, made)
+        launch(x, mean, variance)
     return mean, variance
 
 

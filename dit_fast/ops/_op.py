@@ -244,7 +244,7 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Registers `dit_fast::<schema>` for tensors on any device and returns the callable op.
+    """Registers `dit_fast::<schema>` for tensors on any device and returns what calls it; `registered` is torch's op.
 
     fake: same arguments, returns empty tensors of the right shapes, strides, dtypes and devices.
     """
@@ -270,6 +270,7 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     def call(*args: Any) -> Any:
         return run(*args) if _goes_straight(args) else op(*args)
 
+    call.registered = op  # type: ignore[attr-defined]
     return call
 
 

@@ -21,6 +21,7 @@ its mean and variance with either norm. Without y, x_new is x; without scale the
 shift. Saved for the backward: x_new, which the model holds anyway, y, the vectors and two numbers per row.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -149,7 +150,8 @@ def gate_residual_modulate(
 
 def returns_statistics(x: Tensor) -> bool:
     """Whether the ops that write the stream x return its row statistics for free; the reference takes another pass."""
-    return RESIDUAL.choose("auto", x.device, x, None, None, None, None, x.dtype) != "torch"
+    given = RESIDUAL.check("auto", x=x)
+    return RESIDUAL.choose("auto", x.device, x, None, None, None, None, x.dtype, given=given) != "torch"
 
 
 def _checked(op: Op, out_dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
@@ -178,11 +180,15 @@ def _runner(backend: str, like: Tensor) -> Any:
     """What has a forward and a backward; None: torch, where there are no elements too."""
     if backend == "torch" or not like.numel():
         return None
-    if backend == "triton":
-        from dit_fast.kernels import adaln as kernel
+    return _kernels() if backend == "triton" else adaln_cpp
 
-        return kernel
-    return adaln_cpp
+
+@functools.cache
+def _kernels() -> Any:
+    """Kept: an import statement takes as long as a small tensor's allocation, each time."""
+    from dit_fast.kernels import adaln as kernel
+
+    return kernel
 
 
 def _normalised(x: Tensor, mean: Tensor, variance: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor]:
@@ -244,9 +250,16 @@ def _forward(
         results = _torch_forward(x, y, gate, shift, scale, stats, eps, rms, out_dtype, want_stats)
     else:
         results = runner.forward(x, y, gate, shift, scale, eps, rms, stats, out_dtype, want_stats)
-    absent = (False, False, stats is not None, stats is not None)
     # Contiguous whatever the strides of x, as the fake promises the compiler.
-    return tuple(x.new_empty(0) if t is None or no else t.contiguous() for t, no in zip(results, absent, strict=True))  # type: ignore[return-value]
+    x_new, out, mean, variance = (None if each is None else each.contiguous() for each in results)
+    if stats is not None:
+        mean = variance = None
+    return (
+        x.new_empty(0) if x_new is None else x_new,
+        x.new_empty(0) if out is None else out,
+        x.new_empty(0) if mean is None else mean,
+        x.new_empty(0) if variance is None else variance,
+    )
 
 
 def _fake_forward(

@@ -223,13 +223,13 @@ def test_opcheck(op):
         stats = row_statistics(given["x"]) if op is modulate else (None, None)
         rms = "rms" in NAMES[op]
         for backend in BACKENDS:
-            torch.library.opcheck(adaln.forward_op, (*parts, *stats, 1e-6, rms, dtype, True, backend))
+            torch.library.opcheck(adaln.forward_op.registered, (*parts, *stats, 1e-6, rms, dtype, True, backend))
             normalises = "scale" in given
             x = given["x"]
             rest = (x, *parts[1:3], parts[4], *row_statistics(x)) if normalises else (None, *parts[1:3], *(None,) * 3)
             grads = (x if "y" in given else None, x if normalises else None)
             arguments = (*grads, *rest, 1e-6, rms, "shift" in given, *[dtype] * 4, backend)
-            torch.library.opcheck(adaln.backward_op, arguments)
+            torch.library.opcheck(adaln.backward_op.registered, arguments)
 
 
 @ops

@@ -277,10 +277,10 @@ def test_a_backend_that_cannot_take_the_tensors_says_why():
 
 def test_opcheck(backend):
     features = blocks(3, 9, 5)
-    torch.library.opcheck(forward_op, (features, True, backend))
+    torch.library.opcheck(forward_op.registered, (features, True, backend))
     inverse_norms = forward_op(features, False, backend)[2]
     torch.library.opcheck(
-        backward_op, (features, inverse_norms, *weights_of_the_outputs(3, 5), features[:2], [2, 0], backend)
+        backward_op.registered, (features, inverse_norms, *weights_of_the_outputs(3, 5), features[:2], [2, 0], backend)
     )
 
 

@@ -218,7 +218,7 @@ def test_opcheck():
     for dtype in (torch.float32, torch.bfloat16):
         tensors = make(dtype, shapes=[(7, 10), (7, 4), (4, 10)])
         for wanted in ((True, True), (False, True), (True, False)):
-            torch.library.opcheck(gelu_backward_op, (*tensors, *wanted, "recompute"))
+            torch.library.opcheck(gelu_backward_op.registered, (*tensors, *wanted, "recompute"))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])

@@ -112,10 +112,10 @@ def test_saves_three_numbers_per_token():
 
 def test_opcheck():
     p, q = (x[0] for x in make(1, 9, 5, dtypes=(torch.bfloat16, torch.float32)))
-    torch.library.opcheck(forward_op, (p, q, "torch"))
+    torch.library.opcheck(forward_op.registered, (p, q, "torch"))
     saved = forward_op(p, q, "torch")[1]
-    torch.library.opcheck(backward_op, (torch.ones(()), p, q, saved, [True, True], "torch"))
-    torch.library.opcheck(backward_op, (torch.ones(()), p, q, saved, [False, True], "torch"))
+    torch.library.opcheck(backward_op.registered, (torch.ones(()), p, q, saved, [True, True], "torch"))
+    torch.library.opcheck(backward_op.registered, (torch.ones(()), p, q, saved, [False, True], "torch"))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
