@@ -141,10 +141,10 @@ def test_nothing_of_a_samples_size_is_kept_but_the_inputs():
 @pytest.mark.parametrize("path", PATHS)
 def test_opcheck(path):
     p, x = (each.flatten(1) for each in make(torch.bfloat16, torch.float32, shape=(2, 3)))
-    torch.library.opcheck(noised_op, (x, *key(path, -3), "torch"))
-    torch.library.opcheck(error_op, (p, x, *key(path), "torch"))
+    torch.library.opcheck(noised_op.registered, (x, *key(path, -3), "torch"))
+    torch.library.opcheck(error_op.registered, (p, x, *key(path), "torch"))
     for needs in ([True, True], [True, False]):
-        torch.library.opcheck(error_backward_op, (torch.ones(len(TIMES)), p, x, *key(path), needs, "torch"))
+        torch.library.opcheck(error_backward_op.registered, (torch.ones(len(TIMES)), p, x, *key(path), needs, "torch"))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])

@@ -83,7 +83,7 @@ def test_what_is_not_rows_is_named():
 
 def test_opcheck_and_compile():
     for dtype in (torch.bfloat16, torch.float64):
-        torch.library.opcheck(row_statistics_op, (rows((5, 6), dtype), "torch"))
+        torch.library.opcheck(row_statistics_op.registered, (rows((5, 6), dtype), "torch"))
     torch._dynamo.reset()
     compiled = torch.compile(row_statistics, fullgraph=True, backend="aot_eager")
     x = rows((2, 5, 6), torch.float32)
