@@ -117,17 +117,9 @@ def gate_residual(x: Tensor, y: Tensor, gate: Tensor, backend: str = "auto", ret
 
 
 def gate_residual_modulate(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    shift: Tensor | None,
-    scale: Tensor,
-    eps: float = 1e-6,
-    backend: str = "auto",
-    return_stats: bool = False,
-    out_dtype: torch.dtype | None = None,
-    norm: str = "layer",
-) -> Any:
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor | None, scale: Tensor, eps: float = 1e-6, backend: str = "auto",
+    return_stats: bool = False, out_dtype: torch.dtype | None = None, norm: str = "layer",
+) -> Any:  # fmt: skip
     """`x_new = x + gate * y` and `out = norm(x_new) * (1 + scale) + shift`.
 
     x, y: [N, T, D], maybe of two dtypes; gate, shift, scale and norm as above. Returns (x_new, out), [N, T, D], x_new
@@ -176,19 +168,16 @@ def _residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return (x.to(dtype) + _over_tokens(gate, dtype) * y.to(dtype)).to(x.dtype)
 
 
-def _runner(backend: str, like: Tensor) -> Any:
-    """What has a forward and a backward; None: torch, where there are no elements too."""
-    if backend == "torch" or not like.numel():
-        return None
-    return _kernels() if backend == "triton" else adaln_cpp
-
-
 @functools.cache
-def _kernels() -> Any:
-    """Kept: an import statement takes as long as a small tensor's allocation, each time."""
-    from dit_fast.kernels import adaln as kernel
+def _runner(backend: str) -> Any:
+    """What has a forward and a backward; None: torch. Kept, for an import statement takes time at every call."""
+    if backend == "torch":
+        return None
+    if backend == "triton":
+        from dit_fast.kernels import adaln as kernel
 
-    return kernel
+        return kernel
+    return adaln_cpp
 
 
 def _normalised(x: Tensor, mean: Tensor, variance: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor]:
@@ -243,7 +232,7 @@ def _forward(
     mean: Tensor | None, variance: Tensor | None, eps: float, rms: bool, out_dtype: torch.dtype, want_stats: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    runner = _runner(backend, x)
+    runner = _runner(backend if x.numel() else "torch")
     stats = None if mean is None or variance is None else (mean, variance)
     want_stats = (want_stats or scale is not None) and stats is None
     if runner is None:
@@ -251,15 +240,10 @@ def _forward(
     else:
         results = runner.forward(x, y, gate, shift, scale, eps, rms, stats, out_dtype, want_stats)
     # Contiguous whatever the strides of x, as the fake promises the compiler.
-    x_new, out, mean, variance = (None if each is None else each.contiguous() for each in results)
+    made = [x.new_empty(0) if each is None else each.contiguous() for each in results]
     if stats is not None:
-        mean = variance = None
-    return (
-        x.new_empty(0) if x_new is None else x_new,
-        x.new_empty(0) if out is None else out,
-        x.new_empty(0) if mean is None else mean,
-        x.new_empty(0) if variance is None else variance,
-    )
+        made[2:] = x.new_empty(0), x.new_empty(0)
+    return tuple(made)  # type: ignore[return-value]
 
 
 def _fake_forward(
@@ -279,7 +263,7 @@ def _backward(
     x_dtype: torch.dtype, gate_dtype: torch.dtype, shift_dtype: torch.dtype, scale_dtype: torch.dtype, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     like = next(tensor for tensor in (grad_x_new, grad_out) if tensor is not None)
-    runner = _runner(backend, like)
+    runner = _runner(backend if like.numel() else "torch")
     inputs = (grad_x_new, grad_out, x_new, y, gate, scale, mean, variance, eps, rms, shifted)
     y_dtype, vectors = None if y is None else y.dtype, (gate_dtype, shift_dtype, scale_dtype)
     if runner is None:
