@@ -24,10 +24,10 @@ Backward, given g = dL/dy, with zhat = (z - m) r:
     c1 = sum_j zhat_j (g W')_j / 2D = g . (W' zhat) / 2D = g . (y - b') / 2D.
 
 c1 and c2 are sums over rows of [M, D] tensors, so they are known before the product g W' begins, and its epilogue can
-finish the gradient: it reads the tile of x or s, and writes dx or ds. `prepare_backward` makes c1, c2, the sum of g
-over rows and round(r g), from which library products make the gradients of W, gamma and beta:
+finish the gradient: it reads the tile of x or s, writes dx or ds, and leaves round(zhat), which it has at hand, for the
+library product P. `prepare_backward` makes c1, c2 and the sum of g over rows.
 
-    P = (r g)^T z - ((r g)^T m) 1^T,   dW = P diag(gamma) + (sum g) beta^T,   dgamma = colsum(W P),  dbeta = W^T sum g.
+    P = g^T zhat,   dW = P diag(gamma) + (sum g) beta^T,   dgamma = colsum(W P),   dbeta = W^T sum g.
 """
 
 import math

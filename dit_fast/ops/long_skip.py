@@ -43,8 +43,9 @@ def _triton_refuses(x: Tensor, skip: Tensor, norm_weight: Tensor, norm_bias: Ten
     return kernel.supports(x, skip, linear_dtype(x, weight.dtype))
 
 
-# On an H200 (sm_90, bf16), forward and backward of "triton" are faster than the reference and those of "gemm" slower;
-# on the CPU, where the GEMMs are the same, "gemm" is slower too. It needs less memory than the reference, on request.
+# On an H200 (sm_90, bf16), forward and backward of "triton" were faster than the reference and those of "gemm" slower,
+# which since then has one kernel for each pass over the rows there (not measured). On the CPU, where the GEMMs are the
+# same, "gemm" is slower too. It needs less memory than the reference, on request.
 OP = Op(
     "long_skip",
     "x[..., D] skip[..., D] norm_weight[2D] norm_bias[2D] weight[D, 2D] bias[D]",
