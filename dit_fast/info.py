@@ -6,7 +6,7 @@ import os
 import platform
 from importlib import metadata
 
-from dit_fast import _C, __version__, backend
+from dit_fast import _C, __version__, backend, kernels
 
 # import name -> (what it is for, how to get it)
 OPTIONAL = {
@@ -45,6 +45,8 @@ def describe() -> str:
     lines += [f"  {name:26}{_package(name)}" for name in OPTIONAL]
     lines.append(f"  {'apex':26}{apex_state()}")
     lines.append(f"\nCPU library   {_C.describe()}")
+    if importlib.util.find_spec("triton") is not None:
+        lines.append(f"launches      {_launches()}")
     lines.append(f"shard reader  {_C.host_unavailable() or 'compiled'}")
     forced = backend.forced()
     rule = "first usable implementation runs" if forced is None else f"{backend.FORCED}={forced} decides"
@@ -53,6 +55,14 @@ def describe() -> str:
         answers = "; ".join(f"{name}: {why}" for name, why in backend.explain(op, device_type))
         lines.append(f"  {op:26}{answers}")
     return "\n".join(lines)
+
+
+def _launches() -> str:
+    try:
+        why = kernels.ordinary_launches()
+    except Exception as error:
+        why = f"triton does not load: {str(error).splitlines()[:1]}"
+    return "short" if why is None else f"the ordinary way, which is slower: {why}"
 
 
 def _why_no_cuda() -> str:

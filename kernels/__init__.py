@@ -20,3 +20,16 @@ def unavailable() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
     return None
+
+
+SHORT_LAUNCHES = ("3.6", "3.9")  # versions of Triton whose C function `launch.py` knows
+
+
+def ordinary_launches() -> str | None:
+    """Why every launch goes through all of Triton's Python here, 40 to 60 us each; None if it does not."""
+    import triton
+
+    version = ".".join(triton.__version__.split(".")[:2])
+    if version in SHORT_LAUNCHES:
+        return None
+    return f"Triton {version} is not one of {', '.join(SHORT_LAUNCHES)}"

@@ -5,7 +5,7 @@ strings of them, at every launch: 40 to 60 us of Python. What decides are shapes
 one `launcher` per `signature` of its arguments and keeps it. The first launch goes the ordinary way and gives the
 compiled kernel; later ones hand addresses to the C function that Triton's own launcher would call. Addresses that are
 no multiples of 16 take another kernel, and the ordinary way; so does everything under hooks (profilers), under the
-interpreter and with a version of Triton whose C function is not known here (`ordinary`).
+interpreter and with a version of Triton whose C function is not known here (`ordinary_launches`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +14,8 @@ from typing import Any
 import triton
 from torch import Tensor
 from triton.runtime import driver
+
+from dit_fast.kernels import ordinary_launches
 
 ALIGNMENT = 16  # bytes; what Triton specialises a pointer for
 KEPT = 4096
@@ -74,19 +76,13 @@ def _calls(hook: Any) -> Any:
     return hook if hook is None else getattr(hook, "calls", hook)
 
 
-def ordinary() -> str | None:
-    """Why every launch goes the ordinary way here; None if it does not."""
-    version = ".".join(triton.__version__.split(".")[:2])
-    return None if version in _FORMS else f"Triton {version} is not one of {', '.join(_FORMS)}"
-
-
 def _direct(
     kernel: Any, compiled: Any, grid: Sequence[int], numbers: Sequence[Any], constants: Mapping[str, Any]
 ) -> Any:
     """The call of the C function with all but stream and addresses; None where it cannot be made, or is interpreted."""
     from triton.backends.nvidia.driver import CudaLauncher
 
-    if compiled is None or ordinary() or getattr(driver.active, "launcher_cls", None) is not CudaLauncher:
+    if compiled is None or ordinary_launches() or getattr(driver.active, "launcher_cls", None) is not CudaLauncher:
         return None
     run = compiled.run
     if type(run) is not CudaLauncher or run.global_scratch_size or run.profile_scratch_size:

@@ -354,14 +354,14 @@ class _AdaLN(torch.autograd.Function):
         if tap is not None and tap.active:
             found = tap.gradients(grad_x_new, *saved[1:3], ctx.backend)
             if not isinstance(found, Tensor):
-                grads = zip(found, ctx.needs_input_grad[:3], strict=True)
-                return *(grad if needed else None for grad, needed in grads), *(None,) * 10
+                pairs = zip(found, ctx.needs_input_grad[:3], strict=True)
+                return *(grad if needed else None for grad, needed in pairs), *(None,) * 10
             grad_x_new = found
         if grad_out is None and (grad_x_new is None or not y_given):
             return grad_x_new, *(None,) * 12
         forms = (ctx.eps, ctx.rms, ctx.shifted)
-        grads = backward_op(grad_x_new, grad_out, *saved, *forms, ctx.x_dtype, *ctx.vector_dtypes, ctx.backend)
-        grads = (grads[0] if grad_out is not None else grad_x_new, *grads[1:])
+        made = backward_op(grad_x_new, grad_out, *saved, *forms, ctx.x_dtype, *ctx.vector_dtypes, ctx.backend)
+        grads = (made[0] if grad_out is not None else grad_x_new, *made[1:])
         present = (True, y_given, y_given, grad_out is not None and ctx.shifted, grad_out is not None)
         wanted = zip(grads, present, ctx.needs_input_grad[:5], strict=True)
         return *(grad if here and needed else None for grad, here, needed in wanted), *(None,) * 8
