@@ -16,11 +16,11 @@ INSTALLED := $(VENV)/.installed
 EXTRAS := train,dev,diffusers,repa,twemoji
 CODE := dit_fast examples
 
-.PHONY: help install native quickstart test test-kernels test-long chaos matrix gpu-suite pytest lint format clean
+.PHONY: help install native quickstart test test-kernels test-long chaos matrix gpu-suite test-gpu-image pytest lint format clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
-	@echo "make native | test | test-kernels | test-long | chaos | matrix | gpu-suite | lint | format | clean"
+	@echo "make native | test | test-kernels | test-long | chaos | matrix | gpu-suite | test-gpu-image | lint | format | clean"
 
 install: $(INSTALLED)
 
@@ -72,6 +72,24 @@ matrix: $(INSTALLED)
 
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest -m long
+
+# The CPU tests on the versions that GPU machines have (PYTHON=python3.12). Where torch has no CPU wheel of that version
+# for this platform this says so and stops; CUDA=1 takes the one with CUDA, gigabytes of it.
+IMAGE := .cache/gpu-image
+IMAGE_TORCH := 2.11.0
+test-gpu-image:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' \
+		|| { echo "$(PYTHON) is not 3.12; make test-gpu-image PYTHON=python3.12"; exit 1; }
+	@test -x $(IMAGE)/bin/python || $(PYTHON) -m venv $(IMAGE)
+	@if $(IMAGE)/bin/python -c 'import torch' 2>/dev/null; then :; \
+	elif $(IMAGE)/bin/python -m pip install --quiet $(PIP_ARGS) --only-binary :all: torch==$(IMAGE_TORCH)+cpu 2>/dev/null; then :; \
+	elif [ "$$(uname -m)" = aarch64 ] || [ -n '$(CUDA)' ]; then \
+		$(IMAGE)/bin/python -m pip install --quiet $(PIP_ARGS) torch==$(IMAGE_TORCH); \
+	else echo "not run: no CPU wheel of torch $(IMAGE_TORCH) for Python 3.12 on $$(uname -m); CUDA=1 takes gigabytes of CUDA"; exit 1; fi
+	@grep -v '^torch==' constraints.txt > $(IMAGE)/constraints.txt
+	@$(IMAGE)/bin/python -m pip install --quiet $(PIP_ARGS) -c $(IMAGE)/constraints.txt -e '.[train,dev,ode]'
+	$(IMAGE)/bin/python -m pytest -n 2
+
 
 # On a GPU machine, with its own Python, no network and nothing installed: docs/gpu-day.md.
 #   make gpu-suite STAGE=correct|tune|decide [COMMIT=sha] [OUT=folder] [PYTHON=python3.12]

@@ -95,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, help="torch's CPU threads")
     parser.add_argument("--out", type=Path, help="folder for results instead of benchmarks/results")
     parser.add_argument("--small", action="store_true", help="tiny shapes: a check of the harness, no measurement")
-    parser.add_argument("--tested", type=Path, metavar="XML", help="--junitxml of a pytest run to go by")
+    parser.add_argument(
+        "--tested", type=Path, metavar="XML", help="--junitxml of a pytest run to go by, or a folder of them"
+    )
     parser.add_argument("--only", nargs="+", default=[], metavar="RECIPE", help="curves: of these recipes alone")
     parser.add_argument(
         "--data", default="runs/quickstart/shards", help="curves: Twemoji shards, see docs/benchmarks.md"

@@ -60,14 +60,16 @@ def run_tests(op: str, patterns: Sequence[str], *, root: Path = ROOT, seconds: f
 def read_record(
     op: str, patterns: Sequence[str], record: Path, *, root: Path = ROOT, seconds: float | None = None
 ) -> Verdict:
-    """Verdict from pytest's --junitxml of an earlier run in this checkout. Raises RedGate as `run_tests`.
+    """Verdict from pytest's --junitxml of earlier runs in this checkout, a file or a folder of them. Raises RedGate as
+    `run_tests`.
 
     Every file must have passed something, so that a record of another run does not open the gate.
     """
     files = _files(op, patterns, root)
     modules = {file.removesuffix(".py").replace("/", "."): file for file in files}
     passed, skipped, spent, green = 0, 0, 0.0, set()
-    for case in ElementTree.parse(record).iter("testcase"):
+    records = sorted(record.glob("*.xml")) if record.is_dir() else [record]
+    for case in (case for path in records for case in ElementTree.parse(path).iter("testcase")):
         module = next((name for name in modules if f"{case.get('classname')}.".startswith(f"{name}.")), None)
         if module is None:
             continue

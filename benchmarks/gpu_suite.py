@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dit_fast.benchmarks.machine import check_toolchain, sanitizer
@@ -19,10 +20,12 @@ from dit_fast.benchmarks.parts import Part, Record, run_parts
 from dit_fast.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("correct",)
+STAGES = ("correct", "tune", "decide")
 LIMIT = 520.0  # seconds of a stage
 START_UP = 12.0  # of a benchmark's time: imports, device, ceilings
 CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+STEPS = (("XL/2", 32), ("XL/2", 64), ("XL/2", 128), ("B/2", 32), ("B/2", 256))  # sizes and samples per step
+GATE = ("adaln", "diversity", "long_skip", "training")  # of `step`
 Command = Callable[[float], Sequence[str]]
 FAMILIES = ("adaln", "diversity", "flow", "gelu_mlp", "long_skip", "qk_norm", "repa_cosine")  # of kernels
 TRAINING = ("tests/methods/test_diversedit.py", "tests/models/test_training_curve.py", "tests/train/test_optim.py",
@@ -52,10 +55,49 @@ class Stage:
             *(self._sanitized(tool, family) for tool in tools for family in FAMILIES),
         ]
 
-    def _families(self) -> dict[str, list[str]]:
-        """Patterns of the tests that must pass before a number is printed, in groups that may hide each other. small:
-        those alone that run on every device."""
-        if self.options.small:
+    def tune(self) -> list[Part]:
+        """SDPA's back ends and the long skip's tiles, as tables to be put into the sources by hand."""
+        absent = None if self.options.device != "cpu" else "its kernels need a GPU"
+        return [
+            Part("tune attention", 60, self._module("tune", "attention")),
+            Part("tune long_skip", 400, self._module("tune", "long_skip"), absent=absent),
+        ]
+
+    def decide(self) -> list[Part]:
+        """Whole steps. Plain sides of every case come before anything compiled, which a compiler may hang in; what is
+        compiled is compiled by a part of its own."""
+        compiled = [("XL/2", 32), ("B/2", 256)]
+        report = [sys.executable, "-m", "dit_fast.benchmarks", "report", "--out", str(self.folder)]
+        return [
+            *self._gate(),
+            *(self._step(model, batch, "plain", 30) for model, batch in STEPS),
+            *(self._step(model, batch, group, 30) for model, batch in (("XL/2", 32), ("XL/2", 128))
+              for group in ("types", "graph")),
+            *(part for model, batch in compiled for part in (
+                self._step(model, batch, "compiled", 60, once=True), self._step(model, batch, "compiled", 30))),
+            self._step("XL/2", 32, "diffusion-bench", 60, once=True),
+            self._step("XL/2", 32, "diffusion-bench", 90),
+            Part("report", 10, lambda _: report),
+        ]  # fmt: skip
+
+    def _gate(self) -> list[Part]:
+        """The tests that must pass before a step's time is shown."""
+        families = {name: patterns for name, patterns in self._families(whole=True).items() if name in GATE}
+        parts = [self._tests(f"tests {name}", patterns) for name, patterns in families.items()]
+        known = "an earlier stage has their record, of these very sources"
+        return [replace(part, absent=known if (self.tested / f"{part.slug}.xml").exists() else None) for part in parts]
+
+    def _step(self, model: str, batch: int, group: str, share: float, once: bool = False) -> Part:
+        sizes = [] if self.options.small else ["--model", model, "--batch", str(batch)]
+        begin = [sys.executable, "-m", "dit_fast.benchmarks", "step", *self.common, *sizes, "--sides", group]
+        begin += ["--tested", str(self.tested)] + ["--once"] * once
+        return Part(f"{'compile' if once else 'step'} {model} b{batch} {group}", share,
+                    lambda seconds: [*begin, "--budget", str(max(0.9 * seconds - START_UP, 1.0))])  # fmt: skip
+
+    def _families(self, whole: bool = False) -> dict[str, list[str]]:
+        """Patterns of the tests that must pass before a number is printed, in groups that may hide each other. small
+        and not whole: those alone that run on every device."""
+        if self.options.small and not whole:
             return {family: [f"tests/ops/test_{family}_devices.py"] for family in FAMILIES}
         families = {family: [f"tests/ops/test_{family}*.py"] for family in FAMILIES}
         return families | {"library": ["tests/ops/test_library*.py"], "training": list(TRAINING)}
