@@ -15,4 +15,8 @@
     STD_TORCH_CHECK(status == cudaSuccess, #kernel ": ", cudaGetErrorString(status));                             \
   } while (false)
 
+// Which sources the library was built from, for whoever reads the file.
+extern "C" __attribute__((visibility("default"), used)) inline const char dit_fast_cuda_source[] =
+    "source=" DIT_FAST_SOURCE_HASH " ";
+
 #endif

@@ -27,7 +27,7 @@ def describe() -> str:
     """A page of text; never raises because something optional is missing or broken."""
     import torch
 
-    import dit_fast.ops  # noqa: F401  registers every op
+    import dit_fast.ops.adamw  # noqa: F401  registers every op
 
     lines = [
         f"dit_fast {__version__}   python {platform.python_version()}   torch {torch.__version__}",
