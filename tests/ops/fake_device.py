@@ -318,9 +318,11 @@ def _differences(name: str, promised: Any, result: Any, inputs: Any) -> list[str
     given = {x.untyped_storage()._cdata for x in tree_flatten(inputs)[0] if isinstance(x, Tensor)}
     lines = []
     for place, (own, other) in enumerate(zip(ours, theirs, strict=True)):
-        described = [(tuple(x.shape), x.stride(), x.dtype, x.device) for x in (own, other)]
+        described: list[Any] = [type(own), type(other)]  # a number may come from addresses, which a fake has none of
+        if isinstance(own, Tensor) and isinstance(other, Tensor):
+            described = [(tuple(x.shape), x.stride(), x.dtype, x.device) for x in (own, other)]
         if described[0] != described[1]:
             lines.append(f"{name}: result {place} is {described[0]}, its fake promises {described[1]}")
-        if own.numel() and own.untyped_storage()._cdata in given:
+        if isinstance(own, Tensor) and own.numel() and own.untyped_storage()._cdata in given:
             lines.append(f"{name}: result {place} lies in the memory of an argument")
     return lines
