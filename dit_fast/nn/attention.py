@@ -46,8 +46,8 @@ def flash_attention() -> tuple[Callable[..., Tensor] | None, str]:
 class Attention(nn.Module):
     """Self-attention over tokens [N, T, D] with fused query-key-value projection.
 
-    kind: "auto" (flash-attn where it is installed and the tensors allow it, else "sdpa"), "sdpa" (torch's
-    `scaled_dot_product_attention`), "flash" (flash-attn or an error), "math" (plain matrix products and softmax). In
+    kind: "sdpa" (torch's `scaled_dot_product_attention`), "flash" (flash-attn or an error), "math" (plain matrix
+    products and softmax), "auto": "sdpa", whether flash-attn is installed or not, as no measurement prefers that. In
     forward-mode differentiation, for which the others have no rule, every kind is "math".
     qk_norm: a norm of queries and keys, per head: affine LayerNorm (eps 1e-5), or with norm "rms" an RMSNorm.
     bias: of the query-key-value projection.
@@ -68,7 +68,7 @@ class Attention(nn.Module):
             raise ConfigError(f"num_heads {num_heads} must divide hidden_size {hidden_size}")
         if kind not in get_args(AttentionKind):
             raise ConfigError(f"attention must be one of {', '.join(get_args(AttentionKind))}, not '{kind}'")
-        flash, reason = flash_attention() if kind in ("auto", "flash") else (None, "")
+        flash, reason = flash_attention() if kind == "flash" else (None, "")
         if kind == "flash" and flash is None:
             raise ConfigError(f'attention "flash" cannot run: {reason}; use attention="auto"')
         self.num_heads = num_heads
@@ -114,7 +114,9 @@ class Attention(nn.Module):
             return normalise_heads(qkv, self.num_heads, *weights, EPS, norm="rms", rotary=rotary)
         if rotary is not None:
             return normalise_heads(qkv, self.num_heads, None, None, None, None, norm="none", rotary=rotary)
-        return qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        # Taken apart where they lie, so that the gradient is one buffer, written once, as the projection reads it.
+        parts = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        return tuple(part.transpose(1, 2) for part in parts)
 
     def reads(self) -> Reads:
         return [(self, self.q_norm), (self, self.k_norm)]
@@ -122,13 +124,12 @@ class Attention(nn.Module):
     def _use_flash(self, value: Tensor) -> bool:
         if self._flash is None:
             return False
-        possible = value.is_cuda and value.dtype in (torch.float16, torch.bfloat16) and value.shape[-1] <= 256
-        if self.kind == "flash" and not possible:
+        if not (value.is_cuda and value.dtype in (torch.float16, torch.bfloat16) and value.shape[-1] <= 256):
             raise ConfigError(
                 f'attention "flash" needs cuda tensors in fp16 or bf16 with heads up to 256 wide, not {value.dtype} on '
                 f'{value.device.type} with {value.shape[-1]}; use attention="auto"'
             )
-        return possible
+        return True
 
     def flops(self, num_tokens: int) -> int:
         """Forward FLOPs of one sample, multiply-add = 2."""

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_fast.errors import ConfigError
 from dit_fast.nn import attention as attention_module
@@ -89,6 +90,21 @@ def test_flash_attention_is_an_error_where_it_is_absent_and_never_a_fallback(mon
     assert Attention(8, 2, kind="auto")(torch.randn(1, 3, 8)).shape == (1, 3, 8)
     with pytest.raises(ConfigError, match="cuda"):
         Attention(8, 2, kind="flash")(torch.randn(1, 3, 8))
+
+
+def test_the_gradients_of_query_key_and_value_are_put_into_one_buffer_once():
+    seen = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            seen.extend([name] if name in ("stack", "cat", "clone", "copy_", "_to_copy", "contiguous") else [])
+            return func(*args, **(kwargs or {}))
+
+    output = Attention(16, 2)(torch.randn(2, 5, 16, requires_grad=True))
+    with Copies():
+        output.sum().backward()
+    assert seen == ["stack"]
 
 
 def test_bad_attention_arguments():
