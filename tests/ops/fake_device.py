@@ -228,9 +228,6 @@ def _do_not_compile(
     return compiled
 
 
-JITFunction._do_compile = _do_not_compile
-
-
 class _Driver:
     """The part of Triton's driver that comes before a launch."""
 
@@ -247,7 +244,9 @@ class _Driver:
         return GPU
 
 
-driver.set_active(_Driver())
+if "STUB_SHARED" not in os.environ:  # else Triton's own driver loads the stub (stub_driver.py)
+    JITFunction._do_compile = _do_not_compile
+    driver.set_active(_Driver())
 
 
 @contextlib.contextmanager
