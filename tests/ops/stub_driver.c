@@ -73,7 +73,8 @@ CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfuncti
 }
 
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
-    if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) return CUDA_SUCCESS;
+    // Modes of newer drivers are refused, as older ones do: then what a launch may ask for is set in bytes.
+    if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) return CUDA_ERROR_INVALID_VALUE;
     Function *own = (Function *)function;
     if (value < 0 || (unsigned)value > shared_limit())
         REFUSE("%s wants %d bytes of shared memory, a block can have %u", own->name, value, shared_limit());
