@@ -22,7 +22,7 @@ from tests.ops.install_triton import VERSIONS, folder
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = {80: 166_912, 90: 232_448, 120: 101_376}  # bytes that a block can have
-FEW = 3  # cases of a family, but of the long skip, which has the descriptors, all
+FEW = 2  # cases of a family, but of the long skip, which has the descriptors, all that reach its kernels
 
 
 def library(version: str) -> Path:
@@ -63,7 +63,8 @@ def _worker(every: bool) -> None:
 
     reasons, names = [], []
     for family, cases in itertools.groupby(fake_ops.CASES.items(), key=lambda item: item[0].split()[1]):
-        for name, case in itertools.islice(cases, None if every or family == "long_skip" else FEW):
+        few = (item for item in cases if family != "long_skip" or not item[0].endswith((" gemm", " torch", "bf16")))
+        for name, case in cases if every else itertools.islice(few, None if family == "long_skip" else FEW):
             names.append(name)
             try:
                 case()

@@ -20,9 +20,12 @@ PAIRS = [(90, "3.6.0"), (80, "3.9.0"), (120, "3.6.0"), (90, "3.9.0"), (80, "3.6.
 FIRST = 3  # of them are compiled by `make test-kernels`, the others by `make test-long`
 
 
-@pytest.mark.kernels
 @pytest.mark.parametrize(
-    ("gpu", "version"), [*PAIRS[:FIRST], *(pytest.param(*pair, marks=pytest.mark.long) for pair in PAIRS[FIRST:])]
+    ("gpu", "version"),
+    [
+        pytest.param(*pair, marks=pytest.mark.kernels if place < FIRST else pytest.mark.long)
+        for place, pair in enumerate(PAIRS)
+    ],
 )
 def test_what_is_launched_compiles_without_stack_scratch_or_too_much_shared_memory(gpu, version):
     if os.environ.get("PROVE") != "all" and not changed():
