@@ -5,11 +5,13 @@ look-ups and Triton's Python launcher run as they are, and the C function that p
 nothing. Not counted is therefore that function itself: on a GPU a launch costs more on both sides.
 """
 
+import atexit
 import collections
 import contextlib
 import itertools
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -61,7 +63,8 @@ def install() -> str:
     if "dit_fast.ops" in sys.modules:
         raise RuntimeError("install() after dit_fast.ops was imported")
     # Results without machine code must not meet those of real compilations.
-    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="null-triton-")
+    os.environ["TRITON_CACHE_DIR"] = cache = tempfile.mkdtemp(prefix="null-triton-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
     try:
         import triton
     except ImportError:
