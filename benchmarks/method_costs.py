@@ -14,30 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_fast.backend import force
 from dit_fast.benchmarks.gate import ROOT
 from dit_fast.benchmarks.results import RESULTS, environment, write, write_table
-from dit_fast.data import DatasetInfo
-from dit_fast.data.field import Field
 from dit_fast.methods import build_methods
 from dit_fast.models import Backbone, new_model
 from dit_fast.objectives import OBJECTIVES
 from dit_fast.recipes import RECIPES
 from dit_fast.runs import TrainConfig
 from dit_fast.train.loss import TrainingLoss
+from dit_fast.train.memory import assumed, one_mode
 
-
-class OneMode(FakeTensorMode):
-    """Copied with a model, it stays the one that all its tensors belong to."""
-
-    def __deepcopy__(self, memo: object) -> "OneMode":
-        return self
-
-
-MODE = OneMode()  # one for all: tables that are made once and kept belong to it, too
+MODE = one_mode()
 BATCH, TOKENS, WIDTH = 4, 256, 768
 PAGE = ROOT / "docs" / "methods.md"
 SIZES = {"b2": ("b2", "b1", "b16"), "xl2": ("xl2", "xl1")}  # names of one size, with 256 tokens at 256 pixels
@@ -77,29 +67,6 @@ class Kept:
         return sum(self._sizes.values())
 
 
-def dataset(config: TrainConfig) -> DatasetInfo:
-    """A description of latents and the encoder's fields; no data."""
-    size, channels = config.model.input_size, config.model.in_channels
-    return DatasetInfo(
-        num_samples=BATCH,
-        num_classes=config.model.num_classes,
-        class_names=(),
-        channels=channels,
-        size=size,
-        scale=1.0,
-        shift=0.0,
-        fields={name: Field(f"{name}.npy", shape, "float32") for name, shape in FIELDS.items()},
-        dtype="float32",
-        autoencoder="",
-        autoencoder_identity="",
-        autoencoder_config={},
-        statistics=None,
-        shards=(),
-        fingerprint="",
-        source="",
-    )
-
-
 def batch_of(config: TrainConfig) -> dict[str, Tensor]:
     size, channels = config.model.input_size, config.model.in_channels
     batch = {
@@ -121,7 +88,7 @@ def count(config: TrainConfig) -> dict[str, int]:
     with MODE, force("torch"):
         model = new_model(config.model)
         objective = OBJECTIVES[config.objective.name](config.objective, model)
-        methods = build_methods(config.methods, model, dataset(config))
+        methods = build_methods(config.methods, model, assumed(config, TOKENS))
         for method in methods:
             method.prepare(load)
         loss = TrainingLoss(model, objective, methods, seed=0, label_dropout=config.model.label_dropout)

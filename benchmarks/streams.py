@@ -1,8 +1,8 @@
 """Does a residual stream in bf16 learn as one in fp32 does? python -m dit_fast.benchmarks.streams SHARDS.
 
-A recipe under `engine.precision=bf16`, 300 steps on the CPU with `model.residual_dtype` fp32 and bf16 and two seeds, on real
-latents. Kept are the means over each 20 steps of loss and gradient norm, and how far streams and seeds lie apart.
-Needs bf16 arithmetic alone: the values depend neither on the machine's load nor on its clock.
+A recipe under `engine.precision=bf16`, 300 steps on the CPU with `model.residual_dtype` fp32 and bf16 and two seeds, on
+real latents. Kept are the means over each 20 steps of loss and gradient norm, and how far streams and seeds lie apart.
+The values depend neither on the machine's load nor on its clock.
 """
 
 import argparse

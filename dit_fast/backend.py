@@ -74,6 +74,35 @@ def force(name: str) -> Iterator[None]:
         _FORCED = before
 
 
+ON_CUDA = "cuda"  # what `on_cuda` forces: no implementation, but all that CUDA tensors would have
+
+
+@contextlib.contextmanager
+def on_cuda() -> Iterator[None]:
+    """Inside, "auto" chooses as for CUDA tensors, whatever this machine has: for tensors without values, wherever they
+    lie, whose registered ops give shapes alone.
+    """
+    global _FORCED
+    before, _FORCED = _FORCED, ON_CUDA
+    try:
+        yield
+    finally:
+        _FORCED = before
+
+
+def _chosen_on_cuda(op: str, *arguments: Any) -> str:
+    for implementation in _REGISTRY[op].values():
+        types = implementation.device_types if implementation.automatic is None else implementation.automatic
+        if "cuda" in types or implementation is _TORCH:
+            try:
+                refused = implementation.refuses(*arguments) if arguments else ()
+            except ImportError:  # Triton is not here, and its kernels say what they take
+                refused = ()
+            if not refused:
+                return implementation.name
+    raise AssertionError(f"{op}: the reference refuses nothing")
+
+
 def choose(op: str, backend: str, device_type: str, *arguments: Any) -> str:
     """The implementation that runs `op` on tensors of this device type.
 
@@ -82,6 +111,8 @@ def choose(op: str, backend: str, device_type: str, *arguments: Any) -> str:
     Raises ConfigError for an unknown name or an implementation that cannot run here, with the reason.
     """
     only = forced()
+    if only == ON_CUDA and backend == "auto":
+        return _chosen_on_cuda(op, *arguments)
     names, error = candidates(op, backend, device_type, only)
     for name in () if error else names:
         reasons = _REGISTRY[op][name].refuses(*arguments) if arguments else ()

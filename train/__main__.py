@@ -41,7 +41,11 @@ def _work(arguments: list[str]) -> None:
     logging.basicConfig(format="dit-fast: %(message)s", stream=sys.stderr)
     logging.getLogger("dit_fast").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     config = load(options.recipe, options.overrides)
-    if not options.print_config:
+    if options.plan is not None:
+        from dit_fast.train.memory import report
+
+        print(report(config, options.plan, options.ranks))
+    elif not options.print_config:
         _train(config)
     elif rank == 0:
         print(json.dumps(to_dict(config), indent=1))
@@ -80,6 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", metavar="RECIPE", help="name of a recipe, or a .json configuration")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="changes, e.g. optimizer.lr=2e-4")
     parser.add_argument("--print-config", action="store_true", help="print the configuration and leave")
+    parser.add_argument(
+        "--plan", type=float, metavar="GIB", help="memory of a step; its largest micro-batch in that much"
+    )
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="with --plan: processes, one device each")
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser
