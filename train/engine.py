@@ -100,14 +100,7 @@ class Engine(ABC):
         """
         if self.config.engine.precision != "bf16" or not isinstance(self._optimizer, AdamWEMA):
             return []
-        trained = {id(parameter) for _, parameter in self._named}
-        found = []
-        for module in self.model.modules():
-            if isinstance(module, Linear) and id(module.weight) in trained:
-                weight: Any = module.weight
-                weight.shadow = weight.detach().bfloat16()
-                found.append((weight.shadow, weight))
-        return found
+        return make_shadows(self.model, [parameter for _, parameter in self._named])
 
     @abstractmethod
     def _forward(self, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]: ...
@@ -331,6 +324,17 @@ class Buffers:
             self._modules = [module for module in self._loss.modules() if [*module.buffers(recurse=False)]]
         for module in self._modules:
             yield module, [each for each in module._buffers.values() if each is not None]
+
+
+def make_shadows(model: nn.Module, trained: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Copies for autocast of those weights of linear layers that are among `trained`; (copy, weight) of each."""
+    known, found = {id(parameter) for parameter in trained}, []
+    for module in model.modules():
+        if isinstance(module, Linear) and id(module.weight) in known:
+            weight: Any = module.weight
+            weight.shadow = weight.detach().bfloat16()
+            found.append((weight.shadow, weight))
+    return found
 
 
 def uneven_ranks(what: str) -> ConfigError:

@@ -27,6 +27,7 @@ from dit_fast.methods import build_methods
 from dit_fast.models import Backbone, new_model
 from dit_fast.objectives import OBJECTIVES
 from dit_fast.runs import TrainConfig
+from dit_fast.train.engine import make_shadows
 from dit_fast.train.loss import TrainingLoss
 from dit_fast.train.prepare import fit_to_dataset, micro_batch
 
@@ -59,16 +60,19 @@ class Live(TorchDispatchMode):
         self._alive: dict[int, Any] = {}
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, Tensor):  # of one that was there before, views may follow
+                self._add(x.untyped_storage(), 0)
         made = op(*args, **(kwargs or {}))
         for x in tree_leaves(made):
             if isinstance(x, Tensor):
-                self._add(x.untyped_storage())
+                self._add(x.untyped_storage(), BLOCK)
         return made
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
+    def _add(self, storage: torch.UntypedStorage, block: int) -> None:
         key = storage._cdata
         if key not in self._alive:
-            size = -(-storage.nbytes() // BLOCK) * BLOCK
+            size = -(-storage.nbytes() // BLOCK) * block
             self._alive[key] = weakref.ref(storage, lambda _: self._released(key, size))
             self.now += size
             self.peak = max(self.peak, self.now)
@@ -94,7 +98,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device, by what they hold. activations: what a step makes, gradients too where those are 0."""
+    """Bytes on one device, by what they hold.
+
+    copies: what is not trained, the weights' shadows among it. activations: what a step makes, and where `gradients` is
+    0 those too.
+    """
 
     weights: int
     moments: int
@@ -172,11 +180,15 @@ class Planner:
                 label_dropout=config.model.label_dropout,
                 precision=config.engine.precision,
             )
+            self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            ours = config.engine.precision == "bf16" and config.optimizer.name == "adamw"
+            shadows = (
+                make_shadows(model, self._parameters) if ours and (ranks == 1 or config.engine.zero_stage < 3) else []
+            )
         self.fields = tuple(dict.fromkeys(name for method in methods for name in method.fields))
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.trained = sum(parameter.numel() for parameter in self._parameters)
         still = [x for x in (*model.parameters(), *model.buffers()) if not x.requires_grad]
-        copied = [x for method in methods for x in method.tensors().values()]
+        copied = [x for method in methods for x in method.tensors().values()] + [shadow for shadow, _ in shadows]
         self.copies = sum(x.nbytes for x in (*still, *copied, *(x for each in taught for x in each.parameters())))
 
     def step(self, micro: int) -> Step:
