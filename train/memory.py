@@ -210,7 +210,7 @@ class Planner:
         info = self.info
         fields = {name: info.field(name) for name in self.fields}
         return {
-            "moments": torch.zeros(micro, 1 + info.std, info.channels, info.size, info.size),
+            "moments": torch.zeros(micro, 1 + info.std, info.channels, info.size, info.size, dtype=torch.float32),
             "label": torch.zeros(micro, dtype=torch.int64),
             "position": torch.zeros(micro, dtype=torch.int64),
             **{name: torch.zeros(micro, *field.shape, dtype=field.batch_dtype) for name, field in fields.items()},
