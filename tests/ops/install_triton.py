@@ -1,7 +1,7 @@
 """Install the Triton versions that the kernels are proved on, each in a folder of its own: .cache/triton-<version>.
 
 They cannot share an environment with each other, and 3.6.0's interpreter needs numpy < 2.4. Put a folder first on
-PYTHONPATH to use it.
+PYTHONPATH to use it. 3.8.0 is the one that ttsem executes (semantics.py); ttsem asks for Python 3.12, and works on 3.11.
 """
 
 import os
@@ -12,6 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 VERSIONS = {"3.6.0": ["numpy<2.4"], "3.9.0": []}  # that of the GPU machines, and a current one
+EXECUTED = "3.8.0"
+_BESIDE = VERSIONS | {EXECUTED: ["ttsem==0.1.0", "--ignore-requires-python"]}
 
 
 def folder(version: str) -> Path:
@@ -21,7 +23,7 @@ def folder(version: str) -> Path:
         # Under another name until complete, so that an interrupted install is not taken for a version.
         partial = target.with_name(f"{target.name}.{os.getpid()}")
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(partial)]
-        subprocess.run([*command, f"triton=={version}", *VERSIONS[version]], check=True)
+        subprocess.run([*command, f"triton=={version}", *_BESIDE[version]], check=True)
         try:
             partial.rename(target)
         except OSError:  # another test process was faster; a folder that is there and not empty is whole
@@ -32,5 +34,5 @@ def folder(version: str) -> Path:
 
 
 if __name__ == "__main__":
-    for name in VERSIONS:
+    for name in _BESIDE:
         print(folder(name))

@@ -28,7 +28,8 @@ OP_TESTS = {
     "diversity": ["ops/test_diversity_native.py", "data/diversity_*.npz"],
     "long_skip": ["ops/test_long_skip_op.py", "ops/test_long_skip_modes.py", "ops/test_row_statistics.py"],
 }
-ALWAYS = ["test_interpreter.py", "test_aot.py", "aot.py", "launches.py", "install_triton.py"]  # VERSIONS too
+ALWAYS = ["test_interpreter.py", "test_aot.py", "test_semantics.py", "semantics.py", "aot.py", "launches.py"]
+ALWAYS += ["install_triton.py"]  # VERSIONS
 # Beyond these folders a file that is imported counts, but not what it imports in turn.
 FOLLOWED = [ROOT / "kernels", ROOT / "dit_fast/ops", ROOT / "tests"]
 FIXTURES = ROOT / "tests/conftest.py"  # it makes data sets and runs too, which no proof uses
