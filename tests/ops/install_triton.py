@@ -1,7 +1,7 @@
 """Install the Triton versions that the kernels are proved on, each in a folder of its own: .cache/triton-<version>.
 
 They cannot share an environment with each other, and 3.6.0's interpreter needs numpy < 2.4. Put a folder first on
-PYTHONPATH to use it. 3.8.0 is the one that ttsem executes (semantics.py); ttsem asks for Python 3.12, and works on 3.11.
+PYTHONPATH to use it. 3.8.0 is the one that ttsem executes (semantics.py); ttsem asks for Python 3.12, but runs on 3.11.
 """
 
 import os

@@ -17,12 +17,15 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 from tests.ops.install_triton import EXECUTED, VERSIONS, folder
-from tests.ops.test_semantics import OPTIONS, START
+from tests.ops.test_semantics import OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
@@ -60,16 +63,51 @@ def mutants() -> list[Mutant]:
     return found
 
 
-def _pytest(root: Path, selection: Sequence[str], start: Sequence[str] = ("-m", "pytest"), **environment: str) -> bool:
-    """Whether a selection of tests passes in a checkout. Raises RuntimeError if it selects none."""
-    command = [sys.executable, *start, "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *selection]
+# Tests in a process that is forked from one in which the large imports are done, and so starts at once.
+SERVER = """
+import json, os, sys
+import numpy, pytest, torch, triton.language
+{imports}
+for line in sys.stdin:
+    root, arguments = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.chdir(root)
+        sys.path.insert(0, root)
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        os._exit({run}(arguments))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@cache
+def _server(version: str, imports: str, run: str, interpret: bool) -> subprocess.Popen:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "PYTEST_"))}
-    result = subprocess.run(
-        command, cwd=root, capture_output=True, text=True, env=inherited | {"OMP_NUM_THREADS": "1"} | environment
+    inherited |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder(version))} | (
+        {"TRITON_INTERPRET": "1"} if interpret else {}
     )
-    if result.returncode in (4, 5):
-        raise RuntimeError(f"{' '.join(selection)}: selects no test\n{result.stdout[-2000:]}{result.stderr[-2000:]}")
-    return result.returncode == 0
+    code = SERVER.format(imports=imports, run=run)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=inherited
+    )
+
+
+def _passes(server: subprocess.Popen, root: Path, selection: Sequence[str]) -> bool:
+    """Whether a selection of tests passes in a checkout. Raises RuntimeError if it selects none."""
+    arguments = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *selection]
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(json.dumps([str(root), arguments]) + "\n")
+    server.stdin.flush()
+    code = int(server.stdout.readline())
+    if code in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
+        raise RuntimeError(f"pytest {' '.join(selection)}: selects no test")
+    return code == 0
+
+
+def _plain(root: Path, *selection: str) -> bool:
+    return _passes(_server(NEWEST, "", "pytest.main", False), root, selection)
 
 
 def _file(family: str) -> str:
@@ -77,20 +115,20 @@ def _file(family: str) -> str:
 
 
 def rules(root: Path, _: str, selection: str) -> bool:
-    return _pytest(root, ["tests/ops/test_kernel_rules.py", "-k", "test_rule"])
+    return _plain(root, "tests/ops/test_kernel_rules.py", "-k", "test_rule")
 
 
 def interpreter(root: Path, family: str, selection: str) -> bool:
     """selection: of pytest's -k, of the family's tests, or FILE: selection of another family's."""
-    place = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(folder(NEWEST))}
-    return _pytest(root, [*_chosen(family, selection)], **place)
+    return _passes(_server(NEWEST, "", "pytest.main", True), root, _chosen(family, selection))
 
 
 def semantics(root: Path, family: str, selection: str) -> bool:
     chosen = _chosen(family, selection)
     if "-k" in chosen:
         chosen[-1] = f"({chosen[-1]}) and not opcheck"
-    return _pytest(root, [*OPTIONS, *chosen], ("-c", START), PYTHONPATH=str(folder(EXECUTED)))
+    server = _server(EXECUTED, "import ttsem.sanitize", "ttsem.sanitize.run_pytest", False)
+    return _passes(server, root, [*OPTIONS, *chosen])
 
 
 def _chosen(family: str, selection: str) -> list[str]:
@@ -111,7 +149,7 @@ def machine_code(root: Path, family: str, selection: str) -> bool:
 
 
 def ticket_order(root: Path, family: str, selection: str) -> bool:
-    return _pytest(root, ["tests/ops/test_aot.py", "-k", f"ticket_stands and {NEWEST}"], PROVE="all")
+    return _plain(root, "tests/ops/test_aot.py", "-k", f"ticket_stands and {NEWEST}")
 
 
 def fake_cuda(root: Path, family: str, selection: str) -> bool:
@@ -133,7 +171,7 @@ def compiled_cpp(root: Path, family: str, selection: str) -> bool:
 def cpu(root: Path, family: str, selection: str) -> bool:
     """selection: a file of tests/ and, after a colon, what of it."""
     file, _, chosen = selection.partition(": ")
-    return _pytest(root, [f"tests/{file}", *(["-k", chosen] if chosen else [])])
+    return _plain(root, f"tests/{file}", *(["-k", chosen] if chosen else []))
 
 
 GATES: dict[str, Callable[[Path, str, str], bool]] = {
@@ -151,7 +189,10 @@ GATES: dict[str, Callable[[Path, str, str], bool]] = {
 def copy(target: Path) -> None:
     """The checkout's files that git knows or would add, with its libraries and Triton versions."""
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     for name in filter(None, listed.stdout.split("\0")):
         if (ROOT / name).exists() or (ROOT / name).is_symlink():
@@ -165,7 +206,10 @@ def copy(target: Path) -> None:
 
 
 def killer(mutant: Mutant, root: Path) -> str | None:
-    """The gate that fails first on the mutant, made in a copy of the checkout and taken back; None if it survives."""
+    """The gate that fails first on the mutant, made in a copy of the checkout and taken back; None if it survives.
+
+    Raises RuntimeError if that gate fails without the mutant too.
+    """
     path = root / mutant.file
     before = path.read_text()
     path.write_text(mutant.source(root))
@@ -173,27 +217,38 @@ def killer(mutant: Mutant, root: Path) -> str | None:
         for gate in mutant.gates:
             name, _, selection = gate.partition(": ")
             if not GATES[name](root, mutant.family, selection):
+                path.write_text(before)
+                if not _stands(name, root, mutant.family, selection):
+                    raise RuntimeError(f"{gate} of {mutant.family} fails without a mutant too")
                 return name
         return None
     finally:
         path.write_text(before)
 
 
-def run(chosen: Sequence[Mutant], show: Callable[[str], object] = print) -> list[dict]:
+@cache
+def _stands(gate: str, root: Path, family: str, selection: str) -> bool:
+    """Whether a gate passes as things are."""
+    return GATES[gate](root, family, selection)
+
+
+def run(chosen: Sequence[Mutant]) -> Iterator[dict]:
     """One entry of the record per mutant."""
-    entries = []
     with tempfile.TemporaryDirectory() as place:
         root = Path(place) / "copy"
         root.mkdir()
         copy(root)
         for mutant in chosen:
-            gate = None if mutant.equivalent else killer(mutant, root)
-            entry = {"family": mutant.family, "name": mutant.name, "file": mutant.file, "killed_by": gate}
+            entry = {"family": mutant.family, "name": mutant.name, "file": mutant.file, "killed_by": None}
             if mutant.equivalent:
                 entry["equivalent"] = mutant.equivalent
-            entries.append(entry)
-            show(f"{mutant.family}: {mutant.name}: {mutant.equivalent and 'equivalent' or gate or 'SURVIVES'}")
-    return entries
+            else:
+                entry["killed_by"] = killer(mutant, root)
+            yield entry
+
+
+def write(entries: Sequence[dict]) -> None:
+    RECORD.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n")
 
 
 def table(entries: Sequence[dict]) -> str:
@@ -209,13 +264,17 @@ def table(entries: Sequence[dict]) -> str:
         first = Counter(entry["killed_by"] for entry in own if entry["killed_by"])
         killed, real = first.total(), len(own) - same
         cells = [str(first[gate] or "") for gate in gates]
-        lines.append(f"| {family} | {len(own)} | {same} | {killed}, {100 * killed / real:.0f} % | {' | '.join(cells)} |")
+        lines.append(
+            f"| {family} | {len(own)} | {same} | {killed}, {100 * killed / real:.0f} % | {' | '.join(cells)} |"
+        )
     return "\n".join(lines)
 
 
 def survivors(entries: Sequence[dict]) -> list[str]:
     return [
-        f"{entry['family']}: {entry['name']}" for entry in entries if not entry["killed_by"] and "equivalent" not in entry
+        f"{entry['family']}: {entry['name']}"
+        for entry in entries
+        if not entry["killed_by"] and "equivalent" not in entry
     ]
 
 
@@ -224,13 +283,17 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", metavar="NAME", help="families, or mutants by name")
     parser.add_argument("--table", action="store_true", help="print the table of the record")
     arguments = parser.parse_args()
-    entries = json.loads(RECORD.read_text()) if RECORD.exists() else []
-    if not arguments.table:
-        known = mutants()
-        chosen = [m for m in known if not arguments.only or {m.family, m.name} & set(arguments.only)]
-        found = {(entry["family"], entry["name"]): entry for entry in entries + run(chosen, lambda t: print(t, flush=True))}
-        entries = [found[m.family, m.name] for m in known if (m.family, m.name) in found]
-        RECORD.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n")
+    found = {(entry["family"], entry["name"]): entry for entry in json.loads(RECORD.read_text())}
+    known = mutants()
+    chosen = [m for m in known if not arguments.only or {m.family, m.name} & set(arguments.only)]
+    for entry in run([] if arguments.table else chosen):
+        print(
+            f"{entry['family']}: {entry['name']}: {entry['killed_by'] or entry.get('equivalent', 'SURVIVES')}",
+            flush=True,
+        )
+        found[entry["family"], entry["name"]] = entry
+        write([found[m.family, m.name] for m in known if (m.family, m.name) in found])
+    entries = list(found.values())
     print(table(entries))
     for line in survivors(entries):
         print(f"survives: {line}")

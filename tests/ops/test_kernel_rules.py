@@ -60,6 +60,33 @@ def loose_tickets(tree: ast.AST) -> list[int]:
     ]
 
 
+def narrow_rows(tree: ast.AST) -> list[int]:
+    """Products of `tl.arange` indices with a stride in functions that take their place as int32, not cast to int64."""
+    return [
+        node.lineno
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef) and function.decorator_list and not calls(function, "program_id")
+        for node in ast.walk(function)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult) and ast.unparse(node.right).endswith("stride")
+        if not ast.unparse(node.left).startswith(WIDE_ROWS) and ".to(tl.int64)" not in ast.unparse(node.left)
+        if not any(_made_wide(function, name.id) for name in ast.walk(node.left) if isinstance(name, ast.Name))
+    ]
+
+
+def _made_wide(function: ast.FunctionDef, name: str) -> bool:
+    """Whether a name is assigned from something that is cast to int64."""
+    return any(
+        isinstance(node, ast.Assign)
+        and name in {each.id for target in node.targets for each in ast.walk(target) if isinstance(each, ast.Name)}
+        and ".to(tl.int64)" in ast.unparse(node.value)
+        for node in ast.walk(function)
+    )
+
+
+# Rows and tokens that a kernel hands to its helpers, made from a program id of 64 bits.
+WIDE_ROWS = ("token", "row", "head")
+
+
 def uncovered(tree: ast.AST) -> list[int]:
     """Kernels with a grid that no `aot_cases` of any file names."""
     kernels = [
@@ -81,6 +108,7 @@ CASES = [
 ]
 RULES = {
     "a program id is int64 before anything else": narrow_ids,
+    "a row is int64 before it is multiplied by a stride": narrow_rows,
     "the only atomic is a ticket": loose_tickets,
     "fused multiply-add is chosen in every launch": silent_launches,
     "every kernel with a grid has ahead-of-time cases": uncovered,
@@ -104,6 +132,8 @@ def test_the_rules_can_fail():
         ("a program id is int64 before anything else", "a = tl.program_id(0).to(tl.int32)", 1),
         ("a program id is int64 before anything else", "a = (tl.program_id(0) * 4).to(tl.int64)", 1),
         ("a program id is int64 before anything else", "a = tl.program_id(0).to(tl.int64) * stride", 0),
+        ("a row is int64 before it is multiplied by a stride", "@jit\ndef f(x, i):\n    x + i[:, None] * stride", 1),
+        ("a row is int64 before it is multiplied by a stride", "@jit\ndef f(x):\n    x + i.to(tl.int64) * stride", 0),
         ("the only atomic is a ticket", "tl.atomic_add(total, x, sem='acq_rel', scope='gpu')", 1),
         ("the only atomic is a ticket", "tl.atomic_add(ticket, 1)", 1),
         ("the only atomic is a ticket", "tl.atomic_add(ticket, 1, sem='acq_rel', scope='gpu')", 0),

@@ -1,4 +1,4 @@
-"""Run tests/ops/interpreted on the IR that Triton compiles, with the casts that ship and a look for races (semantics.py)."""
+"""Run tests/ops/interpreted on the IR that Triton compiles: the casts that ship, bounds, races (semantics.py)."""
 
 import os
 import subprocess
@@ -23,7 +23,9 @@ def run_executed(*selection: str | Path) -> subprocess.CompletedProcess:
     except subprocess.CalledProcessError:
         if os.environ.get("CI"):
             raise
-        pytest.skip(f"gate semantics: Triton {EXECUTED} or ttsem cannot be installed for Python {sys.version.split()[0]}")
+        pytest.skip(
+            f"gate semantics: Triton {EXECUTED} or ttsem cannot be installed for Python {sys.version.split()[0]}"
+        )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     environment |= {"PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_ADDOPTS", None)

@@ -1,5 +1,7 @@
 """REPA's cosine kernels against float64 on equally rounded inputs: odd sizes, three types, strides, floors, ticket."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -81,6 +83,21 @@ def test_the_ticket_is_left_as_it_was_found(monkeypatch):
         p, q = make(tokens, 16, FP32, FP32)
         assert error(kernel.forward(p, q)[0], exact(p, q)[0]) < 1e-6
         assert ticket.item() == 0
+
+
+def test_launches_that_may_overlap_share_no_ticket(monkeypatch):
+    stream, capturing = [7], [False]
+    monkeypatch.setattr(kernel, "_tickets", {})
+    monkeypatch.setattr(torch, "zeros", lambda *sizes, device, new=torch.zeros, **options: new(*sizes, **options))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=stream[0]))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    first = kernel._ticket(torch.device("cuda", 0))
+    assert kernel._ticket(torch.device("cuda", 0)) is first
+    assert kernel._ticket(torch.device("cuda", 1)) is not first
+    stream[0] = 8
+    assert kernel._ticket(torch.device("cuda", 0)) is not first
+    stream[0], capturing[0] = 7, True  # a graph may be replayed beside this stream
+    assert kernel._ticket(torch.device("cuda", 0)) is not first
 
 
 @pytest.mark.parametrize(("needs", "unused"), [((True, False), 1), ((False, True), 0)])

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from dit_fast import philox
 from dit_fast.kernels import adaln, adaln_gradients, adaln_rows, diversity, qk_norm
@@ -151,3 +153,16 @@ def test_generator_equals_its_torch_twin(seed):
         normals = kernel.numbers("normal", seed, positions, stream, count)
         # float32 logarithm, square root and series against float64 rounded to float32
         torch.testing.assert_close(normals, philox.normal(seed, positions, stream, shape), rtol=1e-5, atol=1e-6)
+
+
+@triton.jit
+def _pair(out, u, v):
+    first, second = kernel.normal_pair(tl.load(u), tl.load(v))
+    tl.store(out, first)
+    tl.store(out + 1, second)
+
+
+def test_normal_of_a_uniform_that_is_zero_is_finite():
+    out, zero = torch.empty(2), torch.zeros(1)
+    _pair[(1,)](out, zero, zero, enable_fp_fusion=False)
+    assert out.tolist() == pytest.approx([5.67769, 0], abs=1e-4)
