@@ -14,7 +14,7 @@ import torch
 import triton
 from ttsem import harness, sanitize
 
-from dit_fast.kernels import long_skip_tiles
+from dit_fast.kernels import long_skip_tiles, tables
 from tests.ops.aot import kernel_files
 
 for _name in kernel_files():
@@ -79,4 +79,5 @@ sanitize._protocol_spans = _spans
 
 def pytest_runtest_teardown():
     _tables.clear()
+    tables._kept.clear()  # tables of tensors that are gone
     _reached.clear()
