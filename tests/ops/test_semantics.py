@@ -1,6 +1,7 @@
 """Run tests/ops/interpreted on the IR that Triton compiles: the casts that ship, bounds, races (semantics.py)."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,5 +81,6 @@ def test_the_gate_sees_rounding_bounds_behind_a_table_and_races(tmp_path):
     (tmp_path / "test_faults.py").write_text(FAULTS)
     result = run_executed(tmp_path / "test_faults.py", "-c", "/dev/null", "--rootdir", tmp_path)
     assert "2 failed, 1 passed" in result.stdout, result.stdout + result.stderr
-    assert "past the end" in result.stdout
+    # Which tensor is the nearest to the fault, and so the words, depends on where they lie.
+    assert re.search(r"KernelFault: kernel `double`.* reads \d+ element", result.stdout)
     assert "program instances (0, 0, 0) and (1, 0, 0) both touch element 0 of `out`" in result.stdout
