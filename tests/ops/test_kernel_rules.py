@@ -32,22 +32,44 @@ def calls(tree: ast.AST, name: str) -> list[int]:
 
 
 def silent_launches(tree: ast.AST) -> list[int]:
-    """Launches `kernel[grid](...)` that leave enable_fp_fusion to a default that differs between Triton versions."""
-    spelled = {
-        node.targets[0].id
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Assign) and "'enable_fp_fusion':" in ast.unparse(node.value)
-        if isinstance(node.targets[0], ast.Name)
-    }
-    return [
-        node.lineno
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and node.keywords
-        if not any(
-            keyword.arg == "enable_fp_fusion" or (keyword.arg is None and ast.unparse(keyword.value) in spelled)
-            for keyword in node.keywords
-        )
-    ]
+    """Launches `kernel[grid](...)`, or made by `launcher(kernel, grid, numbers, constants)`, that leave
+    enable_fp_fusion to a default that differs between Triton versions."""
+    made_by = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "launcher"]
+    handed_on = {id(node) for function in made_by for node in ast.walk(function)}  # what its callers gave
+    found = set()
+    for scope in ast.walk(tree):
+        if not isinstance(scope, ast.FunctionDef | ast.Module):
+            continue
+        for node in ast.walk(scope):
+            if not isinstance(node, ast.Call) or id(node) in handed_on:
+                continue
+            if isinstance(node.func, ast.Subscript) and node.keywords:
+                given = [keyword.value for keyword in node.keywords if keyword.arg is None]
+                spelled = any(keyword.arg == "enable_fp_fusion" for keyword in node.keywords)
+            elif ast.unparse(node.func) == "launcher":
+                given, spelled = node.args[3:4], False
+            else:
+                continue
+            if not spelled and not any(_spelled(scope, each, node.lineno) for each in given):
+                found.add(node.lineno)
+            else:
+                found.discard(node.lineno)  # the innermost function decides
+    return sorted(found)
+
+
+def _spelled(scope: ast.AST, constants: ast.expr, line: int) -> bool:
+    """Whether enable_fp_fusion is in an expression, or in what its name holds at a line."""
+    if "'enable_fp_fusion':" in ast.unparse(constants):
+        return True
+    held = False
+    for node in sorted(
+        (node for node in ast.walk(scope) if isinstance(node, ast.Assign | ast.AugAssign) and node.lineno < line),
+        key=lambda node: node.lineno,
+    ):
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+        if ast.unparse(target) == ast.unparse(constants):
+            held = "'enable_fp_fusion':" in ast.unparse(node.value) or (held and isinstance(node, ast.AugAssign))
+    return held
 
 
 def loose_tickets(tree: ast.AST) -> list[int]:
@@ -97,15 +119,22 @@ def uncovered(tree: ast.AST) -> list[int]:
     return [node.lineno for node in kernels if not any(calls(cases, node.name) for cases in CASES)]
 
 
+def _cases(tree: ast.Module) -> list[ast.FunctionDef]:
+    """`aot_cases` of a file and those of its functions that it calls."""
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    found: dict[str, ast.FunctionDef] = {}
+    todo = ["aot_cases"]
+    while todo:
+        name = todo.pop()
+        if name in functions and name not in found:
+            found[name] = functions[name]
+            todo += [ast.unparse(node.func) for node in ast.walk(functions[name]) if isinstance(node, ast.Call)]
+    return list(found.values())
+
+
 FILES = sorted(KERNELS.rglob("*.py"))
 TREES = {str(path.relative_to(KERNELS)): ast.parse(path.read_text()) for path in FILES}
-CASES = [
-    node
-    for tree in TREES.values()
-    if any(getattr(node, "name", "") == "aot_cases" for node in tree.body)
-    for node in tree.body
-    if isinstance(node, ast.FunctionDef) and node.name in ("aot_cases", "_cases")
-]
+CASES = [function for tree in TREES.values() for function in _cases(tree)]
 RULES = {
     "a program id is int64 before anything else": narrow_ids,
     "a row is int64 before it is multiplied by a stride": narrow_rows,
@@ -141,6 +170,14 @@ def test_the_rules_can_fail():
         ("fused multiply-add is chosen in every launch", "k[(1,)](x, num_warps=4, enable_fp_fusion=True)", 0),
         ("fused multiply-add is chosen in every launch", "o = {'enable_fp_fusion': True}\nk[(1,)](x, **o)", 0),
         ("fused multiply-add is chosen in every launch", "o = {'num_warps': 1}\nk[(1,)](x, **o)", 1),
+        ("fused multiply-add is chosen in every launch", "def f():\n    o = {}\n    launcher(k, g, n, o)", 1),
+        (
+            "fused multiply-add is chosen in every launch",
+            "o = {'enable_fp_fusion': 1}\no = {}\nlauncher(k, g, n, o)",
+            1,
+        ),
+        ("fused multiply-add is chosen in every launch", "o = {}\no |= {'enable_fp_fusion': 1}\nk[g](x, **o)", 0),
+        ("fused multiply-add is chosen in every launch", "launcher(k, g, n, o | {'enable_fp_fusion': True})", 0),
         ("every kernel with a grid has ahead-of-time cases", "@jit\ndef new(x):\n    tl.program_id(0)", 1),
         ("no item", "x.item()", 1),
         ("no autotune", "@triton.autotune(c, k)\ndef f(): pass", 1),
