@@ -147,7 +147,6 @@ class _Side:
         model = new_model(config)
         bound = [bind(model, None) for bind in methods]
         self.loss = TrainingLoss(model, Flow(Flow.Config(), model), bound, seed=0, label_dropout=0.1, precision="bf16")
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.batches = []
         for number in range(4):
             labels, positions = torch.randint(0, 1000, (2,)), torch.arange(2 * number, 2 * number + 2)
@@ -165,7 +164,7 @@ class _Published(_Side):
 
         super().__init__(blocks, PublishedDiversity)
         self.trainer = PlainTrainer(self.loss, OptimizerConfig())
-        self.marks = _Marks(self.loss, self.parameters)
+        self.marks = _Marks(self.loss)
 
     def run(self, number: int) -> dict[str, float]:
         from dit_fast.backend import force
@@ -203,7 +202,7 @@ class _Ours(_Side):
         config = TrainConfig()
         self.rate = config.optimizer.lr
         self.engine = SingleEngine(self.loss, config, World(0, 1, torch.device("cpu")))
-        self.marks = _Marks(self.loss, self.parameters)
+        self.marks = _Marks(self.loss)
 
     def run(self, number: int) -> dict[str, float]:
         with self.marks:
@@ -214,11 +213,12 @@ class _Ours(_Side):
 class _Marks:
     """When a step began, when its forward ended, when the last gradient came, when it ended."""
 
-    def __init__(self, loss: Any, parameters: list[Any]):
+    def __init__(self, loss: Any):
         loss.register_forward_hook(lambda *_: self._note("forward"))
         self.times: dict[str, float] = {}
-        for parameter in parameters[:1]:  # the earliest layer: its gradient is among the last
-            parameter.register_post_accumulate_grad_hook(lambda _: self._note("backward"))
+        # The patches' projection is the first layer: its gradient is the last one.
+        last = loss.model.x_embedder.proj.bias
+        last.register_post_accumulate_grad_hook(lambda _: self._note("backward"))
 
     def _note(self, name: str) -> None:
         self.times[name] = time.thread_time()

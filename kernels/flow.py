@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_fast.kernels.aot import AotCase
+from dit_fast.kernels.launch import Kept, launcher, signature
 from dit_fast.kernels.philox import interleave, normal_pair, words
 from dit_fast.kernels.rows import MAX_CHUNKS, store_rounded
 
@@ -34,6 +35,8 @@ WARPS = 4
 ERROR_BLOCK = 512
 ERROR_WARPS = 8
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+_NOISED, _ERROR, _BACKWARD = Kept(), Kept(), Kept()
 
 
 @triton.jit
@@ -143,20 +146,22 @@ def _draw(seed: int, stream: int) -> tuple[int, int]:
     return seed - (1 << 64) if seed >> 63 else seed, int(stream)  # one argument type for every seed
 
 
-def _options(path: str, warps: int, block: int) -> dict[str, int | str]:
-    return {"PATH": path, "BLOCK": block, "num_warps": warps, "num_stages": 1}
+def _options(path: str, warps: int, block: int) -> dict[str, Any]:
+    return {"PATH": path, "BLOCK": block, "num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
 
 
 def noised(latents: Tensor, t: Tensor, positions: Tensor, seed: int, stream: int, path: str) -> Tensor:
     """x_t, float32 [N, E], for latents [N, E] with contiguous rows, t [N], positions int64 [N], 0 <= seed < 2^64."""
     samples, count = latents.shape
     out = torch.empty(samples, count, dtype=torch.float32, device=latents.device)
-    options = _options(path, WARPS, BLOCK)
-    grid = (samples, triton.cdiv(count, 4 * BLOCK))
-    interpolants[grid](
-        latents, t.contiguous(), positions.contiguous(), out, *_draw(seed, stream), count, latents.stride(0),
-        **options, enable_fp_fusion=False,
-    )  # fmt: skip
+    tensors = (latents, t.contiguous(), positions.contiguous())
+    key = (seed, stream, path, *signature(*tensors))
+    launch = _NOISED.get(key)
+    if launch is None:
+        numbers = (*_draw(seed, stream), count, latents.stride(0))
+        grid = (samples, triton.cdiv(count, 4 * BLOCK))
+        launch = _NOISED.keep(key, launcher(interpolants, grid, numbers, _options(path, WARPS, BLOCK)))
+    launch(*tensors, out)
     return out
 
 
@@ -166,11 +171,14 @@ def error(
     """Mean squared error of the velocity per sample, float32 [N]; prediction like latents, the rest as for `noised`."""
     samples, count = latents.shape
     out = torch.empty(samples, dtype=torch.float32, device=latents.device)
-    options = _options(path, ERROR_WARPS, ERROR_BLOCK)
-    errors[(samples,)](
-        prediction, latents, t.contiguous(), positions.contiguous(), out, *_draw(seed, stream), count,
-        prediction.stride(0), latents.stride(0), **options, enable_fp_fusion=False,
-    )  # fmt: skip
+    tensors = (prediction, latents, t.contiguous(), positions.contiguous())
+    key = (seed, stream, path, *signature(*tensors))
+    launch = _ERROR.get(key)
+    if launch is None:
+        numbers = (*_draw(seed, stream), count, prediction.stride(0), latents.stride(0))
+        made = launcher(errors, (samples,), numbers, _options(path, ERROR_WARPS, ERROR_BLOCK))
+        launch = _ERROR.keep(key, made)
+    launch(*tensors, out)
     return out
 
 
@@ -196,13 +204,15 @@ def backward(
     ]
     # A gradient that is not needed is not written; any pointer of the type stands in.
     places = [x if grad is None else grad for x, grad in zip((prediction, latents), grads, strict=True)]
-    options = _options(path, WARPS, BLOCK)
-    gradients[(samples, triton.cdiv(count, 4 * BLOCK))](
-        upstream, prediction, latents, t.contiguous(), positions.contiguous(), *places, *_draw(seed, stream), count,
-        upstream.stride(0), prediction.stride(0), latents.stride(0),
-        PREDICTION=needs[0], LATENTS=needs[1], UPCAST=triton.knobs.runtime.interpret,
-        **options, enable_fp_fusion=False,
-    )  # fmt: skip
+    tensors = (upstream, prediction, latents, t.contiguous(), positions.contiguous())
+    key = (seed, stream, path, needs, *signature(*tensors))
+    launch = _BACKWARD.get(key)
+    if launch is None:
+        numbers = (*_draw(seed, stream), count, upstream.stride(0), prediction.stride(0), latents.stride(0))
+        asked = {"PREDICTION": needs[0], "LATENTS": needs[1], "UPCAST": triton.knobs.runtime.interpret}
+        grid = (samples, triton.cdiv(count, 4 * BLOCK))
+        launch = _BACKWARD.keep(key, launcher(gradients, grid, numbers, _options(path, WARPS, BLOCK) | asked))
+    launch(*tensors, *places)
     return grads[0], grads[1]
 
 
@@ -221,7 +231,7 @@ def aot_cases(arch: int) -> list[AotCase]:
 def _case(kernel: Any, path: str, kind: str, needs: dict[str, bool], expected: dict[str, bool]) -> AotCase:
     warps, block = (ERROR_WARPS, ERROR_BLOCK) if kernel is errors else (WARPS, BLOCK)
     options = _options(path, warps, block)
-    launch = {name: value for name, value in options.items() if name.islower()} | {"enable_fp_fusion": False}
+    launch = {name: value for name, value in options.items() if name.islower()}
     constants = {name: value for name, value in options.items() if name.isupper()} | needs
     types = dict.fromkeys(("stream", "count", "upstream_stride", "prediction_stride", "latents_stride"), "i32")
     types |= {"prediction": f"*{kind}", "prediction_grad": f"*{kind}", "positions": "*i64", "seed": "i64"}

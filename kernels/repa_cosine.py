@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_fast.kernels.aot import AotCase
+from dit_fast.kernels.launch import Kept, launcher, signature
 from dit_fast.kernels.rows import inverse_or_floor, store_rounded
 
 MAX_WIDTH = 4096
@@ -34,6 +35,7 @@ STEP = 2  # tokens whose rows are in flight together
 SUMMANDS = 1024  # partial sums that the last program adds at once
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _tickets: dict[tuple[int, int], Tensor] = {}
+_FORWARD, _BACKWARD = Kept(), Kept()
 
 
 @triton.jit
@@ -152,11 +154,13 @@ def forward(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     tokens, width = prediction.shape
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=prediction.device)  # noqa: E731
     value, saved, partials = new(), new(3, tokens), new(triton.cdiv(tokens, CHUNK))
-    cosines[(len(partials),)](
-        prediction, target, saved, partials, value, _ticket(prediction.device), tokens,
-        prediction.stride(0), target.stride(0),
-        **_row(width), CHUNK=CHUNK, STEP=STEP, SUMMANDS=SUMMANDS, enable_fp_fusion=True,
-    )  # fmt: skip
+    key = signature(prediction, target)
+    launch = _FORWARD.get(key)
+    if launch is None:
+        numbers = (tokens, prediction.stride(0), target.stride(0))
+        constants = {**_row(width), "CHUNK": CHUNK, "STEP": STEP, "SUMMANDS": SUMMANDS, "enable_fp_fusion": True}
+        launch = _FORWARD.keep(key, launcher(cosines, (len(partials),), numbers, constants))
+    launch(prediction, target, saved, partials, value, _ticket(prediction.device))
     return value, saved
 
 
@@ -174,11 +178,14 @@ def backward(
     ]
     # A gradient that is not needed is not written; any pointer of the type stands in.
     places = [x if grad is None else grad for x, grad in zip((prediction, target), grads, strict=True)]
-    gradients[(triton.cdiv(tokens, STEP),)](
-        upstream, prediction, target, saved, *places, tokens, prediction.stride(0), target.stride(0),
-        **_row(width), STEP=STEP, PREDICTION=needs[0], TARGET=needs[1], UPCAST=triton.knobs.runtime.interpret,
-        enable_fp_fusion=True,
-    )  # fmt: skip
+    key = (needs, *signature(prediction, target))
+    launch = _BACKWARD.get(key)
+    if launch is None:
+        numbers = (tokens, prediction.stride(0), target.stride(0))
+        asked = {"PREDICTION": needs[0], "TARGET": needs[1], "UPCAST": triton.knobs.runtime.interpret}
+        constants = {**_row(width), "STEP": STEP, **asked, "enable_fp_fusion": True}
+        launch = _BACKWARD.keep(key, launcher(gradients, (triton.cdiv(tokens, STEP),), numbers, constants))
+    launch(upstream, prediction, target, saved, *places)
     return grads[0], grads[1]
 
 
