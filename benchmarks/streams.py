@@ -62,6 +62,7 @@ def main() -> None:
         },
     }
     content = {"schema": 1, "run": "streams", **where, **occasion(), "recipe": RECIPE, "settings": SETTINGS}
+    content["command"] = "python -m dit_fast.benchmarks.streams SHARDS"
     content |= {"data": data_identity(open_dataset(data).info, []), "seeds": SEEDS, "every": EVERY}
     content |= {"apart": rounded(distances), "runs": rounded(runs)}
     write(RESULTS / "cpu" / "streams.json", content)
