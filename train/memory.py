@@ -29,7 +29,7 @@ from dit_fast.objectives import OBJECTIVES
 from dit_fast.runs import TrainConfig
 from dit_fast.train.engine import make_shadows
 from dit_fast.train.loss import TrainingLoss
-from dit_fast.train.prepare import fit_to_dataset, micro_batch
+from dit_fast.train.prepare import check_stage, fit_to_dataset, micro_batch
 
 BLOCK = 512  # bytes: what torch's allocator rounds up to
 GATHERED = 10**9  # elements that DeepSpeed's stage 3 holds whole at once, by default
@@ -170,6 +170,8 @@ class Planner:
             objective = OBJECTIVES[config.objective.name](config.objective, model)
             self.info = info or assumed(config, model.num_tokens)
             methods = build_methods(config.methods, model, self.info)
+            if ranks > 1:
+                check_stage(config.engine, (objective, *methods))
             for method in methods:
                 method.prepare(load)
             self.loss = TrainingLoss(

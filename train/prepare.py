@@ -53,7 +53,13 @@ def micro_batch(engine: EngineConfig, world_size: int) -> int:
 
 
 def check_stage(engine: EngineConfig, parts: Iterable[Any]) -> None:
-    """Raises ConfigError where an objective or method among `parts` cannot run in ZeRO stage 3."""
+    """Raises ConfigError where an objective or method among `parts` cannot run in ZeRO stage 3, nor what is recomputed."""
+    if engine.zero_stage == 3 and engine.activation_checkpointing == "selective":
+        raise ConfigError(
+            "engine.activation_checkpointing=selective repeats a block operation by operation, and engine.zero_stage=3 "
+            "gathers weights in between, not twice alike; set engine.activation_checkpointing=full, or "
+            "engine.zero_stage=2"
+        )
     for part in parts:
         if engine.zero_stage == 3 and part.functional:
             raise ConfigError(

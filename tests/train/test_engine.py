@@ -85,3 +85,10 @@ def test_what_differentiates_forward_is_refused_in_stage_3():
     check_stage(EngineConfig(zero_stage=3), parts[:1])
     with pytest.raises(ConfigError, match=r"zero_stage=3 cannot run 'tangents'.*use engine\.zero_stage=2"):
         check_stage(EngineConfig(zero_stage=3), parts)
+
+
+def test_stage_3_refuses_to_repeat_operations_one_by_one():
+    check_stage(EngineConfig(zero_stage=2, activation_checkpointing="selective"), [])
+    check_stage(EngineConfig(zero_stage=3, activation_checkpointing="full"), [])
+    with pytest.raises(ConfigError, match=r"activation_checkpointing=selective repeats.*or engine\.zero_stage=2"):
+        check_stage(EngineConfig(zero_stage=3, activation_checkpointing="selective"), [])
