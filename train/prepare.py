@@ -53,7 +53,7 @@ def micro_batch(engine: EngineConfig, world_size: int) -> int:
 
 
 def check_stage(engine: EngineConfig, parts: Iterable[Any]) -> None:
-    """Raises ConfigError where an objective or method among `parts` cannot run in ZeRO stage 3, nor what is recomputed."""
+    """Raises ConfigError where an objective, a method or what is recomputed cannot run in ZeRO stage 3."""
     if engine.zero_stage == 3 and engine.activation_checkpointing == "selective":
         raise ConfigError(
             "engine.activation_checkpointing=selective repeats a block operation by operation, and engine.zero_stage=3 "
