@@ -12,8 +12,6 @@ Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -81,9 +79,7 @@ def uint32(seed: int, positions: Tensor, stream: int, count: int) -> Tensor:
 
     seed: 0 <= seed < 2^64. Raises UserError for a seed, stream or count out of range, or positions of another type.
     """
-    _check(seed, stream, count)
-    if positions.dtype != torch.int64 or positions.dim() != 1:
-        raise UserError(f"positions must be int64 [N], not {positions.dtype} {list(positions.shape)}")
+    check(seed, positions, stream, count)
     size, blocks = positions.shape[0], -(-count // 4)
     c0 = torch.arange(blocks, dtype=torch.int64, device=positions.device).expand(size, blocks)
     c1 = torch.full_like(c0, int(stream), memory_format=torch.contiguous_format)
@@ -105,28 +101,6 @@ def normal(seed: int, positions: Tensor, stream: int, shape: tuple[int, ...]) ->
     angle = second.mul(_TWO_PI).double()
     pairs = torch.stack((radius * angle.cos().float(), radius * angle.sin().float()), dim=-1)
     return pairs.flatten(1)[:, :count].reshape(-1, *shape)
-
-
-@dataclass(frozen=True)
-class Key:
-    """What all random numbers of a batch depend on: the noise seed and each sample's position in the run,
-    int64 [N].
-    """
-
-    seed: int
-    position: Tensor
-
-    def normal(self, stream: int, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal float32 [N, *shape] of a use of its own; on the positions' device."""
-        return normal(self.seed, self.position, stream, shape)
-
-    def uniform(self, stream: int, shape: tuple[int, ...]) -> Tensor:
-        """Uniform float32 [N, *shape] in [0, 1), otherwise as `normal`."""
-        return uniform(self.seed, self.position, stream, shape)
-
-    def leaves(self, stream: int, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-        """`normal` for the leaves of what is denoised; `stream` is the image's (`leaf_stream`)."""
-        return {name: self.normal(leaf_stream(name, stream), tuple(shape)) for name, shape in shapes.items()}
 
 
 def leaf_stream(name: str, image: int) -> int:
@@ -171,6 +145,13 @@ def _to_uniform(words: Tensor) -> Tensor:
 def _keys(seed: int) -> list[tuple[int, int]]:
     low, high = seed & _MASK, seed >> 32
     return [((low + r * _WEYL_A) & _MASK, (high + r * _WEYL_B) & _MASK) for r in range(_ROUNDS)]
+
+
+def check(seed: int, positions: Tensor, stream: int, count: int) -> None:
+    """Raises UserError as `uint32`."""
+    _check(seed, stream, count)
+    if positions.dtype != torch.int64 or positions.dim() != 1:
+        raise UserError(f"positions must be int64 [N], not {positions.dtype} {list(positions.shape)}")
 
 
 def _check(seed: int, stream: int, count: int) -> None:

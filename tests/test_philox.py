@@ -143,11 +143,3 @@ def test_numpy_twin_refuses_floats():
 def test_no_host_synchronisation():
     with torch._subclasses.FakeTensorMode():
         assert philox.normal(3, torch.arange(4), 0, (2, 3)).shape == (4, 2, 3)
-
-
-def test_a_key_draws_what_its_seed_and_positions_give():
-    positions = torch.tensor([5, 2**40])
-    key = philox.Key(7, positions)
-    stream = philox.Stream.CLASS_TOKEN
-    assert torch.equal(key.normal(stream, (3,)), philox.normal(7, positions, stream, (3,)))
-    assert torch.equal(key.uniform(stream, ()), philox.uniform(7, positions, stream, ()))

@@ -14,7 +14,8 @@ from dit_fast.errors import ConfigError
 from dit_fast.methods import Method, Term
 from dit_fast.models import Backbone, Taps
 from dit_fast.objectives import Context, Objective
-from dit_fast.philox import Key, Stream
+from dit_fast.ops.draws import Draw, Key
+from dit_fast.philox import Stream
 from dit_fast.tree import Tree
 
 Affine = float | Sequence[float]
@@ -48,6 +49,7 @@ class TrainingLoss(nn.Module):
         super().__init__()
         self.model, self.objective, self.methods = model, objective, tuple(methods)
         self.seed, self.label_dropout, self.precision = seed, label_dropout, precision
+        self._draws: Sequence[Draw] = ()  # what the last batch asked its key for
         for name, value in (("scale", scale), ("shift", shift)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1), persistent=False)
 
@@ -61,12 +63,13 @@ class TrainingLoss(nn.Module):
 
         number: of the optimizer step, from 0. The loss is float32; so is all that it is computed from after the model.
         """
-        key = Key(self.seed, batch["position"])
+        key = Key(self.seed, batch["position"], self._draws)
         with torch.autocast(batch["moments"].device.type, self.autocast_dtype, enabled=self.precision == "bf16"):
             batch = self._complete(batch, number)
             x, y, taps = self._state(batch, key), self._labels(batch["label"], key), self._taps(number)
             context = self.objective.run(self.model, x, y, key, taps, batch, number)
             terms = self._terms(context)
+        self._draws = key.asked  # steps ask for the same draws
         loss = context.losses["image"].mean()
         logs = {self.objective.name: loss.detach(), **{name: value.detach() for name, value in context.logs.items()}}
         for name, term in terms.items():

@@ -20,8 +20,9 @@ from dit_fast.diffusion.reverse import LastStep
 from dit_fast.diffusion.solvers import SOLVERS, Draw, Field, Follows
 from dit_fast.errors import UserError
 from dit_fast.models import Output
+from dit_fast.ops.draws import Key
 from dit_fast.options import check_choice
-from dit_fast.philox import Key, Stream, leaf_stream
+from dit_fast.philox import Stream, leaf_stream
 from dit_fast.tree import Tree, each, image, label, leaves, like
 
 MOST_STEPS = Stream.METHOD - Stream.SAMPLER  # every step draws from a Philox stream of its own

@@ -8,10 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dit_fast import philox
 from dit_fast.diffusion.guidance import is_number
 from dit_fast.diffusion.paths import Path, as_path
 from dit_fast.errors import UserError
+from dit_fast.ops.draws import Key
+from dit_fast.philox import Stream
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ class TimeSampler:
         origin = device if generator is None else generator.device
         return self.transform(draw(count, generator=generator, device=origin).to(device))
 
-    def keyed(self, seed: int, positions: Tensor, stream: int = philox.Stream.TIME) -> Tensor:
-        """float32 [N], a function of (seed, position, stream) alone; positions int64 [N]."""
-        draw = philox.uniform if self.source == "uniform" else philox.normal
-        return self.transform(draw(seed, positions, stream, ()))
+    def keyed(self, key: Key, stream: int = Stream.TIME) -> Tensor:
+        """float32 [N], a function of (seed, position, stream) alone."""
+        draw = key.uniform if self.source == "uniform" else key.normal
+        return self.transform(draw(stream, ()))
 
 
 def uniform() -> TimeSampler:

@@ -16,8 +16,8 @@ from torch import Tensor
 from dit_fast.data import DatasetInfo
 from dit_fast.models.base import Backbone, Collector
 from dit_fast.objectives import Context
+from dit_fast.ops.draws import Key
 from dit_fast.options import setting
-from dit_fast.philox import Key
 from dit_fast.tree import Tree
 
 # Modules of the model where a method trains an autoencoder with it: that, and the batch norm of its latents.

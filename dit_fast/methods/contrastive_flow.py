@@ -15,8 +15,9 @@ from dit_fast.errors import ConfigError, UserError
 from dit_fast.methods.base import Method, Term
 from dit_fast.models import Backbone
 from dit_fast.objectives import Context
+from dit_fast.ops.draws import Key
 from dit_fast.options import setting
-from dit_fast.philox import Key, Stream
+from dit_fast.philox import Stream
 from dit_fast.tree import image, label
 
 PARTNER_STREAM = Stream.METHOD + 2

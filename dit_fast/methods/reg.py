@@ -19,8 +19,8 @@ from dit_fast.methods.base import Term
 from dit_fast.methods.repa import Alignment, repa_loss
 from dit_fast.models import Backbone, split
 from dit_fast.objectives import Context
+from dit_fast.ops.draws import Key
 from dit_fast.options import setting
-from dit_fast.philox import Key
 from dit_fast.tree import Tree, leaves
 
 

@@ -43,8 +43,9 @@ from dit_fast.models import Backbone, Taps
 from dit_fast.nn.batch_norm import BatchNorm
 from dit_fast.nn.discriminator import PatchGAN
 from dit_fast.objectives import Context
+from dit_fast.ops.draws import Key
 from dit_fast.options import setting
-from dit_fast.philox import Key, Stream
+from dit_fast.philox import Stream
 from dit_fast.published import read_state
 from dit_fast.tree import Tree, leaves, like
 

@@ -18,7 +18,8 @@ from dit_fast.diffusion.guidance import Velocity
 from dit_fast.diffusion.solvers import Field
 from dit_fast.errors import ConfigError
 from dit_fast.models import Backbone, Taps
-from dit_fast.philox import Key, Stream
+from dit_fast.ops.draws import Key
+from dit_fast.philox import Stream
 from dit_fast.tree import Tree, leaves, like
 
 

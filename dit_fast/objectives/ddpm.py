@@ -24,7 +24,8 @@ from dit_fast.errors import ConfigError, UserError
 from dit_fast.models import Backbone, Output, Taps, split
 from dit_fast.models.base import PRESETS
 from dit_fast.objectives.base import Context, Objective, noise_for
-from dit_fast.philox import Key, Stream
+from dit_fast.ops.draws import Key
+from dit_fast.philox import Stream
 from dit_fast.tree import Tree, each, image, like
 
 Network = Callable[[Tensor, Tensor, Tensor], Output]  # (x_t, t int64 [N], y) -> [N, 2C, H, W]

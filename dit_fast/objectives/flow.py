@@ -17,10 +17,10 @@ from dit_fast.errors import ConfigError, UserError
 from dit_fast.models import Backbone, Output, Taps, split
 from dit_fast.objectives.base import Context, Objective, noise_for
 from dit_fast.ops import flow_error, flow_noised
+from dit_fast.ops.draws import Key
 from dit_fast.ops.flow import draws_noise_in_registers
 from dit_fast.ops.flow_reference import PATHS
 from dit_fast.options import setting
-from dit_fast.philox import Key
 from dit_fast.tree import Tree, image, leaves, like
 
 
@@ -150,6 +150,6 @@ class Flow(Objective):
 
     def draw_times(self, key: Key) -> Tensor:
         """t [N], keyed and shifted; where the published range of training is not [0, 1], it is then shrunk to that."""
-        t, (noisy, clean) = self.times.keyed(key.seed, key.position), train_range(self.path, self.prediction)
+        t, (noisy, clean) = self.times.keyed(key), train_range(self.path, self.prediction)
         t = t if self.time_shift == 1 else shift_times(t, self.time_shift)
         return t if (noisy, clean) == (1, 0) else clean + (noisy - clean) * t

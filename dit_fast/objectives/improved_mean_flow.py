@@ -34,8 +34,9 @@ from dit_fast.objectives.mean_flow import (
     total_derivative,
     trained_null_label,
 )
+from dit_fast.ops.draws import Key
 from dit_fast.options import check_choice, setting
-from dit_fast.philox import Key, Stream
+from dit_fast.philox import Stream
 from dit_fast.tree import Tree, each, image, leaves
 
 Number = float | Tensor  # one for all samples, or [N]

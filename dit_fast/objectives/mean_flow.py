@@ -22,8 +22,9 @@ from dit_fast.diffusion.paths import along
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.models import Backbone, Output, Taps, split
 from dit_fast.objectives.base import Context, Objective, noise_for
+from dit_fast.ops.draws import Key
 from dit_fast.options import check_choice, setting
-from dit_fast.philox import Key, Stream
+from dit_fast.philox import Stream
 from dit_fast.tree import Tree, each, image, leaves
 
 Network = Callable[..., Output]  # (z, times [N, 2] = (t, r), y) -> u, or u and a second output
@@ -202,7 +203,7 @@ class MeanVelocity(Objective):
 
     def draw_times(self, key: Key) -> tuple[Tensor, Tensor]:
         """t >= r, each [N]: two draws in order, the same one for `data_proportion` of the samples."""
-        first, second = (self.times.keyed(key.seed, key.position, s) for s in (Stream.TIME, Stream.SECOND_TIME))
+        first, second = (self.times.keyed(key, s) for s in (Stream.TIME, Stream.SECOND_TIME))
         same = key.uniform(Stream.TIMES_AGREE, ()) < self.config.data_proportion
         t = torch.maximum(first, second)
         return t, torch.where(same, t, torch.minimum(first, second))

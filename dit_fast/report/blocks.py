@@ -17,7 +17,7 @@ from dit_fast.errors import UserError
 from dit_fast.methods import METHODS, build_methods
 from dit_fast.models import new_model
 from dit_fast.objectives.base import first
-from dit_fast.philox import Key
+from dit_fast.ops.draws import Key
 from dit_fast.tree import Tree, each, leaves, like
 
 

@@ -8,6 +8,7 @@ import torch
 from dit_fast.diffusion import Path, flow_loss, logit_normal, lognormal, time_sampler, uniform, velocity_error
 from dit_fast.diffusion.times import dimension_shift, shift_times
 from dit_fast.errors import UserError
+from dit_fast.ops.draws import Key
 from tests.helpers.cases import loop_over
 from tests.helpers.golden import assert_close
 
@@ -71,7 +72,7 @@ def test_time_formulas():
 def test_generator_and_keyed_draws_share_a_distribution(name, path):
     times = time_sampler(name, path, mean=-0.4, std=0.8)
     drawn = times.sample(20_000, torch.Generator().manual_seed(3))
-    keyed = times.keyed(3, torch.arange(20_000))
+    keyed = times.keyed(Key(3, torch.arange(20_000)))
     for t in (drawn, keyed):
         assert t.dtype == torch.float32
         assert t.min() >= 0
@@ -84,9 +85,9 @@ def test_draws_repeat_by_generator_and_by_position():
     times = lognormal("cosine")
     first = times.sample(5, torch.Generator().manual_seed(1))
     assert torch.equal(first, times.sample(5, torch.Generator().manual_seed(1)))
-    whole = times.keyed(7, torch.arange(10))
-    assert torch.equal(times.keyed(7, torch.tensor([8, 2])), whole[[8, 2]])
-    assert not torch.equal(times.keyed(8, torch.arange(10)), whole)
+    whole = times.keyed(Key(7, torch.arange(10)))
+    assert torch.equal(times.keyed(Key(7, torch.tensor([8, 2]))), whole[[8, 2]])
+    assert not torch.equal(times.keyed(Key(8, torch.arange(10))), whole)
 
 
 @loop_over("path", ["linear", "cosine"])

@@ -194,6 +194,7 @@ def diversity_tap_backward():
 
 
 REGISTERED = {
+    "draws": lambda: (torch.arange(3), 3, [True, False], [4, 2**31], [5, 1], "torch"),
     "adaln_forward": lambda: (
         new(*STREAM), new(*STREAM), new(*VECTOR), new(*VECTOR), new(*VECTOR), None, None, 1e-6, False, F32, True,
         "torch",

@@ -7,7 +7,7 @@ from dit_fast.diffusion import Path
 from dit_fast.methods import build_methods
 from dit_fast.methods.contrastive_flow import ContrastiveFlow, contrastive_flow_losses, draw_partners
 from dit_fast.objectives import Flow
-from dit_fast.philox import Key
+from dit_fast.ops.draws import Key
 from dit_fast.recipes import load
 from dit_fast.train.loss import TrainingLoss
 from tests.helpers.cases import loop_over, refused

@@ -15,7 +15,7 @@ from dit_fast.methods.diversedit import DiverseDiT, adaptive_weight, select_pair
 from dit_fast.methods.repa import REPA
 from dit_fast.models import Taps, build_model
 from dit_fast.ops import diversity_loss
-from dit_fast.philox import Key
+from dit_fast.ops.draws import Key
 from tests.helpers.cases import loop_over
 from tests.helpers.golden import assert_close, golden, golden_names
 

@@ -18,7 +18,8 @@ from dit_fast.methods import METHODS, build_methods
 from dit_fast.methods.repa_e import REPAE, discriminator_loss, generator_loss, kl_divergence
 from dit_fast.nn.discriminator import PatchGAN
 from dit_fast.objectives import Flow
-from dit_fast.philox import Key, Stream
+from dit_fast.ops.draws import Key
+from dit_fast.philox import Stream
 from dit_fast.report.blocks import study_blocks
 from dit_fast.runs import EngineConfig, OptimizerConfig, TrainConfig
 from dit_fast.sampling.images import sample_images

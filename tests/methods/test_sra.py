@@ -14,7 +14,7 @@ from dit_fast.methods.sra import SHIFT_STREAM, SRA, alignment, sra_loss
 from dit_fast.models.registry import new_model
 from dit_fast.nn.projector import SelfProjector
 from dit_fast.objectives import Flow, MeanFlow
-from dit_fast.philox import Key
+from dit_fast.ops.draws import Key
 from dit_fast.recipes import RECIPES, load
 from dit_fast.train.loss import TrainingLoss
 from tests.helpers.deterministic_fill import fill

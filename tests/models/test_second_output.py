@@ -14,7 +14,7 @@ from dit_fast.objectives.ddpm import ddpm_losses
 from dit_fast.objectives.flow import flow_losses
 from dit_fast.objectives.mean_flow import mean_flow_losses
 from dit_fast.objectives.x_prediction import x_prediction_losses
-from dit_fast.philox import Key
+from dit_fast.ops.draws import Key
 from dit_fast.tree import leaves
 from tests.helpers.cases import loop_over, refused
 from tests.helpers.tiny_sit import inputs_for, tiny_sit

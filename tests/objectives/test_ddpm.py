@@ -10,7 +10,8 @@ from dit_fast.errors import ConfigError, UserError
 from dit_fast.models import Taps
 from dit_fast.objectives import DDPM, Flow, MeanFlow
 from dit_fast.objectives.ddpm import ddpm_losses
-from dit_fast.philox import Key, Stream
+from dit_fast.ops.draws import Key
+from dit_fast.philox import Stream
 from tests.helpers.cases import loop_over, refused
 from tests.helpers.deterministic_fill import fill
 from tests.helpers.tiny_sit import tiny_sit

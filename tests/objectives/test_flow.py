@@ -7,7 +7,8 @@ from torch import nn
 from dit_fast.diffusion import Guidance, Path, sample
 from dit_fast.models import Taps
 from dit_fast.objectives import OBJECTIVES, Flow, flow
-from dit_fast.philox import Key, Stream
+from dit_fast.ops.draws import Key
+from dit_fast.philox import Stream
 from dit_fast.tree import each, image, leaves
 
 KEY = Key(2**63 + 5, torch.arange(4) + 2**33)

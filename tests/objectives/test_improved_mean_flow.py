@@ -15,7 +15,7 @@ from dit_fast.objectives.improved_mean_flow import (
     interval_times,
 )
 from dit_fast.objectives.mean_flow import total_derivative
-from dit_fast.philox import Key
+from dit_fast.ops.draws import Key
 from dit_fast.tree import each, leaves
 from tests.helpers.cases import loop_over, refused
 from tests.helpers.tiny_sit import WIRINGS, tiny_sit

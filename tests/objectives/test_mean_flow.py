@@ -7,7 +7,8 @@ from dit_fast.errors import ConfigError, UserError
 from dit_fast.models import Taps
 from dit_fast.objectives import MeanFlow
 from dit_fast.objectives.mean_flow import mean_flow_losses, total_derivative
-from dit_fast.philox import Key, Stream
+from dit_fast.ops.draws import Key
+from dit_fast.philox import Stream
 from dit_fast.tree import each, leaves
 from tests.helpers.tiny_sit import tiny_sit
 

@@ -10,7 +10,8 @@ from dit_fast.models import Taps
 from dit_fast.objectives import Flow, flow
 from dit_fast.objectives.flow import flow_losses
 from dit_fast.objectives.x_prediction import x_prediction_losses
-from dit_fast.philox import Key, Stream
+from dit_fast.ops.draws import Key
+from dit_fast.philox import Stream
 from dit_fast.tree import leaves
 from tests.helpers.cases import loop_over
 from tests.helpers.golden import assert_close

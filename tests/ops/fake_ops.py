@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_fast import ops
-from dit_fast.kernels import philox
+from dit_fast.ops.draws import draws
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 DTYPES = (F32, BF16, F16, F64)
@@ -224,9 +224,10 @@ def shared() -> Iterator[tuple[str, Callable[[], Any]]]:
         )
     for form in FORMS:
         yield f"rows {form}", lambda form=form: ops.row_statistics(laid(form, 4, 64, 768, dtype=BF16))
-    for kind, seed in itertools.product(("words", "uniform", "normal"), (3, (1 << 64) - 1)):
+    asked = [(True, 1, (4, 32, 32)), (False, 1 << 31, ()), (True, 3, (7,))]
+    for count, seed in itertools.product((1, 3), (3, (1 << 64) - 1)):
         positions = partial(torch.arange, 4, device=GPU)
-        yield f"{kind} {seed}", lambda kind=kind, seed=seed, at=positions: philox.numbers(kind, seed, at(), 1, 4096)
+        yield f"{count} draws {seed}", lambda count=count, seed=seed, at=positions: draws(seed, at(), asked[:count])
 
 
 def _traced(call: Callable[[], Any]) -> Trace:

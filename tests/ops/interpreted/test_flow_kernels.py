@@ -11,6 +11,7 @@ from dit_fast.errors import UserError
 from dit_fast.kernels import flow as kernel
 from dit_fast.objectives import Flow, flow
 from dit_fast.ops import flow_error, flow_noised
+from dit_fast.ops.draws import Key
 from dit_fast.train.loss import TrainingLoss
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -217,8 +218,8 @@ def test_the_trainers_objective(path, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     moments = torch.rand(4, 2, 3, 8, 8, generator=generator)
     batch = {"moments": moments, "label": torch.arange(4), "position": torch.arange(4) + 2**33}
-    streams, normal = [], philox.normal
-    monkeypatch.setattr(philox, "normal", lambda *draw: streams.append(draw[2]) or normal(*draw))
+    streams, normal = [], Key.normal
+    monkeypatch.setattr(Key, "normal", lambda key, stream, shape: streams.append(stream) or normal(key, stream, shape))
     results = []
     for fused in (True, False):
         if not fused:

@@ -1,5 +1,7 @@
 """Kernels that others build on: the ordered sum, the address table, the generator."""
 
+import math
+
 import pytest
 import torch
 import triton
@@ -10,6 +12,7 @@ from dit_fast.kernels import adaln, adaln_gradients, adaln_rows, diversity, qk_n
 from dit_fast.kernels import philox as kernel
 from dit_fast.kernels.ordered_sum import GROUP, ordered_sum
 from dit_fast.kernels.tables import address_table, is_aligned
+from dit_fast.ops.draws import draws
 
 
 @pytest.mark.parametrize("rows", [1, GROUP, GROUP + 1, 3 * GROUP + 5])
@@ -139,20 +142,52 @@ def test_every_tensor_that_is_read_counts(name, monkeypatch):
     assert [bool(answer > 1 if rule == "_vector" else answer) for answer in answers] == [True] + [False] * len(tensors)
 
 
+def normals_of(uniforms):
+    """As dit_fast/philox.py, with the nearest root, which torch's on a CPU often misses."""
+    first, second = uniforms.unflatten(1, (-1, 2)).unbind(-1)
+    radius = first.clamp(min=1e-7).double().log().float().mul(-2.0).double().sqrt().float()
+    angle = second.mul(2 * math.pi).double()
+    return torch.stack((radius * angle.cos().float(), radius * angle.sin().float()), dim=-1).flatten(1)
+
+
 @pytest.mark.parametrize("seed", [0, 1234, 2**63 - 1, 2**63, 2**64 - 1])
 def test_generator_equals_its_torch_twin(seed):
+    """Several draws in one launch, all bits: after a draw of an odd length, and longer than what a program has."""
     positions = torch.tensor([0, 17, 2**32 - 1, 2**32, 2**62 + 12345])
-    for stream, count in ((0, 1), (7, 11), (2**31 - 1, 1030)):
-        shape = (count,)
-        assert torch.equal(
-            kernel.numbers("words", seed, positions, stream, count), philox.uint32(seed, positions, stream, count)
-        )
-        assert torch.equal(
-            kernel.numbers("uniform", seed, positions, stream, count), philox.uniform(seed, positions, stream, shape)
-        )
-        normals = kernel.numbers("normal", seed, positions, stream, count)
-        # float32 logarithm, square root and series against float64 rounded to float32
-        torch.testing.assert_close(normals, philox.normal(seed, positions, stream, shape), rtol=1e-5, atol=1e-6)
+    shapes = [(7, 11), (), (4, 7), (1030,), (1024,), (3, 2, 342)]
+    asked = [(bool(place % 2), 2**31 - 3 + place, shape) for place, shape in enumerate(shapes)]
+    for wanted in (asked, asked[::-1], asked[3:4]):
+        for (normal, stream, shape), ours in zip(wanted, draws(seed, positions, wanted, "triton"), strict=True):
+            expected = philox.uniform(seed, positions, stream, (math.prod(shape) + math.prod(shape) % 2,))
+            if normal:
+                expected = normals_of(expected)
+                twin = philox.normal(seed, positions, stream, shape)
+                torch.testing.assert_close(ours, twin, rtol=2.5e-7, atol=0)  # by that root
+            assert ours.is_contiguous()
+            assert torch.equal(ours, expected[:, : math.prod(shape)].reshape(-1, *shape))
+
+
+@triton.jit
+def _pairs(u, v, first, second, SIZE: tl.constexpr):
+    place = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    one, two = kernel.rounded_normal_pair(tl.load(u + place), tl.load(v + place))
+    tl.store(first + place, one)
+    tl.store(second + place, two)
+
+
+def test_normals_of_extreme_uniforms():
+    """The ends, where the series meet, and every 4096th float32 that a uniform can be; once, all were compared."""
+    large = [torch.arange(2**power, 2 ** (power + 1), 2 ** (power - 11)) for power in range(24, 31)]
+    words = torch.cat([torch.arange(0, 2**24, 4096), *large])
+    edges = torch.tensor([0.0, 1e-7, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 2**-0.5, 1 - 2**-24])
+    near = torch.cat([edges, edges.nextafter(torch.tensor(1.0)), edges.nextafter(torch.tensor(0.0))])
+    u = torch.cat([words.float() * 4.6566127342e-10, near])
+    u = torch.cat([u, torch.zeros(-len(u) % 1024)])
+    first, second = torch.empty_like(u), torch.empty_like(u)
+    _pairs[(len(u) // 1024,)](u, u.flip(0), first, second, SIZE=1024)
+    assert torch.equal(
+        torch.stack((first, second), -1).flatten()[None], normals_of(torch.stack((u, u.flip(0)), -1).flatten()[None])
+    )
 
 
 @triton.jit

@@ -4,5 +4,7 @@ import torch
 
 from dit_fast.kernels import philox
 
-for kind in ("words", "uniform", "normal"):
-    philox.numbers(kind, 2**64 - 1, torch.arange(4), 1, 4096)
+STREAMS = [1, 2**31, 3, 4, 5, 6]
+for draws in (1, 3, 6):
+    kinds, counts = [True, False] * 3, [4096, 1] * 3
+    philox.draws(torch.arange(4), 2**64 - 1, kinds[:draws], STREAMS[:draws], counts[:draws])
