@@ -224,6 +224,9 @@ def shared() -> Iterator[tuple[str, Callable[[], Any]]]:
         )
     for form in FORMS:
         yield f"rows {form}", lambda form=form: ops.row_statistics(laid(form, 4, 64, 768, dtype=BF16))
+
+
+def random_draws() -> Iterator[tuple[str, Callable[[], Any]]]:
     asked = [(True, 1, (4, 32, 32)), (False, 1 << 31, ()), (True, 3, (7,))]
     for count, seed in itertools.product((1, 3), (3, (1 << 64) - 1)):
         positions = partial(torch.arange, 4, device=GPU)
@@ -238,6 +241,6 @@ def _traced(call: Callable[[], Any]) -> Trace:
 
 CASES: dict[str, Callable[[], Trace]] = {
     f"op {family.__name__} {name}": partial(_traced, call)
-    for family in (adaln, long_skip, gelu_mlp, qk_norm, repa_cosine, flow, diversity, shared)
+    for family in (adaln, long_skip, gelu_mlp, qk_norm, repa_cosine, flow, diversity, shared, random_draws)
     for name, call in family()
 }
