@@ -127,6 +127,29 @@ struct Vec {
     for (int i = 0; i < kQuads; ++i) out.part[i] = (Quad)((QuadBits)part[i] & INT32_MAX);
     return out;
   }
+  // The larger and the smaller of both; of a NaN in `this`, it.
+  inline Vec at_least(const Vec& limit) const {
+    Vec out;
+    for (int i = 0; i < kLanes; ++i) {
+      const float value = part[i / 4][i % 4], other = limit.part[i / 4][i % 4];
+      out.part[i / 4][i % 4] = value < other ? other : value;
+    }
+    return out;
+  }
+  inline Vec at_most(const Vec& limit) const {
+    Vec out;
+    for (int i = 0; i < kLanes; ++i) {
+      const float value = part[i / 4][i % 4], other = limit.part[i / 4][i % 4];
+      out.part[i / 4][i % 4] = value > other ? other : value;
+    }
+    return out;
+  }
+  // The float whose exponent field is the low bits of this one's mantissa.
+  inline Vec as_exponent() const {
+    Vec out;
+    for (int i = 0; i < kQuads; ++i) out.part[i] = (Quad)((QuadBits)part[i] << 23);
+    return out;
+  }
   // this * factor + addend
   inline Vec times_plus(const Vec& factor, const Vec& addend) const {
     Vec out;
@@ -222,6 +245,12 @@ struct Vec {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     return {_mm256_andnot_ps(sign, low), _mm256_andnot_ps(sign, high)};
   }
+  inline Vec at_least(const Vec& limit) const { return {_mm256_max_ps(limit.low, low), _mm256_max_ps(limit.high, high)}; }
+  inline Vec at_most(const Vec& limit) const { return {_mm256_min_ps(limit.low, low), _mm256_min_ps(limit.high, high)}; }
+  static inline __m256 shifted(__m256 value) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(value), 23));
+  }
+  inline Vec as_exponent() const { return {shifted(low), shifted(high)}; }
   inline Vec times_plus(const Vec& factor, const Vec& addend) const {
     return {_mm256_fmadd_ps(low, factor.low, addend.low), _mm256_fmadd_ps(high, factor.high, addend.high)};
   }
@@ -280,6 +309,11 @@ struct Vec {
   inline Vec root() const { return {_mm512_sqrt_ps(all)}; }
   inline Vec abs() const {
     return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(all), _mm512_set1_epi32(0x7fffffff)))};
+  }
+  inline Vec at_least(const Vec& limit) const { return {_mm512_max_ps(limit.all, all)}; }
+  inline Vec at_most(const Vec& limit) const { return {_mm512_min_ps(limit.all, all)}; }
+  inline Vec as_exponent() const {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(all), 23))};
   }
   inline Vec times_plus(const Vec& factor, const Vec& addend) const {
     return {_mm512_fmadd_ps(all, factor.all, addend.all)};

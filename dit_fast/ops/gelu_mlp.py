@@ -3,7 +3,8 @@
 With h = fc1(x), a = gelu(h) and g the gradient of the result, the backward needs a for dW2 = g^T a and h for
 dh = (g W2) gelu'(h). Only h is kept: a is computed again in the pass that makes dh, which reads h anyway. Matrix
 products are the library's. Without gradients nothing is kept, and on CUDA the GELU runs in the epilogue of the first
-product (the CPU's version of that function has the erf form and is never used).
+product (the CPU's version of that function has the erf form and is never used). The CPU's own GELU and products are in
+`gelu_cpp.py`.
 """
 
 from collections.abc import Sequence
@@ -14,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from dit_fast import _C
 from dit_fast.backend import Implementation
 from dit_fast.errors import UserError
-from dit_fast.ops._op import Op, define, differentiable, triton, wide
+from dit_fast.ops import gelu_cpp
+from dit_fast.ops._op import Op, define, differentiable, odd_dtypes, triton, wide
 from dit_fast.ops.autocast import linear_dtype, without_autocast
 
 
@@ -31,6 +34,7 @@ OP = Op(
     "gelu_mlp",
     "x[..., D] fc1_weight[F, D] fc1_bias[F] fc2_weight[E, F] fc2_bias[E]",
     triton(_refuses),
+    Implementation("cpp", ("cpu",), _C.unavailable, refuses=odd_dtypes),
     Implementation("recompute", (), lambda: None, automatic=()),
 )
 
@@ -42,9 +46,9 @@ def gelu_mlp(
 
     x: [..., D]; fc1_weight: [F, D]; fc1_bias: [F]; fc2_weight: [E, F]; fc2_bias: [E]. Returns [..., E]. Products run in
     the dtype that the four parameters share, to which x is cast, or in autocast's. backend: "torch" (plain autograd),
-    "recompute" (keeps x and h alone; takes longer on the CPU, so on request), "triton" (the same with one kernel in the
-    backward).
-    The last two differentiate in forward mode and, once, in reverse mode, of the result or of its forward-mode
+    "recompute" (keeps x and h alone; on request), "triton" and "cpp" (the same with one kernel in the backward; on the
+    CPU both passes have csrc's GELU, three to four times as fast as torch's, and oneDNN's products).
+    All but "torch" differentiate in forward mode and, once, in reverse mode, of the result or of its forward-mode
     derivative; "torch" any number of times.
     Raises UserError for shapes, dtypes or devices that do not fit, ConfigError for a backend that is unknown or cannot
     take these tensors.
@@ -69,8 +73,16 @@ def _reference(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tens
     return F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias), approximate="tanh"), fc2_weight, fc2_bias)
 
 
-def _gelu(hidden: Tensor) -> Tensor:
-    return F.gelu(hidden, approximate="tanh")
+def _gelu(hidden: Tensor, backend: str) -> Tensor:
+    return gelu_cpp.gelu(hidden) if backend == "cpp" else F.gelu(hidden, approximate="tanh")
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
+    return gelu_cpp.product(x, weight, bias) if backend == "cpp" else torch.addmm(bias, x, weight.t())
+
+
+def _input_gradient(grad: Tensor, weight: Tensor, backend: str) -> Tensor:
+    return gelu_cpp.product(grad, weight.t()) if backend == "cpp" else grad @ weight
 
 
 def _gelu_backward(
@@ -78,12 +90,16 @@ def _gelu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From grad [M, E] and weight [E, F]. The product is made here, so that the gradient of hidden can take its place:
     with hidden and the activation, three tensors of that size live at once, as in the reference's backward."""
-    hidden, grad = hidden.contiguous(), (grad @ weight).contiguous()
+    hidden, grad = hidden.contiguous(), _input_gradient(grad, weight, backend).contiguous()
     empty = hidden.new_empty(0)
-    if backend == "triton" and hidden.numel():
-        from dit_fast.kernels import gelu as kernel
+    if hidden.numel() and backend in ("triton", "cpp"):
+        if backend == "cpp":
+            grad_hidden = grad
+            activation, grad_bias = gelu_cpp.backward(hidden, grad, want_activation, want_bias)
+        else:
+            from dit_fast.kernels import gelu as kernel
 
-        activation, grad_hidden, grad_bias = kernel.backward(hidden, grad, want_activation, want_bias, grad)
+            activation, grad_hidden, grad_bias = kernel.backward(hidden, grad, want_activation, want_bias, grad)
         return (
             empty if activation is None else activation,
             grad_hidden,
@@ -91,7 +107,7 @@ def _gelu_backward(
         )
     grad_hidden = torch.ops.aten.gelu_backward.grad_input(grad, hidden, approximate="tanh", grad_input=grad)
     return (
-        _gelu(hidden) if want_activation else empty,
+        _gelu(hidden, backend) if want_activation else empty,
         grad_hidden,
         grad_hidden.sum(0, dtype=wide(hidden)) if want_bias else empty.to(wide(hidden)),
     )
@@ -135,12 +151,12 @@ class _GeluMlp(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         if keep or x.device.type != "cuda":
-            hidden = torch.addmm(fc1_bias, x, fc1_weight.t())
-            activation = _gelu(hidden)
+            hidden = _linear(x, fc1_weight, fc1_bias, backend)
+            activation = _gelu(hidden, backend)
         else:
             hidden = x.new_empty(0, len(fc1_bias))
             activation = torch.ops.aten._addmm_activation(fc1_bias, x, fc1_weight.t(), use_gelu=True)
-        y = torch.addmm(fc2_bias, activation, fc2_weight.t())
+        y = _linear(activation, fc2_weight, fc2_bias, backend)
         return y, hidden if keep else hidden.new_empty(0, len(fc1_bias))
 
     @staticmethod
@@ -160,18 +176,19 @@ class _GeluMlp(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * 7
         with without_autocast(x):
             if not ctx.keep:
-                hidden = torch.addmm(fc1_bias, x, fc1_weight.t())
+                hidden = _linear(x, fc1_weight, fc1_bias, ctx.backend)
             if needs_x or needs_w1 or needs_b1:
                 activation, grad_hidden, grad_b1 = gelu_backward_op(
                     hidden, grad, fc2_weight, needs_w2, needs_b1, ctx.backend
                 )
-                grads[0] = grad_hidden @ fc1_weight if needs_x else None
+                grads[0] = _input_gradient(grad_hidden, fc1_weight, ctx.backend) if needs_x else None
                 grads[1] = grad_hidden.t() @ x if needs_w1 else None
                 grads[2] = grad_b1.to(fc1_bias.dtype) if needs_b1 else None
             elif needs_w2:
-                activation = _gelu(hidden)
+                activation = _gelu(hidden, ctx.backend)
             grads[3] = grad.t() @ activation if needs_w2 else None
-            grads[4] = grad.sum(0) if needs_b2 else None
+            if needs_b2:
+                grads[4] = gelu_cpp.column_sums(grad) if ctx.backend == "cpp" else grad.sum(0)
         return tuple(grads)
 
     @staticmethod
@@ -189,7 +206,7 @@ class _GeluMlp(torch.autograd.Function):
             change = change + change_b1
         result = torch.ops.aten.gelu_backward(change, hidden, approximate="tanh") @ fc2_weight.t()
         if change_w2 is not None:
-            result = result + _gelu(hidden) @ change_w2.t()
+            result = result + F.gelu(hidden, approximate="tanh") @ change_w2.t()
         return result if change_b2 is None else result + change_b2, None
 
 

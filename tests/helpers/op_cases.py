@@ -212,6 +212,8 @@ REGISTERED = {
     "flow_error_backward": lambda: (
         new(4), new(4, 8), new(4, 8), torch.rand(4), torch.arange(4), 3, "linear", [True, True], "torch"
     ),
+    "column_sums": lambda: (new(5, 8),),
+    "gelu": lambda: (new(5, 8),),
     "gelu_backward": lambda: (new(5, 8), new(5, 6), new(6, 8), True, True, "recompute"),
     "long_skip_forward": lambda: (new(5, 8), new(5, 8), *parameters(), [None] * 4, 1e-6, F32, "gemm"),
     "long_skip_backward": long_skip_backward,

@@ -52,7 +52,7 @@ def test_fused_tangents_have_a_gradient(name):
     assert_close(sum((g * d).sum() for g, d in zip(with_func(*tensors), directions, strict=True)), difference, 1e-6)
 
 
-@loop_over("name", ["layer_norm_modulate", "gate_residual", "gate_residual_modulate", "diversity_loss"])
+@loop_over("name", ["layer_norm_modulate", "gate_residual", "gate_residual_modulate", "diversity_loss", "gelu_mlp"])
 def test_tangents_of_the_cpp_ops_have_a_gradient(name):
     op = {"diversity_loss": lambda *x: ops.diversity_loss(x, backend="cpp").total}.get(
         name, lambda *x: getattr(ops, name)(*x, backend="cpp")

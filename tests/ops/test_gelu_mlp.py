@@ -13,7 +13,7 @@ from tests.helpers.golden import assert_close
 
 N, T, D, HIDDEN, OUT = 2, 5, 12, 40, 9
 SHAPES = [(N, T, D), (HIDDEN, D), (HIDDEN,), (OUT, HIDDEN), (OUT,)]
-BACKENDS = ["torch", "recompute", "auto"]
+BACKENDS = ["torch", "recompute", "auto"]  # on the CPU "cpp" is what "auto" takes, but for float64
 
 
 def make(dtype=torch.float32, seed=0, shapes=SHAPES):
@@ -325,7 +325,7 @@ def test_complaints_name_the_culprit(change, message):
 
 
 def test_backends():
-    with pytest.raises(ConfigError, match="unknown backend 'fast'; valid: auto, triton, recompute, torch"):
+    with pytest.raises(ConfigError, match="unknown backend 'fast'; valid: auto, triton, cpp, recompute, torch"):
         gelu_mlp(*make(), backend="fast")
     with pytest.raises(ConfigError, match="backend 'triton' cannot run"):
         gelu_mlp(*make(), backend="triton")
