@@ -6,6 +6,7 @@ of the gradient in silence). A parameter without a gradient has the gradient zer
 does not depend on the rank.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -117,7 +118,7 @@ class Engine(ABC):
         """One clipped step of the optimizer: the norm of the whole gradient, and whether it was applied."""
         gradients = self._gradients()
         norm, factors = self._clip(gradients)
-        applied = torch.isfinite(norm).float()
+        applied = (norm < math.inf).float()
         if isinstance(self._optimizer, AdamWEMA):
             self._optimizer.applied = applied
             for group, factor in zip(self._optimizer.param_groups, factors, strict=True):
@@ -237,8 +238,8 @@ class Engine(ABC):
 
     def close(self) -> None:
         """Lets go of the model; hooks that hold its owner are a cycle that Python's collector does not see."""
-        for hook in self._hooks:
-            hook.remove()
+        while self._hooks:
+            self._hooks.pop().remove()
 
 
 class SingleEngine(Engine):
@@ -253,6 +254,7 @@ class SingleEngine(Engine):
         super().__init__(loss.to(world.device), config, world, groups)
         init_states(self._optimizer)
         self._make_shadows()
+        self._clean = True  # no gradient since the last update
         self._graphed: GraphedStep[StepResult] | None = None
         if config.engine.cuda_graph:
             if graphs is None and world.device.type != "cuda":
@@ -277,14 +279,24 @@ class SingleEngine(Engine):
         return StepResult(logs, made.grad_norm.clone(), made.applied.clone())
 
     def _forward(self, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        return self.loss(batch, step)
+        made = self.loss(batch, step)
+        if not self._checked:
+            return made
+        self.close()  # after the first step one look at the gradients does, where a hook costs 3 us per parameter
+        if self._clean:
+            for _, parameter in self._named:
+                if parameter.grad is not None:
+                    self._accumulated(parameter)
+        return made
 
     def _backward(self, loss: Tensor, count: int) -> None:
-        (loss / count).backward()
+        (loss if count == 1 else loss / count).backward()
+        self._clean = False
 
     def _step(self) -> None:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        self._clean = True
 
 
 class Buffers:

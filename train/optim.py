@@ -5,6 +5,7 @@ communication. It is kept in float32: in bfloat16 a decay of 0.9999 would vanish
 """
 
 from collections.abc import Callable, Iterable
+from operator import is_not
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class AdamWEMA(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "ema_decay": ema_decay}
         super().__init__(params, {**defaults, "factor": None})
         self.applied: Tensor | None = None
+        self._held: dict[int, tuple[Any, list[Tensor], States]] = {}  # by group: of which state and parameters
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -55,17 +57,28 @@ class AdamWEMA(torch.optim.Optimizer):
         if closure is not None:
             raise ConfigError("AdamWEMA takes no closure")
         rules = ("lr", "betas", "eps", "weight_decay", "ema_decay", "factor")
-        for group in self.param_groups:
-            moved = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if moved:
-                init_states(self, moved)
-                held = [self.state[parameter] for parameter in moved]
-                states = States(*([each[name] for each in held] for name in (*STATES, "step")))
+        for index, group in enumerate(self.param_groups):
+            moved = group["params"]
+            gradients = [parameter.grad for parameter in moved]
+            if any(gradient is None for gradient in gradients):
+                moved = [parameter for parameter in moved if parameter.grad is not None]
                 gradients = [parameter.grad for parameter in moved]
+            if moved:
                 none = torch.empty(0, dtype=torch.bfloat16, device=moved[0].device)
                 shadows = [getattr(parameter, "shadow", none) for parameter in moved]
-                told = {name: group[name] for name in rules}
+                told, states = {name: group[name] for name in rules}, self._states(index, moved)
                 adamw(moved, gradients, states, applied=self.applied, shadows=shadows, **told)
+
+    def _states(self, index: int, parameters: list[Tensor]) -> States:
+        """Made anew where other parameters have a gradient, and after `load_state_dict`, which replaces `state`."""
+        state, known, states = self._held.get(index) or (None, [], None)
+        same = len(known) == len(parameters) and not any(map(is_not, known, parameters))
+        if states is None or state is not self.state or not same:
+            init_states(self, parameters)
+            held = [self.state[parameter] for parameter in parameters]
+            states = States(*([each[name] for each in held] for name in (*STATES, "step")))
+            self._held[index] = self.state, [*parameters], states
+        return states
 
 
 def with_ema(base: type[torch.optim.Optimizer]) -> type[Any]:

@@ -49,6 +49,24 @@ def test_a_parameter_without_dimension_is_refused():
         first_step(Loss(lambda model, x: x.mean(), b=scale))
 
 
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_backward_of_the_loss_s_own_is_refused_in_every_step(number):
+    """The hooks that see it in the first step are gone in later ones."""
+
+    def own(model, x):
+        if steps:
+            x.sum().backward(retain_graph=True)
+        return x.mean()
+
+    engine = SingleEngine(Loss(own), TrainConfig(), World(0, 1, torch.device("cpu")))
+    batches, steps = [{"x": torch.ones(3, 2)}] * 2, []
+    for step in range(number):
+        engine.train_step(batches, step, 1e-3)
+    steps.append(number)
+    with pytest.raises(ConfigError, match=r"a forward ran a backward of its own, to the parameter 'model\.a\."):
+        engine.train_step(batches, number, 1e-3)
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_a_group_is_clipped_by_itself_or_with_all_others(own):
     """Its squared moment shows the norm that was applied; its rate is in proportion to the schedule's."""

@@ -1,5 +1,7 @@
 """AdamW with the EMA as a state: parity with torch and with a plain EMA, closed forms, named optimizers."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -86,6 +88,22 @@ def test_ema_closed_form_and_weights_without_gradient():
     torch.testing.assert_close(optimizer.state[weight]["ema"], torch.full((3,), expected), rtol=1e-6, atol=0)
     assert torch.equal(optimizer.state[idle]["ema"], torch.ones(2))
     assert optimizer.state[idle]["step"] == 0
+
+
+def test_lists_follow_the_gradients_that_are_there_and_the_states_that_are_loaded():
+    first, second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+    optimizer = AdamWEMA([first, second], lr=1e-2)
+    counts = []
+    for present in ([first, second], [second], [first, second], [first]):
+        optimizer.zero_grad()
+        for parameter in present:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        counts.append([int(optimizer.state[parameter]["step"]) for parameter in (first, second)])
+    assert counts == [[1, 1], [1, 2], [2, 3], [3, 3]]
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.step()
+    assert [int(optimizer.state[parameter]["step"]) for parameter in (first, second)] == [4, 3]
 
 
 @pytest.mark.parametrize("name", ["adamw", "torch_adamw", "torch_fused_adamw"])
