@@ -91,6 +91,7 @@ def install() -> str:
     _stop_after_front_end(backends["nvidia"].compiler)
     _on_cpu_tensors()
     _keep_implementations()
+    _wide_products()
     return str(triton.__version__)
 
 
@@ -129,6 +130,18 @@ def _on_cpu_tensors() -> None:
     )
     long_skip_tiles.family = lambda device: ARCH
     long_skip_tiles.processors = lambda device: 132
+
+
+def _wide_products() -> None:
+    """Products with results of another dtype, which torch has on CUDA alone: the same launch, its result not written."""
+    from dit_fast.ops import linear
+
+    def wide(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        made = torch.mm(a, b)
+        return made.new_empty(made.shape, dtype=dtype)
+
+    linear.widens = lambda x: not torch.is_grad_enabled()
+    linear.wide_product = wide
 
 
 def _keep_implementations() -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_fast.errors import ConfigError
-from dit_fast.nn.linear import Linear
+from dit_fast.nn.linear import make_shadows
 from dit_fast.runs import TrainConfig
 from dit_fast.train.graph import GraphedStep, Graphs
 from dit_fast.train.optim import AdamWEMA, applied_steps, build_optimizer, init_states, set_applied_steps
@@ -95,7 +95,7 @@ class Engine(ABC):
         return StepResult(sums, norm, applied)
 
     def _make_shadows(self) -> list[tuple[Tensor, Tensor]]:
-        """Gives the weights of linear layers their copies for autocast; (copy, weight) of each.
+        """Gives the parameters of linear layers their copies for autocast; (copy, parameter) of each.
 
         To be called when the weights are in place; whoever writes one afterwards, but the optimizer, writes its copy.
         """
@@ -336,17 +336,6 @@ class Buffers:
             self._modules = [module for module in self._loss.modules() if [*module.buffers(recurse=False)]]
         for module in self._modules:
             yield module, [each for each in module._buffers.values() if each is not None]
-
-
-def make_shadows(model: nn.Module, trained: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Copies for autocast of those weights of linear layers that are among `trained`; (copy, weight) of each."""
-    known, found = {id(parameter) for parameter in trained}, []
-    for module in model.modules():
-        if isinstance(module, Linear) and id(module.weight) in known:
-            weight: Any = module.weight
-            weight.shadow = weight.detach().bfloat16()
-            found.append((weight.shadow, weight))
-    return found
 
 
 def uneven_ranks(what: str) -> ConfigError:

@@ -1,6 +1,7 @@
 """SiT: the transformer of SiT (arXiv 2401.08740), REPA (2410.06940) and, with long skips, DiverseDiT (2603.04239)."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
@@ -19,6 +20,7 @@ from dit_fast.nn.long_skip import SkipLinear, SkipNorm
 from dit_fast.nn.rotary import Rotary
 from dit_fast.ops import RowStatistics
 from dit_fast.ops.autocast import linear_dtype
+from dit_fast.ops.linear import linear_of_all
 from dit_fast.options import nearest, setting, shown
 from dit_fast.tree import Tree, image, label
 
@@ -42,6 +44,9 @@ def presets(model: str) -> dict[str, dict[str, int]]:
 
 
 PRESETS.update(presets("SiT"))
+
+
+Modulations = Mapping[nn.Module, tuple[Tensor, ...]]  # the parts of a block's or head's modulation, where known
 
 
 class Residual(NamedTuple):
@@ -197,6 +202,7 @@ class SiT(Backbone):
             tokens = tokens.to(linear_dtype(tokens, tokens.dtype))
         stream = Residual(tokens)
         c = self._condition(t, y)
+        modulations = self._modulations(c) if stop is None else {}
         pending: list[Residual] = []
         second: Tree | None = None
         wiring = self.config.skip_wiring
@@ -206,7 +212,7 @@ class SiT(Backbone):
             skip = pending.pop() if index >= first_half else None
             if index < first_half and wiring == "input":
                 pending.append(stream.after(leading))
-            given = (index, stream, c, skip, index in taps.attention)
+            given = (index, stream, c, skip, index in taps.attention, modulations.get(self.blocks[index]))
             stream = recomputed(self.activation_checkpointing, self._stage, *given)
             if stream.heads is not None:
                 taps.heads[index] = Heads(*(part[:, :, leading:] for part in stream.heads))
@@ -217,13 +223,13 @@ class SiT(Backbone):
             if index < first_half and wiring == "output":
                 pending.append(stream.after(leading))
             if stop is None and index + 1 == self.config.auxiliary_depth:
-                second = self._decoded(self.final_layer_xr, stream.after(leading), c)
+                second = self._decoded(self.final_layer_xr, stream.after(leading), c, modulations)
         if stop is not None:
             return None
         stream = stream.after(self.leading(self.depth - 1))
         if self.config.velocity_head:
-            second = self._decoded(self.final_layer_v, stream, c)
-        output = self._decoded(self.final_layer, stream, c)
+            second = self._decoded(self.final_layer_v, stream, c, modulations)
+        output = self._decoded(self.final_layer, stream, c, modulations)
         return output if second is None else (output, second)
 
     def beyond(self, last: int) -> list[nn.Module]:
@@ -243,11 +249,29 @@ class SiT(Backbone):
         c = c + self.omega_embedder(1 - 1 / told["omega"])
         return c + self.t_min_embedder(told["t_min"]) + self.t_max_embedder(told["t_max"])
 
-    def _stage(self, index: int, stream: Residual, c: Tensor, skip: Residual | None, heads: bool) -> Residual:
+    def side_by_side(self) -> list[nn.Linear]:
+        """The layers that make all modulations of the one condition; their shadows lie in one buffer."""
+        return [cast(Any, module).adaLN_modulation[-1] for module in self._modulated()]
+
+    def _modulated(self) -> list[nn.Module]:
+        heads = [getattr(self, name, None) for name in ("final_layer_xr", "final_layer_v", "final_layer")]
+        return [*self.blocks, *(head for head in heads if head is not None)]
+
+    def _modulations(self, c: Tensor) -> Modulations:
+        """Those of all blocks and heads by one product, where their layers' shadows lie in one buffer; else none."""
+        if not hasattr(self.blocks[0].adaLN_modulation[-1].weight, "shadow"):
+            return {}
+        parts = linear_of_all(nn.functional.silu(c), self.side_by_side(), self.hidden_size)
+        return {} if parts is None else dict(zip(self._modulated(), parts, strict=True))
+
+    def _stage(
+        self, index: int, stream: Residual, c: Tensor, skip: Residual | None, heads: bool, modulation: Any
+    ) -> Residual:
         """One block with the fusion that belongs to it."""
         if skip is not None and self.config.skip_wiring == "input":
             stream = self._fuse(index, stream, skip)
-        stream = Residual(*self.blocks[index](stream.tokens, c, stream.stats, self.rotary(index), heads))
+        given = (stream.tokens, c, stream.stats, self.rotary(index), heads, modulation)
+        stream = Residual(*self.blocks[index](*given))
         if skip is not None and self.config.skip_wiring == "output":
             stream = self._fuse(index, stream, skip)._replace(heads=stream.heads)
         return stream
@@ -260,9 +284,9 @@ class SiT(Backbone):
         fused = fused if self.config.residual_dtype == "autocast" else fused.to(stream.tokens.dtype)
         return Residual(stream.joined(leading, fused))
 
-    def _decoded(self, head: nn.Module, stream: Residual, c: Tensor) -> Tree:
+    def _decoded(self, head: nn.Module, stream: Residual, c: Tensor, modulations: Modulations) -> Tree:
         """What a head makes of the tokens, as an image."""
-        output = head(stream.tokens, c, stream.stats)
+        output = head(stream.tokens, c, stream.stats, modulations.get(head))
         if isinstance(output, Tensor):
             return self._unpatchify(output)
         return {**output, "image": self._unpatchify(output["image"])}

@@ -1,6 +1,6 @@
 """The transformer block with adaLN-Zero conditioning (DiT, arXiv 2212.09748, Sec. 3.2)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -51,16 +51,20 @@ class Block(nn.Module):
         stats: RowStatistics | None = None,
         rotary: Rotary | None = None,
         heads: bool = False,
+        modulation: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, RowStatistics | None] | tuple[Tensor, RowStatistics | None, Heads]:
         """The tokens that replace x, with their row statistics where those come free.
 
         stats: of x, if known. rotary: tables that turn queries and keys. heads: whether those are returned too.
+        modulation: the parts of what `adaLN_modulation` makes of c, if known.
         """
-        modulation, shift_a, shift_m = self.adaLN_modulation(c), None, None
+        shift_a = shift_m = None
+        if modulation is None:
+            modulation = self.adaLN_modulation(c).chunk(6 if self.shift else 4, dim=-1)
         if self.shift:
-            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
+            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
         else:
-            scale_a, gate_a, scale_m, gate_m = modulation.chunk(4, dim=-1)
+            scale_a, gate_a, scale_m, gate_m = modulation
         dtype = linear_dtype(x, x.dtype)
         x, modulated = layer_norm_modulate(
             x, shift_a, folded(self.norm1, scale_a), stats=stats, out_dtype=dtype, norm=self.norm, return_x=True

@@ -1,6 +1,6 @@
 """The head: a modulated norm and a linear map to patches (DiT, arXiv 2212.09748, Sec. 3.2)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -38,9 +38,11 @@ class FinalLayer(nn.Module):
         self.class_token = class_token
         self.adaLN_modulation = modulation(hidden_size, 2)
 
-    def forward(self, x: Tensor, c: Tensor, stats: RowStatistics | None = None) -> Tree:
-        """stats: row statistics of x, if known."""
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+    def forward(
+        self, x: Tensor, c: Tensor, stats: RowStatistics | None = None, modulation: Sequence[Tensor] | None = None
+    ) -> Tree:
+        """stats: row statistics of x, if known. modulation: as in `Block`."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1) if modulation is None else modulation
         scale, dtype = folded(self.norm_final, scale), linear_dtype(x, x.dtype)
         modulated = layer_norm_modulate(x, shift, scale, stats=stats, out_dtype=dtype, norm=self.norm)
         if not self.class_token:

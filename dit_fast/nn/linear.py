@@ -1,17 +1,12 @@
-"""Linear layers with the initial values of the DiT family (arXiv 2212.09748), and what they cost.
+"""Linear layers with the initial values of the DiT family (arXiv 2212.09748), their shadows, and what they cost."""
 
-An engine may keep a weight's shadow: its copy in autocast's dtype, `weight.shadow`, which the optimizer writes with the
-weight. Layers then read it where autocast would make that copy anew in every step; values and gradients are the same.
-"""
-
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit_fast.ops.autocast import autocast_dtype
+from dit_fast.ops.linear import linear
 
 # What a module's `reads()` gives: (reader, owner) where the reader's forward uses the owner's parameters, not its call.
 # Engines that hold parameters only while their owner runs (ZeRO-3) need to know.
@@ -19,30 +14,33 @@ Reads = Iterable[tuple[nn.Module, nn.Module]]
 
 
 class Linear(nn.Linear):
-    """torch's, which reads the weight's shadow where there is one."""
+    """torch's, which reads its parameters' shadows where there are some (`dit_fast.ops.linear`)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, shadow_of(self.weight, x), self.bias)
+        return linear(x, self.weight, self.bias)
 
 
-def shadow_of(weight: Tensor, x: Tensor) -> Tensor:
-    """What a product of x with the weight reads: its shadow, through which gradients reach it, or the weight."""
-    shadow = getattr(weight, "shadow", None)
-    if shadow is None or autocast_dtype(x) is not shadow.dtype or torch._C._are_functorch_transforms_active():
-        return weight
-    return _Shadow.apply(weight, shadow) if torch.is_grad_enabled() else shadow
+def make_shadows(model: nn.Module, trained: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Gives linear layers' trained parameters their shadows for autocast to bfloat16; (shadow, parameter) of each.
 
-
-class _Shadow(torch.autograd.Function):
-    """(weight, shadow) -> the shadow, with the gradient of the weight's cast."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, shadow: Tensor) -> Tensor:
-        return shadow.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.float(), None
+    To be called when the parameters are in place. Those of the layers of `model.side_by_side()`, where the model has
+    that, lie in one buffer, the others each in its own.
+    """
+    known = {id(parameter) for parameter in trained}
+    joined: Sequence[nn.Linear] = getattr(model, "side_by_side", list)()
+    found: list[tuple[Tensor, Tensor]] = []
+    if all(id(parameter) in known for layer in joined for parameter in (layer.weight, layer.bias)):
+        for parameters in ([layer.weight for layer in joined], [layer.bias for layer in joined]) if joined else ():
+            copies = torch.cat([parameter.detach() for parameter in parameters]).bfloat16()
+            found += zip(copies.split([len(parameter) for parameter in parameters]), parameters, strict=True)
+            known -= {id(parameter) for parameter in parameters}
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            own = [parameter for parameter in (layer.weight, layer.bias) if id(parameter) in known]
+            found += [(parameter.detach().bfloat16(), parameter) for parameter in own]
+    for shadow, parameter in found:
+        cast(Any, parameter).shadow = shadow
+    return found
 
 
 def xavier_linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dit_fast.nn.linear import Reads, linear_flops, shadow_of, xavier_linear
+from dit_fast.nn.linear import Reads, linear_flops, xavier_linear
 from dit_fast.ops import gelu_mlp
 
 MLP_RATIO = 4
@@ -18,9 +18,7 @@ class Mlp(nn.Module):
         self.fc2 = xavier_linear(MLP_RATIO * hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        first, second = (shadow_of(layer.weight, x) for layer in (self.fc1, self.fc2))
-        biases = (layer.bias.to(weight.dtype) for layer, weight in ((self.fc1, first), (self.fc2, second)))
-        return gelu_mlp(x, first, next(biases), second, next(biases))
+        return gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
     def reads(self) -> Reads:
         return [(self, self.fc1), (self, self.fc2)]

@@ -21,6 +21,7 @@ from dit_fast.errors import UserError
 from dit_fast.ops import gelu_cpp
 from dit_fast.ops._op import Op, define, differentiable, odd_dtypes, triton, wide
 from dit_fast.ops.autocast import linear_dtype, without_autocast
+from dit_fast.ops.linear import in_dtype, linear, product, sum_of_rows
 
 
 def _refuses(x: Tensor) -> Sequence[str]:
@@ -60,17 +61,15 @@ def gelu_mlp(
         name, odd = next((name, tensor.dtype) for name, tensor in parameters.items() if tensor.dtype != own)
         raise UserError(f"gelu_mlp: {name} is {odd}, fc1_weight {own}; give them one dtype")
     dtype = linear_dtype(x, own)
-    x, *cast = (tensor.to(dtype) for tensor in (x, *parameters.values()))
+    x = x.to(dtype)
     chosen = OP.choose(backend, x.device, x, given=given)
+    own_parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     if chosen == "torch":
-        return _reference(x, *cast)
-    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *cast))
-    y, _ = _recompute(x.reshape(-1, x.shape[-1]), *cast, keep, chosen)
+        return linear(_gelu(linear(x, fc1_weight, fc1_bias), "torch"), fc2_weight, fc2_bias)
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *own_parameters))
+    copies = [in_dtype(parameter, dtype) for parameter in own_parameters]
+    y, _ = _recompute(x.reshape(-1, x.shape[-1]), *own_parameters, *copies, keep, chosen)
     return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def _reference(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
-    return F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias), approximate="tanh"), fc2_weight, fc2_bias)
 
 
 def _gelu(hidden: Tensor, backend: str) -> Tensor:
@@ -138,64 +137,65 @@ def _backward_flops(hidden: torch.Size, grad: torch.Size, *rest: Any, **options:
 
 
 class _GeluMlp(torch.autograd.Function):
-    """(x [M, D], parameters, keep, backend) -> y [M, E], hidden [M, F] or, if it is not to be kept, [0, F]."""
+    """(x [M, D], parameters, their copies in x's dtype, keep, backend) -> y [M, E] and, if it is to be kept, hidden
+    [M, F], else [0, F]. Gradients of parameters come in the parameters' own dtype."""
 
     @staticmethod
     def forward(
-        x: Tensor,
-        fc1_weight: Tensor,
-        fc1_bias: Tensor,
-        fc2_weight: Tensor,
-        fc2_bias: Tensor,
-        keep: bool,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
+        x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor,
+        first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor, keep: bool, backend: str,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if keep or x.device.type != "cuda":
-            hidden = _linear(x, fc1_weight, fc1_bias, backend)
+            hidden = _linear(x, first, first_bias, backend)
             activation = _gelu(hidden, backend)
         else:
-            hidden = x.new_empty(0, len(fc1_bias))
-            activation = torch.ops.aten._addmm_activation(fc1_bias, x, fc1_weight.t(), use_gelu=True)
-        y = _linear(activation, fc2_weight, fc2_bias, backend)
-        return y, hidden if keep else hidden.new_empty(0, len(fc1_bias))
+            hidden = x.new_empty(0, len(first_bias))
+            activation = torch.ops.aten._addmm_activation(first_bias, x, first.t(), use_gelu=True)
+        y = _linear(activation, second, second_bias, backend)
+        return y, hidden if keep else hidden.new_empty(0, len(first_bias))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, fc1_weight, fc1_bias, fc2_weight, _, ctx.keep, ctx.backend = inputs
+        x, *parameters = inputs[:5]
+        first, first_bias, second, _, ctx.keep, ctx.backend = inputs[5:]
+        ctx.own = parameters[0].dtype
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)  # else autograd would fill zeros of the hidden tensor's size
-        ctx.save_for_backward(x, output[1], fc1_weight, fc1_bias, fc2_weight)
-        ctx.save_for_forward(x, fc1_weight, fc1_bias, fc2_weight)
+        ctx.save_for_backward(x, output[1], first, first_bias, second)
+        ctx.save_for_forward(x, *parameters)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 7
-        x, hidden, fc1_weight, fc1_bias, fc2_weight = ctx.saved_tensors
+            return (None,) * 11
+        x, hidden, first, first_bias, second = ctx.saved_tensors
         needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = ctx.needs_input_grad[:5]
-        grads: list[Tensor | None] = [None] * 7
+        grads: list[Tensor | None] = [None] * 11
         with without_autocast(x):
             if not ctx.keep:
-                hidden = _linear(x, fc1_weight, fc1_bias, ctx.backend)
+                hidden = _linear(x, first, first_bias, ctx.backend)
             if needs_x or needs_w1 or needs_b1:
                 activation, grad_hidden, grad_b1 = gelu_backward_op(
-                    hidden, grad, fc2_weight, needs_w2, needs_b1, ctx.backend
+                    hidden, grad, second, needs_w2, needs_b1, ctx.backend
                 )
-                grads[0] = _input_gradient(grad_hidden, fc1_weight, ctx.backend) if needs_x else None
-                grads[1] = grad_hidden.t() @ x if needs_w1 else None
-                grads[2] = grad_b1.to(fc1_bias.dtype) if needs_b1 else None
+                grads[0] = _input_gradient(grad_hidden, first, ctx.backend) if needs_x else None
+                grads[1] = product(grad_hidden.t(), x, ctx.own) if needs_w1 else None
+                grads[2] = grad_b1.to(ctx.own) if needs_b1 else None
             elif needs_w2:
                 activation = _gelu(hidden, ctx.backend)
-            grads[3] = grad.t() @ activation if needs_w2 else None
+            grads[3] = product(grad.t(), activation, ctx.own) if needs_w2 else None
             if needs_b2:
-                grads[4] = gelu_cpp.column_sums(grad) if ctx.backend == "cpp" else grad.sum(0)
+                own = ctx.own
+                grads[4] = gelu_cpp.column_sums(grad).to(own) if ctx.backend == "cpp" else sum_of_rows(grad, own)
         return tuple(grads)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
-        x, fc1_weight, fc1_bias, fc2_weight = ctx.saved_tensors
-        change_x, change_w1, change_b1, change_w2, change_b2 = tangents[:5]
-        # Not the saved one: a backward through this rule has to see what hidden depends on.
+        x = ctx.saved_tensors[0]
+        # The parameters, not their copies, nor the saved hidden: a backward through this rule has to see them.
+        fc1_weight, fc1_bias, fc2_weight = (each.to(x.dtype) for each in ctx.saved_tensors[1:4])
+        change_x, *changes = tangents[:5]
+        change_w1, change_b1, change_w2, change_b2 = (None if each is None else each.to(x.dtype) for each in changes)
         hidden = torch.addmm(fc1_bias, x, fc1_weight.t())
         change = torch.zeros_like(hidden)
         if change_x is not None:
@@ -206,7 +206,7 @@ class _GeluMlp(torch.autograd.Function):
             change = change + change_b1
         result = torch.ops.aten.gelu_backward(change, hidden, approximate="tanh") @ fc2_weight.t()
         if change_w2 is not None:
-            result = result + F.gelu(hidden, approximate="tanh") @ change_w2.t()
+            result = result + _gelu(hidden, "torch") @ change_w2.t()
         return result if change_b2 is None else result + change_b2, None
 
 

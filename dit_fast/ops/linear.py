@@ -1,0 +1,141 @@
+"""Linear maps that read a weight's shadow, and products whose results are wider than their factors.
+
+A parameter's shadow is its copy in autocast's dtype, `parameter.shadow`, which an engine keeps and the optimizer writes
+with the parameter. A linear map then reads it where autocast would make that copy anew in every step: the same values.
+Gradients go to the parameter in its own dtype: on CUDA the product writes its sums so, unrounded; elsewhere they are
+rounded to the dtype of the factors on the way, as autocast does.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from dit_fast.ops.autocast import autocast_dtype
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, from the shadows where there are some."""
+    shadow = shadow_of(weight, autocast_dtype(x))
+    if shadow is None:
+        return F.linear(x, weight, bias)
+    bias_shadow = None if bias is None else in_dtype(bias, shadow.dtype)
+    if not torch.is_grad_enabled():
+        return F.linear(x, shadow, bias_shadow)
+    return _Linear.apply(x.to(shadow.dtype), weight, bias, shadow, bias_shadow)
+
+
+def linear_of_all(x: Tensor, layers: Sequence[Any], width: int) -> list[tuple[Tensor, ...]] | None:
+    """What each of these layers makes of x [N, D], cut into parts [N, width]; one product, and two for all gradients.
+
+    None where the layers' shadows do not lie in one buffer, in this order, or are not what autocast would read.
+    """
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    dtype = autocast_dtype(x)
+    joined = _joined(weights, dtype)
+    joined_bias = None if joined is None else _joined(biases, dtype)
+    if joined is None or joined_bias is None:
+        return None
+    x = x.to(joined.dtype)
+    if torch.is_grad_enabled():
+        parts = iter(_LinearOfAll.apply(x, joined, joined_bias, width, *weights, *biases))
+    else:
+        parts = iter(F.linear(x, joined, joined_bias).split(width, 1))
+    return [tuple(next(parts) for _ in range(len(bias) // width)) for bias in biases]
+
+
+def shadow_of(parameter: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """The parameter's shadow where it is of that dtype and nothing but one derivative in reverse mode may be taken."""
+    shadow = getattr(parameter, "shadow", None)
+    if shadow is None or shadow.dtype is not dtype:
+        return None
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return None
+    return shadow
+
+
+def in_dtype(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """The parameter in that dtype, without gradient: its shadow, itself or a copy."""
+    shadow = shadow_of(parameter, dtype)
+    return parameter.detach().to(dtype) if shadow is None else shadow
+
+
+def _joined(parameters: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor | None:
+    """The buffer that these parameters' shadows fill, in order."""
+    if torch.compiler.is_compiling() or any(parameter is None for parameter in parameters):
+        return None
+    shadows = [shadow_of(parameter, dtype) for parameter in parameters]
+    buffer, end = None if shadows[0] is None else shadows[0]._base, 0
+    for shadow in shadows:
+        if buffer is None or shadow is None or shadow._base is not buffer or shadow.storage_offset() != end:
+            return None
+        end += shadow.numel()
+    return buffer if buffer is not None and buffer.numel() == end else None
+
+
+def widens(x: Tensor) -> bool:
+    """Whether a product of x can write its sums wider than its factors."""
+    return x.is_cuda and not torch.is_grad_enabled()
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a [M, K] @ b [K, N] in `dtype`, which is theirs or float32."""
+    if dtype is a.dtype:
+        return torch.mm(a, b)
+    return wide_product(a, b, dtype) if widens(a) else torch.mm(a, b).to(dtype)
+
+
+def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.mm(a, b, out_dtype=dtype)
+
+
+def sum_of_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over the rows of x [M, N], in `dtype`."""
+    return x.sum(0, dtype=dtype) if dtype is x.dtype or widens(x) else x.sum(0).to(dtype)
+
+
+class _Linear(torch.autograd.Function):
+    """(x, weight, bias, their shadows) -> the map of x by the shadows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shadow: Tensor, bias_shadow: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, shadow)
+        return F.linear(x, shadow, bias_shadow)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, shadow = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            shadow = weight.to(shadow.dtype)  # a second derivative reaches the weight
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_x = torch.mm(rows, shadow).view(x.shape) if needs_x else None
+        grad_weight = product(rows.t(), x.reshape(-1, x.shape[-1]), weight.dtype) if needs_weight else None
+        return grad_x, grad_weight, sum_of_rows(rows, weight.dtype) if needs_bias else None, None, None
+
+
+class _LinearOfAll(torch.autograd.Function):
+    """(x, joined shadows of weights and of biases, width, weights, biases) -> parts of the map of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, joined: Tensor, joined_bias: Tensor, width: int, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.count = len(parameters) // 2
+        ctx.save_for_backward(x, joined, *parameters[: ctx.count])
+        return F.linear(x, joined, joined_bias).split(width, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, joined, *weights = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            joined = torch.cat(weights).to(joined.dtype)  # as above
+        rows, dtype, sizes = torch.cat(grads, 1), weights[0].dtype, [len(weight) for weight in weights]
+        grad_x = torch.mm(rows, joined) if ctx.needs_input_grad[0] else None
+        of_weights = product(rows.t(), x, dtype).split(sizes)
+        return grad_x, None, None, None, *of_weights, *sum_of_rows(rows, dtype).split(sizes)
