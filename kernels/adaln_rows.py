@@ -73,11 +73,6 @@ def has_aligned_rows(tensors: Sequence[Tensor | None], results: Sequence[torch.d
     return not any(width * dtype.itemsize % 16 for dtype in results)
 
 
-def is_aligned(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether every row of every tensor starts at a multiple of 16 bytes: what `launcher` finds out by itself."""
-    return has_aligned_rows(tensors, []) and not any(x is not None and x.data_ptr() % 16 for x in tensors)
-
-
 def tile_of(width: int) -> dict[str, int]:
     padded = max(16, triton.next_power_of_2(width))
     return {"WIDTH": width, "PADDED": padded, "ROWS": min(TOKENS, max(1, TILE // padded))}

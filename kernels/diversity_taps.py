@@ -20,7 +20,7 @@ Bits. Padded width, rows of a tile and warps order the sum over a row and are fu
 of one sample make a partial sum of dg, and `add_chunks` adds the chunks, as for a gate without a tap.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,9 +29,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_fast.kernels.adaln_gradients import BLOCK, CHUNK, add_chunks
-from dit_fast.kernels.adaln_rows import is_aligned as streams_aligned
-from dit_fast.kernels.adaln_rows import multiple, strides_of
+from dit_fast.kernels.adaln_rows import has_aligned_rows, multiple, strides_of
 from dit_fast.kernels.aot import AotCase
+from dit_fast.kernels.launch import Kept, launcher, signature
 from dit_fast.kernels.rows import has_bit, read_rows, store_rounded, types_of
 from dit_fast.kernels.tables import address_table, is_aligned
 
@@ -176,29 +176,55 @@ def backward(
     last stride 1, any others, fp32, bf16 or fp16. inverse_norms [K, N T] and grad_statistics [3, K, D]:
     float32, contiguous, as in kernels/diversity.py; mixture: float32 [N T, D], or None; dtypes: of all features.
     """
-    (batch, tokens, width), blocks = x.shape, len(inverse_norms)
-    chunks, (kind, masks) = triton.cdiv(tokens, CHUNK), types_of(dtypes)
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    batch, tokens, width = x.shape
+    key = (signature(x, above, y, gate), block, len(inverse_norms), mixture is None, dtypes, shared.aligned)
+    plan = _PLANS.get(key)
+    if plan is None:
+        plan = _PLANS.keep(key, _plan(x, above, y, gate, block, len(inverse_norms), mixture is not None, dtypes, shared))
+    contiguous = torch.contiguous_format
+    grad_x = torch.empty_like(x, memory_format=contiguous)
     grad_y = grad_gate = partials = None
     if y is not None and gate is not None:
-        grad_y = torch.empty(y.shape, dtype=y.dtype, device=x.device)
-        grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=x.device)
-        partials = torch.empty(batch, chunks, width, dtype=torch.float32, device=x.device)
+        grad_y = torch.empty_like(y, memory_format=contiguous)
+        grad_gate = torch.empty_like(gate, memory_format=contiguous)
+        partials = torch.empty(batch, plan.chunks, width, dtype=torch.float32, device=x.device)
     given = [x if each is None else each for each in (above, y, gate, mixture)]
-    differentiate_tap[(batch * chunks,)](
-        x, *given, inverse_norms, grad_statistics, shared.weights, shared.sources, *shared.rows,
-        grad_x, *(grad_x if each is None else each for each in (grad_y, partials)), tokens, chunks, block,
-        *masks, *(strides_of(each, x) for each in (x, above, y)), 0 if gate is None else gate.stride(0),
-        BLOCKS=blocks, CHUNK=CHUNK, ABOVE=above is not None, GATE=y is not None, MIX=mixture is not None,
-        TYPE=kind, ALIGNED=shared.aligned and streams_aligned([x, above, y, gate, grad_x, grad_y]),
-        **_tile(width), enable_fp_fusion=True,
-    )  # fmt: skip
-    if grad_gate is not None:
-        add_chunks[(batch, triton.cdiv(width, BLOCK))](
-            partials, grad_gate, partials, partials, chunks, width, BLOCK=BLOCK, RESIDUAL=True, NORM=False,
-            SCALE_ONLY=False, UPCAST=triton.knobs.runtime.interpret, num_warps=4, num_stages=1, enable_fp_fusion=True,
-        )  # fmt: skip
+    places = [grad_x if each is None else each for each in (grad_y, partials)]
+    of_all = (inverse_norms, grad_statistics, shared.weights, shared.sources, *shared.rows)
+    plan.differentiate(x, *given, *of_all, grad_x, *places)
+    if partials is not None:
+        plan.add(partials, grad_gate, partials, partials)
     return grad_x, grad_y, grad_gate
+
+
+class _Plan(NamedTuple):
+    chunks: int
+    differentiate: Callable[..., None]
+    add: Callable[..., None]
+
+
+_PLANS = Kept()
+
+
+def _plan(
+    x: Tensor, above: Tensor | None, y: Tensor | None, gate: Tensor | None, block: int, blocks: int, mix: bool,
+    dtypes: tuple[torch.dtype, ...], shared: Partners,
+) -> _Plan:  # fmt: skip
+    (batch, tokens, width), (kind, masks) = x.shape, types_of(dtypes)
+    chunks, upcast = triton.cdiv(tokens, CHUNK), {"UPCAST": triton.knobs.runtime.interpret, "enable_fp_fusion": True}
+    strides = (*(strides_of(each, x) for each in (x, above, y)), 0 if gate is None else gate.stride(0))
+    aligned = shared.aligned and has_aligned_rows([x, above, y, gate], [])
+    constants = {
+        "BLOCKS": blocks, "CHUNK": CHUNK, "ABOVE": above is not None, "GATE": y is not None, "MIX": mix, "TYPE": kind,
+        "ALIGNED": aligned, **_tile(width), **upcast,
+    }  # fmt: skip
+    numbers = (tokens, chunks, block, *masks, *strides)
+    sums = {"BLOCK": BLOCK, "RESIDUAL": True, "NORM": False, "SCALE_ONLY": False, "num_warps": 4, "num_stages": 1}
+    return _Plan(
+        chunks,
+        launcher(differentiate_tap, (batch * chunks,), numbers, constants, unaligned={"ALIGNED": False}),
+        launcher(add_chunks, (batch, triton.cdiv(width, BLOCK)), (chunks, width), sums | upcast),
+    )
 
 
 def aot_cases(arch: int) -> list[AotCase]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dit_fast.kernels import long_skip_tiles
 from dit_fast.kernels.aot import AotCase
+from dit_fast.kernels.launch import Kept, launcher, signature
 from dit_fast.kernels.long_skip_tiles import CONFIGS, GROUP, Tiles, load_tile, operand, operand_type, tile_place
 from dit_fast.kernels.ordered_sum import ordered_sum
 from dit_fast.kernels.rows import store_rounded
@@ -98,6 +99,9 @@ def _row_options(width: int) -> dict[str, int]:
     return options | {"num_warps": min(16, max(1, padded // 256)), "num_stages": 1}
 
 
+_PRODUCTS = Kept()
+
+
 def prepare_backward(grad_y: Tensor, y: Tensor, row_sums: Tensor, folded_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(c1 [M], c2 [M], sum of grad_y over rows [D]), float32.
 
@@ -110,10 +114,12 @@ def prepare_backward(grad_y: Tensor, y: Tensor, row_sums: Tensor, folded_bias: T
     if rows == 0:
         return c1, c2, torch.zeros(width, dtype=torch.float32, device=grad_y.device)
     partials = new(triton.cdiv(rows, CHUNK), width)
-    row_products[(len(partials),)](
-        grad_y, y, row_sums, folded_bias, c1, c2, partials, rows, grad_y.stride(0), y.stride(0),
-        **_row_options(width), enable_fp_fusion=True,
-    )  # fmt: skip
+    key = signature(grad_y, y)
+    launch = _PRODUCTS.get(key)
+    if launch is None:
+        numbers, constants = (rows, grad_y.stride(0), y.stride(0)), {**_row_options(width), "enable_fp_fusion": True}
+        launch = _PRODUCTS.keep(key, launcher(row_products, (len(partials),), numbers, constants))
+    launch(grad_y, y, row_sums, folded_bias, c1, c2, partials)
     return c1, c2, ordered_sum(partials)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dit_fast.kernels import long_skip_tiles
 from dit_fast.kernels.aot import AotCase
+from dit_fast.kernels.launch import Kept, launcher, signature
 from dit_fast.kernels.long_skip_tiles import CONFIGS, GROUP, Tiles, load_tile, operand, operand_type, tile_place
 from dit_fast.kernels.rows import store_rounded, to_bfloat16
 
@@ -90,6 +91,9 @@ def skip_projection(x, skip, folded, mean, rstd, row_sums, folded_bias, out, row
         store_rounded(out + i[:, None] * width + j[None, :], acc, inside, UPCAST)
 
 
+_FOLDS = Kept()
+
+
 def fold(
     norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,12 +105,15 @@ def fold(
     width, joined = weight.shape
     folded = torch.empty(width, joined, dtype=dtype, device=weight.device)
     row_sums, folded_bias = (torch.empty(width, dtype=torch.float32, device=weight.device) for _ in range(2))
-    fold_rows[(triton.cdiv(width, FOLD_ROWS),)](
-        norm_weight.contiguous(), norm_bias.contiguous(), weight, bias.contiguous(), folded, row_sums, folded_bias,
-        weight.stride(0), width, joined, ROWS=FOLD_ROWS, BLOCK=FOLD_BLOCK, BFLOAT=dtype == torch.bfloat16,
-        UPCAST=triton.knobs.runtime.interpret,
-        num_warps=8, num_stages=1, enable_fp_fusion=True,
-    )  # fmt: skip
+    given = (norm_weight.contiguous(), norm_bias.contiguous(), weight, bias.contiguous())
+    key = (signature(*given), dtype)
+    launch = _FOLDS.get(key)
+    if launch is None:
+        constants = {"ROWS": FOLD_ROWS, "BLOCK": FOLD_BLOCK, "BFLOAT": dtype == torch.bfloat16}
+        constants |= {"UPCAST": triton.knobs.runtime.interpret, "num_warps": 8, "num_stages": 1}
+        grid, numbers = (triton.cdiv(width, FOLD_ROWS),), (weight.stride(0), width, joined)
+        launch = _FOLDS.keep(key, launcher(fold_rows, grid, numbers, constants | {"enable_fp_fusion": True}))
+    launch(*given, folded, row_sums, folded_bias)
     return folded, row_sums, folded_bias
 
 

@@ -259,7 +259,7 @@ class SiT(Backbone):
 
     def _modulations(self, c: Tensor) -> Modulations:
         """Those of all blocks and heads by one product, where their layers' shadows lie in one buffer; else none."""
-        if not hasattr(self.blocks[0].adaLN_modulation[-1].weight, "shadow"):
+        if not hasattr(self.side_by_side()[0].weight, "shadow"):
             return {}
         parts = linear_of_all(nn.functional.silu(c), self.side_by_side(), self.hidden_size)
         return {} if parts is None else dict(zip(self._modulated(), parts, strict=True))

@@ -24,6 +24,7 @@ mixture and the gradient from above, however many blocks there are. A cosine of 
 Put taps outside of activation checkpoints: a recomputed block must not register its output twice.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -263,8 +264,8 @@ class DiversityTaps:
     ) -> DiversityLoss:
         """`diversity_loss` of the tapped outputs; same arguments, values, gradients and errors."""
         chosen = check_options(pairs, self._count, variant, scope)
-        joined = [sum(block in pair for pair in chosen) for block in range(self._count)]
-        return loss_from_stats(self._sum(max(joined, default=0)), chosen, variant, scope)
+        joined = Counter(block for pair in chosen for block in set(pair))
+        return loss_from_stats(self._sum(max(joined.values(), default=0)), chosen, variant, scope)
 
 
 def diversity_tap(x: Tensor, backend: str = "auto") -> tuple[Tensor, DiversityStats]:

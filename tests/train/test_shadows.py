@@ -39,7 +39,9 @@ def losses(made, steps=3):
 
 
 def test_curves_are_those_of_autocast_bit_for_bit(monkeypatch):
-    monkeypatch.setattr(SiT, "_modulations", lambda self, c: {})  # whose sums for c are rounded once, not in every block
+    monkeypatch.setattr(
+        SiT, "_modulations", lambda self, c: {}
+    )  # whose sums for c are rounded once, not in every block
     with_shadows, without = engine(), engine(shadows=False)
     assert losses(with_shadows) == losses(without)
     pairs = zip(with_shadows.model.named_parameters(), without.model.parameters(), strict=True)
@@ -74,3 +76,31 @@ def test_no_weight_of_a_linear_layer_is_cast():
 
 def test_compiled_blocks_read_them_too():
     torch.testing.assert_close(losses(engine(compile=True)), losses(engine()), rtol=1e-2, atol=0)
+
+
+def test_the_modulations_of_all_blocks_are_one_product_and_their_gradients_two(monkeypatch):
+    products, together, apart = [], engine(), engine()
+
+    class Products(_Count):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ in ("mm", "addmm") and any(rows in x.shape for x in args):
+                products.append(func.overloadpacket.__name__)
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    rows = sum(layer.out_features for layer in together.model.side_by_side())
+    together._in_backward = apart._in_backward = True
+    with Products():
+        first, _ = together.loss(batch(0), 0)
+        first.backward()
+    monkeypatch.setattr(SiT, "_modulations", lambda self, c: {})
+    second, _ = apart.loss(batch(0), 0)
+    second.backward()
+    assert torch.equal(first, second)
+    assert products == ["addmm", "mm", "mm"]
+    pairs = zip(together.model.named_parameters(), apart.model.parameters(), strict=True)
+    moved = [name for (name, mine), other in pairs if mine.requires_grad and not torch.equal(mine.grad, other.grad)]
+    assert moved
+    assert all(name.startswith(("t_embedder.", "y_embedder.")) for name in moved)
+    for (_, mine), other in zip(together.model.named_parameters(), apart.model.parameters(), strict=True):
+        if mine.requires_grad:
+            torch.testing.assert_close(mine.grad, other.grad, rtol=2e-2, atol=2e-2 * other.grad.abs().max().item())
