@@ -43,7 +43,7 @@ def linear_of_all(x: Tensor, layers: Sequence[Any], width: int) -> list[tuple[Te
     if torch.is_grad_enabled():
         parts = iter(_LinearOfAll.apply(x, joined, joined_bias, width, *weights, *biases))
     else:
-        parts = iter(F.linear(x, joined, joined_bias).split(width, 1))
+        parts = iter(F.linear(x, joined, joined_bias).view(len(x), -1, width).unbind(1))
     return [tuple(next(parts) for _ in range(len(bias) // width)) for bias in biases]
 
 
@@ -128,7 +128,7 @@ class _LinearOfAll(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.count = len(parameters) // 2
         ctx.save_for_backward(x, joined, *parameters[: ctx.count])
-        return F.linear(x, joined, joined_bias).split(width, 1)
+        return F.linear(x, joined, joined_bias).view(len(x), -1, width).unbind(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
