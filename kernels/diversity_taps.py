@@ -180,7 +180,9 @@ def backward(
     key = (signature(x, above, y, gate), block, len(inverse_norms), mixture is None, dtypes, shared.aligned)
     plan = _PLANS.get(key)
     if plan is None:
-        plan = _PLANS.keep(key, _plan(x, above, y, gate, block, len(inverse_norms), mixture is not None, dtypes, shared))
+        plan = _PLANS.keep(
+            key, _plan(x, above, y, gate, block, len(inverse_norms), mixture is not None, dtypes, shared)
+        )
     contiguous = torch.contiguous_format
     grad_x = torch.empty_like(x, memory_format=contiguous)
     grad_y = grad_gate = partials = None

@@ -20,7 +20,9 @@ SINGLE = 4096  # widest row of one tile
 PROGRAM = 4096  # elements of a program where rows are short
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
-_KEPT = Kept()
+JOINED = 512  # rows of a program that joins
+
+_KEPT, _JOINS = Kept(), Kept()
 
 
 @triton.jit(do_not_specialize=("rows",))
@@ -89,10 +91,39 @@ def row_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
+@triton.jit(do_not_specialize=("rows",))
+def join_moments(mean_x, variance_x, mean_skip, variance_skip, mean, rstd, rows, eps, BLOCK: tl.constexpr):
+    """mean and 1 / sqrt(variance + eps) [rows] of two rows of one width side by side, from those of each."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    present = row < rows
+    first = tl.load(mean_skip + row, mask=present, other=0.0)
+    half_gap = (tl.load(mean_x + row, mask=present, other=0.0) - first) / 2
+    spread = tl.load(variance_x + row, mask=present, other=0.0) + tl.load(variance_skip + row, mask=present, other=0.0)
+    tl.store(mean + row, first + half_gap, mask=present)
+    tl.store(rstd + row, tl.rsqrt(spread / 2 + half_gap * half_gap + eps), mask=present)
+
+
+def join(x: tuple[Tensor, Tensor], skip: tuple[Tensor, Tensor], eps: float) -> tuple[Tensor, Tensor]:
+    """`dit_fast.ops.row_statistics.join` of float32 [M], contiguous."""
+    mean, rstd = torch.empty_like(x[0]), torch.empty_like(x[0])
+    rows = len(mean)
+    if rows:
+        key = (signature(mean), eps)
+        launch = _JOINS.get(key)
+        if launch is None:
+            options = {"BLOCK": JOINED, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+            launch = _JOINS.keep(key, launcher(join_moments, (triton.cdiv(rows, JOINED),), (rows, eps), options))
+        launch(*x, *skip, mean, rstd)
+    return mean, rstd
+
+
 def aot_cases(arch: int) -> list[AotCase]:
-    """The widths of SiT-B, L, XL, of a joined XL row, and one past a single tile."""
+    """The widths of SiT-B, L, XL, of a joined XL row, and one past a single tile; joining knows no width."""
     shapes = [(768, "bf16"), (1024, "fp16"), (1152, "bf16"), (1152, "fp32"), (2304, "bf16"), (4608, "bf16")]
-    cases = []
+    vectors = dict.fromkeys(("mean_x", "variance_x", "mean_skip", "variance_skip", "mean", "rstd"), "*fp32")
+    kinds = vectors | {"rows": "i32", "eps": "fp32"}
+    launch: dict[str, int] = {"num_warps": 4, "num_stages": 1}
+    cases = [AotCase(join_moments, "rows", kinds, {"BLOCK": JOINED}, launch, unaligned=("rows",), wide_loads=False)]
     for width, kind in shapes:
         options = _options(width)
         constants = {name: value for name, value in options.items() if name.isupper()}

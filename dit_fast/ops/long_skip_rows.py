@@ -36,12 +36,15 @@ def forward(
     """y [M, D] in `dtype`, and mean and rstd [M] of the joined rows; stats: mean and variance of x, then of skip."""
     x, skip, parameters = rows(x), rows(skip), (norm_weight, norm_bias, weight, bias)
     with without_autocast(x):
-        mean, rstd = join(_statistics(x, *stats[:2]), _statistics(skip, *stats[2:]), eps)
+        pair = (_statistics(x, *stats[:2]), _statistics(skip, *stats[2:]))
         if backend == "triton":
             from dit_fast.kernels import long_skip as kernel
+            from dit_fast.kernels.row_statistics import join as join_in_one_launch
 
+            mean, rstd = join_in_one_launch(*pair, eps)
             folds = kernel.fold(*_for_kernel(parameters), dtype)
             return kernel.forward(_aligned(x), _aligned(skip), mean, rstd, *folds, dtype), mean, rstd
+        mean, rstd = join(*pair, eps)
         if weight.dtype.itemsize > 2 and (kernels := _row_kernels(x, skip, dtype)) is not None:
             folded, folded_bias = _fold(*parameters, dtype)
             normalised = kernels.normalise(x, skip, mean, rstd, dtype)

@@ -62,7 +62,7 @@ def test_what_is_recomputed_is_not_kept_and_a_bf16_stream_halves():
     full, selective, none = (
         bytes_of(f"engine.activation_checkpointing={how}") for how in ("full", "selective", "none")
     )
-    assert full < 0.5 * selective
+    assert full < 0.55 * selective  # the modulations of all blocks are kept: one product made them
     assert selective < 0.9 * none
     assert bytes_of("model.residual_dtype=bf16") < 0.95 * none
 
