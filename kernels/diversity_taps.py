@@ -176,7 +176,7 @@ def backward(
     last stride 1, any others, fp32, bf16 or fp16. inverse_norms [K, N T] and grad_statistics [3, K, D]:
     float32, contiguous, as in kernels/diversity.py; mixture: float32 [N T, D], or None; dtypes: of all features.
     """
-    batch, tokens, width = x.shape
+    batch, _, width = x.shape
     key = (signature(x, above, y, gate), block, len(inverse_norms), mixture is None, dtypes, shared.aligned)
     plan = _PLANS.get(key)
     if plan is None:
@@ -213,19 +213,20 @@ def _plan(
     dtypes: tuple[torch.dtype, ...], shared: Partners,
 ) -> _Plan:  # fmt: skip
     (batch, tokens, width), (kind, masks) = x.shape, types_of(dtypes)
-    chunks, upcast = triton.cdiv(tokens, CHUNK), {"UPCAST": triton.knobs.runtime.interpret, "enable_fp_fusion": True}
+    chunks = triton.cdiv(tokens, CHUNK)
     strides = (*(strides_of(each, x) for each in (x, above, y)), 0 if gate is None else gate.stride(0))
     aligned = shared.aligned and has_aligned_rows([x, above, y, gate], [])
     constants = {
         "BLOCKS": blocks, "CHUNK": CHUNK, "ABOVE": above is not None, "GATE": y is not None, "MIX": mix, "TYPE": kind,
-        "ALIGNED": aligned, **_tile(width), **upcast,
+        "ALIGNED": aligned, **_tile(width), "enable_fp_fusion": True,
     }  # fmt: skip
     numbers = (tokens, chunks, block, *masks, *strides)
-    sums = {"BLOCK": BLOCK, "RESIDUAL": True, "NORM": False, "SCALE_ONLY": False, "num_warps": 4, "num_stages": 1}
+    sums = {"BLOCK": BLOCK, "RESIDUAL": True, "NORM": False, "SCALE_ONLY": False}
+    sums |= {"UPCAST": triton.knobs.runtime.interpret, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
     return _Plan(
         chunks,
         launcher(differentiate_tap, (batch * chunks,), numbers, constants, unaligned={"ALIGNED": False}),
-        launcher(add_chunks, (batch, triton.cdiv(width, BLOCK)), (chunks, width), sums | upcast),
+        launcher(add_chunks, (batch, triton.cdiv(width, BLOCK)), (chunks, width), sums),
     )
 
 

@@ -117,8 +117,10 @@ def prepare_backward(grad_y: Tensor, y: Tensor, row_sums: Tensor, folded_bias: T
     key = signature(grad_y, y)
     launch = _PRODUCTS.get(key)
     if launch is None:
-        numbers, constants = (rows, grad_y.stride(0), y.stride(0)), {**_row_options(width), "enable_fp_fusion": True}
-        launch = _PRODUCTS.keep(key, launcher(row_products, (len(partials),), numbers, constants))
+        numbers, constants = (rows, grad_y.stride(0), y.stride(0)), _row_options(width)
+        launch = _PRODUCTS.keep(
+            key, launcher(row_products, (len(partials),), numbers, constants | {"enable_fp_fusion": True})
+        )
     launch(grad_y, y, row_sums, folded_bias, c1, c2, partials)
     return c1, c2, ordered_sum(partials)
 
