@@ -52,6 +52,7 @@ def _work(arguments: list[str]) -> None:
 
 
 def _train(config: object) -> None:
+    from dit_fast.train.allocator import keep_memory
     from dit_fast.train.loop import train
     from dit_fast.train.peers import explain
     from dit_fast.world import launched, single
@@ -62,6 +63,8 @@ def _train(config: object) -> None:
         world = start_world()
     else:
         world = single()
+    if world.device.type == "cpu":
+        keep_memory()
     try:
         train(config, world)  # type: ignore[arg-type]
         world.close()
