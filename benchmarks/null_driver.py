@@ -91,7 +91,7 @@ def install() -> str:
     _stop_after_front_end(backends["nvidia"].compiler)
     _on_cpu_tensors()
     _keep_implementations()
-    _wide_products()
+    _products_as_on_cuda()
     return str(triton.__version__)
 
 
@@ -132,9 +132,13 @@ def _on_cpu_tensors() -> None:
     long_skip_tiles.processors = lambda device: 132
 
 
-def _wide_products() -> None:
-    """Products with results of another dtype, which torch has on CUDA alone: the same launch, its result not written."""
+def _products_as_on_cuda() -> None:
+    """Attention by torch's SDPA, and products with results of another dtype, which torch has on CUDA alone: the same
+    launch, its result not written."""
+    from dit_fast.nn import attention
     from dit_fast.ops import linear
+
+    attention.PLAIN_ON_CPU.clear()
 
     def wide(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         made = torch.mm(a, b)
