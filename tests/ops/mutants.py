@@ -65,9 +65,11 @@ def mutants() -> list[Mutant]:
 
 # Tests in a process that is forked from one in which the large imports are done, and so starts at once.
 SERVER = """
-import json, os, sys
-import numpy, pytest, torch, triton.language
+import gc, json, os, sys
+import hypothesis, numpy, pytest, torch, triton.language
+import torch._inductor  # torch.use_deterministic_algorithms imports it
 {imports}
+gc.freeze()
 for line in sys.stdin:
     root, arguments = json.loads(line)
     child = os.fork()
@@ -93,9 +95,11 @@ def _server(version: str, imports: str, run: str, interpret: bool) -> subprocess
     )
 
 
-def _passes(server: subprocess.Popen, root: Path, selection: Sequence[str]) -> bool:
-    """Whether a selection of tests passes in a checkout. Raises RuntimeError if it selects none."""
-    arguments = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *selection]
+def _failing(server: subprocess.Popen, root: Path, selection: Sequence[str]) -> str:
+    """The first test of a selection that fails in a checkout; "" if all pass. Raises RuntimeError if there is none."""
+    failed = root / ".failed/v/cache/lastfailed"
+    failed.unlink(missing_ok=True)
+    arguments = ["-q", "-x", "-o", "cache_dir=.failed", "-p", "no:xdist", *selection]
     assert server.stdin is not None
     assert server.stdout is not None
     server.stdin.write(json.dumps([str(root), arguments]) + "\n")
@@ -103,41 +107,45 @@ def _passes(server: subprocess.Popen, root: Path, selection: Sequence[str]) -> b
     code = int(server.stdout.readline())
     if code in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise RuntimeError(f"pytest {' '.join(selection)}: selects no test")
-    return code == 0
+    if code and not failed.exists():  # it crashed
+        return next(part for part in selection if part.startswith("tests/"))
+    return next(iter(json.loads(failed.read_text()))) if code else ""
 
 
-def _plain(root: Path, *selection: str) -> bool:
-    return _passes(_server(NEWEST, "", "pytest.main", False), root, selection)
+def _plain(root: Path, *selection: str) -> str:
+    return _failing(_server(NEWEST, "", "pytest.main", False), root, selection)
 
 
 def _file(family: str) -> str:
     return f"tests/ops/interpreted/test_{family}_kernels.py"
 
 
-def rules(root: Path, _: str, selection: str) -> bool:
+def rules(root: Path, _: str, selection: str) -> str:
     return _plain(root, "tests/ops/test_kernel_rules.py", "-k", "test_rule")
 
 
-def interpreter(root: Path, family: str, selection: str) -> bool:
+def interpreter(root: Path, family: str, selection: str) -> str:
     """selection: of pytest's -k, of the family's tests, or FILE: selection of another family's."""
-    return _passes(_server(NEWEST, "", "pytest.main", True), root, _chosen(family, selection))
+    return _failing(_server(NEWEST, "", "pytest.main", True), root, _chosen(family, selection))
 
 
-def semantics(root: Path, family: str, selection: str) -> bool:
+def semantics(root: Path, family: str, selection: str) -> str:
     chosen = _chosen(family, selection)
     if "-k" in chosen:
         chosen[-1] = f"({chosen[-1]}) and not opcheck"
     server = _server(EXECUTED, "import ttsem.sanitize", "ttsem.sanitize.run_pytest", False)
-    return _passes(server, root, [*OPTIONS, *chosen])
+    return _failing(server, root, [*OPTIONS, *chosen])
 
 
 def _chosen(family: str, selection: str) -> list[str]:
+    if selection.startswith("tests/"):  # what failed
+        return [selection]
     if ": " in selection:
         family, selection = selection.split(": ")
     return [_file(family), *(["-k", selection] if selection else [])]
 
 
-def machine_code(root: Path, family: str, selection: str) -> bool:
+def machine_code(root: Path, family: str, selection: str) -> str:
     """selection: kernel files. Reasons of the gates alone: that the code is not the lock's says nothing against it."""
     code = (
         "import sys; from tests.ops import aot; "
@@ -145,36 +153,40 @@ def machine_code(root: Path, family: str, selection: str) -> bool:
     )
     script = selection.split()[0]
     command = [sys.executable, "-c", code, script, *selection.split()[1:]]
-    return subprocess.run(command, cwd=root, capture_output=True).returncode == 0
+    return selection if subprocess.run(command, cwd=root, capture_output=True).returncode else ""
 
 
-def ticket_order(root: Path, family: str, selection: str) -> bool:
+def ticket_order(root: Path, family: str, selection: str) -> str:
     return _plain(root, "tests/ops/test_aot.py", "-k", f"ticket_stands and {NEWEST}")
 
 
-def fake_cuda(root: Path, family: str, selection: str) -> bool:
+def fake_cuda(root: Path, family: str, selection: str) -> str:
     """selection: the beginning of names of cases."""
     command = [sys.executable, "-m", "tests.ops.fake_cuda", "--gpu", "90", "--version", NEWEST, "--only", selection]
-    return subprocess.run(command, cwd=root, capture_output=True).returncode == 0
+    return selection if subprocess.run(command, cwd=root, capture_output=True).returncode else ""
 
 
-def compiled_cpp(root: Path, family: str, selection: str) -> bool:
+def compiled_cpp(root: Path, family: str, selection: str) -> str:
     """selection: a file of tests/ops and what of it. Builds the library first; a build that fails has noticed too."""
     library = root / "dit_fast/_C/libdit_fast_cpu.so"
     library.unlink(missing_ok=True)
-    build = [sys.executable, "dit_fast/_C/build.py"]
+    quickly = "import sys; sys.path[0] = 'dit_fast/_C'; import build; build.FLAGS[1] = '-O1'; build.build()"
+    build = [sys.executable, "-c", quickly]
     if subprocess.run(build, cwd=root, capture_output=True).returncode or not library.exists():
-        return False
+        return selection
     return cpu(root, family, selection)
 
 
-def cpu(root: Path, family: str, selection: str) -> bool:
+def cpu(root: Path, family: str, selection: str) -> str:
     """selection: a file of tests/ and, after a colon, what of it."""
+    if selection.startswith("tests/"):  # what failed
+        return _plain(root, selection)
     file, _, chosen = selection.partition(": ")
     return _plain(root, f"tests/{file}", *(["-k", chosen] if chosen else []))
 
 
-GATES: dict[str, Callable[[Path, str, str], bool]] = {
+# Each takes a checkout, a family and a selection, and returns what fails, a selection too; "" if nothing does.
+GATES: dict[str, Callable[[Path, str, str], str]] = {
     "rules": rules,
     "interpreter": interpreter,
     "semantics": semantics,
@@ -216,10 +228,10 @@ def killer(mutant: Mutant, root: Path) -> str | None:
     try:
         for gate in mutant.gates:
             name, _, selection = gate.partition(": ")
-            if not GATES[name](root, mutant.family, selection):
+            if failed := GATES[name](root, mutant.family, selection):
                 path.write_text(before)
-                if not _stands(name, root, mutant.family, selection):
-                    raise RuntimeError(f"{gate} of {mutant.family} fails without a mutant too")
+                if not _stands(name, root, mutant.family, failed):
+                    raise RuntimeError(f"{name}: {failed} fails without a mutant too")
                 return name
         return None
     finally:
@@ -229,26 +241,32 @@ def killer(mutant: Mutant, root: Path) -> str | None:
 @cache
 def _stands(gate: str, root: Path, family: str, selection: str) -> bool:
     """Whether a gate passes as things are."""
-    return GATES[gate](root, family, selection)
+    return not GATES[gate](root, family, selection)
 
 
-def run(chosen: Sequence[Mutant]) -> Iterator[dict]:
-    """One entry of the record per mutant."""
+def run(chosen: Sequence[Mutant]) -> Iterator[tuple[Mutant, str | None]]:
+    """Each mutant with the gate that killed it; one whose gate is broken is named on stderr instead."""
     with tempfile.TemporaryDirectory() as place:
         root = Path(place) / "copy"
         root.mkdir()
         copy(root)
         for mutant in chosen:
-            entry = {"family": mutant.family, "name": mutant.name, "file": mutant.file, "killed_by": None}
-            if mutant.equivalent:
-                entry["equivalent"] = mutant.equivalent
-            else:
-                entry["killed_by"] = killer(mutant, root)
-            yield entry
+            try:
+                yield mutant, None if mutant.equivalent else killer(mutant, root)
+            except (RuntimeError, ValueError) as error:
+                print(f"{mutant.family}: {mutant.name}: {error}", file=sys.stderr, flush=True)
 
 
-def write(entries: Sequence[dict]) -> None:
-    RECORD.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n")
+def record(mutant: Mutant, killed_by: str | None) -> None:
+    """Adds it to the file, where another process may write too, and leaves out mutants that are no more."""
+    entries = {(entry["family"], entry["name"]): entry for entry in json.loads(RECORD.read_text())}
+    entry = {"family": mutant.family, "name": mutant.name, "file": mutant.file, "killed_by": killed_by}
+    entries[mutant.family, mutant.name] = entry | ({"equivalent": mutant.equivalent} if mutant.equivalent else {})
+    known = ((each.family, each.name) for each in mutants())
+    lines = ",\n".join(json.dumps(entries[key]) for key in known if key in entries)
+    partial = RECORD.with_suffix(f".{os.getpid()}")
+    partial.write_text(f"[\n{lines}\n]\n")
+    partial.rename(RECORD)
 
 
 def table(entries: Sequence[dict]) -> str:
@@ -278,26 +296,27 @@ def survivors(entries: Sequence[dict]) -> list[str]:
     ]
 
 
+def missing(entries: Sequence[dict]) -> list[Mutant]:
+    """Mutants that the record does not have."""
+    recorded = {(entry["family"], entry["name"]) for entry in entries}
+    return [mutant for mutant in mutants() if (mutant.family, mutant.name) not in recorded]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", metavar="NAME", help="families, or mutants by name")
     parser.add_argument("--table", action="store_true", help="print the table of the record")
     arguments = parser.parse_args()
-    found = {(entry["family"], entry["name"]): entry for entry in json.loads(RECORD.read_text())}
-    known = mutants()
-    chosen = [m for m in known if not arguments.only or {m.family, m.name} & set(arguments.only)]
-    for entry in run([] if arguments.table else chosen):
-        print(
-            f"{entry['family']}: {entry['name']}: {entry['killed_by'] or entry.get('equivalent', 'SURVIVES')}",
-            flush=True,
-        )
-        found[entry["family"], entry["name"]] = entry
-        write([found[m.family, m.name] for m in known if (m.family, m.name) in found])
-    entries = list(found.values())
+    chosen = [m for m in mutants() if not arguments.only or {m.family, m.name} & set(arguments.only)]
+    for mutant, killed_by in run([] if arguments.table else chosen):
+        print(f"{mutant.family}: {mutant.name}: {killed_by or mutant.equivalent or 'SURVIVES'}", flush=True)
+        record(mutant, killed_by)
+    entries = json.loads(RECORD.read_text())
     print(table(entries))
-    for line in survivors(entries):
-        print(f"survives: {line}")
-    return bool(survivors(entries))
+    unseen = [f"survives: {name}" for name in survivors(entries)]
+    unseen += [f"not recorded: {each.family}: {each.name}" for each in missing(entries)]
+    print("\n".join(unseen))
+    return bool(unseen)
 
 
 if __name__ == "__main__":

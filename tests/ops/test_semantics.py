@@ -14,7 +14,7 @@ from tests.ops.proofs import FAMILIES, skip_if_proved
 HERE = Path(__file__).parent
 START = "import sys; from ttsem.sanitize import run_pytest; sys.exit(run_pytest(sys.argv[1:]))"
 # opcheck makes meta tensors, which ttsem's pretence of CUDA tensors does not know.
-OPTIONS = ["-p", "tests.ops.semantics", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not opcheck"]
+OPTIONS = ["-p", "tests.ops.semantics", "-p", "no:xdist", "-k", "not opcheck"]
 pytestmark = pytest.mark.kernels
 
 
@@ -30,7 +30,7 @@ def run_executed(*selection: str | Path) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     environment |= {"PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_ADDOPTS", None)
-    command = [sys.executable, "-c", START, *OPTIONS, *map(str, selection)]
+    command = [sys.executable, "-c", START, "-p", "no:cacheprovider", *OPTIONS, *map(str, selection)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[1])
 
 

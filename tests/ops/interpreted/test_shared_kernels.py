@@ -77,6 +77,11 @@ def shifted(tensor):
     return base.copy_(tensor)
 
 
+def apart(tensor):
+    """The same values at an aligned address, rows four bytes apart."""
+    return torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 1)[..., :-1].copy_(tensor)
+
+
 STREAM, VECTOR, HEADS, ROWS = (2, 3, 16), (2, 16), (2, 3, 2, 4), (6, 16)
 LAUNCHES = {  # shapes of what a launcher reads in wide pieces, how to call it with them, who decides or is launched
     "adaln forward": (
@@ -137,9 +142,11 @@ def test_every_tensor_that_is_read_counts(name, monkeypatch):
         kept.clear()
     tensors = [torch.randn(shape) for shape in shapes]
     launch(*tensors)
-    for place in range(len(tensors)):
-        launch(*(shifted(x) if i == place else x for i, x in enumerate(tensors)))
-    assert [bool(answer > 1 if rule == "_vector" else answer) for answer in answers] == [True] + [False] * len(tensors)
+    for change in (shifted, apart):
+        for place in range(len(tensors)):
+            launch(*(change(x) if i == place else x for i, x in enumerate(tensors)))
+    wide = [bool(answer > 1 if rule == "_vector" else answer) for answer in answers]
+    assert wide == [True] + [False] * 2 * len(tensors)
 
 
 def normals_of(uniforms):
