@@ -111,7 +111,7 @@ def fill(out, positions, seed, samples, streams, counts, normals, DRAWS: tl.cons
     One program per position and 4 * BLOCK elements of one draw; streams, counts and normals (0: uniform) by draw.
     """
     row = tl.program_id(0).to(tl.int64)
-    piece = tl.program_id(1)
+    piece = tl.program_id(1).to(tl.int64)
     stream, count, normal = streams[0], counts[0], normals[0]
     first, place = piece * 0, row * 0  # piece and element in `out` with which this program's draw begins
     next_first, next_place = first, place
@@ -124,7 +124,7 @@ def fill(out, positions, seed, samples, streams, counts, normals, DRAWS: tl.cons
         normal = tl.where(there, normals[draw], normal)
         first = tl.where(there, next_first, first)
         place = tl.where(there, next_place, place)
-    start = (piece - first).to(tl.int64) * BLOCK
+    start = (piece - first) * BLOCK
     block = (start + tl.arange(0, BLOCK)).to(tl.int32)
     a, b, c, d = words(seed, tl.load(positions + row), stream.to(tl.int32), block)
     a, b = tl.random.uint_to_uniform_float(a), tl.random.uint_to_uniform_float(b)

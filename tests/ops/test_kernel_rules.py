@@ -36,6 +36,11 @@ def silent_launches(tree: ast.AST) -> list[int]:
     enable_fp_fusion to a default that differs between Triton versions."""
     made_by = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "launcher"]
     handed_on = {id(node) for function in made_by for node in ast.walk(function)}  # what its callers gave
+    known = {
+        getattr(node, "name", None) or ast.unparse(getattr(node, "targets", [node])[0])
+        for node in getattr(tree, "body", ())
+        if isinstance(node, ast.FunctionDef | ast.Assign) and "'enable_fp_fusion':" in ast.unparse(node)
+    }
     found = set()
     for scope in ast.walk(tree):
         if not isinstance(scope, ast.FunctionDef | ast.Module):
@@ -50,26 +55,45 @@ def silent_launches(tree: ast.AST) -> list[int]:
                 given, spelled = node.args[3:4], False
             else:
                 continue
-            if not spelled and not any(_spelled(scope, each, node.lineno) for each in given):
+            if not spelled and not any(_spelled(scope, each, node.lineno, known) for each in given):
                 found.add(node.lineno)
             else:
                 found.discard(node.lineno)  # the innermost function decides
     return sorted(found)
 
 
-def _spelled(scope: ast.AST, constants: ast.expr, line: int) -> bool:
-    """Whether enable_fp_fusion is in an expression, or in what its name holds at a line."""
-    if "'enable_fp_fusion':" in ast.unparse(constants):
-        return True
-    held = False
-    for node in sorted(
-        (node for node in ast.walk(scope) if isinstance(node, ast.Assign | ast.AugAssign) and node.lineno < line),
-        key=lambda node: node.lineno,
-    ):
+def _spelled(scope: ast.AST, constants: ast.expr, line: int, known: set[str]) -> bool:
+    """Whether enable_fp_fusion is in an expression, or in what one of its names holds at a line. known: constants and
+    functions of the file that have it."""
+    names = {node.id for node in ast.walk(constants) if isinstance(node, ast.Name)}
+    return "'enable_fp_fusion':" in ast.unparse(constants) or any(_holds(scope, each, line, known) for each in names)
+
+
+def _holds(scope: ast.AST, name: str, line: int, known: set[str]) -> bool:
+    assigned = [node for node in ast.walk(scope) if isinstance(node, ast.Assign | ast.AugAssign) and node.lineno < line]
+    held = name in known
+    for node in sorted(assigned, key=lambda node: node.lineno):
         target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-        if ast.unparse(target) == ast.unparse(constants):
-            held = "'enable_fp_fusion':" in ast.unparse(node.value) or (held and isinstance(node, ast.AugAssign))
+        if ast.unparse(target) == name:
+            has = _spelled(scope, node.value, node.lineno, known)
+            held = has or (held and isinstance(node, ast.AugAssign))
     return held
+
+
+def fused_noise(tree: ast.AST) -> list[int]:
+    """Where a file that draws noise asks for fused multiply-add, which changes its bits."""
+    if "philox" not in ast.unparse(tree) and not calls(tree, "normal_pair"):
+        return []
+    pairs = [
+        (key, value) for node in ast.walk(tree) if isinstance(node, ast.Dict)
+        for key, value in zip(node.keys, node.values, strict=True) if key is not None
+    ]  # fmt: skip
+    pairs += [(node, node.value) for node in ast.walk(tree) if isinstance(node, ast.keyword)]
+    return [
+        value.lineno
+        for key, value in pairs
+        if "enable_fp_fusion" in (getattr(key, "value", ""), getattr(key, "arg", "")) and ast.unparse(value) != "False"
+    ]
 
 
 def loose_tickets(tree: ast.AST) -> list[int]:
@@ -140,6 +164,7 @@ RULES = {
     "a row is int64 before it is multiplied by a stride": narrow_rows,
     "the only atomic is a ticket": loose_tickets,
     "fused multiply-add is chosen in every launch": silent_launches,
+    "noise is drawn without fused multiply-add": fused_noise,
     "every kernel with a grid has ahead-of-time cases": uncovered,
     **{
         f"no {name}": functools.partial(calls, name=name)
@@ -178,6 +203,10 @@ def test_the_rules_can_fail():
         ),
         ("fused multiply-add is chosen in every launch", "o = {}\no |= {'enable_fp_fusion': 1}\nk[g](x, **o)", 0),
         ("fused multiply-add is chosen in every launch", "launcher(k, g, n, o | {'enable_fp_fusion': True})", 0),
+        ("fused multiply-add is chosen in every launch", "def o(): return {'enable_fp_fusion': 0}\nk[g](x, **o())", 0),
+        ("noise is drawn without fused multiply-add", "from philox import words\nk[g](x, enable_fp_fusion=True)", 1),
+        ("noise is drawn without fused multiply-add", "import philox\no = {'enable_fp_fusion': True}", 1),
+        ("noise is drawn without fused multiply-add", "import philox\no = {'enable_fp_fusion': False}", 0),
         ("every kernel with a grid has ahead-of-time cases", "@jit\ndef new(x):\n    tl.program_id(0)", 1),
         ("no item", "x.item()", 1),
         ("no autotune", "@triton.autotune(c, k)\ndef f(): pass", 1),
