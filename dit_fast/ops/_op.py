@@ -294,7 +294,9 @@ def _goes_straight(args: Sequence[Any]) -> bool:
     """Whether nobody wants to see the call of an op, so that torch's dispatcher, the dearer half of it, is left out.
 
     Seen it must be by the compiler, torch.func, the tracer, dispatch modes (fake tensors, counters, make_fx), tensors
-    of other classes, and the profiler, which names it.
+    of other classes, and the profiler, which names it. The dispatcher's too is a tensor that is not what lies in its
+    memory: one with its sign still to be changed (`.conj().imag`), one of zeros without memory, one of a batch of
+    gradients (`is_grads_batched`).
     """
     if (
         torch.compiler.is_compiling()
@@ -307,11 +309,29 @@ def _goes_straight(args: Sequence[Any]) -> bool:
     for arg in args:
         kind = type(arg)
         if kind is list:
-            if not all(type(each) in _PLAIN for each in arg if isinstance(each, Tensor)):
+            if not all(type(each) in _PLAIN and _lies_plain(each) for each in arg if isinstance(each, Tensor)):
                 return False
-        elif kind not in _PLAIN and kind not in _SCALARS:
+        elif kind in _PLAIN:
+            if not _lies_plain(arg):
+                return False
+        elif kind not in _SCALARS:
             return False
     return True
+
+
+_keys_of, _bits = torch._C._dispatch_keys, torch._C.DispatchKeySet.raw_repr
+_LEFT_OUT = functools.reduce(
+    int.__or__,
+    (
+        _bits(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)))
+        for name in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView")
+    ),
+)
+
+
+def _lies_plain(tensor: Tensor) -> bool:
+    """Whether nothing of the dispatcher but autograd and autocast has to do with the tensor."""
+    return not _bits(_keys_of(tensor)) & ~_LEFT_OUT
 
 
 _unwrapped = torch._C._functorch.unwrap_if_dead  # a tensor that outlived its level of torch.func

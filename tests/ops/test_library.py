@@ -11,11 +11,13 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_fast import ops, philox
+from dit_fast import _C, ops, philox
 from dit_fast.ops import _op
 from dit_fast.ops.row_statistics import row_statistics_op
 from tests.helpers.cases import loop_over
 from tests.helpers.op_cases import FUSED, REFERENCES, REGISTERED, inputs
+
+needs_library = pytest.mark.skipif(_C.unavailable() is not None, reason=f"{_C.unavailable()}")
 
 
 def test_all_ops_are_here():
@@ -75,6 +77,27 @@ def test_an_op_is_seen_by_all_who_look_for_it():
     assert "dit_fast.row_statistics" in str(make_fx(lambda x: row_statistics_op(x, "torch"))(x).code)
     assert not _op._goes_straight([[fake], 1])
     assert _op._goes_straight([[x, torch.nn.Parameter(x)], 1, None])
+
+
+@needs_library
+def test_a_batch_of_gradients_goes_through_the_dispatcher():
+    x, shift, scale = (x.float().requires_grad_() for x in inputs("layer_norm_modulate"))
+    batch = torch.randn(3, *x.shape)
+    out = ops.layer_norm_modulate(x, shift, scale, backend="cpp")
+    expected = [torch.autograd.grad(out, x, each, retain_graph=True)[0] for each in batch]
+    (found,) = torch.autograd.grad(out, x, batch, is_grads_batched=True)
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
+def test_a_tensor_that_is_not_what_lies_in_its_memory_goes_through_the_dispatcher():
+    """Kernels take its address."""
+    x = torch.randn(5, 8)
+    with torch.inference_mode():
+        plain = [x, x.T, x[1:], torch.nn.Parameter(x), torch.randn(3)]
+    assert all(_op._goes_straight([each, [each]]) for each in plain)
+    for odd in (torch._neg_view(x), torch._efficientzerotensor((5, 8)), torch.empty(5, 8, device="meta")):
+        assert not _op._goes_straight([odd])
+        assert not _op._goes_straight([[x, odd]])
 
 
 def test_kernels_are_launched_inside_ops_alone():
