@@ -139,7 +139,7 @@ class Engine(ABC):
         for key, gradients in zip(keys, every, strict=True):
             bundles.setdefault(key, []).extend(gradients)
         bundles = {key: bundles[key] for key in sorted(bundles) if bundles[key]}
-        norms = [torch.linalg.vector_norm(torch.stack(torch._foreach_norm(each))) for each in bundles.values()]
+        norms = [torch.linalg.vector_norm(torch.stack(torch._foreach_norm(x)).float()) for x in bundles.values()]
         whole = self._over_ranks(norms)
         factors: dict[int, Tensor | None] = {}
         for key, own in zip(bundles, whole, strict=True):
@@ -300,42 +300,44 @@ class SingleEngine(Engine):
 
 
 class Buffers:
-    """A loss's buffers as the last applied step left them; of those that no forward changes, nothing is copied again.
+    """A loss's buffers as they were before a step, and what is put back where it was not applied.
 
-    A module's are followed together: torch's batch norm moves two of them behind the back of their version counters.
+    All are copied: version counters do not tell what a forward changed. Batch norm's kernels, `.data` and a new tensor
+    under an old name leave them alone. Afterwards the tensors are the same ones, so that graphs find them.
     """
 
     def __init__(self, loss: nn.Module):
         self._loss = loss
         self._modules: list[nn.Module] | None = None
-        self._kept: dict[nn.Module, tuple[list[int], list[Tensor]]] = {}  # versions and copies
+        self._before: dict[tuple[nn.Module, str], Tensor] = {}
+        self._copies: dict[tuple[nn.Module, str], Tensor] = {}
 
     @torch.no_grad()
     def keep(self) -> None:
-        """Before a step: copies what is new, or was changed since the last one."""
-        for module, own in self._own():
-            versions, copies = self._kept.get(module) or ([], [each.detach().clone() for each in own])
-            if [each._version for each in own] != versions:
-                for buffer, copy in zip(own, copies, strict=True):
-                    copy.copy_(buffer)
-                self._kept[module] = [each._version for each in own], copies
+        """Before a step."""
+        if self._modules is None:
+            self._modules = [module for module in self._loss.modules() if [*module.buffers(recurse=False)]]
+        named = (((module, name), x) for module in self._modules for name, x in module._buffers.items())
+        self._before = {key: buffer for key, buffer in named if buffer is not None}
+        for key, buffer in self._before.items():
+            if key in self._copies:
+                self._copies[key].copy_(buffer)
+            else:
+                self._copies[key] = buffer.detach().clone()
 
     @torch.no_grad()
     def settle(self, applied: Tensor) -> None:
-        """After it: those that the step changed stay as they are or, where applied is 0, are put back."""
-        for module, own in self._own():
-            versions, copies = self._kept.get(module, ([], []))
-            if copies and [each._version for each in own] != versions:
-                for buffer, copy in zip(own, copies, strict=True):
-                    copy.copy_(torch.where(applied.bool(), buffer, copy))
-                    buffer.copy_(copy)
-                self._kept[module] = [each._version for each in own], copies
-
-    def _own(self) -> Iterator[tuple[nn.Module, list[Tensor]]]:
-        if self._modules is None:
-            self._modules = [module for module in self._loss.modules() if [*module.buffers(recurse=False)]]
-        for module in self._modules:
-            yield module, [each for each in module._buffers.values() if each is not None]
+        """After it. Raises ConfigError for a buffer of another shape or dtype than before."""
+        moved = applied.bool()
+        for (module, name), buffer in self._before.items():
+            now = module._buffers[name]
+            if now is None or (now.shape, now.dtype) != (buffer.shape, buffer.dtype):
+                raise ConfigError(
+                    f"a step made another shape or dtype of the buffer '{name}' of {type(module).__name__}, so no "
+                    "skipped one could put it back; keep both as they are"
+                )
+            buffer.copy_(torch.where(moved, now, self._copies[module, name]))
+            module._buffers[name] = buffer
 
 
 def uneven_ranks(what: str) -> ConfigError:
