@@ -59,10 +59,11 @@ def adamw(
 
     applied: 0-d float32; where it is 0 nothing changes, whatever the gradients are. shadows: for each weight its copy
     in bfloat16, or an empty tensor where it has none. "torch" reads `applied`, the others read nothing on the host.
-    "cpp" and "cuda" raise RuntimeError for tensors that are not contiguous float32; others are taken by "torch" alone.
+    Weights of another dtype and such that are not contiguous are taken by "torch" alone; "cpp" and "cuda" raise
+    RuntimeError for other tensors that are not contiguous float32.
     """
     device = weights[0].device
-    plain = all(weight.dtype is torch.float32 for weight in weights)
+    plain = all(weight.dtype is torch.float32 and weight.is_contiguous() for weight in weights)
     chosen = backend.choose(OP, "auto", device.type) if plain else "torch"
     rules = (*betas, eps, weight_decay, ema_decay)
     if chosen in ("cpp", "cuda"):
@@ -73,9 +74,11 @@ def adamw(
             scratch = torch.empty(NUMBERS * len(weights), dtype=torch.float64, device=device)
             stream = torch.cuda.current_stream(device).cuda_stream
         torch.ops.dit_fast_native.adamw_ema_(*lists, rate, factor, applied, *rules, scratch, stream)
+        torch.autograd.graph.increment_version(weights)  # for graphs that hold them; the one pass bypasses autograd
         return
     if chosen == "fused":
         _fused(weights, gradients, states, lr, rules, factor, applied)
+        torch.autograd.graph.increment_version(weights)
     elif applied is None or bool(applied):
         _reference(weights, gradients, states, float(lr), rules, factor)
     copied = [(shadow, weight) for shadow, weight in zip(shadows, weights, strict=False) if shadow.numel()]

@@ -131,6 +131,27 @@ def test_what_does_not_fit_is_refused(spoil):
         adamw(weights, grads, states, shadows=shadows, **RULES)
 
 
+def test_weights_that_are_not_contiguous_are_left_to_torch():
+    weights, states, shadows = start()
+    weights[0] = weights[0].T.contiguous().T
+    adamw(weights, gradients(1), states, shadows=shadows, **RULES)
+    for weight, expected in zip(weights, run(1)[0], strict=True):
+        torch.testing.assert_close(weight, expected)
+
+
+@pytest.mark.parametrize("name", ["torch", "cpp", "fused"])
+def test_a_backward_through_weights_of_before_is_refused(name):
+    if name == "cpp" and _C.unavailable():
+        pytest.skip(_C.unavailable())
+    weights, states, shadows = start()
+    weight = weights[4].requires_grad_()
+    loss = weight.square().sum()
+    with backend.force(name):
+        adamw(weights, gradients(1), states, shadows=shadows, **RULES)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.fixture(scope="session")
 def shim(tmp_path_factory):
     if compiler() is None:
