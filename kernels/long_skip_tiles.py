@@ -1,6 +1,6 @@
 """Shared by the long skip's two GEMMs: block sizes per GPU family, the order of tiles, how a program loads a tile."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -70,7 +70,7 @@ def family(device: torch.device) -> int:
     """90 where bulk copies exist and a block can have the shared memory that their tiles take (sm_120 has 99 KB), else
     80. Interpreted, 90: the interpreter is faster on descriptors."""
     if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
+        gpu: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the last of these
         return 90 if gpu.major >= 9 and gpu.shared_memory_per_block_optin >= 128 << 10 else 80
     return 90 if triton.knobs.runtime.interpret else 80
 
