@@ -25,9 +25,9 @@ from dit_fast.data.field import Field
 from dit_fast.errors import ConfigError
 from dit_fast.methods import build_methods
 from dit_fast.models import Backbone, new_model
+from dit_fast.nn.linear import make_shadows
 from dit_fast.objectives import OBJECTIVES
 from dit_fast.runs import TrainConfig
-from dit_fast.nn.linear import make_shadows
 from dit_fast.train.loss import TrainingLoss
 from dit_fast.train.prepare import check_stage, fit_to_dataset, micro_batch
 
