@@ -32,7 +32,8 @@ from dit_fast import _C
 from dit_fast.backend import Implementation
 from dit_fast.errors import UserError
 from dit_fast.ops import adaln_cpp
-from dit_fast.ops._op import FLOATS, FUSED, Op, check_norm, define, differentiable, odd_dtypes, triton, wide
+from dit_fast.ops._op import FLOATS, FUSED, Op, check_norm, differentiable, odd_dtypes, triton, wide
+from dit_fast.ops._register import define
 from dit_fast.ops.layer_norm import layer_norm, rms_norm
 from dit_fast.ops.row_statistics import RowStatistics, known, row_statistics
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dit_fast.ops._op import define, rows
+from dit_fast.ops._op import rows
+from dit_fast.ops._register import define
 from dit_fast.ops.diversity_op import EPS, backward_op
 
 

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from dit_fast import _C
 from dit_fast.backend import Implementation
-from dit_fast.ops._op import FUSED, Op, define, differentiable, rows, triton, wide
+from dit_fast.ops._op import FUSED, Op, differentiable, rows, triton, wide
+from dit_fast.ops._register import define
 from dit_fast.ops.autocast import without_autocast
 
 EPS = 1e-8

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dit_fast import backend as backends
 from dit_fast import philox
-from dit_fast.ops._op import define, triton
+from dit_fast.ops._op import triton
+from dit_fast.ops._register import define
 
 OP = "draws"
 Draw = tuple[bool, int, tuple[int, ...]]  # whether it is normal, or uniform; stream; shape of one position's

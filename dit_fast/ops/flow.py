@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dit_fast.errors import UserError
 from dit_fast.ops import flow_reference
-from dit_fast.ops._op import Op, define, differentiable, rows, spread, triton, wide
+from dit_fast.ops._op import Op, differentiable, rows, spread, triton, wide
+from dit_fast.ops._register import define
 from dit_fast.ops.flow_reference import PATHS, path_coefficients, per_sample, velocity
 from dit_fast.philox import Stream
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dit_fast.ops._op import define, rows
+from dit_fast.ops._op import rows
+from dit_fast.ops._register import define
 
 _BEST_LEVEL = -1
 

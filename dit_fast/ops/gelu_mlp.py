@@ -19,7 +19,8 @@ from dit_fast import _C
 from dit_fast.backend import Implementation
 from dit_fast.errors import UserError
 from dit_fast.ops import gelu_cpp
-from dit_fast.ops._op import Op, define, differentiable, odd_dtypes, triton, wide
+from dit_fast.ops._op import Op, differentiable, odd_dtypes, triton, wide
+from dit_fast.ops._register import define
 from dit_fast.ops.autocast import linear_dtype, without_autocast
 from dit_fast.ops.linear import in_dtype, linear, product, sum_of_rows
 

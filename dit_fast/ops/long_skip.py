@@ -26,7 +26,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dit_fast.backend import Implementation
 from dit_fast.ops import long_skip_rows
-from dit_fast.ops._op import Op, define, differentiable, spread, triton, wide
+from dit_fast.ops._op import Op, differentiable, spread, triton, wide
+from dit_fast.ops._register import define
 from dit_fast.ops.autocast import autocast_dtype, linear_dtype, without_autocast
 from dit_fast.ops.layer_norm import layer_norm
 from dit_fast.ops.row_statistics import RowStatistics, known

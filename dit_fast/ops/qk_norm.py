@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dit_fast.errors import UserError
-from dit_fast.ops._op import Op, check_norm, define, differentiable, rows, triton, wide
+from dit_fast.ops._op import Op, check_norm, differentiable, rows, triton, wide
+from dit_fast.ops._register import define
 from dit_fast.ops.layer_norm import layer_norm, rms_norm
 
 

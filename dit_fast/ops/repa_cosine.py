@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dit_fast.ops._op import Op, define, differentiable, rows, spread, triton, wide
+from dit_fast.ops._op import Op, differentiable, rows, spread, triton, wide
+from dit_fast.ops._register import define
 
 EPS = 1e-12
 

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dit_fast.errors import UserError
-from dit_fast.ops._op import Op, define, require_tensor, rows, triton, wide
+from dit_fast.ops._op import Op, require_tensor, rows, triton, wide
+from dit_fast.ops._register import define
 
 
 class RowStatistics(NamedTuple):

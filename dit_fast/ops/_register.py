@@ -1,0 +1,111 @@
+"""Registration of ops with torch, and calls of them that leave torch's dispatcher out where nobody watches.
+
+Registered ops are a schema, a Python function that runs the named implementation, and a fake that gives shapes without
+data. Gradients do not live there: a thin autograd.Function calls a forward op and a backward op, which costs half of
+what `torch.library.custom_op` does and compiles with fullgraph=True. Every kernel is launched inside a registered op.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_fast.errors import UserError
+
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_SCALARS = frozenset((str, int, float, bool, type(None), torch.dtype))
+NAMESPACE = "dit_fast"
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Registers `dit_fast::<schema>` for tensors on any device and returns what calls it; `registered` is torch's op.
+
+    fake: same arguments, returns empty tensors of the right shapes, strides, dtypes and devices.
+    """
+    name = schema.split("(", 1)[0]
+    _library.define(schema)
+
+    @functools.wraps(implementation)
+    def run(*args: Any, **options: Any) -> Any:
+        # Kernels are launched on the current device, which need not be that of the tensors. Inputs that need a gradient
+        # or have a tangent reach an op that is called alone or inside a level of forward mode; its steps write into
+        # results (out=), which autograd refuses.
+        first = _first_tensor(args)
+        with torch._C._AutoDispatchBelowAutograd():
+            if _is_elsewhere(first):
+                with torch.cuda.device_of(first):
+                    return implementation(*args, **options)
+            return implementation(*args, **options)
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    op = getattr(torch.ops.dit_fast, name).default
+
+    def call(*args: Any) -> Any:
+        return run(*args) if _goes_straight(args) else op(*args)
+
+    call.registered = op  # type: ignore[attr-defined]
+    return call
+
+
+def _first_tensor(args: Sequence[Any]) -> Tensor:
+    """Of an op's arguments, which lie on one device; a list of tensors counts by its first."""
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg
+        if isinstance(arg, list) and arg and isinstance(arg[0], Tensor):
+            return arg[0]
+    raise UserError("an op got no tensor")
+
+
+def _is_elsewhere(tensor: Tensor) -> bool:
+    """Whether a tensor lies on a GPU that is not the current one."""
+    index = tensor.get_device()
+    return index >= 0 and index != torch.cuda.current_device()
+
+
+def _goes_straight(args: Sequence[Any]) -> bool:
+    """Whether nobody wants to see the call of an op, so that torch's dispatcher, the dearer half of it, is left out.
+
+    Seen it must be by the compiler, torch.func, the tracer, dispatch modes (fake tensors, counters, make_fx), tensors
+    of other classes, and the profiler, which names it. The dispatcher's too is a tensor that is not what lies in its
+    memory: one with its sign still to be changed (`.conj().imag`), one of zeros without memory, one of a batch of
+    gradients (`is_grads_batched`).
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    for arg in args:
+        kind = type(arg)
+        if kind is list:
+            if not all(type(each) in PLAIN and _lies_plain(each) for each in arg if isinstance(each, Tensor)):
+                return False
+        elif kind in PLAIN:
+            if not _lies_plain(arg):
+                return False
+        elif kind not in _SCALARS:
+            return False
+    return True
+
+
+_keys_of, _bits = torch._C._dispatch_keys, torch._C.DispatchKeySet.raw_repr
+_LEFT_OUT = functools.reduce(
+    int.__or__,
+    (
+        _bits(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)))
+        for name in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView")
+    ),
+)
+
+
+def _lies_plain(tensor: Tensor) -> bool:
+    """Whether nothing of the dispatcher but autograd and autocast has to do with the tensor."""
+    return not _bits(_keys_of(tensor)) & ~_LEFT_OUT
