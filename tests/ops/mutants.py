@@ -86,7 +86,7 @@ for line in sys.stdin:
 @cache
 def _server(version: str, imports: str, run: str, interpret: bool) -> subprocess.Popen:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "PYTEST_"))}
-    inherited |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder(version))} | (
+    inherited |= {"PROVE": "all", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder(version))} | (
         {"TRITON_INTERPRET": "1"} if interpret else {}
     )
     code = SERVER.format(imports=imports, run=run)
