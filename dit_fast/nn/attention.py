@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
+from dit_fast import backend
 from dit_fast.errors import ConfigError
 from dit_fast.nn.linear import Reads, linear_flops, xavier_linear
 from dit_fast.nn.norm import EPS, NormKind, RMSNorm
@@ -143,7 +144,9 @@ class Attention(nn.Module):
 
 
 def _plain_pays(value: Tensor) -> bool:
-    return value.device.type == "cpu" and value.shape[2] <= PLAIN_ON_CPU.get(value.dtype, 0)
+    if value.device.type != "cpu" or backend.forced() == backend.ON_CUDA:
+        return False
+    return value.shape[2] <= PLAIN_ON_CPU.get(value.dtype, 0)
 
 
 def has_tangent(x: Tensor) -> bool:

@@ -265,7 +265,7 @@ class DiversityTaps:
         """`diversity_loss` of the tapped outputs; same arguments, values, gradients and errors."""
         chosen = check_options(pairs, self._count, variant, scope)
         joined = Counter(block for pair in chosen for block in set(pair))
-        return loss_from_stats(self._sum(max(joined.values(), default=0)), chosen, variant, scope)
+        return loss_from_stats(self._sum(max((0, *joined.values()))), chosen, variant, scope)
 
 
 def diversity_tap(x: Tensor, backend: str = "auto") -> tuple[Tensor, DiversityStats]:
