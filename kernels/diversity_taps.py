@@ -239,13 +239,15 @@ def aot_cases(arch: int) -> list[AotCase]:
             weigh_partners, f"K={blocks}{' mixture' if mix else ''}", pointers,
             {"BLOCKS": blocks, "PADDED": _padded(blocks), "MIX": mix}, launch, wide_loads=False,
         )
-        for blocks, mix in ((12, True), (28, True), (28, False))
+        for blocks, mix in ((12, True), (24, False), (28, True), (28, False))
     ]  # fmt: skip
     return [
         *cases,
         _case(differentiate_tap, 12, 768, "bf16", "bf16", True, True, True),
         _case(differentiate_tap, 24, 1024, "fp16", "fp16", True, False, True),
+        _case(differentiate_tap, 24, 1024, "fp16", "fp16", True, True, False),
         _case(differentiate_tap, 28, 1152, "fp32", "fp32", True, True, True),
+        _case(differentiate_tap, 28, 1152, "fp32", "fp32", True, True, False),
         _case(differentiate_tap, 28, 1152, "fp32", "fp32", False, True, False),
         _case(differentiate_tap, 28, 1152, "bf16", "bf16", True, True, False),
         _case(differentiate_tap, 28, 1152, "mixed", "bf16", False, True, True),
