@@ -154,7 +154,9 @@ def test_opcheck(backend):
     features = [x.view(3, 3, 33) for x in make(9, 33, [FP32, FP32])]
     flat = [x.flatten(0, 1) for x in features]
     statistics, pairs = make_gradients(flat)
-    torch.library.opcheck(partners_op, (flat, pairs, True, backend), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        partners_op.registered, (flat, pairs, True, backend), test_utils=("test_schema", "test_faketensor")
+    )
     shared = (*partners_op(flat, pairs, True, backend), exact_statistics(flat)[2].float(), statistics)
     given = (flat, features[0], features[1], features[1], torch.randn(3, 33), 0)
-    torch.library.opcheck(tap_backward_op, (*given, *shared, torch.zeros(9, 33), backend))
+    torch.library.opcheck(tap_backward_op.registered, (*given, *shared, torch.zeros(9, 33), backend))
