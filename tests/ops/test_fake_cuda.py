@@ -18,8 +18,8 @@ def test_every_case_runs_and_returns_what_its_fakes_promise():
 
 
 PAIRS = [(90, "3.6.0"), (80, "3.9.0"), (120, "3.6.0"), (90, "3.9.0"), (80, "3.6.0"), (120, "3.9.0")]  # GPU, Triton
-# Kernels that still use some stack (8 to 1032 bytes) in forms that no whole step launches: rows that are not aligned or 8
-# wide, and mixed dtypes at 6 blocks. To be mended; one that is mended leaves the list.
+# Kernels that still use some stack (8 to 1032 bytes) in forms that no whole step launches: rows that are not aligned or
+# 8 wide, and fp32 or mixed features at 6 blocks. To be mended; one that is mended leaves the list.
 SPILLING = {
     (90, "3.6.0"): {"long_skip_backward.input_gradients", "long_skip_forward.skip_projection",
                     "diversity_sums.sums_with_norms"},
