@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from dit_fast import kernels
 from dit_fast.benchmarks.machine import check_toolchain, sanitizer
 from dit_fast.benchmarks.parts import Part, Record, run_parts
 from dit_fast.errors import UserError
@@ -25,6 +26,7 @@ LIMIT = 520.0  # seconds of a stage
 START_UP = 12.0  # of a benchmark's time: imports, device, ceilings
 CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
 STEPS = (("XL/2", 32), ("XL/2", 64), ("XL/2", 128), ("B/2", 32), ("B/2", 256))  # sizes and samples per step
+SOURCES = (".py", ".cpp", ".cu", ".h", ".json")  # .json: tuned tables
 GATE = ("adaln", "diversity", "long_skip", "training")  # of `step`
 Command = Callable[[float], Sequence[str]]
 FAMILIES = ("adaln", "diversity", "flow", "gelu_mlp", "long_skip", "qk_norm", "repa_cosine")  # of kernels
@@ -56,11 +58,13 @@ class Stage:
         ]
 
     def tune(self) -> list[Part]:
-        """SDPA's back ends and the long skip's tiles, as tables to be put into the sources by hand."""
-        absent = None if self.options.device != "cpu" else "its kernels need a GPU"
+        """SDPA's back ends and what cannot change a bit of our kernels, as one table; then bits with it and without."""
+        absent = None if self.options.device != "cpu" else kernels.unavailable()
         return [
             Part("tune attention", 60, self._module("tune", "attention")),
-            Part("tune long_skip", 400, self._module("tune", "long_skip"), absent=absent),
+            Part("tune long_skip", 250, self._module("tune", "long_skip"), absent=absent),
+            Part("tune adaln", 90, self._module("tune", "adaln"), absent=absent),
+            Part("check", 90, self._module("tune", "check"), absent=absent),
         ]
 
     def decide(self) -> list[Part]:
@@ -163,7 +167,7 @@ def _sources() -> str:
     """Hash of what the tests test, so that no record of other sources opens a gate."""
     found = hashlib.sha256()
     for folder in ("dit_fast", "kernels", "train", "csrc", "tests"):
-        for path in sorted(path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp", ".cu", ".h")):
+        for path in sorted(path for path in (ROOT / folder).rglob("*") if path.suffix in SOURCES):
             found.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     return found.hexdigest()[:12]
 

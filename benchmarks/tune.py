@@ -1,139 +1,222 @@
-"""Which of several ways is the fastest here: `python -m dit_fast.benchmarks.tune attention | long_skip`.
+"""Which of several configurations is the fastest here: `python -m dit_fast.benchmarks.tune KERNEL | check`.
 
-Writes tune_NAME.json: a table of the best, keyed by architecture, shape and types, beside every candidate's raw times.
-Nothing reads it: a row that wins moves by hand into the table of the kernel or module, whose proofs are then run again.
+Writes tuned/ARCHITECTURE.json in the form that kernels/tuning.py reads, and tune_KERNEL.json with every candidate's raw
+times, both after every shape. `check` compares the bits of each entry with those of no table, at its rows and one more.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 ATTENTION = [(16, tokens, width) for tokens in (256, 1024) for width in (64, 72)]  # heads, tokens, width of a head
-LONG_SKIP = [(rows, width) for width in (1152, 1024, 768) for rows in (8192, 16384, 65536)]
-TILES = [(*tile, warps, stages) for tile in ((64, 128), (128, 128), (128, 256), (256, 128)) for warps in (4, 8)
-         for stages in (3, 4)]  # fmt: skip
+ROWS = (8192, 16384, 65536)
+WIDTHS = (1152, 1024, 768)
 ROUNDS = 10
-Way = tuple[str, Callable[[], AbstractContextManager[Any]]]
+SECONDS = 4.0  # of one shape's rounds
+
+
+class Sweep(NamedTuple):
+    """One entry to be filled in. candidates: the kernel file's own choice first. exact: whether all must give the same
+    bits. run: forward, or backward too, of what is launched."""
+
+    kernel: str
+    key: dict[str, Any]
+    candidates: Sequence[Any]
+    run: Callable[[], Any]
+    exact: bool = True
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dit_fast.benchmarks.tune", description="Sweep one table.")
-    parser.add_argument("name", choices=["attention", "long_skip"])
+    parser.add_argument("name", choices=[*SWEEPS, "check"])
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--out", type=Path, required=True, help="folder for tune_NAME.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder for tune_NAME.json and tuned/ARCHITECTURE.json")
     parser.add_argument("--small", action="store_true", help="one tiny shape, whose times mean nothing")
     parser.add_argument("--commit", help="recorded where there is no git history")
     options = parser.parse_args(argv)
 
     from dit_fast.benchmarks.results import device_of, environment, occasion, rounded, write
+    from dit_fast.kernels import tuning
 
     device = device_of(options.device)
-    where = environment(device, options.commit)
+    table = options.out / "tuned" / f"{tuning.architecture(device)}.json"
+    tuning.TABLES.clear()  # what is compared with is the kernel files' own choice
+    if options.name == "check":
+        return _check(table, device, options.small)
     rows: list[dict[str, Any]] = []
-    for key, ways, run in (_attention if options.name == "attention" else _long_skip)(device, options.small):
-        rows.append(key | _fastest(ways, run, device, exact=options.name != "attention"))
-        print(rows[-1] | {"seconds": None})
-        write(options.out / f"tune_{options.name}.json",
-              rounded({**where, **occasion(), "arch": where["device"]["arch"], "table": rows}))  # fmt: skip
+    where = environment(device, options.commit)
+    for sweep in SWEEPS[options.name](device, options.small, 0):
+        rows.append({"kernel": sweep.kernel} | sweep.key | _fastest(sweep, device))
+        print({name: value for name, value in rows[-1].items() if name != "seconds"}, flush=True)
+        write(options.out / f"tune_{options.name}.json", rounded({**where, **occasion(), "table": rows}))
+        entries = json.loads(table.read_text()) if table.exists() else {}
+        old = [entry for entry in entries.get(sweep.kernel, []) if not sweep.key.items() <= entry.items()]
+        entries[sweep.kernel] = [*old, sweep.key | {"configuration": rows[-1]["configuration"]}]
+        write(table, entries)
     return 0
 
 
-def _fastest(ways: Sequence[Way], run: Callable[[], Sequence[Any]], device: Any, exact: bool) -> dict[str, Any]:
-    """The first way is today's; one that raises is refused by name, and one of ours that changes a bit."""
-    import torch
+def _with(sweep: Sweep, device: Any, configuration: Any) -> Any:
+    """As a table with this entry alone decides."""
+    from dit_fast.kernels import tuning
 
+    entry = sweep.key | {"configuration": configuration}
+    return mock.patch.dict(tuning.TABLES, {tuning.architecture(device): {sweep.kernel: [entry]}})
+
+
+def _fastest(sweep: Sweep, device: Any) -> dict[str, Any]:
+    """A candidate that raises, or one of ours that changes a bit, is refused by name."""
     from dit_fast.benchmarks.measure import reason
     from dit_fast.benchmarks.timing import clock_for, interleave, summarise
 
-    present: Sequence[Any] = ()
     sides: dict[str, Any] = {}
     refused: dict[str, str] = {}
 
-    def timed(way: Callable[[], AbstractContextManager[Any]]) -> Any:
+    def timed(configuration: Any) -> Any:
         def call(number: int, mark: Callable[[], None]) -> Any:
-            with way():
-                result = run()
+            with _with(sweep, device, configuration):
+                result = sweep.run()
             mark()
             return result
 
         return call
 
-    for name, way in ways:
+    present = sweep.run()
+    for candidate in sweep.candidates:
         try:
-            with way():
-                result = run()
-            present = present or result
-            if exact and not all(torch.equal(x, y) for x, y in zip(result, present, strict=True)):
-                refused[name] = "other bits"
+            with _with(sweep, device, candidate):
+                same = _equal(sweep.run(), present) or not sweep.exact
+            if same:
+                sides[json.dumps(candidate)] = timed(candidate)
             else:
-                sides[name] = timed(way)
+                refused[json.dumps(candidate)] = "other bits"
         except Exception as error:
-            refused[name] = reason(error)
-    times = interleave(sides, clock_for(device), samples=ROUNDS, seconds=60.0)
+            refused[json.dumps(candidate)] = reason(error)
+    times = interleave(sides, clock_for(device), samples=ROUNDS, seconds=SECONDS)
     seconds = {name: [turn[0] for turn in turns] for name, turns in times.items()}
     best = min(seconds, key=lambda name: summarise(seconds[name]).median)
-    return {"best": best, "present": ways[0][0], "seconds": seconds, "refused": refused}
+    return {"configuration": json.loads(best), "present": sweep.candidates[0], "seconds": seconds, "refused": refused}
 
 
-def _attention(device: Any, small: bool) -> Iterator[tuple[dict[str, Any], list[Way], Any]]:
-    """SDPA's back ends by tokens and head width, forward and backward, in the type of training."""
+def _equal(ours: Any, present: Any) -> bool:
     import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.functional import scaled_dot_product_attention
 
-    backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
-                "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}  # fmt: skip
+    if isinstance(ours, torch.Tensor):
+        return torch.equal(ours, present)
+    return all(x is y or torch.equal(x, y) for x, y in zip(ours, present, strict=True))
+
+
+def _check(path: Path, device: Any, small: bool) -> int:
+    """1 if an entry of the table changes a bit or is refused, with a line that says which."""
+    from dit_fast.benchmarks.measure import reason
+    from dit_fast.kernels import tuning
+
+    table, wrong = tuning.read(path.parent).get(path.stem, {}), 0
+    for sweep in (sweep for sweeps in SWEEPS.values() for more in (0, 1) for sweep in sweeps(device, small, more)):
+        if not sweep.exact or sweep.kernel not in table:
+            continue
+        present = sweep.run()
+        try:
+            with mock.patch.dict(tuning.TABLES, {path.stem: table}):
+                found = "equal" if _equal(sweep.run(), present) else "OTHER BITS"
+        except Exception as error:
+            found = reason(error)
+        wrong += found != "equal"
+        print(f"{sweep.kernel} {sweep.key}: {found}", flush=True)
+    return int(wrong > 0)
+
+
+def _attention(device: Any, small: bool, more: int) -> Iterator[Sweep]:
+    """SDPA's back ends, forward and backward, in the type of training."""
+    import torch
+
+    from dit_fast.nn.attention import SDPA, Attention
+
     for heads, tokens, width in [(2, 8, 16)] if small else ATTENTION:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        shape = (2 if small else 32, heads, tokens, width)
-        q, k, v = (torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(3))
-        upstream = torch.randn_like(q)
+        batch = 2 if small else 32
+        attention = Attention(heads * width, heads)
+        qkv = torch.randn(batch, tokens + more, 3, heads, width, device=device, dtype=dtype).requires_grad_()
+        upstream = torch.randn(batch, tokens + more, heads, width, device=device, dtype=dtype)
 
-        def run(inputs: Any = (q, k, v), upstream: Any = upstream) -> Sequence[Any]:
-            return torch.autograd.grad(scaled_dot_product_attention(*inputs), inputs, upstream)
+        def run(attention: Any = attention, qkv: Any = qkv, upstream: Any = upstream) -> Sequence[Any]:
+            parts = [part.transpose(1, 2) for part in qkv.unbind(2)]
+            return torch.autograd.grad(attention.mixed(*parts), qkv, upstream)
 
-        ways: list[Way] = [("torch's choice", nullcontext)]
-        ways += [(name, partial(sdpa_kernel, backend)) for name, backend in backends.items()]
-        yield {"tokens": tokens, "head_width": width, "compute": str(dtype)}, ways, run
+        key = {"rows": tokens + more, "width": width, "compute": str(dtype).removeprefix("torch.")}
+        yield Sweep("attention", key, list(SDPA), run, exact=False)
 
 
-def _long_skip(device: Any, small: bool) -> Iterator[tuple[dict[str, Any], list[Way], Any]]:
-    """Tiles of both GEMMs at once, streams in bf16 and mixed; block_k orders sums and stays."""
+def _long_skip(device: Any, small: bool, more: int) -> Iterator[Sweep]:
+    """Both GEMMs, streams in bf16 and mixed; block_k orders sums and stays."""
     import torch
 
-    from dit_fast import ops
-    from dit_fast.kernels import long_skip_tiles
-    from dit_fast.kernels.long_skip_tiles import CONFIGS, Tiles
+    from dit_fast.kernels import long_skip, long_skip_tiles
 
-    def chosen(arch: int, kind: str, *_: Any, tile: tuple[int, ...]) -> Tiles:
-        m, n, warps, stages = tile
-        return Tiles(m, n, CONFIGS[arch, kind, "many"].block_k, warps, stages)
-
-    for (rows, width), stream in product([(256, 128)] if small else LONG_SKIP, (torch.bfloat16, torch.float32)):
-        x = torch.randn(rows, width, device=device, dtype=stream).requires_grad_()
-        skip = torch.randn(rows, width, device=device, dtype=torch.bfloat16).requires_grad_()
+    arch = long_skip_tiles.family(device)
+    out = torch.float32 if small else torch.bfloat16  # few sums that differ do so in 16 bits, too
+    for width, stream, rows in _shapes(small, more):
+        x = torch.randn(rows, width, device=device, dtype=stream)
+        skip = torch.randn(rows, width, device=device).bfloat16()
         shapes = ((2 * width,), (2 * width,), (width, 2 * width), (width,))
-        parameters = [torch.randn(shape, device=device).requires_grad_() for shape in shapes]
+        gamma, beta, weight, bias = (torch.randn(shape, device=device) for shape in shapes)
+        mean, rstd, c1, c2 = (torch.rand(rows, device=device) for _ in range(4))
+        folded, row_sums, shift = long_skip.fold(gamma, beta, weight, bias, torch.bfloat16)
+        grad = torch.randn(rows, width, device=device).bfloat16()
 
-        def run(inputs: Any = (x, skip, *parameters)) -> Sequence[Any]:
-            x, skip, norm_weight, norm_bias, weight, bias = inputs
-            with torch.autocast(inputs[0].device.type, torch.bfloat16):
-                y = ops.long_skip(x, skip, norm_weight, norm_bias, weight, bias, backend="triton")
-            return (y, *torch.autograd.grad(y, inputs, torch.ones_like(y)))
+        forward = partial(long_skip.forward, x, skip, mean, rstd, folded, row_sums, shift, out)
+        backward = partial(long_skip.backward_input, grad, x, skip, mean, rstd, folded, c1, c2, want_unit=True)
+        wide = stream == torch.float32
+        key = {"rows": rows, "width": width, "stream": "fp32" if wide else "bf16", "compute": "bf16"}
+        kinds = ("mixed", "16-bit, float32 out") if wide else ("16-bit", "16-bit")
+        runs: list[tuple[str, Callable[[], Any], int]] = [("forward", forward, 1), ("backward", backward, 2)]
+        for (part, run, halves), kind in zip(runs, kinds, strict=True):
+            own = long_skip_tiles.tiles_for(part, kind, x, skip, torch.bfloat16, halves)
+            others = [tiles for tiles in long_skip_tiles.configurations(arch, part, kind) if tiles != own]
+            yield Sweep(f"long_skip {part}", key, [own, *others], run)
 
-        ways: list[Way] = [("present", nullcontext)]
-        ways += [
-            (" x ".join(map(str, tile)), partial(mock.patch.object, long_skip_tiles, "tiles_for", how))
-            for tile in TILES
-            for how in [partial(chosen, tile=tile)]
-        ]
-        yield {"rows": rows, "width": width, "stream": str(stream), "compute": "bf16"}, ways, run
+
+def _adaln(device: Any, small: bool, more: int) -> Iterator[Sweep]:
+    """Rows of a program of the forward: gate, residual, norm and modulation together."""
+    import torch
+
+    from dit_fast.kernels import adaln
+
+    for width, stream, rows in _shapes(small, more):
+        tokens = 8 if small else 256
+        x = torch.randn(max(rows // tokens, 1), tokens + more, width, device=device, dtype=stream)
+        y = torch.randn_like(x).bfloat16()
+        gate, shift, scale = (torch.randn(len(x), width, device=device).bfloat16() for _ in range(3))
+
+        forward = partial(adaln.forward, x, y, gate, shift, scale, 1e-6, False, None, torch.bfloat16, True)
+
+        def run(forward: Callable[[], Any] = forward) -> Any:
+            adaln._FORWARD.clear()  # launches that another table decided
+            return forward()
+
+        kind = "fp32" if stream == torch.float32 else "bf16"
+        key = {"rows": x.shape[0] * x.shape[1], "width": width, "stream": kind, "compute": "bf16"}
+        yield Sweep("adaln", key, adaln.PROGRAMS, run)
+
+
+def _shapes(small: bool, more: int) -> Iterator[tuple[int, Any, int]]:
+    """Width, stream type and rows of the streams; those of XL first."""
+    import torch
+
+    for width in (64,) if small else WIDTHS:
+        for stream in (torch.bfloat16, torch.float32):
+            for rows in (72,) if small else ROWS:
+                yield width, stream, rows + more
+
+
+SWEEPS: dict[str, Callable[[Any, bool, int], Iterator[Sweep]]] = {
+    "attention": _attention, "long_skip": _long_skip, "adaln": _adaln,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ registers from load to store, the vectors over all rows of a program.
 
 Bits. CHUNK tokens of one sample make a partial sum of the three vectors; `add_chunks` adds the chunks in order, in
 float64. Padded width, rows of a tile and warps order the sums inside: all three are functions of the width alone. Only
-TOKENS, the rows of a program of the forward, is a matter of speed. The gradient lies in adaln_gradients.py.
+the rows of a program of the forward, one of PROGRAMS, are a matter of speed. The gradient lies in adaln_gradients.py.
 """
 
 from collections.abc import Callable
@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_fast.kernels import tuning
 from dit_fast.kernels.adaln_gradients import CHUNK as CHUNK
 from dit_fast.kernels.adaln_gradients import backward as backward
 from dit_fast.kernels.adaln_rows import (
@@ -53,6 +54,8 @@ from dit_fast.kernels.adaln_rows import (
 from dit_fast.kernels.aot import AotCase
 from dit_fast.kernels.launch import Kept, launcher, signature
 from dit_fast.kernels.rows import MAX_CHUNKS, store_rounded
+
+PROGRAMS = (TOKENS, 2 * TOKENS, 4 * TOKENS)  # rows of a program of the forward; all give the same bits
 
 
 @triton.jit(do_not_specialize=("tokens",))
@@ -168,13 +171,17 @@ def _forward_launcher(
         return None
     vector_strides = [0 if vector is None else vector.stride(0) for vector in (gate, shift, scale)]
     widths = (x.dtype, *((out_dtype,) if norm else ()))
+    program = tuning.tuned(
+        "adaln", x.device, x.shape[0] * x.shape[1], PROGRAMS, width=x.shape[2], stream=TYPES[x.dtype],
+        compute=TYPES[out_dtype],
+    ) or TOKENS  # fmt: skip
     constants = {
-        "TOKENS": TOKENS, "RESIDUAL": y is not None, "NORM": norm, "RMS": rms, "SCALE_ONLY": norm and shift is None,
+        "TOKENS": program, "RESIDUAL": y is not None, "NORM": norm, "RMS": rms, "SCALE_ONLY": norm and shift is None,
         "KNOWN": known, "EMIT": emits, "ALIGNED": has_aligned_rows([x, y, gate, shift, scale], widths),
         **tile_of(x.shape[-1]), **options_of(x.shape[-1]), "enable_fp_fusion": True,
     }  # fmt: skip
     numbers = (x.shape[1], strides_of(x, x), strides_of(y, x), *vector_strides, eps)
-    grid = (x.shape[0], triton.cdiv(x.shape[1], TOKENS))
+    grid = (x.shape[0], triton.cdiv(x.shape[1], program))
     return launcher(modulate_rows, grid, numbers, constants, {"ALIGNED": False})
 
 
@@ -185,14 +192,17 @@ def aot_cases(arch: int) -> list[AotCase]:
     alone = (fused | {"RESIDUAL": False}, fused | {"NORM": False})
     known = fused | {"RESIDUAL": False, "KNOWN": True, "EMIT": False}
     rms = (fused | {"RMS": True}, known | {"RMS": True}, fused | {"RESIDUAL": False, "RMS": True, "SCALE_ONLY": True})
-    return [_case(modulate_rows, *shape, fused) for shape in shapes] + [
+    cases = [_case(modulate_rows, *shape, fused) for shape in shapes] + [
         _case(modulate_rows, 1152, AUTOCAST, parts) for parts in (*alone, known, *rms)
     ]
+    return cases + [_case(modulate_rows, 1152, AUTOCAST, fused, program) for program in PROGRAMS if program != TOKENS]
 
 
-def _case(kernel: Any, width: int, types: tuple[str, str], parts: dict[str, bool]) -> AotCase:
+def _case(
+    kernel: Any, width: int, types: tuple[str, str], parts: dict[str, bool], program: int = TOKENS
+) -> AotCase:  # fmt: skip
     options = options_of(width)
-    constants = {**tile_of(width), "TOKENS": TOKENS, **parts, "ALIGNED": True, "UPCAST": options.pop("UPCAST")}
+    constants = {**tile_of(width), "TOKENS": program, **parts, "ALIGNED": True, "UPCAST": options.pop("UPCAST")}
     stream, branch = (f"*{each}" for each in types)
     # What is absent is passed as the launcher does it: by x.
     kinds: dict[str, Any] = {"x": stream, "x_new": stream, "eps": "fp32"}
@@ -204,6 +214,7 @@ def _case(kernel: Any, width: int, types: tuple[str, str], parts: dict[str, bool
     kinds |= dict.fromkeys(("x_strides", "y_strides"), ("i32", "i32"))
     signature = {name: kinds[name] for name in kernel.arg_names if name not in constants}
     shown = " ".join(name.lower() for name, value in parts.items() if value)
+    shown += "" if program == TOKENS else f" rows={program}"
     return AotCase(
         kernel, f"D={width} {'+'.join(types)} {shown}", signature, constants, options,
         unaligned=("tokens", "eps"), wide_stores=True,

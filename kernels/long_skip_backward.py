@@ -164,7 +164,7 @@ def backward_input(
     if not is_aligned([grad_y]):
         grad_y = grad_y.clone(memory_format=torch.contiguous_format)
     arch, halves = long_skip_tiles.family(x.device), sum(needs)
-    tiles = long_skip_tiles.tiles_for(arch, _kind(x.dtype, skip.dtype), rows, halves * width, x.device)
+    tiles = long_skip_tiles.tiles_for("backward", _kind(x.dtype, skip.dtype), x, skip, folded.dtype, halves)
     bulk, weights = arch >= 90, (tiles.block_k, tiles.block_n)
     count = triton.cdiv(rows, tiles.block_m) * triton.cdiv(width, tiles.block_n) * halves
     # A gradient that is not needed is not written; any pointer of its type stands in.

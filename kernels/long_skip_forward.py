@@ -8,7 +8,16 @@ from torch import Tensor
 from dit_fast.kernels import long_skip_tiles
 from dit_fast.kernels.aot import AotCase
 from dit_fast.kernels.launch import Kept, launcher, signature
-from dit_fast.kernels.long_skip_tiles import CONFIGS, GROUP, Tiles, load_tile, operand, operand_type, tile_place
+from dit_fast.kernels.long_skip_tiles import (
+    CANDIDATES,
+    CONFIGS,
+    GROUP,
+    Tiles,
+    load_tile,
+    operand,
+    operand_type,
+    tile_place,
+)
 from dit_fast.kernels.rows import store_rounded, to_bfloat16
 
 FOLD_ROWS = 4
@@ -154,7 +163,7 @@ def forward(
     if rows == 0:
         return out
     arch, raw = long_skip_tiles.family(x.device), is_raw(x, skip, folded.dtype)
-    tiles = long_skip_tiles.tiles_for(arch, "16-bit" if raw else "mixed", rows, width, x.device)
+    tiles = long_skip_tiles.tiles_for("forward", "16-bit" if raw else "mixed", x, skip, folded.dtype, 1)
     bulk = arch >= 90
     half, weights = (tiles.block_m, tiles.block_k), (tiles.block_n, tiles.block_k)
     count = triton.cdiv(rows, tiles.block_m) * triton.cdiv(width, tiles.block_n)
@@ -174,16 +183,20 @@ def aot_cases(arch: int) -> list[AotCase]:
     signature |= dict.fromkeys(("weight_stride", "width", "joined"), "i32")
     constants, launch = {"ROWS": FOLD_ROWS, "BLOCK": FOLD_BLOCK, "UPCAST": False}, {"num_warps": 8, "num_stages": 1}
     plans = [("16-bit", "many", "bf16", "bf16"), ("16-bit", "few", "fp16", "fp16"), ("mixed", "many", "fp32", "bf16")]
+    more = [("16-bit", "bf16", "bf16"), ("mixed", "fp32", "bf16")]
     cases = [
         AotCase(fold_rows, kind, signature | {"folded": f"*{kind}"}, constants | {"BFLOAT": kind == "bf16"}, launch,
              wide_stores=True)
         for kind in ("bf16", "fp16")
     ]  # fmt: skip
-    return cases + [case for plan in plans for case in _cases(arch, *plan)]
+    cases += [_case(arch, CONFIGS[arch, kind, rows], rows, kind, x, skip) for kind, rows, x, skip in plans]
+    for kind, x, skip in more:
+        cases += [_case(arch, each, each.name, kind, x, skip) for each in CANDIDATES[arch, "forward", kind]]
+    return cases
 
 
-def _cases(arch: int, kind: str, rows: str, x: str, skip: str) -> list[AotCase]:
-    tiles, compute, bulk = CONFIGS[arch, kind, rows], skip, arch >= 90
+def _case(arch: int, tiles: Tiles, rows: str, kind: str, x: str, skip: str) -> AotCase:
+    compute, bulk = skip, arch >= 90
     half, weights = (tiles.block_m, tiles.block_k), (tiles.block_n, tiles.block_k)
     signature = {"x": operand_type(x, half, bulk), "skip": operand_type(skip, half, bulk)}
     signature |= {"folded": operand_type(compute, weights, bulk), "out": f"*{compute}"}
@@ -194,4 +207,4 @@ def _cases(arch: int, kind: str, rows: str, x: str, skip: str) -> list[AotCase]:
     expected = {"wide_loads": not bulk, "wide_stores": True, "dots": True, "bulk_loads": True}
     unaligned = ("rows", "x", "skip", "folded") if bulk else ("rows",)
     name = f"{kind} {rows} {x} {skip}"
-    return [AotCase(skip_projection, name, signature, constants, launch, unaligned=unaligned, **expected)]
+    return AotCase(skip_projection, name, signature, constants, launch, unaligned=unaligned, **expected)

@@ -8,6 +8,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dit_fast.kernels import tuning
+from dit_fast.kernels.rows import TYPES
+
 GROUP = 8  # row tiles that pass over all column tiles together, so that both operands are found in L2
 
 
@@ -19,6 +22,10 @@ class Tiles(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.block_m}x{self.block_n}"
 
 
 # (GPU family, dtypes, rows). No width: 128 columns divide 768, 1024 and 1152, and any other width loses part of one
@@ -38,6 +45,13 @@ CONFIGS = {
     (80, "16-bit", "few"): Tiles(64, 128, 32, 8, 4),
     (80, "mixed", "many"): Tiles(128, 128, 32, 8, 3),
     (80, "mixed", "few"): Tiles(128, 128, 32, 8, 3),
+}
+# Further ones for tuned tables (tuning.py), by part. The backward has no registers left for larger tiles.
+CANDIDATES: dict[tuple[int, str, str], tuple[Tiles, ...]] = {
+    (90, "forward", "16-bit"): (Tiles(128, 256, 64, 8, 3), Tiles(64, 256, 64, 8, 3)),
+    (80, "forward", "16-bit"): (Tiles(128, 256, 32, 8, 3), Tiles(64, 256, 32, 8, 3)),
+    (90, "forward", "mixed"): (Tiles(64, 128, 64, 4, 3), Tiles(64, 256, 64, 8, 3)),
+    (80, "forward", "mixed"): (Tiles(64, 256, 32, 8, 3),),
 }
 
 
@@ -80,9 +94,22 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def tiles_for(arch: int, kind: str, rows: int, columns: int, device: torch.device) -> Tiles:
-    tiles = triton.cdiv(rows, 128) * triton.cdiv(columns, 128)
-    return CONFIGS[arch, kind, "many" if tiles >= processors(device) else "few"]
+def tiles_for(part: str, kind: str, x: Tensor, skip: Tensor, compute: torch.dtype, halves: int) -> Tiles:
+    """Of the GEMM of `part` ("forward", "backward") of rows x, skip [M, D], whose result is `halves` times D wide."""
+    (rows, width), device = x.shape, x.device
+    arch, streams = family(device), {TYPES[half.dtype] for half in (x, skip)}
+    tuned = tuning.tuned(
+        f"long_skip {part}", device, rows, configurations(arch, part, kind), width=width,
+        stream="fp32" if "fp32" in streams else "+".join(sorted(streams)), compute=TYPES[compute],
+    )  # fmt: skip
+    tiles = triton.cdiv(rows, 128) * triton.cdiv(halves * width, 128)
+    return tuned or CONFIGS[arch, kind, "many" if tiles >= processors(device) else "few"]
+
+
+def configurations(arch: int, part: str, kind: str) -> tuple[Tiles, ...]:
+    """All that are compiled for a part and kind; any two give the same bits."""
+    usual = (CONFIGS[arch, kind, rows] for rows in ("many", "few"))
+    return tuple(dict.fromkeys((*usual, *CANDIDATES.get((arch, part, kind), ()))))
 
 
 def operand(x: Tensor, block: tuple[int, int], bulk: bool) -> TensorDescriptor | Tensor:

@@ -3,6 +3,7 @@
 import importlib
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Literal, NamedTuple, get_args, overload
 
@@ -10,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_fast import backend
 from dit_fast.errors import ConfigError
+from dit_fast.kernels import tuning
 from dit_fast.nn.linear import Reads, linear_flops, xavier_linear
 from dit_fast.nn.norm import EPS, NormKind, RMSNorm
 from dit_fast.nn.rotary import Rotary
@@ -26,6 +29,11 @@ QK_EPS = 1e-5
 # [N, H, T, d] on one core of a Zen 4 with avx512_bf16, ms of plain products / of SDPA: bf16 [32, 5, 64, 32] 5.3 / 31,
 # [8, 6, 256, 64] 32 / 59, [2, 6, 1024, 64] 577 / 693; fp32 10.1 / 9.3, 67 / 48, 480 / 214.
 PLAIN_ON_CPU = {torch.bfloat16: 1024}
+# Back ends of SDPA that a tuned table may name; "torch" leaves it to torch.
+SDPA = {
+    "torch": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH,
+}  # fmt: skip
 
 
 class Heads(NamedTuple):
@@ -52,8 +60,9 @@ class Attention(nn.Module):
     """Self-attention over tokens [N, T, D] with fused query-key-value projection.
 
     kind: "sdpa" (torch's `scaled_dot_product_attention`), "flash" (flash-attn or an error), "math" (plain matrix
-    products and softmax), "auto": "sdpa", whether flash-attn is installed or not, as no measurement prefers that, but
-    on the CPU "math" where `PLAIN_ON_CPU` says so. In forward-mode differentiation, for which the others have no rule,
+    products and softmax), "auto": on the CPU "math" where `PLAIN_ON_CPU` says so, else "sdpa" with the back end that a
+    tuned table (kernels/tuning.py) names for these tokens, head width and dtype, or of torch's choice; never
+    flash-attn, as no measurement prefers that. In forward-mode differentiation, for which the others have no rule,
     every kind is "math".
     qk_norm: a norm of queries and keys, per head: affine LayerNorm (eps 1e-5), or with norm "rms" an RMSNorm.
     bias: of the query-key-value projection.
@@ -100,14 +109,18 @@ class Attention(nn.Module):
         """rotary: what turns queries and keys after their norm. heads: whether those are returned too."""
         batch, tokens, width = x.shape
         query, key, value = self._heads(self.qkv(x), rotary)
-        if self.kind == "math" or (self.kind == "auto" and _plain_pays(value)) or has_tangent(value):
-            mixed = _plain_attention(query, key, value).transpose(1, 2)
-        elif self._use_flash(value):
-            mixed = self._flash(*(part.transpose(1, 2) for part in (query, key, value)))  # type: ignore[misc]
-        else:
-            mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+        mixed = self.mixed(query, key, value)
         output = self.proj(mixed.reshape(batch, tokens, width))
         return (output, Heads(query, key)) if heads else output
+
+    def mixed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Softmax attention [N, T, H, d] of heads [N, H, T, d]."""
+        if self.kind == "math" or (self.kind == "auto" and _plain_pays(value)) or has_tangent(value):
+            return _plain_attention(query, key, value).transpose(1, 2)
+        if self._use_flash(value):
+            return self._flash(*(part.transpose(1, 2) for part in (query, key, value)))  # type: ignore[misc]
+        with self._backend(value):
+            return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
     def _heads(self, qkv: Tensor, rotary: Rotary | None) -> tuple[Tensor, ...]:
         """query, key, value [N, H, T, d], the first two normalised and turned where the model does that."""
@@ -123,6 +136,16 @@ class Attention(nn.Module):
         # Taken apart where they lie, so that the gradient is one buffer, written once, as the projection reads it.
         parts = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         return tuple(part.transpose(1, 2) for part in parts)
+
+    def _backend(self, value: Tensor) -> AbstractContextManager[None]:
+        """SDPA with the tuned back end, which must take these tensors."""
+        if self.kind != "auto" or not tuning.TABLES:
+            return nullcontext()
+        tokens, width = value.shape[-2:]
+        compute = str(value.dtype).removeprefix("torch.")
+        name = tuning.tuned("attention", value.device, tokens, SDPA, width=width, compute=compute) or "torch"
+        backend = SDPA[name]
+        return nullcontext() if backend is None else sdpa_kernel(backend)
 
     def reads(self) -> Reads:
         return [(self, self.q_norm), (self, self.k_norm)]

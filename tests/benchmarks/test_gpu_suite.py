@@ -7,14 +7,19 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
 from dit_fast.benchmarks import gpu_suite, machine
 from dit_fast.benchmarks.gpu_suite import FAMILIES, STAGES, Stage, _parser
 from dit_fast.benchmarks.parts import Part, Record, run_parts
 from dit_fast.errors import UserError
+from dit_fast.kernels import tuning
+from tests.ops.install_triton import folder
 
 RED = "def test_red():\n    assert 1 == 2\n"
 PLANTED = {  # as code of a part: a hang with a child of its own, a failing test, an illegal access, one that works
@@ -124,10 +129,78 @@ def test_a_stage_that_is_killed_leaves_a_whole_tar_and_no_process(stage, number,
     os.kill(suite.pid, number)
     assert suite.wait(30) == (143 if number == signal.SIGTERM else -9)
     assert statuses(tar) == {"machine": "ok", second: "stopped" if number == signal.SIGTERM else "running"}
-    assert json.loads(packed(tar)["machine.json"])["device"]["slug"] == "cpu"
+    described = json.loads(packed(tar)["machine.json"])
+    assert described["device"]["slug"] == "cpu"
+    for package in ("flash_attn", "apex"):  # there or absent
+        assert any(line.split()[:1] == [package] for line in described["info"])
     while any(alive(pid) for pid in children) and time.monotonic() < end:
         time.sleep(0.05)
     assert not any(alive(pid) for pid in children)
+
+
+@pytest.mark.parametrize(
+    ("stage", "last", "left"),
+    [
+        pytest.param("correct", "ceilings", "ceilings.json", marks=pytest.mark.long),
+        ("tune", "tune attention", "tune_attention.json"),
+        pytest.param("decide", "report", "report.txt", marks=pytest.mark.long),
+    ],
+)
+def test_what_is_planted_inside_a_stage_hides_itself_alone(stage, last, left, tmp_path, monkeypatch):
+    """A hang, a failing test and a crash before a part of its small form, which runs and leaves its file."""
+    (tmp_path / "test_red.py").write_text(RED)
+    bad = {"hang": "stopped", "red": "failed", "crash": "crashed"}
+
+    def parts(self, whole=Stage.parts):
+        (real,) = (each for each in whole(self) if each.name == last)
+        begin = [planted(tmp_path, name, share=1.0 if name == "hang" else 100.0) for name in bad]
+        return [*begin, replace(real, share=100.0)]
+
+    monkeypatch.setattr(Stage, "parts", parts)
+    small = ["--stage", stage, "--device", "cpu", "--small", "--out", str(tmp_path), "--limit", "301"]
+    assert gpu_suite.main(small) == 1
+    ended = statuses(tmp_path / f"{stage}.tar")
+    assert ended.pop(last) in (("ok", "failed") if last == "report" else ("ok",))  # nothing was measured to report
+    assert ended == bad
+    assert left in packed(tmp_path / f"{stage}.tar")
+
+
+PLANTED_TILES = """
+import sys
+from dit_fast.benchmarks import tune
+from dit_fast.kernels import long_skip_tiles
+planted = long_skip_tiles.Tiles(64, 128, 32, 4, 3)  # another block_k: sums in another order
+long_skip_tiles.CANDIDATES[90, "forward", "16-bit"] = (planted,)
+shapes = tune._shapes
+tune._shapes = lambda small, more: [next(shapes(small, more))]  # one will do
+sys.exit(tune.main(sys.argv[1:]))
+"""
+
+
+def test_the_small_tune_stage_writes_a_table_that_is_looked_up_and_refuses_what_changes_a_bit(tmp_path):
+    """By the interpreter."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(folder("3.9.0")), "OMP_NUM_THREADS": "1"}
+
+    def run(*command):
+        whole = [sys.executable, *command, "--device", "cpu", "--small", "--out", str(tmp_path)]
+        done = subprocess.run(whole, env=environment, cwd=gpu_suite.ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    suite = ["-m", "dit_fast.benchmarks.gpu_suite", "--stage", "tune"]
+    run(*suite, "--only", "tune adaln", "--only", "check")
+    files = packed(tmp_path / "tune.tar")
+    entry = json.loads(files["cpu.json"])["adaln"][0]
+    assert entry.keys() == {"rows", "width", "stream", "compute", "configuration"}
+    assert files["check.txt"].count(b"equal") == 4  # two streams, at the rows measured and near them
+    with mock.patch.object(tuning, "TABLES", tuning.read(tmp_path / "tune/tuned")):
+        key = {name: entry[name] for name in ("width", "stream", "compute")}
+        found = tuning.tuned("adaln", torch.device("cpu"), entry["rows"] + 9, (8, 16, 32), **key)
+    assert found == entry["configuration"]
+
+    run("-c", PLANTED_TILES, "long_skip")
+    forward = json.loads((tmp_path / "tune_long_skip.json").read_text())["table"][0]
+    assert forward["refused"] == {"[64, 128, 32, 4, 3]": "other bits"}
+    assert json.loads((tmp_path / "tuned/cpu.json").read_text()).keys() == {"long_skip forward", "long_skip backward"}
 
 
 def stage_parts(stage, *arguments):

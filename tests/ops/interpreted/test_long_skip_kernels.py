@@ -278,15 +278,42 @@ def test_gradient_of_another_dtype_or_alignment():
         assert all(torch.equal(*pair) for pair in zip(gradients(problem)[0], expected, strict=True))
 
 
-def test_configurations_agree(monkeypatch):
-    """Few and many rows differ in blocks alone, and block_k is the same: equal bits."""
-    problem = Problem(70, 72, DTYPES[0])
-    results = []
-    for rows in ("few", "many"):
-        pick = lambda arch, kind, *_, rows=rows: long_skip_tiles.CONFIGS[arch, kind, rows]  # noqa: E731
+@pytest.mark.parametrize("dtypes", [(BF16, BF16, BF16), (FP32, BF16, BF16)])
+def test_configurations_agree(dtypes, monkeypatch):
+    """All that a launch may be given differ in what cannot change a bit. One with another block_k would."""
+    problem = Problem(70, 136, dtypes)
+    results, used = [], set()
+    for place in range(4):
+
+        def pick(part, kind, *_, place=place):
+            allowed = long_skip_tiles.configurations(90, part, kind)
+            tiles = allowed[min(place, len(allowed) - 1)]
+            used.add((part, tiles))
+            return tiles
+
         monkeypatch.setattr(long_skip_tiles, "tiles_for", pick)
         results.append([problem.ours(), *gradients(problem)[0]])
-    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    for result in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], result, strict=True))
+    kinds = ("mixed", "16-bit, float32 out") if dtypes[0] == FP32 else ("16-bit", "16-bit")
+    for part, kind in zip(("forward", "backward"), kinds, strict=True):
+        assert {tiles for each, tiles in used if each == part} == {*long_skip_tiles.configurations(90, part, kind)}
+
+
+def test_every_configuration_that_a_table_may_name_is_compiled_and_orders_sums_alike():
+    compiled = {
+        arch: {
+            (case.constants["BLOCK_M"], case.constants["BLOCK_N"], case.constants["BLOCK_K"], *case.options.values())
+            for case in long_skip_forward.aot_cases(arch) + long_skip_backward.aot_cases(arch)
+            if "BLOCK_M" in case.constants
+        }
+        for arch in (80, 90)
+    }
+    for arch, kind, _ in long_skip_tiles.CONFIGS:
+        for part in ("forward", "backward"):
+            allowed = long_skip_tiles.configurations(arch, part, kind)
+            assert set(allowed) <= compiled[arch]
+            assert len({tiles.block_k for tiles in allowed}) == 1
 
 
 def test_empty_batch():
