@@ -28,8 +28,9 @@ FLOORS = [
     {"objectives"},
     {"methods"},
     {"runs"},
-    {"recipes", "checkpoint", "evaluation", "analysis"},
+    {"recipes", "checkpoint", "analysis"},
     {"sampling"},
+    {"evaluation"},
     {"train", "report", "preparation"},
     {"benchmarks"},  # of the training step too
     {"info"},

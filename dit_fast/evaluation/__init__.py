@@ -1,0 +1,1 @@
+"""Numbers of a model's images, each with the protocol that it was measured by."""
