@@ -16,11 +16,11 @@ INSTALLED := $(VENV)/.installed
 EXTRAS := train,dev,diffusers,repa,twemoji
 CODE := dit_fast examples
 
-.PHONY: help install native quickstart test test-kernels test-long chaos matrix gpu-suite test-gpu-image pytest lint format clean
+.PHONY: help install native quickstart test test-kernels test-long chaos matrix gpu-suite test-gpu-image docs pytest lint format clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
-	@echo "make native | test | test-kernels | test-long | chaos | matrix | gpu-suite | test-gpu-image | lint | format | clean"
+	@echo "make native | test | test-kernels | test-long | chaos | matrix | gpu-suite | test-gpu-image | docs | lint | format | clean"
 
 install: $(INSTALLED)
 
@@ -90,12 +90,19 @@ test-gpu-image:
 	@$(IMAGE)/bin/python -m pip install --quiet $(PIP_ARGS) -c $(IMAGE)/constraints.txt -e '.[train,dev,ode]'
 	$(IMAGE)/bin/python -m pytest -n 2
 
-
 # On a GPU machine, with its own Python, no network and nothing installed: docs/gpu-day.md.
 #   make gpu-suite STAGE=correct|tune|decide [COMMIT=sha] [OUT=folder] [PYTHON=python3.12]
 gpu-suite:
 	$(PYTHON) -m dit_fast.benchmarks.gpu_suite --stage '$(STAGE)' $(if $(COMMIT),--commit '$(COMMIT)') \
 		$(if $(OUT),--out '$(OUT)')
+
+# The site, in docs/_build/html: the pages of docs/, the API from docstrings, tables from benchmarks/results.
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build -W --keep-going -q -j auto docs docs/_build/html
+
+$(VENV)/.docs: $(INSTALLED)
+	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[docs]'
+	@touch $@
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -134,7 +134,7 @@ def measure(world: World, seconds: float = SECONDS) -> dict[str, Any]:
     rounds = interleave(prepared, clock_for(world.device), samples=SAMPLES, seconds=seconds, warm_up=1)
     for name, turns in rounds.items():
         found[name]["median_s"] = summarise([times[0] for times in turns]).median
-    return {"benchmark": "optimizer", "model": MODEL, "parameters": count, "sides": found}
+    return {"schema": 1, "run": "optimizer", "model": MODEL, "parameters": count, "sides": found}
 
 
 def _again(gradients: list[tuple[Any, Any]], run: Callable[[], Any], _: int, mark: Callable[[], None]) -> None:

@@ -14,6 +14,7 @@ from dit_fast.benchmarks.cases import BENCHMARKS, case, long_skip
 from dit_fast.benchmarks.cases.case import Benchmark, Case, Setting, Side, Target, Work
 from dit_fast.benchmarks.ceilings import Ceilings
 from dit_fast.benchmarks.measure import measure_case
+from dit_fast.benchmarks.report import markdown
 from dit_fast.benchmarks.results import check, environment, load_all, save
 from dit_fast.benchmarks.run import _judged, run
 from dit_fast.benchmarks.step import StepSetting, step_cases, step_measures
@@ -109,6 +110,12 @@ def test_saved_is_what_was_measured_with_short_lists_on_one_line(result, tmp_pat
     (tmp_path / "again" / "cpu" / "bad.json").write_text("{")
     with pytest.raises(UserError, match=r"bad\.json is not JSON"):
         load_all(tmp_path / "again")
+
+
+def test_what_is_committed_can_be_shown():
+    results = load_all()
+    assert {"cpu", "nvidia-h200"} <= {result["device"]["slug"] for result in results}
+    assert all(markdown(result).startswith(f"## {result['benchmark']} on ") for result in results)
 
 
 def test_targets_are_judged_both_ways():

@@ -1,0 +1,24 @@
+"""The site has a place for every page and for every public op (`make docs` builds it with warnings as errors)."""
+
+import re
+from pathlib import Path
+
+import dit_fast.ops
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_every_page_is_in_the_table_of_contents():
+    index = (DOCS / "index.md").read_text()
+    listed = set(re.findall(r"^[\w/-]+$", index, re.MULTILINE))
+    assert {page.stem for page in DOCS.glob("*.md")} - {"index"} <= listed
+    api = (DOCS / "api" / "index.md").read_text()
+    listed = set(re.findall(r"^\w+$", api, re.MULTILINE))
+    assert {page.stem for page in (DOCS / "api").glob("*.md")} - {"index"} <= listed
+
+
+def test_every_public_op_is_in_the_reference():
+    page = (DOCS / "api" / "ops.md").read_text()
+    described = set(re.findall(r"dit_fast\.ops\.(\w+)$", page, re.MULTILINE))
+    public = {name for name, value in vars(dit_fast.ops).items() if callable(value) and not name.startswith("_")}
+    assert public == described
