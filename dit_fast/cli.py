@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     from dit_fast.preparation import command as shards
     from dit_fast.report import command as report
     from dit_fast.sampling import command as sampling
+    from dit_fast.sweep import command as sweep
 
     parser = terminal.Parser(prog="dit-fast", description="Train diffusion transformers, fast and exactly.")
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised (any command)")
@@ -42,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
     commands.add_parser("train", help="train in one process: dit-fast train RECIPE key=value ...", add_help=False)
     commands.add_parser("bench", help="measure ops and the whole training step: dit-fast bench NAME", add_help=False)
+    sweep.add_commands(commands)
     shards.add_commands(commands)
     sampling.add_commands(commands)
     report.add_commands(commands)

@@ -147,6 +147,7 @@ class TrainConfig:
         return self.run.seed if self.run.noise_seed is None else self.run.noise_seed
 
 
+SEEDS = ("run.seed", "data.seed", "run.noise_seed")  # of initial weights, the order of the samples, a step's draws
 RECOMPUTE = "model.checkpoint_blocks"
 # groups of keys, and keys, by their former names
 MOVED = {"flow": "objective", RECOMPUTE: "engine.activation_checkpointing"}

@@ -32,6 +32,7 @@ FLOORS = [
     {"sampling"},
     {"evaluation"},
     {"train", "report", "preparation"},
+    {"sweep"},
     {"benchmarks"},  # of the training step too
     {"info"},
     {"cli"},

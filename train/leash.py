@@ -4,6 +4,7 @@
 one of these does not reach the ranks, and they would train on. So each rank watches them. When
 one has died, the rank gets SIGTERM, as if it had been asked to stop: it saves and leaves, or ends at once where it has
 not begun to train. What is left after GRACE seconds is killed; DeepSpeed's launcher grants as many to what it stops.
+The runs of `dit-fast sweep` end with it in the same way.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 GRACE = 30.0
+SWEEP = "DIT_FAST_SWEEP"  # its process, which has set this
 LAUNCHED = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # set by DeepSpeed's launcher, by torchrun
 DEEPSPEED = ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")  # the command, above its launcher
 LAUNCHER = "deepspeed.launcher.launch"
@@ -26,9 +28,12 @@ def arm() -> None:
 
     Nothing is armed under srun and mpirun, which end their tasks themselves, or where the system has no pidfd.
     """
-    if not any(name in os.environ for name in LAUNCHED) or not hasattr(os, "pidfd_open"):
+    launched, sweep = any(name in os.environ for name in LAUNCHED), os.environ.get(SWEEP, "")
+    if not (launched or sweep.isdecimal()) or not hasattr(os, "pidfd_open"):
         return
-    chain = _chain(os.getppid())
+    chain = _chain(os.getppid()) if launched else [os.getppid()]
+    if chain and sweep.isdecimal():
+        chain.append(int(sweep))
     descriptors = []
     for pid in chain:
         with contextlib.suppress(OSError):

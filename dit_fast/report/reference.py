@@ -17,7 +17,7 @@ import dit_fast
 from dit_fast.data import DatasetInfo
 from dit_fast.errors import DataError
 from dit_fast.report.metrics import Metrics
-from dit_fast.runs import TrainConfig, forbidden_changes, stored
+from dit_fast.runs import SEEDS, TrainConfig, forbidden_changes, stored
 
 FOLDER = Path(dit_fast.__file__).parent / "benchmarks" / "results" / "cpu" / "curves"
 STEPS, EVERY = 200, 10  # of a recorded run; those that a recorded point is the mean of
@@ -26,7 +26,6 @@ FEWEST = 4  # points
 ALARM = 0.001  # nominal chance that a run like the recorded ones is off, over all points of all quantities
 FLOOR = 0.01  # of the mean: the least half width, for what hardly varies from run to run
 NEIGHBOURS = 2  # points on either side whose variances are pooled
-SEEDS = ("run.seed", "data.seed", "run.noise_seed")
 NO_VALUES = {"step", "samples", "epoch", "lr", "skipped", "samples_per_s", "mfu", "seconds"}  # of metrics.jsonl
 
 

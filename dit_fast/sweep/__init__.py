@@ -1,0 +1,1 @@
+"""`dit-fast sweep`: recipes times seeds, each an ordinary run in a folder of its own."""
