@@ -1,4 +1,4 @@
-"""Linear maps that read a weight's shadow, and products whose results are wider than their factors.
+"""Linear maps that read a weight's shadow or run by oneDNN, and products whose results are wider than their factors.
 
 A parameter's shadow is its copy in autocast's dtype, `parameter.shadow`, which an engine keeps and the optimizer writes
 with the parameter. A linear map then reads it where autocast would make that copy anew in every step: the same values.
@@ -14,18 +14,28 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from dit_fast.ops import onednn
 from dit_fast.ops.autocast import autocast_dtype
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`, from the shadows where there are some."""
-    shadow = shadow_of(weight, autocast_dtype(x))
+    """`F.linear`, from the shadows where there are some, on the CPU by oneDNN's where that pays."""
+    dtype = autocast_dtype(x)
+    shadow = shadow_of(weight, dtype)
+    if shadow is None and dtype is None and x.dtype is weight.dtype and onednn.pays(x) and not _transformed():
+        shadow = weight.detach()
     if shadow is None:
         return F.linear(x, weight, bias)
     bias_shadow = None if bias is None else in_dtype(bias, shadow.dtype)
     if not torch.is_grad_enabled():
-        return F.linear(x, shadow, bias_shadow)
+        return _linear(x, shadow, bias_shadow)
     return _Linear.apply(x.to(shadow.dtype), weight, bias, shadow, bias_shadow)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.dtype is not weight.dtype or not onednn.pays(x):
+        return F.linear(x, weight, bias)
+    return onednn.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
 
 
 def linear_of_all(x: Tensor, layers: Sequence[Any], width: int) -> list[tuple[Tensor, ...]] | None:
@@ -52,9 +62,12 @@ def shadow_of(parameter: Tensor, dtype: torch.dtype | None) -> Tensor | None:
     shadow = getattr(parameter, "shadow", None)
     if shadow is None or shadow.dtype is not dtype:
         return None
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return None
-    return shadow
+    return None if _transformed() else shadow
+
+
+def _transformed() -> bool:
+    """Whether another derivative than one in reverse mode may be taken of what is called here."""
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
 def in_dtype(parameter: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,23 +111,24 @@ def sum_of_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """(x, weight, bias, their shadows) -> the map of x by the shadows."""
+    """(x, weight, bias, their shadows, or themselves again) -> the map of x by the shadows."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shadow: Tensor, bias_shadow: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(x, weight, shadow)
-        return F.linear(x, shadow, bias_shadow)
+        return _linear(x, shadow, bias_shadow)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, shadow = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            shadow = weight.to(shadow.dtype)  # a second derivative reaches the weight
-        rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = torch.mm(rows, shadow).view(x.shape) if needs_x else None
+        rows, grad_x = grad.reshape(-1, grad.shape[-1]), None
+        if needs_x and torch.is_grad_enabled():  # a second derivative reaches the weight
+            grad_x = torch.mm(rows, weight.to(shadow.dtype)).view(x.shape)
+        elif needs_x:
+            grad_x = _linear(rows, shadow.t(), None).view(x.shape)
         grad_weight = product(rows.t(), x.reshape(-1, x.shape[-1]), weight.dtype) if needs_weight else None
         return grad_x, grad_weight, sum_of_rows(rows, weight.dtype) if needs_bias else None, None, None
 

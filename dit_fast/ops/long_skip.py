@@ -20,7 +20,6 @@ is kept and engines that free parameters between the passes can.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -30,6 +29,7 @@ from dit_fast.ops._op import Op, differentiable, spread, triton, wide
 from dit_fast.ops._register import define
 from dit_fast.ops.autocast import autocast_dtype, linear_dtype, without_autocast
 from dit_fast.ops.layer_norm import layer_norm
+from dit_fast.ops.linear import linear
 from dit_fast.ops.row_statistics import RowStatistics, known
 
 
@@ -102,7 +102,7 @@ def _reference(
     normalised = layer_norm(joined.to(statistics), eps, *affine).to(joined.dtype)
     if autocast_dtype(x) is None:
         normalised = normalised.to(weight.dtype)
-    return F.linear(normalised, weight, bias)
+    return linear(normalised, weight, bias)
 
 
 def _fake_forward(
