@@ -1,4 +1,4 @@
-"""`dit-fast report RUN`."""
+"""`dit-fast report RUN` and `dit-fast compare RUN ...`."""
 
 import argparse
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def add_commands(subparsers: Any) -> None:
-    """Adds the command; it sets `run`, a function of the parsed options."""
+    """Adds the commands; each sets `run`, a function of the parsed options."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
     reporting = subparsers.add_parser("report", help="write report.html about a run", formatter_class=formatter)
     reporting.set_defaults(run=_report)
@@ -15,6 +15,48 @@ def add_commands(subparsers: Any) -> None:
     reporting.add_argument("--data", help="where the data set of both runs lies now, if it moved")
     reporting.add_argument("--out", type=Path, help="folder for report.html and its pictures (default: RUN/report)")
     reporting.add_argument("--note", action="append", default=[], help="a remark to show at the top; may be repeated")
+    comparing = subparsers.add_parser(
+        "compare",
+        help="compare what was measured of runs, over training seeds",
+        description="Means and spread over training seeds, and whether a gap says anything. "
+        "Example: dit-fast compare runs/study --by method --metric FD-EffLite0",
+    )
+    comparing.set_defaults(run=_compare)
+    comparing.add_argument(
+        "folders", metavar="RUN", type=Path, nargs="+", help="run folders, or folders that hold runs"
+    )
+    comparing.add_argument(
+        "--by", action="append", default=[], metavar="KEY",
+        help="a key, or a group of keys, whose values make the groups (method, model.skip_wiring, optimizer, ...); may "
+        "be repeated (default: all in which the runs differ)",
+    )  # fmt: skip
+    comparing.add_argument(
+        "--metric", action="append", default=[], help="may be repeated (default: all that are shared)"
+    )
+    comparing.add_argument("--step", type=int, help="of the weights (default: the last at which all were evaluated)")
+    comparing.add_argument("--baseline", metavar="GROUP", help="what the others are compared with (default: the first)")
+    comparing.add_argument(
+        "--margin", type=float, help="gap, as a share of the mean, below which nothing is said (default: 0.013)"
+    )
+    comparing.add_argument("--out", type=Path, metavar="FILE", help="also write all of it as JSON")
+
+
+def _compare(options: argparse.Namespace) -> int:
+    import json
+
+    from dit_fast import files
+    from dit_fast.report.comparison import MARGIN, compare, text
+    from dit_fast.sampling.output import check_writable, writing
+
+    if options.out:
+        check_writable(options.out.parent)
+    margin = MARGIN if options.margin is None else options.margin
+    found = compare(options.folders, options.by, options.metric, options.step, options.baseline, margin)
+    print("\n\n".join(text(comparison) for comparison in found))
+    if options.out:
+        with writing(options.out):
+            files.replace(options.out, f"{json.dumps([each.json() for each in found], indent=1)}\n".encode())
+    return 0
 
 
 def _report(options: argparse.Namespace) -> int:
