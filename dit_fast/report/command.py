@@ -19,7 +19,7 @@ def add_commands(subparsers: Any) -> None:
         "compare",
         help="compare what was measured of runs, over training seeds",
         description="Means and spread over training seeds, and whether a gap says anything. "
-        "Example: dit-fast compare runs/study --by method --metric FD-EffLite0",
+        "Example: dit-fast compare runs/pair --by method --metric FD-EffLite0",
     )
     comparing.set_defaults(run=_compare)
     comparing.add_argument(

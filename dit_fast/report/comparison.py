@@ -134,15 +134,19 @@ def text(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
+def _runs_in(folder: Path) -> list[Path]:
+    """The folder, if it is a run; else the runs below it, at any depth."""
+    if (folder / "config.json").exists():
+        refuse_runs_inside(folder)
+        return [folder]
+    inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    return [run for path in inside for run in _runs_in(path)]
+
+
 def _expanded(folders: Sequence[Path]) -> list[Path]:
-    """Runs, and the runs in folders that are none themselves."""
     found: list[Path] = []
     for folder in folders:
-        if (folder / "config.json").exists():
-            refuse_runs_inside(folder)
-            found.append(folder)
-            continue
-        inside = sorted(path.parent for path in folder.glob("*/config.json"))
+        inside = _runs_in(folder)
         if not inside:
             raise DataError(f"{folder}: neither a run nor a folder that holds runs (config.json is missing)")
         found += inside

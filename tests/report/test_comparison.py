@@ -75,6 +75,8 @@ def test_better_is_said_only_where_the_runs_carry_it(make, one, other, verdict):
 def test_draws_of_one_run_are_one_value(make):
     make("a", (1.0, 2.0, 6.0))
     folder = make("b", (5.0,), "optimizer.lr=1e-3").parent
+    (folder / "deeper").mkdir()
+    (folder / "b").rename(folder / "deeper" / "b")
     (found,) = compare([folder])  # a folder of runs stands for them
     assert [group.values for group in found.groups] == [(3.0,), (5.0,)]
 
