@@ -28,10 +28,10 @@ HIGHER = ("IS", "precision", "recall")  # is better; of other metrics, lower is
 class Protocol:
     """All that decides a number beside the weights. Equal protocols give comparable numbers.
 
-    network: what gave the features, and sha256 of its weights. resizing: how images came to its input. metrics: how the
-    numbers are made of features where that is a choice (splits of IS, kernel of KD). reference: name and, in
-    reference_identity, hash of what was compared with; reference_count: its images, None where a file of statistics
-    does not say. count: images evaluated; size: "256x256". labels: "balanced", "random", or None where images were
+    network: what gave the features; network_identity: with the hash of its weights. resizing: how images came to its
+    input. metrics: how the numbers are made of features where that is a choice (splits of IS, kernel of KD).
+    reference: name and, in reference_identity, hash of what was compared with; reference_count: its images, None where
+    a file of statistics does not say. count: images evaluated; size: "256x256". labels: "balanced", "random", or None
     given without. The rest tells how a run drew them: sampler (with all its options, as captions have it), num_steps,
     nfe (evaluations of the model per image, counted; the two branches of guidance are one), guidance scale and
     [low, high] in t (1 is noise), seed, weights ("ema 0.9999" or "raw"), precision, decoder (identity of the
@@ -39,7 +39,7 @@ class Protocol:
     """
 
     network: str
-    network_sha256: str
+    network_identity: str
     resizing: str
     metrics: str
     reference: str

@@ -18,9 +18,10 @@ from dit_fast.evaluation.records import (
 )
 
 PROTOCOL = Protocol(
-    network="Inception (ADM)", network_sha256="ab", resizing="bilinear to 299", metrics="", reference="ref.npz",
+    network="Inception (ADM)", network_identity="ab", resizing="bilinear to 299", metrics="", reference="ref.npz",
     reference_identity="cd", reference_count=None, count=50_000, size="256x256", labels="random",
-    sampler="heun, 20 steps", num_steps=20, nfe=39, guidance=1.8, guidance_interval=(0.0, 0.7), seed=0, weights="ema 0.9999", precision="fp32",
+    sampler="heun, 20 steps", num_steps=20, nfe=39, guidance=1.8, guidance_interval=(0.0, 0.7), seed=0,
+    weights="ema 0.9999", precision="fp32",
     decoder="kl-vae 12",
 )  # fmt: skip
 
