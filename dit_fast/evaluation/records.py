@@ -32,10 +32,10 @@ class Protocol:
     input. metrics: how the numbers are made of features where that is a choice (splits of IS, kernel of KD).
     reference: name and, in reference_identity, hash of what was compared with; reference_count: its images, None where
     a file of statistics does not say. count: images evaluated; size: "256x256". labels: "balanced", "random", or None
-    given without. The rest tells how a run drew them: sampler (with all its options, as captions have it), num_steps,
-    nfe (evaluations of the model per image, counted; the two branches of guidance are one), guidance scale and
-    [low, high] in t (1 is noise), seed, weights ("ema 0.9999" or "raw"), precision, decoder (identity of the
-    autoencoder); None for images from files. samples: where such images come from.
+    where images were given without. The rest tells how a run drew them: sampler (with all its options, as captions
+    have it), num_steps, nfe (evaluations of the model per image, counted; the two branches of guidance are one),
+    guidance scale and [low, high] in t (1 is noise), seed, weights ("ema 0.9999" or "raw"), precision, decoder
+    (identity of the autoencoder); None for images from files. samples: where such images come from.
     """
 
     network: str

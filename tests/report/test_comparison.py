@@ -14,7 +14,7 @@ from dit_fast.recipes import load
 from dit_fast.report.comparison import compare
 
 PROTOCOL = Protocol(
-    network="EffLite0", network_sha256="ab", resizing="bicubic 224", metrics="", reference="shards",
+    network="EffLite0", network_identity="ab", resizing="bicubic 224", metrics="", reference="shards",
     reference_identity="cd", reference_count=60000, count=1000, size="32x32", labels="balanced", sampler="heun",
     num_steps=20, nfe=39, guidance=1.0, seed=0, weights="ema 0.999", precision="fp32", decoder="pca",
 )  # fmt: skip
