@@ -22,10 +22,14 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Mark:
-    """What is known of an installed forward, so that a second `apply` and `undo` recognise it."""
+    """What is known of an installed forward, so that a second `apply` and `undo` recognise it.
+
+    not_on_cpu: whether calls with CPU tensors are left to the class's own forward.
+    """
 
     op: str
     backend: str
+    not_on_cpu: bool
 
 
 # By the function itself: functools.wraps copies attributes, and the deep copy of a module shares the function.
@@ -75,7 +79,7 @@ def installed(module: nn.Module) -> Mark | None:
     return _INSTALLED.get(own.__func__) if isinstance(own.__func__, types.FunctionType) else None
 
 
-def install(candidate: Candidate, backend: str, said: set[str]) -> Forward:
+def install(candidate: Candidate, backend: str, said: set[str], not_on_cpu: bool) -> Forward:
     """Puts the new forward on the instance and returns its function. said: what was logged once already."""
 
     def log(why: str) -> None:
@@ -84,8 +88,8 @@ def install(candidate: Candidate, backend: str, said: set[str]) -> Forward:
             said.add(text)
             logger.warning("patch: %s (%s; said once for all like it)", text, candidate.path or "the model")
 
-    function = dispatch(candidate, log)
-    _INSTALLED[function] = Mark(candidate.op, backend)
+    function = dispatch(candidate, log, not_on_cpu)
+    _INSTALLED[function] = Mark(candidate.op, backend, not_on_cpu)
     # A bound method: copy.deepcopy binds the copy's to the copy.
     vars(candidate.module)["forward"] = types.MethodType(function, candidate.module)
     return function
@@ -128,8 +132,11 @@ def _described(function: Any) -> str:
     return f"{type(function).__module__}.{type(function).__qualname__}"
 
 
-def dispatch(candidate: Candidate, otherwise: Callable[[str], None]) -> Forward:
-    """The new forward where it takes the call and its parts are as proven; else otherwise(why) and the class's own."""
+def dispatch(candidate: Candidate, otherwise: Callable[[str], None], not_on_cpu: bool = False) -> Forward:
+    """The new forward where it takes the call and its parts are as proven; else otherwise(why) and the class's own.
+
+    not_on_cpu: the class's own, and nothing said, where the first tensor of a call lies on the CPU.
+    """
     new, own, parts = candidate.forward, type(candidate.module).forward, candidate.parts()
     signature = inspect.signature(own)
     entries = signature.parameters.values()
@@ -142,6 +149,8 @@ def dispatch(candidate: Candidate, otherwise: Callable[[str], None]) -> Forward:
     otherwise._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def forward(self: Any, *arguments: Any, **named: Any) -> Any:
+        if not_on_cpu and _on_cpu(*arguments, *named.values()):
+            return type(self).forward(self, *arguments, **named)
         why = changed(self, parts) if type(self).forward is own else "its class has another forward now"
         if why is None:
             values = leading(arguments, named) if named or len(arguments) != count else arguments
@@ -167,6 +176,10 @@ def dispatch(candidate: Candidate, otherwise: Callable[[str], None]) -> Forward:
     forward.__signature__ = signature  # type: ignore[attr-defined]
     forward.__doc__ = own.__doc__
     return forward
+
+
+def _on_cpu(*values: Any) -> bool:
+    return next((value.device.type == "cpu" for value in values if isinstance(value, Tensor)), False)
 
 
 def _shown(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> str:

@@ -65,7 +65,7 @@ def _single(module):
     for parameter in holder.parameters():
         nn.init.normal_(parameter, std=0.2)
     twin = copy.deepcopy(module)
-    assert patch.apply(holder).report.replaced["only"]
+    assert patch.apply(holder, ops=patch.OPS).report.replaced["only"]
     return module, twin
 
 
@@ -202,7 +202,7 @@ def test_what_changes_after_apply_takes_effect_and_is_named(change, caplog):
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     twin = copy.deepcopy(model)
-    patch.apply(model)
+    patch.apply(model, ops=patch.OPS)
     before = leaves(model(*inputs()))[0]
     results = []
     for one in (model, twin):
@@ -219,7 +219,7 @@ def test_what_changes_after_apply_takes_effect_and_is_named(change, caplog):
 
 def test_hooks_on_all_modules_run(caplog):
     model = Transformer("sit", depth=1)
-    patch.apply(model)
+    patch.apply(model, ops=patch.OPS)
     seen = []
     with caplog.at_level(logging.WARNING, "dit_fast"):
         handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
@@ -277,7 +277,7 @@ def test_transforms_are_right_or_refused():
     """torch.func.grad and reverse mode once: right. vmap and second derivatives: an error that names the op."""
     model = Transformer("input", depth=2, qk_norm=True).eval()
     twin = copy.deepcopy(model)
-    patch.apply(model)
+    patch.apply(model, ops=patch.OPS)
     x, t, y = inputs()
 
     def loss(one, parameters, x):

@@ -63,7 +63,7 @@ def _pair(build, **options):
 @loop_over("build", [_dit, _hunyuan])
 def test_fifty_steps_have_the_same_losses(build):
     model, patched = _pair(build)
-    handle = patch.apply(patched)
+    handle = patch.apply(patched, ops=patch.OPS)
     assert not handle.report.refused
     wanted = {"adaln", "gelu_mlp"} if build is _dit else {"long_skip", "gelu_mlp"}
     assert set(handle.report.replaced.values()) == wanted
@@ -74,14 +74,14 @@ def test_fifty_steps_have_the_same_losses(build):
 @loop_over("build", [_dit, _hunyuan])
 def test_bf16_autocast_trains_alike(build):
     model, patched = _pair(build)
-    patch.apply(patched)
+    patch.apply(patched, ops=patch.OPS)
     check_bf16_autocast(model.train(), patched.train(), _loss)
 
 
 @loop_over("build", [_dit, _hunyuan])
 def test_weights_in_bf16(build):
     model, patched = (module.bfloat16().eval() for module in _pair(build))
-    patch.apply(patched)
+    patch.apply(patched, ops=patch.OPS)
     ours, theirs = _call(patched), _call(model)
     assert ours.dtype == theirs.dtype
     assert (ours - theirs).float().norm() <= 2e-2 * theirs.float().norm()
@@ -104,7 +104,7 @@ def test_a_subclass_with_a_forward_of_its_own_stays():
 @loop_over("build", [_dit, _hunyuan])
 def test_gradients_also_with_checkpointing_and_undo(build):
     model, patched = _pair(build)
-    handle = patch.apply(patched)
+    handle = patch.apply(patched, ops=patch.OPS)
     if build is _dit:
         patched.enable_gradient_checkpointing()
     for module in (model.train(), patched.train()):
@@ -128,7 +128,7 @@ def test_other_activations_and_dropout_stay():
 
 def test_feed_forward_chunks_take_the_blocks_own_forward():
     model, patched = _pair(_dit)
-    patch.apply(patched)
+    patch.apply(patched, ops=patch.OPS)
     for module in (model, patched):
         module.eval()
         module.transformer_blocks[0].set_chunk_feed_forward(2, 1)

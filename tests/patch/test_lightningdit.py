@@ -136,7 +136,7 @@ def loss(model, number):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_fifty_steps_have_the_same_losses(variant):
     model, patched = pair(variant)
-    handle = patch.apply(patched)
+    handle = patch.apply(patched, ops=patch.OPS)
     assert not handle.report.refused
     taken = {path: op for path, op in handle.report.replaced.items() if "mlp" not in path}
     blocks = ("blocks.0", "blocks.0.attn", "blocks.1", "blocks.1.attn", "final_layer")
@@ -147,14 +147,14 @@ def test_fifty_steps_have_the_same_losses(variant):
 @loop_over("variant", VARIANTS)
 def test_bf16_autocast_trains_alike(variant):
     model, patched = pair(variant)
-    patch.apply(patched)
+    patch.apply(patched, ops=patch.OPS)
     check_bf16_autocast(model, patched, loss)
 
 
 @loop_over("variant", VARIANTS)
 def test_fp64_gradients_of_every_parameter(variant):
     model, patched = (module.double() for module in pair(variant))
-    patch.apply(patched)
+    patch.apply(patched, ops=patch.OPS)
     for module in (model.eval(), patched.eval()):
         loss_of(module(*inputs(dtype=torch.float64))).backward()
     for (name, ours), theirs in zip(patched.named_parameters(), model.parameters(), strict=True):
@@ -166,7 +166,7 @@ def test_fp64_gradients_of_every_parameter(variant):
 def test_tables_go_to_the_op_only_where_they_mean_the_same(monkeypatch, rope, fused):
     """A module that turns other channels together is called as it is; so is one with hooks."""
     model, patched = (one.eval() for one in pair("qknorm", rope))
-    patch.apply(patched)
+    patch.apply(patched, ops=patch.OPS)
     real, given = published.qk_norm, []
 
     def seen(*arguments):

@@ -172,7 +172,7 @@ def test_wiring_and_collected_features_are_told_apart(kind, later):
     torch.manual_seed(0)
     model = Transformer(kind, later=later)
     model.block_diversity_loss = False  # what it collects is proven for the flag's other value, too
-    handle = patch.apply(model)
+    handle = patch.apply(model, ops=patch.OPS)
     assert handle.report.replaced[""] == "long_skip"
     for flag in (False, True):
         for training in (False, True):
@@ -210,7 +210,7 @@ def test_without_its_skips_the_model_runs_its_own_forward():
     torch.manual_seed(0)
     model = Switched("output").eval()
     model.skip_layer_connection = True
-    patch.apply(model)
+    patch.apply(model, ops=patch.OPS)
     model.skip_layer_connection = False
     for ours, theirs in zip(leaves(model(*inputs())), leaves(Switched.forward(model, *inputs())), strict=True):
         torch.testing.assert_close(ours, theirs)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from dit_fast import patch
+from dit_fast import _C, patch
 from dit_fast.errors import ConfigError, UserError
+from dit_fast.patch import published
 from tests.helpers.cases import loop_over
 from tests.helpers.published_models import (
     KINDS,
@@ -34,7 +35,7 @@ def _loss(model, number):
 @loop_over("kind", KINDS)
 def test_fifty_steps_have_the_same_losses(kind):
     model, patched = _pair(kind, qk_norm=kind == "sit")
-    handle = patch.apply(patched)
+    handle = patch.apply(patched, ops=patch.OPS)
     assert not handle.report.refused
     assert ("long_skip" in handle.report.replaced.values()) == (kind in ("input", "output"))
     assert list(patched.state_dict()) == list(model.state_dict())
@@ -44,14 +45,14 @@ def test_fifty_steps_have_the_same_losses(kind):
 @loop_over("kind", ["repa", "input", "output"])
 def test_bf16_autocast_trains_alike(kind):
     model, patched = _pair(kind, qk_norm=True)
-    patch.apply(patched)
+    patch.apply(patched, ops=patch.OPS)
     check_bf16_autocast(model, patched, _loss)
 
 
 @loop_over("kind", ["repa", "output"])
 def test_weights_in_bf16(kind):
     model, patched = (module.bfloat16().eval() for module in _pair(kind, qk_norm=True))
-    patch.apply(patched)
+    patch.apply(patched, ops=patch.OPS)
     batch = inputs(dtype=torch.bfloat16)
     for ours, theirs in zip(leaves(patched(*batch)), leaves(model(*batch)), strict=True):
         assert ours.dtype == theirs.dtype
@@ -61,7 +62,7 @@ def test_weights_in_bf16(kind):
 @loop_over("kind", KINDS)
 def test_fp64_gradients_of_every_parameter(kind):
     model, patched = (module.double() for module in _pair(kind, qk_norm=True))
-    patch.apply(patched)
+    patch.apply(patched, ops=patch.OPS)
     for module in (model.eval(), patched.eval()):
         loss_of(module(*inputs(dtype=torch.float64))).backward()
     for (name, ours), theirs in zip(patched.named_parameters(), model.parameters(), strict=True):
@@ -71,13 +72,13 @@ def test_fp64_gradients_of_every_parameter(kind):
 
 def test_a_pickled_model_comes_back_unpatched_and_can_be_patched():
     model, patched = _pair("input")
-    handle = patch.apply(patched)
+    handle = patch.apply(patched, ops=patch.OPS)
     buffer = io.BytesIO()
     torch.save(patched, buffer)
     back = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
     for ours, theirs in zip(leaves(back.eval()(*inputs())), leaves(model.eval()(*inputs())), strict=True):
         assert torch.equal(ours, theirs)
-    assert patch.apply(back).report == handle.report
+    assert patch.apply(back, ops=patch.OPS).report == handle.report
 
 
 def test_the_report_reads_well():
@@ -87,13 +88,31 @@ def test_the_report_reads_well():
         "long_skip: the model",
         "adaln: blocks.0, blocks.1, blocks.2, ... (5 in all)",
         "gelu_mlp: blocks.0.mlp, blocks.2.mlp, blocks.3.mlp",
+        "on a CPU the model's own forward stays for long_skip: plain torch would run it, at no gain",
         "unchanged: blocks.1.mlp (gelu_mlp: drop1 has p = 0.1, which the op does not apply)",
     ]
 
 
+@pytest.mark.skipif(_C.unavailable() is not None, reason="needs the C++ operators")
+@pytest.mark.parametrize(
+    ("options", "device", "runs"),
+    [({}, "cpu", False), ({}, "meta", True), ({"ops": patch.OPS}, "cpu", True), ({"backend": "torch"}, "cpu", True)],
+)
+def test_what_plain_torch_would_run_on_a_cpu_is_left_to_the_model_there(monkeypatch, options, device, runs):
+    """By the tensors of the call, as models are moved later; what is asked for by name runs."""
+    _, patched = _pair("sit", qk_norm=True)
+    handle = patch.apply(patched, **options)
+    assert handle.report.not_on_cpu == (set() if options else {"qk_norm"})
+    assert patch.apply(patched, **options).report == handle.report
+    called, op = [], published.qk_norm
+    monkeypatch.setattr(published, "qk_norm", lambda *given, **named: called.append(1) or op(*given, **named))
+    patched.blocks[0].attn.to(device)(torch.zeros(2, 16, 32, device=device))
+    assert bool(called) == runs
+
+
 def test_compiles_as_one_graph():
     model, patched = _pair("input", depth=2)
-    patch.apply(patched.eval())
+    patch.apply(patched.eval(), ops=patch.OPS)
     torch._dynamo.reset()
     compiled = torch.compile(patched, backend="aot_eager", fullgraph=True)
     for ours, theirs in zip(leaves(compiled(*inputs())), leaves(model.eval()(*inputs())), strict=True):
@@ -102,7 +121,7 @@ def test_compiles_as_one_graph():
 
 def test_runs_under_ddp(tmp_path):
     model, patched = _pair("repa")
-    patch.apply(patched)
+    patch.apply(patched, ops=patch.OPS)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(patched.eval())
@@ -118,7 +137,7 @@ def test_the_random_state_and_the_mode_are_kept():
     torch.manual_seed(5)
     state = torch.get_rng_state()
     weight = patched.blocks[0].mlp.fc1.weight.clone()
-    patch.apply(patched)
+    patch.apply(patched, ops=patch.OPS)
     assert torch.equal(torch.get_rng_state(), state)
     assert patched.training
     assert torch.equal(patched.blocks[0].mlp.fc1.weight, weight)
