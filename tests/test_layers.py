@@ -31,7 +31,7 @@ FLOORS = [
     {"recipes", "checkpoint", "analysis"},
     {"sampling"},
     {"evaluation"},
-    {"train", "report", "preparation"},
+    {"train", "report", "preparation", "exchange"},
     {"sweep"},
     {"benchmarks"},  # of the training step too
     {"info"},

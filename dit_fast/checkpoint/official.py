@@ -166,11 +166,14 @@ def export_official(model: nn.Module, family: str | None = None) -> dict[str, Te
     return {name.replace("projectors.0.", "projectors.", 1): tensor for name, tensor in result.items()}
 
 
-def save_official(model: nn.Module, path: str | Path, family: str | None = None) -> None:
+def save_official(
+    model: nn.Module, path: str | Path, family: str | None = None, about: Mapping[str, str] | None = None
+) -> None:
     """Writes `export_official(model, family)` as `.pt` (bare state_dict) or `.safetensors`, replacing the file at once.
 
     A `.safetensors` file also says num_heads, num_classes, label_dropout, skip_wiring, encoder_depth and
-    in_context_start in its header, as far as the model has them, and `load_official` reads them there.
+    in_context_start in its header, as far as the model has them, and `load_official` reads them there; about: what its
+    header says besides.
     """
     path = Path(path)
     state = export_official(model, family)
@@ -182,7 +185,8 @@ def save_official(model: nn.Module, path: str | Path, family: str | None = None)
         else:
             config = cast(SiT, model).config
             facts = ("skip_wiring", "num_heads", "num_classes", "label_dropout", "encoder_depth", "in_context_start")
-            header = {"format": "pt", **{name: str(getattr(config, name)) for name in facts if hasattr(config, name)}}
+            known = {name: str(getattr(config, name)) for name in facts if hasattr(config, name)}
+            header = {**(about or {}), "format": "pt", **known}
             if getattr(config, "auxiliary_depth", 0):
                 header["encoder_depth"] = str(config.auxiliary_depth)
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, file.name, metadata=header)

@@ -1,0 +1,46 @@
+"""`dit-fast export RUN OUT`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_commands(subparsers: Any) -> None:
+    """Adds the command; it sets `run`, a function of the parsed options."""
+    exporting = subparsers.add_parser(
+        "export",
+        help="write a run's weights as files that other tools load",
+        description="A folder for diffusers, with a model card, or the published codes' checkpoint. "
+        "Examples: dit-fast export RUN my-model (a folder); dit-fast export RUN model.safetensors --family repa",
+    )
+    exporting.set_defaults(run=_export)
+    exporting.add_argument("folder", metavar="RUN", type=Path, help="run folder, or one of its checkpoints")
+    exporting.add_argument("out", metavar="OUT", type=Path, help="FILE.safetensors, FILE.pt, or a new folder")
+    exporting.add_argument("--family", help="of a file: whose names (default: as the model is; docs/sampling.md)")
+    exporting.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or raw (default: ema)")
+    exporting.add_argument("--data", help="of a folder: where the run's data set lies now, if it moved")
+
+
+def _export(options: argparse.Namespace) -> int:
+    from dit_fast.checkpoint import save_official
+    from dit_fast.checkpoint.run import load_run
+    from dit_fast.errors import UserError
+    from dit_fast.exchange.folder import header, write_folder
+    from dit_fast.sampling.options import SampleOptions
+    from dit_fast.sampling.output import check_writable, writing
+
+    out: Path = options.out
+    for flag, value, kind in (("--family", options.family, "a file"), ("--data", options.data, "a folder")):
+        if value is not None and (kind == "a file") != bool(out.suffix):
+            raise UserError(f"{flag} is for {kind}, and {out} is {'a file' if out.suffix else 'a folder'}; drop it")
+    check_writable(out.parent)
+    run = load_run(options.folder, weights=options.weights)
+    with writing(out):
+        if out.suffix:
+            save_official(run.model, out, options.family, header(run))
+            print(out)
+        else:
+            dataset = run.dataset(options.data)
+            name = write_folder(run, options.folder, out, dataset, SampleOptions(weights=options.weights))
+            print(f"{out} ({name})")
+    return 0
