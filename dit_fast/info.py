@@ -2,11 +2,10 @@
 
 import importlib
 import importlib.util
-import os
 import platform
 from importlib import metadata
 
-from dit_fast import _C, __version__, backend, kernels
+from dit_fast import _C, __version__, backend, cpu, kernels
 
 # import name -> (what it is for, how to get it)
 OPTIONAL = {
@@ -31,7 +30,7 @@ def describe() -> str:
 
     lines = [
         f"dit_fast {__version__}   python {platform.python_version()}   torch {torch.__version__}",
-        f"cpu      {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        f"cpu      {cpu.describe()}",
     ]
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     if device_type == "cuda":

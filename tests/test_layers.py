@@ -15,7 +15,7 @@ FOLDERS = {
     "dit_fast.benchmarks": ROOT / "benchmarks",
 }
 LOW = {
-    "data", "options", "backend", "philox", "published", "tree", "errors", "files", "display", "terminal", "world",
+    "data", "options", "backend", "philox", "published", "tree", "errors", "files", "display", "terminal", "world", "cpu",
     "_C",
 }  # fmt: skip
 FLOORS = [

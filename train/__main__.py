@@ -6,9 +6,15 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from dit_fast import terminal
 from dit_fast.train import leash
+
+if TYPE_CHECKING:
+    from dit_fast.runs import TrainConfig
+
+logger = logging.getLogger("dit_fast")
 
 LOST = 4  # status of `peers.PeerLost`
 
@@ -51,7 +57,8 @@ def _work(arguments: list[str]) -> None:
         print(json.dumps(to_dict(config), indent=1))
 
 
-def _train(config: object) -> None:
+def _train(config: "TrainConfig") -> None:
+    from dit_fast.cpu import bf16_warning, use_threads
     from dit_fast.train.allocator import keep_memory
     from dit_fast.train.loop import train
     from dit_fast.train.peers import explain
@@ -65,8 +72,11 @@ def _train(config: object) -> None:
         world = single()
     if world.device.type == "cpu":
         keep_memory()
+        logger.info(use_threads(world))
+        if config.engine.precision == "bf16" and world.rank == 0 and (slow := bf16_warning()):
+            logger.warning(slow)
     try:
-        train(config, world)  # type: ignore[arg-type]
+        train(config, world)
         world.close()
     except Exception as error:
         lost = explain(error, world.rank, world.size)
