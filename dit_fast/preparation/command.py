@@ -16,7 +16,7 @@ ENCODERS = (
 
 
 def add_commands(subparsers: Any) -> None:
-    """Adds `shards` and its commands to the command line; each sets `run`, a function of the parsed options."""
+    """Adds `shards` and its commands, and `import`; each sets `run`, a function of the parsed options."""
     shards = subparsers.add_parser("shards", help="build, check and describe latent shards")
     commands = shards.add_subparsers(dest="shards_command", required=True, metavar="COMMAND")
     build = _command(
@@ -118,6 +118,25 @@ def add_commands(subparsers: Any) -> None:
         _command(commands, name, run, text).add_argument(
             "path", help="folder (info: or http(s) address) of the data set"
         )
+    text = "turn latents of others into shards: LightningDiT's safetensors, Arrow, Parquet, WebDataset tars, vae-sd"
+    foreign = _command(subparsers, "import", _import_latents, text)
+    foreign.epilog = "example: dit-fast import imagenet-latents shards --scale 0.18215 --autoencoder diffusers:sd-vae"
+    foreign.add_argument("source", help="folder of the files; docs/data.md")
+    foreign.add_argument("out", help="folder for the shards")
+    foreign.add_argument("--latents", default=ABSENT, help="column or member of the latents (default: the usual name)")
+    foreign.add_argument("--labels", default=ABSENT, help="column or member of the labels (default: the usual name)")
+    foreign.add_argument(
+        "--form", choices=("mean", "mean-std", "mean-logvar"), default=ABSENT,
+        help="of a latent: [C, h, h] (default), or both moments, [2 C, h, h]",
+    )  # fmt: skip
+    foreign.add_argument("--scale", type=float, default=ABSENT, help="model-space latents are z * scale + shift")
+    foreign.add_argument("--shift", type=float, default=ABSENT, help="see --scale")
+    foreign.add_argument("--scaled", action="store_true", default=ABSENT, help="what lies there is in model space")
+    foreign.add_argument(
+        "--num-classes", type=int, default=ABSENT, help="number of classes (default: as the labels say)"
+    )
+    foreign.add_argument("--autoencoder", default=ABSENT, help="where the decoder lies, e.g. diffusers:DIR")
+    _add_common(foreign)
 
 
 def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -180,6 +199,24 @@ def _import(options: argparse.Namespace) -> int:
     from dit_fast.preparation.vae_sd import import_vae_sd
 
     print(describe(import_vae_sd(options.source, options.out, **_arguments(options, import_vae_sd))))
+    return 0
+
+
+def _import_latents(options: argparse.Namespace) -> int:
+    from dit_fast.preparation.import_latents import import_latents
+    from dit_fast.preparation.vae_sd import import_vae_sd
+
+    tree = (Path(options.source) / "dataset.json").exists() and not any(Path(options.source).glob("*.tar"))
+    function: Callable[..., Any] = import_vae_sd if tree else import_latents
+    given = _arguments(options, function)
+    asked = {"latents", "labels", "form", "scale", "shift", "scaled", "num_classes", "autoencoder"} & vars(
+        options
+    ).keys()
+    if others := asked - given.keys():
+        raise ConfigError(
+            f"--{min(others).replace('_', '-')} is not for a vae-sd tree, which {options.source} is; drop it"
+        )
+    print(describe(function(options.source, options.out, **given)))
     return 0
 
 

@@ -146,7 +146,7 @@ def import_vae_sd(
     if folder.resolve() == root.resolve():
         raise DataError(f"{shown(root)}: is both source and output; choose another folder for the output")
     entries = _entries(root)
-    classes = _count_classes(entries, num_classes, root / "dataset.json")
+    classes = count_classes(entries, num_classes, root / "dataset.json")
     producer = _TreeProducer(root, entries, dtype)
     identity = "sd-vae (imported tree)"
     if autoencoder:
@@ -169,7 +169,7 @@ def import_vae_sd(
     return write_dataset(folder, producer, order, info, settings, samples_per_shard, processes, progress)
 
 
-def _count_classes(entries: list[tuple[str, int]], num_classes: int | None, where: Path) -> int:
+def count_classes(entries: list[tuple[str, int]], num_classes: int | None, where: Path) -> int:
     """The number of classes; nothing is allocated by a label or by the number asked for before it is checked."""
     if num_classes is not None and not 1 <= num_classes <= MAX_CLASSES:
         raise ConfigError(f"num_classes={num_classes} is outside 1..{MAX_CLASSES}; give --num-classes")
