@@ -46,6 +46,7 @@ class Stream(IntEnum):
     OMEGA = 11  # scale of the guidance that a model is told
     GUIDED_FROM = 12  # least time with it
     GUIDED_TO = 13  # largest one
+    SAMPLED_LABEL = 14  # class of an image that is sampled
     SAMPLER = 1024  # + sampling step
     METHOD = 65536  # first one free for methods
     SAMPLED_CLASS_TOKEN = 1 << 24  # + the image's stream, for a class token sampled with it

@@ -77,7 +77,9 @@ def of(dataset: LatentDataset) -> Autoencoder:
     """The autoencoder that made the latents of a data set. DataError when it is unknown or another one lies there."""
     info = dataset.info
     if not info.autoencoder:
-        raise DataError(f"{dataset.root}: does not say where its autoencoder lies; give one, e.g. diffusers:DIR")
+        raise DataError(
+            f"{dataset.root}: does not say where its autoencoder lies; give one, e.g. --autoencoder diffusers:DIR"
+        )
     kind, _, place = info.autoencoder.partition(":")
     if is_remote(place) and kind not in BESIDE:
         raise DataError(

@@ -12,6 +12,8 @@ from dit_fast.errors import DataError
 if TYPE_CHECKING:
     from dit_fast.autoencoders import Autoencoder
 
+DECODED = 32  # images decoded at once: a VAE's activations take 0.1 to 1 GB for each
+
 
 class Scaled(Protocol):
     """What says how latents are scaled: a data set's description, or an autoencoder with statistics of its own."""
@@ -23,11 +25,14 @@ class Scaled(Protocol):
     def shift(self) -> Any: ...
 
 
-def decode_images(latents: Tensor, info: Scaled, autoencoder: "Autoencoder", origin: str, first: int = 0) -> np.ndarray:
+def decode_images(
+    latents: Tensor, info: Scaled, autoencoder: "Autoencoder", origin: str, first: int = 0, batch: int = DECODED
+) -> np.ndarray:
     """uint8 [N, H, W, 3] from model-space latents [N, C, h, w], which are scaled as `info` says.
 
-    origin: where they come from ("weights of step 100"), and first: the number of the first, for messages. Raises
-    DataError naming the first image that holds NaN or Inf, as a latent or once decoded.
+    They are decoded in batches of one size, so that no image depends on how many there are. origin: where they come
+    from ("weights of step 100"), and first: the number of the first, for messages. Raises DataError naming the first
+    image that holds NaN or Inf, as a latent or once decoded.
     """
     finite = latents.flatten(1).isfinite().all(1)
     if not finite.all():
@@ -36,8 +41,12 @@ def decode_images(latents: Tensor, info: Scaled, autoencoder: "Autoencoder", ori
             f"image {bad} ({origin}): its latent holds NaN or Inf ({int((~finite).sum())} of {len(finite)} images); "
             "the weights have diverged, or a number of the sampler is too large"
         )
-    decoded = autoencoder.decode(from_model_space(latents, info).float())
-    return to_uint8(decoded.float().cpu().numpy(), origin, first)
+    rows = torch.cat([latents, latents[-1:].expand(-len(latents) % batch, -1, -1, -1)])
+    images = [
+        to_uint8(autoencoder.decode(from_model_space(part, info).float()).float().cpu().numpy(), origin, first + at)
+        for at, part in zip(range(0, len(rows), batch), rows.split(batch), strict=True)
+    ]
+    return np.concatenate(images)[: len(latents)]
 
 
 def to_uint8(images: np.ndarray, origin: str, first: int = 0) -> np.ndarray:

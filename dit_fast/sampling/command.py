@@ -1,18 +1,27 @@
 """`dit-fast sample RUN`: its options are the fields of `SampleOptions`."""
 
 import argparse
+import sys
+import time
 import types
 import typing
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dit_fast.display import rate
 from dit_fast.errors import UserError
+from dit_fast.sampling.output import check_writable, writing
 
 if TYPE_CHECKING:
-    from dit_fast.data import DatasetInfo
+    from dit_fast.sampling.forms import NpzParts
     from dit_fast.sampling.parts import Parts
+    from dit_fast.sampling.samples import Samples
+    from dit_fast.world import World
 
+ENDINGS = (".npz", ".tar", ".png")
+LOOK, POLL = 10.0, 0.5  # seconds between looks for the chunks of other ranks: while drawing, and while waiting
 FLAGS = {"chunk": "--batch"}  # where the command has another name for an option
 LISTS = {"classes": (int, "whole numbers", "0,3,7"), "time_range": (float, "numbers", "0.999,0.001")}
 
@@ -27,8 +36,9 @@ def add_commands(subparsers: Any) -> None:
         "-o",
         "--out",
         type=Path,
-        help="FILE.npz, FILE.png or a folder for one .npz per chunk (default: samples.npz and samples.png in RUN); the "
-        "same command, started again after a kill, draws what is missing",
+        help="FILE.npz, FILE.tar (WebDataset), FILE.png (a sheet with a row for each class) or a folder for PNG files "
+        "(default: samples.npz and samples.png in RUN); the same command, started again after a kill, draws what is "
+        "missing",
     )
     drawing.fill = _add_options
 
@@ -54,21 +64,19 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _sample(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from dit_fast.checkpoint.run import load_run
     from dit_fast.checkpoint.step import FOLDER
-    from dit_fast.sampling.images import sample_images
+    from dit_fast.sampling.forms import NpzParts, PngFolder, TarParts
+    from dit_fast.sampling.images import decoder, sample_images
     from dit_fast.sampling.options import SampleOptions
-    from dit_fast.sampling.output import check_writable, writing
-    from dit_fast.sampling.parts import Parts
     from dit_fast.sampling.samples import FILE_NAME
     from dit_fast.world import here, meet
 
     outputs = [options.out] if options.out else [options.folder / FILE_NAME, options.folder / "samples.png"]
     kept = options.out is not None and (options.out.is_dir() or not options.out.suffix)
-    if not kept and outputs[0].suffix not in (".png", ".npz"):
-        raise UserError(f"--out {outputs[0]}: the name must end in .png or .npz, or have no ending (a folder)")
+    if not kept and outputs[0].suffix not in ENDINGS:
+        valid = f"{', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}"
+        raise UserError(f"--out {outputs[0]}: the name must end in {valid}, or have no ending (a folder)")
     names = {item.name for item in fields(SampleOptions)}
     given = {name: value for name, value in vars(options).items() if name in names}
     chosen = SampleOptions(**{name: _list(name, value) if name in LISTS else value for name, value in given.items()})
@@ -79,48 +87,65 @@ def _sample(options: argparse.Namespace) -> int:
     check_writable(place.parent)
     dataset = run.dataset(options.data)
     chosen = chosen.resolved(run, dataset)
+    autoencoder = decoder(run, chosen, dataset)
     with writing(place):
-        parts = Parts(place, run, chosen, world.rank)
-        done, there = parts.done(), parts.images()
-    images = sample_images(run, chosen, world, dataset, done=done)
+        form = PngFolder if kept else TarParts if outputs[0].suffix == ".tar" else NpzParts
+        parts = form(place, run, chosen, world.rank, autoencoder.identity if chosen.autoencoder else None)
+        done = parts.done()
+    images = sample_images(run, chosen, world, dataset, autoencoder, done)
     if not kept:
         meet()  # rank 0 will remove the parts, and a rank that comes after that would draw its share again
-    hidden = True if world.rank else None
-    with tqdm(total=chosen.count, initial=there, desc="sampling", unit="image", disable=hidden) as bar:
-        try:
-            for samples in images:
-                with writing(place):
-                    parts.add(samples)
-                if not world.rank:
-                    bar.update(parts.images() - bar.n)
-        except UserError:
-            with writing(place):
-                parts.give_up()
-            raise
+    _draw(parts, images, world)
     if world.rank:
         return 0
     for path in outputs:
         with writing(path):
-            _write(path, parts, dataset.info, kept)
+            if path.suffix == ".png" and isinstance(parts, NpzParts):
+                _write_sheet(path, parts, dataset.info.class_names)
+            else:
+                parts.write(path)
         print(path)
     if not kept:
         parts.remove()
     return 0
 
 
-def _write(path: Path, parts: "Parts", info: "DatasetInfo", kept: bool) -> None:
-    from dit_fast.sampling.grids import class_grid, save_png
-    from dit_fast.sampling.samples import Samples, write_samples
+def _draw(parts: "Parts", images: Iterator["Samples"], world: "World") -> None:
+    """Adds this rank's images. Rank 0 returns when those of all ranks are there, and says how fast they came."""
+    from tqdm import tqdm
 
-    if kept:
-        for _ in parts:
-            pass
-    elif path.suffix == ".npz":
-        write_samples(path, parts, parts.options.count)
-    else:
-        drawn = Samples.join(parts)
-        columns = {drawn.text: (drawn.images, drawn.labels)}
-        save_png(class_grid(columns, list(dict.fromkeys(drawn.labels.tolist())), info.class_names), path)
+    total, there, began, looked = parts.options.total, parts.images(), time.monotonic(), 0.0
+    with tqdm(total=total, initial=there, desc="sampling", unit="image", disable=True if world.rank else None) as bar:
+        try:
+            for samples in images:
+                with writing(parts.folder):
+                    parts.add(samples)
+                if world.size == 1:
+                    bar.update(len(samples.images))
+                elif not world.rank and time.monotonic() > looked + LOOK:  # a folder may have many files
+                    bar.update(parts.images() - bar.n)
+                    looked = time.monotonic()
+        except UserError:
+            with writing(parts.folder):
+                parts.give_up()
+            raise
+        while not world.rank and (now := parts.images()) < total:
+            bar.update(now - bar.n)
+            time.sleep(POLL)
+    seconds = time.monotonic() - began
+    if not world.rank:
+        speed = f" in {tqdm.format_interval(seconds)}, {rate((total - there) / seconds)} images/s" * (there < total)
+        print(f"dit-fast: {total - there:,} of {total:,} images drawn{speed}", file=sys.stderr)
+
+
+def _write_sheet(path: Path, parts: "NpzParts", class_names: Sequence[str]) -> None:
+    """One row for each class, in the order in which they were asked for."""
+    from dit_fast.sampling.grids import class_grid, save_png
+    from dit_fast.sampling.samples import Samples
+
+    drawn = Samples.join(parts)
+    columns = {drawn.text: (drawn.images, drawn.labels)}
+    save_png(class_grid(columns, list(dict.fromkeys(drawn.labels.tolist())), class_names), path)
 
 
 def _list(name: str, text: str) -> Any:

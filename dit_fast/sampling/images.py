@@ -2,17 +2,20 @@
 
 from collections.abc import Container, Iterator
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from dit_fast import autoencoders
-from dit_fast.autoencoders import Autoencoder
-from dit_fast.autoencoders.pixels import decode_images
+from dit_fast.autoencoders import Autoencoder, load_autoencoder
+from dit_fast.autoencoders.pixels import DECODED, Scaled, decode_images
 from dit_fast.checkpoint.run import LoadedRun
 from dit_fast.data import LatentDataset
 from dit_fast.diffusion import initial_noise, sample
+from dit_fast.errors import UserError
 from dit_fast.sampling.options import SampleOptions
 from dit_fast.sampling.samples import Samples
-from dit_fast.tree import image
+from dit_fast.tree import Tree, image
 from dit_fast.world import World
 
 
@@ -37,29 +40,72 @@ def sample_images(
     """
     dataset = run.dataset() if dataset is None else dataset
     options = options.resolved(run, dataset)
-    own = run.autoencoder
-    decoder = (own or autoencoder or autoencoders.of(dataset)).to(world.device)
-    model, device, classes = run.model.to(world.device), world.device, options.classes
-    objective = run.objective
-    shapes = model.shapes if len(model.shapes) > 1 else model.shapes["image"]
+    drawing = Drawing(run, options, world.device, dataset, autoencoder)
 
     def draw(first: int) -> Samples:
-        index = torch.arange(first, min(first + options.chunk, options.count), dtype=torch.int64, device=device)
-        labels = torch.tensor(classes, dtype=torch.int64, device=device)[index % len(classes)]
-        noise = initial_noise(options.seed, index, shapes)
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-            latents = sample(
-                model,
-                noise,
-                options.conditions(labels),
-                index=index,
-                path=objective.path,
-                prediction=objective.prediction,
-                field=objective.field,
-                **options.arguments(),
-            )
-        pictures = decode_images(image(latents), own or dataset.info, decoder, f"weights of step {run.step}", first)
+        index = torch.arange(first, min(first + options.chunk, options.total), dtype=torch.int64, device=world.device)
+        labels = options.labels_of(index)
+        pictures = drawing.pictures(drawing.latents(drawing.noise(index), labels, index), first)
         return Samples(pictures, labels.cpu().numpy(), run.step, options.text(), first)
 
-    firsts = range(world.rank * options.chunk, options.count, world.size * options.chunk)
+    firsts = range(world.rank * options.chunk, options.total, world.size * options.chunk)
     return (draw(first) for first in firsts if first not in done)
+
+
+class Drawing:
+    """From noise to pictures by a run's weights and resolved options, on one device; arguments as `sample_images`."""
+
+    def __init__(
+        self,
+        run: LoadedRun,
+        options: SampleOptions,
+        device: torch.device,
+        dataset: LatentDataset,
+        autoencoder: Autoencoder | None = None,
+    ):
+        self.run, self.options, self.device = run, options, device
+        self.autoencoder = (autoencoder or decoder(run, options, dataset)).to(device)
+        self.scaled: Scaled = run.autoencoder or dataset.info
+        self.model, self.objective = run.model.to(device), run.objective
+
+    def noise(self, index: Tensor, seed: int | None = None) -> Tree:
+        """What images of these numbers (int64 [N]) begin with, of the options' seed or another."""
+        shapes = self.model.shapes if len(self.model.shapes) > 1 else self.model.shapes["image"]
+        return initial_noise(self.options.seed if seed is None else seed, index, shapes)
+
+    def latents(self, noise: Tree, labels: Tensor, index: Tensor) -> Tensor:
+        """Model-space latents [N, C, h, w] of labels [N]. index: of the images, for the noise of an SDE's steps."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
+            found = sample(
+                self.model,
+                noise,
+                self.options.conditions(labels),
+                index=index,
+                path=self.objective.path,
+                prediction=self.objective.prediction,
+                field=self.objective.field,
+                **self.options.arguments(),
+            )
+        return image(found)
+
+    def pictures(self, latents: Tensor, first: int = 0) -> np.ndarray:
+        """uint8 [N, H, W, 3]. first: number of the first, for messages."""
+        origin, batch = f"weights of step {self.run.step}", min(self.options.chunk, DECODED)
+        return decode_images(latents, self.scaled, self.autoencoder, origin, first, batch)
+
+
+def decoder(run: LoadedRun, options: SampleOptions, dataset: LatentDataset) -> Autoencoder:
+    """What turns the run's latents into images: the autoencoder that the run trained, else that of the options, else
+    the data set's. Raises UserError where none is known, and for one that does not fit.
+    """
+    if options.autoencoder is None:
+        return run.autoencoder or autoencoders.of(dataset)
+    if run.autoencoder is not None:
+        raise UserError("the run has an autoencoder of its own, whose latents no other decodes; drop autoencoder")
+    found, channels = load_autoencoder(options.autoencoder), run.model.shapes["image"][0]
+    if found.channels != channels:
+        raise UserError(
+            f"{options.autoencoder}: decodes latents of {found.channels} channels, and the run's have {channels}; give "
+            "the one that made them"
+        )
+    return found

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dit_fast.checkpoint.run import LoadedRun
@@ -22,10 +23,13 @@ from dit_fast.errors import UserError
 from dit_fast.models import guidance_conditions
 from dit_fast.models.base import GUIDANCE
 from dit_fast.options import check_choice, setting
+from dit_fast.philox import Stream, uint32
 from dit_fast.tree import Tree
 
 SHOWN_CLASSES = 10
+PER_CLASS = 8
 MOST_IMAGES = 1_000_000  # of a class
+MOST_IN_ALL = 10**9  # names of nine digits
 GUIDED = 2.5  # scale of the guidance where none is asked for; a mean velocity has it in its training target
 STEPS = {"mean_flow": 1, "ddpm": 250}  # as published; otherwise
 FEW = 20
@@ -34,17 +38,20 @@ OWN = tuple(dict.fromkeys(name for solver in SOLVERS.values() for name in solver
 
 Weights = Literal["ema", "model"]
 Precision = Literal["fp32", "bf16"]
+Labels = Literal["balanced", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """Image k has class classes[k % len(classes)] and depends on the seed, on k and on that class alone.
+    """Image k depends on the seed, on k and on its class alone, which is a function of the seed and k (`labels_of`).
 
     Raises UserError naming a value that cannot be meant.
     """
 
-    classes: tuple[int, ...] = setting((), "labels, e.g. 0,3,7 (default: the first ten)")
-    per_class: int = setting(8, "images of each class")
+    classes: tuple[int, ...] = setting((), "labels, e.g. 0,3,7 (default: the first ten; with --count all)")
+    per_class: int | None = setting(None, f"images of each class (default: {PER_CLASS})")
+    count: int | None = setting(None, "images in all, instead of per class")
+    labels: Labels = setting("balanced", "of image k: class k mod their number, or one at random by seed and k")
     cfg_scale: float | None = setting(None, "guidance; 1 = off, 0 = no label (default: 2.5 if trained for it)")
     guidance_low: float = setting(0.0, "guide only for t from here ...")
     guidance_high: float = setting(1.0, "... to here (1 is pure noise)")
@@ -76,12 +83,22 @@ class SampleOptions:
     atol: float | None = setting(None, "absolute tolerance of dopri5 (default: 1e-6)")
     rtol: float | None = setting(None, "relative tolerance of dopri5 (default: 1e-3)")
     seed: int = setting(0, "image k depends on the seed, on k and on its class")
+    autoencoder: str | None = setting(
+        None, "decode with pca:FILE, diffusers:DIR, taef2:DIR or features:FILE (default: what made the latents)"
+    )
     weights: Weights = setting("ema", "moving average or raw weights")
     precision: Precision = setting("fp32", "bf16: autocast in the model")
     chunk: int = setting(16, "images computed together; equal values, equal bytes")
 
     def __post_init__(self) -> None:
-        check_whole("per_class", self.per_class, 1, MOST_IMAGES)
+        for name, most in (("per_class", MOST_IMAGES), ("count", MOST_IN_ALL)):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), 1, most)
+        if self.count is not None and self.per_class is not None:
+            raise UserError("per_class and count are both given; drop one")
+        check_choice("labels", self.labels, Labels)
+        if self.labels == "random" and self.count is None:
+            raise UserError("labels=random draws no fixed number of each class; say how many images in all with count")
         check_whole("chunk (--batch)", self.chunk, 1, MOST_ROWS)
         steps, own = FEW if self.num_steps is None else self.num_steps, self._own_options() if self.sampler else {}
         check_options(self.sampler or "euler", steps, self.chunk, self.seed, own)
@@ -117,9 +134,21 @@ class SampleOptions:
             raise UserError(f"class {twice} is listed twice; raise per_class for more images of each class")
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """Number of images, of resolved options."""
-        return self.per_class * len(self.classes)
+        return (self.per_class or 0) * len(self.classes) if self.count is None else self.count
+
+    def labels_of(self, index: Tensor) -> Tensor:
+        """Labels int64 [N] of the images of these numbers (int64 [N], on any device), of resolved options.
+
+        They do not depend on how many are drawn. Random ones are uniform over the classes, by Philox of (seed, number).
+        """
+        count = len(self.classes)
+        if self.labels == "random":
+            place = uint32(self.seed, index, Stream.SAMPLED_LABEL, 1)[:, 0] * count >> 32
+        else:
+            place = index % count
+        return torch.tensor(self.classes, dtype=torch.int64, device=index.device)[place]
 
     def resolved(self, run: LoadedRun, dataset: LatentDataset) -> "SampleOptions":
         """The same with what run and data set decide filled in. Raises UserError for a class that is not
@@ -136,7 +165,8 @@ class SampleOptions:
         shift = None if run.objective.time_shift == 1 else run.objective.time_shift
         chosen = replace(
             self,
-            classes=check_classes(self.classes, dataset),
+            classes=check_classes(self.classes, dataset, None if self.count else SHOWN_CLASSES),
+            per_class=PER_CLASS if self.count is None and self.per_class is None else self.per_class,
             sampler=sampler,
             num_steps=steps,
             cfg_scale=guided if self.cfg_scale is None else self.cfg_scale,
@@ -189,6 +219,8 @@ class SampleOptions:
             if (self.ig_low, self.ig_high) != (0, 1):
                 parts[-1] += f" for t in [{_exact(self.ig_low)}, {_exact(self.ig_high)}]"
         parts.append(f"seed {self.seed}")
+        parts += ["random labels"] * (self.labels == "random")
+        parts += [] if self.autoencoder is None else [f"decoded by {self.autoencoder}"]
         return ", ".join([*parts, *["raw weights"] * (self.weights == "model"), *["bf16"] * (self.precision == "bf16")])
 
     def _steps(self, solver: Solver) -> list[str]:
@@ -226,13 +258,15 @@ def check_solver(name: str, solvers: Mapping[str, Solver]) -> None:
         raise UserError(f"sampler '{name}' does not fit the objective of this run; use {', '.join(solvers)}")
 
 
-def check_classes(classes: Sequence[int], dataset: LatentDataset) -> tuple[int, ...]:
-    """The classes asked for, or the first ten that have images. Raises UserError for a label the data set lacks."""
+def check_classes(classes: Sequence[int], dataset: LatentDataset, most: int | None) -> tuple[int, ...]:
+    """The classes asked for, or the first `most` (None: all) that have images. Raises UserError for a label the data
+    set lacks.
+    """
     count = dataset.info.num_classes
     for label in classes:
         if not 0 <= label < count:
             raise UserError(f"class {label} is not in this data set; labels are 0..{count - 1}")
-    return tuple(classes) or tuple(np.unique(dataset.labels)[:SHOWN_CLASSES].tolist())
+    return tuple(classes) or tuple(np.unique(dataset.labels)[:most].tolist())
 
 
 def _exact(number: float) -> str:

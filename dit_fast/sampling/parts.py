@@ -1,4 +1,7 @@
-"""A folder of drawn chunks, so that ranks share a drawing and a killed one goes on with the chunks that are missing."""
+"""A folder of drawn chunks, so that ranks share a drawing and a killed one goes on with the chunks that are missing.
+
+What a chunk is there, and what becomes of them all: `dit_fast.sampling.forms`.
+"""
 
 import contextlib
 import fcntl
@@ -7,14 +10,13 @@ import logging
 import os
 import re
 import shutil
-import time
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dit_fast.checkpoint.run import LoadedRun
-from dit_fast.errors import DataError, UserError
+from dit_fast.errors import UserError
 from dit_fast.files import NO_LOCKS
 from dit_fast.sampling.options import SampleOptions
 from dit_fast.sampling.samples import Samples
@@ -22,31 +24,39 @@ from dit_fast.sampling.samples import Samples
 logger = logging.getLogger("dit_fast")
 
 DESCRIPTION = "sampling.json"
-POLL = 0.5  # seconds between looks for the chunks of other ranks
-_NAME = re.compile(r"images_(\d{8,})\.npz")
 
 
-class Parts:
-    """FOLDER/images_FIRST.npz, one file of `Samples` for each chunk, and sampling.json, which says what they are of.
+class Parts(ABC):
+    """A folder with the chunks drawn so far, and sampling.json, which says what they are of.
 
-    options: resolved. rank: of this process, of which one at a time may draw into a folder. Raises UserError where
-    another one does, and where the folder holds chunks of other weights, data or options.
+    options: resolved. rank: of this process, of which one at a time may draw into a folder. decoder: identity of an
+    autoencoder that the options name. Raises UserError where another process draws there, and where the folder holds
+    images of other weights, data or options.
     """
 
-    def __init__(self, folder: Path, run: LoadedRun, options: SampleOptions, rank: int):
+    form: ClassVar[str]
+    name: ClassVar[str]  # of its files, with their number
+
+    def __init__(self, folder: Path, run: LoadedRun, options: SampleOptions, rank: int, decoder: str | None = None):
         self.folder, self.options = folder, options
-        content = {
+        content: dict[str, Any] = {
+            "form": self.form,
+            "text": options.text(),
             "options": asdict(options),
             "weights": {
                 "step": run.step,
                 "sha256": run.state["weights_sha256"],
                 "dataset_fingerprint": run.state.get("dataset_fingerprint"),
+                "autoencoder": decoder,
             },
         }
         text = json.dumps(content, indent=1)
         path = folder / DESCRIPTION
         folder.mkdir(parents=True, exist_ok=True)
+        there = self.numbers()  # before the look at the description, which another rank writes first
         if not path.exists():
+            if there:
+                raise UserError(f"{folder}: holds images without {DESCRIPTION}; name another place with --out")
             partial = folder / f"{DESCRIPTION}.{os.getpid()}.partial"  # ranks write the same, perhaps at once
             partial.write_text(text)
             partial.replace(path)
@@ -67,27 +77,33 @@ class Parts:
                 raise
             logger.warning("%s: lies on a file system without locks; see that no other process draws into it", folder)
 
+    def numbers(self) -> list[int]:
+        """Of the files that are there."""
+        matches = (re.fullmatch(self.name, path.name) for path in self.folder.iterdir())
+        return [int(match[1]) for match in matches if match]
+
+    @abstractmethod
     def done(self) -> set[int]:
-        """Numbers of the first images of the chunks that are there."""
-        return {int(match[1]) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))}
+        """Numbers of the first images of the chunks that are whole."""
+
+    @abstractmethod
+    def add(self, samples: Samples) -> None:
+        """Puts a chunk there, whole or not at all."""
+
+    @abstractmethod
+    def write(self, path: Path) -> None:
+        """What was asked for, at `path`, once every chunk is there. Raises DataError naming a damaged one."""
+
+    def firsts(self) -> range:
+        return range(0, self.options.total, self.options.chunk)
+
+    def size(self, first: int) -> int:
+        """Images of a chunk."""
+        return min(self.options.chunk, self.options.total - first)
 
     def images(self) -> int:
-        """How many images are there."""
-        return sum(min(self.options.chunk, self.options.count - first) for first in self.done())
-
-    def add(self, samples: Samples) -> None:
-        samples.save(self._path(samples.first))
-
-    def __iter__(self) -> Iterator[Samples]:
-        """All chunks in order; waits for those that other ranks are drawing."""
-        for first in range(0, self.options.count, self.options.chunk):
-            while not self._path(first).exists():
-                time.sleep(POLL)
-            try:
-                samples = Samples.load(self._path(first))
-            except DataError:
-                raise DataError(f"{self._path(first)}: damaged; remove it and give the same command again") from None
-            yield samples
+        """How many images are there, in whole chunks."""
+        return sum(map(self.size, self.done()))
 
     def remove(self) -> None:
         shutil.rmtree(self.folder)
@@ -99,21 +115,19 @@ class Parts:
             with contextlib.suppress(OSError):  # other files are there
                 self.folder.rmdir()
 
-    def _path(self, first: int) -> Path:
-        return self.folder / f"images_{first:08d}.npz"
-
 
 def _difference(found: str, wanted: dict[str, Any]) -> str:
-    """What is not the same, in words; "" where all is. An option that was not known then had its default."""
+    """What is not the same, in words; "" where all is. What was not known then had its default."""
     try:
         there = json.loads(found)
-        there["options"] = {**{item.name: item.default for item in fields(SampleOptions)}, **there["options"]}
-        for group, values in wanted.items():
-            for name, value in values.items():
-                if there[group].get(name) != value:
-                    return f"{name} {there[group].get(name)} there, {value} here"
-        if json.loads(json.dumps(there)) == wanted:
-            return ""
+        defaults = {item.name: item.default for item in fields(SampleOptions)}
+        for group, known in {"options": defaults, "weights": {}}.items():
+            for name, value in wanted[group].items():
+                if (before := {**known, **there[group]}.get(name)) != value:
+                    return f"{name} {before} there, {value} here"
+            if more := there[group].keys() - wanted[group].keys():
+                return f"{min(more)} there, unknown here"
+        form = there.get("form", "npz")
+        return "" if form == wanted["form"] else f"form {form} there, {wanted['form']} here"
     except (ValueError, KeyError, AttributeError, TypeError):
-        pass
-    return f"its {DESCRIPTION} is damaged or of another version"
+        return f"its {DESCRIPTION} is damaged or of another version"

@@ -1,5 +1,6 @@
 """Drawn images with their labels, and their file: an .npz whose `arr_0` and `label` are what ADM's evaluation reads."""
 
+import io
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -72,3 +73,12 @@ def write_samples(path: Path, parts: Iterable[Samples], count: int) -> None:
         add("label", np.concatenate(labels))
         add("step", np.asarray(np.int64(part.step)))
         add("text", np.array(part.text))
+
+
+def png_bytes(image: np.ndarray) -> bytes:
+    """uint8 [H, W, 3] as a PNG file."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -3,23 +3,27 @@
 import dataclasses
 import errno
 import fcntl
+import io
 import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import webdataset
 from PIL import Image
 
+from dit_fast import autoencoders
 from dit_fast.checkpoint.run import load_run
 from dit_fast.cli import main
 from dit_fast.errors import UserError
 from dit_fast.sampling import images as images_module
 from dit_fast.sampling import options as options_module
+from dit_fast.sampling.forms import NpzParts
+from dit_fast.sampling.images import sample_images
 from dit_fast.sampling.options import SampleOptions
-from dit_fast.sampling.parts import Parts
 from dit_fast.sampling.samples import Samples, write_samples
-from tests.helpers.toy_runs import environment, free_port
+from tests.helpers.toy_runs import Ranks, environment, free_port, wait_for
 
 
 def test_sample_command_writes_a_grid_or_an_archive(place, tmp_path, capsys):
@@ -37,7 +41,7 @@ def test_sample_command_writes_a_grid_or_an_archive(place, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--out", "a.jpg"], "must end in .png or .npz"),
+        (["--out", "a.jpg"], "must end in .npz, .tar or .png"),
         (["--out", "/proc/a.png"], "another place with --out"),
         (["--classes", "1,x"], "whole numbers"),
         (["--classes", ","], "whole numbers"),
@@ -46,6 +50,11 @@ def test_sample_command_writes_a_grid_or_an_archive(place, tmp_path, capsys):
         (["--sampler", "dpm"], "unknown sampler 'dpm'"),
         (["--cfg-scale", "nan"], "cfg_scale=nan"),
         (["--per-class", "0"], "per_class=0"),
+        (["--count", "0"], "count=0"),
+        (["--count", "3", "--per-class", "1"], "per_class and count are both given; drop one"),
+        (["--labels", "random"], "say how many images in all with count"),
+        (["--labels", "any"], "unknown labels 'any'; valid: balanced, random"),
+        (["--autoencoder", "vae"], "unknown autoencoder 'vae'"),
         (["--num-steps", "0"], "num_steps=0"),
         (["--batch", "0"], "chunk (--batch)=0"),
         (["--data", "absent"], "no such folder"),
@@ -97,43 +106,98 @@ def sample(place, *options):
     return main(["sample", str(place / "diverse"), "--num-steps", "1", "--batch", "4", "--per-class", "4", *options])
 
 
-def test_a_killed_drawing_goes_on_with_the_missing_chunks(place, tmp_path, monkeypatch, capsys):
-    assert sample(place, "-o", str(tmp_path / "whole.npz")) == 0
-    real, drawn = images_module.sample_images, []
+def killed_after(count, monkeypatch, drawn):
+    """From here on a drawing is interrupted once `drawn` holds so many chunks (None: it is not)."""
+    real = sample_images
 
-    def killed_at(count):
-        def draw(*arguments, **options):
-            for samples in real(*arguments, **options):
-                if len(drawn) == count:
-                    raise KeyboardInterrupt
-                drawn.append(samples.first)
-                yield samples
+    def draw(*arguments, **options):
+        for samples in real(*arguments, **options):
+            if len(drawn) == count:
+                raise KeyboardInterrupt
+            drawn.append(samples.first)
+            yield samples
 
-        monkeypatch.setattr(images_module, "sample_images", draw)
+    monkeypatch.setattr(images_module, "sample_images", draw)
 
-    killed_at(2)
-    out = ["-o", str(tmp_path / "killed.npz")]
+
+@pytest.mark.parametrize("ending", [".npz", ".tar", ""])
+def test_a_killed_drawing_goes_on_with_the_missing_chunks(place, tmp_path, monkeypatch, capsys, ending):
+    whole, killed, drawn = tmp_path / f"whole{ending}", tmp_path / f"killed{ending}", []
+    out, parts = ["-o", str(killed)], killed if not ending else tmp_path / f"killed{ending}.parts"
+    assert sample(place, "-o", str(whole)) == 0
+    killed_after(2, monkeypatch, drawn)
     assert sample(place, *out) == 130
-    assert sample(place, *out, "--seed", "1") == 2
-    assert "killed.npz.parts: holds images of another command (seed 0 there, 1 here)" in capsys.readouterr().err
-    killed_at(None)
+    for option, there, here in (("seed", "0", "1"), ("guidance-high", "1.0", "0.7"), ("num-steps", "1", "2")):
+        assert sample(place, *out, f"--{option}", here) == 2
+        name = option.replace("-", "_")
+        assert (
+            f"{parts}: holds images of another command ({name} {there} there, {here} here)" in capsys.readouterr().err
+        )
+    killed_after(None, monkeypatch, drawn)
     assert sample(place, *out) == 0
     assert drawn == [0, 4, 8]
-    assert (tmp_path / "killed.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {"whole.npz", "killed.npz"}
+    assert "4 of 12 images drawn" in capsys.readouterr().err
+    assert contents(killed) == contents(whole)
+    assert {path.name for path in tmp_path.iterdir()} == {whole.name, killed.name}
+
+
+def contents(place):
+    """Bytes by name of a file or of a folder's files, except what says how it was drawn."""
+    names = sorted(place.iterdir()) if place.is_dir() else [place]
+    return {path.relative_to(place): path.read_bytes() for path in names if path.name != "sampling.json"}
+
+
+def test_every_form_holds_the_same_images(place, tmp_path):
+    for ending in (".npz", ".tar", ""):
+        assert sample(place, "-o", str(tmp_path / f"a{ending}")) == 0
+    samples = Samples.load(tmp_path / "a.npz")
+    keys = [f"{number:09d}" for number in range(12)]
+    tar = {item["__key__"]: item for item in webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)}
+    listed = json.loads((tmp_path / "a" / "dataset.json").read_text())["labels"]
+    assert list(tar) == keys
+    assert listed == [[f"{key}.png", label] for key, label in zip(keys, samples.labels.tolist(), strict=True)]
+    for key, picture, label in zip(keys, samples.images, samples.labels, strict=True):
+        png = (tmp_path / "a" / f"{key}.png").read_bytes()
+        assert (tar[key]["png"], tar[key]["cls"]) == (png, b"%d" % label)
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png))), picture)
+    description = json.loads((tmp_path / "a" / "sampling.json").read_text())
+    assert (description["form"], description["text"]) == ("png", samples.text)
+    assert description["options"]["classes"] == [0, 1, 2]
+
+
+def test_images_that_were_not_drawn_are_not_taken_over(place, tmp_path, capsys):
+    (tmp_path / "000000000.png").touch()
+    assert sample(place, "-o", str(tmp_path)) == 2
+    assert "holds images without sampling.json" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["000000000.png"]
 
 
 def test_ranks_share_a_folder(place, tmp_path, monkeypatch):
-    assert sample(place, "-o", str(tmp_path / "whole.npz")) == 0
+    assert sample(place, "-o", str(tmp_path / "whole")) == 0
     for rank in (1, 0):
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
         for name, value in ranks.items():
             monkeypatch.setenv(name, str(value))
         assert sample(place, "--out", str(tmp_path / "folder")) == 0
-        assert len(list((tmp_path / "folder").glob("images_*.npz"))) == (1 if rank else 3)
-    parts = [Samples.load(path) for path in sorted((tmp_path / "folder").glob("images_*.npz"))]
-    np.testing.assert_array_equal(Samples.join(parts).images, Samples.load(tmp_path / "whole.npz").images)
-    assert json.loads((tmp_path / "folder" / "sampling.json").read_text())["options"]["classes"] == [0, 1, 2]
+        assert len(list((tmp_path / "folder").glob("*.png"))) == (4 if rank else 12)
+    assert contents(tmp_path / "folder") == contents(tmp_path / "whole")
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("size", [1, 2])
+def test_processes_that_were_killed_give_the_same_set(place, tmp_path, size):
+    """SIGKILL in the middle, then once more with the same command."""
+    fixed = ["sample", str(place / "diverse"), "--num-steps", "4", "--batch", "1", "--count", "24"]
+    assert main([*fixed, "--out", str(tmp_path / "whole")]) == 0
+    command, out = [*fixed, "--out", str(tmp_path / "killed")], tmp_path / "killed"
+    with Ranks(command, tmp_path / "log", size, ("-m", "dit_fast.cli")):
+        wait_for(lambda: len(list(out.glob("*.png"))) >= 3)
+    there = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    assert 3 <= len(there) < 24
+    with Ranks(command, tmp_path / "log", size, ("-m", "dit_fast.cli")) as ranks:
+        assert ranks.wait() == [0] * size
+    assert {name: (out / name).stat().st_mtime_ns for name in there} == there  # nothing was drawn again
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_a_command_that_cannot_draw_does_not_refuse_the_next(place, tmp_path, capsys):
@@ -158,33 +222,41 @@ def test_a_file_system_without_locks_is_warned_of(place, tmp_path, monkeypatch, 
 
 def test_chunks_of_other_weights_are_not_mixed(place, tmp_path):
     """Other weights may bear the same step. Without chunks too: another process may be drawing the first."""
-    run, chosen = load_run(place / "plain"), SampleOptions(classes=(0,), sampler="euler")
-    Parts(tmp_path / "folder", run, chosen, 0)
+    run = load_run(place / "plain")
+    chosen = SampleOptions(classes=(0,), sampler="euler").resolved(run, run.dataset())
+    NpzParts(tmp_path / "folder", run, chosen, 0)
     with pytest.raises(UserError, match=r"holds images of another command \(sha256 [0-9a-f]{64} there, 0 here\)"):
-        Parts(tmp_path / "folder", dataclasses.replace(run, state={**run.state, "weights_sha256": "0"}), chosen, 0)
+        NpzParts(tmp_path / "folder", dataclasses.replace(run, state={**run.state, "weights_sha256": "0"}), chosen, 0)
 
 
-def test_a_damaged_chunk_or_description_is_named_with_the_fix(place, tmp_path, capsys):
-    folder = tmp_path / "folder"
-    assert sample(place, "-o", str(folder)) == 0
-    chunk, whole = folder / "images_00000004.npz", (folder / "images_00000004.npz").read_bytes()
-    chunk.write_bytes(whole[:50])
-    assert sample(place, "-o", str(folder)) == 2
-    assert "images_00000004.npz: damaged; remove it and give the same command again" in capsys.readouterr().err
+@pytest.mark.parametrize("form", ["npz", "tar"])
+def test_a_damaged_chunk_or_description_is_named_with_the_fix(place, tmp_path, monkeypatch, capsys, form):
+    out, folder = ["-o", str(tmp_path / f"a.{form}")], tmp_path / f"a.{form}.parts"
+    killed_after(2, monkeypatch, [])
+    assert sample(place, *out) == 130
+    killed_after(None, monkeypatch, [])
+    chunk, whole = folder / f"images_00000004.{form}", (folder / f"images_00000004.{form}").read_bytes()
+    for damaged in (whole[:50], whole[: len(whole) // 1024 * 512], (folder / f"images_00000000.{form}").read_bytes()):
+        if form == "npz" and len(damaged) == len(whole):
+            continue  # what it holds is not numbered
+        chunk.write_bytes(damaged)
+        assert sample(place, *out) == 2
+        line = f"images_00000004.{form}: damaged; remove it and give the same command again"
+        assert line in capsys.readouterr().err
     chunk.unlink()
-    assert sample(place, "-o", str(folder)) == 0
-    assert chunk.read_bytes() == whole
+    assert sample(place, *out) == 0
+    folder.mkdir()
     (folder / "sampling.json").write_bytes(b"\xff")
-    assert sample(place, "-o", str(folder)) == 2
+    assert sample(place, *out) == 2
     assert "its sampling.json is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.launch
 def test_a_rank_that_starts_late_draws_nothing_again(place, tmp_path, monkeypatch):
     """All chunks are there, so rank 0 could join and remove them before rank 1 has looked."""
-    parts = tmp_path / "a.npz.parts"
-    parts.mkdir()
-    assert sample(place, "-o", str(parts)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(NpzParts, "write", lambda *_: exec("raise KeyboardInterrupt"))
+        assert sample(place, "-o", str(tmp_path / "a.npz")) == 130
     ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -229,17 +301,19 @@ def test_the_command_has_the_options_of_the_class(place, monkeypatch, tmp_path):
         "ig_scale": 1.25, "ig_low": 0.125, "ig_high": 0.5,
         "sampler": "sde", "num_steps": 4, "time_range": (0.9, 0.125), "time_shift": 2.0,
         "diffusion": "increasing-decreasing", "diffusion_norm": 0.5, "last_step": "tweedie", "last_step_size": 0.1,
-        "state_refresh": 3, "seed": 5, "weights": "model", "precision": "bf16", "chunk": 2,
+        "state_refresh": 3, "seed": 5, "autoencoder": "pca:FILE", "weights": "model", "precision": "bf16", "chunk": 2,
     }  # fmt: skip
     solver = {"sampler": "dopri5", "atol": 1e-4, "rtol": 1e-2}
-    assert given.keys() | solver.keys() == SampleOptions.__dataclass_fields__.keys()
+    number = {"count": 9, "labels": "random"}
+    assert given.keys() | solver.keys() | number.keys() == SampleOptions.__dataclass_fields__.keys()
     seen = []
     monkeypatch.setattr(images_module, "sample_images", lambda run, options, *_, **__: seen.append(options) or 1 / 0)
     monkeypatch.setattr(options_module, "torchdiffeq", lambda: None)
     monkeypatch.setattr(options_module, "check_told", lambda *_: None)  # this model is told no guidance
     monkeypatch.setattr(options_module, "check_internal", lambda *_: None)  # and has one output
     flags = {"chunk": "--batch"}
-    for values in (given, {"classes": (0,), "per_class": 1, **solver}):
+    monkeypatch.setattr(images_module, "decoder", lambda run, _, dataset: autoencoders.of(dataset))
+    for values in (given, {"classes": (0,), "per_class": 1, **solver}, number):
         words = [
             word
             for name, value in values.items()
@@ -251,6 +325,7 @@ def test_the_command_has_the_options_of_the_class(place, monkeypatch, tmp_path):
         assert main(["sample", str(place / "plain"), *words, "-o", str(tmp_path / f"{len(seen)}.npz")]) == 1
     assert seen[0] == SampleOptions(**given)
     assert (seen[1].sampler, seen[1].atol, seen[1].rtol) == ("dopri5", 1e-4, 1e-2)
+    assert (seen[2].count, seen[2].labels, seen[2].classes) == (9, "random", (0, 1, 2))
 
 
 def test_a_folder_of_before_an_option_was_known_goes_on(place, tmp_path, capsys):
@@ -262,7 +337,7 @@ def test_a_folder_of_before_an_option_was_known_goes_on(place, tmp_path, capsys)
     for name in ("time_shift", "diffusion", "guidance_bounds", "heun_guidance"):
         del content["options"][name]
     description.write_text(json.dumps(content))
-    first = folder / "images_00000000.npz"
+    first = folder / "000000000.png"
     first.unlink()
     assert sample(place, "-o", str(folder)) == 0
     assert first.exists()
