@@ -106,7 +106,7 @@ class PngFolder(Parts):
         files.sync_folder(self.folder)
 
     def write(self, path: Path) -> None:
-        labels = self.options.labels_of(torch.arange(self.options.total)).tolist()
+        labels = self.options.labels_of(torch.arange(self.options.total, dtype=torch.int64)).tolist()
         rows = ",\n".join(f'["{key_of(number)}.png", {label}]' for number, label in enumerate(labels))
         files.replace(path / LABELS, f'{{"labels": [\n{rows}\n]}}\n'.encode())
 
