@@ -1,4 +1,4 @@
-"""`dit-fast export RUN OUT`."""
+"""`dit-fast export RUN OUT` and `dit-fast export ops OUT`."""
 
 import argparse
 from pathlib import Path
@@ -11,10 +11,11 @@ def add_commands(subparsers: Any) -> None:
         "export",
         help="write a run's weights as files that other tools load",
         description="A folder for diffusers, with a model card, or the published codes' checkpoint. "
-        "Examples: dit-fast export RUN my-model (a folder); dit-fast export RUN model.safetensors --family repa",
+        "Examples: dit-fast export RUN my-model (a folder); dit-fast export RUN model.safetensors --family repa; "
+        "dit-fast export ops my-ops (a repository of Hugging Face's kernels)",
     )
     exporting.set_defaults(run=_export)
-    exporting.add_argument("folder", metavar="RUN", type=Path, help="run folder, or one of its checkpoints")
+    exporting.add_argument("folder", metavar="RUN", type=Path, help="run folder, one of its checkpoints, or: ops")
     exporting.add_argument("out", metavar="OUT", type=Path, help="FILE.safetensors, FILE.pt, or a new folder")
     exporting.add_argument("--family", help="of a file: whose names (default: as the model is; docs/sampling.md)")
     exporting.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or raw (default: ema)")
@@ -30,6 +31,8 @@ def _export(options: argparse.Namespace) -> int:
     from dit_fast.sampling.output import check_writable, writing
 
     out: Path = options.out
+    if options.folder == Path("ops") and not options.folder.exists():
+        return _export_ops(options)
     for flag, value, kind in (("--family", options.family, "a file"), ("--data", options.data, "a folder")):
         if value is not None and (kind == "a file") != bool(out.suffix):
             raise UserError(f"{flag} is for {kind}, and {out} is {'a file' if out.suffix else 'a folder'}; drop it")
@@ -43,4 +46,17 @@ def _export(options: argparse.Namespace) -> int:
             dataset = run.dataset(options.data)
             name = write_folder(run, options.folder, out, dataset, SampleOptions(weights=options.weights))
             print(f"{out} ({name})")
+    return 0
+
+
+def _export_ops(options: argparse.Namespace) -> int:
+    from dit_fast.errors import UserError
+    from dit_fast.exchange.kernel_folder import write_kernels
+    from dit_fast.sampling.output import check_writable, writing
+
+    if options.family or options.data:
+        raise UserError("--family and --data are for runs; `export ops` takes a folder alone")
+    check_writable(options.out.parent)
+    with writing(options.out):
+        print(f"{options.out} ({write_kernels(options.out)} modules)")
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from dit_fast import backend
 
@@ -40,7 +40,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return result
 
 
-if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+# torch's op, so another copy of this file, or torch itself, may have said so already.
+if hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._linear_pointwise not in flop_registry:
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def _flops(x: torch.Size, weight: torch.Size, *rest: Any, **options: Any) -> int:
