@@ -19,6 +19,7 @@ from dit_fast.kernels import tuning
 from dit_fast.nn.linear import Reads, linear_flops, xavier_linear
 from dit_fast.nn.norm import EPS, NormKind, RMSNorm
 from dit_fast.nn.rotary import Rotary
+from dit_fast.ops import attention_cpp
 from dit_fast.ops import qk_norm as normalise_heads
 
 logger = logging.getLogger("dit_fast")
@@ -60,10 +61,10 @@ class Attention(nn.Module):
     """Self-attention over tokens [N, T, D] with fused query-key-value projection.
 
     kind: "sdpa" (torch's `scaled_dot_product_attention`), "flash" (flash-attn or an error), "math" (plain matrix
-    products and softmax), "auto": on the CPU "math" where `PLAIN_ON_CPU` says so, else "sdpa" with the back end that a
-    tuned table (kernels/tuning.py) names for these tokens, head width and dtype, or of torch's choice; never
-    flash-attn, as no measurement prefers that. In forward-mode differentiation, for which the others have no rule,
-    every kind is "math".
+    products and softmax), "auto": on the CPU `dit_fast.ops.attention_cpp` for queries and keys as they are, or "math"
+    where `PLAIN_ON_CPU` says so, else "sdpa" with the back end that a tuned table (kernels/tuning.py) names for these
+    tokens, head width and dtype, or of torch's choice; never flash-attn, as no measurement prefers that. In
+    forward-mode differentiation, for which the others have no rule, every kind is "math".
     qk_norm: a norm of queries and keys, per head: affine LayerNorm (eps 1e-5), or with norm "rms" an RMSNorm.
     bias: of the query-key-value projection.
     Raises ConfigError for an unknown kind, a width that the heads do not divide, or flash-attn asked for but absent.
@@ -108,7 +109,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary | None = None, heads: bool = False) -> Tensor | tuple[Tensor, Heads]:
         """rotary: what turns queries and keys after their norm. heads: whether those are returned too."""
         batch, tokens, width = x.shape
-        query, key, value = self._heads(self.qkv(x), rotary)
+        qkv = self.qkv(x)
+        as_they_are = rotary is None and isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
+        if self.kind == "auto" and as_they_are and not heads and attention_cpp.takes(qkv, self.num_heads):
+            return self.proj(attention_cpp.attention(qkv, self.num_heads))
+        query, key, value = self._heads(qkv, rotary)
         mixed = self.mixed(query, key, value)
         output = self.proj(mixed.reshape(batch, tokens, width))
         return (output, Heads(query, key)) if heads else output

@@ -22,7 +22,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`, from the shadows where there are some, on the CPU by oneDNN's where that pays."""
     dtype = autocast_dtype(x)
     shadow = shadow_of(weight, dtype)
-    if shadow is None and dtype is None and x.dtype is weight.dtype and onednn.pays(x) and not _transformed():
+    if shadow is None and dtype is None and x.dtype is weight.dtype and onednn.pays(x) and not transformed():
         shadow = weight.detach()
     if shadow is None:
         return F.linear(x, weight, bias)
@@ -62,10 +62,10 @@ def shadow_of(parameter: Tensor, dtype: torch.dtype | None) -> Tensor | None:
     shadow = getattr(parameter, "shadow", None)
     if shadow is None or shadow.dtype is not dtype:
         return None
-    return None if _transformed() else shadow
+    return None if transformed() else shadow
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether another derivative than one in reverse mode may be taken of what is called here."""
     return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 

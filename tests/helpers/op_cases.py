@@ -202,6 +202,8 @@ def compiled(x):
 
 
 REGISTERED = {
+    "attention_forward": lambda: (new(2, 3, 96), 2),
+    "attention_backward": lambda: (new(2, 3, 32), new(2, 3, 96), new(2, 3, 32), new(2, 2, 3), 2),
     "draws": lambda: (torch.arange(3), 3, [True, False], [4, 2**31], [5, 1], "torch"),
     "adaln_forward": lambda: (
         new(*STREAM), new(*STREAM), new(*VECTOR), new(*VECTOR), new(*VECTOR), None, None, 1e-6, False, F32, True,
