@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dit_fast import backend
+from dit_fast.analysis.figures import GRID, INK, STYLE, to_png
 from dit_fast.benchmarks.baselines.published_step import PlainTrainer
 from dit_fast.benchmarks.results import RESULTS, environment, occasion, rounded, slug, write
 from dit_fast.data import LatentDataset, Plan, build_loader, open_dataset
@@ -29,7 +30,6 @@ from dit_fast.models import new_model
 from dit_fast.objectives import OBJECTIVES, Context
 from dit_fast.ops import diversity_loss
 from dit_fast.recipes import load
-from dit_fast.report.figures import GRID, INK, STYLE, to_png
 from dit_fast.report.metrics import smooth
 from dit_fast.report.reference import data_identity
 from dit_fast.runs import TrainConfig

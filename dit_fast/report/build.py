@@ -6,14 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from dit_fast import files
+from dit_fast.analysis.figures import heat_maps, to_png
 from dit_fast.checkpoint.run import refuse_runs_inside
 from dit_fast.data import LatentDataset
 from dit_fast.errors import UserError
 from dit_fast.report import figures
-from dit_fast.report.blocks import real_images
 from dit_fast.report.html import render
 from dit_fast.report.metrics import read_metrics
 from dit_fast.report.page import compose
+from dit_fast.report.real import real_images
 from dit_fast.report.story import RunStory, read_story
 from dit_fast.sampling.grids import class_grid
 from dit_fast.sampling.output import check_writable, writing
@@ -74,7 +75,7 @@ def draw_pictures(stories: Sequence[RunStory], dataset: LatentDataset) -> dict[s
     axis = " / ".join(dict.fromkeys(story.curve.label for story in stories))
     drawn = {
         "loss": figures.loss_figure({story.name: story.metrics.column(story.curve.column) for story in stories}, axis),
-        "similarity": figures.similarity_figure({story.name: story.blocks.cka for story in stories}),
+        "similarity": heat_maps({story.name: story.blocks.cka["linear"] for story in stories}, "linear CKA"),
         "throughput": figures.throughput_figure(runs),
     }
     settings = main.config["methods"].get("diversedit")
@@ -84,7 +85,7 @@ def draw_pictures(stories: Sequence[RunStory], dataset: LatentDataset) -> dict[s
         drawn["diversity"] = figures.diversity_figure(main.metrics, *limits)
     if main.verdict.bands:
         drawn["reference"] = figures.reference_figure(main.verdict.bands)
-    return {"samples": _sample_grid(stories, dataset), **{name: figures.to_png(item) for name, item in drawn.items()}}
+    return {"samples": _sample_grid(stories, dataset), **{name: to_png(item) for name, item in drawn.items()}}
 
 
 def _sample_grid(stories: Sequence[RunStory], dataset: LatentDataset) -> bytes:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from dit_fast import __version__
+from dit_fast.analysis.figures import off_diagonal
 from dit_fast.data import DatasetInfo
 from dit_fast.display import percent, rate
 from dit_fast.report.html import Page, Picture, Section
@@ -158,7 +159,7 @@ def _similarity(stories: Sequence[RunStory], png: bytes) -> Section:
     for story in stories:
         rank = story.blocks.rank
         rows.append(
-            [story.name, f"{_off_diagonal(story.blocks.cka):.3f}", f"{_off_diagonal(story.blocks.cosine):.3f}",
+            [story.name, f"{off_diagonal(story.blocks.cka['linear']):.3f}", f"{off_diagonal(story.blocks.cosine):.3f}",
              f"{rank[0]:.0f} to {rank[-1]:.0f}"]
         )  # fmt: skip
     return Section(
@@ -208,8 +209,3 @@ def _next_steps(main: RunStory) -> Section:
              "dit-fast train quickstart run.dir=runs/longer run.steps=5000 optimizer.ema_decay=0.998"),
         ],
     )  # fmt: skip
-
-
-def _off_diagonal(matrix: np.ndarray) -> float:
-    count = len(matrix)
-    return float(matrix[~np.eye(count, dtype=bool)].mean()) if count > 1 else float("nan")

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dit_fast.analysis.blocks import BlockStudy, Inputs, study_blocks
 from dit_fast.checkpoint.run import load_run
 from dit_fast.data import LatentDataset
 from dit_fast.models.registry import kind
 from dit_fast.options import to_dict
-from dit_fast.report.blocks import BlockStudy, study_blocks
 from dit_fast.report.metrics import Metrics, read_metrics
 from dit_fast.report.reference import Verdict, find_verdict
 from dit_fast.sampling.images import sample_images
@@ -37,6 +37,7 @@ METHOD_NAMES = {
     "internal_guidance": "internal guidance",
     "contrastive_flow": "contrastive flow matching",
 }
+IMAGES = 256  # at most, that blocks are compared on
 TAIL = 0.1  # share of the run over which final values are averaged
 
 
@@ -132,8 +133,10 @@ def read_story(folder: Path, like: Samples | None = None, data: str | Path | Non
     else:
         classes = tuple(dict.fromkeys(like.labels.tolist())) if like else ()
         drawn = Samples.join(sample_images(loaded, SampleOptions(classes=classes), single(), dataset))
+    count = min(IMAGES, len(dataset))
+    blocks = study_blocks(loaded, Inputs(dataset, count, count, count), kernels=("linear",))
     config, verdict = to_dict(loaded.config), find_verdict(metrics, loaded.config, dataset.info)
-    return RunStory(run_name(config), folder, config, metrics, drawn, study_blocks(loaded, dataset), dataset, verdict)
+    return RunStory(run_name(config), folder, config, metrics, drawn, blocks, dataset, verdict)
 
 
 def run_name(config: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dit_fast.analysis.blocks import Inputs, study_blocks
 from dit_fast.autoencoders import load_autoencoder
 from dit_fast.autoencoders.pixels import decode_images, to_model_space, to_uint8
 from dit_fast.checkpoint.run import load_run
@@ -20,7 +21,6 @@ from dit_fast.nn.discriminator import PatchGAN
 from dit_fast.objectives import Flow
 from dit_fast.ops.draws import Key
 from dit_fast.philox import Stream
-from dit_fast.report.blocks import study_blocks
 from dit_fast.runs import EngineConfig, OptimizerConfig, TrainConfig
 from dit_fast.sampling.images import sample_images
 from dit_fast.sampling.options import SampleOptions
@@ -299,7 +299,7 @@ def test_a_report_shows_the_model_latents_of_its_own_autoencoder(run, monkeypatc
     monkeypatch.setattr(
         loaded.autoencoder, "encode", lambda images: seen.append(images) or (torch.zeros(6, 12, 4, 4),) * 2
     )
-    study_blocks(loaded, loaded.dataset(), count=6)
+    study_blocks(loaded, Inputs(loaded.dataset(), 6, 6, 6))
     assert seen[0].shape == (6, 3, 16, 16)
     assert -1 <= seen[0].min() < -0.9
 

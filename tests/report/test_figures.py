@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dit_fast.analysis.figures import to_png
 from dit_fast.report import figures
 from dit_fast.report.metrics import Metrics
 
@@ -23,7 +24,7 @@ def logged(count=40, diverse=True):
 
 
 def is_picture(figure):
-    with Image.open(io.BytesIO(figures.to_png(figure))) as image:
+    with Image.open(io.BytesIO(to_png(figure))) as image:
         pixels = np.asarray(image.convert("RGB"))
     return min(pixels.shape[:2]) > 200 and len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
 
@@ -72,16 +73,6 @@ def test_diversity_figure_shades_where_the_weight_acts():
 )
 def test_acting_spans(weight, expected):
     assert figures.acting_spans(np.arange(1, 4), np.array(weight, float)) == expected
-
-
-@pytest.mark.parametrize("count", [1, 6, 28])
-def test_similarity_shows_every_matrix_on_one_scale(count):
-    matrices = {"one": np.eye(count), "two": np.full((count, count), 0.5)}
-    figure = figures.similarity_figure(matrices)
-    images = [axes.images[0] for axes in figure.axes if axes.images and axes.get_title(loc="left")]
-    assert [image.get_clim() for image in images] == [(0, 1), (0, 1)]
-    np.testing.assert_array_equal(images[1].get_array(), matrices["two"])
-    assert is_picture(figure)
 
 
 def test_throughput_names_the_median_and_skips_runs_without_it():

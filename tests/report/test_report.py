@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_fast.checkpoint.run import load_run
 from dit_fast.cli import main
 from dit_fast.data import open_dataset
 from dit_fast.methods import METHODS
 from dit_fast.report import story
-from dit_fast.report.blocks import real_images, study_blocks
 from dit_fast.report.page import _what_you_see
+from dit_fast.report.real import real_images
 from dit_fast.report.story import RunStory, read_story, run_name
 from dit_fast.sampling.samples import Samples
 from tests.helpers.two_runs import STEPS
@@ -31,17 +30,6 @@ def test_real_images_come_back_through_the_autoencoder(place):
     assert labels.tolist() == [2, 2, 2, 0, 0, 0]
     means = [pictures[labels == label].mean() for label in (0, 2)]
     assert means == pytest.approx([29.5, 149.5], abs=4)  # uniform in 0..59, plus 60 for each class
-
-
-def test_block_study_has_one_row_per_block(place):
-    study, plain = (
-        study_blocks(loaded, loaded.dataset(), count=8)
-        for loaded in (load_run(place / "diverse"), load_run(place / "plain"))
-    )
-    assert study.cka.shape == study.cosine.shape == (6, 6)
-    np.testing.assert_allclose(study.cka.diagonal(), 1, atol=1e-9)
-    assert ((study.rank > 1) & (study.rank < 160)).all()
-    assert study.parameters > plain.parameters > 1_000_000
 
 
 def test_report_stands_alone_and_shows_both_runs(place, tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from dit_fast.analysis.blocks import Inputs, study_blocks
 from dit_fast.autoencoders.pixels import from_model_space, to_model_space, to_uint8
 from dit_fast.checkpoint.run import load_run
 from dit_fast.cli import main
@@ -17,7 +18,6 @@ from dit_fast.models import new_model
 from dit_fast.objectives import Flow, ImprovedMeanFlow, MeanFlow
 from dit_fast.preparation.build import build_shards
 from dit_fast.recipes import load
-from dit_fast.report.blocks import study_blocks
 from dit_fast.sampling import images as sampling
 from dit_fast.sampling.images import sample_images
 from dit_fast.sampling.options import SampleOptions
@@ -151,7 +151,7 @@ def test_images_that_are_not_finite_are_an_error(place, opened, monkeypatch):
     with torch.no_grad():
         loaded.model.blocks[2].mlp.fc1.weight[0] = float("inf")
     with pytest.raises(UserError, match="block 2 gives NaN or Inf with the weights of step 4"):
-        study_blocks(loaded, dataset, count=4)
+        study_blocks(loaded, Inputs(dataset, 4, 4, 4))
     pictures = np.zeros((4, 3, 2, 2), np.float32)
     pictures[2, 1, 0, 0] = np.inf
     with pytest.raises(UserError, match=r"image 6 \(here\): its pixels hold NaN or Inf"):
