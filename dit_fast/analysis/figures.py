@@ -38,7 +38,8 @@ def heat_maps(
 ) -> "Figure":
     """Square maps [K, K] on a common scale from 0 to 1, blocks counted from 1; titles give the mean off the diagonal.
 
-    bounds: of several runs in one map, the blocks of each, whose names stand beside them.
+    bounds: of several runs in one map, the blocks of each. They are called A, B ..., which the head explains, and
+    titles give the mean between runs.
     """
     from matplotlib.figure import Figure
 
@@ -50,10 +51,12 @@ def heat_maps(
         grid = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axes, (title, matrix) in zip(grid, matrices.items(), strict=False):
             image = axes.imshow(matrix, vmin=0, vmax=1, cmap="magma", origin="lower")
-            axes.set_title(f"{plain(title)}\nmean over different blocks {off_diagonal(matrix):.2f}")
+            mean = between(matrix, bounds) if bounds else off_diagonal(matrix)
+            what = "between runs" if bounds else "over different blocks"
+            axes.set_title(f"{plain(title)}\nmean {what} {mean:.2f}")
             axes.grid(False)
             if bounds:
-                _mark_runs(axes, bounds, names)
+                _mark_runs(axes, bounds)
             else:
                 ticks = range(0, len(matrix), 1 + (len(matrix) - 1) // 14)
                 axes.set_xticks(ticks, [str(i + 1) for i in ticks])
@@ -67,23 +70,38 @@ def heat_maps(
         for axes in grid[len(matrices) :]:
             axes.axis("off")
         figure.colorbar(image, ax=grid, label=label, shrink=0.85)
+        if bounds:
+            listed = "\n".join(f"{_letter(i)}: {plain(name)}" for i, name in enumerate(names))
+            figure.suptitle(listed, x=0.01, ha="left", fontsize=9)
     return figure
 
 
-def _mark_runs(axes: Any, bounds: Sequence[int], names: Sequence[str]) -> None:
+def _letter(index: int) -> str:
+    """A .. Z, AA .."""
+    return (_letter(index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
+
+
+def _mark_runs(axes: Any, bounds: Sequence[int]) -> None:
     ends = np.cumsum(bounds)
     middles = ends - np.array(bounds) / 2 - 0.5
     for end in ends[:-1]:
         axes.axhline(end - 0.5, color="white", linewidth=1.2)
         axes.axvline(end - 0.5, color="white", linewidth=1.2)
-    axes.set_xticks(middles, [plain(name) for name in names], rotation=30, ha="right")
-    axes.set_yticks(middles, [plain(name) for name in names])
+    letters = [_letter(index) for index in range(len(bounds))]
+    axes.set_xticks(middles, letters)
+    axes.set_yticks(middles, letters)
 
 
 def off_diagonal(matrix: np.ndarray) -> float:
     """Mean over different blocks; NaN where there is one block."""
     count = len(matrix)
     return float(matrix[~np.eye(count, dtype=bool)].mean()) if count > 1 else float("nan")
+
+
+def between(matrix: np.ndarray, bounds: Sequence[int]) -> float:
+    """Mean over pairs of blocks of different runs, of `bounds` blocks each."""
+    run = np.repeat(np.arange(len(bounds)), bounds)
+    return float(matrix[run[:, None] != run].mean())
 
 
 def lines_figure(panels: Mapping[str, Mapping[str, np.ndarray]], axis: str) -> "Figure":
@@ -101,9 +119,9 @@ def lines_figure(panels: Mapping[str, Mapping[str, np.ndarray]], axis: str) -> "
                     np.arange(len(values)) + 1, values, color=colour, marker="o", markersize=3, label=plain(label)
                 )
             axes.set(xlabel="block", title=plain(title))
+            axes.legend(frameon=False, fontsize=8)
             _whole_ticks(axes, max(len(values) for values in lines.values()))
         grid[0].set_ylabel(axis)
-        grid[-1].legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -126,6 +144,7 @@ def shares_figure(panels: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> "Fi
                 base = base + share
             axes.set(xlabel="block", title=plain(title), ylim=(0, 1))
             axes.grid(visible=False, axis="x")
+            axes.set_axisbelow(True)
             _whole_ticks(axes, shares.shape[1])
         for axes in grid[len(panels) :]:
             axes.axis("off")

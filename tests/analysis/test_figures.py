@@ -23,7 +23,10 @@ def test_similarity_shows_every_matrix_on_one_scale(count):
 def test_runs_in_one_map_are_named_at_their_blocks():
     figure = figures.heat_maps({"t = 0.04": np.eye(5)}, "RBF CKA", [2, 3], ["a$b", "c"])
     axes = figure.axes[0]
-    assert [text.get_text() for text in axes.get_xticklabels()] == ["a\\$b", "c"]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["A", "B"]
+    assert figure.get_suptitle() == "A: a\\$b\nB: c"
+    assert "between runs 0.00" in axes.get_title(loc="left")
+    assert figures.between(np.arange(9).reshape(3, 3), [1, 2]) == (1 + 2 + 3 + 6) / 4
     assert axes.get_xticks().tolist() == [0.5, 3.0]
     assert is_picture(figure)
 
