@@ -15,8 +15,8 @@ FOLDERS = {
     "dit_fast.benchmarks": ROOT / "benchmarks",
 }
 LOW = {
-    "data", "options", "backend", "philox", "published", "tree", "errors", "files", "display", "terminal", "world", "cpu",
-    "_C",
+    "data", "options", "backend", "philox", "published", "tree", "errors", "files", "display", "terminal", "world",
+    "cpu", "_C",
 }  # fmt: skip
 FLOORS = [
     {"kernels"},
