@@ -1,11 +1,13 @@
 """The whole training step of DiverseDiT: model, flow matching, diversity loss, clipping, AdamW with EMA.
 
 Sides (`step_sides.py`) in turn in one process, by groups that hold the weights of few models at once. A turn is ten
-steps in a row on a GPU, so that a host which is slower than the device shows. Data are random latents on the device.
+steps in a row on a GPU, so that a host which is slower than the device shows; on a CPU each side has a process of its
+own (`step_process.py`). Data are random latents on the device.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,8 +16,9 @@ import torch
 
 from dit_fast.benchmarks.cases.case import Benchmark, Setting, Target, Work, speedup_of
 from dit_fast.benchmarks.ceilings import Ceilings, data_sheet, sustained_matmul
-from dit_fast.benchmarks.cost import host_waits, peak_memory
+from dit_fast.benchmarks.cost import host_waits
 from dit_fast.benchmarks.measure import SAMPLES, part_entry, reason
+from dit_fast.benchmarks.step_process import SideProcess
 from dit_fast.benchmarks.step_sides import (
     ALONE,
     BENCH,
@@ -112,17 +115,31 @@ def measure_step(
     """The case as it stands in the JSON: part "step" (or "diffusion_bench"), each side with samples per second,
     MFU, the host's time and the step's parts, and part "diversity_loss". A side that raises is left out, with the
     reason."""
+    with contextlib.ExitStack() as closing:
+        return _measure(case, group, setting, ceilings, seconds, closing)
+
+
+def _measure(
+    case: StepCase, group: str, setting: StepSetting, ceilings: Ceilings, seconds: float, closing: contextlib.ExitStack
+) -> dict[str, Any]:
     device, end = setting.device, time.perf_counter() + seconds
     makers = Sides(case, device, setting.overrides, setting.small)
-    sides: dict[str, Side] = {}
+    apart = device.type == "cpu" and group != "diffusion-bench" and not setting.small
+    sides: dict[str, Side | SideProcess] = {}
     costs: dict[str, dict[str, int]] = {}
     skipped: dict[str, str] = {}
     failed: dict[str, str] = {}
     for name in GROUPS[group]:
         try:
-            side = makers.make(name)
+            side: Side | SideProcess = (
+                makers.make(name)
+                if not apart
+                else closing.enter_context(
+                    contextlib.closing(SideProcess(case, setting.overrides, setting.small, name))
+                )
+            )
             side.run(0)  # a compiler's memory is not the step's
-            costs[name] = {"peak_memory_bytes": peak_memory(partial(side.run, 0), device)}
+            costs[name] = {"peak_memory_bytes": side.peak(device)}
             if device.type == "cuda":  # elsewhere the count would be of counters that lie on the CPU anyway
                 costs[name]["host_waits"] = host_waits(partial(side.run, 0), device)
             sides[name] = side
@@ -150,15 +167,15 @@ def measure_step(
     matmul = "fp32" if case.precision == "fp32" else "bf16"
     peaks = {"the data sheet": data_sheet(device, matmul),
              "the sustained rate": sustained_matmul(device, matmul, small=setting.small)}  # fmt: skip
-    for name, side in part["sides"].items():
-        spent = sum(side["samples_s"]) / len(side["samples_s"]) if group == "diffusion-bench" else side["median_s"]
-        side["samples_per_s"] = case.batch / spent
-        side["mfu"] = {of: work.flops / spent / peak for of, peak in peaks.items() if peak}
+    for name, found in part["sides"].items():
+        spent = sum(found["samples_s"]) / len(found["samples_s"]) if group == "diffusion-bench" else found["median_s"]
+        found["samples_per_s"] = case.batch / spent
+        found["mfu"] = {of: work.flops / spent / peak for of, peak in peaks.items() if peak}
         if name in host:
-            side["host_s"] = summarise(host[name]).median
-        if sides[name].owner is not None:
+            found["host_s"] = summarise(host[name]).median
+        if sides[name].has_parts:
             told = [sides[name].parts(step, device) for step in range(PART_STEPS)]
-            side["parts_s"] = {key: [each[key] for each in told] for key in told[0]}
+            found["parts_s"] = {key: [each[key] for each in told] for key in told[0]}
     entry = {
         "name": case.name if group == "plain" else f"{case.name}, {group}",
         "dtype": case.precision,
@@ -180,7 +197,7 @@ def measure_step(
 
 
 def _in_turn(
-    sides: dict[str, Side], setting: Setting, seconds: float
+    sides: Mapping[str, Side | SideProcess], setting: Setting, seconds: float
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Seconds of a step by side, sides in turn, and those of the host's calls."""
     device = setting.device
@@ -188,7 +205,7 @@ def _in_turn(
     warm_up = 1
     host: dict[str, list[float]] = {name: [] for name in sides}
 
-    def timed(name: str, side: Side) -> Call:
+    def timed(name: str, side: Side | SideProcess) -> Call:
         def call(number: int, mark: Callable[[], None]) -> Any:
             start = time.perf_counter()
             for step in range(number * row, number * row + row):
@@ -205,7 +222,7 @@ def _in_turn(
     return samples, {name: times[warm_up:] for name, times in host.items()}
 
 
-def _in_a_row(side: Side, setting: Setting) -> list[float]:
+def _in_a_row(side: Any, setting: Setting) -> list[float]:
     """diffusion-bench's protocol: one side alone, 500 steps of which 300 do not count, TF32 allowed, each step's
     loss read by the host. Its rate is the steps that count over all of their time; here each one's time is kept."""
     steps, first = (5, 3) if setting.small else (BENCH_STEPS, BENCH_WARM_UP)
@@ -253,13 +270,26 @@ def _sustained_share(cases: list[dict[str, Any]], _: Ceilings) -> float | None:
     return 100 * ours["mfu"]["the sustained rate"] if ours else None
 
 
+def _both(case: str, published: float, careful: float) -> tuple[Target, Target]:
+    return (
+        Target(f"{case}: {published}x as published", published, speedup_of(case, OURS, "step")),
+        Target(f"{case}: {careful}x careful", careful, speedup_of(f"{case}, compiled", OURS, "step", (CAREFUL,))),
+    )
+
+
 BENCHMARK: Benchmark[StepCase] = Benchmark(
     "step",
     ("tests/ops/test_diversity*.py", "tests/ops/test_adaln*.py", "tests/ops/test_long_skip*.py",
      "tests/methods/test_diversedit.py", "tests/models/test_training_curve.py", "tests/train/test_optim.py",
-     "tests/train/test_loss.py"),
+     "tests/train/test_loss.py", "tests/ops/test_linear.py", "tests/ops/test_attention_native.py",
+     "tests/ops/test_gelu_native.py"),
     step_cases,
     {
+        "cpu": (
+            *_both("Nano/2 b32 fp32 128px", 1.6, 1.25),
+            *_both("S/2 b8 fp32", 1.3, 1.2),
+            *_both("S/2 b8 bf16", 1.7, 1.5),
+        ),
         "cuda": (
             Target("XL/2 b32, fp32 stream: 1.5x as published", 1.5, speedup_of("XL/2 b32 bf16", OURS, "step")),
             Target("XL/2 b32, bf16 stream: 1.6x as published", 1.6,

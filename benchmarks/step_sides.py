@@ -17,6 +17,7 @@ from torch import Tensor
 from dit_fast.backend import force
 from dit_fast.benchmarks.baselines.published_diversity import vectorised_diversity_loss
 from dit_fast.benchmarks.baselines.published_step import CarefulDiversity, Float16Loss, PlainTrainer, PublishedDiversity
+from dit_fast.benchmarks.cost import peak_memory
 from dit_fast.methods.diversedit import DiverseDiT
 from dit_fast.models import new_model
 from dit_fast.objectives import Flow
@@ -119,6 +120,14 @@ class Side:
 
     run: Callable[[int], Any]
     owner: Any = None
+
+    @property
+    def has_parts(self) -> bool:
+        return self.owner is not None
+
+    def peak(self, device: torch.device) -> int:
+        """Bytes of memory beyond what it holds anyway."""
+        return peak_memory(partial(self.run, 0), device)
 
     def parts(self, step: int, device: torch.device) -> dict[str, float]:
         """Seconds by part of one step."""
