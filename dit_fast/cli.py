@@ -31,6 +31,7 @@ def _work(arguments: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from dit_fast.analysis import command as analysis
+    from dit_fast.evaluation import command as evaluation
     from dit_fast.exchange import command as exchange
     from dit_fast.preparation import command as shards
     from dit_fast.report import command as report
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_commands(commands)
     shards.add_commands(commands)
     sampling.add_commands(commands)
+    evaluation.add_commands(commands)
     analysis.add_commands(commands)
     report.add_commands(commands)
     exchange.add_commands(commands)

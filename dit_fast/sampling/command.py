@@ -5,7 +5,7 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,10 +40,11 @@ def add_commands(subparsers: Any) -> None:
         "(default: samples.npz and samples.png in RUN); the same command, started again after a kill, draws what is "
         "missing",
     )
-    drawing.fill = _add_options
+    drawing.fill = add_options
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser, texts: Collection[str] = ()) -> None:
+    """Adds an option for every field of `SampleOptions`. texts: names of those whose value the caller reads itself."""
     from dit_fast.sampling.options import SampleOptions
 
     hints = typing.get_type_hints(SampleOptions)
@@ -56,11 +57,20 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             FLAGS.get(item.name, f"--{item.name.replace('_', '-')}"),
             dest=item.name,
-            type=str if choices or item.name in LISTS else kind,
+            type=str if choices or item.name in (*LISTS, *texts) else kind,
             metavar="{" + ",".join(choices) + "}" if choices else None,
             default=argparse.SUPPRESS,
             help=item.metadata["text"] + shown,
         )
+
+
+def given_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Those of `SampleOptions` that were given, by name."""
+    from dit_fast.sampling.options import SampleOptions
+
+    names = {item.name for item in fields(SampleOptions)}
+    given = {name: value for name, value in vars(options).items() if name in names}
+    return {name: _list(name, value) if name in LISTS else value for name, value in given.items()}
 
 
 def _sample(options: argparse.Namespace) -> int:
@@ -77,9 +87,7 @@ def _sample(options: argparse.Namespace) -> int:
     if not kept and outputs[0].suffix not in ENDINGS:
         valid = f"{', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}"
         raise UserError(f"--out {outputs[0]}: the name must end in {valid}, or have no ending (a folder)")
-    names = {item.name for item in fields(SampleOptions)}
-    given = {name: value for name, value in vars(options).items() if name in names}
-    chosen = SampleOptions(**{name: _list(name, value) if name in LISTS else value for name, value in given.items()})
+    chosen = SampleOptions(**given_options(options))
     world, run = here(), load_run(options.folder, weights=chosen.weights)
     if not options.out and not (options.folder / FOLDER).is_dir():
         raise UserError(f"{options.folder}: is a checkpoint, which stays as it is; name a file with --out")
