@@ -20,8 +20,8 @@ logger = logging.getLogger("dit_fast")
 
 COUNT = 50_000  # images of a run
 MOST_SCALES = 1000
-EXAMPLES = """Images are drawn as by `dit-fast sample`, with its options, but that --count is 50000 by default, --cfg-scale
-may be FIRST:LAST:STEP, and labels are random with adm:FILE, else balanced.
+EXAMPLES = """Images are drawn as by `dit-fast sample`, with its options, but that --count is 50000 by default,
+--cfg-scale may be FIRST:LAST:STEP, and labels are random with adm:FILE, else balanced.
 
 examples:
   dit-fast evaluate RUN --network adm:classify_image_graph_def.pb --reference VIRTUAL_imagenet256_labeled.npz \\
