@@ -6,11 +6,12 @@ the blocks that they ask for, and adds `weight * value` of their terms to the ob
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from dit_fast.data import DatasetInfo
@@ -37,6 +38,37 @@ class Term:
     logs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+class Logged(Protocol):
+    """What a run logged."""
+
+    def names(self) -> list[str]:
+        """Columns that hold numbers."""
+        ...
+
+    def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps int64 [n], values float64 [n])."""
+        ...
+
+    def final(self, name: str) -> float:
+        """Mean over the last tenth of the run; nan where it was not logged."""
+        ...
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A method's part of a report: paragraphs, and a figure of what it logged.
+
+    curves: label -> column. weight: a column that is drawn below them; where it is above 0 both are shaded. limits:
+    values that are marked as lines across the curves, with what they are.
+    """
+
+    title: str
+    paragraphs: Sequence[str]
+    curves: Mapping[str, str]
+    weight: str | None = None
+    limits: Mapping[float, str] = field(default_factory=dict)
+
+
 def active(step: int, stop_step: int) -> bool:
     """Whether a method's terms count in this optimizer step, from 0: before stop_step, and always where that is 0."""
     return not stop_step or step < stop_step
@@ -45,15 +77,16 @@ def active(step: int, stop_step: int) -> bool:
 class Method(ABC):
     """A training method. Subclasses set `name` and extend `Config` (a frozen dataclass with the same `name`).
 
-    fields: of the data set, which a batch then has beside latents and labels. adds: leaves that `state` gives beside
-    the image. blocks: from 0, whose outputs pass the method's collector and are in the context's `features`. attention:
-    blocks whose queries and keys are in the context's `taps.heads`. averaged: floating-point buffers of the model whose
-    moving average the EMA file holds. teachers: networks beside the model that it runs, without gradients; they are
-    compiled where the model is. functional: whether it differentiates within a forward (jvp, a second derivative) or
-    calls the model with other parameters. digests: sha256 by name of what `prepare` read from outside and is frozen;
-    they are kept in the checkpoints, and a resume with another file is refused, wherever it lies. autoencoder: where
-    `state` gives latents of an autoencoder that is trained with the model, diffusers' configuration of it; it is the
-    model's `VAE`, and the running statistics of `NORM` scale its latents.
+    title: its name as people write it. about: what it does, as a clause, for reports. fields: of the data set, which a
+    batch then has beside latents and labels. adds: leaves that `state` gives beside the image. blocks: from 0, whose
+    outputs pass the method's collector and are in the context's `features`. attention: blocks whose queries and keys
+    are in the context's `taps.heads`. averaged: floating-point buffers of the model whose moving average the EMA file
+    holds. teachers: networks beside the model that it runs, without gradients; they are compiled where the model is.
+    functional: whether it differentiates within a forward (jvp, a second derivative) or calls the model with other
+    parameters. digests: sha256 by name of what `prepare` read from outside and is frozen; they are kept in the
+    checkpoints, and a resume with another file is refused, wherever it lies. autoencoder: where `state` gives latents
+    of an autoencoder that is trained with the model, diffusers' configuration of it; it is the model's `VAE`, and the
+    running statistics of `NORM` scale its latents.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -63,6 +96,8 @@ class Method(ABC):
         stop_step: int = setting(0, "Step from which the method is not computed; 0 = never", "[0, 1e9]")
 
     name: ClassVar[str]
+    title: ClassVar[str] = ""
+    about: ClassVar[str] = ""
     functional: ClassVar[bool] = False
     config: Any = Config()
     fields: tuple[str, ...] = ()
@@ -84,6 +119,17 @@ class Method(ABC):
 
     def check_batch(self, micro_batch: int) -> None:  # noqa: B027 (most terms are means over samples)
         """Raises ConfigError where that many samples of a rank at a time are too few for its terms; before any step."""
+
+    @classmethod
+    def panel(cls, config: Mapping[str, Any], logged: Logged) -> Panel | None:
+        """Its part of a report, from a run's folder: here the terms that it logged. config: its settings in the run."""
+        own = [name for name in logged.names() if name.startswith(f"{cls.name}/")]
+        if not own:
+            return None
+        ends = ", ".join(f"{name.partition('/')[2]} {logged.final(name):.4g}" for name in own)
+        about = f"{cls.about[:1].upper()}{cls.about[1:]}."
+        curves = {name.partition("/")[2].replace("_", " "): name for name in own}
+        return Panel(cls.title, [about, f"Mean over the last tenth of the run: {ends}."], curves)
 
     @staticmethod
     def stages(config: Any, run: Any) -> list[Any]:

@@ -73,6 +73,8 @@ class ContrastiveFlow(Method):
     """The contrast of the image, with a negative weight; another leaf of what is denoised is left alone."""
 
     name = "contrastive_flow"
+    title = "contrastive flow matching"
+    about = "predictions are pushed away from the targets of other samples"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Method.Config):

@@ -118,6 +118,8 @@ class Dispersive(Method):
     """`dispersive_loss` of one block's output; with a class token, of all tokens, it among them."""
 
     name = "dispersive"
+    title = "Dispersive Loss"
+    about = "the samples of a batch are pushed apart in the output of one block"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Method.Config):

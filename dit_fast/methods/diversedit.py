@@ -4,7 +4,7 @@ Paper and published code disagree on the pairs, the variant of the terms and whe
 is an option. Defaults: the published pairs and terms, and the weight as a weight (detached), as the paper means it.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from dit_fast import philox
 from dit_fast.data import DatasetInfo
 from dit_fast.errors import ConfigError, UserError
-from dit_fast.methods.base import Method, Term
+from dit_fast.methods.base import Logged, Method, Panel, Term
 from dit_fast.models import Backbone
 from dit_fast.objectives import Context
 from dit_fast.ops import DiversityTaps
@@ -101,6 +101,8 @@ class DiverseDiT(Method):
     """
 
     name = "diversedit"
+    title = "DiverseDiT"
+    about = "a diversity loss keeps the blocks from doing the same work"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Method.Config):
@@ -141,6 +143,31 @@ class DiverseDiT(Method):
 
     def kind(self, number: int) -> Hashable:
         return number if self.redrawn and self.active(number) else self.active(number)
+
+    @classmethod
+    def panel(cls, config: Mapping[str, Any], logged: Logged) -> Panel | None:
+        steps, weight = logged.column("diversedit/weight")
+        if not len(weight):
+            return None
+        share, acting = float(np.mean(weight > 0)), "never acted"
+        if share > 0:
+            top = int(np.argmax(weight))
+            acting = f"acted in {share:.0%} of the logged steps, most at step {steps[top]:,} ({weight[top]:.2g})"
+        terms = ("total", "orthogonality", "mutual_information", "dispersion")
+        adaptive = config["weight"] != "constant"
+        return Panel(
+            "Diversity between blocks",
+            [
+                "The diversity loss adds up how parallel the blocks' mean features are (orthogonality), how alike "
+                "their tokens are (mutual information) and how evenly channels are used (dispersion). Its weight is "
+                "adaptive: it acts while blocks are too alike and lets go when they differ enough.",
+                f"Here the weight ({config['weight']}) {acting}; the loss over the last tenth of the run was "
+                f"{logged.final('diversedit/total'):.3f}.",
+            ],
+            {term.replace("_", " "): f"diversedit/{term}" for term in terms},
+            weight="diversedit/weight",
+            limits={config["low"]: "weight > 0", config["high"]: "weight = 1"} if adaptive else {},
+        )
 
     def terms(self, context: Context) -> dict[str, Term]:
         taps: Any = context.taps.collectors[self.name]

@@ -89,6 +89,8 @@ class HASTE(Alignment):
     """REPA's alignment and the attention of some blocks, both of one encoder that sees the images while training."""
 
     name = "haste"
+    title = "HASTE"
+    about = "features of one block and attention of several follow those of a frozen encoder, up to a step"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Alignment.Config):

@@ -52,6 +52,8 @@ class InternalGuidance(Method):
     """The error of the model's auxiliary head, weighted over t as the base loss is."""
 
     name = "internal_guidance"
+    title = "internal guidance"
+    about = "a second head on an earlier block learns the same, and samples may be led away from it"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Method.Config):

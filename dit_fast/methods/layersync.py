@@ -29,6 +29,8 @@ class LayerSync(Method):
     """One term, the sum over the pairs of blocks. There is no head, and nothing is read."""
 
     name = "layersync"
+    title = "LayerSync"
+    about = "one block is aligned with a deeper one of the same forward"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Method.Config):

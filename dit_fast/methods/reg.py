@@ -68,6 +68,8 @@ class REG(Alignment):
     """The alignment of REPA, of the class token too, and the token's flow matching."""
 
     name = "reg"
+    title = "REG"
+    about = "a frozen encoder's class token is denoised beside the image, and one block is aligned with its features"
     fields: tuple[str, ...] = ("features", "class_token")
     adds = ("class_token",)
 

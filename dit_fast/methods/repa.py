@@ -79,6 +79,8 @@ class REPA(Alignment):
     """Alignment term over the patch tokens."""
 
     name = "repa"
+    title = "REPA"
+    about = "one block is aligned with the features of a frozen image encoder"
     fields: tuple[str, ...] = ("features",)
 
     @dataclass(frozen=True, kw_only=True)

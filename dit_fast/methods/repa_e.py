@@ -83,6 +83,8 @@ class REPAE(Alignment):
     """The alignment of REPA, of the transformer and, through it, of the autoencoder; and the autoencoder's losses."""
 
     name = "repa_e"
+    title = "REPA-E"
+    about = "the autoencoder is trained with the model, by the alignment of one block with a frozen image encoder"
     functional = True
     averaged = (f"{NORM}.running_mean", f"{NORM}.running_var")
 

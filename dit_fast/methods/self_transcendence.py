@@ -142,6 +142,8 @@ class StructureGuidance(Stage):
     """Stage 1: a head on a shallow block predicts the model's own target, or the clean latents."""
 
     name = "structure_guidance"
+    title = "structure guidance"
+    about = "a shallow block learns to predict by itself"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Stage.Config):
@@ -173,6 +175,8 @@ class SelfTranscendence(Stage):
     """Stage 2: features of one block follow the guided ones of a frozen teacher, which was trained in stage 1."""
 
     name = "self_transcendence"
+    title = "Self-Transcendence"
+    about = "one block follows the guided features of a frozen model of a first stage"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Stage.Config):

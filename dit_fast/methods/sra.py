@@ -98,6 +98,8 @@ class SRA(Method):
     """
 
     name = "sra"
+    title = "SRA"
+    about = "one block is aligned with a later block of the model's own average, at less noise"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Method.Config):

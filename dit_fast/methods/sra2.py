@@ -52,6 +52,8 @@ class SRA2(Method):
     """The distance of one block's head to the clean latents; the head lies in the model as `sra2_head`."""
 
     name = "sra2"
+    title = "SRA 2"
+    about = "a head on a shallow block predicts the clean latent"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Method.Config):

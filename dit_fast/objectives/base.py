@@ -102,6 +102,7 @@ class Objective(ABC):
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]  # as people write it
     Config: ClassVar[type]
     functional: ClassVar[bool] = False
     solvers: ClassVar[Mapping[str, Solver]]

@@ -98,6 +98,7 @@ class DDPM(Objective):
     """Error of the predicted noise, and the variational term that trains the variance, at whole steps."""
 
     name = "ddpm"
+    title = "DDPM"
     path = Path("vp")  # of which these are steps (2011.13456, App. B); nothing is computed from it
     prediction = "noise"
     solvers: ClassVar = {name: solver for name, solver in SOLVERS.items() if solver.follows == "noise"}

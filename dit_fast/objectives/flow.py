@@ -73,6 +73,7 @@ class Flow(Objective):
     """
 
     name = "flow"
+    title = "flow matching"
     solvers: ClassVar = {name: solver for name, solver in SOLVERS.items() if solver.follows == "velocity"}
 
     @dataclass(frozen=True, kw_only=True)

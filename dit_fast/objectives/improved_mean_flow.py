@@ -232,6 +232,7 @@ class ImprovedMeanFlow(MeanVelocity):
     """
 
     name = "improved_mean_flow"
+    title = "improved mean flow"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(MeanVelocity.Config):

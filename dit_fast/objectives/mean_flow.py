@@ -213,6 +213,7 @@ class MeanFlow(MeanVelocity):
     """Normalised squared error of the mean velocity between two times."""
 
     name = "mean_flow"
+    title = "mean flow"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(MeanVelocity.Config):

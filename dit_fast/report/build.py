@@ -13,7 +13,7 @@ from dit_fast.errors import UserError
 from dit_fast.report import figures
 from dit_fast.report.html import render
 from dit_fast.report.metrics import read_metrics
-from dit_fast.report.page import compose
+from dit_fast.report.page import compose, panels
 from dit_fast.report.real import real_images
 from dit_fast.report.story import RunStory, read_story
 from dit_fast.sampling.grids import class_grid
@@ -23,8 +23,7 @@ REAL_PER_CLASS = 5
 
 
 def write_report(
-    run: Path,
-    baseline: Path | None,
+    runs: Sequence[Path],
     out: Path,
     notes: Sequence[str] = (),
     data: str | Path | None = None,
@@ -32,30 +31,25 @@ def write_report(
 ) -> Path:
     """Writes `out/report.html` and its pictures beside it as PNG; returns the page's path.
 
-    baseline: a second run on the same data, shown beside the first. notes: remarks shown at the top. data: where the
-    data set lies now, if it moved. say: told whether each run lies on its reference curve.
-    Raises UserError naming what is missing in a run folder, or a baseline that was trained on other data.
+    runs: of the same data; the first is shown whole, the others beside it. notes: remarks shown at the top. data: where
+    the data set lies now, if it moved. say: told whether each run lies on its reference curve.
+    Raises UserError naming what is missing in a run folder, a run that is named twice, or one of other data.
     """
     check_writable(out)
-    if baseline is not None and baseline.resolve() == run.resolve():
-        raise UserError(f"--baseline {baseline}: is the run itself; name another run")
-    for folder in (run, baseline):
-        if folder is not None:
-            refuse_runs_inside(folder)
-            read_metrics(folder)  # a wrong folder is found before minutes are spent on the other one
-    stories = [read_story(run, data=data)]
+    first, *others = runs
+    for number, folder in enumerate(runs):
+        if folder.resolve() in [other.resolve() for other in runs[:number]]:
+            raise UserError(f"{folder}: is named twice; name another run")
+        refuse_runs_inside(folder)
+        read_metrics(folder)  # a wrong folder is found before minutes are spent on the other ones
+    stories = [read_story(first, data=data)]
     dataset = stories[0].dataset
-    if baseline is not None:
+    for folder in others:
         try:
-            stories.append(read_story(baseline, stories[0].samples, dataset.root))
+            stories.append(read_story(folder, stories[0].samples, dataset.root))
         except UserError as error:
-            raise UserError(f"--baseline {baseline}: {error}") from None
-        if stories[0].name == stories[1].name:
-            distinct = run.name != baseline.name
-            stories = [
-                replace(story, name=f"{story.name} ({story.folder.name if distinct else story.folder})")
-                for story in stories
-            ]
+            raise UserError(f"{folder}, beside {first}: {error}") from None
+    stories = _told_apart(stories)
     for story in stories:
         say(f"{story.folder}: {story.verdict.text}")
     pictures = draw_pictures(stories, dataset)
@@ -68,8 +62,21 @@ def write_report(
     return out / "report.html"
 
 
+def _told_apart(stories: Sequence[RunStory]) -> list[RunStory]:
+    """With the ends of their folders behind names that two of them have."""
+    found = []
+    for story in stories:
+        same = [other.folder for other in stories if other.name == story.name]
+        if len(same) > 1:
+            deepest = max(len(folder.parts) for folder in same)
+            depth = next(n for n in range(1, deepest + 1) if len({folder.parts[-n:] for folder in same}) == len(same))
+            story = replace(story, name=f"{story.name} ({'/'.join(story.folder.parts[-depth:])})")
+        found.append(story)
+    return found
+
+
 def draw_pictures(stories: Sequence[RunStory], dataset: LatentDataset) -> dict[str, bytes]:
-    """Name -> PNG of every picture of a report; `diversity` and `reference` only where the first run has them."""
+    """Name -> PNG of every picture of a report; one for each method of the first run that logged something."""
     main = stories[0]
     runs = {story.name: story.metrics for story in stories}
     axis = " / ".join(dict.fromkeys(story.curve.label for story in stories))
@@ -77,12 +84,8 @@ def draw_pictures(stories: Sequence[RunStory], dataset: LatentDataset) -> dict[s
         "loss": figures.loss_figure({story.name: story.metrics.column(story.curve.column) for story in stories}, axis),
         "similarity": heat_maps({story.name: story.blocks.cka["linear"] for story in stories}, "linear CKA"),
         "throughput": figures.throughput_figure(runs),
+        **{name: figures.panel_figure(main.metrics, panel) for name, panel in panels(main).items()},
     }
-    settings = main.config["methods"].get("diversedit")
-    if settings is not None and main.metrics.has("diversedit/weight"):
-        adaptive = settings["weight"] != "constant"
-        limits = (settings["low"], settings["high"]) if adaptive else (None, None)
-        drawn["diversity"] = figures.diversity_figure(main.metrics, *limits)
     if main.verdict.bands:
         drawn["reference"] = figures.reference_figure(main.verdict.bands)
     return {"samples": _sample_grid(stories, dataset), **{name: to_png(item) for name, item in drawn.items()}}

@@ -1,12 +1,13 @@
-"""The figures of a report as matplotlib Figures: loss, diversity and its weight, throughput."""
+"""The figures of a report as matplotlib Figures: loss, what methods logged, throughput."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dit_fast.analysis.figures import plain, style
+from dit_fast.analysis.figures import COLOURS, plain, style
 from dit_fast.display import rate
+from dit_fast.methods.base import Panel
 from dit_fast.report.metrics import Metrics, smooth
 from dit_fast.report.reference import Band
 
@@ -14,20 +15,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-RUN_COLOURS = ("#2a6fdb", "#8a8f98")  # the run, the baseline
-TERM_COLOURS = {
-    "total": "#2a6fdb",
-    "orthogonality": "#d1495b",
-    "mutual_information": "#2f9e73",
-    "dispersion": "#b7791f",
-}
+BAND = "#8a8f98"
 WEIGHT_COLOUR = "#7b4fb5"
 
 
 def loss_figure(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], axis: str) -> "Figure":
-    """Loss against the step, (steps, values) for each run (first: the run, second: the baseline), smoothed over raw."""
+    """Loss against the step, (steps, values) for each run, smoothed over raw."""
     figure, (axes,) = _figure(1, height=3.2)
-    for (label, (steps, values)), colour in zip(curves.items(), RUN_COLOURS, strict=False):
+    for number, (label, (steps, values)) in enumerate(curves.items()):
+        colour = _colour(number)
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(steps, smooth(values, _window(values)), color=colour, linewidth=1.8, label=plain(label))
     axes.set(xlabel="step", ylabel=axis)
@@ -36,33 +32,33 @@ def loss_figure(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], axis: str) 
     return figure
 
 
-def diversity_figure(metrics: Metrics, low: float | None = None, high: float | None = None) -> "Figure":
-    """The diversity loss with its three terms above, and the weight it is multiplied by below.
+def panel_figure(metrics: Metrics, panel: Panel) -> "Figure":
+    """What a method logged: its curves, and below them the weight they are multiplied by, where it has one.
 
-    The steps at which the weight acts (is above zero) are shaded; `low` and `high` are the thresholds of the adaptive
-    weight, drawn as lines.
+    The steps at which the weight acts (is above zero) are shaded.
     """
-    figure, (top, bottom) = _figure(2, height=5.0, ratios=(2.2, 1))
-    steps, weight = metrics.column("diversedit/weight")
-    for term, colour in TERM_COLOURS.items():
-        at, values = metrics.column(f"diversedit/{term}")
-        width = 2.2 if term == "total" else 1.2
-        top.plot(at, values, color=colour, linewidth=width, label=term.replace("_", " "))
-    for threshold, text in ((low, "weight > 0"), (high, "weight = 1")):
-        if threshold is not None:
-            top.axhline(threshold, color=WEIGHT_COLOUR, linewidth=0.9, linestyle=(0, (4, 3)))
-            top.annotate(
-                f"{threshold:g}\n{text}", (1, threshold), xycoords=("axes fraction", "data"), xytext=(5, 0),
-                textcoords="offset points", va="center", color=WEIGHT_COLOUR, fontsize=8.5, annotation_clip=False,
-            )  # fmt: skip
-    top.set(ylabel="diversity loss")
-    top.legend(loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=4, frameon=False)
-    bottom.plot(steps, weight, color=WEIGHT_COLOUR, linewidth=1.8)
-    top_weight = max(float(weight[np.isfinite(weight)].max(initial=0.0)), 1e-3)
-    bottom.set(xlabel="step", ylabel="weight", ylim=(-0.05 * top_weight, 1.08 * top_weight))
-    for start, stop in acting_spans(steps, weight):
-        for axes in (top, bottom):
-            axes.axvspan(start, stop, color=WEIGHT_COLOUR, alpha=0.08, linewidth=0)
+    below = panel.weight is not None
+    figure, axes = _figure(2 if below else 1, height=5.0 if below else 3.2, ratios=(2.2, 1) if below else (1,))
+    top = axes[0]
+    for number, (label, column) in enumerate(panel.curves.items()):
+        steps, values = metrics.column(column)
+        top.plot(steps, values, color=_colour(number), linewidth=1.2 if number else 2.2, label=plain(label))
+    for value, text in panel.limits.items():
+        top.axhline(value, color=WEIGHT_COLOUR, linewidth=0.9, linestyle=(0, (4, 3)))
+        top.annotate(
+            f"{value:g}\n{text}", (1, value), xycoords=("axes fraction", "data"), xytext=(5, 0),
+            textcoords="offset points", va="center", color=WEIGHT_COLOUR, fontsize=8.5, annotation_clip=False,
+        )  # fmt: skip
+    top.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False)
+    if panel.weight is not None:
+        steps, weight = metrics.column(panel.weight)
+        axes[1].plot(steps, weight, color=WEIGHT_COLOUR, linewidth=1.8)
+        top_weight = max(float(weight[np.isfinite(weight)].max(initial=0.0)), 1e-3)
+        axes[1].set(ylabel="weight", ylim=(-0.05 * top_weight, 1.08 * top_weight))
+        for start, stop in acting_spans(steps, weight):
+            for each in axes:
+                each.axvspan(start, stop, color=WEIGHT_COLOUR, alpha=0.08, linewidth=0)
+    axes[-1].set(xlabel="step")
     return figure
 
 
@@ -86,10 +82,10 @@ def reference_figure(bands: Mapping[str, Band]) -> "Figure":
         panels = iter(figure.subplots(rows, 3, squeeze=False).flat)
         for (name, band), axes in zip(bands.items(), panels, strict=False):
             low, high, out = band.middle - band.half, band.middle + band.half, band.outside
-            axes.fill_between(band.steps, low, high, color=RUN_COLOURS[1], alpha=0.25, linewidth=0)
-            axes.plot(band.steps, band.middle, color=RUN_COLOURS[1], linewidth=0.9)
-            axes.plot(band.steps, band.values, color=RUN_COLOURS[0], linewidth=1.4)
-            axes.plot(band.steps[out], band.values[out], "o", color=TERM_COLOURS["orthogonality"], markersize=4)
+            axes.fill_between(band.steps, low, high, color=BAND, alpha=0.25, linewidth=0)
+            axes.plot(band.steps, band.middle, color=BAND, linewidth=0.9)
+            axes.plot(band.steps, band.values, color=COLOURS[0], linewidth=1.4)
+            axes.plot(band.steps[out], band.values[out], "o", color=COLOURS[1], markersize=4)
             axes.set_title(plain(name))
         for axes in panels:
             axes.axis("off")
@@ -100,7 +96,8 @@ def reference_figure(bands: Mapping[str, Band]) -> "Figure":
 def throughput_figure(runs: Mapping[str, Metrics]) -> "Figure":
     """Samples per second against the step, all ranks together; the dotted line is the median."""
     figure, (axes,) = _figure(1, height=2.6)
-    for (label, metrics), colour in zip(runs.items(), RUN_COLOURS, strict=False):
+    for number, (label, metrics) in enumerate(runs.items()):
+        colour = _colour(number)
         steps, values = metrics.column("samples_per_s")
         if len(values) == 0:
             continue
@@ -121,6 +118,10 @@ def _figure(rows: int, height: float, ratios: Sequence[float] = (1,)) -> "tuple[
         figure = Figure(figsize=(8.2, height), layout="constrained", dpi=110)
         grid = figure.subplots(rows, 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": ratios})
     return figure, [axes for (axes,) in grid]
+
+
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
 
 
 def _window(values: np.ndarray) -> int:

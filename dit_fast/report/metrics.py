@@ -9,6 +9,8 @@ import numpy as np
 
 from dit_fast.errors import DataError
 
+TAIL = 0.1  # share of the run over which final values are averaged
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -22,8 +24,23 @@ class Metrics:
         steps = np.array([step for step, _ in found], np.int64)
         return steps, np.array([value for _, value in found], np.float64)
 
+    def names(self) -> list[str]:
+        """Columns that hold a number somewhere."""
+        return list(dict.fromkeys(name for row in self.rows for name, value in row.items() if is_number(value)))
+
     def has(self, name: str) -> bool:
         return any(is_number(row.get(name)) for row in self.rows)
+
+    def final(self, name: str) -> float:
+        """Mean of a logged value over the last tenth of the run; nan where it was not logged."""
+        steps, values = self.column(name)
+        late = values[steps > self.rows[-1]["step"] * (1 - TAIL)]
+        return float(late.mean()) if len(late) else float("nan")
+
+    def median(self, name: str) -> float:
+        """Median of a logged value over the run; nan where it was not logged."""
+        values = self.column(name)[1]
+        return float(np.median(values)) if len(values) else float("nan")
 
 
 def read_metrics(run: str | Path) -> Metrics:

@@ -1,6 +1,8 @@
 """The words of a report, put around its figures. Every number in it was logged by the run or computed here."""
 
+import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -8,35 +10,46 @@ from dit_fast import __version__
 from dit_fast.analysis.figures import off_diagonal
 from dit_fast.data import DatasetInfo
 from dit_fast.display import percent, rate
-from dit_fast.report.html import Page, Picture, Section
+from dit_fast.errors import UserError
+from dit_fast.evaluation.records import read_evaluations
+from dit_fast.methods import METHODS
+from dit_fast.methods.base import Panel
+from dit_fast.options import leaves
+from dit_fast.report.comparison import FEWEST, MARGIN, Comparison, compare
+from dit_fast.report.html import Page, Picture, Section, Table
 from dit_fast.report.machine import machine_facts
 from dit_fast.report.reference import ALARM, WINDOW
 from dit_fast.report.story import RunStory
+
+PLACES = ("run.dir", "data.path")
 
 
 def compose(
     stories: Sequence[RunStory], info: DatasetInfo, pictures: Mapping[str, bytes], notes: Sequence[str]
 ) -> Page:
-    """The page about one run, or about a run and its baseline."""
+    """The page about one run, or about several, of which the first is the one that the others are beside."""
     main = stories[0]
-    compared = f" beside {stories[1].name}" if len(stories) > 1 else ""
+    beside = f" beside {', '.join(story.name for story in stories[1:])}" if len(stories) > 1 else ""
     sections = [
         _what_you_see(main),
+        *_differences(stories),
+        *_measured(stories),
         _samples(stories, info, pictures["samples"]),
         _curves(stories, pictures["loss"]),
         _reference(stories, pictures.get("reference")),
-        *([_diversity(main, pictures["diversity"])] if "diversity" in pictures else []),
+        *_panels(stories, pictures),
         _similarity(stories, pictures["similarity"]),
+        *_analyses(stories),
         _throughput(stories, pictures["throughput"]),
         _next_steps(main),
     ]
     return Page(
         title=f"{main.name} on {info.num_classes} classes",
-        lead=f"{main.config['model']['name']}{compared}: {main.steps:,} steps on {info.num_samples:,} images.",
+        lead=f"{main.config['model']['name']}{beside}: {main.steps:,} steps on {info.num_samples:,} images.",
         facts=_facts(main, info),
         sections=sections,
         notes=notes,
-        footer=f"Made by dit_fast {__version__} from {main.folder}.",
+        footer=f"Made by dit_fast {__version__} from {', '.join(str(story.folder) for story in stories)}.",
     )
 
 
@@ -46,36 +59,21 @@ def _facts(main: RunStory, info: DatasetInfo) -> list[tuple[str, str]]:
         ("parameters", f"{main.blocks.parameters / 1e6:.2f} M"),
         ("latents", f"{info.channels} x {info.size} x {info.size}"),
         ("image passes", f"{main.steps * batch:,}"),
-        ("loss at the end", f"{main.final(main.curve.column):.3f}"),
-        ("samples per second", rate(main.median("samples_per_s"))),
+        ("loss at the end", f"{main.metrics.final(main.curve.column):.3f}"),
+        ("samples per second", rate(main.metrics.median("samples_per_s"))),
     ]
 
 
 def _what_you_see(main: RunStory) -> Section:
-    model, methods = main.config["model"], main.config["methods"]
+    model, objective = main.config["model"], main.config["objective"]["name"]
+    extras = [METHODS[name].about for name in main.config["methods"]]
     told = {
         "long skip connections carry early block outputs to late blocks": model.get("skip_wiring", "off") != "off",
-        "a diversity loss keeps the blocks from doing the same work": "diversedit" in methods,
-        "one block is aligned with the features of a frozen image encoder": bool(
-            {"repa", "repa_e", "reg", "haste"} & {*methods}
-        ),
-        "the autoencoder is trained with the model, by that alignment too": "repa_e" in methods,
-        "attention of several blocks follows that of the encoder, up to a step": "haste" in methods,
-        "that encoder's class token is denoised beside the image": "reg" in methods,
-        "one block is aligned with a later block of the model's own average, at less noise": "sra" in methods,
-        "the samples of a batch are pushed apart in the output of one block": "dispersive" in methods,
-        "one block is aligned with a deeper one of the same forward": "layersync" in methods,
-        "a head on a shallow block predicts the clean latent": "sra2" in methods,
-        "a second head on an earlier block learns the same, and samples may be led away from it": "internal_guidance"
-        in methods,
-        "predictions are pushed away from the targets of other samples": "contrastive_flow" in methods,
-        "a shallow block learns to predict by itself": "structure_guidance" in methods,
-        "one block follows the guided features of a frozen model of a first stage": "self_transcendence" in methods,
-        "it learned mean velocities, for samples in one step": "mean_flow" in main.config["objective"]["name"],
+        "it learned mean velocities, for samples in one step": "mean_flow" in objective,
         "it is told how strongly to follow the class": model.get("guidance_condition", False),
-        "it learned noise and its variance, in 1000 steps": main.config["objective"]["name"] == "ddpm",
+        "it learned noise and its variance, in 1000 steps": objective == "ddpm",
     }
-    extras = [text for text, holds in told.items() if holds]
+    extras = [text for text, holds in told.items() if holds] + extras
     return Section(
         "What you see",
         [
@@ -85,6 +83,77 @@ def _what_you_see(main: RunStory) -> Section:
             *([f"What sets this run apart: {'; '.join(extras)}."] if extras else []),
         ],
     )
+
+
+def _differences(stories: Sequence[RunStory]) -> list[Section]:
+    """Which settings are not the same in all runs."""
+    if len(stories) < 2:
+        return []
+    flat = [dict(leaves(story.config)) for story in stories]
+    keys = dict.fromkeys(key for values in flat for key in values)
+    rows = [[key, *(_value(values, key) for values in flat)] for key in keys if key not in PLACES]
+    rows = [row for row in rows if len(set(row[1:])) > 1]
+    head = ["setting", *(story.name for story in stories)]
+    text = "Settings that are not the same in all." if rows else "All settings are the same, but for the folder."
+    return [Section("What differs", [text], tables=[[head, *rows]] if rows else [])]
+
+
+def _value(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key]) if key in values else "-"
+
+
+def _measured(stories: Sequence[RunStory]) -> list[Section]:
+    """What `dit-fast evaluate` found, every number with its protocol."""
+    if len(stories) > 1:
+        try:
+            found = compare([story.folder for story in stories])
+        except UserError as error:
+            return [Section("Measured", [f"Not compared: {error}."])]
+        paragraphs = [
+            "One line for runs that differ in their seeds alone. Nothing is said of a gap below "
+            f"{MARGIN:.1%} or of fewer than {FEWEST} seeds a side."
+        ]
+        return [Section("Measured", paragraphs, tables=[_compared(one) for one in found])]
+    rows = [
+        [name, f"{value:.4g}", f"{each.step:,}" if each.step is not None else "-", each.protocol.text()]
+        for each in read_evaluations(stories[0].folder) for name, value in each.values.items()
+    ]  # fmt: skip
+    return [Section("Measured", tables=[[["metric", "value", "step", "how"], *rows]])] if rows else []
+
+
+def _compared(one: Comparison) -> Table:
+    head = [f"{one.metric} at step {one.step:,}", "runs", "mean", "sd", "against the first"]
+    rows = []
+    for group in one.groups:
+        gaps = [f"{gap.relative:+.1%}: {gap.verdict}" for gap in one.differences if gap.group == group.name]
+        sd = "-" if group.sd is None else f"{group.sd:.3g}"
+        rows.append([group.name, str(len(group.values)), f"{group.mean:.4g}", sd, *(gaps or [""])])
+    return [head, *rows, [one.protocol, "", "", "", ""]]
+
+
+def _panels(stories: Sequence[RunStory], pictures: Mapping[str, bytes]) -> list[Section]:
+    """What the methods of the first run say of it."""
+    sections = []
+    for name, panel in panels(stories[0]).items():
+        caption = "Shaded: steps at which the weight is above zero." if panel.weight else "As logged."
+        sections.append(Section(panel.title, panel.paragraphs, [Picture(pictures[name], panel.title, caption)]))
+    return sections
+
+
+def panels(story: RunStory) -> dict[str, Panel]:
+    """Of the methods of a run that logged something, by name."""
+    methods = story.config["methods"]
+    found = {name: METHODS[name].panel(settings, story.metrics) for name, settings in methods.items()}
+    return {name: panel for name, panel in found.items() if panel is not None}
+
+
+def _analyses(stories: Sequence[RunStory]) -> list[Section]:
+    """Figures that `dit-fast analyse` left in the run folders."""
+    pictures = [
+        Picture(path.read_bytes(), path.stem.replace("_", " "), f"{story.name}: {path.stem.replace('_', ' ')}")
+        for story in stories for path in sorted((story.folder / "analysis").glob("*.png"))
+    ]  # fmt: skip
+    return [Section("Analysis", ["Made by `dit-fast analyse`; the arrays lie beside."], pictures)] if pictures else []
 
 
 def _samples(stories: Sequence[RunStory], info: DatasetInfo, png: bytes) -> Section:
@@ -108,7 +177,7 @@ def _samples(stories: Sequence[RunStory], info: DatasetInfo, png: bytes) -> Sect
 
 
 def _curves(stories: Sequence[RunStory], png: bytes) -> Section:
-    ends = ", ".join(f"{story.name} {story.final(story.curve.column):.4f}" for story in stories)
+    ends = ", ".join(f"{story.name} {story.metrics.final(story.curve.column):.4f}" for story in stories)
     return Section(
         "Learning curve",
         list(dict.fromkeys(story.curve.text for story in stories)),
@@ -133,27 +202,6 @@ def _reference(stories: Sequence[RunStory], png: bytes | None) -> Section:
     return Section("Reference curve", [*named, *([about] if png else [])], pictures)
 
 
-def _diversity(main: RunStory, png: bytes) -> Section:
-    settings = main.config["methods"]["diversedit"]
-    steps, weight = main.metrics.column("diversedit/weight")
-    share = float(np.mean(weight > 0)) if len(weight) else 0.0
-    acting = "never acted"
-    if share > 0:
-        top = int(np.argmax(weight))
-        acting = f"acted in {share:.0%} of the logged steps, most at step {steps[top]:,} ({weight[top]:.2g})"
-    return Section(
-        "Diversity between blocks",
-        [
-            "The diversity loss adds up how parallel the blocks' mean features are (orthogonality), how alike their "
-            "tokens are (mutual information) and how evenly channels are used (dispersion). Its weight is adaptive: it "
-            "acts while blocks are too alike and lets go when they differ enough.",
-            f"Here the weight ({settings['weight']}) {acting}; the loss over the last tenth of the run was "
-            f"{main.final('diversedit/total'):.3f}.",
-        ],
-        [Picture(png, "Diversity loss, its terms and its weight", "Shaded: steps at which the weight is above zero.")],
-    )
-
-
 def _similarity(stories: Sequence[RunStory], png: bytes) -> Section:
     rows = [["run", "mean CKA of different blocks", "mean token cosine", "effective rank, first to last block"]]
     for story in stories:
@@ -170,7 +218,7 @@ def _similarity(stories: Sequence[RunStory], png: bytes) -> Section:
             "each other."
         ],
         [Picture(png, "Similarity of every pair of blocks", "Averaged weights, the last noise level of the sampler.")],
-        table=rows,
+        tables=[rows],
     )
 
 
@@ -179,9 +227,9 @@ def _throughput(stories: Sequence[RunStory], png: bytes) -> Section:
     rows = [["", ""], *([name, value] for name, value in machine_facts())]
     rows += [["precision", engine["precision"]], ["ZeRO stage", str(engine["zero_stage"])]]
     for story in stories:
-        mfu = story.median("mfu")
+        mfu = story.metrics.median("mfu")
         used = f", MFU {percent(mfu)}" if np.isfinite(mfu) else ""
-        rows.append([story.name, f"median {rate(story.median('samples_per_s'))} samples/s{used}"])
+        rows.append([story.name, f"median {rate(story.metrics.median('samples_per_s'))} samples/s{used}"])
     return Section(
         "Throughput",
         [
@@ -189,7 +237,7 @@ def _throughput(stories: Sequence[RunStory], png: bytes) -> Section:
             "was seen to reach when the run began. The machine named below is the one that wrote this report."
         ],
         [Picture(png, "Samples per second against step")],
-        table=rows,
+        tables=[rows],
     )
 
 

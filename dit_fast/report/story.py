@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from dit_fast.analysis.blocks import BlockStudy, Inputs, study_blocks
 from dit_fast.checkpoint.run import load_run
 from dit_fast.data import LatentDataset
+from dit_fast.methods import METHODS
 from dit_fast.models.registry import kind
+from dit_fast.objectives import OBJECTIVES
 from dit_fast.options import to_dict
 from dit_fast.report.metrics import Metrics, read_metrics
 from dit_fast.report.reference import Verdict, find_verdict
@@ -19,26 +19,7 @@ from dit_fast.sampling.options import SampleOptions
 from dit_fast.sampling.samples import FILE_NAME, Samples
 from dit_fast.world import single
 
-METHOD_NAMES = {
-    "mean_flow": "mean flow",
-    "improved_mean_flow": "improved mean flow",
-    "ddpm": "DDPM",
-    "diversedit": "DiverseDiT",
-    "repa": "REPA",
-    "repa_e": "REPA-E",
-    "reg": "REG",
-    "haste": "HASTE",
-    "sra": "SRA",
-    "sra2": "SRA 2",
-    "layersync": "LayerSync",
-    "dispersive": "Dispersive Loss",
-    "structure_guidance": "structure guidance",
-    "self_transcendence": "Self-Transcendence",
-    "internal_guidance": "internal guidance",
-    "contrastive_flow": "contrastive flow matching",
-}
 IMAGES = 256  # at most, that blocks are compared on
-TAIL = 0.1  # share of the run over which final values are averaged
 
 
 class Curve(NamedTuple):
@@ -108,28 +89,21 @@ class RunStory:
         found = CURVES.get(name, Curve(name, name, ""))
         return found._replace(text=found.text.format(what + WEIGHTED[objective.get("weighting", "none")]))
 
-    def final(self, column: str) -> float:
-        """Mean of a logged value over the last tenth of the run; nan when it was not logged."""
-        steps, values = self.metrics.column(column)
-        late = values[steps > self.steps * (1 - TAIL)]
-        return float(late.mean()) if len(late) else float("nan")
-
-    def median(self, column: str) -> float:
-        """Median of a logged value over the run; nan when it was not logged."""
-        values = self.metrics.column(column)[1]
-        return float(np.median(values)) if len(values) else float("nan")
-
 
 def read_story(folder: Path, like: Samples | None = None, data: str | Path | None = None) -> RunStory:
     """Reads a run folder, draws samples unless RUN/samples.npz holds those of its weights, and studies its blocks.
 
-    like: samples of another run; new ones are drawn of the same classes. data: where the data set lies now, if it
-    moved.
+    like: samples of another run that these stand beside: they are of the same classes, and kept ones are shown only
+    where they were drawn alike. data: where the data set lies now, if it moved.
     """
     metrics, loaded = read_metrics(folder), load_run(folder)
     dataset, path = loaded.dataset(data), folder / FILE_NAME
-    if path.is_file() and (samples := Samples.load(path)).step == loaded.step:
-        drawn = samples
+    kept = Samples.load(path) if path.is_file() else None
+    alike = like is None or (
+        kept is not None and (kept.labels.tolist(), kept.text) == (like.labels.tolist(), like.text)
+    )
+    if kept is not None and kept.step == loaded.step and alike:
+        drawn = kept
     else:
         classes = tuple(dict.fromkeys(like.labels.tolist())) if like else ()
         drawn = Samples.join(sample_images(loaded, SampleOptions(classes=classes), single(), dataset))
@@ -139,9 +113,13 @@ def read_story(folder: Path, like: Samples | None = None, data: str | Path | Non
     return RunStory(run_name(config), folder, config, metrics, drawn, blocks, dataset, verdict)
 
 
+def _alike(samples: Samples, others: Samples) -> bool:
+    return (samples.labels.tolist(), samples.text) == (others.labels.tolist(), others.text)
+
+
 def run_name(config: Mapping[str, Any]) -> str:
     """Its objective, where it is not the usual one, and its methods, or which plain model it is."""
     objective = [config["objective"]["name"]] if config["objective"]["name"] != "flow" else []
-    methods = [METHOD_NAMES.get(name, name) for name in (*objective, *config["methods"])]
+    titles = [OBJECTIVES[name].title for name in objective] + [METHODS[name].title for name in config["methods"]]
     model, wiring = kind(config["model"]["name"]), config["model"].get("skip_wiring", "off")
-    return " + ".join(methods) or (f"plain {model}" if wiring == "off" else f"{model} with long skips")
+    return " + ".join(titles) or (f"plain {model}" if wiring == "off" else f"{model} with long skips")

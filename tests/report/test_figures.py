@@ -7,8 +7,11 @@ import pytest
 from PIL import Image
 
 from dit_fast.analysis.figures import to_png
+from dit_fast.methods import METHODS
 from dit_fast.report import figures
 from dit_fast.report.metrics import Metrics
+
+SETTINGS = {"weight": "paper", "low": 0.1, "high": 0.5}
 
 
 def logged(count=40, diverse=True):
@@ -46,7 +49,10 @@ def test_loss_of_both_runs_is_drawn_raw_and_smoothed():
 def test_figures_of_runs_that_logged_little_or_nothing_finite(rows):
     metrics = Metrics(rows)
     assert is_picture(figures.loss_figure({"a folder $x^$": metrics.column("flow")}, "loss"))
-    assert is_picture(figures.diversity_figure(metrics, 0.1, 0.5))
+    panel = METHODS["diversedit"].panel(SETTINGS, metrics)
+    assert (panel is None) == (not metrics.has("diversedit/weight"))
+    if panel is not None:
+        assert is_picture(figures.panel_figure(metrics, panel))
     assert is_picture(figures.throughput_figure({"a folder $x^$": metrics}))
 
 
@@ -55,7 +61,9 @@ def test_diversity_figure_shades_where_the_weight_acts():
     steps, weight = metrics.column("diversedit/weight")
     (span,) = figures.acting_spans(steps, weight)
     assert span == (10.0, float(steps[weight > 0][-1]))
-    figure = figures.diversity_figure(metrics, 0.1, 0.5)
+    panel = METHODS["diversedit"].panel(SETTINGS, metrics)
+    assert any("acted in" in text for text in panel.paragraphs)
+    figure = figures.panel_figure(metrics, panel)
     for axes in figure.axes:
         (shade,) = axes.patches
         assert (shade.get_x(), shade.get_x() + shade.get_width()) == pytest.approx(span)

@@ -1,7 +1,9 @@
 """Samples and the report of two tiny runs made by the real trainer on real shards."""
 
+import json
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 
 from dit_fast.cli import main
 from dit_fast.data import open_dataset
+from dit_fast.evaluation.records import Evaluation, append_evaluation
 from dit_fast.methods import METHODS
 from dit_fast.report import story
 from dit_fast.report.page import _what_you_see
@@ -17,6 +20,7 @@ from dit_fast.report.real import real_images
 from dit_fast.report.story import RunStory, read_story, run_name
 from dit_fast.sampling.samples import Samples
 from tests.helpers.two_runs import STEPS
+from tests.report.test_comparison import PROTOCOL
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
@@ -36,14 +40,15 @@ def test_report_stands_alone_and_shows_both_runs(place, tmp_path):
     arguments = ["report", str(place / "diverse"), "--baseline", str(place / "plain"), "--out", str(tmp_path)]
     assert main([*arguments, "--note", "a <b> & c"]) == 0
     page = (tmp_path / "report.html").read_text()
-    names = {"samples", "loss", "diversity", "similarity", "throughput"}
+    names = {"samples", "loss", "diversedit", "similarity", "throughput"}
     assert {path.name for path in tmp_path.iterdir()} == {"report.html", *(f"{name}.png" for name in names)}
     assert page.count("data:image/png;base64,") == len(names)
-    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert "a &lt;b&gt; &amp; c" in page
     assert "plain SiT" in page
     for heading in ("What you see", "Samples beside real images", "Learning curve", "How alike the blocks are"):
-        assert f"<h2>{heading}</h2>" in page
+        assert f">{heading}</h2>" in page
+    assert "<td>model.skip_wiring</td><td>&#34;input&#34;</td><td>&#34;off&#34;</td>" in page
     with Image.open(tmp_path / "samples.png") as image:
         one_group = image.width
     assert one_group > 5 * 64 + 2 * 2 * 64
@@ -52,12 +57,12 @@ def test_report_stands_alone_and_shows_both_runs(place, tmp_path):
 def test_a_report_beside_itself_is_refused(place, tmp_path, capsys):
     arguments = ["report", str(place / "plain"), "--baseline", str(place / "plain"), "--out", str(tmp_path)]
     assert main(arguments) == 2
-    assert "is the run itself" in capsys.readouterr().err
+    assert "is named twice" in capsys.readouterr().err
 
 
 def test_report_of_a_plain_run_has_no_diversity_section(place, tmp_path):
     assert main(["report", str(place / "plain"), "--out", str(tmp_path)]) == 0
-    assert not (tmp_path / "diversity.png").exists()
+    assert not (tmp_path / "diversedit.png").exists()
     assert "Diversity between blocks" not in (tmp_path / "report.html").read_text()
 
 
@@ -69,8 +74,11 @@ def test_samples_of_an_older_step_are_drawn_anew(place, tmp_path, monkeypatch, s
     drawn = Samples(images, labels, STEPS, "new")
     asked = []
     monkeypatch.setattr(story, "sample_images", lambda run, options, *_: asked.append(options) or [drawn])
-    assert read_story(run, like=drawn).samples.text == text
+    assert read_story(run, like=Samples(images, labels, STEPS, "kept")).samples.text == text
     assert [options.classes for options in asked] == ([(2, 0)] if text == "new" else [])
+    asked.clear()
+    read_story(run, like=Samples(images, labels, STEPS, "drawn in another way"))
+    assert [options.classes for options in asked] == [(2, 0)]
 
 
 def test_names_of_runs():
@@ -84,12 +92,32 @@ def test_names_of_runs():
     assert run_name(config(["reg"], "off", "mean_flow")) == "mean flow + REG"
 
 
+def test_runs_of_one_name_are_told_apart_and_numbers_have_their_protocol(place, tmp_path, capsys):
+    runs = [shutil.copytree(place / "plain", tmp_path / name / "run") for name in ("a", "b", "c")]
+    for number, run in enumerate(runs):
+        config = json.loads((run / "config.json").read_text())
+        config["run"]["seed"] = number
+        (run / "config.json").write_text(json.dumps(config))
+        append_evaluation(run, Evaluation(step=STEPS, values={"FD-EffLite0": 3.0 + number}, protocol=PROTOCOL))
+    (runs[0] / "analysis").mkdir()
+    shutil.copy(Path(__file__).parents[2] / "docs" / "quickstart_samples.png", runs[0] / "analysis" / "cka_blocks.png")
+    assert main(["report", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "plain SiT (a/run)" in page
+    assert "FD-EffLite0 at step" in page
+    assert "<td>4</td><td>1</td>" in page  # mean and spread
+    assert "guidance 1, weights ema" in page
+    assert "plain SiT (a/run): cka blocks" in page
+    assert main(["report", str(runs[0]), "--out", str(tmp_path / "one")]) == 0
+    assert "<td>FD-EffLite0</td><td>3</td>" in (tmp_path / "one" / "report.html").read_text()
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_report_names_every_method_and_what_it_does(name):
     config = {"model": {"name": "SiT-Nano/2"}, "methods": {name: {}}, "objective": {"name": "flow"}}
     assert run_name(config) != name
     (text,) = _what_you_see(SimpleNamespace(config=config)).paragraphs[1:]
-    assert text.startswith("What sets this run apart: ")
+    assert text == f"What sets this run apart: {METHODS[name].about}."
 
 
 @pytest.mark.parametrize(
