@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from dit_fast import files
 from dit_fast.analysis.figures import heat_maps, to_png
 from dit_fast.checkpoint.run import refuse_runs_inside
@@ -20,6 +22,7 @@ from dit_fast.sampling.grids import class_grid
 from dit_fast.sampling.output import check_writable, writing
 
 REAL_PER_CLASS = 5
+PER_CLASS = 4  # of each run, where there are more than two
 
 
 def write_report(
@@ -94,8 +97,11 @@ def draw_pictures(stories: Sequence[RunStory], dataset: LatentDataset) -> dict[s
 def _sample_grid(stories: Sequence[RunStory], dataset: LatentDataset) -> bytes:
     classes = tuple(dict.fromkeys(stories[0].samples.labels.tolist()))
     columns = {"real": real_images(dataset, classes, REAL_PER_CLASS)}
+    most = PER_CLASS if len(stories) > 2 else len(stories[0].samples.labels)
     for story in stories:
-        columns[f"samples of {story.name}"] = (story.samples.images, story.samples.labels)
+        labels = story.samples.labels
+        shown = np.concatenate([np.flatnonzero(labels == label)[:most] for label in classes])
+        columns[f"samples of {story.name}"] = (story.samples.images[shown], labels[shown])
     buffer = io.BytesIO()
     class_grid(columns, classes, dataset.info.class_names).save(buffer, format="PNG")
     return buffer.getvalue()

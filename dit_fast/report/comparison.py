@@ -8,7 +8,7 @@ the difference (Welch's t) without 0.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,9 @@ def _grouped(runs: Mapping[Path, TrainConfig], by: Sequence[str]) -> tuple[dict[
         parts = (
             ["+".join(trees[folder]["methods"]) or "no method"] if any(_within(key, "methods") for key in named) else []
         )
-        parts += [f"{key}={_short(flat[folder][key])}" for key in named if key in flat[folder] and _tells(key, flat)]
+        parts += [
+            f"{key}={_short(flat[folder][key])}" for key in named if key in flat[folder] and tells(key, flat.values())
+        ]
         groups.setdefault(" ".join(parts) or "all", []).append(folder)
     for name, members in groups.items():
         for key in _differing([runs[folder] for folder in members]):
@@ -197,9 +199,9 @@ def _differing(configs: Sequence[TrainConfig]) -> list[str]:
     return [key for key in dict.fromkeys(line.partition(": ")[0] for line in lines) if key not in SEEDS]
 
 
-def _tells(key: str, flat: Mapping[Path, Mapping[str, Any]]) -> bool:
+def tells(key: str, flat: Iterable[Mapping[str, Any]]) -> bool:
     """Whether those that have a key differ in it: a setting of a method that others lack adds nothing to its name."""
-    return key != "methods" and len({json.dumps(values[key]) for values in flat.values() if key in values}) > 1
+    return key != "methods" and len({json.dumps(values[key]) for values in flat if key in values}) > 1
 
 
 def _short(value: Any) -> str:

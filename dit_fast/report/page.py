@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from dit_fast.evaluation.records import read_evaluations
 from dit_fast.methods import METHODS
 from dit_fast.methods.base import Panel
 from dit_fast.options import leaves
-from dit_fast.report.comparison import FEWEST, MARGIN, Comparison, compare
+from dit_fast.report.comparison import FEWEST, MARGIN, Comparison, compare, tells
 from dit_fast.report.html import Page, Picture, Section, Table
 from dit_fast.report.machine import machine_facts
 from dit_fast.report.reference import ALARM, WINDOW
@@ -90,16 +89,15 @@ def _differences(stories: Sequence[RunStory]) -> list[Section]:
     if len(stories) < 2:
         return []
     flat = [dict(leaves(story.config)) for story in stories]
-    keys = dict.fromkeys(key for values in flat for key in values)
-    rows = [[key, *(_value(values, key) for values in flat)] for key in keys if key not in PLACES]
+    rows = [["methods", *(", ".join(story.config["methods"]) or "none" for story in stories)]]
+    for key in dict.fromkeys(key for values in flat for key in values):
+        if key in PLACES or (key.startswith("methods.") and not tells(key, flat)):
+            continue
+        rows.append([key, *(json.dumps(values[key]) if key in values else "-" for values in flat)])
     rows = [row for row in rows if len(set(row[1:])) > 1]
     head = ["setting", *(story.name for story in stories)]
     text = "Settings that are not the same in all." if rows else "All settings are the same, but for the folder."
     return [Section("What differs", [text], tables=[[head, *rows]] if rows else [])]
-
-
-def _value(values: Mapping[str, Any], key: str) -> str:
-    return json.dumps(values[key]) if key in values else "-"
 
 
 def _measured(stories: Sequence[RunStory]) -> list[Section]:
@@ -111,7 +109,8 @@ def _measured(stories: Sequence[RunStory]) -> list[Section]:
             return [Section("Measured", [f"Not compared: {error}."])]
         paragraphs = [
             "One line for runs that differ in their seeds alone. Nothing is said of a gap below "
-            f"{MARGIN:.1%} or of fewer than {FEWEST} seeds a side."
+            f"{MARGIN:.1%} or of fewer than {FEWEST} seeds a side.",
+            *(f"{one.metric}: {one.protocol}." for one in found),
         ]
         return [Section("Measured", paragraphs, tables=[_compared(one) for one in found])]
     rows = [
@@ -128,15 +127,17 @@ def _compared(one: Comparison) -> Table:
         gaps = [f"{gap.relative:+.1%}: {gap.verdict}" for gap in one.differences if gap.group == group.name]
         sd = "-" if group.sd is None else f"{group.sd:.3g}"
         rows.append([group.name, str(len(group.values)), f"{group.mean:.4g}", sd, *(gaps or [""])])
-    return [head, *rows, [one.protocol, "", "", "", ""]]
+    return [head, *rows]
 
 
 def _panels(stories: Sequence[RunStory], pictures: Mapping[str, bytes]) -> list[Section]:
     """What the methods of the first run say of it."""
     sections = []
+    whose = f" ({stories[0].name})" if len(stories) > 1 else ""
     for name, panel in panels(stories[0]).items():
         caption = "Shaded: steps at which the weight is above zero." if panel.weight else "As logged."
-        sections.append(Section(panel.title, panel.paragraphs, [Picture(pictures[name], panel.title, caption)]))
+        picture = Picture(pictures[name], panel.title, caption)
+        sections.append(Section(panel.title + whose, panel.paragraphs, [picture]))
     return sections
 
 
