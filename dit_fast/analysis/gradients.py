@@ -68,7 +68,9 @@ def term_gradients(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loss = _build(checkpoint, config, dataset, seed).to(device).train()
     fields = tuple(dict.fromkeys(name for method in loss.methods for name in method.fields))
-    weights = [[weight for weight in block.parameters() if weight.requires_grad] for block in loss.model.blocks]
+    weights: list[list[Tensor]] = [
+        [weight for weight in block.parameters() if weight.requires_grad] for block in loss.model.blocks
+    ]
     sums: dict[str, list[Tensor]] = {}
     for number in range(batches):
         samples = np.arange(number * micro, (number + 1) * micro, dtype=np.int64)
@@ -109,10 +111,8 @@ def _build(checkpoint: Checkpoint, config: Any, dataset: LatentDataset, seed: in
 def _gradient(value: Tensor, weights: list[list[Tensor]]) -> list[Tensor]:
     """Of a term, by block, as one float64 vector each; zeros where it does not reach."""
     flat = [weight for block in weights for weight in block]
-    if value.requires_grad:
-        found = iter(torch.autograd.grad(value, flat, allow_unused=True))
-    else:  # a constant
-        found = iter([None] * len(flat))
+    constant: list[Tensor | None] = [None] * len(flat)
+    found = iter(torch.autograd.grad(value, flat, allow_unused=True) if value.requires_grad else constant)
     vectors = []
     for block in weights:
         parts = [(weight, next(found)) for weight in block]
