@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dit-fast bench",
         description="Measure ops against their baselines, after their tests, into benchmarks/results/<device>/.",
+        epilog="example: dit-fast bench step --device cpu --model S/2 --batch 8 --sides plain compiled",
     )
     parser.add_argument(
         "names",

@@ -42,7 +42,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised (any command)")
     parser.add_argument("--version", action="version", version=f"dit_fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    info = commands.add_parser("info", help="versions, devices, optional packages, and which backend each op uses")
+    info = commands.add_parser(
+        "info",
+        help="versions, devices, optional packages, and which backend each op uses",
+        epilog="example: dit-fast info",
+    )
     info.set_defaults(run=_info)
     commands.add_parser("train", help="train in one process: dit-fast train RECIPE key=value ...", add_help=False)
     commands.add_parser("bench", help="measure ops and the whole training step: dit-fast bench NAME", add_help=False)

@@ -85,13 +85,16 @@ def _train(config: "TrainConfig") -> None:
         raise lost from error
 
 
+EXAMPLE = "dit-fast train diversedit-b2-256 data.path=shards run.dir=runs/b2 engine.global_batch=128"
+
+
 def _parser() -> argparse.ArgumentParser:
     from dit_fast.recipes import RECIPES
 
     parser = terminal.Parser(
         prog="dit-fast train",
         description="Train a diffusion transformer. The same command, started again, resumes the run.",
-        epilog="\n  ".join(["recipes:", *_short(RECIPES)]),
+        epilog="\n  ".join(["example:", EXAMPLE, "\nrecipes:", *_short(RECIPES)]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", metavar="RECIPE", help="name of a recipe, or a .json configuration")

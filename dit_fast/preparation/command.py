@@ -17,7 +17,11 @@ ENCODERS = (
 
 def add_commands(subparsers: Any) -> None:
     """Adds `shards` and its commands, and `import`; each sets `run`, a function of the parsed options."""
-    shards = subparsers.add_parser("shards", help="build, check and describe latent shards")
+    shards = subparsers.add_parser(
+        "shards",
+        help="build, check and describe latent shards",
+        epilog="example: dit-fast shards build photos/ shards/ --autoencoder diffusers:sd-vae/ --size 256",
+    )
     commands = shards.add_subparsers(dest="shards_command", required=True, metavar="COMMAND")
     build = _command(
         commands, "build", _build, "encode an image folder or an .npz into latent shards; run again to continue"

@@ -28,7 +28,11 @@ LISTS = {"classes": (int, "whole numbers", "0,3,7"), "time_range": (float, "numb
 
 def add_commands(subparsers: Any) -> None:
     """Adds the command; it sets `run`, a function of the parsed options."""
-    drawing = subparsers.add_parser("sample", help="draw images from a run's weights")
+    drawing = subparsers.add_parser(
+        "sample",
+        help="draw images from a run's weights",
+        epilog="example: dit-fast sample runs/b2 --count 50000 --labels random --batch 64 --out images.npz",
+    )
     drawing.set_defaults(run=_sample)
     drawing.add_argument("folder", metavar="RUN", type=Path, help="run folder")
     drawing.add_argument("--data", help="where the run's data set lies now, if it moved")
