@@ -15,7 +15,8 @@ from dit_fast.errors import UserError
 from dit_fast.sampling.output import check_writable, writing
 
 if TYPE_CHECKING:
-    from dit_fast.sampling.forms import NpzParts
+    from dit_fast.data import LatentDataset
+    from dit_fast.sampling.images import Drawing
     from dit_fast.sampling.parts import Parts
     from dit_fast.sampling.samples import Samples
     from dit_fast.world import World
@@ -43,6 +44,20 @@ def add_commands(subparsers: Any) -> None:
         help="FILE.npz, FILE.tar (WebDataset), FILE.png (a sheet with a row for each class) or a folder for PNG files "
         "(default: samples.npz and samples.png in RUN); the same command, started again after a kill, draws what is "
         "missing",
+    )
+    pictures = drawing.add_mutually_exclusive_group()
+    pictures.add_argument(
+        "--interpolate",
+        nargs=2,
+        type=int,
+        metavar=("A", "B"),
+        help="a picture instead: --per-class images of each class from seed A's noise to seed B's",
+    )
+    pictures.add_argument(
+        "--strips",
+        type=int,
+        metavar="N",
+        help="a picture instead: what is predicted at N times, a row for each class",
     )
     drawing.fill = add_options
 
@@ -80,46 +95,84 @@ def given_options(options: argparse.Namespace) -> dict[str, Any]:
 def _sample(options: argparse.Namespace) -> int:
     from dit_fast.checkpoint.run import load_run
     from dit_fast.checkpoint.step import FOLDER
-    from dit_fast.sampling.forms import NpzParts, PngFolder, TarParts
-    from dit_fast.sampling.images import decoder, sample_images
+    from dit_fast.sampling.images import Drawing, decoder
     from dit_fast.sampling.options import SampleOptions
     from dit_fast.sampling.samples import FILE_NAME
-    from dit_fast.world import here, meet
+    from dit_fast.world import here
 
-    outputs = [options.out] if options.out else [options.folder / FILE_NAME, options.folder / "samples.png"]
+    picture = "interpolation" if options.interpolate else "strips" if options.strips is not None else None
+    outputs = [options.folder / FILE_NAME, options.folder / "samples.png"]
+    outputs = [options.out] if options.out else [options.folder / f"{picture}.png"] if picture else outputs
     kept = options.out is not None and (options.out.is_dir() or not options.out.suffix)
     if not kept and outputs[0].suffix not in ENDINGS:
         valid = f"{', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}"
         raise UserError(f"--out {outputs[0]}: the name must end in {valid}, or have no ending (a folder)")
-    chosen = SampleOptions(**given_options(options))
+    if picture and (kept or outputs[0].suffix != ".png"):
+        raise UserError(f"--out {outputs[0]}: a picture; its name must end in .png")
+    given = given_options(options)
+    if options.interpolate and "seed" in given:
+        raise UserError("--interpolate names two seeds; drop --seed")
+    if options.strips is not None and "per_class" in given:
+        raise UserError("--strips shows one image of each class; drop --per-class")
+    chosen = SampleOptions(**given)
     world, run = here(), load_run(options.folder, weights=chosen.weights)
     if not options.out and not (options.folder / FOLDER).is_dir():
         raise UserError(f"{options.folder}: is a checkpoint, which stays as it is; name a file with --out")
-    place = outputs[0] if kept else outputs[0].with_name(f"{outputs[0].name}.parts")
-    check_writable(place.parent)
+    check_writable(outputs[0].parent)
     dataset = run.dataset(options.data)
     chosen = chosen.resolved(run, dataset)
-    autoencoder = decoder(run, chosen, dataset)
+    drawing = Drawing(run, chosen, world.device, dataset, decoder(run, chosen, dataset))
+    if not picture:
+        _write_images(drawing, dataset, world, outputs, kept)
+    elif not world.rank:
+        _write_picture(drawing, dataset.info.class_names, options, outputs[0])
+    return 0
+
+
+def _write_picture(drawing: "Drawing", names: Sequence[str], options: argparse.Namespace, path: Path) -> None:
+    from dit_fast.sampling.grids import save_png
+    from dit_fast.sampling.sheets import interpolation, strips
+
+    seeds, times = options.interpolate, options.strips
+    sheet = interpolation(drawing, seeds, names) if seeds else strips(drawing, times, names)
+    with writing(path):
+        save_png(sheet, path)
+    print(path)
+
+
+def _write_images(
+    drawing: "Drawing", dataset: "LatentDataset", world: "World", outputs: Sequence[Path], kept: bool
+) -> None:
+    from dit_fast.sampling.forms import NpzParts, PngFolder, TarParts
+    from dit_fast.sampling.grids import class_grid, save_png
+    from dit_fast.sampling.images import sample_images
+    from dit_fast.sampling.samples import Samples
+    from dit_fast.world import meet
+
+    run, options = drawing.run, drawing.options
+    place = outputs[0] if kept else outputs[0].with_name(f"{outputs[0].name}.parts")
     with writing(place):
         form = PngFolder if kept else TarParts if outputs[0].suffix == ".tar" else NpzParts
-        parts = form(place, run, chosen, world.rank, autoencoder.identity if chosen.autoencoder else None)
+        parts = form(place, run, options, world.rank, drawing.autoencoder.identity if options.autoencoder else None)
         done = parts.done()
-    images = sample_images(run, chosen, world, dataset, autoencoder, done)
+    images = sample_images(run, options, world, dataset, drawing.autoencoder, done)
     if not kept:
         meet()  # rank 0 will remove the parts, and a rank that comes after that would draw its share again
     _draw(parts, images, world)
     if world.rank:
-        return 0
+        return
     for path in outputs:
         with writing(path):
             if path.suffix == ".png" and isinstance(parts, NpzParts):
-                _write_sheet(path, parts, dataset.info.class_names)
+                drawn = Samples.join(parts)
+                columns = {drawn.text: (drawn.images, drawn.labels)}
+                classes = list(dict.fromkeys(drawn.labels.tolist()))
+                save_png(class_grid(columns, classes, dataset.info.class_names), path)
             else:
                 parts.write(path)
         print(path)
     if not kept:
         parts.remove()
-    return 0
 
 
 def _draw(parts: "Parts", images: Iterator["Samples"], world: "World") -> None:
@@ -148,16 +201,6 @@ def _draw(parts: "Parts", images: Iterator["Samples"], world: "World") -> None:
     if not world.rank:
         speed = f" in {tqdm.format_interval(seconds)}, {rate((total - there) / seconds)} images/s" * (there < total)
         print(f"dit-fast: {total - there:,} of {total:,} images drawn{speed}", file=sys.stderr)
-
-
-def _write_sheet(path: Path, parts: "NpzParts", class_names: Sequence[str]) -> None:
-    """One row for each class, in the order in which they were asked for."""
-    from dit_fast.sampling.grids import class_grid, save_png
-    from dit_fast.sampling.samples import Samples
-
-    drawn = Samples.join(parts)
-    columns = {drawn.text: (drawn.images, drawn.labels)}
-    save_png(class_grid(columns, list(dict.fromkeys(drawn.labels.tolist())), class_names), path)
 
 
 def _list(name: str, text: str) -> Any:

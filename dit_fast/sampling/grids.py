@@ -20,9 +20,13 @@ LONGEST_NAME = 40  # characters of a class name
 
 
 def class_grid(
-    columns: Mapping[str, tuple[np.ndarray, np.ndarray]], classes: Sequence[int], class_names: Sequence[str]
+    columns: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    classes: Sequence[int],
+    class_names: Sequence[str],
+    caption: str = "",
 ) -> "Image.Image":
-    """One row per class of `classes`, one group of columns per entry of `columns`, with its title above.
+    """One row per class of `classes`, one group of columns per entry of `columns`, with its title above; the caption
+    below them all.
 
     columns: title -> (images uint8 [N, H, W, 3], labels int64 [N]); every group shows as many images per class as its
     rarest class has. Images smaller than 64 pixels are enlarged by a whole factor, so single pixels stay visible.
@@ -49,8 +53,11 @@ def class_grid(
         for title, group in zip(titles, groups.values(), strict=True)
     ]
     total = margin + sum(widths) + GUTTER * (len(groups) - 1) + 8
-    canvas = Image.new("RGB", (total, HEADER + len(names) * step_y + 8), PAPER)
+    total = max(total, 16 + int(_font(14).getlength(_line(caption))))
+    bottom = HEADER + len(names) * step_y
+    canvas = Image.new("RGB", (total, bottom + (HEADER if caption else 8)), PAPER)
     draw, x = ImageDraw.Draw(canvas), margin
+    draw.text((8, bottom + HEADER // 2), _line(caption), fill=INK, font=_font(14), anchor="lm")
     for row, name in enumerate(names):
         draw.text((8, HEADER + row * step_y + step_y // 2), name, fill=INK, font=_font(14), anchor="lm")
     for title, width_of_group, group in zip(titles, widths, groups.values(), strict=True):

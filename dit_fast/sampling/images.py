@@ -1,6 +1,7 @@
 """`sample_images`: the one iterator of images from weights; keyed noise, guidance, the data set's own decoder."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,8 @@ from dit_fast.autoencoders import Autoencoder, load_autoencoder
 from dit_fast.autoencoders.pixels import DECODED, Scaled, decode_images
 from dit_fast.checkpoint.run import LoadedRun
 from dit_fast.data import LatentDataset
-from dit_fast.diffusion import initial_noise, sample
+from dit_fast.diffusion import Guidance, initial_noise, sample
+from dit_fast.diffusion.solvers import Field
 from dit_fast.errors import UserError
 from dit_fast.sampling.options import SampleOptions
 from dit_fast.sampling.samples import Samples
@@ -73,8 +75,13 @@ class Drawing:
         shapes = self.model.shapes if len(self.model.shapes) > 1 else self.model.shapes["image"]
         return initial_noise(self.options.seed if seed is None else seed, index, shapes)
 
-    def latents(self, noise: Tree, labels: Tensor, index: Tensor) -> Tensor:
-        """Model-space latents [N, C, h, w] of labels [N]. index: of the images, for the noise of an SDE's steps."""
+    def latents(
+        self, noise: Tree, labels: Tensor, index: Tensor, field: Callable[[Any, Any, Guidance], Field] | None = None
+    ) -> Tensor:
+        """Model-space latents [N, C, h, w] of labels [N]. index: of the images, for the noise of an SDE's steps.
+
+        field: in the place of the objective's.
+        """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
             found = sample(
                 self.model,
@@ -83,7 +90,7 @@ class Drawing:
                 index=index,
                 path=self.objective.path,
                 prediction=self.objective.prediction,
-                field=self.objective.field,
+                field=field or self.objective.field,
                 **self.options.arguments(),
             )
         return image(found)
