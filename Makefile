@@ -16,11 +16,11 @@ INSTALLED := $(VENV)/.installed
 EXTRAS := train,dev,diffusers,repa,twemoji
 CODE := dit_fast examples
 
-.PHONY: help install native quickstart test test-kernels test-long chaos matrix gpu-suite test-gpu-image docs pytest lint format clean
+.PHONY: help install native quickstart study test test-kernels test-long chaos matrix gpu-suite test-gpu-image docs pytest lint format clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
-	@echo "make native | test | test-kernels | test-long | chaos | matrix | gpu-suite | test-gpu-image | docs | lint | format | clean"
+	@echo "make study | native | test | test-kernels | test-long | chaos | matrix | gpu-suite | test-gpu-image | docs | lint | format | clean"
 
 install: $(INSTALLED)
 
@@ -43,6 +43,13 @@ quickstart: $(INSTALLED)
 	@$(BIN)/python examples/quickstart.py $(if $(DATA),--data '$(DATA)') $(if $(SHA256),--sha256 '$(SHA256)') \
 		$(if $(OUT),--out '$(OUT)') $(if $(STEPS),--steps '$(STEPS)') \
 		$(if $(filter-out 0,$(BASELINE)),--baseline) $(if $(filter-out 0,$(REPA)),--repa)
+
+# Ten configurations times three seeds, their blocks and Frechet distances (docs/study.md): hours. DATA, OUT, STEPS, SEEDS,
+# ONLY as in examples/study.py; RECORD=1 writes the table of docs/study.md.
+study: $(INSTALLED)
+	@$(BIN)/python examples/study.py $(if $(DATA),--data '$(DATA)') $(if $(OUT),--out '$(OUT)') \
+		$(if $(STEPS),--steps '$(STEPS)') $(if $(SEEDS),--seeds '$(SEEDS)') $(if $(ONLY),--only '$(ONLY)') \
+		$(if $(filter-out 0,$(RECORD)),--record)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -44,7 +44,7 @@ def main() -> int:
         print(f"quickstart: error: {error}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
-        print(f"quickstart: this stage failed (exit status {error.returncode}): {_shown(error.cmd)}", file=sys.stderr)
+        print(f"quickstart: this stage failed (exit status {error.returncode}): {shown(error.cmd)}", file=sys.stderr)
         return error.returncode
     except KeyboardInterrupt:
         print("\nquickstart: stopped; the same command continues here", file=sys.stderr)
@@ -74,13 +74,13 @@ def _run(options: argparse.Namespace) -> None:
     source = quickstart_data.prepare(options.data, CACHE, options.sha256)
     if source.remark:
         print(source.remark, flush=True)
-    _claim(out, source.name)
+    claim(out, source.name)
     _stage(2, "latent shards")
     shards = out / ("shards-features" if options.repa else "shards")
     features = ["--encoder", "efficientnet-lite0"] if options.repa else []
-    workers = str(min(_cores(), 8))
-    _call(
-        [_program("dit-fast"), "shards", "build", str(source.path), str(shards), "--autoencoder", "pca", "--size", "32",
+    workers = str(min(cores(), 8))
+    call(
+        [program("dit-fast"), "shards", "build", str(source.path), str(shards), "--autoencoder", "pca", "--size", "32",
          "--batch-size", "256", "--processes", workers, *features], threads=1,
     )  # fmt: skip
     runs = {"diversedit-repa": "quickstart-diversedit-repa"} if options.repa else {"diversedit": "quickstart"}
@@ -88,15 +88,15 @@ def _run(options: argparse.Namespace) -> None:
         runs["baseline"] = "quickstart-sit"
     for name, recipe in runs.items():
         _stage(3, f"training: {name}")
-        _call(train_command(machine, recipe, shards, out / name, options.steps), machine.threads)
+        call(train_command(machine, recipe, shards, out / name, options.steps), machine.threads)
     for name in runs:
         _stage(4, f"samples: {name}")
-        _call([_program("dit-fast"), "sample", str(out / name), "--per-class", "8", *GUIDANCE], threads=0)
+        call([program("dit-fast"), "sample", str(out / name), "--per-class", "8", *GUIDANCE], threads=0)
     _stage(5, "report")
     main_run, *others = runs
     baseline = ["--baseline", str(out / others[0])] if others else []
     notes = ["--note", source.remark] if source.remark else []
-    _call([_program("dit-fast"), "report", str(out / main_run), *baseline, *notes, "--out", str(out)], threads=0)
+    call([program("dit-fast"), "report", str(out / main_run), *baseline, *notes, "--out", str(out)], threads=0)
     minutes = (time.monotonic() - started) / 60
     print(f"\ndone in {minutes:.1f} minutes; open {out / 'report.html'} in a browser", flush=True)
 
@@ -105,15 +105,15 @@ def this_machine(global_batch: int) -> Machine:
     """All visible GPUs that divide the batch, else two processes that share the CPU's cores (one on a single core)."""
     import torch
 
-    cores = _cores()
+    available = cores()
     gpus = torch.cuda.device_count()
     if gpus:
-        return Machine(max(n for n in range(1, gpus + 1) if global_batch % n == 0), max(cores // gpus, 1), True)
-    processes = min(cores, 2)
-    return Machine(processes, cores // processes, False)
+        return Machine(max(n for n in range(1, gpus + 1) if global_batch % n == 0), max(available // gpus, 1), True)
+    processes = min(available, 2)
+    return Machine(processes, available // processes, False)
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores this process may use; containers often give fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -121,7 +121,7 @@ def _cores() -> int:
 def train_command(machine: Machine, recipe: str, shards: Path, run: Path, steps: int | None) -> list[str]:
     """The `deepspeed` command of one training run; started again it resumes."""
     changes = [f"data.path={shards}", f"run.dir={run}", *([f"run.steps={steps}"] if steps else [])]
-    launcher = [_program("deepspeed"), "--num_gpus", str(machine.processes), "--master_port", str(_free_port())]
+    launcher = [program("deepspeed"), "--num_gpus", str(machine.processes), "--master_port", str(_free_port())]
     launcher += ["--module", "dit_fast.train"]
     return [*launcher, recipe, *changes]
 
@@ -133,7 +133,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _claim(out: Path, data: str) -> None:
+def claim(out: Path, data: str) -> None:
     """One folder holds one data set. Raises DataError when it was begun with another."""
     record = out / "quickstart.json"
     if record.exists():
@@ -153,21 +153,21 @@ def _stage(number: int, title: str) -> None:
     print(f"\n[{number}/5] {title}", flush=True)
 
 
-def _call(command: list[str], threads: int) -> None:
+def call(command: list[str], threads: int) -> None:
     """Runs a command in the foreground; `threads` = 0 leaves the number of threads to torch.
 
     Idle threads sleep instead of spinning: on cores that others use too, spinning made sampling several times slower.
     """
-    print(f"$ {_shown(command)}", flush=True)
+    print(f"$ {shown(command)}", flush=True)
     settings = {"OMP_WAIT_POLICY": "PASSIVE", **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     subprocess.run(command, check=True, env={**os.environ, **settings})
 
 
-def _shown(command: list[str]) -> str:
+def shown(command: list[str]) -> str:
     return shlex.join([Path(command[0]).name, *command[1:]])
 
 
-def _program(name: str) -> str:
+def program(name: str) -> str:
     """A command of the environment that runs this script, whether or not it was activated."""
     path = Path(sys.executable).parent / name
     if not path.exists():
