@@ -74,7 +74,7 @@ def test_the_table_has_means_over_seeds_and_says_how_it_was_measured(folder, cap
     lines = (folder / "table.md").read_text().splitlines()
     assert lines[2] == (
         "| sit | 2 | 10.50 ± 0.71 | 0.250 ± 0.071 | 0.250 ± 0.071 | 0.250 ± 0.071 | 7.0 ± 0.0 | 0.375 ± 0.000 | "
-        "1.7500 ± 0.3536 |"
+        "1.5000 ± 0.3536 |"
     )
     assert lines[3].startswith("| repa | 1 | 12.00 | 0.400 |")
     assert lines[5] == "After 40 steps; blocks at t = 0.04."
