@@ -103,7 +103,7 @@ def test_processes_and_threads_fit_the_machine(monkeypatch, gpus, cores, expecte
     import torch
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(quickstart, "_cores", lambda: cores)
+    monkeypatch.setattr(quickstart, "cores", lambda: cores)
     assert quickstart.this_machine(96) == quickstart.Machine(*expected)
 
 
