@@ -1,4 +1,8 @@
-"""What fake_cuda.py runs: whole steps of recipes, four blocks deep and of full width, and single ops."""
+"""What fake_cuda.py runs: single ops, and whole steps of recipes, of full width and a few blocks deep.
+
+Of each published recipe there is a step at its smallest size; those whose names begin with "size" are all others, and
+are run where they are asked for. Resolution and batch change no launch but in its grid.
+"""
 
 from tests.ops import fake_ops
 from tests.ops.fake_step import Trace, traced
@@ -9,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 from dit_fast.nn.attention import flash_attention
+from dit_fast.recipes import PUBLISHED
 from tests.helpers.stand_ins import flash_attn
 
 SMALL = ("model.depth=4", "engine.global_batch=32")
@@ -19,6 +24,25 @@ STEPS = {
     "diversedit-b2-512": ((),),
     "diversedit-l2-256": ((),),
 }  # fmt: skip
+
+# Networks of others that they read from files are made of elements, and the fake GPU has none.
+UNTRACED = {"haste": "an encoder", "repa_e": "an autoencoder"}
+DEPTHS = {"layersync": 16, "sra": 20, "sra-dit": 16, "jit": 12, "ddt": 0}  # blocks, where 8 are too few; 0: all
+
+
+def _published() -> dict[str, Callable[[], Trace]]:
+    """By name, "step RECIPE" of the smallest size and "size RECIPE" of the others."""
+    found = {}
+    for names, (sizes, resolutions) in PUBLISHED.items():
+        for name in names.split():
+            plain = name.removeprefix("diversedit-")
+            depth = DEPTHS.get(plain.rpartition("repa-")[2], 8)
+            options = ("engine.global_batch=32", *([f"model.depth={depth}"] if depth else []))
+            for place, size in enumerate(sizes.split() if plain not in UNTRACED else ()):
+                recipe = f"{name}-{size}-{resolutions[0]}"
+                first = place == 0 and name == plain
+                found[f"{'step' if first else 'size'} {recipe}"] = partial(traced, recipe, options)
+    return found
 
 
 def _steps() -> dict[str, Callable[[], Trace]]:
@@ -44,4 +68,6 @@ def _with_flash_attn() -> Trace:
     return found
 
 
-CASES: dict[str, Callable[[], Trace]] = {**fake_ops.CASES, **_steps(), "step with flash-attn": _with_flash_attn}
+CASES: dict[str, Callable[[], Trace]] = {
+    **fake_ops.CASES, **_steps(), "step with flash-attn": _with_flash_attn, **_published()
+}  # fmt: skip

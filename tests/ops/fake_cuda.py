@@ -1,7 +1,8 @@
 """Run every CUDA branch on a fake GPU, and compile what is launched there with the types that are asked for.
 
-    python -m tests.ops.fake_cuda                          every case, GPU and Triton version
+    python -m tests.ops.fake_cuda                          every GPU and Triton version, and each case but the sizes
     python -m tests.ops.fake_cuda --gpu 90 --version 3.6.0 --only "step sit"      cases that begin so
+    python -m tests.ops.fake_cuda --gpu 90 --version 3.6.0 --only "size"          every recipe in every other size
 
 Each GPU and version is a process of its own (fake_device.py). Cases stand in fake_cases.py. Where the ahead-of-time
 cases of aot.py are written by hand, with the types and alignments that are meant, here they are those of the launches.
@@ -28,7 +29,7 @@ GPUS = (80, 90, 120)
 def run(gpu: int, version: str, only: str = "", compiled: bool = True) -> dict[str, Any]:
     """{"cases": {name: launches}, "compiled": number of variants, "reasons": what is wrong, one line each}.
 
-    only: cases that begin so. compiled: whether what they launch is compiled.
+    only: cases that begin so; "": all but those of "size". compiled: whether what they launch is compiled.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     environment |= {
@@ -54,7 +55,7 @@ def _worker(only: str, compiled: bool) -> None:
 
     launched, variants, reasons, counts = {}, {}, [], {}
     for name, case in fake_cases.CASES.items():
-        if not name.startswith(only):
+        if not (name.startswith(only) if only else not name.startswith("size")):
             continue
         try:
             found = case()

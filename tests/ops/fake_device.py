@@ -25,7 +25,7 @@ import traceback
 import types
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,6 +175,9 @@ class Trace:
     aten: Counter[str] = field(default_factory=Counter)
     reads: list[str] = field(default_factory=list)
     mismatches: list[str] = field(default_factory=list)
+
+    def __add__(self, other: "Trace") -> "Trace":
+        return Trace(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
 
     @property
     def kernels(self) -> Counter[str]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dit_fast.data.description import DatasetInfo
 from dit_fast.data.field import Field
@@ -24,9 +24,11 @@ from dit_fast.recipes import load
 from dit_fast.runs import TrainConfig
 from dit_fast.train.engine import SingleEngine
 from dit_fast.train.loss import TrainingLoss
+from dit_fast.train.stages import stages
 from dit_fast.world import World
 
 WIDTH = 768  # of features and class tokens: DINOv2-B's
+SIDE = 256  # of images, in pixels
 
 
 def data_set(config: TrainConfig, tokens: int) -> DatasetInfo:
@@ -42,6 +44,7 @@ def data_set(config: TrainConfig, tokens: int) -> DatasetInfo:
         fields={
             "features": Field("features.npy", (tokens, WIDTH), "float16"),
             "class_token": Field("class_token.npy", (WIDTH,), "float16"),
+            "image": Field("image.npy", (3, SIDE, SIDE), "uint8"),
         },
         dtype="float32",
         autoencoder="",
@@ -63,6 +66,8 @@ class Step:
             model = new_model(config.model)
             info = data_set(config, model.num_tokens)
             methods = build_methods(config.methods, model, info)
+            for method in methods:
+                method.prepare(lambda *_: (new_model(config.model).requires_grad_(False).eval(), ""))
             loss = TrainingLoss(
                 model,
                 OBJECTIVES[config.objective.name](config.objective, model),
@@ -73,6 +78,8 @@ class Step:
                 label_dropout=config.model.label_dropout,
                 precision=config.engine.precision,
             )
+        for module in (loss, *(teacher for method in methods for teacher in method.teachers)):
+            _move_buffers(module)
         loss.to = lambda device: loss  # it is there, and torch cannot move fake parameters that are in use
         groups = [group for method in methods for group in method.param_groups()]
         self.engine = SingleEngine(loss, config, World(0, 1, GPU), groups)
@@ -94,10 +101,22 @@ class Step:
         return self.engine.train_step([self.batch()], 1, 1e-4)
 
 
+def _move_buffers(module: nn.Module) -> None:
+    """Those that are made on the CPU whatever the default device is, as `loss.to` does it in a run."""
+    for each in module.modules():
+        for name, buffer in each.named_buffers(recurse=False):
+            each._buffers[name] = buffer.to(GPU)
+
+
 def traced(recipe: str, overrides: Sequence[str] = ()) -> Trace:
-    """One step of a recipe, after a first one that is not counted (caches, states of the optimizer)."""
+    """One step of each stage of a recipe, after a first one that is not counted (caches, states of the optimizer)."""
+    steps = [_traced(config) for config in stages(load(recipe, overrides))]
+    return sum(steps[1:], start=steps[0])
+
+
+def _traced(config: TrainConfig) -> Trace:
     with trace():
-        step = Step(load(recipe, overrides))
+        step = Step(config)
         step()
         with trace() as found:
             step()

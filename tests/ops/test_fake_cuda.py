@@ -17,6 +17,13 @@ def test_every_case_runs_and_returns_what_its_fakes_promise():
             assert launches["adaln.modulate_rows"] > 4, (name, launches)
 
 
+@pytest.mark.long
+def test_every_recipe_in_every_size_launches_what_compiles():
+    found = fake_cuda.run(90, "3.6.0", "size")
+    assert found["cases"]
+    assert not found["reasons"], "\n".join(found["reasons"])
+
+
 PAIRS = [(90, "3.6.0"), (80, "3.9.0"), (120, "3.6.0"), (90, "3.9.0"), (80, "3.6.0"), (120, "3.9.0")]  # GPU, Triton
 # Kernels that still use some stack (8 to 1032 bytes) in forms that no whole step launches: rows that are not aligned or
 # 8 wide, and fp32 or mixed features at 6 blocks. To be mended; one that is mended leaves the list.
