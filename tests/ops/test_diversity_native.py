@@ -15,14 +15,16 @@ from tests.helpers.cases import loop_over
 from tests.helpers.golden import assert_close, golden, golden_names
 
 native = pytest.mark.skipif(_C.unavailable() is not None, reason=str(_C.unavailable()))
-BACKENDS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["torch", "auto"]  # test_interpreter.py sets it
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # test_interpreter.py sets it
+COMPILED = [] if _C.unavailable() else ["cpp"]  # by name: the registered ops take "auto" for torch
+BACKENDS = ["triton"] if INTERPRETED else ["torch", *COMPILED]
 SHAPES = [(1, 1, 1), (2, 5, 7), (3, 256, 16), (5, 257, 33), (4, 300, 64), (7, 530, 100), (12, 40, 768)]
 
 
 @pytest.fixture
 def backend():
-    """ "cpp" where the library is built, which `test_auto_is_the_library` asks for; else torch's twin of it."""
-    return "auto"
+    """What `test_auto_is_the_library` asks for; torch's twin where the library is not built."""
+    return BACKENDS[-1]
 
 
 def blocks(count, tokens, width, dtype=torch.float32, seed=0):
