@@ -109,14 +109,16 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary | None = None, heads: bool = False) -> Tensor | tuple[Tensor, Heads]:
         """rotary: what turns queries and keys after their norm. heads: whether those are returned too."""
         batch, tokens, width = x.shape
-        qkv = self.qkv(x)
-        as_they_are = rotary is None and isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
-        if self.kind == "auto" and as_they_are and not heads and attention_cpp.takes(qkv, self.num_heads):
-            return self.proj(attention_cpp.attention(qkv, self.num_heads))
-        query, key, value = self._heads(qkv, rotary)
-        mixed = self.mixed(query, key, value)
+        mixed, own = self.attended(self.qkv(x), rotary, heads)
         output = self.proj(mixed.reshape(batch, tokens, width))
-        return (output, Heads(query, key)) if heads else output
+        return output if own is None else (output, own)
+
+    def attended(self, qkv: Tensor, rotary: Rotary | None, heads: bool) -> tuple[Tensor, Heads | None]:
+        """What attention makes of the projection [N, T, 3D]: [N, T, D] or [N, T, H, d]; heads: and from what."""
+        if self.kind == "auto" and self.is_plain(rotary) and not heads and attention_cpp.takes(qkv, self.num_heads):
+            return attention_cpp.attention(qkv, self.num_heads), None
+        query, key, value = self._heads(qkv, rotary)
+        return self.mixed(query, key, value), Heads(query, key) if heads else None
 
     def mixed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Softmax attention [N, T, H, d] of heads [N, H, T, d]."""
@@ -141,6 +143,10 @@ class Attention(nn.Module):
         # Taken apart where they lie, so that the gradient is one buffer, written once, as the projection reads it.
         parts = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         return tuple(part.transpose(1, 2) for part in parts)
+
+    def is_plain(self, rotary: Rotary | None) -> bool:
+        """Whether queries and keys are parts of the projection as they are."""
+        return rotary is None and type(self.q_norm) is type(self.k_norm) is nn.Identity
 
     def _backend(self, value: Tensor) -> AbstractContextManager[None]:
         """SDPA with the tuned back end, which must take these tensors."""

@@ -102,7 +102,7 @@ class Op:
         if not isinstance(eps, (int, float)) or isinstance(eps, bool) or not 0 <= eps < math.inf:
             given = eps if isinstance(eps, (int, float, str)) else type(eps).__name__
             raise UserError(f"{self.name}: eps must be a finite number >= 0, not {given!r}")
-        return None if key is None else _remember(self._checked, key, object())
+        return None if key is None else remember(self._checked, key, object())
 
     def choose(self, asked: str, device: torch.device, *arguments: Any, given: Any = None) -> str:
         """The implementation of this call; `arguments` are what the implementations' `refuses` look at.
@@ -117,7 +117,7 @@ class Op:
         scalars = [each for each in arguments if not isinstance(each, Tensor)]
         key = (given, backend.forced(), autocast_dtype_of(kind), *scalars)
         found = self._chosen.get(key)
-        return found or _remember(self._chosen, key, backend.choose(self.name, asked, kind, *arguments))
+        return found or remember(self._chosen, key, backend.choose(self.name, asked, kind, *arguments))
 
 
 REMEMBERED = 4096
@@ -140,7 +140,7 @@ def _key(asked: Any, eps: Any, sizes: dict[str, Any] | None, tensors: dict[str, 
     return tuple(parts)
 
 
-def _remember(memory: dict[Any, Any], key: Any, value: Any) -> Any:
+def remember(memory: dict[Any, Any], key: Any, value: Any) -> Any:
     if len(memory) >= REMEMBERED:
         memory.clear()
     memory[key] = value
@@ -247,7 +247,7 @@ def differentiable(function: Any, name: str, instead: str = 'backend="torch"') -
     refusal = f"{name}: no second derivative here; for one use {instead}"
     rule = function.jvp
     del function.jvp
-    function.backward = staticmethod(_guarded(function.backward, refusal))
+    function.backward = staticmethod(guarded(function.backward, refusal))
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
         if eager_transforms.JVP_NESTING > 1:  # a rule inside another level of torch.func.jvp
@@ -269,7 +269,7 @@ def differentiable(function: Any, name: str, instead: str = 'backend="torch"') -
     return apply
 
 
-def _guarded(backward: Callable[..., Any], refusal: str) -> Callable[..., Any]:
+def guarded(backward: Callable[..., Any], refusal: str) -> Callable[..., Any]:
     """It costs something only with a graph of the backward (create_graph=True, torch.func)."""
 
     @functools.wraps(backward)

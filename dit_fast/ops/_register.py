@@ -35,7 +35,7 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
         # results (out=), which autograd refuses.
         first = _first_tensor(args)
         with torch._C._AutoDispatchBelowAutograd():
-            if _is_elsewhere(first):
+            if is_elsewhere(first):
                 with torch.cuda.device_of(first):
                     return implementation(*args, **options)
             return implementation(*args, **options)
@@ -61,10 +61,20 @@ def _first_tensor(args: Sequence[Any]) -> Tensor:
     raise UserError("an op got no tensor")
 
 
-def _is_elsewhere(tensor: Tensor) -> bool:
+def is_elsewhere(tensor: Tensor) -> bool:
     """Whether a tensor lies on a GPU that is not the current one."""
     index = tensor.get_device()
     return index >= 0 and index != torch.cuda.current_device()
+
+
+def is_watched() -> bool:
+    """Whether the compiler, the tracer, torch.func or a dispatch mode wants to see each op that is called."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _goes_straight(args: Sequence[Any]) -> bool:
@@ -75,21 +85,15 @@ def _goes_straight(args: Sequence[Any]) -> bool:
     memory: one with its sign still to be changed (`.conj().imag`), one of zeros without memory, one of a batch of
     gradients (`is_grads_batched`).
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
-    ):
+    if is_watched() or torch.autograd._profiler_enabled():
         return False
     for arg in args:
         kind = type(arg)
         if kind is list:
-            if not all(type(each) in PLAIN and _lies_plain(each) for each in arg if isinstance(each, Tensor)):
+            if not all(type(each) in PLAIN and lies_plain(each) for each in arg if isinstance(each, Tensor)):
                 return False
         elif kind in PLAIN:
-            if not _lies_plain(arg):
+            if not lies_plain(arg):
                 return False
         elif kind not in _SCALARS:
             return False
@@ -106,6 +110,6 @@ _LEFT_OUT = functools.reduce(
 )
 
 
-def _lies_plain(tensor: Tensor) -> bool:
+def lies_plain(tensor: Tensor) -> bool:
     """Whether nothing of the dispatcher but autograd and autocast has to do with the tensor."""
     return not _bits(_keys_of(tensor)) & ~_LEFT_OUT

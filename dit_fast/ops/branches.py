@@ -1,0 +1,245 @@
+"""The two halves of a transformer block, each as one node of autograd's graph, checked once for both.
+
+    reads    x, qkv = x, W (norm(x) (1 + scale) + shift) + b            into queries, keys and values
+    joins    x' = x + gate (W y + b),   x'' = x' + gate' mlp(norm(x') (1 + scale') + shift')
+
+A block of ops has a check, a choice, a node and a dozen Python calls for each of six of them, in both directions; those
+take longer than the device at 32 samples. The launches here are the ops' own, in the same order: the same bits. The
+ops are the definition, and what runs wherever someone looks on (`plan`).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from dit_fast import backend
+from dit_fast.ops import adaln
+from dit_fast.ops._op import guarded, remember
+from dit_fast.ops._register import is_elsewhere, is_watched, lies_plain
+from dit_fast.ops.gelu_mlp import OP as MLP
+from dit_fast.ops.gelu_mlp import _GeluMlp
+from dit_fast.ops.linear import product, sum_of_rows
+from dit_fast.ops.row_statistics import known
+
+EPS = 1e-6
+_REFUSAL = "a transformer block: no second derivative here; for one use dit_fast.backend.force('torch')"
+
+
+class Layer(NamedTuple):
+    """A linear layer's parameters, and their shadows, which are what products read."""
+
+    weight: Tensor
+    bias: Tensor
+    shadow: Tensor
+    bias_shadow: Tensor
+
+
+class Plan(NamedTuple):
+    """What is decided about blocks of one signature. norms: module with the adaLN kernels' forward and backward."""
+
+    chosen: str
+    norms: Any
+    mlp: str  # implementation of gelu_mlp
+    rms: bool
+    dtype: torch.dtype  # of the products
+
+
+_PLANS: dict[Any, Plan | None] = {}
+
+
+def plan(x: Tensor, parts: Sequence[Tensor | None], layers: Sequence[Layer], norm: str) -> Plan | None:
+    """How to run both halves; None: op by op.
+
+    parts: shift, scale, gate, shift, scale, gate [N, D] of the stream x [N, T, D]. Op by op it is without autocast,
+    where something has no gradient, where a second derivative, a tangent, the compiler, a mode or a tensor of another
+    class is about, and for what the kernels do not take. Raises what the ops raise.
+    """
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or not torch.is_grad_enabled() or is_watched():
+        return None
+    if forward_ad._current_level >= 0 or is_elsewhere(x):
+        return None
+    dtype = torch.get_autocast_dtype(kind)
+    found: list[Any] = [backend.forced(), dtype, norm, x.device]
+    for tensor in (x, *parts):
+        if tensor is None:
+            found.append(None)
+            continue
+        if not tensor.requires_grad or not lies_plain(tensor):
+            return None
+        found += (tensor.shape, tensor.stride(), tensor.dtype)
+    for layer in layers:
+        if layer.shadow.dtype is not dtype or not (layer.weight.requires_grad and layer.bias.requires_grad):
+            return None
+    key = tuple(found)
+    if key in _PLANS:
+        return _PLANS[key]
+    return _choose(key, x, parts, norm, dtype)
+
+
+def _choose(key: Any, x: Tensor, parts: Sequence[Tensor | None], norm: str, dtype: torch.dtype) -> Plan | None:
+    shift, scale, gate, shift_m, scale_m, gate_m = parts
+    branch = x.new_empty(x.shape, dtype=dtype)
+    chosen = set()
+    for op, y, each in (
+        (adaln.MODULATE, None, (None, shift, scale)),
+        (adaln.BOTH, branch, (gate, shift_m, scale_m)),
+        (adaln.RESIDUAL, branch, (gate_m, None, None)),
+    ):
+        named = {"x": x, "y": y, **dict(zip(("gate", "shift", "scale"), each, strict=True))}
+        op.check("auto", EPS, **{name: tensor for name, tensor in named.items() if tensor is not None})
+        chosen.add(op.choose("auto", x.device, x, y, *each, dtype if each[2] is not None else x.dtype))
+    mlp = MLP.choose("auto", x.device, branch)
+    name = chosen.pop()
+    made: Plan | None = None
+    if not chosen and "torch" not in (name, mlp) and x.numel():
+        made = Plan(name, adaln._runner(name), mlp, norm == "rms", dtype)
+    remember(_PLANS, key, made)
+    return made
+
+
+def reads(
+    plan: Plan, x: Tensor, shift: Tensor | None, scale: Tensor, stats: Any, layer: Layer, heads: int
+) -> tuple[Tensor, ...]:
+    """x, for those who read it after this, and queries, keys, values [N, H, T, d], or with heads=0 all [N, T, 3D]."""
+    mean, variance = known("block", "stats", stats, x) or (None, None)
+    return _reads(x, shift, scale, layer.weight, layer.bias, mean, variance, plan, layer, heads)
+
+
+def joins(
+    plan: Plan, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor | None, scale: Tensor, gate_m: Tensor,
+    layer: Layer, first: Layer, second: Layer,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """x'' [N, T, D] and its rows' mean and variance [N, T]; y: what attention made, [N, T, H, d]."""
+    parameters = (*layer[:2], *first[:2], *second[:2])
+    return _joins(x, y, gate, shift, scale, gate_m, *parameters, plan, (layer, first, second))
+
+
+class _Reads(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, shift: Tensor | None, scale: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None,
+        variance: Tensor | None, plan: Plan, layer: Layer, heads: int,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        stats = None if mean is None or variance is None else (mean, variance)
+        forms = (EPS, plan.rms, stats, plan.dtype, stats is None)
+        _, modulated, *measured = plan.norms.forward(x, None, None, shift, scale, *forms)
+        mean, variance = measured if stats is None else stats
+        rows = modulated.view(-1, x.shape[-1])
+        qkv = torch.addmm(layer.bias_shadow, rows, layer.shadow.t())
+        ctx.plan, ctx.shifted, ctx.heads = plan, shift is not None, heads
+        ctx.vectors = (scale.dtype, scale.dtype if shift is None else shift.dtype, scale.dtype)
+        ctx.own = weight.dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, scale, mean, variance, rows, layer.shadow)
+        batch, tokens, _ = x.shape
+        if not heads:
+            return x.view_as(x), qkv.view(batch, tokens, -1)
+        query, key, value = qkv.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return x.view_as(x), query, key, value
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, scale, mean, variance, rows, shadow = ctx.saved_tensors
+        plan, none = ctx.plan, (None,) * 5
+        if all(grad is None for grad in grads):
+            return above, *(None,) * 4, *none
+        if ctx.heads:
+            shape = next(grad.transpose(1, 2).shape for grad in grads if grad is not None)
+            each = [rows.new_zeros(shape) if grad is None else grad.transpose(1, 2) for grad in grads]
+            grad = torch.stack(each, 2).view(len(rows), -1)
+        else:
+            grad = grads[0].reshape(len(rows), -1)  # type: ignore[union-attr]
+        grad_rows = torch.mm(grad, shadow).view(x.shape)
+        grad_weight, grad_bias = product(grad.t(), rows, ctx.own), sum_of_rows(grad, ctx.own)
+        given = (above, grad_rows, x, None, None, scale, mean, variance, EPS, plan.rms, ctx.shifted)
+        grad_x, _, _, grad_shift, grad_scale = plan.norms.backward(*given, x.dtype, None, ctx.vectors)
+        return grad_x, grad_shift, grad_scale, grad_weight, grad_bias, *none
+
+
+class _Joins(torch.autograd.Function):
+    """The first three arguments are a gate's, and `tap` is what `gate_residual`'s node has of that name."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor | None, scale: Tensor, gate_m: Tensor,
+        weight: Tensor, bias: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor,
+        plan: Plan, layers: tuple[Layer, Layer, Layer],
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        norms, (layer, first, second), width = plan.norms, layers, x.shape[-1]
+        attended = y.reshape(-1, width)
+        branch = torch.addmm(layer.bias_shadow, attended, layer.shadow.t()).view(x.shape)
+        x_new, modulated, mean, variance = norms.forward(
+            x, branch, gate, shift, scale, EPS, plan.rms, None, plan.dtype, True
+        )
+        ctx.mlp = mlp = _Part()
+        rows: Any = (modulated.view(-1, width), fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+        given = (*rows, first.shadow, first.bias_shadow, second.shadow, second.bias_shadow, True, plan.mlp)
+        kept: Any = _GeluMlp.forward(*given)
+        _GeluMlp.setup_context(mlp, given, kept)
+        mixed = kept[0].view(x.shape)
+        out, _, *measured = norms.forward(x_new, mixed, gate_m, None, None, EPS, plan.rms, None, x.dtype, True)
+        ctx.plan, ctx.own, ctx.shape, ctx.shifted = plan, weight.dtype, y.shape, shift is not None
+        ctx.vectors = (gate.dtype, scale.dtype if shift is None else shift.dtype, scale.dtype)
+        ctx.tap = None
+        ctx.mark_non_differentiable(*measured)
+        ctx.set_materialize_grads(False)
+        saved, mlp.saved_tensors = mlp.saved_tensors, ()
+        ctx.save_for_backward(attended, layer.shadow, branch, gate, scale, x_new, mean, variance, mixed, gate_m, *saved)
+        return out, measured[0], measured[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        saved, plan, mlp = ctx.saved_tensors, ctx.plan, ctx.mlp
+        attended, shadow, branch, gate, scale, x_new, mean, variance, mixed, gate_m = saved[:10]
+        found: Any = ctx.tap.gradients(grad, mixed, gate_m, plan.chosen) if ctx.tap and ctx.tap.active else grad
+        if found is None:
+            return (None,) * 14
+        if isinstance(found, Tensor):
+            gate_alone = (None, None, mixed, gate_m, None, None, None, EPS, plan.rms, False)
+            made = plan.norms.backward(found, *gate_alone, x_new.dtype, mixed.dtype, (gate_m.dtype,) * 3)
+            found = found, *made[1:3]
+        above, grad_mixed, grad_gate_m = found
+        mlp.saved_tensors = saved[10:]
+        of_mlp: Any = _GeluMlp.backward(mlp, grad_mixed.view(-1, x_new.shape[-1]), None)[:5]
+        mlp.saved_tensors = ()
+        given: Any = (above, of_mlp[0].view(x_new.shape), x_new, branch, gate, scale, mean, variance, EPS, plan.rms)
+        grad_x, grad_branch, grad_gate, grad_shift, grad_scale = plan.norms.backward(
+            *given, ctx.shifted, x_new.dtype, branch.dtype, ctx.vectors
+        )
+        rows = grad_branch.view(attended.shape)
+        grad_y = torch.mm(rows, shadow).view(ctx.shape)
+        grad_weight, grad_bias = product(rows.t(), attended, ctx.own), sum_of_rows(rows, ctx.own)
+        of_inputs = (grad_x, grad_y, grad_gate, grad_shift, grad_scale, grad_gate_m)
+        return *of_inputs, grad_weight, grad_bias, *of_mlp[1:], None, None
+
+
+class _Part:
+    """Stands for the context of a Function that runs inside another one."""
+
+    needs_input_grad = (True,) * 5
+    saved_tensors: tuple[Tensor, ...] = ()
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        self.saved_tensors = tensors
+
+    def save_for_forward(self, *tensors: Tensor) -> None:
+        pass
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
+def _node(function: Any) -> Any:
+    """Its apply, without torch's look at the signature of forward."""
+    function.backward = staticmethod(guarded(function.backward, _REFUSAL))
+    return super(torch.autograd.Function, function).apply
+
+
+_reads, _joins = _node(_Reads), _node(_Joins)
