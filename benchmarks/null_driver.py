@@ -89,9 +89,12 @@ def install() -> str:
         )
     )
     _stop_after_front_end(backends["nvidia"].compiler)
+    library = _library()
     _on_cpu_tensors()
     _keep_implementations()
     _products_as_on_cuda()
+    if library:
+        _optimizer_as_on_cuda()
     return str(triton.__version__)
 
 
@@ -136,7 +139,7 @@ def _products_as_on_cuda() -> None:
     """Attention by torch's SDPA, and products with results of another dtype, which torch has on CUDA alone: the same
     launch, its result not written."""
     from dit_fast.nn import attention
-    from dit_fast.ops import linear
+    from dit_fast.ops import linear, long_skip_rows
 
     attention.PLAIN_ON_CPU.clear()
 
@@ -146,6 +149,21 @@ def _products_as_on_cuda() -> None:
 
     linear.widens = lambda x: not torch.is_grad_enabled()
     linear.wide_product = wide
+    long_skip_rows._matmul_wide = wide  # type: ignore[assignment]
+
+
+def _library() -> bool:
+    from dit_fast import _C
+
+    return _C.unavailable() is None
+
+
+def _optimizer_as_on_cuda() -> None:
+    """One call of csrc's, whose C++ stands for its CUDA, with its arithmetic counted."""
+    from dit_fast import backend
+    from dit_fast.ops import adamw
+
+    backend.register(adamw.OP, backend.Implementation("cpp", ("cpu",), lambda: None))
 
 
 def _keep_implementations() -> None:

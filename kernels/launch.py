@@ -9,6 +9,8 @@ interpreter and with a version of Triton whose C function is not known here (`or
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import triton
@@ -57,12 +59,8 @@ def launcher(
 
     def launch(*tensors: Tensor) -> None:
         nonlocal direct
-        addresses, bits = [], 0
-        for tensor in tensors:
-            address = tensor.data_ptr()
-            addresses.append(address)
-            bits |= address
-        if bits % ALIGNMENT:
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        if reduce(or_, addresses) % ALIGNMENT:
             kernel[grid](*tensors, *numbers, **{**constants, **(unaligned or {})})
         elif direct is not None and not (_calls(runtime.launch_enter_hook) or _calls(runtime.launch_exit_hook)):
             direct(addresses)

@@ -38,7 +38,7 @@ def ordered_sum(partials: torch.Tensor) -> torch.Tensor:
     """float32 [C] from float32 partial sums [R, C]."""
     rows, columns = partials.shape
     while True:
-        groups = triton.cdiv(rows, GROUP)
+        groups = -(-rows // GROUP)  # triton.cdiv takes 5 us
         dtype = torch.float32 if groups == 1 else torch.float64
         out = torch.empty(groups, columns, dtype=dtype, device=partials.device)
         key = signature(partials)

@@ -21,8 +21,9 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Registers `dit_fast::<schema>` for tensors on any device and returns what calls it; `registered` is torch's op.
+    """Registers `dit_fast::<schema>` for tensors on any device and returns what calls it.
 
+    That has torch's op as `registered`, and as `run` what does without the look whether it may go straight.
     fake: same arguments, returns empty tensors of the right shapes, strides, dtypes and devices.
     """
     name = schema.split("(", 1)[0]
@@ -45,9 +46,9 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     op = getattr(torch.ops.dit_fast, name).default
 
     def call(*args: Any) -> Any:
-        return run(*args) if _goes_straight(args) else op(*args)
+        return run(*args) if goes_straight(args) else op(*args)
 
-    call.registered = op  # type: ignore[attr-defined]
+    call.registered, call.run = op, run  # type: ignore[attr-defined]
     return call
 
 
@@ -77,7 +78,7 @@ def is_watched() -> bool:
     )
 
 
-def _goes_straight(args: Sequence[Any]) -> bool:
+def goes_straight(args: Sequence[Any]) -> bool:
     """Whether nobody wants to see the call of an op, so that torch's dispatcher, the dearer half of it, is left out.
 
     Seen it must be by the compiler, torch.func, the tracer, dispatch modes (fake tensors, counters, make_fx), tensors

@@ -5,12 +5,13 @@ the gradient of `diversity_op`, and the gate's own after it.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit_fast.ops._op import rows
-from dit_fast.ops._register import define
+from dit_fast.ops._register import define, goes_straight
 from dit_fast.ops.diversity_op import EPS, backward_op
 
 
@@ -126,6 +127,7 @@ class Descent:
             found = partners_op(self._rows, grad_pair_sums, bool(len(mixture)), backend)
             kept = mixture if len(mixture) else None
             self._shared = (*found, inverse_norms, grad_statistics.float().contiguous(), kept, backend)
+            self._straight = goes_straight([self._rows, *self._shared])
         elif len(mixture):
             self._sources, self._norms, self._statistics, self._pairs = through_mixture(
                 self._rows, inverse_norms, mixture, grad_statistics, grad_pair_sums
@@ -137,7 +139,7 @@ class Descent:
         """The gradient of a block's output, `above` being what comes from the layers above."""
         x = self.features[block]
         if self.backend == "triton":
-            return tap_backward_op(self._rows, x, above, None, None, block, *self._shared)[0]
+            return self._launch(x, above, None, None, block)[0]
         upstream = [] if above is None else [above.flatten(0, 1)]
         incoming = (self._norms, self._statistics, self._pairs[block])
         (grad,) = backward_op(self._sources, *incoming, upstream, [block], self.backend)
@@ -145,7 +147,12 @@ class Descent:
 
     def through_gate(self, block: int, above: Tensor | None, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of stream, branch and gate behind which the block's output is x + gate * y; "triton" alone."""
-        return tap_backward_op(self._rows, self.features[block], above, y, gate, block, *self._shared)
+        return self._launch(self.features[block], above, y, gate, block)
+
+    def _launch(self, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        # What all blocks share was looked at once: K times K tensors.
+        run = tap_backward_op.run if self._straight and goes_straight(given) else tap_backward_op
+        return run(self._rows, *given, *self._shared)
 
 
 def through_mixture(

@@ -41,7 +41,7 @@ def test_every_op_runs_on_the_device_of_its_tensors(monkeypatch):
             super().__init__(tensor)
 
     monkeypatch.setattr(torch.cuda, "device_of", Guard)
-    monkeypatch.setattr(_register, "_is_elsewhere", lambda tensor: asked.append(tensor) or True)
+    monkeypatch.setattr(_register, "is_elsewhere", lambda tensor: asked.append(tensor) or True)
     for name, arguments in REGISTERED.items():
         arguments, asked[:], entered[:] = arguments(), [], []
         with torch.no_grad():
@@ -53,7 +53,7 @@ def test_every_op_runs_on_the_device_of_its_tensors(monkeypatch):
 def test_a_device_is_only_entered_where_it_is_not_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     tensors = [SimpleNamespace(get_device=lambda index=index: index) for index in (-1, 0, 1)]
-    assert [_register._is_elsewhere(tensor) for tensor in tensors] == [False, True, False]
+    assert [_register.is_elsewhere(tensor) for tensor in tensors] == [False, True, False]
 
 
 def test_an_op_is_seen_by_all_who_look_for_it():
@@ -75,8 +75,8 @@ def test_an_op_is_seen_by_all_who_look_for_it():
     fake = FakeTensorMode().from_tensor(x)
     assert type(row_statistics_op(fake, "torch")[0]) is FakeTensor
     assert "dit_fast.row_statistics" in str(make_fx(lambda x: row_statistics_op(x, "torch"))(x).code)
-    assert not _register._goes_straight([[fake], 1])
-    assert _register._goes_straight([[x, torch.nn.Parameter(x)], 1, None])
+    assert not _register.goes_straight([[fake], 1])
+    assert _register.goes_straight([[x, torch.nn.Parameter(x)], 1, None])
 
 
 @needs_library
@@ -94,10 +94,10 @@ def test_a_tensor_that_is_not_what_lies_in_its_memory_goes_through_the_dispatche
     x = torch.randn(5, 8)
     with torch.inference_mode():
         plain = [x, x.T, x[1:], torch.nn.Parameter(x), torch.randn(3)]
-    assert all(_register._goes_straight([each, [each]]) for each in plain)
+    assert all(_register.goes_straight([each, [each]]) for each in plain)
     for odd in (torch._neg_view(x), torch._efficientzerotensor((5, 8)), torch.empty(5, 8, device="meta")):
-        assert not _register._goes_straight([odd])
-        assert not _register._goes_straight([[x, odd]])
+        assert not _register.goes_straight([odd])
+        assert not _register.goes_straight([[x, odd]])
 
 
 def test_kernels_are_launched_inside_ops_alone():
