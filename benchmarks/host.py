@@ -10,8 +10,9 @@ thread.
 
 Times are of the thread's CPU, which a busy machine hardly changes, and medians. A call of an op is also given in
 clones: the time of `clone()` of a small tensor, the cheapest call that torch can launch, taken in the same rounds.
-Launches are operators that write memory, and Triton kernels, counted in a run of their own; operators on lists of
-tensors count as one. The published side draws its noise from torch's generator, as published.
+Launches are operators that write memory, and Triton kernels, counted in a run of their own, which sees blocks op by op
+(`dit_fast/ops/branches.py`); operators on lists of tensors count as one. The first op, an empty Python function with a
+gradient, is the floor of the others. The published side draws its noise from torch's generator, as published.
 """
 
 import argparse
@@ -320,7 +321,18 @@ def _cases() -> Mapping[str, tuple[Callable[..., Any], list[Any]]]:
     mlp += [new(WIDTH, 4 * WIDTH, half=True), new(WIDTH, half=True)]
     skip = [new(2 * WIDTH), new(2 * WIDTH), new(WIDTH, 2 * WIDTH), new(WIDTH)]
     heads = [new(WIDTH // HEADS) for _ in range(4)]
+
+    class Empty(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            return grad
+
     return {
+        "an empty autograd.Function": (Empty.apply, [stream]),
         "layer_norm_modulate": (partial(ops.layer_norm_modulate, out_dtype=torch.bfloat16), [stream, shift, scale]),
         "layer_norm_modulate, stats known": (
             partial(ops.layer_norm_modulate, stats=statistics, out_dtype=torch.bfloat16), [stream, shift, scale],

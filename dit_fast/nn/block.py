@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -101,6 +102,8 @@ class Block(nn.Module):
     def _layers(self) -> list[branches.Layer] | None:
         """Those that `branches` reads in the place of their modules; None where a module is another one, has no shadow,
         or where something hangs on its call."""
+        if torch.compiler.is_compiling():
+            return None
         attn, mlp = self._modules["attn"], self._modules["mlp"]
         if type(attn) is not Attention or type(mlp) is not Mlp or _has_any_global_hook():
             return None

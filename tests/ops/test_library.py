@@ -119,7 +119,8 @@ def test_kernels_are_launched_inside_ops_alone():
             if imports and f"{path.stem}.{function.name}" not in registered:
                 used = set(re.findall(rf"\b{imports[2] or imports[1]}\.(\w+)", body))
                 loose += [f"{path.name}:{function.name} {name}" for name in used - {"supports"}]
-        assert path.parent.name in ("ops", "kernels") or "dit_fast.kernels import" not in path.read_text(), path
+        launches = re.search(r"dit_fast\.kernels import (?!tuning\b)", path.read_text())  # a table, no kernel
+        assert path.parent.name in ("ops", "kernels") or not launches, path
     assert not loose
 
 
