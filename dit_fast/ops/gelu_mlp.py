@@ -1,12 +1,16 @@
-"""The MLP of a transformer block, `fc2(gelu(fc1(x)))` with the tanh form of GELU, keeping one hidden tensor of two.
+"""The MLP of a transformer block, `fc2(gelu(fc1(x)))` with the tanh form of GELU.
 
 With h = fc1(x), a = gelu(h) and g the gradient of the result, the backward needs a for dW2 = g^T a and h for
-dh = (g W2) gelu'(h). Only h is kept: a is computed again in the pass that makes dh, which reads h anyway. Matrix
-products are the library's. Without gradients nothing is kept, and on CUDA the GELU runs in the epilogue of the first
-product (the CPU's version of that function has the erf form and is never used). The CPU's own GELU and products are in
-`gelu_cpp.py`.
+dh = (g W2) gelu'(h). "triton" makes dh in the epilogue of that product, where types and widths suit its tiles, "gemm"
+in a pass behind the library's product. Both keep h and a, as autograd does. The CPU's "cpp" (`gelu_cpp.py`) and
+"recompute" keep h alone and compute a again. In bytes per element of x, for inputs of 16 bits and a hidden tensor four
+times as wide, this moves 36 forward, and backward 50 by "triton", 66 by "gemm" (what torch.compile comes to) and 74 by
+"cpp". Where memory is short, `engine.activation_checkpointing` computes more than a again.
+Without gradients nothing is kept, and on CUDA the GELU runs in the epilogue of the first product (the CPU's version of
+that function has the erf form and is never used).
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,8 +41,10 @@ OP = Op(
     "x[..., D] fc1_weight[F, D] fc1_bias[F] fc2_weight[E, F] fc2_bias[E]",
     triton(_refuses),
     Implementation("cpp", ("cpu",), _C.unavailable, refuses=odd_dtypes),
+    dataclasses.replace(triton(_refuses, automatic=()), name="gemm"),
     Implementation("recompute", (), lambda: None, automatic=()),
 )
+_KEEP = ("triton", "gemm")  # the activation, too
 
 
 def gelu_mlp(
@@ -48,8 +54,9 @@ def gelu_mlp(
 
     x: [..., D]; fc1_weight: [F, D]; fc1_bias: [F]; fc2_weight: [E, F]; fc2_bias: [E]. Returns [..., E]. Products run in
     the dtype that the four parameters share, to which x is cast, or in autocast's. backend: "torch" (plain autograd),
-    "recompute" (keeps x and h alone; on request), "triton" and "cpp" (the same with one kernel in the backward; on the
-    CPU both passes have csrc's GELU, three to four times as fast as torch's, and oneDNN's products).
+    "triton" (GELU's gradient in the product before it, or behind the library's product), "gemm" (always the latter; on
+    request), "cpp" (csrc's GELU, on the CPU three to four times as fast as torch's, and oneDNN's products), "recompute"
+    (torch's operators; on request). The first two keep x, h and a for the backward, the others x and h.
     All but "torch" differentiate in forward mode and, once, in reverse mode, of the result or of its forward-mode
     derivative; "torch" any number of times.
     Raises UserError for shapes, dtypes or devices that do not fit, ConfigError for a backend that is unknown or cannot
@@ -69,7 +76,7 @@ def gelu_mlp(
         return linear(_gelu(linear(x, fc1_weight, fc1_bias), "torch"), fc2_weight, fc2_bias)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *own_parameters))
     copies = [in_dtype(parameter, dtype) for parameter in own_parameters]
-    y, _ = _recompute(x.reshape(-1, x.shape[-1]), *own_parameters, *copies, keep, chosen)
+    y, *_ = _recompute(x.reshape(-1, x.shape[-1]), *own_parameters, *copies, keep, chosen)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -90,26 +97,30 @@ def _gelu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From grad [M, E] and weight [E, F]. The product is made here, so that the gradient of hidden can take its place:
     with hidden and the activation, three tensors of that size live at once, as in the reference's backward."""
-    hidden, grad = hidden.contiguous(), _input_gradient(grad, weight, backend).contiguous()
-    empty = hidden.new_empty(0)
-    if hidden.numel() and backend in ("triton", "cpp"):
-        if backend == "cpp":
-            grad_hidden = grad
-            activation, grad_bias = gelu_cpp.backward(hidden, grad, want_activation, want_bias)
-        else:
-            from dit_fast.kernels import gelu as kernel
+    hidden, empty = hidden.contiguous(), hidden.new_empty(0)
+    activation: Tensor | None = None
+    grad_bias: Tensor | None
+    if backend in _KEEP and hidden.numel():
+        from dit_fast.kernels import gelu as kernel
 
-            activation, grad_hidden, grad_bias = kernel.backward(hidden, grad, want_activation, want_bias, grad)
-        return (
-            empty if activation is None else activation,
-            grad_hidden,
-            empty.float() if grad_bias is None else grad_bias,
-        )
-    grad_hidden = torch.ops.aten.gelu_backward.grad_input(grad, hidden, approximate="tanh", grad_input=grad)
+        if backend == "triton" and grad.shape[1] and kernel.takes_product(hidden, weight):
+            grad_hidden, grad_bias = kernel.product(hidden, grad, weight, want_bias)
+        else:
+            grad = (grad @ weight).contiguous()
+            grad_hidden, grad_bias = kernel.backward(hidden, grad, want_bias, grad)
+        activation = _gelu(hidden, backend) if want_activation else None
+    elif backend == "cpp" and hidden.numel():
+        grad_hidden = _input_gradient(grad, weight, backend).contiguous()
+        activation, grad_bias = gelu_cpp.backward(hidden, grad_hidden, want_activation, want_bias)
+    else:
+        grad = (grad @ weight).contiguous()
+        grad_hidden = torch.ops.aten.gelu_backward.grad_input(grad, hidden, approximate="tanh", grad_input=grad)
+        activation = _gelu(hidden, backend) if want_activation else None
+        grad_bias = grad_hidden.sum(0, dtype=wide(hidden)) if want_bias else None
     return (
-        _gelu(hidden, backend) if want_activation else empty,
+        empty if activation is None else activation,
         grad_hidden,
-        grad_hidden.sum(0, dtype=wide(hidden)) if want_bias else empty.to(wide(hidden)),
+        empty.to(wide(hidden)) if grad_bias is None else grad_bias,
     )
 
 
@@ -138,14 +149,14 @@ def _backward_flops(hidden: torch.Size, grad: torch.Size, *rest: Any, **options:
 
 
 class _GeluMlp(torch.autograd.Function):
-    """(x [M, D], parameters, their copies in x's dtype, keep, backend) -> y [M, E] and, if it is to be kept, hidden
-    [M, F], else [0, F]. Gradients of parameters come in the parameters' own dtype."""
+    """(x [M, D], parameters, their copies in x's dtype, keep, backend) -> y [M, E] and hidden and activation [M, F], or
+    [0, F] where they are not to be kept. Gradients of parameters come in the parameters' own dtype."""
 
     @staticmethod
     def forward(
         x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor,
         first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor, keep: bool, backend: str,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         if keep or x.device.type != "cuda":
             hidden = _linear(x, first, first_bias, backend)
             activation = _gelu(hidden, backend)
@@ -153,36 +164,40 @@ class _GeluMlp(torch.autograd.Function):
             hidden = x.new_empty(0, len(first_bias))
             activation = torch.ops.aten._addmm_activation(first_bias, x, first.t(), use_gelu=True)
         y = _linear(activation, second, second_bias, backend)
-        return y, hidden if keep else hidden.new_empty(0, len(first_bias))
+        kept = [
+            each if here else each.new_empty(0, len(first_bias))
+            for each, here in zip((hidden, activation), (keep, keep and backend in _KEEP), strict=True)
+        ]
+        return y, kept[0], kept[1]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         x, *parameters = inputs[:5]
         first, first_bias, second, _, ctx.keep, ctx.backend = inputs[5:]
         ctx.own = parameters[0].dtype
-        ctx.mark_non_differentiable(output[1])
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # else autograd would fill zeros of the hidden tensor's size
-        ctx.save_for_backward(x, output[1], first, first_bias, second)
+        ctx.save_for_backward(x, *output[1:], first, first_bias, second)
         ctx.save_for_forward(x, *parameters)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 11
-        x, hidden, first, first_bias, second = ctx.saved_tensors
+        x, hidden, activation, first, first_bias, second = ctx.saved_tensors
         needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = ctx.needs_input_grad[:5]
+        again = needs_w2 and not (ctx.keep and ctx.backend in _KEEP)
         grads: list[Tensor | None] = [None] * 11
         with without_autocast(x):
             if not ctx.keep:
                 hidden = _linear(x, first, first_bias, ctx.backend)
             if needs_x or needs_w1 or needs_b1:
-                activation, grad_hidden, grad_b1 = gelu_backward_op(
-                    hidden, grad, second, needs_w2, needs_b1, ctx.backend
-                )
+                made, grad_hidden, grad_b1 = gelu_backward_op(hidden, grad, second, again, needs_b1, ctx.backend)
+                activation = made if again else activation
                 grads[0] = _input_gradient(grad_hidden, first, ctx.backend) if needs_x else None
                 grads[1] = product(grad_hidden.t(), x, ctx.own) if needs_w1 else None
                 grads[2] = grad_b1.to(ctx.own) if needs_b1 else None
-            elif needs_w2:
+            elif again:
                 activation = _gelu(hidden, ctx.backend)
             grads[3] = product(grad.t(), activation, ctx.own) if needs_w2 else None
             if needs_b2:
@@ -191,7 +206,7 @@ class _GeluMlp(torch.autograd.Function):
         return tuple(grads)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None]:
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None, None]:
         x = ctx.saved_tensors[0]
         # The parameters, not their copies, nor the saved hidden: a backward through this rule has to see them.
         fc1_weight, fc1_bias, fc2_weight = (each.to(x.dtype) for each in ctx.saved_tensors[1:4])
@@ -208,7 +223,7 @@ class _GeluMlp(torch.autograd.Function):
         result = torch.ops.aten.gelu_backward(change, hidden, approximate="tanh") @ fc2_weight.t()
         if change_w2 is not None:
             result = result + _gelu(hidden, "torch") @ change_w2.t()
-        return result if change_b2 is None else result + change_b2, None
+        return result if change_b2 is None else result + change_b2, None, None
 
 
 _recompute = differentiable(_GeluMlp, "gelu_mlp")

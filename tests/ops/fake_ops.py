@@ -132,7 +132,7 @@ def gelu_mlp() -> Iterator[tuple[str, Callable[[], Any]]]:
             return ops.gelu_mlp(*inputs, backend=backend)
 
     every = (True,) * 5
-    for dtype, backend, grad in itertools.product(DTYPES, ("auto", "recompute", "torch"), (True, False)):
+    for dtype, backend, grad in itertools.product(DTYPES, ("auto", "gemm", "recompute", "torch"), (True, False)):
         yield f"{dtype} {backend} {grad}", partial(case, dtype, False, grad, backend, "dense", 1152, every)
     for width, grad in itertools.product((768, 1024, 1152, 36), (True, False)):
         yield f"autocast {width} {grad}", partial(case, F32, True, grad, "auto", "dense", width, every)

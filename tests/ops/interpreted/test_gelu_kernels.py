@@ -1,4 +1,4 @@
-"""The GELU backward kernel against float64 on equally rounded inputs: odd sizes, three types, tails, chunk order."""
+"""The GELU backward kernels against float64 on equally rounded inputs: odd sizes, types, tails, chunk order, masks."""
 
 import importlib
 
@@ -28,20 +28,24 @@ def make(rows, width, dtype, seed=0):
 
 def exact(hidden, grad):
     wide = hidden.double().requires_grad_()
-    activation = F.gelu(wide, approximate="tanh")
-    (grad_hidden,) = torch.autograd.grad(activation, wide, grad.double())
-    return activation.detach(), grad_hidden, grad_hidden.sum(0)
+    (grad_hidden,) = torch.autograd.grad(F.gelu(wide, approximate="tanh"), wide, grad.double())
+    return grad_hidden, grad_hidden.sum(0)
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_activation_gradient_and_its_sum(shape, dtype):
+def test_gradient_and_its_sum(shape, dtype):
     hidden, grad = make(*shape, dtype)
-    ours = gelu.backward(hidden, grad, True, True)
-    eager = op._gelu_backward(hidden, grad, torch.eye(shape[1], dtype=dtype), True, True, "torch")
-    for place, reference in enumerate(exact(hidden, grad)):
-        limit = 1e-6 if place == 2 else LIMITS[dtype]
-        assert ours[place].dtype == (FP32 if place == 2 else dtype)
+    check(gelu.backward(hidden, grad, True), hidden, grad, torch.eye(shape[1], dtype=dtype))
+
+
+def check(ours, hidden, grad, weight):
+    """Of a gradient [M, E] behind a weight [E, W]."""
+    dtype = hidden.dtype
+    eager = op._gelu_backward(hidden, grad, weight, False, True, "torch")[1:]
+    for place, reference in enumerate(exact(hidden, grad.double() @ weight.double())):
+        limit = 1e-6 if place == 1 else LIMITS[dtype]
+        assert ours[place].dtype == (FP32 if place == 1 else dtype)
         assert ours[place].shape == reference.shape
         assert error(ours[place], reference) < limit
         if dtype == BF16:
@@ -50,44 +54,39 @@ def test_activation_gradient_and_its_sum(shape, dtype):
 
 def test_the_gradient_may_take_the_place_of_the_other():
     hidden, grad = make(gelu.CHUNK + 3, 520, BF16)
-    expected, given = gelu.backward(hidden, grad, True, True), grad.clone()
-    ours = gelu.backward(hidden, given, True, True, given)
-    assert ours[1] is given
+    expected, given = gelu.backward(hidden, grad, True), grad.clone()
+    ours = gelu.backward(hidden, given, True, given)
+    assert ours[0] is given
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 def test_real_width():
     hidden, grad = make(3, 4608, BF16)
-    for ours, reference in zip(gelu.backward(hidden, grad, True, True), exact(hidden, grad), strict=True):
+    for ours, reference in zip(gelu.backward(hidden, grad, True), exact(hidden, grad), strict=True):
         assert error(ours, reference) < LIMITS[BF16]
 
 
 def test_far_tails_keep_their_relative_accuracy():
-    """Where tanh rounds to -1, 1 + tanh is zero, and the textbook form loses what is left of the activation."""
+    """Where tanh rounds to -1, 1 + tanh is zero, and the textbook form loses what is left of the slope."""
     hidden = torch.tensor([[-5.0, -4.0, -3.0, -1e-4, 0.0, 3.0, 12.0, 1e4, -1e4]])
-    activation, grad_hidden, _ = gelu.backward(hidden, torch.ones_like(hidden), True, True)
-    expected = exact(hidden, torch.ones_like(hidden))
-    torch.testing.assert_close(activation.double()[:, :8], expected[0][:, :8], rtol=1e-5, atol=0)
-    torch.testing.assert_close(grad_hidden.double()[:, :8], expected[1][:, :8], rtol=1e-5, atol=0)
-    assert activation[0, 8] == grad_hidden[0, 8] == 0
+    grad_hidden, _ = gelu.backward(hidden, torch.ones_like(hidden), False)
+    expected, _ = exact(hidden, torch.ones_like(hidden))
+    torch.testing.assert_close(grad_hidden.double()[:, :8], expected[:, :8], rtol=1e-5, atol=0)
+    assert grad_hidden[0, 8] == 0
 
 
-def test_parts_that_are_not_wanted():
+def test_a_sum_that_is_not_wanted():
     hidden, grad = make(70, 48, BF16)
-    activation, grad_hidden, grad_bias = gelu.backward(hidden, grad, True, True)
-    for want_activation, want_bias in ((False, True), (True, False), (False, False)):
-        found = gelu.backward(hidden, grad, want_activation, want_bias)
-        for ours, reference, wanted in zip(
-            found, (activation, grad_hidden, grad_bias), (want_activation, True, want_bias), strict=True
-        ):
-            assert torch.equal(ours, reference) if wanted else ours is None
+    found, none = gelu.backward(hidden, grad, False)
+    assert none is None
+    assert torch.equal(found, gelu.backward(hidden, grad, True)[0])
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_nonfinite_values_stay_where_they_are(bad):
     hidden, grad = make(9, 33, FP32)
     grad[4, 7] = bad
-    _, grad_hidden, grad_bias = gelu.backward(hidden, grad, True, True)
+    grad_hidden, grad_bias = gelu.backward(hidden, grad, True)
     assert not grad_hidden[4, 7].isfinite()
     assert not grad_bias[7].isfinite()
     assert grad_hidden.isfinite().sum() == 9 * 33 - 1
@@ -105,20 +104,69 @@ def test_nothing_past_the_end_is_read_or_written(monkeypatch):
         return outputs[-1][:-1]
 
     monkeypatch.setattr(torch, "empty_like", guarded)
-    for ours, reference in zip(gelu.backward(hidden, grad, True, True), expected, strict=True):
+    for ours, reference in zip(gelu.backward(hidden, grad, True), expected, strict=True):
         assert error(ours, reference) < 1e-6
-    assert len(outputs) == 2
+    assert len(outputs) == 1
     assert all((output[-1] == -7).all() for output in outputs)
 
 
+PRODUCTS = [(1, 8, 8), (gelu.ROWS, 64, 128), (gelu.ROWS + 5, 72, 136), (2 * gelu.ROWS - 1, 200, 264)]
+
+
+def behind(rows, inner, width, dtype, seed=0):
+    hidden, _ = make(rows, width, dtype, seed)
+    grad, weight = make(rows, inner, dtype, seed + 1)[1], make(inner, width, dtype, seed + 2)[1]
+    return hidden, grad, (weight.float() / inner**0.5).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("sizes", PRODUCTS, ids=str)
+def test_the_product_that_ends_in_the_gradient(sizes, dtype):
+    """rows, inner, width over and under the tiles' sizes; more tiles than programs."""
+    hidden, grad, weight = behind(*sizes, dtype)
+    ours = gelu.product(hidden, grad, weight, True)
+    check(ours, hidden, grad, weight)
+    found, none = gelu.product(hidden, grad, weight, False)
+    assert none is None
+    assert torch.equal(found, ours[0])
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_product_of_operands_that_lie_oddly(monkeypatch, arch):
+    """A gradient that is transposed, expanded or at an odd address, a weight in the middle of a buffer; by pointers
+    and by bulk copies. Nothing past the end of the last tile is read."""
+    monkeypatch.setattr(gelu, "family", lambda _: arch)
+    rows, inner, width = gelu.ROWS + 2, 40, 136
+    hidden, grad, weight = behind(rows, inner, width, BF16)
+    expected = gelu.product(hidden, grad, weight, True)
+    lying = torch.full((rows + 1, inner + 1), torch.nan, dtype=BF16)
+    lying[:rows, 1:] = grad
+    among = torch.full((inner, width + 8), torch.nan, dtype=BF16)
+    among[:, :width] = weight
+    for form in (grad.t().contiguous().t(), lying[:rows, 1:]):
+        for ours, same in zip(gelu.product(hidden, form, among[:, :width], True), expected, strict=True):
+            assert torch.equal(ours, same)
+    one = grad[:1].expand(rows, inner)
+    check(gelu.product(hidden, one, weight, True), hidden, one, weight)
+
+
+def test_which_products_are_taken():
+    hidden, weight = torch.zeros(4, 16, dtype=BF16), torch.zeros(8, 16, dtype=BF16)
+    assert gelu.takes_product(hidden, weight)
+    assert not gelu.takes_product(hidden.float(), weight.float())
+    assert not gelu.takes_product(hidden[:, :12], weight[:, :12])
+    assert not gelu.takes_product(hidden, weight[:7])
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_the_op_through_the_kernel(dtype):
+@pytest.mark.parametrize("kernel", ["triton", "gemm"])
+def test_the_op_through_the_kernel(kernel, dtype):
     """All gradients of the MLP; GEMM sums of fp32 have three roundings more than the kernel's limit."""
     generator = torch.Generator().manual_seed(3)
     shapes = [(2, 9, 24), (96, 24), (96,), (16, 96), (16,)]
     inputs = [(torch.randn(shape, generator=generator) / 4).to(dtype) for shape in shapes]
     sides = {}
-    for backend, convert in (("triton", dtype), ("torch", dtype), ("exact", torch.float64)):
+    for backend, convert in ((kernel, dtype), ("torch", dtype), ("exact", torch.float64)):
         leaves = [x.to(convert).requires_grad_() for x in inputs]
         y = gelu_mlp(*leaves, backend="torch" if backend == "exact" else backend)
         seed = torch.randn(y.shape, generator=torch.Generator().manual_seed(4)).to(dtype).to(convert)
