@@ -78,7 +78,7 @@ class EngineConfig:
     communication_dtype: Literal["fp32", "bf16"] = setting("fp32", "Type in which gradients are reduced")
     activation_checkpointing: ActivationCheckpointing = setting(
         "none",
-        "What the backward pass computes again to save memory; selective: all but products and attention; full: blocks",
+        "Computed again by the backward, for memory; gelu: it; selective: all but products and attention; full: blocks",
         resumes=True,
     )
     compile: bool = setting(False, "torch.compile for every block", resumes=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dit_fast.errors import ConfigError
 from dit_fast.nn.linear import make_shadows
+from dit_fast.ops.linear import renew_shadows
 from dit_fast.runs import TrainConfig
 from dit_fast.train.graph import GraphedStep, Graphs
 from dit_fast.train.optim import AdamWEMA, applied_steps, build_optimizer, init_states, set_applied_steps
@@ -68,6 +69,8 @@ class Engine(ABC):
         if not self._checked:
             self._refuse_unknown(parameter for _, parameter in own_parameters(self.loss))
         self._buffers.keep()
+        if self.config.engine.compile:  # compiled blocks read shadows and do not look whether they are of today
+            renew_shadows(parameter for _, parameter in self._named)
         for group, share in zip(self._optimizer.param_groups, self._lr_shares, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr * share)
@@ -97,7 +100,8 @@ class Engine(ABC):
     def _make_shadows(self) -> list[tuple[Tensor, Tensor]]:
         """Gives the parameters of linear layers their copies for autocast; (copy, parameter) of each.
 
-        To be called when the weights are in place; whoever writes one afterwards, but the optimizer, writes its copy.
+        To be called when the weights are in place. Where something else than the optimizer writes one afterwards, its
+        next reader writes its copy anew.
         """
         if self.config.engine.precision != "bf16" or not isinstance(self._optimizer, AdamWEMA):
             return []

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dit_fast.errors import ConfigError
 from dit_fast.ops.adamw import States, adamw
+from dit_fast.ops.linear import shadows_written
 from dit_fast.runs import OptimizerConfig
 
 STATES = ("exp_avg", "exp_avg_sq", "ema")
@@ -68,6 +69,7 @@ class AdamWEMA(torch.optim.Optimizer):
                 shadows = [getattr(parameter, "shadow", none) for parameter in moved]
                 told, states = {name: group[name] for name in rules}, self._states(index, moved)
                 adamw(moved, gradients, states, applied=self.applied, shadows=shadows, **told)
+                shadows_written(moved)
 
     def _states(self, index: int, parameters: list[Tensor]) -> States:
         """Made anew where other parameters have a gradient, and after `load_state_dict`, which replaces `state`."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_fast.errors import ConfigError
+from dit_fast.ops.linear import shadows_written
 from dit_fast.runs import TrainConfig
 from dit_fast.train.engine import Batch, Engine, Groups, Source, uneven_ranks
 from dit_fast.train.optim import init_states
@@ -183,6 +184,7 @@ class ZeroEngine(Engine):
         if self.stage and self._shadows:  # after the gather; in stage 0 the optimizer has written them
             shadows, weights = zip(*self._shadows, strict=True)
             torch._foreach_copy_(shadows, [weight.detach() for weight in weights])
+            shadows_written(weights)
         if self.stage == 3:  # a parameter without a gradient would be moved by its last one again
             self._engine.optimizer.grad_partitions_flat_buffer.zero_()
 

@@ -12,20 +12,25 @@ from torch.utils.flop_counter import flop_registry
 
 from dit_fast.errors import UserError
 from dit_fast.nn.attention import has_tangent
+from dit_fast.ops.gelu_mlp import activation_again
 
 T = TypeVar("T")
-ActivationCheckpointing = Literal["none", "selective", "full"]
+ActivationCheckpointing = Literal["none", "gelu", "selective", "full"]
 
 
 def recomputed(which: ActivationCheckpointing, part: Callable[..., T], *given: Any) -> T:
     """`part(*given)`, whose backward computes again what `which` says: values and gradients are the same.
 
     "full": all but `given`. "selective": all but the results of matrix products and attention, which take most of the
-    time, so norms, modulations, gates and activations. "none", or where no gradients are taken: nothing.
+    time, so norms, modulations, gates and activations. "gelu": all but the activation of an MLP with GELU, in its own
+    backward. "none", or where no gradients are taken: nothing.
     Raises UserError for inputs that carry tangents.
     """
     if which == "none" or not torch.is_grad_enabled():
         return part(*given)
+    if which == "gelu":
+        with activation_again():
+            return part(*given)
     if any(has_tangent(leaf) for leaf in tree_leaves(given) if isinstance(leaf, Tensor)):
         raise UserError(
             f"activation_checkpointing={which} recomputes no tangents: take them under torch.no_grad(), or set none"

@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dit_fast.ops.linear import linear
+from dit_fast.ops.linear import linear, shadows_written
 
 # What a module's `reads()` gives: (reader, owner) where the reader's forward uses the owner's parameters, not its call.
 # Engines that hold parameters only while their owner runs (ZeRO-3) need to know.
@@ -40,6 +40,7 @@ def make_shadows(model: nn.Module, trained: Iterable[Tensor]) -> list[tuple[Tens
             found += [(parameter.detach().bfloat16(), parameter) for parameter in own]
     for shadow, parameter in found:
         cast(Any, parameter).shadow = shadow
+    shadows_written(parameter for _, parameter in found)
     return found
 
 

@@ -8,22 +8,21 @@ A NaN or infinity in any feature makes the total NaN; the caller decides what a 
 """
 
 import operator
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dit_fast.errors import UserError
-from dit_fast.ops import diversity_op
+from dit_fast.ops import diversity_op, diversity_terms
 from dit_fast.ops._op import wide
 from dit_fast.ops.autocast import without_autocast
 from dit_fast.ops.diversity_op import EPS, OP
 from dit_fast.ops.row_statistics import RowStatistics, known
 from dit_fast.world import ranks, sum_over_ranks
-
-PAPER_COEFFICIENT = 0.33
 
 
 @dataclass(frozen=True)
@@ -75,14 +74,30 @@ def diversity_stats(
     UserError naming the block for statistics of another shape, dtype or device.
     """
     ordered = in_block_order("features", features)
+    return sums_of(ordered, backend, _stats_in_order(stats, features)).named()
+
+
+class Sums(NamedTuple):
+    """Statistics [3, K, D] and pair_sums [K, K] over `count` tokens, and the implementation that summed."""
+
+    backend: str
+    statistics: Tensor
+    pair_sums: Tensor
+    count: int
+
+    def named(self) -> DiversityStats:
+        return DiversityStats(*self.statistics.unbind(0), self.pair_sums, self.pair_sums.new_full((), self.count))
+
+
+def sums_of(ordered: Any, backend: str, stats: Sequence[RowStatistics | None] | None = None) -> Sums:
+    """As `diversity_stats`, of features and their statistics in block order."""
     check_features(ordered)
     OP.check(backend)
-    given = known_rows(ordered, _stats_in_order(stats, features))
+    given = known_rows(ordered, stats)
     blocks = [feature.flatten(0, 1) for feature in ordered]
     chosen = OP.choose(backend, blocks[0].device, *blocks)
-    if chosen == "torch":
-        return _reference(blocks)
-    return stats_from_sums(*diversity_op.statistics(chosen, blocks, given), len(blocks[0]))
+    summed = _reference(blocks) if chosen == "torch" else diversity_op.statistics(chosen, blocks, given)
+    return Sums(chosen, *summed, len(blocks[0]))
 
 
 def known_rows(
@@ -103,19 +118,13 @@ def known_rows(
     return [mean for mean, _ in flat], [variance for _, variance in flat]
 
 
-def stats_from_sums(statistics: Tensor, pair_sums: Tensor, count: int) -> DiversityStats:
-    """Names for statistics [3, K, D] and pair_sums [K, K] over `count` tokens."""
-    sums, abs_sums, square_sums = statistics.unbind(0)
-    return DiversityStats(sums, abs_sums, square_sums, pair_sums, pair_sums.new_full((), count))
-
-
-def _reference(blocks: Sequence[Tensor]) -> DiversityStats:
+def _reference(blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     x = torch.stack(tuple(blocks))
     with without_autocast(x):
         x = x.to(wide(x))
         directions = (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS)).flatten(1)
         sums = torch.stack([x.sum(1), x.abs().sum(1), x.square().sum(1)])
-        return stats_from_sums(sums, directions @ directions.T, x.shape[1])
+        return sums, directions @ directions.T
 
 
 def diversity_loss(
@@ -147,65 +156,62 @@ def diversity_loss(
     if not len(ordered):
         return _no_loss(torch.zeros((), dtype=torch.float32))
     in_order = _stats_in_order(stats, features)
-    return loss_from_stats(diversity_stats(ordered, backend, in_order), chosen, variant, scope)
+    return loss_from_sums(sums_of(ordered, backend, in_order), chosen, variant, scope)
 
 
-def loss_from_stats(
-    stats: DiversityStats, pairs: tuple[tuple[int, int], ...], variant: str, scope: str
-) -> DiversityLoss:
+def loss_from_sums(sums: Sums, pairs: tuple[tuple[int, int], ...], variant: str, scope: str) -> DiversityLoss:
     """The loss as a function of the statistics; other arguments as for `diversity_loss`, already checked."""
-    if len(stats.sums) < 2:
-        return _no_loss(stats.sums.new_zeros(()))
-    return _combine(_reduce_over_ranks(stats) if scope == "global" else stats, pairs, variant)
-
-
-def _reduce_over_ranks(stats: DiversityStats) -> DiversityStats:
-    if ranks() == 1:
-        return stats
-    parts = [stats.sums, stats.abs_sums, stats.square_sums, stats.pair_sums, stats.count]
-    flat = sum_over_ranks(torch.cat([part.reshape(-1) for part in parts]))
-    pieces = flat.split([part.numel() for part in parts])
-    return DiversityStats(*(piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)))
-
-
-def _combine(stats: DiversityStats, pairs: tuple[tuple[int, int], ...], variant: str) -> DiversityLoss:
-    weights, members = _pair_weights(pairs, stats.sums)
-    means = stats.sums / stats.count
-    directions = means / torch.linalg.vector_norm(means, dim=-1, keepdim=True).clamp_min(EPS)
-    with without_autocast(means):
-        orthogonality = (weights * (directions @ directions.T)).sum()
-    cosines = stats.pair_sums / stats.count
-    # sqrt(max(x, eps^2)) is max(sqrt(x), eps) with a finite gradient at a channel that is zero everywhere.
-    usage = stats.abs_sums / stats.count / stats.square_sums.clamp_min(EPS**2).sqrt()
-    if variant == "release":
-        mutual_information = (weights * cosines.abs()).sum()
-        spread = _spread(usage.sum(0) / (len(usage) + EPS))
-        dispersion = -(spread / 0.25).clamp(0, 1)
-        total = (orthogonality + mutual_information + dispersion) / 3
-    else:
-        mutual_information = (weights * cosines).sum()
-        dispersion = -_spread((members[:, None] * usage).sum(0) / (members.sum() + EPS))
-        total = PAPER_COEFFICIENT * (orthogonality + mutual_information + dispersion)
-    return DiversityLoss(total, orthogonality, mutual_information, dispersion, pairs)
-
-
-def _spread(usage: Tensor) -> Tensor:
-    return (usage / (usage.amax() + EPS)).var(correction=0)
+    statistics, pair_sums = sums.statistics, sums.pair_sums
+    if statistics.shape[1] < 2:
+        return _no_loss(statistics.new_zeros(()))
+    weights, members, count = _constants(pairs, sums.count, statistics)
+    if scope == "global" and ranks() > 1:
+        parts = [statistics, pair_sums, count]
+        flat = sum_over_ranks(torch.cat([part.reshape(-1) for part in parts]))
+        pieces = flat.split([part.numel() for part in parts])
+        statistics, pair_sums, count = (piece.view_as(part) for piece, part in zip(pieces, parts, strict=True))
+    known = (statistics, pair_sums, weights, members, count, variant == "release")
+    terms = diversity_terms.fused if diversity_terms.takes(sums.backend, statistics) else diversity_terms.formula
+    return DiversityLoss(*terms(*known), pairs)
 
 
 def _no_loss(zero: Tensor) -> DiversityLoss:
     return DiversityLoss(zero, zero, zero, zero, ())
 
 
-def _pair_weights(pairs: tuple[tuple[int, int], ...], like: Tensor) -> tuple[Tensor, Tensor]:
-    """[K, K] weights 1/|P| per listed pair, and [K] ones for blocks that occur; sent without waiting for the device."""
-    count = len(like)
-    table = [[0.0] * count for _ in range(count + 1)]
+_sent: OrderedDict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = OrderedDict()  # the last tables
+_captured: list[tuple[Tensor, Tensor, Tensor]] = []  # those that a CUDA graph reads, which may live as long as we do
+SENT = 16
+
+
+def _constants(pairs: tuple[tuple[int, int], ...], count: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[K, K] weights 1/|P| per listed pair, [K] ones for blocks that occur in one, and 0-d `count`; do not write into
+    them. Kept, for the same pairs come back at every step; sent without waiting for the device."""
+    blocks = like.shape[1]
+    if torch.compiler.is_compiling() or type(like) not in (Tensor, torch.nn.Parameter):
+        return _table(pairs, count, blocks, like)
+    key = (pairs, count, blocks, like.dtype, like.device, torch.is_inference_mode_enabled())
+    found = _sent.get(key)
+    if found is None:
+        found = _sent[key] = _table(pairs, count, blocks, like)
+        if len(_sent) > SENT:
+            _sent.popitem(last=False)
+    else:
+        _sent.move_to_end(key)
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured.append(found)
+    return found
+
+
+def _table(pairs: tuple[tuple[int, int], ...], count: int, blocks: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    table = [0.0] * (blocks * blocks + blocks + 1)
     for i, j in pairs:
-        table[i][j] += 1 / len(pairs)
-        table[count][i] = table[count][j] = 1.0
-    both = torch.tensor(table, dtype=like.dtype).to(like.device, non_blocking=True)
-    return both[:-1], both[-1]
+        table[i * blocks + j] += 1 / len(pairs)
+        table[blocks * blocks + i] = table[blocks * blocks + j] = 1.0
+    table[-1] = count
+    sent = torch.tensor(table, dtype=like.dtype).to(like.device, non_blocking=True)
+    weights, members, tokens = sent.split([blocks * blocks, blocks, 1])
+    return weights.view(blocks, blocks), members, tokens[0]
 
 
 def check_options(

@@ -38,12 +38,12 @@ from dit_fast.ops._op import differentiable, require_tensor
 from dit_fast.ops.diversity import (
     DiversityLoss,
     DiversityStats,
+    Sums,
     check_features,
     check_options,
-    diversity_stats,
     known_rows,
-    loss_from_stats,
-    stats_from_sums,
+    loss_from_sums,
+    sums_of,
 )
 from dit_fast.ops.diversity_descent import Descent
 from dit_fast.ops.diversity_op import OP, forward_op
@@ -205,6 +205,7 @@ class DiversityTaps:
         self._outputs: list[Tensor] = []
         self._tokens: list[Tensor] = []
         self._known: list[RowStatistics | None] = []
+        self._sums: Sums | None = None
         self._stats: DiversityStats | None = None
         self._count = 0
 
@@ -214,7 +215,7 @@ class DiversityTaps:
         stats: x's row statistics where its producer knows them, as for `diversity_stats`, which names what is wrong
         with them when the statistics are taken. Not used under torch.compile.
         """
-        if self._stats is not None:
+        if self._sums is not None:
             raise UserError("these taps were already summed; make new DiversityTaps for each forward pass")
         require_tensor("diversity_tap", "x", x)
         self._count += 1
@@ -235,15 +236,16 @@ class DiversityTaps:
 
     def stats(self) -> DiversityStats:
         """Statistics of all outputs tapped so far, in one pass, computed once. Raises UserError if shapes differ."""
-        return self._sum(len(self._tokens) - 1)
+        self._stats = self._stats or self._sum(len(self._tokens) - 1).named()
+        return self._stats
 
-    def _sum(self, most_joined: int) -> DiversityStats:
+    def _sum(self, most_joined: int) -> Sums:
         """most_joined: the largest number of blocks that one block's gradient will depend on."""
         shared = self._shared
-        if self._stats is None and self._outputs:
-            self._stats = diversity_stats(self._outputs, shared.backend)
+        if self._sums is None and self._outputs:
+            self._sums = sums_of(self._outputs, shared.backend)
             self._outputs = []
-        elif self._stats is None:
+        elif self._sums is None:
             check_features(shared.features)
             count = shared.features[0][..., 0].numel()
             # Else the most frequent weight is zero: nothing would be read of the mixture.
@@ -252,9 +254,9 @@ class DiversityTaps:
             shared.known = known_rows(shared.features, self._known)
             shared.backend = OP.choose(shared.backend, shared.features[0].device, *shared.features)
             sums, pair_sums, *_ = _collect(shared, *self._tokens)
-            self._stats = stats_from_sums(sums, pair_sums, count)
+            self._sums = Sums(shared.backend, sums, pair_sums, count)
             self._tokens, self._known, shared.features, shared.known = [], [], [], None
-        return self._stats
+        return self._sums
 
     def loss(
         self,
@@ -265,7 +267,7 @@ class DiversityTaps:
         """`diversity_loss` of the tapped outputs; same arguments, values, gradients and errors."""
         chosen = check_options(pairs, self._count, variant, scope)
         joined = Counter(block for pair in chosen for block in set(pair))
-        return loss_from_stats(self._sum(max((0, *joined.values()))), chosen, variant, scope)
+        return loss_from_sums(self._sum(max((0, *joined.values()))), chosen, variant, scope)
 
 
 def diversity_tap(x: Tensor, backend: str = "auto") -> tuple[Tensor, DiversityStats]:

@@ -5,13 +5,14 @@ dh = (g W2) gelu'(h). "triton" makes dh in the epilogue of that product, where t
 in a pass behind the library's product. Both keep h and a, as autograd does. The CPU's "cpp" (`gelu_cpp.py`) and
 "recompute" keep h alone and compute a again. In bytes per element of x, for inputs of 16 bits and a hidden tensor four
 times as wide, this moves 36 forward, and backward 50 by "triton", 66 by "gemm" (what torch.compile comes to) and 74 by
-"cpp". Where memory is short, `engine.activation_checkpointing` computes more than a again.
+"cpp". Inside `activation_again` all compute it again, for memory.
 Without gradients nothing is kept, and on CUDA the GELU runs in the epilogue of the first product (the CPU's version of
 that function has the erf form and is never used).
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +46,19 @@ OP = Op(
     Implementation("recompute", (), lambda: None, automatic=()),
 )
 _KEEP = ("triton", "gemm")  # the activation, too
+_again = False
+
+
+@contextlib.contextmanager
+def activation_again() -> Iterator[None]:
+    """Forward passes inside keep no activation for the backward, which computes it from the hidden tensor, in one pass
+    more; "torch" keeps it."""
+    global _again
+    before, _again = _again, True
+    try:
+        yield
+    finally:
+        _again = before
 
 
 def gelu_mlp(
@@ -76,7 +90,8 @@ def gelu_mlp(
         return linear(_gelu(linear(x, fc1_weight, fc1_bias), "torch"), fc2_weight, fc2_bias)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *own_parameters))
     copies = [in_dtype(parameter, dtype) for parameter in own_parameters]
-    y, *_ = _recompute(x.reshape(-1, x.shape[-1]), *own_parameters, *copies, keep, chosen)
+    kept = 0 if not keep else 2 if chosen in _KEEP and not _again else 1
+    y, *_ = _recompute(x.reshape(-1, x.shape[-1]), *own_parameters, *copies, kept, chosen)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -149,31 +164,28 @@ def _backward_flops(hidden: torch.Size, grad: torch.Size, *rest: Any, **options:
 
 
 class _GeluMlp(torch.autograd.Function):
-    """(x [M, D], parameters, their copies in x's dtype, keep, backend) -> y [M, E] and hidden and activation [M, F], or
-    [0, F] where they are not to be kept. Gradients of parameters come in the parameters' own dtype."""
+    """(x [M, D], parameters, their copies in x's dtype, kept, backend) -> y [M, E] and hidden and activation [M, F], of
+    which `kept` are for the backward, the others [0, F]. Gradients of parameters come in the parameters' own dtype."""
 
     @staticmethod
     def forward(
         x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor,
-        first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor, keep: bool, backend: str,
+        first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor, kept: int, backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        if keep or x.device.type != "cuda":
+        if kept or x.device.type != "cuda":
             hidden = _linear(x, first, first_bias, backend)
             activation = _gelu(hidden, backend)
         else:
             hidden = x.new_empty(0, len(first_bias))
             activation = torch.ops.aten._addmm_activation(first_bias, x, first.t(), use_gelu=True)
         y = _linear(activation, second, second_bias, backend)
-        kept = [
-            each if here else each.new_empty(0, len(first_bias))
-            for each, here in zip((hidden, activation), (keep, keep and backend in _KEEP), strict=True)
-        ]
-        return y, kept[0], kept[1]
+        none = (activation.new_empty(0, len(first_bias)) for _ in range(2))
+        return y, hidden if kept else next(none), activation if kept == 2 else next(none)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         x, *parameters = inputs[:5]
-        first, first_bias, second, _, ctx.keep, ctx.backend = inputs[5:]
+        first, first_bias, second, _, ctx.kept, ctx.backend = inputs[5:]
         ctx.own = parameters[0].dtype
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # else autograd would fill zeros of the hidden tensor's size
@@ -186,10 +198,10 @@ class _GeluMlp(torch.autograd.Function):
             return (None,) * 11
         x, hidden, activation, first, first_bias, second = ctx.saved_tensors
         needs_x, needs_w1, needs_b1, needs_w2, needs_b2 = ctx.needs_input_grad[:5]
-        again = needs_w2 and not (ctx.keep and ctx.backend in _KEEP)
+        again = needs_w2 and ctx.kept < 2
         grads: list[Tensor | None] = [None] * 11
         with without_autocast(x):
-            if not ctx.keep:
+            if not ctx.kept:
                 hidden = _linear(x, first, first_bias, ctx.backend)
             if needs_x or needs_w1 or needs_b1:
                 made, grad_hidden, grad_b1 = gelu_backward_op(hidden, grad, second, again, needs_b1, ctx.backend)

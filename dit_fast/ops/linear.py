@@ -2,11 +2,13 @@
 
 A parameter's shadow is its copy in autocast's dtype, `parameter.shadow`, which an engine keeps and the optimizer writes
 with the parameter. A linear map then reads it where autocast would make that copy anew in every step: the same values.
+`shadow.of_version` is the parameter's version that it is a copy of, so that whatever else writes the parameter (all but
+through `.data`) makes the next reader renew it; compiled code does not look, and engines do before a step.
 Gradients go to the parameter in its own dtype: on CUDA the product writes its sums so, unrounded; elsewhere they are
 rounded to the dtype of the factors on the way, as autocast does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +64,29 @@ def shadow_of(parameter: Tensor, dtype: torch.dtype | None) -> Tensor | None:
     shadow = getattr(parameter, "shadow", None)
     if shadow is None or shadow.dtype is not dtype:
         return None
-    return None if transformed() else shadow
+    if transformed():
+        return None
+    if not torch.compiler.is_compiling() and shadow.of_version != parameter._version:
+        renew_shadows([parameter])
+    return shadow
+
+
+def renew_shadows(parameters: Iterable[Tensor]) -> None:
+    """Writes the shadows of those that were written since theirs were."""
+    for parameter in parameters:
+        shadow = getattr(parameter, "shadow", None)
+        if shadow is not None and shadow.of_version != parameter._version:
+            with torch.no_grad():
+                shadow.data.copy_(parameter)  # of one buffer, others may be saved for a backward: no new version
+            shadow.of_version = parameter._version
+
+
+def shadows_written(parameters: Iterable[Tensor]) -> None:
+    """To be called by whoever has written these parameters' shadows as well."""
+    for parameter in parameters:
+        shadow: Any = getattr(parameter, "shadow", None)
+        if shadow is not None:
+            shadow.of_version = parameter._version
 
 
 def transformed() -> bool:

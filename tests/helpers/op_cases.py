@@ -217,6 +217,10 @@ REGISTERED = {
     "diversity_backward": diversity_backward,
     "diversity_partners": lambda: ([new(6, 8), new(6, 8)], new(2, 2), True, "torch"),
     "diversity_tap_backward": diversity_tap_backward,
+    "diversity_terms": lambda: (new(3, 2, 8), new(2, 2), new(2, 2), new(2), new(), True, "torch"),
+    "diversity_terms_backward": lambda: (
+        new(3, 2, 8), new(2, 2), new(2, 2), new(2), new(), new(16, 16), new(8), new(), None, new(), None, True, "torch",
+    ),
     "flow_noised": lambda: (new(4, 8), torch.rand(4), torch.arange(4), 3, "linear", "torch"),
     "flow_error": lambda: (new(4, 8), new(4, 8), torch.rand(4), torch.arange(4), 3, "linear", "torch"),
     "flow_error_backward": lambda: (

@@ -294,7 +294,7 @@ def test_reverse_mode_around_forward_mode_recomputes_what_the_inner_level_did_no
 def test_backward_without_a_kept_hidden_tensor():
     ours, reference = leaves(make()), leaves(make())
     copies = [each.detach() for each in ours[1:]]
-    y, hidden, _ = _recompute(ours[0].flatten(0, 1), *ours[1:], *copies, False, "recompute")
+    y, hidden, _ = _recompute(ours[0].flatten(0, 1), *ours[1:], *copies, 0, "recompute")
     assert hidden.numel() == 0
     found = torch.autograd.grad(y.sum(), ours), torch.autograd.grad(exact(*reference).sum(), reference)
     for each, same in zip(*found, strict=True):

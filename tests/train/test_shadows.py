@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 
 from dit_fast.benchmarks.cost import _Count
@@ -13,6 +14,7 @@ from dit_fast.objectives import Flow
 from dit_fast.runs import TrainConfig, changed
 from dit_fast.train.engine import SingleEngine
 from dit_fast.train.loss import TrainingLoss
+from dit_fast.train.optim import STATES, set_applied_steps
 from tests.train.test_no_waits import ALONE, batch
 
 
@@ -27,7 +29,9 @@ def engine(precision="bf16", shadows=True, compile=False):
             block.compile(backend="aot_eager")
     method = DiverseDiT(DiverseDiT.Config(pairs="all"), model, None)
     loss = TrainingLoss(model, Flow(Flow.Config(), model), [method], seed=0, label_dropout=0.1, precision=precision)
-    made = SingleEngine(loss, changed(TrainConfig(), [f"engine.precision={precision}"]), ALONE)
+    made = SingleEngine(
+        loss, changed(TrainConfig(), [f"engine.precision={precision}", f"engine.compile={compile}"]), ALONE
+    )
     if not shadows:
         for weight in model.parameters():
             weight.__dict__.pop("shadow", None)
@@ -57,6 +61,47 @@ def test_shadows_follow_the_weights_and_copies_of_a_model_have_none():
     assert all(torch.equal(layer.weight.shadow, layer.weight.bfloat16()) for layer in shadowed)
     assert not any(hasattr(weight, "shadow") for weight in copy.deepcopy(made.model).parameters())
     assert not any(hasattr(weight, "shadow") for weight in engine("fp32").model.parameters())
+
+
+def by_copying(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+
+
+def by_loading(model):
+    model.load_state_dict({name: 0.5 * value for name, value in model.state_dict().items()})
+
+
+@pytest.mark.parametrize("write", [by_copying, by_loading])
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_weight_written_behind_the_optimizers_back_is_read_as_it_is(monkeypatch, write, compile):
+    monkeypatch.setattr(SiT, "_modulations", lambda self, c: {})
+    sides = engine(compile=compile), engine(shadows=False, compile=compile)
+    for made in sides:
+        losses(made, 1)
+        write(made.model)
+    assert losses(sides[0], 2) == losses(sides[1], 2)
+
+
+def test_a_skipped_step_and_a_resume_leave_none_behind():
+    made, fresh = engine(), engine()
+    losses(made, 2)
+    before = [parameter.clone() for parameter in made.model.parameters()]
+    bad = batch(0)
+    bad["moments"] = torch.full_like(bad["moments"], torch.nan)
+    assert made.train_step([bad], 2, 1e-2).applied == 0
+    assert all(torch.equal(one, other) for one, other in zip(before, made.model.parameters(), strict=True))
+    fresh.model.load_state_dict(made.model.state_dict())
+    for kind in STATES:
+        state = dict(made.full_state(kind))
+        fresh.load_full_state(kind, state.__getitem__)
+    set_applied_steps(fresh._optimizer, 2)
+    assert losses(fresh) == losses(made)
+    for model in (made.model, fresh.model):
+        shadowed = [weight for weight in model.parameters() if hasattr(weight, "shadow")]
+        assert shadowed
+        assert all(torch.equal(weight.shadow, weight.bfloat16()) for weight in shadowed)
 
 
 def test_no_weight_of_a_linear_layer_is_cast():

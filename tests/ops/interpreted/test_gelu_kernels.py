@@ -1,5 +1,6 @@
 """The GELU backward kernels against float64 on equally rounded inputs: odd sizes, types, tails, chunk order, masks."""
 
+import contextlib
 import importlib
 
 import pytest
@@ -8,6 +9,7 @@ from torch.nn import functional as F
 
 from dit_fast.kernels import gelu
 from dit_fast.ops import gelu_mlp
+from dit_fast.ops.gelu_mlp import activation_again
 
 op = importlib.import_module("dit_fast.ops.gelu_mlp")
 
@@ -176,6 +178,20 @@ def test_the_op_through_the_kernel(kernel, dtype):
         assert error(ours, reference) < {FP32: 3e-6, BF16: 6e-3}[dtype]
         if dtype == BF16:
             assert error(ours, reference) <= 1.25 * error(eager, reference)
+
+
+@pytest.mark.parametrize("kernel", ["triton", "gemm"])
+def test_the_activation_is_kept_or_computed_again(kernel):
+    inputs = [torch.randn(shape).bfloat16().requires_grad_() for shape in [(9, 24), (96, 24), (96,), (16, 96), (16,)]]
+    sides = []
+    for context in (contextlib.nullcontext, activation_again):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, into=kept: into.append(x) or x, lambda x: x), context():
+            y = gelu_mlp(*inputs, backend=kernel)
+        sides.append((sum(x.shape == (9, 96) for x in kept), torch.autograd.grad(y.sum(), inputs)))
+    (both, expected), (hidden_alone, found) = sides
+    assert (both, hidden_alone) == (2, 1)
+    assert all(torch.equal(ours, same) for ours, same in zip(found, expected, strict=True))
 
 
 def test_supports_names_what_it_refuses():
