@@ -105,6 +105,27 @@ class PreviewConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Numbers of images drawn while training, from the averaged weights; RUN/evaluations.jsonl has them."""
+
+    every: int = setting(0, "Steps between evaluations; 0 = never", "[0, 1e9]", resumes=True)
+    network: str = setting(
+        "efficientnet-lite0", "Whose features: adm:FILE, torch-fidelity:FILE or an encoder", resumes=True
+    )
+    reference: str = setting("", "As `dit-fast evaluate --reference`; empty = the run's data set", resumes=True)
+    count: int = setting(5000, "Images", "[2, 1e6]", resumes=True)
+    labels: Literal["balanced", "random"] = setting("balanced", "How labels are chosen", resumes=True)
+    num_steps: int = setting(50, "Sampling steps", "[1, 10000]", resumes=True)
+    sampler: SolverName | None = setting(
+        None, "Sampler; none = heun, mean_flow for a mean velocity, ddpm for DDPM", resumes=True
+    )
+    cfg_scale: float = setting(
+        1.0, "Classifier-free guidance; 1 = off, as curves are compared", "[0, 1000]", resumes=True
+    )
+    batch: int = setting(64, "Images computed together", "[1, 65536]", resumes=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """The run folder, its length and what is kept."""
 
@@ -134,6 +155,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
     preview: PreviewConfig = PreviewConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     run: RunConfig = RunConfig()
 
     @property

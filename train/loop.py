@@ -24,6 +24,7 @@ from dit_fast.options import to_dict
 from dit_fast.runs import TrainConfig
 from dit_fast.train.checkpoints import MOMENTS, Checkpoints
 from dit_fast.train.engine import Engine, SingleEngine, own_parameters
+from dit_fast.train.evaluation import LoopEvaluation
 from dit_fast.train.feed import Batch, Feed
 from dit_fast.train.guard import Diverged, Guard
 from dit_fast.train.journal import CONFIG, METRICS, Journal
@@ -127,6 +128,8 @@ class _Run:
         self.checkpoints = Checkpoints(Path(config.run.dir), world, config.run.keep_checkpoints, config.run.keep_every)
         self.autoencoder = next((method.autoencoder for method in methods if method.autoencoder), None)
         self.preview = Preview(config, dataset, world, self.autoencoder) if config.preview.every else None
+        measured = (config, model, dataset, world, self.autoencoder)
+        self.evaluation = LoopEvaluation(*measured) if config.evaluation.every else None
         checkpoint = self.checkpoints.newest()
         self.start = 0
         if checkpoint is not None:
@@ -251,13 +254,23 @@ class _Run:
         )
 
     def _draw(self, step: int, missing: bool = False) -> None:
-        """The preview of a step, where one is due; missing: only if there is none."""
-        preview, config = self.preview, self.config
-        if preview is None or (step % config.preview.every and step != config.run.steps):
-            return
-        if not missing or self.world.agree(lambda: not preview.path(step).exists()):
+        """Preview and evaluation of a step, where they are due; missing: only if there is none."""
+        preview, evaluation, config = self.preview, self.evaluation, self.config
+        last = step == config.run.steps
+        if (
+            preview is not None
+            and (last or not step % config.preview.every)
+            and (not missing or self.world.agree(lambda: not preview.path(step).exists()))
+        ):
             with self._advising():
                 preview.draw(self.engine, self.rest.tensors()["ema"], step)
+        if (
+            evaluation is not None
+            and (last or not step % config.evaluation.every)
+            and (not missing or evaluation.missing(step))
+        ):
+            with self._advising():
+                evaluation.measure(self.engine, self.rest.tensors()["ema"], step)
 
     def _save(self, step: int, required: bool, failure: Exception | None) -> None:
         """failure: what ends the run, named too where the disk does not take this last checkpoint."""

@@ -89,12 +89,24 @@ def of_run(
 
     options: resolved. autoencoder: decodes. Raises UserError as `sample_images` does.
     """
-    world = evaluators[0].world
+    draw_features(evaluators, run, options, dataset, autoencoder, step)
+    return [] if evaluators[0].world.rank else conclude(evaluators, run, options, dataset, autoencoder)
+
+
+def draw_features(
+    evaluators: Sequence[Evaluator],
+    run: LoadedRun,
+    options: SampleOptions,
+    dataset: LatentDataset,
+    autoencoder: Autoencoder,
+    step: Step = lambda images: None,
+) -> None:
+    """This rank's share of the images, as features on the disk."""
     every = [each.parts_of(run, options, dataset, autoencoder) for each in evaluators]
     there = [parts.done() for parts in every]
     done = set.intersection(*there)
     step(sum(min(options.chunk, options.total - first) for first in done))
-    drawn = sample_images(run, options, world, dataset, autoencoder, done)
+    drawn = sample_images(run, options, evaluators[0].world, dataset, autoencoder, done)
     with counted(run.model) as calls:
         for samples in drawn:
             images, count = torch.from_numpy(samples.images), len(samples.images)
@@ -103,8 +115,17 @@ def of_run(
                 if samples.first not in have:
                     parts.add(samples.first, in_batches(each.network, images), size=images.shape[1:3], nfe=nfe)
             step(count)
-    if world.rank:
-        return []
+
+
+def conclude(
+    evaluators: Sequence[Evaluator],
+    run: LoadedRun,
+    options: SampleOptions,
+    dataset: LatentDataset,
+    autoencoder: Autoencoder,
+) -> list[Evaluation]:
+    """The evaluations, on rank 0, once every rank draws its share; waits for what is missing."""
+    every = [each.parts_of(run, options, dataset, autoencoder) for each in evaluators]
     first = every[0].read(0)
     decay = run.state.get("ema_decay", run.config.optimizer.ema_decay)
     how = {
