@@ -6,6 +6,7 @@ import tarfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dit_fast.cli import main
@@ -14,6 +15,7 @@ from dit_fast.evaluation import evaluate as evaluate_module
 from dit_fast.evaluation import features as features_module
 from dit_fast.evaluation import networks
 from dit_fast.evaluation.command import sweep
+from dit_fast.evaluation.metrics import frechet_distance, inception_score, moments, precision_recall
 from dit_fast.evaluation.records import FILE_NAME, read_evaluations
 from tests.helpers.encoder_weights import toy_encoder
 
@@ -242,3 +244,48 @@ def test_damaged_images_are_named(place, network, tmp_path, capsys):
 def test_the_name_of_an_encoder_is_that_of_its_numbers():
     encoder = load_encoder(f"dinov2-vit-b:{toy_encoder()}")
     assert networks.EncoderFeatures("dinov2-vit-b", encoder, "cpu").name == "DINOv2-B"
+
+
+class Brightness:
+    """Stands for the Inception network where its 24 million weights would only take time."""
+
+    name, title, identity, kind = "", "Inception of 2015 (ADM)", "inception:1", "adm"
+
+    def resizing(self, size):
+        return "not resized"
+
+    def __call__(self, images):
+        x = images.double().mean((1, 2)) / 255
+        features = torch.cat([x, x.square()], 1).float()
+        return {"pool": features, "spatial": features[:, :4] ** 3, "logits": 9 * features[:, :5]}
+
+
+def test_adms_reference_gives_the_five_numbers_of_its_evaluator(tmp_path, monkeypatch):
+    monkeypatch.setattr(networks, "load_network", lambda spec, device: Brightness())
+    rng = np.random.default_rng(0)
+    made = (rng.integers(0, 90, (n, 6, 6, 3)) * rng.integers(1, 3, (n, 1, 1, 3)) for n in (40, 30))
+    samples, pictures = (images.astype(np.uint8) for images in made)
+    train = Brightness()(torch.from_numpy(rng.integers(0, 256, (99, 6, 6, 3)).astype(np.uint8)))
+    whole = {name: moments(train[name]) for name in ("pool", "spatial")}
+    statistics = {"mu": whole["pool"].mean, "sigma": whole["pool"].covariance}
+    statistics |= {"mu_s": whole["spatial"].mean, "sigma_s": whole["spatial"].covariance}
+    np.savez(tmp_path / "reference.npz", arr_0=pictures, **{name: x.numpy() for name, x in statistics.items()})
+    np.savez(tmp_path / "samples.npz", arr_0=samples)
+    command = ["evaluate", str(tmp_path / "samples.npz"), "--reference", str(tmp_path / "reference.npz")]
+    for _ in range(2):  # the second time with the kept features of arr_0
+        assert main([*command, "--network", "adm:any.pb", "-o", str(tmp_path / "out")]) == 0
+        found = the_only(tmp_path / "out")
+        ours, theirs = Brightness()(torch.from_numpy(samples)), Brightness()(torch.from_numpy(pictures))
+        precision, recall = precision_recall(ours["pool"], theirs["pool"])
+        assert found.values == pytest.approx(
+            {
+                "FID": frechet_distance(moments(ours["pool"]), whole["pool"]),
+                "sFID": frechet_distance(moments(ours["spatial"]), whole["spatial"]),
+                "IS": inception_score(ours["logits"], split=5000),
+                "precision": precision,
+                "recall": recall,
+            },
+            rel=1e-9,
+        )
+        assert found.protocol.reference_count is None
+        assert "neighbours in 30 of the reference" in found.protocol.metrics
