@@ -82,10 +82,8 @@ def _run(options: argparse.Namespace) -> None:
     _stage(6, "table")
     record = ["--record"] if options.record else []
     call([sys.executable, "-m", "dit_fast.benchmarks.study", str(out / "runs"), *record], threads=0)
-    call(
-        [fast, "compare", str(out / "runs"), "--by", "method", "--by", "model.skip_wiring", "--by", "methods"],
-        threads=0,
-    )
+    if len({run.parent for run in runs}) > 1:
+        call([fast, "compare", str(out / "runs")], threads=0)
 
 
 def _stage(number: int, title: str) -> None:
