@@ -15,7 +15,7 @@ import quickstart_data
 from quickstart import CACHE, call, claim, cores, program, shown
 
 from dit_fast.errors import UserError
-from dit_fast.evaluation.records import FILE_NAME
+from dit_fast.evaluation.records import read_evaluations
 from dit_fast.sweep.jobs import read_record
 
 LIST = Path(__file__).parents[1] / "benchmarks" / "study.toml"
@@ -66,14 +66,15 @@ def _run(options: argparse.Namespace) -> None:
     sweep += ["--seeds", options.seeds] if options.seeds else []
     sweep += ["--only", options.only] if options.only else []
     call([*sweep, "--out", str(out / "runs")], threads=0)
-    runs = [out / "runs" / entry["folder"] for entry in read_record(out / "runs")]
+    steps = {out / "runs" / entry["folder"]: entry["steps"] for entry in read_record(out / "runs")}
+    runs = list(steps)
     minibatch = str(min(256, options.blocks))
     for number, run in enumerate(runs, 1):
         _stage(4, f"blocks, run {number} of {len(runs)}")
         call([fast, "analyse", str(run), "--count", str(options.blocks), "--minibatch", minibatch], threads=0)
     for number, run in enumerate(runs, 1):
         _stage(5, f"Frechet distance, run {number} of {len(runs)}")
-        if not (run / FILE_NAME).exists():
+        if all(known.step != steps[run] for known in read_evaluations(run)):
             count = str(options.images)
             call(
                 [fast, "evaluate", str(run), "--metrics", "fd", "--count", count, "--reference-count", count, *DRAWN],
