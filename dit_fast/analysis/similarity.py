@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dit_fast.errors import UserError
-from dit_fast.ops.diversity import DiversityLoss, DiversityStats, check_options, diversity_stats, loss_from_stats
+from dit_fast.ops.diversity import DiversityLoss, Sums, check_options, loss_from_sums, sums_of
 
 Kernel = Literal["linear", "rbf"]
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
@@ -105,43 +105,38 @@ class TokenSums:
     """
 
     def __init__(self) -> None:
-        self._stats: DiversityStats | None = None
+        self._sums: Sums | None = None
         self._products: Tensor | None = None
 
     def add(self, features: Sequence[Tensor]) -> None:
         """K tensors [n, T, D]. Raises UserError for other shapes, NaN or Inf."""
         for index, feature in enumerate(features):
             check_finite(f"feature {index}", feature)
-        new = diversity_stats([feature.double() for feature in features], backend="torch")
+        new = sums_of([feature.double() for feature in features], "torch")
         rows = torch.stack([feature.double().flatten(0, -2) for feature in features])
         products = rows.transpose(1, 2) @ rows
-        if self._stats is None or self._products is None:
-            self._stats, self._products = new, products
+        if self._sums is None or self._products is None:
+            self._sums, self._products = new, products
             return
-        old = self._stats
-        self._stats = DiversityStats(
-            old.sums + new.sums,
-            old.abs_sums + new.abs_sums,
-            old.square_sums + new.square_sums,
-            old.pair_sums + new.pair_sums,
-            old.count + new.count,
-        )
+        old = self._sums
+        count = old.count + new.count
+        self._sums = Sums(old.backend, old.statistics + new.statistics, old.pair_sums + new.pair_sums, count)
         self._products += products
 
-    def _known(self) -> DiversityStats:
-        if self._stats is None:
+    def _known(self) -> Sums:
+        if self._sums is None:
             raise UserError("no features were added")
-        return self._stats
+        return self._sums
 
     def cosine(self) -> Tensor:
         return (self._known().pair_sums / self._known().count).cpu()
 
     def diversity(self) -> DiversityLoss:
-        stats = self._known()
-        return loss_from_stats(stats, check_options("all", len(stats.sums), "release", "rank"), "release", "rank")
+        sums = self._known()
+        return loss_from_sums(sums, check_options("all", len(sums.pair_sums), "release", "rank"), "release", "rank")
 
     def rank(self) -> Tensor:
-        stats = self._known()
+        stats = self._known().named()
         assert self._products is not None
         products, means = self._products, stats.sums / stats.count
         scatter = products - stats.count * means[:, :, None] * means[:, None, :]
