@@ -5,6 +5,7 @@ import errno
 import fcntl
 import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ import webdataset
 from PIL import Image
 
 from dit_fast import autoencoders
+from dit_fast.autoencoders.patch_pca import PatchPCA
 from dit_fast.checkpoint.run import load_run
 from dit_fast.cli import main
 from dit_fast.errors import UserError
@@ -344,3 +346,23 @@ def test_a_folder_of_before_an_option_was_known_goes_on(place, tmp_path, capsys)
     capsys.readouterr()
     assert sample(place, "-o", str(folder), "--time-shift", "2") == 2
     assert "another command (time_shift None there, 2.0 here)" in capsys.readouterr().err
+
+
+def test_shards_that_name_no_autoencoder_are_decoded_by_one_that_is_given(place, tmp_path, capsys):
+    shards = shutil.copytree(place / "shards", tmp_path / "shards")
+    description = json.loads((shards / "dataset.json").read_text())
+    spec, description["autoencoder"]["spec"] = description["autoencoder"]["spec"], ""
+    (shards / "dataset.json").write_text(json.dumps(description))
+    moved = ["--data", str(shards), "-o", str(tmp_path / "a.npz")]
+    assert sample(place, *moved) == 2
+    assert "does not say where its autoencoder lies; give one, e.g. --autoencoder" in capsys.readouterr().err
+    given = f"pca:{place / 'shards' / spec.removeprefix('pca:')}"
+    assert sample(place, *moved, "--autoencoder", given) == 0
+    assert sample(place, "-o", str(tmp_path / "b.npz")) == 0
+    ours, theirs = (Samples.load(tmp_path / name) for name in ("a.npz", "b.npz"))
+    np.testing.assert_array_equal(ours.images, theirs.images)
+    assert ours.text == f"{theirs.text}, decoded by {given}"
+    other = PatchPCA.fit(np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8), channels=5)
+    other.save(tmp_path / "other.safetensors")
+    assert sample(place, *moved, "--autoencoder", f"pca:{tmp_path / 'other.safetensors'}") == 2
+    assert "decodes latents of 5 channels, and the run's have 12" in capsys.readouterr().err

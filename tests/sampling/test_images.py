@@ -300,3 +300,26 @@ def test_samplers_take_the_shift_that_a_run_was_trained_with(opened):
         "euler, 4 steps, times shifted by 2"
     )
     assert options(sampler="dopri5").resolved(shifted, dataset).time_shift is None
+
+
+def test_labels_are_a_function_of_the_seed_and_the_number(opened):
+    """Balanced or uniform over the classes, whatever is asked for together."""
+    index = torch.arange(3000)
+    few = options(per_class=None, count=10, labels="random", classes=(0, 2), seed=3).resolved(*opened)
+    drawn = few.labels_of(index)
+    assert few.total == 10
+    torch.testing.assert_close(drawn[5:9], few.labels_of(index[5:9]))
+    shares = torch.bincount(drawn) / len(index)
+    assert shares[1] == 0
+    assert abs(shares[0] - 0.5) < 0.04
+    assert (options(per_class=None, count=10, labels="random", classes=(0, 2)).labels_of(index) != drawn).any()
+    even = options(per_class=None, count=7).resolved(*opened)
+    assert even.labels_of(index[:7]).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    chunks = draw(*opened, dataclasses.replace(few, chunk=4))
+    assert [len(samples.images) for samples in chunks] == [4, 4, 2]
+    assert np.concatenate([samples.labels for samples in chunks]).tolist() == drawn[:10].tolist()
+
+
+def test_an_image_does_not_depend_on_how_many_are_decoded_with_it(opened):
+    whole, part = (draw(*opened, options(per_class=None, count=count, chunk=5))[0].images for count in (5, 3))
+    np.testing.assert_array_equal(whole[:3], part)
