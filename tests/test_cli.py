@@ -5,7 +5,8 @@ import pytest
 from dit_fast.cli import main
 
 COMMANDS = [
-    "train", "sample", "evaluate", "analyse", "compare", "sweep", "report", "export", "import", "shards", "info", "bench",
+    "train", "sample", "evaluate", "analyse", "compare", "sweep", "report", "export", "import", "shards",
+    "info", "bench",
 ]  # fmt: skip
 
 
