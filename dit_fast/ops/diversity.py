@@ -78,15 +78,17 @@ def diversity_stats(
 
 
 class Sums(NamedTuple):
-    """Statistics [3, K, D] and pair_sums [K, K] over `count` tokens, and the implementation that summed."""
+    """Statistics [3, K, D] and pair_sums [K, K] over so many tokens, and the implementation that summed."""
 
     backend: str
     statistics: Tensor
     pair_sums: Tensor
-    count: int
+    tokens: int
 
     def named(self) -> DiversityStats:
-        return DiversityStats(*self.statistics.unbind(0), self.pair_sums, self.pair_sums.new_full((), self.count))
+        sums, abs_sums, square_sums = self.statistics.unbind(0)
+        count = self.pair_sums.new_full((), self.tokens)
+        return DiversityStats(sums, abs_sums, square_sums, self.pair_sums, count)
 
 
 def sums_of(ordered: Any, backend: str, stats: Sequence[RowStatistics | None] | None = None) -> Sums:
@@ -164,7 +166,7 @@ def loss_from_sums(sums: Sums, pairs: tuple[tuple[int, int], ...], variant: str,
     statistics, pair_sums = sums.statistics, sums.pair_sums
     if statistics.shape[1] < 2:
         return _no_loss(statistics.new_zeros(()))
-    weights, members, count = _constants(pairs, sums.count, statistics)
+    weights, members, count = _constants(pairs, sums.tokens, statistics)
     if scope == "global" and ranks() > 1:
         parts = [statistics, pair_sums, count]
         flat = sum_over_ranks(torch.cat([part.reshape(-1) for part in parts]))
@@ -172,7 +174,8 @@ def loss_from_sums(sums: Sums, pairs: tuple[tuple[int, int], ...], variant: str,
         statistics, pair_sums, count = (piece.view_as(part) for piece, part in zip(pieces, parts, strict=True))
     known = (statistics, pair_sums, weights, members, count, variant == "release")
     terms = diversity_terms.fused if diversity_terms.takes(sums.backend, statistics) else diversity_terms.formula
-    return DiversityLoss(*terms(*known), pairs)
+    total, orthogonality, mutual_information, dispersion = terms(*known)
+    return DiversityLoss(total, orthogonality, mutual_information, dispersion, pairs)
 
 
 def _no_loss(zero: Tensor) -> DiversityLoss:

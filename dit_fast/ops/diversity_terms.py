@@ -144,7 +144,7 @@ class _Terms(torch.autograd.Function):
         statistics: Tensor, pair_sums: Tensor, weights: Tensor, members: Tensor, count: Tensor, release: bool,
         backend: str,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        return forward_op(statistics, pair_sums, weights, members, count, release, backend)  # type: ignore[no-any-return]
+        return forward_op(statistics, pair_sums, weights, members, count, release, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -172,4 +172,4 @@ def fused(
     backend: str = "triton",
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """As `formula`; all that is no statistics is constant."""
-    return _fused(statistics, pair_sums, weights, members, count, release, backend)[:_NAMES]  # type: ignore[no-any-return]
+    return _fused(statistics, pair_sums, weights, members, count, release, backend)[:_NAMES]
