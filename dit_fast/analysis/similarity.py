@@ -119,8 +119,8 @@ class TokenSums:
             self._sums, self._products = new, products
             return
         old = self._sums
-        count = old.count + new.count
-        self._sums = Sums(old.backend, old.statistics + new.statistics, old.pair_sums + new.pair_sums, count)
+        tokens = old.tokens + new.tokens
+        self._sums = Sums(old.backend, old.statistics + new.statistics, old.pair_sums + new.pair_sums, tokens)
         self._products += products
 
     def _known(self) -> Sums:
@@ -129,7 +129,7 @@ class TokenSums:
         return self._sums
 
     def cosine(self) -> Tensor:
-        return (self._known().pair_sums / self._known().count).cpu()
+        return (self._known().pair_sums / self._known().tokens).cpu()
 
     def diversity(self) -> DiversityLoss:
         sums = self._known()

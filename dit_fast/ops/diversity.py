@@ -121,8 +121,8 @@ def known_rows(
 
 
 def _reference(blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    x = torch.stack(tuple(blocks))
-    with without_autocast(x):
+    with without_autocast(blocks[0]):
+        x = torch.stack(tuple(blocks))
         x = x.to(wide(x))
         directions = (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(EPS)).flatten(1)
         sums = torch.stack([x.sum(1), x.abs().sum(1), x.square().sum(1)])
