@@ -310,8 +310,8 @@ def _cases(arch: int, blocks: int, width: int, kind: str) -> list[AotCase]:
         plans = [plan for plan in plans if plan[0] is not add_directions and plan[:2] != (gradients, "")]
     if kind == "fp16":
         plans = [plan for plan in plans if plan[0] in (block_sums, gradients)]
-    types = {"addresses": "*i64", "strides": "*i64", "tokens": "i32"}
-    types |= dict.fromkeys(("wanted", "wide_blocks", "half_blocks"), "i64")
+    types = {"addresses": "*i64", "strides": "*i64"}
+    types |= dict.fromkeys(("tokens", "wanted", "wide_blocks", "half_blocks"), "i32")  # bits of at most 31 blocks
     cases = []
     for kernel, suffix, options, expected in plans:
         launch = {name: value for name, value in options.items() if name.islower()}

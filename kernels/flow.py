@@ -234,7 +234,7 @@ def _case(kernel: Any, path: str, kind: str, needs: dict[str, bool], expected: d
     launch = {name: value for name, value in options.items() if name.islower()}
     constants = {name: value for name, value in options.items() if name.isupper()} | needs
     types = dict.fromkeys(("stream", "count", "upstream_stride", "prediction_stride", "latents_stride"), "i32")
-    types |= {"prediction": f"*{kind}", "prediction_grad": f"*{kind}", "positions": "*i64", "seed": "i64"}
+    types |= {"prediction": f"*{kind}", "prediction_grad": f"*{kind}", "positions": "*i64", "seed": "i32"}
     signature = {name: types.get(name, "*fp32") for name in kernel.arg_names if name not in constants}
     name = f"{path} {kind}{' latents' if needs.get('LATENTS') else ''}"
     unaligned = tuple(name for name in ("seed", "stream", "upstream_stride") if name in signature)

@@ -177,7 +177,7 @@ def aot_cases(arch: int) -> list[AotCase]:
         AotCase(
             fill,
             f"{draws} draws",
-            {"out": "*fp32", "positions": "*i64", "seed": "i64", "samples": "i32"}
+            {"out": "*fp32", "positions": "*i64", "seed": "i32", "samples": "i32"}
             | dict.fromkeys(("streams", "counts", "normals"), ("i32",) * draws),
             {"DRAWS": draws, "BLOCK": _BLOCK},
             _OPTIONS,

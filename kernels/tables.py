@@ -71,7 +71,7 @@ def aot_cases(arch: int) -> list[AotCase]:
         AotCase(
             write_table,
             f"tensors={count}",
-            {"addresses": "*i64", "strides": "*i64", "tensors": ("*bf16",) * count, "numbers": ("i64",) * count},
+            {"addresses": "*i64", "strides": "*i64", "tensors": ("*bf16",) * count, "numbers": ("i32",) * count},
             {"COUNT": count},
             {"num_warps": 1, "num_stages": 1},
             wide_loads=False,

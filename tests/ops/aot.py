@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LOCK = Path(__file__).with_name("aot_lock.json")
 SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes one block can have
 TARGETS = tuple(SHARED_LIMIT)
+Types = dict[str, str]  # of the numbers among a kernel's arguments
 
 # Machine instructions that the gates and a reader of the lock's diff care about.
 _INSTRUCTIONS = {
@@ -188,6 +189,19 @@ def differences(entries: list[dict], locked: list[dict]) -> list[str]:
         changed = [name for name in ours[key] if ours[key][name] != theirs[key].get(name)]
         lines += [f"{' '.join(key)}: {name} {theirs[key].get(name)} -> {ours[key][name]}" for name in changed]
     return lines
+
+
+def misdeclared(types: Types, cases: Sequence[Types]) -> str:
+    """The numbers whose launched type none of these cases has, "" if one has all; a 1 that was compiled in has none."""
+    found = []
+    for case in cases:
+        other = {
+            name: f"{name} is {kind}, declared {case.get(name)}"
+            for name, kind in types.items()
+            if kind not in ("constexpr", case.get(name))
+        }
+        found.append(", ".join(other.values()))
+    return min(found, key=len)
 
 
 def render(entries: list[dict]) -> str:

@@ -2,21 +2,22 @@
 
 A driver that only knows its target stands in for the GPU, and a launch stops after the compiler's front end. The
 launcher's own path runs (argument specialisation, tuples, options), and what it asks for is compared with the
-ahead-of-time cases: a kernel or configuration outside of the lock is a finding. What to launch stands in launched/, one
-script per family.
+ahead-of-time cases: a kernel or configuration outside of the lock is a finding, and so is a number of another type than
+its case declares. What to launch stands in launched/, one script per family.
 """
 
 import importlib
 import runpy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from tests.ops.aot import kernel_files
+from tests.ops.aot import Types, kernel_files, misdeclared
 
 
 class _NoGpu:
@@ -46,11 +47,11 @@ def _stop_after_front_end() -> None:
     compiler.add_stages = add_front_end
 
 
-def record() -> list[tuple]:
-    """Makes every launch a compilation; returns the list that (kernel, constants, options) are added to."""
+def record() -> list[tuple[tuple, Types]]:
+    """Makes every launch a compilation; returns the list that (kernel, constants, options) with types are added to."""
     driver.set_active(_NoGpu())
     _stop_after_front_end()
-    launched: list[tuple] = []
+    launched: list[tuple[tuple, Types]] = []
     run = JITFunction.run
 
     def compile_only(self, *arguments, grid, warmup, **options):
@@ -61,7 +62,7 @@ def record() -> list[tuple]:
             if len(path) == 1 and name.isupper():
                 constants[name] = value
         asked = {name: value for name, value in options.items() if name.islower() and name not in self.arg_names}
-        launched.append(_key(self, constants, asked))
+        launched.append((_key(self, constants, asked), _types(compiled.src.signature)))
         return compiled
 
     JITFunction.run = compile_only
@@ -73,16 +74,28 @@ def _key(kernel: JITFunction, constants: dict, options: dict) -> tuple:
     return kernel.fn.__qualname__, tuple(sorted(constants.items())), tuple(sorted(launch.items()))
 
 
+def _types(signature: Mapping[str, Any]) -> Types:
+    """Of the numbers among the arguments, and of those in tuples by their place."""
+    flat = {}
+    for name, kind in signature.items():
+        parts = {f"{name}[{i}]": part for i, part in enumerate(kind)} if isinstance(kind, tuple) else {name: kind}
+        flat |= {name: part for name, part in parts.items() if not part.startswith("*")}
+    return flat
+
+
 def uncovered(scripts: Sequence[str]) -> list[str]:
-    """One line per launch of these scripts of launched/ that no ahead-of-time case covers."""
+    """One line per launch of these scripts of launched/ that no ahead-of-time case covers, or not with its types."""
     launched = record()
     for script in scripts:
         runpy.run_path(str(Path(__file__).with_name("launched") / f"{script}.py"))
     assert launched or not scripts, f"{', '.join(scripts)}: nothing was launched"
-    covered = set()
+    covered: dict[tuple, list[Types]] = {}
     for name in kernel_files():
         for case in importlib.import_module(f"dit_fast.kernels.{name}").aot_cases(80):
-            covered.add(_key(case.kernel, dict(case.constants), dict(case.options)))
+            key = _key(case.kernel, dict(case.constants), dict(case.options))
+            covered.setdefault(key, []).append(_types(case.signature))
     # The table's length is the number of tensors, and changes nothing else.
-    strange = {key for key in launched if key not in covered and key[0] != "write_table"}
-    return [f"launched, but no ahead-of-time case: {key}" for key in sorted(strange)]
+    strange = {key for key, _ in launched if key not in covered and key[0] != "write_table"}
+    lines = [f"launched, but no ahead-of-time case: {key}" for key in sorted(strange)]
+    others = {(key, other) for key, types in launched if key in covered and (other := misdeclared(types, covered[key]))}
+    return lines + [f"launched with other types than its ahead-of-time case: {other}: {key}" for key, other in others]

@@ -140,6 +140,13 @@ def test_differences_name_entry_and_field():
     assert "shared_bytes 166912 -> 3" in aot.differences([CLEAN | {"shared_bytes": 3}], [CLEAN])[0]
 
 
+def test_a_number_is_launched_with_the_type_that_its_case_declares():
+    cases = [{"rows": "i64", "step": "i32"}, {"rows": "i32", "step": "i64"}]
+    assert aot.misdeclared({"rows": "i32", "step": "constexpr"}, cases) == ""  # a 1 is compiled in
+    assert aot.misdeclared({"rows": "i32", "step": "i32"}, cases[:1]) == "rows is i32, declared i64"
+    assert aot.misdeclared({"rows": "i32", "step": "i32"}, cases) != ""
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_folder_decides_which_triton_is_proved(version):
     code = "import triton; print(triton.__version__)"
