@@ -5,7 +5,7 @@ import torch
 
 from dit_fast.kernels import diversity
 from dit_fast.ops import DiversityTaps, diversity_loss, row_statistics
-from dit_fast.ops.diversity_op import backward_op, forward_op
+from dit_fast.ops.diversity_op import forward_op
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 LIMITS = {FP32: 1e-6, FP16: 1e-3, BF16: 6e-3}  # relative RMS error of a gradient, which is rounded to its type
@@ -28,7 +28,10 @@ def error(ours, exact):
 def make(tokens, width, types, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shift = torch.randn(width, generator=generator)
-    return [(torch.randn(tokens, width, generator=generator) + shift).to(dtype) for dtype in types]
+    features = [(torch.randn(tokens, width, generator=generator) + shift).to(dtype) for dtype in types]
+    for x in features:
+        x[1::3, ::5] = 0  # where the slope of the absolute value is zero
+    return features
 
 
 def exact_statistics(features):
@@ -67,13 +70,12 @@ def test_gradients(name, above):
     upstream = upstream if above else []
     everyone = list(range(len(features)))
     ours = diversity.backward(features, inverse_norms, *grads, upstream, everyone)
-    eager = backward_op(features, inverse_norms, *grads, upstream, everyone, "torch")
     for k, exact in enumerate(exact_gradients(features, *grads, upstream)):
         assert ours[k].dtype == features[k].dtype
         assert ours[k].is_contiguous()
         assert error(ours[k], exact) < LIMITS[features[k].dtype]
-        if features[k].dtype == BF16:
-            assert error(ours[k], exact) <= 1.25 * error(eager[k], exact)
+        if features[k].dtype != FP32:  # rounded once
+            assert error(ours[k], exact) <= 1.02 * error(exact.to(features[k].dtype), exact) + 1e-6
 
 
 @pytest.mark.parametrize("name", CASES)

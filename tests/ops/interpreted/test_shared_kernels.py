@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from dit_fast import philox
-from dit_fast.kernels import adaln, adaln_gradients, adaln_rows, diversity, qk_norm
+from dit_fast.kernels import adaln, adaln_gradients, adaln_rows, diversity, diversity_taps, qk_norm
 from dit_fast.kernels import philox as kernel
 from dit_fast.kernels.ordered_sum import GROUP, ordered_sum
 from dit_fast.kernels.tables import address_table, is_aligned
@@ -119,7 +119,15 @@ LAUNCHES = {  # shapes of what a launcher reads in wide pieces, how to call it w
         ),
         (diversity, "is_aligned"),
     ),
-}
+    "diversity taps": (
+        [STREAM] * 4 + [VECTOR],  # the tapped block, its partner, from above, the branch and its gate
+        lambda a, b, *x: diversity_taps.backward(
+            a, *x, 0, diversity_taps.partners([each.flatten(0, 1) for each in (a, b)], torch.ones(2, 2), False),
+            torch.ones(2, 6), torch.ones(3, 2, 16), None, (FP32, FP32),
+        ),
+        (diversity_taps, "differentiate_tap"),
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
@@ -138,7 +146,7 @@ def test_every_tensor_that_is_read_counts(name, monkeypatch):
             )
 
     monkeypatch.setattr(module, rule, Recorded())
-    for kept in (adaln._FORWARD, adaln_gradients._BACKWARD):
+    for kept in (adaln._FORWARD, adaln_gradients._BACKWARD, diversity_taps._PLANS):
         kept.clear()
     tensors = [torch.randn(shape) for shape in shapes]
     launch(*tensors)
