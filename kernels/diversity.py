@@ -50,7 +50,11 @@ from dit_fast.kernels.tables import address_table, is_aligned
 MAX_BLOCKS = 32
 MAX_WIDTH = 4096
 CHUNK = 256  # tokens per partial channel sum
-KNOWN_STRIP = {"bf16": 64, "fp16": 64, "fp32": 32, "mixed": 32}  # channels per program where norms are known
+# Channels per program where norms are known, by rows of the Gram matrix and type. 32 of 16 rows in fp32 spilled.
+KNOWN_STRIP = {
+    **dict.fromkeys([(rows, kind) for rows in (16, 32) for kind in ("bf16", "fp16")], 64),
+    **{(16, "fp32"): 16, (32, "fp32"): 32, (16, "mixed"): 32, (32, "mixed"): 32},
+}
 STEP = 4  # tokens whose rows are in flight together
 GROUP = 16  # tokens per partial pair sum
 STRIP = {"bf16": 128, "fp16": 128, "fp32": 32, "mixed": 32}  # channels per product in a Gram matrix
@@ -72,8 +76,8 @@ class Config(NamedTuple):
 _CONFIGS = {
     (16, "bf16"): Config(2, 4, 4, 3, 64),
     (16, "fp16"): Config(2, 4, 4, 3, 64),
-    (16, "fp32"): Config(2, 3, 4, 3, 64),
-    (16, "mixed"): Config(2, 3, 4, 3, 64),
+    (16, "fp32"): Config(4, 3, 4, 3, 64),  # 2 warps spilled in projections, as with mixed types
+    (16, "mixed"): Config(4, 3, 4, 3, 64),
     # 4 warps of 150 registers: three programs on a multiprocessor, where 8 warps on 64 channels leave room for one.
     (32, "bf16"): Config(4, 4, 4, 3, 32),
     (32, "fp16"): Config(4, 4, 4, 3, 32),
@@ -150,7 +154,7 @@ def _known_options(blocks: int, kind: str, config: Config, mix: bool) -> dict[st
     rows = _padded_rows(blocks)
     return {
         "ROWS": rows,
-        "STRIP": KNOWN_STRIP[kind],
+        "STRIP": KNOWN_STRIP[rows, kind],
         "CHUNK": CHUNK,
         "MIX": mix,
         "UPCAST": triton.knobs.runtime.interpret,
@@ -215,7 +219,7 @@ def forward_with_norms(
     blocks, (tokens, width) = len(features), features[0].shape
     on_the_way = mix and plan.kind != "mixed"  # which has no registers left for it
     options = _known_options(blocks, plan.kind, plan.config, on_the_way)
-    strips, chunks = triton.cdiv(width, KNOWN_STRIP[plan.kind]), triton.cdiv(tokens, CHUNK)
+    strips, chunks = triton.cdiv(width, options["STRIP"]), triton.cdiv(tokens, CHUNK)
     inverse_norms = torch.empty(blocks, tokens, dtype=torch.float32, device=device)
     partials = torch.empty(chunks, 3 * blocks * width, dtype=torch.float32, device=device)
     pair_partials = torch.empty(chunks * strips, blocks * blocks, dtype=torch.float32, device=device)

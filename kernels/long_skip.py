@@ -52,8 +52,8 @@ def supports(x: Tensor, skip: Tensor, dtype: torch.dtype) -> list[str]:
     reasons, count = [], math.prod(x.shape[:-1])
     if dtype not in (torch.bfloat16, torch.float16):
         reasons.append(f"the products are in {dtype}, not bfloat16 or float16")
-    if x.shape[-1] % 8 or x.shape[-1] == 0:
-        reasons.append(f"width {x.shape[-1]} is not a multiple of 8")
+    if x.shape[-1] % 16 or x.shape[-1] == 0:  # other rows would be written element by element, by too many registers
+        reasons.append(f"width {x.shape[-1]} is not a multiple of 16")
     if x.shape[-1] > MAX_WIDTH:
         reasons.append(f"width {x.shape[-1]} is more than {MAX_WIDTH}")
     if count > MAX_ROWS:

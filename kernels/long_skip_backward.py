@@ -69,7 +69,6 @@ def input_gradients(grad_y, folded, x, skip, mean, rstd, c1, c2, grad_x, grad_sk
     """grad_x, grad_skip [rows, width]: half 0 and half 1 of the columns of W', `halves` of them from first_half on.
     UNIT: these halves of the normalised rows, too, unit [rows, 2 width].
     """
-    width = tl.multiple_of(width, 8)
     row_tiles, half_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(width, BLOCK_N)
     column_tiles = half_tiles * halves
     first, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
@@ -84,13 +83,18 @@ def input_gradients(grad_y, folded, x, skip, mean, rstd, c1, c2, grad_x, grad_sk
             if UPCAST:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             acc = tl.dot(a, b, acc)
-        # After the loop, a condition costs nothing: the two halves may differ in type.
-        if half == 0:
-            _finish(acc, x, grad_x, unit, x_stride, mean, rstd, c1, c2, m, n, 0, rows, width, BLOCK_M, BLOCK_N,
-                    UNIT, UPCAST)  # fmt: skip
-        else:
-            _finish(acc, skip, grad_skip, unit, skip_stride, mean, rstd, c1, c2, m, n, 1, rows, width, BLOCK_M, BLOCK_N,
-                    UNIT, UPCAST)  # fmt: skip
+        # One half of the columns after the other: rows and addresses of all of them would not fit into registers.
+        pair = tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1])
+        parts = tl.split(pair)
+        for part in tl.static_range(2):
+            at = n + part * (BLOCK_N // 2)
+            # After the loop, a condition costs nothing: the two halves may differ in type.
+            if half == 0:
+                _finish(parts[part], x, grad_x, unit, x_stride, mean, rstd, c1, c2, m, at, 0, rows, width, BLOCK_M,
+                        BLOCK_N // 2, UNIT, UPCAST)  # fmt: skip
+            else:
+                _finish(parts[part], skip, grad_skip, unit, skip_stride, mean, rstd, c1, c2, m, at, 1, rows, width,
+                        BLOCK_M, BLOCK_N // 2, UNIT, UPCAST)  # fmt: skip
 
 
 def _row_options(width: int) -> dict[str, int]:

@@ -69,7 +69,6 @@ def skip_projection(x, skip, folded, mean, rstd, row_sums, folded_bias, out, row
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
                     RAW: tl.constexpr, BFLOAT: tl.constexpr, BULK: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """out [rows, width]. x, skip, folded: descriptors of tiles (BULK) or pointers. RAW: both halves enter as stored."""
-    width = tl.multiple_of(width, 8)
     row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(width, BLOCK_N)
     first, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     for tile in range(first, row_tiles * column_tiles, programs):

@@ -115,7 +115,7 @@ def long_skip() -> Iterator[tuple[str, Callable[[], Any]]]:
                       (False, False, True, True, True, True), (True, True, False, False, False, False)):  # fmt: skip
             yield f"{needs} {backend}", partial(case, (F32, F32), F32, size, "dense", backend, True, needs)
             yield f"{needs} {backend} bf16", partial(case, (BF16, BF16), F32, size, "dense", backend, False, needs)
-    for sizes in ((1, 1, 1152), (1, 300, 768), (3, 33, 1024), (1, 40, 8), (1, 7, 36)):
+    for sizes in ((1, 1, 1152), (1, 300, 768), (3, 33, 1024), (1, 40, 16), (1, 40, 24), (1, 7, 36)):
         for types in ((F32, F32), (BF16, BF16), (F32, BF16)):
             yield f"{sizes} {types}", partial(case, types, F32, sizes, "dense", "auto", True, every)
     for form in FORMS:
