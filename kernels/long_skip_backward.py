@@ -14,7 +14,7 @@ from dit_fast.kernels.aot import AotCase
 from dit_fast.kernels.launch import Kept, launcher, signature
 from dit_fast.kernels.long_skip_tiles import CONFIGS, GROUP, Tiles, load_tile, operand, operand_type, tile_place
 from dit_fast.kernels.ordered_sum import ordered_sum
-from dit_fast.kernels.rows import store_rounded
+from dit_fast.kernels.rows import store_rounded, to_bfloat16
 from dit_fast.kernels.tables import is_aligned
 
 CHUNK = 32  # rows per partial sum: 256 programs for 8,192 rows
@@ -22,9 +22,11 @@ STEP = 4  # rows whose loads are in flight together
 
 
 @triton.jit(do_not_specialize=("rows",))
-def row_products(grad_y, y, row_sums, folded_bias, c1, c2, partials, rows, grad_stride, y_stride,
-                 WIDTH: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
-    """c1, c2 [rows], partials [chunks, WIDTH]; one program per chunk of rows."""
+def row_products(grad_y, y, row_sums, folded_bias, c1, c2, partials, rounded, rows, grad_stride, y_stride,
+                 WIDTH: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
+                 COPY: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """c1, c2 [rows], partials [chunks, WIDTH]; one program per chunk of rows. COPY: of grad_y as it is multiplied, too,
+    rounded [rows, WIDTH]; all sums are of that."""
     chunk = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, PADDED)
     within = channel < WIDTH
@@ -36,6 +38,10 @@ def row_products(grad_y, y, row_sums, folded_bias, c1, c2, partials, rows, grad_
         present = row < rows
         inside = present[:, None] & within[None, :]
         g = tl.load(grad_y + row[:, None] * grad_stride + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+        if COPY:
+            copy = to_bfloat16(g, UPCAST) if rounded.dtype.element_ty == tl.bfloat16 else g.to(tl.float16)
+            tl.store(rounded + row[:, None] * WIDTH + channel[None, :], copy, mask=inside)
+            g = copy.to(tl.float32)
         out = tl.load(y + row[:, None] * y_stride + channel[None, :], mask=inside, other=0.0).to(tl.float32)
         tl.store(c1 + row, tl.sum(g * (out - shift[None, :]), axis=1) / (2 * WIDTH), mask=present)
         tl.store(c2 + row, tl.sum(g * u[None, :], axis=1) / (2 * WIDTH), mask=present)
@@ -106,27 +112,30 @@ def _row_options(width: int) -> dict[str, int]:
 _PRODUCTS = Kept()
 
 
-def prepare_backward(grad_y: Tensor, y: Tensor, row_sums: Tensor, folded_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(c1 [M], c2 [M], sum of grad_y over rows [D]), float32.
+def prepare_backward(
+    grad_y: Tensor, y: Tensor, row_sums: Tensor, folded_bias: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(c1 [M], c2 [M], sum of grad_y over rows [D], float32; grad_y in dtype, contiguous, at a multiple of 16 bytes).
 
     grad_y, y: [M, D], rows contiguous with any stride, float32, bfloat16 or float16; row_sums, folded_bias: from
-    `fold`. One read of grad_y and y.
+    `fold`. One read of grad_y and y; grad_y is copied where it is not like that, and the sums are of the copy.
     """
     rows, width = grad_y.shape
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=grad_y.device)  # noqa: E731
     c1, c2 = new(rows), new(rows)
+    copied = grad_y.dtype != dtype or not grad_y.is_contiguous() or not is_aligned([grad_y])
+    rounded = torch.empty(rows, width, dtype=dtype, device=grad_y.device) if copied else grad_y
     if rows == 0:
-        return c1, c2, torch.zeros(width, dtype=torch.float32, device=grad_y.device)
+        return c1, c2, torch.zeros(width, dtype=torch.float32, device=grad_y.device), rounded
     partials = new(triton.cdiv(rows, CHUNK), width)
-    key = signature(grad_y, y)
+    key = (signature(grad_y, y), copied, dtype)
     launch = _PRODUCTS.get(key)
     if launch is None:
-        numbers, constants = (rows, grad_y.stride(0), y.stride(0)), _row_options(width)
-        launch = _PRODUCTS.keep(
-            key, launcher(row_products, (len(partials),), numbers, constants | {"enable_fp_fusion": True})
-        )
-    launch(grad_y, y, row_sums, folded_bias, c1, c2, partials)
-    return c1, c2, ordered_sum(partials)
+        constants = _row_options(width) | {"COPY": copied, "UPCAST": triton.knobs.runtime.interpret}
+        grid, numbers = (len(partials),), (rows, grad_y.stride(0), y.stride(0))
+        launch = _PRODUCTS.keep(key, launcher(row_products, grid, numbers, constants | {"enable_fp_fusion": True}))
+    launch(grad_y, y, row_sums, folded_bias, c1, c2, partials, rounded)
+    return c1, c2, ordered_sum(partials), rounded
 
 
 def _kind(*halves: torch.dtype) -> str:
@@ -153,8 +162,7 @@ def backward_input(
     """(dx, dskip, unit): [M, D], contiguous, in the dtypes of x and skip, None where `needs` is False; the normalised
     rows [M, 2D] in folded's dtype, both halves if both are needed, None where they are not wanted.
 
-    grad_y [M, D] is multiplied in folded's dtype (and copied if it is in another, or in rows that do not start at
-    multiples of 16 bytes); x, skip as in `forward`; c1, c2 from `prepare_backward`.
+    grad_y [M, D], c1, c2: from `prepare_backward`, in folded's dtype; x, skip as in `forward`.
     """
     rows, width = x.shape
     grads = [
@@ -164,9 +172,6 @@ def backward_input(
     unit = torch.empty(rows, 2 * width, dtype=folded.dtype, device=x.device) if want_unit else None
     if rows == 0 or not any(needs):
         return grads[0], grads[1], unit
-    grad_y = grad_y.to(folded.dtype)
-    if not is_aligned([grad_y]):
-        grad_y = grad_y.clone(memory_format=torch.contiguous_format)
     arch, halves = long_skip_tiles.family(x.device), sum(needs)
     tiles = long_skip_tiles.tiles_for("backward", _kind(x.dtype, skip.dtype), x, skip, folded.dtype, halves)
     bulk, weights = arch >= 90, (tiles.block_k, tiles.block_n)
@@ -186,16 +191,17 @@ def backward_input(
 def aot_cases(arch: int) -> list[AotCase]:
     """Widths of SiT-B, L and XL for the row sums; every configuration of the GEMM."""
     cases = []
-    for width, kind in ((768, "bf16"), (1024, "fp16"), (1152, "bf16")):
-        options = _row_options(width)
+    for width, kind, copied in ((768, "bf16", False), (1024, "fp16", False), (1152, "bf16", False),
+                                (1152, "fp32", True)):  # fmt: skip
+        options = _row_options(width) | {"COPY": copied, "UPCAST": False}
         constants = {name: value for name, value in options.items() if name.isupper()}
         launch = {name: value for name, value in options.items() if name.islower()}
         types = dict.fromkeys(("grad_y", "y"), f"*{kind}")
+        types |= {"rounded": "*bf16" if copied else f"*{kind}"}
         types |= dict.fromkeys(("rows", "grad_stride", "y_stride"), "i32")
         signature = {name: types.get(name, "*fp32") for name in row_products.arg_names if name not in constants}
-        cases.append(
-            AotCase(row_products, f"D={width} {kind}", signature, constants, launch, ("rows",), wide_stores=True)
-        )
+        name = f"D={width} {kind}" + " copied" * copied
+        cases.append(AotCase(row_products, name, signature, constants, launch, ("rows",), wide_stores=True))
     plans = [("many", "bf16", "bf16"), ("many", "fp32", "bf16"), ("few", "fp16", "fp16")]
     return cases + [_case(arch, *plan, unit) for plan in plans for unit in (True, False)]
 

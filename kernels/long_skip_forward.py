@@ -189,21 +189,23 @@ def aot_cases(arch: int) -> list[AotCase]:
         for kind in ("bf16", "fp16")
     ]  # fmt: skip
     cases += [_case(arch, CONFIGS[arch, kind, rows], rows, kind, x, skip) for kind, rows, x, skip in plans]
+    cases.append(_case(arch, CONFIGS[arch, "16-bit", "many"], "many", "16-bit", "bf16", "bf16", "fp32"))
+    cases.append(_case(arch, CONFIGS[arch, "mixed", "many"], "many", "mixed", "fp32", "bf16", "fp32"))
     for kind, x, skip in more:
         cases += [_case(arch, each, each.name, kind, x, skip) for each in CANDIDATES[arch, "forward", kind]]
     return cases
 
 
-def _case(arch: int, tiles: Tiles, rows: str, kind: str, x: str, skip: str) -> AotCase:
+def _case(arch: int, tiles: Tiles, rows: str, kind: str, x: str, skip: str, out: str = "") -> AotCase:
     compute, bulk = skip, arch >= 90
     half, weights = (tiles.block_m, tiles.block_k), (tiles.block_n, tiles.block_k)
     signature = {"x": operand_type(x, half, bulk), "skip": operand_type(skip, half, bulk)}
-    signature |= {"folded": operand_type(compute, weights, bulk), "out": f"*{compute}"}
+    signature |= {"folded": operand_type(compute, weights, bulk), "out": f"*{out or compute}"}
     signature |= dict.fromkeys(("mean", "rstd", "row_sums", "folded_bias"), "*fp32")
     signature |= dict.fromkeys(("rows", "width", "x_stride", "skip_stride"), "i32")
     constants = _constants(tiles, arch, kind == "16-bit", compute == "bf16") | {"UPCAST": False}
     launch = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     expected = {"wide_loads": not bulk, "wide_stores": True, "dots": True, "bulk_loads": True}
     unaligned = ("rows", "x", "skip", "folded") if bulk else ("rows",)
-    name = f"{kind} {rows} {x} {skip}"
+    name = f"{kind} {rows} {x} {skip}{out and f' -> {out}'}"
     return AotCase(skip_projection, name, signature, constants, launch, unaligned=unaligned, **expected)

@@ -280,8 +280,8 @@ class SiT(Backbone):
         pair, leading = index - self.depth // 2, self.leading(index)
         own = stream.after(leading)
         streams = (own.tokens, skip.tokens, self.skip_linears[pair], own.stats, skip.stats)
-        fused = self.skip_norms[pair](*streams)
-        fused = fused if self.config.residual_dtype == "autocast" else fused.to(stream.tokens.dtype)
+        out_dtype = None if self.config.residual_dtype == "autocast" else stream.tokens.dtype
+        fused = self.skip_norms[pair](*streams, out_dtype)
         return Residual(stream.joined(leading, fused))
 
     def _decoded(self, head: nn.Module, stream: Residual, c: Tensor, modulations: Modulations) -> Tree:

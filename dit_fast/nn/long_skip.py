@@ -4,6 +4,7 @@
 `reads()` says that the first uses the second's parameters.
 """
 
+import torch
 from torch import Tensor, nn
 
 from dit_fast.nn.linear import initialised, linear_flops
@@ -35,7 +36,10 @@ class SkipNorm(nn.LayerNorm):
         projection: SkipLinear,
         x_stats: RowStatistics | None = None,
         skip_stats: RowStatistics | None = None,
+        out_dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """x, skip: [N, T, D], with their row statistics if known; returns what replaces x, [N, T, D]."""
+        """x, skip: [N, T, D], with their row statistics if known; returns what replaces x, [N, T, D], in out_dtype, by
+        default that of the map."""
         parameters = (self.weight, self.bias, projection.linear.weight, projection.linear.bias)
-        return long_skip(x, skip, *parameters, self.eps, x_stats=x_stats, skip_stats=skip_stats)
+        stats = {"x_stats": x_stats, "skip_stats": skip_stats}
+        return long_skip(x, skip, *parameters, self.eps, **stats, out_dtype=out_dtype)

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dit_fast.backend import Implementation
+from dit_fast.errors import UserError
 from dit_fast.ops import long_skip_rows
 from dit_fast.ops._op import Op, differentiable, spread, triton, wide
 from dit_fast.ops._register import define
@@ -66,30 +67,36 @@ def long_skip(
     backend: str = "auto",
     x_stats: RowStatistics | None = None,
     skip_stats: RowStatistics | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`linear(layer_norm(concat(x, skip)))`.
 
     x, skip: [..., D], floating point, possibly of two dtypes (fp32 stream, half-precision skip or the reverse);
     norm_weight, norm_bias: [2D]; weight: [D, 2D]; bias: [D]. x_stats, skip_stats: what `row_statistics` says of x and
     of skip, where the caller knows it ("torch" ignores it); gradients are the same with and without.
-    Statistics are taken in fp32 (fp64 for fp64 input). Returns [..., D] in the dtype of the linear map: autocast's
-    where autocast is on, else that of `weight`. Every backend differentiates in forward mode and, once, in reverse
-    mode, of the result or of its forward-mode derivative; "torch" twice in any combination of the modes. x, skip and
-    the result must not be changed in place before the backward pass (autograd raises).
+    Statistics are taken in fp32 (fp64 for fp64 input). Returns [..., D] in out_dtype, by default that of the linear
+    map: autocast's where autocast is on, else that of `weight`; "triton" writes its sums so, the others convert what
+    the map gives. Every backend differentiates in forward mode and, once, in reverse mode, of the result or of its
+    forward-mode derivative; "torch" twice in any combination of the modes. x, skip and the result must not be changed
+    in place before the backward pass (autograd raises).
     Raises UserError for shapes, dtypes or devices that do not fit, ConfigError for a backend that is unknown or cannot
     take these tensors.
     """
     given = OP.check(
         backend, eps, x=x, skip=skip, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias
     )
+    if out_dtype is not None and not out_dtype.is_floating_point:
+        raise UserError(f"{OP.name}: out_dtype must be a floating-point type, not {out_dtype}")
     stats = (known(OP.name, "x_stats", x_stats, x), known(OP.name, "skip_stats", skip_stats, skip))
     parameters = (norm_weight, norm_bias, weight, bias)
     chosen = OP.choose(backend, x.device, x, skip, *parameters, given=given)
     if chosen == "torch":
-        return _reference(x, skip, *parameters, eps)
+        y = _reference(x, skip, *parameters, eps)
+        return y if out_dtype is None else y.to(out_dtype)
     pair = (x.reshape(-1, x.shape[-1]), skip.reshape(-1, x.shape[-1]))
     flat = [None if part is None else part.reshape(-1) for given in stats for part in given or (None, None)]
-    return _fused(*pair, *parameters, *flat, eps, linear_dtype(x, weight.dtype), chosen)[0].view(x.shape)
+    dtype = linear_dtype(x, weight.dtype)
+    return _fused(*pair, *parameters, *flat, eps, dtype, out_dtype or dtype, chosen)[0].view(x.shape)
 
 
 def _reference(
@@ -107,15 +114,15 @@ def _reference(
 
 def _fake_forward(
     x: Tensor, skip: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor,
-    stats: list[Tensor | None], eps: float, dtype: torch.dtype, backend: str,
+    stats: list[Tensor | None], eps: float, dtype: torch.dtype, out_dtype: torch.dtype, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     mean, rstd = (x.new_empty(x.shape[:1], dtype=wide(x, skip)) for _ in range(2))
-    return x.new_empty(x.shape, dtype=dtype), mean, rstd
+    return x.new_empty(x.shape, dtype=out_dtype), mean, rstd
 
 
 def _fake_backward(
     grad: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, skip: Tensor, norm_weight: Tensor,
-    norm_bias: Tensor, weight: Tensor, bias: Tensor, backend: str, needs: list[bool],
+    norm_bias: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype, backend: str, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     inputs = (x, skip, norm_weight, norm_bias, weight, bias)
     return [tensor.new_empty(tensor.shape) for tensor, needed in zip(inputs, needs, strict=True) if needed]
@@ -123,13 +130,13 @@ def _fake_backward(
 
 forward_op = define(
     "long_skip_forward(Tensor x, Tensor skip, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, "
-    "Tensor?[] stats, float eps, ScalarType dtype, str backend) -> (Tensor, Tensor, Tensor)",
+    "Tensor?[] stats, float eps, ScalarType dtype, ScalarType out_dtype, str backend) -> (Tensor, Tensor, Tensor)",
     long_skip_rows.forward,
     _fake_forward,
 )
 backward_op = define(
     "long_skip_backward(Tensor grad, Tensor y, Tensor mean, Tensor rstd, Tensor x, Tensor skip, Tensor norm_weight, "
-    "Tensor norm_bias, Tensor weight, Tensor bias, str backend, bool[] needs) -> Tensor[]",
+    "Tensor norm_bias, Tensor weight, Tensor bias, ScalarType dtype, str backend, bool[] needs) -> Tensor[]",
     long_skip_rows.backward,
     _fake_backward,
 )
@@ -143,27 +150,27 @@ def _forward_flops(x: torch.Size, *rest: Any, **options: Any) -> int:
 
 @register_flop_formula(torch.ops.dit_fast.long_skip_backward)
 def _backward_flops(grad: torch.Size, *rest: Any, **options: Any) -> int:
-    needs = rest[10]
+    needs = rest[11]
     halves = int(needs[0]) + int(needs[1]) + 2 * int(needs[2] or needs[4])
     return 2 * grad[0] * grad[1] ** 2 * halves
 
 
 class _LongSkip(torch.autograd.Function):
-    """(x, skip [M, D], four parameters, four statistics [M] or None, eps, dtype, backend) -> y [M, D], mean, rstd."""
+    """(x, skip [M, D], four parameters, four statistics [M], eps, dtype, out_dtype, backend) -> y, mean, rstd."""
 
     @staticmethod
     def forward(
         x: Tensor, skip: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor,
         x_mean: Tensor | None, x_variance: Tensor | None, skip_mean: Tensor | None, skip_variance: Tensor | None,
-        eps: float, dtype: torch.dtype, backend: str,
+        eps: float, dtype: torch.dtype, out_dtype: torch.dtype, backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         # No *arguments: where nothing requires a gradient, the compiler tells by their number whether there is a ctx.
         stats = [x_mean, x_variance, skip_mean, skip_variance]
-        return forward_op(x, skip, norm_weight, norm_bias, weight, bias, stats, eps, dtype, backend)
+        return forward_op(x, skip, norm_weight, norm_bias, weight, bias, stats, eps, dtype, out_dtype, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.eps, ctx.backend = inputs[10], inputs[12]
+        ctx.eps, ctx.dtype, ctx.backend = inputs[10], inputs[11], inputs[13]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output, *inputs[:6])
@@ -172,9 +179,9 @@ class _LongSkip(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 13
+            return (None,) * 14
         needs = list(ctx.needs_input_grad[:6])
-        return spread(backward_op(grad, *ctx.saved_tensors, ctx.backend, needs), needs, 13)
+        return spread(backward_op(grad, *ctx.saved_tensors, ctx.dtype, ctx.backend, needs), needs, 14)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None, None]:

@@ -31,9 +31,13 @@ def forward(
     stats: list[Tensor | None],
     eps: float,
     dtype: torch.dtype,
+    out_dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y [M, D] in `dtype`, and mean and rstd [M] of the joined rows; stats: mean and variance of x, then of skip."""
+    """y [M, D] in out_dtype from products in dtype, and mean and rstd [M] of the joined rows.
+
+    stats: mean and variance of x, then of skip.
+    """
     x, skip, parameters = rows(x), rows(skip), (norm_weight, norm_bias, weight, bias)
     with without_autocast(x):
         pair = (_statistics(x, *stats[:2]), _statistics(skip, *stats[2:]))
@@ -43,12 +47,12 @@ def forward(
 
             mean, rstd = join_in_one_launch(*pair, eps)
             folds = kernel.fold(*_for_kernel(parameters), dtype)
-            return kernel.forward(_aligned(x), _aligned(skip), mean, rstd, *folds, dtype), mean, rstd
+            return kernel.forward(_aligned(x), _aligned(skip), mean, rstd, *folds, out_dtype), mean, rstd
         mean, rstd = join(*pair, eps)
         if weight.dtype.itemsize > 2 and (kernels := _row_kernels(x, skip, dtype)) is not None:
             folded, folded_bias = _fold(*parameters, dtype)
             normalised = kernels.normalise(x, skip, mean, rstd, dtype)
-            return torch.addmm(folded_bias.to(dtype), normalised, folded.T), mean, rstd
+            return torch.addmm(folded_bias.to(dtype), normalised, folded.T).to(out_dtype), mean, rstd
         normalised = x.new_empty((len(x), weight.shape[1]), dtype=dtype)
         if weight.dtype.itemsize == 2:
             # These weights are exact as they are: folding would round once more than LayerNorm before the map does.
@@ -56,11 +60,11 @@ def forward(
             for half, out, (scale, shift) in zip((x, skip), normalised.chunk(2, 1), affine, strict=True):
                 wide = _normalise(half, mean, rstd, torch.empty_like(half, dtype=mean.dtype))
                 torch.addcmul(shift, wide, scale, out=out)
-            return torch.addmm(bias.to(dtype), normalised, weight.to(dtype).T), mean, rstd
+            return torch.addmm(bias.to(dtype), normalised, weight.to(dtype).T).to(out_dtype), mean, rstd
         for half, out in zip((x, skip), normalised.chunk(2, 1), strict=True):
             _normalise(half, mean, rstd, out)
         folded, folded_bias = _fold(*parameters, dtype)
-        return torch.addmm(folded_bias.to(dtype), normalised, folded.T), mean, rstd
+        return torch.addmm(folded_bias.to(dtype), normalised, folded.T).to(out_dtype), mean, rstd
 
 
 def _row_kernels(x: Tensor, skip: Tensor, dtype: torch.dtype) -> Any:
@@ -111,12 +115,15 @@ def backward(
     norm_bias: Tensor,
     weight: Tensor,
     bias: Tensor,
+    dtype: torch.dtype,
     backend: str,
     needs: list[bool],
 ) -> list[Tensor]:
-    """Gradients of those of the six inputs that are needed."""
+    """Gradients of those of the six inputs that are needed; products in dtype, that of the forward's."""
     grad, x, skip, parameters = rows(grad), rows(x), rows(skip), (norm_weight, norm_bias, weight, bias)
     wide, wanted = mean.dtype, (needs[0], needs[1])
+    if not (backend == "triton" and any(wanted)):  # whose first kernel converts what it reads
+        grad = grad.to(dtype)
     grads: list[Tensor | None] = [None] * 6
     unit: Tensor | None = None  # the normalised rows [M, 2D] and the sum of grad over rows, where a kernel made them
     grad_bias: Tensor | None = None
@@ -126,19 +133,14 @@ def backward(
         if backend == "triton" and any(wanted):
             from dit_fast.kernels import long_skip as kernel
 
-            if not grad.is_contiguous() or grad.data_ptr() % 16:
-                grad = grad.clone(memory_format=torch.contiguous_format)
-            folded, sums, folded_bias = kernel.fold(*_for_kernel(parameters), y.dtype)
-            c1, c2, grad_bias = kernel.prepare_backward(grad, y, sums, folded_bias)
+            folded, sums, folded_bias = kernel.fold(*_for_kernel(parameters), dtype)
+            c1, c2, grad_bias, grad = kernel.prepare_backward(grad, y, sums, folded_bias, dtype)
             pair, want_unit = (_aligned(x), _aligned(skip)), want_product and all(wanted)
             *grads[:2], unit = kernel.backward_input(grad, *pair, mean, rstd, folded, c1, c2, wanted, want_unit)
         elif (
-            backend == "gemm"
-            and all(wanted)
-            and weight.dtype.itemsize > 2
-            and (passes := _row_kernels(x, skip, y.dtype))
+            backend == "gemm" and all(wanted) and weight.dtype.itemsize > 2 and (passes := _row_kernels(x, skip, dtype))
         ):
-            folded, _ = _fold(*parameters, y.dtype)
+            folded, _ = _fold(*parameters, dtype)
             *grads[:2], unit = passes.finish(grad @ folded, x, skip, mean, rstd)
         if unit is not None and want_product:
             product = _matmul_wide(grad.T, unit, wide)
@@ -166,9 +168,9 @@ def _by_halves(
     width, wide = x.shape[1], mean.dtype
     product = torch.empty_like(weight, dtype=wide) if needs[2] or needs[4] else None
     if backend == "gemm" and any(needs[:2]):
-        folded, folded_bias = _fold(*parameters, y.dtype)
+        folded, folded_bias = _fold(*parameters, grad.dtype)
         if weight.dtype.itemsize == 2:
-            factor, sums = weight.to(y.dtype), torch.mv(weight.to(wide), norm_weight.to(wide))
+            factor, sums = weight.to(grad.dtype), torch.mv(weight.to(wide), norm_weight.to(wide))
         else:
             factor, sums = folded, folded.sum(1, dtype=wide)
         upstream = grad.to(wide)
@@ -179,7 +181,7 @@ def _by_halves(
         columns, by_gemm = slice(index * width, (index + 1) * width), needs[index] and backend == "gemm"
         if product is None and not by_gemm:
             continue
-        normalised = _normalise(half, mean, rstd, y.new_empty(half.shape))
+        normalised = _normalise(half, mean, rstd, grad.new_empty(half.shape))
         if product is not None:
             product[:, columns] = _matmul_wide(grad.T, normalised, wide)
         if by_gemm:

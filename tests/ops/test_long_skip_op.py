@@ -115,11 +115,25 @@ def test_only_the_gradients_that_are_needed(backend):
                 assert torch.equal(grad, expected[1 + index]), (wanted, index)
 
 
+@pytest.mark.parametrize("backend", ["torch", "gemm"])
+def test_a_result_in_another_dtype_is_the_maps_converted(backend):
+    tensors = [tensor.requires_grad_() for tensor in inputs((7,), 6, torch.float32)]
+    with torch.autocast("cpu", torch.bfloat16):
+        y, wide = (long_skip(*tensors, backend=backend, out_dtype=dtype) for dtype in (None, torch.float32))
+    assert (y.dtype, wide.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(wide, y.float())
+    upstream = torch.randn(y.shape).bfloat16()
+    grads = [torch.autograd.grad(*pair) for pair in ((y, tensors, upstream), (wide, tensors, upstream.float()))]
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+    with pytest.raises(UserError, match="out_dtype"):
+        long_skip(*tensors, out_dtype=torch.int32)
+
+
 def test_unneeded_gradients_are_not_computed():
     tensors = inputs((7,), 5, torch.float32)
-    y, mean, rstd = forward_op(*tensors, [None] * 4, 1e-6, torch.float32, "gemm")
+    y, mean, rstd = forward_op(*tensors, [None] * 4, 1e-6, torch.float32, torch.float32, "gemm")
     needs = [False, True, False, False, True, False]
-    grads = backward_op(torch.ones_like(y), y, mean, rstd, *tensors, "gemm", needs)
+    grads = backward_op(torch.ones_like(y), y, mean, rstd, *tensors, torch.float32, "gemm", needs)
     assert [g.shape for g in grads] == [tensors[1].shape, tensors[4].shape]
 
 

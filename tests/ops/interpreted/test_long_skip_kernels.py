@@ -133,9 +133,9 @@ def test_fold(dtype, fp32_weights, monkeypatch):
 def gradients(problem, needs=(True, True)):
     """dx, dskip as an op would get them, and what `prepare_backward` hands out."""
     problem.y = problem.ours()
-    prepared = long_skip.prepare_backward(problem.grad, problem.y, *problem.folded[1:])
+    prepared = long_skip.prepare_backward(problem.grad, problem.y, *problem.folded[1:], problem.dtype)
     halves = (problem.x, problem.skip, problem.mean, problem.rstd, problem.folded[0])
-    return long_skip.backward_input(problem.grad, *halves, *prepared[:2], needs)[:2], prepared
+    return long_skip.backward_input(prepared[3], *halves, *prepared[:2], needs)[:2], prepared[:3]
 
 
 @pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[2]], ids=str)
@@ -210,11 +210,25 @@ def test_prepare_backward(count, dtypes):
     y = problem.ours()
     wide = torch.full((count, 88), torch.nan, dtype=problem.dtype)
     wide[:, :72] = problem.grad
-    c1, c2, total = long_skip.prepare_backward(wide[:, :72], y, *problem.folded[1:])
+    c1, c2, total, copy = long_skip.prepare_backward(wide[:, :72], y, *problem.folded[1:], problem.dtype)
+    assert copy.is_contiguous()
+    assert torch.equal(copy, problem.grad)
     grad, (_, u, shift) = problem.grad.double(), (part.double() for part in problem.folded)
     assert error(c1, (grad * (y.double() - shift)).sum(1) / 144) < 2e-6
     assert error(c2, grad @ u / 144) < 2e-6
     assert error(total, grad.sum(0)) < 1e-6
+
+
+@pytest.mark.parametrize("dtypes", DTYPES[:2], ids=str)
+def test_prepare_backward_rounds_a_wide_gradient_once(dtypes):
+    """As if it had come rounded: the copy that is multiplied is what c1, c2 and the sum are of."""
+    problem = Problem(37, 72, dtypes, "offset")
+    given = (problem.ours(), *problem.folded[1:], problem.dtype)
+    wide = problem.grad.float() * 1.0037
+    *sums, copy = long_skip.prepare_backward(wide, *given)
+    *expected, same = long_skip.prepare_backward(wide.to(problem.dtype), *given)
+    assert torch.equal(copy, same)
+    assert all(torch.equal(*pair) for pair in zip(sums, expected, strict=True))
 
 
 def normalised(problem):
