@@ -25,7 +25,8 @@ Backward, given g = dL/dy, with zhat = (z - m) r:
 
 c1 and c2 are sums over rows of [M, D] tensors, so they are known before the product g W' begins, and its epilogue can
 finish the gradient: it reads the tile of x or s, writes dx or ds, and leaves round(zhat), which it has at hand, for the
-library product P. `prepare_backward` makes c1, c2 and the sum of g over rows.
+library product P. `prepare_backward` makes c1, c2 and the sum of g over rows, and in the same pass rounds a wider g,
+that of an fp32 result, to what is multiplied.
 
     P = g^T zhat,   dW = P diag(gamma) + (sum g) beta^T,   dgamma = colsum(W P),   dbeta = W^T sum g.
 """
