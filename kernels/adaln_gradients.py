@@ -85,8 +85,8 @@ def differentiate_rows(grad_x_new, grad_out, x_new, y, gate, scale, mean, varian
                 rstd = 1 / tl.sqrt(spread + eps)
                 unit = (stream - centre) * rstd  # outside of the row `above` is zero, which is enough
                 inner = above * gain
-                along = tl.sum(inner * unit, 1)[:, None] / WIDTH
-                total += rstd * (inner - tl.sum(inner, 1)[:, None] / WIDTH - unit * along)
+                level, along = tl.sum(inner, 1)[:, None] / WIDTH, tl.sum(inner * unit, 1)[:, None] / WIDTH
+                total += rstd * (inner - level - unit * along)
             if not SCALE_ONLY:
                 grad_shift += above
             grad_scale += above * unit

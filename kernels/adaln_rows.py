@@ -78,11 +78,9 @@ def tile_of(width: int) -> dict[str, int]:
     return {"WIDTH": width, "PADDED": padded, "ROWS": min(TOKENS, max(1, TILE // padded))}
 
 
-def options_of(width: int) -> dict[str, Any]:
+def options_of(width: int, per_warp: int = PER_WARP) -> dict[str, Any]:
     tile = tile_of(width)
-    # Of a tile with a third of padding (1152 of 2048) half as many warps do the same in 0.6 to 0.7 of the instructions.
-    share = PER_WARP * (2 if 3 * width <= 2 * tile["PADDED"] else 1)
-    warps = max(1, tile["PADDED"] * tile["ROWS"] // share)
+    warps = max(1, tile["PADDED"] * tile["ROWS"] // per_warp)
     return {"UPCAST": triton.knobs.runtime.interpret, "num_warps": warps, "num_stages": 1}
 
 

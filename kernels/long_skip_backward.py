@@ -70,8 +70,8 @@ def _finish(acc, rows_in, grad_out, unit, stride, mean, rstd, c1, c2, m, n, half
 @triton.jit(do_not_specialize=("rows", "first_half", "halves"))
 def input_gradients(grad_y, folded, x, skip, mean, rstd, c1, c2, grad_x, grad_skip, unit, rows, width, grad_stride,
                     x_stride, skip_stride, first_half, halves, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, BULK: tl.constexpr,
-                    UPCAST: tl.constexpr):  # fmt: skip
+                    BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, UNIT: tl.constexpr,
+                    BULK: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """grad_x, grad_skip [rows, width]: half 0 and half 1 of the columns of W', `halves` of them from first_half on.
     UNIT: these halves of the normalised rows, too, unit [rows, 2 width].
     """
@@ -89,18 +89,19 @@ def input_gradients(grad_y, folded, x, skip, mean, rstd, c1, c2, grad_x, grad_sk
             if UPCAST:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             acc = tl.dot(a, b, acc)
-        # One half of the columns after the other: rows and addresses of all of them would not fit into registers.
-        pair = tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1])
-        parts = tl.split(pair)
-        for part in tl.static_range(2):
-            at = n + part * (BLOCK_N // 2)
+        # Of many sums for each thread one half of the columns is finished after the other: rows and addresses of all
+        # of them would not fit into registers.
+        parts = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1])) if SPLIT else (acc,)
+        COLUMNS: tl.constexpr = BLOCK_N // 2 if SPLIT else BLOCK_N
+        for part in tl.static_range(2 if SPLIT else 1):
+            at = n + part * COLUMNS
             # After the loop, a condition costs nothing: the two halves may differ in type.
             if half == 0:
                 _finish(parts[part], x, grad_x, unit, x_stride, mean, rstd, c1, c2, m, at, 0, rows, width, BLOCK_M,
-                        BLOCK_N // 2, UNIT, UPCAST)  # fmt: skip
+                        COLUMNS, UNIT, UPCAST)  # fmt: skip
             else:
                 _finish(parts[part], skip, grad_skip, unit, skip_stride, mean, rstd, c1, c2, m, at, 1, rows, width,
-                        BLOCK_M, BLOCK_N // 2, UNIT, UPCAST)  # fmt: skip
+                        BLOCK_M, COLUMNS, UNIT, UPCAST)  # fmt: skip
 
 
 def _row_options(width: int) -> dict[str, int]:
@@ -144,7 +145,8 @@ def _kind(*halves: torch.dtype) -> str:
 
 def _constants(tiles: Tiles, arch: int, unit: bool) -> dict[str, int]:
     blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k}
-    return blocks | {"GROUP": GROUP, "UNIT": unit, "BULK": arch >= 90}
+    split = tiles.block_m * tiles.block_n > 32 * 32 * tiles.num_warps
+    return blocks | {"GROUP": GROUP, "SPLIT": split, "UNIT": unit, "BULK": arch >= 90}
 
 
 def backward_input(

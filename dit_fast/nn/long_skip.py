@@ -41,5 +41,4 @@ class SkipNorm(nn.LayerNorm):
         """x, skip: [N, T, D], with their row statistics if known; returns what replaces x, [N, T, D], in out_dtype, by
         default that of the map."""
         parameters = (self.weight, self.bias, projection.linear.weight, projection.linear.bias)
-        stats = {"x_stats": x_stats, "skip_stats": skip_stats}
-        return long_skip(x, skip, *parameters, self.eps, **stats, out_dtype=out_dtype)
+        return long_skip(x, skip, *parameters, self.eps, x_stats=x_stats, skip_stats=skip_stats, out_dtype=out_dtype)
