@@ -24,6 +24,7 @@ chunks. The rows of a tile and its warps order the sums inside a chunk: both are
 whether there are tables.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_fast.kernels.aot import AotCase
+from dit_fast.kernels.launch import ALIGNMENT, Kept, launcher, signature
 from dit_fast.kernels.ordered_sum import ordered_sum
 from dit_fast.kernels.rows import MAX_CHUNKS, store_rounded
 
@@ -41,6 +43,7 @@ WARPS = 4
 FORWARD_TILE = 4096  # elements of one part that a program of the forward has in flight; half of it with tables
 BACKWARD_TILE = 2048  # the same
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_FORWARD, _BACKWARD = Kept(), Kept()
 
 
 @triton.jit
@@ -224,14 +227,14 @@ def supports(qkv: Tensor, num_heads: int, rotary: bool = False) -> list[str]:
     return reasons
 
 
-def _vector(width: int, tensors: list[Tensor]) -> int:
+def _vector(width: int, tensors: Sequence[Tensor]) -> int:
     """Elements in 16 bytes if every head row starts at a multiple of them, else 1."""
     size = tensors[0].element_size()
     for tensor in tensors:
         steps = (step for step, length in zip(tensor.stride()[:-1], tensor.shape, strict=False) if length > 1)
-        if tensor.data_ptr() % 16 or any(step * size % 16 for step in (width, *steps)):
+        if tensor.data_ptr() % ALIGNMENT or any(step * size % ALIGNMENT for step in (width, *steps)):
             return 1
-    return 16 // size
+    return ALIGNMENT // size
 
 
 def _tile(width: int, elements: int, rotary: bool = False) -> dict[str, int]:
@@ -259,12 +262,18 @@ def forward(
     """
     batch, tokens, width = *qkv.shape[:2], qkv.shape[2] // (3 * num_heads)
     query, key = (torch.empty(batch, tokens, num_heads, width, dtype=qkv.dtype, device=qkv.device) for _ in range(2))
-    tile = _tile(width, FORWARD_TILE, cos is not None)
-    normalise[(batch, triton.cdiv(tokens * num_heads, tile["ROWS"]))](
-        qkv, query, key, *(qkv if x is None else x for x in (q_weight, q_bias, k_weight, k_bias, cos, sin)),
-        tokens, qkv.stride(0), qkv.stride(1), eps, HEADS=num_heads, WIDTH=width, VECTOR=_vector(width, [qkv]),
-        **_form(norm, q_weight, q_bias, cos), **tile, **_options(), enable_fp_fusion=True,
-    )  # fmt: skip
+    given = (q_weight, q_bias, k_weight, k_bias, cos, sin)
+    known = (signature(qkv, *given), num_heads, eps, norm, qkv.data_ptr() % ALIGNMENT != 0)
+    launch = _FORWARD.get(known)
+    if launch is None:
+        tile = _tile(width, FORWARD_TILE, cos is not None)
+        constants = {
+            "HEADS": num_heads, "WIDTH": width, "VECTOR": _vector(width, [qkv]),
+            **_form(norm, q_weight, q_bias, cos), **tile, **_options(), "enable_fp_fusion": True,
+        }  # fmt: skip
+        grid, numbers = (batch, triton.cdiv(tokens * num_heads, tile["ROWS"])), (tokens, *qkv.stride()[:2], eps)
+        launch = _FORWARD.keep(known, launcher(normalise, grid, numbers, constants))
+    launch(qkv, query, key, *(qkv if x is None else x for x in given))
     return query, key
 
 
@@ -290,21 +299,27 @@ def backward(
     two needs must hold; what is not needed is None.
     """
     batch, tokens, heads, width = grad_query.shape
-    chunks = triton.cdiv(tokens * heads, CHUNK)
+    chunks = -(-tokens * heads // CHUNK)  # triton.cdiv takes 5 us
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device) if need_input else None
     parts = 2 * ((q_weight is not None) + biased)
     partials = None
     if need_parameters:
         partials = torch.empty(batch * chunks, parts * width, dtype=torch.float32, device=qkv.device)
-    grads = [grad_query, grad_key, grad_value]
-    gradient[(batch, chunks)](
-        qkv, *grads, *(qkv if x is None else x for x in (grad_qkv, partials, q_weight, k_weight, cos, sin)),
-        tokens, chunks, qkv.stride(0), qkv.stride(1), *(grad.stride()[:3] for grad in grads), eps,
-        HEADS=heads, WIDTH=width, CHUNK=CHUNK, **_form(norm, q_weight, True if biased else None, cos),
-        INPUT=need_input, PARAMETERS=need_parameters,
-        VECTOR=_vector(width, [qkv, *grads]), **_tile(width, BACKWARD_TILE, cos is not None), **_options(),
-        enable_fp_fusion=True,
-    )  # fmt: skip
+    streams = (qkv, grad_query, grad_key, grad_value)
+    given = (q_weight, k_weight, cos, sin)
+    odd = any(x.data_ptr() % ALIGNMENT for x in streams)
+    known = (signature(*streams, *given), eps, norm, biased, need_input, need_parameters, odd)
+    launch = _BACKWARD.get(known)
+    if launch is None:
+        constants = {
+            "HEADS": heads, "WIDTH": width, "CHUNK": CHUNK, **_form(norm, q_weight, True if biased else None, cos),
+            "INPUT": need_input, "PARAMETERS": need_parameters, "VECTOR": _vector(width, streams),
+            **_tile(width, BACKWARD_TILE, cos is not None), **_options(), "enable_fp_fusion": True,
+        }  # fmt: skip
+        strides = (grad.stride()[:3] for grad in streams[1:])
+        numbers = (tokens, chunks, *qkv.stride()[:2], *strides, eps)
+        launch = _BACKWARD.keep(known, launcher(gradient, (batch, chunks), numbers, constants))
+    launch(*streams, *(qkv if x is None else x for x in (grad_qkv, partials, *given)))
     return grad_qkv, None if partials is None else ordered_sum(partials).view(parts, width)
 
 

@@ -14,7 +14,7 @@ null_driver.install()
 import torch, triton
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from dit_fast.kernels import adaln, ordinary_launches
+from dit_fast.kernels import adaln, ordinary_launches, qk_norm
 
 ordinary, given = [], []
 run = JITFunction.run
@@ -44,6 +44,29 @@ first, second = (list(flat(arguments)) for arguments in given[:2])
 fresh = [place for place, (a, b) in enumerate(zip(first, second, strict=True)) if a != b]
 assert len(fresh) <= 4, (first, second)  # x_new, out, mean and variance lie where there was room
 assert {type(a) for a in first} == {type(b) for b in second}
+
+def pairs(launch):
+    # the arguments of the launches of two calls, of which the second takes the short way
+    given.clear()
+    launch()
+    before = len(ordinary)
+    launch()
+    assert len(ordinary) == before, "a launch takes the short way from the second time on"
+    calls = [list(flat(arguments)) for arguments in given]
+    half = len(calls) // 2
+    assert calls and len(calls) == 2 * half
+    return zip(calls[:half], calls[half:], strict=True)
+
+qkv, weights = torch.randn(2, 3, 48), [torch.randn(8) for _ in range(4)]
+grads = [torch.randn(2, 3, 2, 8) for _ in range(3)]
+for launch, made in (
+    (lambda: qk_norm.forward(qkv, 2, *weights, None, None, 1e-5, "layer"), 2),
+    (lambda: qk_norm.backward(*grads, qkv, *weights[:2], None, None, 1e-5, "layer", True, True, True), 2),
+):
+    for first, second in pairs(launch):
+        fresh = [place for place, (a, b) in enumerate(zip(first, second, strict=True)) if a != b]
+        assert len(fresh) <= made, (first, second)
+        assert {type(a) for a in first} == {type(b) for b in second}
 
 shifted = torch.zeros(241)[1:].view(2, 3, 40)[:, :, :16]
 assert call(shifted) == 1 and call(shifted) == 1 and call() == 0, "other addresses are other kernels"
