@@ -59,6 +59,12 @@ def add_commands(subparsers: Any) -> None:
         metavar="N",
         help="a picture instead: what is predicted at N times, a row for each class",
     )
+    pictures.add_argument(
+        "--latents",
+        action="store_true",
+        help="latents instead, float32 [N, C, h, w], unscaled as an autoencoder takes them, into --out FILE.npz; for "
+        "runs whose shards name no autoencoder",
+    )
     drawing.fill = add_options
 
 
@@ -110,6 +116,10 @@ def _sample(options: argparse.Namespace) -> int:
     if picture and (kept or outputs[0].suffix != ".png"):
         raise UserError(f"--out {outputs[0]}: a picture; its name must end in .png")
     given = given_options(options)
+    if options.latents and (not options.out or kept or outputs[0].suffix != ".npz"):
+        raise UserError("--latents: name a file for them, --out FILE.npz")
+    if options.latents and "autoencoder" in given:
+        raise UserError("--latents decodes nothing; drop --autoencoder")
     if options.interpolate and "seed" in given:
         raise UserError("--interpolate names two seeds; drop --seed")
     if options.strips is not None and "per_class" in given:
@@ -121,7 +131,8 @@ def _sample(options: argparse.Namespace) -> int:
     check_writable(outputs[0].parent)
     dataset = run.dataset(options.data)
     chosen = chosen.resolved(run, dataset)
-    drawing = Drawing(run, chosen, world.device, dataset, decoder(run, chosen, dataset))
+    latents = options.latents
+    drawing = Drawing(run, chosen, world.device, dataset, None if latents else decoder(run, chosen, dataset), latents)
     if not picture:
         _write_images(drawing, dataset, world, outputs, kept)
     elif not world.rank:
@@ -143,7 +154,7 @@ def _write_picture(drawing: "Drawing", names: Sequence[str], options: argparse.N
 def _write_images(
     drawing: "Drawing", dataset: "LatentDataset", world: "World", outputs: Sequence[Path], kept: bool
 ) -> None:
-    from dit_fast.sampling.forms import NpzParts, PngFolder, TarParts
+    from dit_fast.sampling.forms import LatentParts, NpzParts, PngFolder, TarParts
     from dit_fast.sampling.grids import class_grid, save_png
     from dit_fast.sampling.images import sample_images
     from dit_fast.sampling.samples import Samples
@@ -152,10 +163,12 @@ def _write_images(
     run, options = drawing.run, drawing.options
     place = outputs[0] if kept else outputs[0].with_name(f"{outputs[0].name}.parts")
     with writing(place):
-        form = PngFolder if kept else TarParts if outputs[0].suffix == ".tar" else NpzParts
-        parts = form(place, run, options, world.rank, drawing.autoencoder.identity if options.autoencoder else None)
+        decoder = drawing.autoencoder
+        one = TarParts if outputs[0].suffix == ".tar" else NpzParts if decoder else LatentParts
+        form: type[Parts] = PngFolder if kept else one
+        parts = form(place, run, options, world.rank, decoder.identity if decoder and options.autoencoder else None)
         done = parts.done()
-    images = sample_images(run, options, world, dataset, drawing.autoencoder, done)
+    images = sample_images(run, options, world, dataset, decoder, done, latents=decoder is None)
     if not kept:
         meet()  # rank 0 will remove the parts, and a rank that comes after that would draw its share again
     _draw(parts, images, world)
@@ -194,7 +207,7 @@ def _draw(parts: "Parts", images: Iterator["Samples"], world: "World") -> None:
             with writing(parts.folder):
                 parts.give_up()
             raise
-        while not world.rank and (now := parts.images()) < total:
+        while world.size > 1 and not world.rank and (now := parts.images()) < total:
             bar.update(now - bar.n)
             time.sleep(POLL)
     seconds = time.monotonic() - began

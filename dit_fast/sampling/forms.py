@@ -24,17 +24,20 @@ LABELS = "dataset.json"
 class FileParts(Parts):
     """FOLDER/images_FIRST.npz (or .tar): a file for each chunk."""
 
+    ending: ClassVar[str]
+
     def done(self) -> set[int]:
         return set(self.numbers())
 
     def _path(self, first: int) -> Path:
-        return self.folder / f"images_{first:08d}.{self.form}"
+        return self.folder / f"images_{first:08d}.{self.ending}"
 
 
 class NpzParts(FileParts):
     """An .npz as `write_samples` has it; its chunks are such files too."""
 
     form: ClassVar[str] = "npz"
+    ending: ClassVar[str] = "npz"
     name: ClassVar[str] = r"images_(\d{8,})\.npz"
 
     def add(self, samples: Samples) -> None:
@@ -51,10 +54,17 @@ class NpzParts(FileParts):
         write_samples(path, self, self.options.total)
 
 
+class LatentParts(NpzParts):
+    """The same with latents, float32 [N, C, h, w]."""
+
+    form: ClassVar[str] = "latents"
+
+
 class TarParts(FileParts):
     """A WebDataset: 000000007.png and 000000007.cls, the label in decimal. Its chunks are such tars too."""
 
     form: ClassVar[str] = "tar"
+    ending: ClassVar[str] = "tar"
     name: ClassVar[str] = r"images_(\d{8,})\.tar"
 
     def add(self, samples: Samples) -> None:

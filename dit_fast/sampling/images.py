@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dit_fast import autoencoders
 from dit_fast.autoencoders import Autoencoder, load_autoencoder
-from dit_fast.autoencoders.pixels import DECODED, Scaled, decode_images
+from dit_fast.autoencoders.pixels import DECODED, Scaled, decode_images, from_model_space
 from dit_fast.checkpoint.run import LoadedRun
 from dit_fast.data import LatentDataset
 from dit_fast.diffusion import Guidance, initial_noise, sample
@@ -28,13 +28,14 @@ def sample_images(
     dataset: LatentDataset | None = None,
     autoencoder: Autoencoder | None = None,
     done: Container[int] = (),
+    latents: bool = False,
 ) -> Iterator[Samples]:
     """This rank's images, chunk by chunk: every `world.size`-th chunk of options.chunk images from the rank's own on.
 
     Image k depends on the seed, on k and on its class, not on how many are drawn or on the number of ranks; equal
     `chunk` gives equal bytes. A chunk is held at a time, and ranks do not talk. run: read with options.weights.
     dataset, autoencoder: the run's, where they are open already; one that the run has trained comes first. done: first
-    images of chunks that are not wanted.
+    images of chunks that are not wanted. latents: unscaled latents in the place of pictures; no autoencoder is needed.
 
     Raises UserError, here, for a label outside the data set's classes and for a data set or an autoencoder that cannot
     be read; while drawing, for guidance of a model without a null label, and for images that are not finite, naming the
@@ -42,12 +43,13 @@ def sample_images(
     """
     dataset = run.dataset() if dataset is None else dataset
     options = options.resolved(run, dataset)
-    drawing = Drawing(run, options, world.device, dataset, autoencoder)
+    drawing = Drawing(run, options, world.device, dataset, autoencoder, latents)
 
     def draw(first: int) -> Samples:
         index = torch.arange(first, min(first + options.chunk, options.total), dtype=torch.int64, device=world.device)
         labels = options.labels_of(index)
-        pictures = drawing.pictures(drawing.latents(drawing.noise(index), labels, index), first)
+        drawn = drawing.latents(drawing.noise(index), labels, index)
+        pictures = drawing.unscaled(drawn) if latents else drawing.pictures(drawn, first)
         return Samples(pictures, labels.cpu().numpy(), run.step, options.text(), first)
 
     firsts = range(world.rank * options.chunk, options.total, world.size * options.chunk)
@@ -55,7 +57,10 @@ def sample_images(
 
 
 class Drawing:
-    """From noise to pictures by a run's weights and resolved options, on one device; arguments as `sample_images`."""
+    """From noise to pictures by a run's weights and resolved options, on one device; arguments as `sample_images`.
+
+    autoencoder: None where only latents are wanted.
+    """
 
     def __init__(
         self,
@@ -64,9 +69,10 @@ class Drawing:
         device: torch.device,
         dataset: LatentDataset,
         autoencoder: Autoencoder | None = None,
+        latents: bool = False,
     ):
         self.run, self.options, self.device = run, options, device
-        self.autoencoder = (autoencoder or decoder(run, options, dataset)).to(device)
+        self.autoencoder = None if latents else (autoencoder or decoder(run, options, dataset)).to(device)
         self.scaled: Scaled = run.autoencoder or dataset.info
         self.model, self.objective = run.model.to(device), run.objective
 
@@ -97,8 +103,14 @@ class Drawing:
 
     def pictures(self, latents: Tensor, first: int = 0) -> np.ndarray:
         """uint8 [N, H, W, 3]. first: number of the first, for messages."""
+        if self.autoencoder is None:
+            raise RuntimeError("a drawing of latents has no autoencoder")
         origin, batch = f"weights of step {self.run.step}", min(self.options.chunk, DECODED)
         return decode_images(latents, self.scaled, self.autoencoder, origin, first, batch)
+
+    def unscaled(self, latents: Tensor) -> np.ndarray:
+        """float32 [N, C, h, w], as an autoencoder takes them."""
+        return from_model_space(latents, self.scaled).float().cpu().numpy()
 
 
 def decoder(run: LoadedRun, options: SampleOptions, dataset: LatentDataset) -> Autoencoder:

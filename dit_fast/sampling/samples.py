@@ -12,12 +12,14 @@ from dit_fast import files
 from dit_fast.errors import DataError
 
 FILE_NAME = "samples.npz"
+_KINDS = (("uint8", 4, True), ("float32", 4, False), ("float32", 4, True))  # dtype, dimensions, three in the last
 
 
 @dataclass(frozen=True)
 class Samples:
     """images uint8 [N, H, W, 3], labels int64 [N], the step of the weights and how the images were drawn.
 
+    Where latents were asked for, images holds those, float32 [N, C, h, w], unscaled as an autoencoder takes them.
     first: number of the first image, where these are a part of what was asked for.
     """
 
@@ -43,7 +45,8 @@ class Samples:
         try:
             with np.load(path, allow_pickle=False) as file:
                 loaded = cls(file["arr_0"], file["label"], int(file["step"]), str(file["text"]))
-            if loaded.images.dtype != np.uint8 or loaded.images.shape[3:] != (3,) or loaded.labels.dtype.kind != "i":
+            known = (loaded.images.dtype.name, loaded.images.ndim, loaded.images.shape[3:] == (3,))
+            if known not in _KINDS or loaded.labels.dtype.kind != "i":
                 raise ValueError("images or labels of another type")
             if loaded.labels.shape != loaded.images.shape[:1] or not len(loaded.labels):
                 raise ValueError("no label for each image")

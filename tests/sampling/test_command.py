@@ -11,11 +11,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 import webdataset
 from PIL import Image
 
 from dit_fast import autoencoders
 from dit_fast.autoencoders.patch_pca import PatchPCA
+from dit_fast.autoencoders.pixels import to_uint8
 from dit_fast.checkpoint.run import load_run
 from dit_fast.cli import main
 from dit_fast.errors import UserError
@@ -366,3 +368,12 @@ def test_shards_that_name_no_autoencoder_are_decoded_by_one_that_is_given(place,
     other.save(tmp_path / "other.safetensors")
     assert sample(place, *moved, "--autoencoder", f"pca:{tmp_path / 'other.safetensors'}") == 2
     assert "decodes latents of 5 channels, and the run's have 12" in capsys.readouterr().err
+    assert sample(place, "--data", str(shards), "--latents", "-o", str(tmp_path / "c.npz")) == 0
+    latents = Samples.load(tmp_path / "c.npz")
+    assert latents.images.dtype == np.float32
+    decoded = PatchPCA.load(given.removeprefix("pca:")).decode(torch.from_numpy(latents.images))
+    np.testing.assert_array_equal(to_uint8(decoded.numpy(), "here"), theirs.images)
+    for more, message in ((["-o", "x.png"], "name a file for them, --out FILE.npz"), ([], "--out FILE.npz"),
+                          (["-o", "x.npz", "--autoencoder", given], "drop --autoencoder")):  # fmt: skip
+        assert sample(place, "--latents", *more) == 2
+        assert message in capsys.readouterr().err
