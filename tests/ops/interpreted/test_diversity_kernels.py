@@ -78,6 +78,19 @@ def test_gradients(name, above):
             assert error(ours[k], exact) <= 1.02 * error(exact.to(features[k].dtype), exact) + 1e-6
 
 
+def test_gradients_of_the_pairs_alone_are_rounded_once():
+    """Beside those of the statistics they are too small to be seen."""
+    features = make(19, 96, [BF16] * 5)
+    grads = (torch.zeros(3, 5, 96), make_gradients(features)[1])
+    inverse_norms = exact_statistics(features)[2].float()
+    for ours, exact in zip(
+        diversity.backward(features, inverse_norms, *grads, [], range(5)),
+        exact_gradients(features, *grads),
+        strict=True,
+    ):
+        assert error(ours, exact) <= 1.02 * error(exact.to(BF16), exact)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_mixture(name):
     features = make(*CASES[name])
