@@ -130,7 +130,7 @@ def diversity_term_gradients(statistics, pair_sums, weights, members, count, gra
         of_dispersion += tl.load(grad_dispersion)
     weight = tl.load(weights + pair, mask=both, other=0.0)
     mirrored = tl.load(weights + l[None, :] * BLOCKS + k[:, None], mask=both, other=0.0)
-    if tl.program_id(0) == 0:
+    if tl.program_id(0).to(tl.int64) == 0:
         slope = weight * of_information / tokens
         if RELEASE:
             cosine = tl.load(pair_sums + pair, mask=both, other=0.0)
