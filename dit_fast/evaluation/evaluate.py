@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -57,6 +58,11 @@ class Evaluator:
         """Where the features of images from files go."""
         return FeatureParts(self.folder / "parts", [images.identity, self.network.identity], images.count, CHUNK)
 
+    def _resizing(self, size: tuple[int, int], other: tuple[int, int] | None) -> str:
+        """Of the images, and of those of the reference where that is another."""
+        own, its = self.network.resizing(size), None if other is None else self.network.resizing(other)
+        return own if its in (own, None) else f"{own} (the reference: {its})"
+
     def evaluation(self, parts: FeatureParts, step: int | None, size: tuple[int, int], **how: Any) -> Evaluation:
         """The numbers of features that are all there, with their protocol, of which `how` tells the drawing; rank 0."""
         reference = self.reference
@@ -65,11 +71,12 @@ class Evaluator:
         protocol = Protocol(
             network=self.network.title,
             network_identity=self.network.identity,
-            resizing=self.network.resizing(size),
+            resizing=self._resizing(size, reference.size),
             metrics=described(self.metrics, reference, self.network),
             reference=reference.name,
             reference_identity=reference.identity,
             reference_count=reference.features.count,
+            reference_size=None if reference.size is None else "{}x{}".format(*reference.size),
             count=parts.total,
             size=f"{size[0]}x{size[1]}",
             **how,
@@ -130,7 +137,8 @@ def conclude(
     decay = run.state.get("ema_decay", run.config.optimizer.ema_decay)
     how = {
         "labels": options.labels,
-        "sampler": options.text(),
+        "classes": None if set(np.unique(dataset.labels).tolist()) <= set(options.classes) else options.classes,
+        "sampler": options.text(seed=False),
         "num_steps": options.num_steps,
         "nfe": round(float(first["nfe"])),
         "guidance": options.cfg_scale,

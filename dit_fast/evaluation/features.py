@@ -120,11 +120,12 @@ def extract(
 
 @dataclass(frozen=True)
 class Reference:
-    """What samples are compared with. name, identity: for the protocol."""
+    """What samples are compared with. name, identity: for the protocol. size: of its images, where it is of images."""
 
     name: str
     identity: str
     features: Features
+    size: tuple[int, int] | None = None
 
 
 class ReferenceSource:
@@ -165,7 +166,8 @@ class ReferenceSource:
             self.parts.remove()
         found = read_statistics(self.kept, self._network) if self.images is not None else given
         assert found is not None
-        return Reference(self.name, self.identity, found)
+        size = None if self.images is None or given is not None else self.images.size
+        return Reference(self.name, self.identity, found, size)
 
 
 def is_statistics(path: Path) -> bool:

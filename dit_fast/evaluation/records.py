@@ -30,12 +30,13 @@ class Protocol:
 
     network: what gave the features; network_identity: with the hash of its weights. resizing: how images came to its
     input. metrics: how the numbers are made of features where that is a choice (splits of IS, kernel of KD).
-    reference: name and, in reference_identity, hash of what was compared with; reference_count: its images, None where
-    a file of statistics does not say. count: images evaluated; size: "256x256". labels: "balanced", "random", or None
-    where images were given without. The rest tells how a run drew them: sampler (with all its options, as captions
-    have it), num_steps, nfe (evaluations of the model per image, counted; the two branches of guidance are one),
-    guidance scale and [low, high] in t (1 is noise), seed, weights ("ema 0.9999" or "raw"), precision, decoder
-    (identity of the autoencoder); None for images from files. samples: where such images come from.
+    reference: name and, in reference_identity, hash of what was compared with; reference_count and reference_size: its
+    images, None where a file of statistics does not say. count: images evaluated; size: "256x256". labels: "balanced",
+    "random", or None where images were given without; classes: those drawn, None for all that the data set has. The
+    rest tells how a run drew them: sampler (with all its options but the seed, as captions have it), num_steps, nfe
+    (evaluations of the model per image, counted; the two branches of guidance are one), guidance scale and [low, high]
+    in t (1 is noise), seed, weights ("ema 0.9999" or "raw"), precision, decoder (identity of the autoencoder); None for
+    images from files. samples: where such images come from.
     """
 
     network: str
@@ -47,7 +48,9 @@ class Protocol:
     reference_count: int | None
     count: int
     size: str
+    reference_size: str | None = None
     labels: str | None = None
+    classes: tuple[int, ...] | None = None
     sampler: str | None = None
     num_steps: int | None = None
     nfe: int | None = None
@@ -62,14 +65,18 @@ class Protocol:
     def text(self) -> str:
         """One line for people: no number is shown without it."""
         drawn = [f"{self.count} images of {self.size}", f"{self.labels or 'unstated'} labels"]
+        if self.classes is not None:
+            drawn[-1] += f" of {len(self.classes)} classes alone ({_some(self.classes)})"
         if self.sampler is None:
             drawn.append(f"from {self.samples}, drawn in an unstated way")
         else:
             low, high = self.guidance_interval or (0, 1)
             interval = "" if self.guidance == 1 or (low, high) == (0, 1) else f" for t in [{low:g}, {high:g}]"
             drawn += [self.sampler, f"NFE {self.nfe}", f"guidance {self.guidance:g}{interval}"]
+            drawn += [f"seed {self.seed}"] * (self.seed is not None)
             drawn += [f"weights {self.weights}", f"{self.precision}", f"decoder {self.decoder}"]
-        known = "" if self.reference_count is None else f" ({self.reference_count} images)"
+        other = f" of {self.reference_size}" * (self.reference_size not in (None, self.size))
+        known = "" if self.reference_count is None else f" ({self.reference_count} images{other})"
         measured = [f"network {self.network}", self.resizing, *([self.metrics] if self.metrics else [])]
         return "; ".join([", ".join(drawn), f"reference {self.reference}{known}", ", ".join(measured)])
 
@@ -144,8 +151,19 @@ def _evaluation(content: Mapping[str, Any]) -> Evaluation:
     if own.get("guidance_interval") is not None:
         low, high = own["guidance_interval"]
         own["guidance_interval"] = (float(low), float(high))
+    if own.get("classes") is not None:
+        own["classes"] = tuple(int(label) for label in own["classes"])
     values = {str(name): float(value) for name, value in content["values"].items()}
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}")
+    if content["step"] is not None and type(content["step"]) is not int:
+        raise ValueError(f"step is {content['step']!r}")
     return Evaluation(step=content["step"], values=values, protocol=Protocol(**own), at=content.get("at", ""))
+
+
+def _some(labels: Sequence[int]) -> str:
+    return ", ".join(map(str, labels[:10])) + ", ..." * (len(labels) > 10)
 
 
 def curve(evaluations: Iterable[Evaluation], metric: str, protocol: Protocol) -> list[tuple[int, float]]:

@@ -195,8 +195,8 @@ class SampleOptions:
         keywords = inspect.signature(sample).parameters
         return {item.name: getattr(self, item.name) for item in fields(self) if item.name in keywords}
 
-    def text(self) -> str:
-        """One line for captions: what was computed by resolved options."""
+    def text(self, seed: bool = True) -> str:
+        """One line for captions: what was computed by resolved options. seed: name it too."""
         assert self.sampler, "resolve the options first"
         assert self.cfg_scale is not None, "resolve the options first"
         parts = [self.sampler, *self._steps(SOLVERS[self.sampler])]
@@ -218,7 +218,7 @@ class SampleOptions:
             parts.append(f"internal guidance {_exact(self.ig_scale)}")
             if (self.ig_low, self.ig_high) != (0, 1):
                 parts[-1] += f" for t in [{_exact(self.ig_low)}, {_exact(self.ig_high)}]"
-        parts.append(f"seed {self.seed}")
+        parts += [f"seed {self.seed}"] * seed
         parts += ["random labels"] * (self.labels == "random")
         parts += [] if self.autoencoder is None else [f"decoded by {self.autoencoder}"]
         return ", ".join([*parts, *["raw weights"] * (self.weights == "model"), *["bf16"] * (self.precision == "bf16")])

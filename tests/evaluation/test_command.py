@@ -3,6 +3,7 @@
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -56,6 +57,28 @@ def test_a_run_is_measured_with_its_protocol(run, network, capsys):
     assert main(["evaluate", str(run), *network, *DRAWN, *more]) == 0
     assert [each.protocol.nfe for each in read_evaluations(run)] == [1, 3]
     assert read_evaluations(run)[1].protocol.weights == "raw"
+
+
+def test_the_protocol_tells_seeds_and_chosen_classes_apart(run, network, capsys):
+    few = [*network, "--num-steps", "1", "--count", "8", "--batch", "8", "--cfg-scale", "1"]
+    for more in ([], ["--seed", "1"], ["--classes", "2,0"]):
+        assert main(["evaluate", str(run), *few, *more]) == 0
+    assert "8 images of 32x32, balanced labels of 2 classes alone (2, 0), " in capsys.readouterr().out
+    first, again, chosen = (each.protocol for each in read_evaluations(run))
+    assert first != again == replace(first, seed=1)  # `compare` takes draws of other seeds together
+    assert chosen == replace(first, classes=(2, 0))
+
+
+def test_a_reference_of_another_size_is_told(network, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name, side in (("ours", 32), ("theirs", 96)):
+        np.savez(tmp_path / name, arr_0=rng.integers(0, 256, (8, side, side, 3), dtype=np.uint8))
+    asked = ["--reference", str(tmp_path / "theirs.npz"), "--network", "efficientnet-lite0"]
+    for _ in range(2):  # with features that are computed, and that are kept
+        assert main(["evaluate", str(tmp_path / "ours.npz"), *asked]) == 0
+        printed = capsys.readouterr().out
+        assert "reference theirs.npz (8 images of 96x96)" in printed
+        assert "to 64 (the reference: not resized)" in printed
 
 
 def test_batches_chunks_and_ranks_change_nothing(run, network, place, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Where results go: lines with their protocol, read back; curves, and the step at which one reaches a value."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -55,7 +56,17 @@ def test_a_cut_line_hides_no_other(tmp_path):
     assert [each.step for each in read_evaluations(tmp_path)] == [1, 3]
 
 
-@pytest.mark.parametrize("line", ["[]", "{}", '{"step": 1, "values": {}, "protocol": {"count": 3}}'])
+VALUES = '{"step": STEP, "values": {"FID": VALUE}, "protocol": ' + json.dumps(asdict(PROTOCOL)) + "}"
+FOREIGN = [
+    "[]",
+    "{}",
+    '{"step": 1, "values": {}, "protocol": {"count": 3}}',
+    VALUES.replace("STEP", "1").replace("VALUE", "NaN"),
+    VALUES.replace("STEP", '"last"').replace("VALUE", "3"),
+]
+
+
+@pytest.mark.parametrize("line", FOREIGN)
 def test_a_foreign_line_is_named(tmp_path, line):
     (tmp_path / FILE_NAME).write_text(line + "\n")
     with pytest.raises(UserError, match=r"evaluations\.jsonl: line 1 is no evaluation"):
