@@ -7,6 +7,7 @@ LightningDiT (`latents_stats.pt`), by torch's weights-only reader.
 import io
 import json
 import math
+import re
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ import numpy as np
 from dit_fast.data.files import read_npy, reason, shown
 from dit_fast.errors import ConfigError, DataError
 
+_SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")  # as the Hub and `datasets` name the files of a split
 LATENTS, LABELS = ("latents", "latent"), ("labels", "label", "cls", "class")  # usual names of columns and members
 
 
@@ -67,8 +69,11 @@ class Safetensors(Latents):
                 self.latents = _named(latents, LATENTS, keys, root / name, "latents")
                 part = file.get_tensor(_named(labels, LABELS, keys, root / name, "labels")).numpy()
                 count = file.get_slice(self.latents).get_shape()[0]
-            if part.shape != (count,):
-                raise DataError(f"{root / name}: {count} latents and labels {part.shape}; extract it again")
+            if part.shape != (count,) or part.dtype.kind not in "iu":
+                raise DataError(
+                    f"{root / name}: {count} latents and labels {part.dtype} {part.shape}; one whole number each is "
+                    "needed, extract it again"
+                )
             parts.append(part)
             names |= keys
             self.starts.append(self.starts[-1] + count)
@@ -107,7 +112,8 @@ class Safetensors(Latents):
 
     def read(self, number: int) -> np.ndarray:
         name, row = self._place(number)
-        return self._file(name).get_slice(self.latents)[row].float().numpy()
+        found = self._file(name).get_slice(self.latents)[row]
+        return (found.float() if found.is_floating_point() else found).numpy()  # numpy has no bfloat16
 
 
 class Columns(Latents):
@@ -179,7 +185,8 @@ class Columns(Latents):
         value = self._group(name, group, self.latents)[row].as_py()
         if isinstance(value, bytes):
             return read_npy(io.BytesIO(value), len(value))
-        return np.array(value, np.float32)
+        array = np.array(value)  # what is not of floats is refused where it is used
+        return array.astype(np.float32) if array.dtype.kind == "f" else array
 
 
 class Tars(Latents):
@@ -225,9 +232,17 @@ def open_latents(root: Path, latents: str | None = None, labels: str | None = No
         return Safetensors(root, latents, labels)
     if (root / "state.json").exists():
         with _reading(root / "state.json"):
-            listed = [root / item["filename"] for item in json.loads((root / "state.json").read_text())["_data_files"]]
-        return Columns(root, listed, latents, labels)
+            names = [item["filename"] for item in json.loads((root / "state.json").read_text())["_data_files"]]
+            if not names or any(Path(name).name != name for name in names):
+                raise ValueError("it must list files of its own folder")
+        return Columns(root, [root / name for name in names], latents, labels)
     if parquet := sorted(root.rglob("*.parquet")):
+        splits = {match[1]: path for path in parquet if (match := _SPLIT.fullmatch(path.name))}
+        if len(splits) > 1:
+            raise ConfigError(
+                f"{shown(root)}: holds several splits ({', '.join(splits)}), of which one data set would be made; put "
+                "the files of one into a folder of their own"
+            )
         return Columns(root, parquet, latents, labels)
     if any(root.glob("*.tar")):
         return Tars(root, latents, labels)
@@ -273,7 +288,7 @@ def _label(archive: tarfile.TarFile, member: tarfile.TarInfo, where: str) -> int
     try:
         content = json.loads(file.read() if file else b"")
         value = content["label"] if isinstance(content, dict) else content
-        if not isinstance(value, int):
+        if type(value) is not int:
             raise ValueError("not a whole number")
         return value
     except (ValueError, KeyError) as error:

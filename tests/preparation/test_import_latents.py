@@ -145,8 +145,53 @@ def test_what_does_not_fit_is_named(lightning, tars, tmp_path):
     refused(tars, r"00002\.tar, sample 'z': float32 \(3, 2, 4\), expected floats \[C, h, h\]")
     (tars / "00002.tar").unlink()
     with tarfile.open(tars / "00002.tar", "w") as archive:
+        for name, data in (("z.npy", b""), ("z.json", b'{"label": true}')):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    refused(tars, r"sample 'z': no label in 'z\.json' \(not a whole number\)")
+    (tars / "00002.tar").unlink()
+    with tarfile.open(tars / "00002.tar", "w") as archive:
         archive.addfile(tarfile.TarInfo("z.npy"))
     refused(tars, r"sample 'z': which of npy holds the labels\? name it with --labels")
+
+
+@pytest.mark.parametrize(
+    ("latents", "labels", "message"),
+    [
+        (torch.zeros(3, 4, 2, 2, dtype=torch.uint8), torch.arange(3), r"row 0: uint8 \(4, 2, 2\), expected floats"),
+        (torch.zeros(3, 4, 2, 2), torch.arange(3) + 0.5, r"labels float32 \(3,\); one whole number each is needed"),
+        (torch.zeros(3, 4, 2, 2), torch.arange(3) > 1, r"labels bool \(3,\)"),
+    ],
+)
+def test_other_types_are_not_taken_for_latents_and_labels(tmp_path, latents, labels, message):
+    (tmp_path / "in").mkdir()
+    save_file({"latents": latents, "labels": labels}, tmp_path / "in" / "a.safetensors")
+    with pytest.raises(DataError, match=message):
+        import_latents(tmp_path / "in", tmp_path / "out", **OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_splits_are_not_mixed(tmp_path):
+    for name in ("train-00000-of-00001", "validation-00000-of-00001"):
+        (tmp_path / f"{name}.parquet").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"holds several splits \(train, validation\)"):
+        import_latents(tmp_path, tmp_path / "out", **OPTIONS)
+
+
+@pytest.mark.parametrize("files", [[], [{"filename": "/etc/passwd"}], [{"filename": "../a.arrow"}]])
+def test_arrow_is_read_in_its_own_folder_alone(tmp_path, files):
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": files}))
+    with pytest.raises(DataError, match=r"state\.json: cannot be read \(it must list files of its own folder\)"):
+        import_latents(tmp_path, tmp_path / "out", **OPTIONS)
+
+
+@pytest.mark.parametrize("latents", [[[[1, 2], [3, 4]]], [[["1.5", "2"], ["3", "4"]]]])
+def test_columns_of_other_types_are_not_taken_for_latents(tmp_path, latents):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    parquet.write_table(pyarrow.table({"latents": [latents] * 2, "label": [0, 1]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"row 0: (int64|<U3) \(1, 2, 2\), expected floats"):
+        import_latents(tmp_path, tmp_path / "out", **OPTIONS)
 
 
 def test_pickles_are_not_read(lightning, tmp_path):
