@@ -28,7 +28,6 @@ from dit_fast.kernels.long_skip_tiles import (
     Tiles,
     family,
     load_tile,
-    operand,
     operand_type,
     processors,
     tile_place,
@@ -46,7 +45,7 @@ TILES = {90: Tiles(ROWS, 128, 64, 8, 4), 80: Tiles(ROWS, 128, 32, 8, 4)}  # by G
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _ROOT = tl.constexpr(math.sqrt(2 / math.pi))
 _CUBIC = tl.constexpr(0.044715)
-_BACKWARD = Kept()
+_BACKWARD, _PRODUCT = Kept(), Kept()
 
 
 @triton.jit
@@ -170,17 +169,24 @@ def product(hidden: Tensor, grad: Tensor, weight: Tensor, want_bias: bool) -> tu
     (rows, width), inner = hidden.shape, grad.shape[1]
     grad, weight = (_aligned(each) for each in (grad, weight))
     out = torch.empty_like(hidden)
-    arch = family(hidden.device)
-    tiles, bulk = TILES[arch], arch >= 90
-    row_tiles = triton.cdiv(rows, tiles.block_m)
-    partials = torch.empty(row_tiles, width, dtype=torch.float32, device=hidden.device) if want_bias else None
-    count = row_tiles * triton.cdiv(width, tiles.block_n)
-    gelu_product[(min(count, processors(hidden.device)),)](
-        operand(grad, (tiles.block_m, tiles.block_k), bulk), operand(weight, (tiles.block_k, tiles.block_n), bulk),
-        hidden, out, out if partials is None else partials, rows, inner, width, grad.stride(0), weight.stride(0),
-        **_blocks(tiles), BIAS=want_bias, BULK=bulk, UPCAST=triton.knobs.runtime.interpret,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
-    )  # fmt: skip
+    partials = None
+    if want_bias:
+        partials = torch.empty(-(-rows // ROWS), width, dtype=torch.float32, device=hidden.device)
+    key = (signature(hidden, grad, weight), want_bias)
+    launch = _PRODUCT.get(key)
+    if launch is None:
+        arch = family(hidden.device)
+        tiles, bulk = TILES[arch], arch >= 90
+        constants = {
+            **_blocks(tiles), "BIAS": want_bias, "BULK": bulk, "UPCAST": triton.knobs.runtime.interpret,
+            "num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "enable_fp_fusion": True,
+        }  # fmt: skip
+        numbers = (rows, inner, width, grad.stride(0), weight.stride(0))
+        count = triton.cdiv(rows, tiles.block_m) * triton.cdiv(width, tiles.block_n)
+        blocks = ((tiles.block_m, tiles.block_k), (tiles.block_k, tiles.block_n)) if bulk else ()
+        grid = (min(count, processors(hidden.device)),)
+        launch = _PRODUCT.keep(key, launcher(gelu_product, grid, numbers, constants, tiles=blocks))
+    launch(grad, weight, hidden, out, out if partials is None else partials)
     return out, None if partials is None else ordered_sum(partials)
 
 

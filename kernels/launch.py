@@ -16,11 +16,13 @@ from typing import Any
 import triton
 from torch import Tensor
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_fast.kernels import ordinary_launches
 
 ALIGNMENT = 16  # bytes; what Triton specialises a pointer for
 KEPT = 4096
+_new = object.__new__  # of a descriptor whose shape and strides were checked when their signature came first
 
 
 class Kept(dict[Any, Any]):
@@ -47,25 +49,40 @@ def launcher(
     numbers: Sequence[Any],
     constants: Mapping[str, Any],
     unaligned: Mapping[str, Any] | None = None,
+    tiles: Sequence[tuple[int, ...]] = (),
 ) -> Callable[..., None]:
     """What launches `kernel` on tensors of one signature, given in the order of its first parameters.
 
     numbers: the parameters after them, integers, floats or tuples of those; constants: the constexpr ones, all of the
     rest, and the options of a launch. unaligned: constants that are other ones where some address is no multiple of 16
-    bytes.
+    bytes. tiles: of the first tensors, which the kernel takes as descriptors of tiles of these sizes.
     """
-    direct: Callable[[list[int]], None] | None = None
+    direct: Callable[[list[Any]], None] | None = None
     runtime = triton.knobs.runtime
+    known: list[dict[str, Any]] = []  # of the descriptors, all but the tensors
 
     def launch(*tensors: Tensor) -> None:
         nonlocal direct
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        if reduce(or_, addresses) % ALIGNMENT:
-            kernel[grid](*tensors, *numbers, **{**constants, **(unaligned or {})})
-        elif direct is not None and not (_calls(runtime.launch_enter_hook) or _calls(runtime.launch_exit_hook)):
-            direct(addresses)
+        arguments: list[Any] = [tensor.data_ptr() for tensor in tensors]
+        aligned = not reduce(or_, arguments) % ALIGNMENT
+        if (
+            aligned
+            and direct is not None
+            and not (_calls(runtime.launch_enter_hook) or _calls(runtime.launch_exit_hook))
+        ):
+            for place, fields in enumerate(known):
+                arguments[place] = described = _new(TensorDescriptor)
+                described.__dict__ = fields | {"base": tensors[place]}
+            direct(arguments)
+            return
+        given: list[Any] = list(tensors)
+        for place, tile in enumerate(tiles):
+            given[place] = TensorDescriptor(given[place], [*given[place].shape], [*given[place].stride()], [*tile])
+        if aligned:
+            known[:] = [{**vars(each), "base": None} for each in given[: len(tiles)]]
+            direct = _direct(kernel, kernel[grid](*given, *numbers, **constants), grid, numbers, constants)
         else:
-            direct = _direct(kernel, kernel[grid](*tensors, *numbers, **constants), grid, numbers, constants)
+            kernel[grid](*given, *numbers, **{**constants, **(unaligned or {})})
 
     return launch
 
@@ -96,8 +113,8 @@ def _form_3_6(run: Any, compiled: Any, sizes: Any, device: int, stream: Callable
     launch, function = run.launch, compiled.function
     fixed = (run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata, None, None, None)
 
-    def direct(addresses: list[int]) -> None:
-        launch(x, y, z, stream(device), function, *fixed, *addresses, *rest)
+    def direct(arguments: list[Any]) -> None:
+        launch(x, y, z, stream(device), function, *fixed, *arguments, *rest)
 
     return direct
 
@@ -112,8 +129,8 @@ def _form_3_9(run: Any, compiled: Any, sizes: Any, device: int, stream: Callable
         run.arg_annotations, run.kernel_signature,
     )  # fmt: skip
 
-    def direct(addresses: list[int]) -> None:
-        launch(x, y, z, stream(device), function, *fixed, (*addresses, *rest))
+    def direct(arguments: list[Any]) -> None:
+        launch(x, y, z, stream(device), function, *fixed, (*arguments, *rest))
 
     return direct
 

@@ -4,6 +4,8 @@ long_skip.py.
 Bits. CHUNK rows make one partial sum of the bias gradient, in steps of STEP rows; ordered_sum adds the chunks.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,7 @@ from torch import Tensor
 from dit_fast.kernels import long_skip_tiles
 from dit_fast.kernels.aot import AotCase
 from dit_fast.kernels.launch import Kept, launcher, signature
-from dit_fast.kernels.long_skip_tiles import CONFIGS, GROUP, Tiles, load_tile, operand, operand_type, tile_place
+from dit_fast.kernels.long_skip_tiles import CONFIGS, GROUP, Tiles, load_tile, operand_type, tile_place
 from dit_fast.kernels.ordered_sum import ordered_sum
 from dit_fast.kernels.rows import store_rounded, to_bfloat16
 from dit_fast.kernels.tables import is_aligned
@@ -110,7 +112,7 @@ def _row_options(width: int) -> dict[str, int]:
     return options | {"num_warps": min(16, max(1, padded // 256)), "num_stages": 1}
 
 
-_PRODUCTS = Kept()
+_PRODUCTS, _GRADIENTS = Kept(), Kept()
 
 
 def prepare_backward(
@@ -174,20 +176,30 @@ def backward_input(
     unit = torch.empty(rows, 2 * width, dtype=folded.dtype, device=x.device) if want_unit else None
     if rows == 0 or not any(needs):
         return grads[0], grads[1], unit
-    arch, halves = long_skip_tiles.family(x.device), sum(needs)
-    tiles = long_skip_tiles.tiles_for("backward", _kind(x.dtype, skip.dtype), x, skip, folded.dtype, halves)
-    bulk, weights = arch >= 90, (tiles.block_k, tiles.block_n)
-    count = triton.cdiv(rows, tiles.block_m) * triton.cdiv(width, tiles.block_n) * halves
     # A gradient that is not needed is not written; any pointer of its type stands in.
     places = [half if grad is None else grad for half, grad in zip((x, skip), grads, strict=True)]
-    input_gradients[(min(count, long_skip_tiles.processors(x.device)),)](
-        operand(grad_y, (tiles.block_m, tiles.block_k), bulk), operand(folded, weights, bulk), x, skip, mean, rstd, c1,
-        c2, *places, folded if unit is None else unit, rows, width, grad_y.stride(0), x.stride(0), skip.stride(0),
-        0 if needs[0] else 1, halves,
-        **_constants(tiles, arch, want_unit), UPCAST=triton.knobs.runtime.interpret,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
-    )  # fmt: skip
+    key = (signature(x, skip, grad_y, folded), needs, want_unit)
+    launch = _GRADIENTS.get(key)
+    if launch is None:
+        launch = _GRADIENTS.keep(key, _gradient_launcher(grad_y, x, skip, folded.dtype, needs, want_unit))
+    launch(grad_y, folded, x, skip, mean, rstd, c1, c2, *places, folded if unit is None else unit)
     return grads[0], grads[1], unit
+
+
+def _gradient_launcher(
+    grad_y: Tensor, x: Tensor, skip: Tensor, compute: torch.dtype, needs: tuple[bool, bool], want_unit: bool
+) -> Callable[..., None]:
+    (rows, width), arch, halves = x.shape, long_skip_tiles.family(x.device), sum(needs)
+    tiles = long_skip_tiles.tiles_for("backward", _kind(x.dtype, skip.dtype), x, skip, compute, halves)
+    count = triton.cdiv(rows, tiles.block_m) * triton.cdiv(width, tiles.block_n) * halves
+    constants = {
+        **_constants(tiles, arch, want_unit), "UPCAST": triton.knobs.runtime.interpret,
+        "num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "enable_fp_fusion": True,
+    }  # fmt: skip
+    numbers = (rows, width, grad_y.stride(0), x.stride(0), skip.stride(0), 0 if needs[0] else 1, halves)
+    blocks = ((tiles.block_m, tiles.block_k), (tiles.block_k, tiles.block_n)) if arch >= 90 else ()
+    grid = (min(count, long_skip_tiles.processors(x.device)),)
+    return launcher(input_gradients, grid, numbers, constants, tiles=blocks)
 
 
 def aot_cases(arch: int) -> list[AotCase]:

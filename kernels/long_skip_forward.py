@@ -1,5 +1,7 @@
 """Forward of the long skip: weights with gamma and beta folded in, and the GEMM. Derivation in long_skip.py."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,6 @@ from dit_fast.kernels.long_skip_tiles import (
     GROUP,
     Tiles,
     load_tile,
-    operand,
     operand_type,
     tile_place,
 )
@@ -99,7 +100,7 @@ def skip_projection(x, skip, folded, mean, rstd, row_sums, folded_bias, out, row
         store_rounded(out + i[:, None] * width + j[None, :], acc, inside, UPCAST)
 
 
-_FOLDS = Kept()
+_FOLDS, _PROJECTIONS = Kept(), Kept()
 
 
 def fold(
@@ -161,18 +162,25 @@ def forward(
     out = torch.empty(rows, width, dtype=out_dtype, device=x.device)
     if rows == 0:
         return out
-    arch, raw = long_skip_tiles.family(x.device), is_raw(x, skip, folded.dtype)
-    tiles = long_skip_tiles.tiles_for("forward", "16-bit" if raw else "mixed", x, skip, folded.dtype, 1)
-    bulk = arch >= 90
+    key = (signature(x, skip, folded), out_dtype)
+    launch = _PROJECTIONS.get(key)
+    if launch is None:
+        launch = _PROJECTIONS.keep(key, _projection_launcher(x, skip, folded.dtype))
+    launch(x, skip, folded, mean, rstd, row_sums, folded_bias, out)
+    return out
+
+
+def _projection_launcher(x: Tensor, skip: Tensor, compute: torch.dtype) -> Callable[..., None]:
+    (rows, width), arch, raw = x.shape, long_skip_tiles.family(x.device), is_raw(x, skip, compute)
+    tiles = long_skip_tiles.tiles_for("forward", "16-bit" if raw else "mixed", x, skip, compute, 1)
     half, weights = (tiles.block_m, tiles.block_k), (tiles.block_n, tiles.block_k)
     count = triton.cdiv(rows, tiles.block_m) * triton.cdiv(width, tiles.block_n)
-    skip_projection[(min(count, long_skip_tiles.processors(x.device)),)](
-        operand(x, half, bulk), operand(skip, half, bulk), operand(folded, weights, bulk), mean, rstd, row_sums,
-        folded_bias, out, rows, width, x.stride(0), skip.stride(0),
-        **_constants(tiles, arch, raw, folded.dtype == torch.bfloat16), UPCAST=triton.knobs.runtime.interpret,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
-    )  # fmt: skip
-    return out
+    constants = {
+        **_constants(tiles, arch, raw, compute == torch.bfloat16), "UPCAST": triton.knobs.runtime.interpret,
+        "num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "enable_fp_fusion": True,
+    }  # fmt: skip
+    grid, numbers = (min(count, long_skip_tiles.processors(x.device)),), (rows, width, x.stride(0), skip.stride(0))
+    return launcher(skip_projection, grid, numbers, constants, tiles=(half, half, weights) if arch >= 90 else ())
 
 
 def aot_cases(arch: int) -> list[AotCase]:

@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_fast.kernels import tuning
 from dit_fast.kernels.rows import TYPES
@@ -110,10 +109,6 @@ def configurations(arch: int, part: str, kind: str) -> tuple[Tiles, ...]:
     """All that are compiled for a part and kind; any two give the same bits."""
     usual = (CONFIGS[arch, kind, rows] for rows in ("many", "few"))
     return tuple(dict.fromkeys((*usual, *CANDIDATES.get((arch, part, kind), ()))))
-
-
-def operand(x: Tensor, block: tuple[int, int], bulk: bool) -> TensorDescriptor | Tensor:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block)) if bulk else x
 
 
 def operand_type(dtype: str, block: tuple[int, int], bulk: bool) -> str:

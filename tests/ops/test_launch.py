@@ -14,16 +14,17 @@ null_driver.install()
 import torch, triton
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from dit_fast.kernels import adaln, ordinary_launches, qk_norm
+from dit_fast.kernels import adaln, gelu, long_skip_backward, long_skip_forward, ordinary_launches, qk_norm
 
 ordinary, given = [], []
 run = JITFunction.run
 JITFunction.run = lambda self, *arguments, **options: ordinary.append(1) or run(self, *arguments, **options)
+driver.active.utils.fill_tma_descriptor = driver.active.utils.fill_tma_descriptor_tiled = lambda *given: given
 driver.active.utils.on_launch = lambda *arguments: given.append(arguments)
 
 def flat(values):
     for value in values:
-        if isinstance(value, tuple):
+        if isinstance(value, tuple | list):
             yield from flat(value)
         elif hasattr(value, "calls") or type(value).__name__ == "LazyDict":  # empty hooks, and what they would be told
             yield None
@@ -59,7 +60,13 @@ def pairs(launch):
 
 qkv, weights = torch.randn(2, 3, 48), [torch.randn(8) for _ in range(4)]
 grads = [torch.randn(2, 3, 2, 8) for _ in range(3)]
+x16, skip, above, folded, fc2 = (torch.randn(s).bfloat16() for s in ((6, 16), (6, 16), (6, 16), (16, 32), (16, 32)))
+hidden, rows = torch.randn(6, 32).bfloat16(), [torch.randn(6) for _ in range(4)]
+sums = [torch.randn(16) for _ in range(2)]
 for launch, made in (
+    (lambda: long_skip_forward.forward(x16, skip, *rows[:2], folded, *sums, torch.bfloat16), 1),
+    (lambda: long_skip_backward.backward_input(above, x16, skip, *rows[:2], folded, *rows[2:], want_unit=True), 3),
+    (lambda: gelu.product(hidden, above, fc2, True), 3),
     (lambda: qk_norm.forward(qkv, 2, *weights, None, None, 1e-5, "layer"), 2),
     (lambda: qk_norm.backward(*grads, qkv, *weights[:2], None, None, 1e-5, "layer", True, True, True), 2),
 ):

@@ -138,6 +138,7 @@ def test_the_product_of_operands_that_lie_oddly(monkeypatch, arch):
     """A gradient that is transposed, expanded or at an odd address, a weight in the middle of a buffer; by pointers
     and by bulk copies. Nothing past the end of the last tile is read."""
     monkeypatch.setattr(gelu, "family", lambda _: arch)
+    gelu._PRODUCT.clear()
     rows, inner, width = gelu.ROWS + 2, 40, 136
     hidden, grad, weight = behind(rows, inner, width, BF16)
     expected = gelu.product(hidden, grad, weight, True)
