@@ -202,12 +202,15 @@ def aot_cases(arch: int) -> list[AotCase]:
     cases = [_case(modulate_rows, *shape, fused) for shape in shapes] + [
         _case(modulate_rows, 1152, AUTOCAST, parts) for parts in (*alone, known, *rms)
     ]
+    cases.append(_case(modulate_rows, 1152, AUTOCAST, fused, unaligned=("x_strides", "y_strides")))
     return cases + [_case(modulate_rows, 1152, AUTOCAST, fused, program) for program in PROGRAMS if program != TOKENS]
 
 
 def _case(
-    kernel: Any, width: int, types: tuple[str, str], parts: dict[str, bool], program: int = TOKENS
+    kernel: Any, width: int, types: tuple[str, str], parts: dict[str, bool], program: int = TOKENS,
+    unaligned: tuple[str, ...] = (),
 ) -> AotCase:  # fmt: skip
+    """unaligned: strides that are multiples of 8 alone, as where a stream is cut out of a wider one."""
     options = _options(width)
     constants = {**tile_of(width), "TOKENS": program, **parts, "ALIGNED": True, "UPCAST": options.pop("UPCAST")}
     stream, branch = (f"*{each}" for each in types)
@@ -222,7 +225,8 @@ def _case(
     signature = {name: kinds[name] for name in kernel.arg_names if name not in constants}
     shown = " ".join(name.lower() for name, value in parts.items() if value)
     shown += "" if program == TOKENS else f" rows={program}"
+    shown += " cut out" if unaligned else ""
     return AotCase(
         kernel, f"D={width} {'+'.join(types)} {shown}", signature, constants, options,
-        unaligned=("tokens", "eps"), wide_stores=True,
+        unaligned=("tokens", "eps", *unaligned), wide_stores=True,
     )  # fmt: skip
