@@ -100,7 +100,10 @@ class TarImages(_Files):
             members = self._tar.getmembers()
         except (OSError, tarfile.TarError) as error:
             raise DataError(f"{path}: not a readable tar ({error}); it must not be compressed") from None
-        self._members = [each for each in members if each.isfile() and Path(each.name).suffix.lower() in SUFFIXES]
+        images = [each for each in members if Path(each.name).suffix.lower() in SUFFIXES]
+        if link := next((each.name for each in images if each.issym() or each.islnk()), None):
+            raise DataError(f"{path}: '{link}' is a link; pack the images themselves (tar -h --hard-dereference)")
+        self._members = [each for each in images if each.isfile()]
         if not self._members:
             raise DataError(f"{path}: holds no image files ({', '.join(sorted(SUFFIXES))})")
         self.name, self.count = path.name, len(self._members)

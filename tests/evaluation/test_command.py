@@ -262,6 +262,13 @@ def test_damaged_images_are_named(place, network, tmp_path, capsys):
         pass
     assert main(["evaluate", str(tmp_path / "empty.tar"), *network, *reference]) == 2
     assert "holds no image files" in capsys.readouterr().err
+    with tarfile.open(tmp_path / "links.tar", "w") as archive:
+        archive.add(folder / "0.png", "0.png")
+        member = tarfile.TarInfo("1.png")
+        member.type, member.linkname = tarfile.LNKTYPE, "0.png"
+        archive.addfile(member)
+    assert main(["evaluate", str(tmp_path / "links.tar"), *network, *reference]) == 2
+    assert "links.tar: '1.png' is a link; pack the images themselves" in capsys.readouterr().err
 
 
 def test_the_name_of_an_encoder_is_that_of_its_numbers():
