@@ -7,7 +7,6 @@ the difference (Welch's t) without 0.
 """
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -46,10 +45,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a group from the baseline, relative to the baseline's mean; interval: 95 %, None where a spread is unknown."""
+    """Of a group from the baseline, relative to the baseline's mean (None where that is 0); interval: 95 %, None where
+    a spread is unknown.
+    """
 
     group: str
-    relative: float
+    relative: float | None
     interval: tuple[float, float] | None
     verdict: str
 
@@ -130,8 +131,13 @@ def text(comparison: Comparison) -> str:
         lines.append(f"  {group.name:{width}}  {len(group.values):4}  {group.mean:8.4g}  {sd:>8}  {each}")
     for one in comparison.differences:
         interval = "" if one.interval is None else f" [{one.interval[0]:+.1%}, {one.interval[1]:+.1%}]"
-        lines.append(f"  {one.group} against {comparison.groups[0].name}: {one.relative:+.1%}{interval}: {one.verdict}")
+        lines.append(f"  {one.group} against {comparison.groups[0].name}: {share(one)}{interval}: {one.verdict}")
     return "\n".join(lines)
+
+
+def share(difference: Difference) -> str:
+    """The relative difference for people."""
+    return "no share of 0" if difference.relative is None else f"{difference.relative:+.1%}"
 
 
 def _runs_in(folder: Path) -> list[Path]:
@@ -261,11 +267,14 @@ def _first(groups: list[Group], baseline: str | None) -> list[Group]:
 
 def _difference(group: Group, baseline: Group, metric: str, margin: float) -> Difference:
     base = baseline.mean
-    relative = (group.mean - base) / abs(base) if base else math.inf
+    gap = group.mean - base
+    relative = gap / abs(base) if base else 0.0 if not gap else None
     interval = _interval(group, baseline)
     fewest = min(len(group.values), len(baseline.values))
     if fewest < FEWEST:
         verdict = f"undecided: {fewest} {'seed' if fewest == 1 else 'seeds'}, {FEWEST} are needed"
+    elif relative is None:
+        verdict = "inconclusive: the baseline's mean is 0, of which nothing is a share"
     elif abs(relative) < margin:
         verdict = f"inconclusive: less than {margin:.1%}"
     elif interval is None or interval[0] <= 0 <= interval[1]:

@@ -14,7 +14,7 @@ from dit_fast.evaluation.records import read_evaluations
 from dit_fast.methods import METHODS
 from dit_fast.methods.base import Panel
 from dit_fast.options import leaves
-from dit_fast.report.comparison import FEWEST, MARGIN, Comparison, compare, tells
+from dit_fast.report.comparison import FEWEST, MARGIN, Comparison, compare, share, tells
 from dit_fast.report.html import Page, Picture, Section, Table
 from dit_fast.report.machine import machine_facts
 from dit_fast.report.reference import ALARM, WINDOW
@@ -124,7 +124,7 @@ def _compared(one: Comparison) -> Table:
     head = [f"{one.metric} at step {one.step:,}", "runs", "mean", "sd", "against the first"]
     rows = []
     for group in one.groups:
-        gaps = [f"{gap.relative:+.1%}: {gap.verdict}" for gap in one.differences if gap.group == group.name]
+        gaps = [f"{share(gap)}: {gap.verdict}" for gap in one.differences if gap.group == group.name]
         sd = "-" if group.sd is None else f"{group.sd:.3g}"
         rows.append([group.name, str(len(group.values)), f"{group.mean:.4g}", sd, *(gaps or [""])])
     return [head, *rows]

@@ -72,6 +72,18 @@ def test_better_is_said_only_where_the_runs_carry_it(make, one, other, verdict):
     assert (found.differences[0].interval is None) == (len(one) == 1)
 
 
+def test_nothing_is_a_share_of_zero(make, tmp_path, capsys):
+    folders = three(make, "a", (0.0, 0.0, 0.0)) + three(make, "b", (0.1, 0.1, 0.1), start="quickstart")
+    folders += three(make, "c", (0.0, 0.0, 0.0), start="quickstart-x")
+    found = {each.group: each for each in compare(folders, by=["method", "objective"])[0].differences}
+    shares = [(each.relative, each.verdict.partition(":")[0]) for each in found.values()]
+    assert shares == [(None, "inconclusive"), (0.0, "inconclusive")]
+    out = tmp_path / "out.json"
+    assert main(["compare", *map(str, folders), "--by", "method", "--by", "objective", "--out", str(out)]) == 0
+    assert "no share of 0: inconclusive" in capsys.readouterr().out
+    assert "Infinity" not in out.read_text()
+
+
 def test_draws_of_one_run_are_one_value(make):
     make("a", (1.0, 2.0, 6.0))
     folder = make("b", (5.0,), "optimizer.lr=1e-3").parent
