@@ -12,7 +12,10 @@ from dit_fast.analysis.gradients import term_gradients
 from dit_fast.analysis.study import checkpoints_of, read
 from dit_fast.checkpoint.run import load_run
 from dit_fast.cli import main
+from dit_fast.recipes import load
+from dit_fast.train.loop import train
 from dit_fast.train.loss import TrainingLoss
+from dit_fast.world import single
 from tests.helpers.cases import loop_over, refused
 from tests.helpers.two_runs import STEPS
 
@@ -46,6 +49,14 @@ def test_a_run_beside_itself_repeats_its_own_similarity(loaded):
         for rows in (slice(6), slice(6, 12)):
             for columns in (slice(6), slice(6, 12)):
                 np.testing.assert_allclose(matrix[rows, columns], own.cka[kernel], atol=1e-9)
+
+
+def test_a_run_with_a_head_of_its_method_is_studied(place, tmp_path):
+    changes = [f"data.path={place / 'shards'}", f"run.dir={tmp_path / 'run'}", "run.steps=1", "engine.global_batch=12"]
+    off = ["preview.every=0", "run.tensorboard=false"]
+    train(load("quickstart-internal_guidance", [*changes, *off]), single())
+    run = load_run(tmp_path / "run")
+    assert len(study_blocks(run, Inputs(run.dataset(), 12, 12, 12)).rank) == run.model.depth
 
 
 def test_gradients_of_the_terms_add_up_to_that_of_the_loss(loaded, place, monkeypatch):
