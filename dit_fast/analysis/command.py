@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 MAPS = 10  # at most, in one figure
 EXAMPLE = """example:
-  dit-fast analyse runs/quickstart/train
+  dit-fast analyse runs/quickstart/diversedit
   dit-fast analyse runs/pair/quickstart-sit/seed0 runs/pair/quickstart/seed0 --times 0.04 --count 512
 
 Arrays and figures go to RUN/analysis; those of several runs beside each other to that of the first. Numbers that are
