@@ -72,8 +72,7 @@ def _run(options: argparse.Namespace) -> None:
     print(f"quick start on {where}; everything is written to {out}/", flush=True)
     _stage(1, "data")
     source = quickstart_data.prepare(options.data, CACHE, options.sha256)
-    if source.remark:
-        print(source.remark, flush=True)
+    print(source.remark or f"{source.name}: {source.path}", flush=True)
     claim(out, source.name)
     _stage(2, "latent shards")
     shards = out / ("shards-features" if options.repa else "shards")

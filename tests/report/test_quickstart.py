@@ -32,8 +32,9 @@ def names(calls):
     return [(Path(command[0]).name, command[1]) for command, _ in calls]
 
 
-def test_stages_run_in_order_on_the_same_folders(calls, monkeypatch):
+def test_stages_run_in_order_on_the_same_folders(calls, monkeypatch, capsys):
     assert start(monkeypatch, "--steps", "7") == 0
+    assert "\n[1/5] data\ntoy: toy.npz\n" in capsys.readouterr().out
     assert names(calls) == [
         ("dit-fast", "shards"),
         ("deepspeed", "--num_gpus"),
