@@ -1,6 +1,7 @@
 """`dit-fast`: the command line. Each command is built and run by the room that owns it."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,6 +12,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status. Errors are one line (`dit_fast.terminal`)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     first = [argument for argument in arguments if argument != "--traceback"][:1]
+    if first != ["bench"]:
+        # Read when torch is loaded. Where others use the same cores, threads that spin while they wait make all slow.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if first == ["train"]:
         from dit_fast.train.__main__ import main as train  # shared with `deepspeed --module`
 

@@ -1,5 +1,9 @@
 """Every command explains itself, with an example."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from dit_fast.cli import main
@@ -24,3 +28,18 @@ def test_help_lists_them_all(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert set(COMMANDS) <= set(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("chosen", "command", "policy"), [("", "info", "PASSIVE"), ("ACTIVE", "info", "ACTIVE"), ("", "bench", None)]
+)
+def test_idle_threads_sleep_unless_told_otherwise(chosen, command, policy):
+    code = (
+        "import os, sys\nfrom dit_fast import cli\ncli.terminal.run = lambda *_: 0\n"
+        f"cli.main([{command!r}])\nassert 'torch' not in sys.modules  # it would have read the variable\n"
+        "print(os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": chosen} if chosen else {}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == str(policy), done.stderr
