@@ -46,6 +46,8 @@ def test_a_number_is_read_back_with_its_protocol(tmp_path):
         "ema",
     ):
         assert part in PROTOCOL.text()
+    said = replace(PROTOCOL, sampler="heun, 20 steps, guidance 1.8 for t in [0, 0.7]").text()
+    assert said.count("guidance") == 1
 
 
 def test_a_cut_line_hides_no_other(tmp_path):
