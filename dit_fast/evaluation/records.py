@@ -73,9 +73,8 @@ class Protocol:
             low, high = self.guidance_interval or (0, 1)
             interval = "" if self.guidance == 1 or (low, high) == (0, 1) else f" for t in [{low:g}, {high:g}]"
             drawn += [self.sampler, f"NFE {self.nfe}"]
-            drawn += [f"guidance {self.guidance:g}{interval}"] * (
-                "guidance " not in self.sampler
-            )  # of `dit-fast evaluate`
+            told = "guidance " in self.sampler  # as `dit-fast evaluate` writes it
+            drawn += [f"guidance {self.guidance:g}{interval}"] * (not told)
             drawn += [f"seed {self.seed}"] * (self.seed is not None)
             drawn += [f"weights {self.weights}", f"{self.precision}", f"decoder {self.decoder}"]
         other = f" of {self.reference_size}" * (self.reference_size not in (None, self.size))

@@ -107,10 +107,13 @@ def _measured(stories: Sequence[RunStory]) -> list[Section]:
             found = compare([story.folder for story in stories])
         except UserError as error:
             return [Section("Measured", [f"Not compared: {error}."])]
+        by_protocol: dict[str, list[str]] = {}
+        for one in found:
+            by_protocol.setdefault(one.protocol, []).append(one.metric)
         paragraphs = [
             "One line for runs that differ in their seeds alone. Nothing is said of a gap below "
             f"{MARGIN:.1%} or of fewer than {FEWEST} seeds a side.",
-            *(f"{one.metric}: {one.protocol}." for one in found),
+            *(f"{', '.join(dict.fromkeys(metrics))}: {protocol}." for protocol, metrics in by_protocol.items()),
         ]
         return [Section("Measured", paragraphs, tables=[_compared(one) for one in found])]
     rows = [

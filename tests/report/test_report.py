@@ -98,7 +98,9 @@ def test_runs_of_one_name_are_told_apart_and_numbers_have_their_protocol(place, 
         config = json.loads((run / "config.json").read_text())
         config["run"]["seed"] = number
         (run / "config.json").write_text(json.dumps(config))
-        append_evaluation(run, Evaluation(step=STEPS, values={"FD-EffLite0": 3.0 + number}, protocol=PROTOCOL))
+        append_evaluation(
+            run, Evaluation(step=STEPS, values={"FD-EffLite0": 3.0 + number, "KD-EffLite0": 1.0}, protocol=PROTOCOL)
+        )
     (runs[0] / "analysis").mkdir()
     shutil.copy(Path(__file__).parents[2] / "docs" / "quickstart_samples.png", runs[0] / "analysis" / "cka_blocks.png")
     assert main(["report", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
@@ -106,7 +108,8 @@ def test_runs_of_one_name_are_told_apart_and_numbers_have_their_protocol(place, 
     assert "plain SiT (a/run)" in page
     assert "FD-EffLite0 at step" in page
     assert "<td>4</td><td>1</td>" in page  # mean and spread
-    assert "guidance 1, weights ema" in page
+    assert page.count("guidance 1, weights ema") == 1
+    assert "FD-EffLite0, KD-EffLite0: " in page
     assert "plain SiT (a/run): cka blocks" in page
     assert main(["report", str(runs[0]), "--out", str(tmp_path / "one")]) == 0
     assert "<td>FD-EffLite0</td><td>3</td>" in (tmp_path / "one" / "report.html").read_text()
