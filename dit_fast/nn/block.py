@@ -16,6 +16,7 @@ from dit_fast.nn.rotary import Rotary
 from dit_fast.ops import RowStatistics, branches, gate_residual, gate_residual_modulate, layer_norm_modulate
 from dit_fast.ops.adaln import returns_statistics
 from dit_fast.ops.autocast import linear_dtype
+from dit_fast.ops.linear import renew_shadows
 
 
 class Block(nn.Module):
@@ -116,6 +117,8 @@ class Block(nn.Module):
             shadow, bias_shadow = getattr(weight, "shadow", None), getattr(bias, "shadow", None)
             if weight is None or bias is None or shadow is None or bias_shadow is None:
                 return None
+            if shadow.of_version != weight._version or bias_shadow.of_version != bias._version:
+                renew_shadows((weight, bias))
             found.append(branches.Layer(weight, bias, shadow, bias_shadow))
         return None if _hangs_on(attn) or _hangs_on(mlp) else found
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dit_fast import autoencoders
-from dit_fast.autoencoders.pixels import decode_images
+from dit_fast.autoencoders.pixels import decode_images, from_model_space
 from dit_fast.checkpoint.run import LoadedRun
 from dit_fast.cli import main
 from dit_fast.diffusion import sample
@@ -75,7 +75,10 @@ def test_every_kind_of_run_gives_the_same_images(recipe, more, dataset, tmp_path
     (ours,) = sample_images(run, options, single(), dataset)
     pipe = loaded(tmp_path / "out", custom_pipeline=str(tmp_path / "out"))
     images = pipe(ours.labels.tolist(), seed=3, output_type="np").images
-    np.testing.assert_allclose(images, ours.images / 255, atol=1e-4)
+    (latents,) = sample_images(run, options, single(), dataset, latents=True)
+    exported = pipe(ours.labels.tolist(), seed=3, output_type="latent").images
+    np.testing.assert_allclose(from_model_space(exported, dataset.info), latents.images, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(images, ours.images / 255, atol=1 / 255 + 1e-6)  # decoded in a batch of another size
     later = pipe(ours.labels[1:].tolist(), seed=3, first=1, output_type="np").images
     np.testing.assert_allclose(later, images[1:], atol=1 / 255 + 1e-6)  # in a batch of another size
     drawn = [pipe([0], generator=torch.Generator().manual_seed(k), output_type="pt").images for k in (0, 0, 1)]

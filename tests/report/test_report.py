@@ -42,7 +42,8 @@ def test_report_stands_alone_and_shows_both_runs(place, tmp_path):
     page = (tmp_path / "report.html").read_text()
     names = {"samples", "loss", "diversedit", "similarity", "throughput"}
     assert {path.name for path in tmp_path.iterdir()} == {"report.html", *(f"{name}.png" for name in names)}
-    assert page.count("data:image/png;base64,") == len(names)
+    analysed = [path for run in ("diverse", "plain") for path in (place / run / "analysis").glob("*.png")]
+    assert page.count("data:image/png;base64,") == len(names) + len(analysed)
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert "a &lt;b&gt; &amp; c" in page
     assert "plain SiT" in page
