@@ -7,8 +7,10 @@ times, both after every shape. `check` compares the bits of each entry with thos
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -61,12 +63,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _with(sweep: Sweep, device: Any, configuration: Any) -> Any:
-    """As a table with this entry alone decides."""
+@contextmanager
+def _with(entries: Mapping[str, Any], device: Any) -> Iterator[None]:
+    """As a table with these entries alone decides; what launches keep for a signature belongs to the table."""
     from dit_fast.kernels import tuning
 
-    entry = sweep.key | {"configuration": configuration}
-    return mock.patch.dict(tuning.TABLES, {tuning.architecture(device): {sweep.kernel: [entry]}})
+    kept = _kept() if find_spec("triton") else []
+    name = json.dumps(entries)
+    before = [dict(one) for one in kept]
+    _swap(kept, _LAUNCHES.get(name, [{} for _ in kept]))
+    try:
+        with mock.patch.dict(tuning.TABLES, {tuning.architecture(device): entries}):
+            yield
+    finally:
+        _LAUNCHES[name] = [dict(one) for one in kept]
+        _swap(kept, before)
+
+
+def _kept() -> list[dict[Any, Any]]:
+    from dit_fast.kernels import adaln, long_skip_backward, long_skip_forward
+    from dit_fast.kernels.launch import Kept
+
+    modules = (adaln, long_skip_forward, long_skip_backward)
+    return [value for module in modules for value in vars(module).values() if isinstance(value, Kept)]
+
+
+_LAUNCHES: dict[str, list[dict[Any, Any]]] = {}  # by table: making one takes longer than the kernel runs
+
+
+def _swap(kept: Sequence[dict[Any, Any]], contents: Sequence[Mapping[Any, Any]]) -> None:
+    for one, content in zip(kept, contents, strict=True):
+        one.clear()
+        one.update(content)
+
+
+def _alone(sweep: Sweep, configuration: Any) -> dict[str, Any]:
+    return {sweep.kernel: [sweep.key | {"configuration": configuration}]}
 
 
 def _fastest(sweep: Sweep, device: Any) -> dict[str, Any]:
@@ -79,7 +111,7 @@ def _fastest(sweep: Sweep, device: Any) -> dict[str, Any]:
 
     def timed(configuration: Any) -> Any:
         def call(number: int, mark: Callable[[], None]) -> Any:
-            with _with(sweep, device, configuration):
+            with _with(_alone(sweep, configuration), device):
                 result = sweep.run()
             mark()
             return result
@@ -89,7 +121,7 @@ def _fastest(sweep: Sweep, device: Any) -> dict[str, Any]:
     present = sweep.run()
     for candidate in sweep.candidates:
         try:
-            with _with(sweep, device, candidate):
+            with _with(_alone(sweep, candidate), device):
                 same = _equal(sweep.run(), present) or not sweep.exact
             if same:
                 sides[json.dumps(candidate)] = timed(candidate)
@@ -122,7 +154,7 @@ def _check(path: Path, device: Any, small: bool) -> int:
             continue
         present = sweep.run()
         try:
-            with mock.patch.dict(tuning.TABLES, {path.stem: table}):
+            with _with(table, device):
                 found = "equal" if _equal(sweep.run(), present) else "OTHER BITS"
         except Exception as error:
             found = reason(error)
@@ -193,12 +225,7 @@ def _adaln(device: Any, small: bool, more: int) -> Iterator[Sweep]:
         y = torch.randn_like(x).bfloat16()
         gate, shift, scale = (torch.randn(len(x), width, device=device).bfloat16() for _ in range(3))
 
-        forward = partial(adaln.forward, x, y, gate, shift, scale, 1e-6, False, None, torch.bfloat16, True)
-
-        def run(forward: Callable[[], Any] = forward) -> Any:
-            adaln._FORWARD.clear()  # launches that another table decided
-            return forward()
-
+        run = partial(adaln.forward, x, y, gate, shift, scale, 1e-6, False, None, torch.bfloat16, True)
         kind = "fp32" if stream == torch.float32 else "bf16"
         key = {"rows": x.shape[0] * x.shape[1], "width": width, "stream": kind, "compute": "bf16"}
         yield Sweep("adaln", key, adaln.PROGRAMS, run)
