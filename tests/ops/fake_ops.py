@@ -133,7 +133,8 @@ def gelu_mlp() -> Iterator[tuple[str, Callable[[], Any]]]:
 
     every = (True,) * 5
     for dtype, backend, grad in itertools.product(DTYPES, ("auto", "gemm", "recompute", "torch"), (True, False)):
-        yield f"{dtype} {backend} {grad}", partial(case, dtype, False, grad, backend, "dense", 1152, every)
+        if (dtype, backend) != (F64, "gemm"):  # refused
+            yield f"{dtype} {backend} {grad}", partial(case, dtype, False, grad, backend, "dense", 1152, every)
     for width, grad in itertools.product((768, 1024, 1152, 36), (True, False)):
         yield f"autocast {width} {grad}", partial(case, F32, True, grad, "auto", "dense", width, every)
     for places in ((0,), (1, 3), (2, 4), (3, 4)):
