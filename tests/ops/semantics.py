@@ -25,7 +25,9 @@ triton.knobs.runtime.interpret = False  # for Triton itself, and for the launche
 # What launchers ask of a GPU. Three multiprocessors: persistent programs then go round more than once.
 torch.cuda.is_current_stream_capturing = lambda: False
 torch.cuda.current_stream = lambda *_: SimpleNamespace(cuda_stream=0)
-torch.cuda.get_device_properties = lambda *_, **__: SimpleNamespace(multi_processor_count=3)
+torch.cuda.get_device_properties = lambda *_, **__: SimpleNamespace(
+    multi_processor_count=3, major=8, minor=0, shared_memory_per_block_optin=163 << 10
+)
 long_skip_tiles.family = lambda _: 90
 
 # Buffers behind a ticket, by kernel. test_aot.py reads their order of memory off the PTX instead.

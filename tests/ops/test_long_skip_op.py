@@ -101,7 +101,7 @@ def check_half_precision(backend, kind, streams, cast):
 
 
 def test_only_the_gradients_that_are_needed(backend):
-    tensors, upstream = inputs((4, 3), 8, torch.float32), upstream_like((4, 3, 8), torch.float32)
+    tensors, upstream = inputs((4, 3), 16, torch.float32), upstream_like((4, 3, 16), torch.float32)
     if backend == "triton":
         tensors, upstream = [x.bfloat16() for x in tensors], upstream.bfloat16()
     expected = everything(tensors, upstream, backend=backend)
@@ -146,25 +146,25 @@ def _strided(tensors):
 
 
 def test_strided_and_expanded_inputs(backend):
-    tensors = inputs((4, 6), 8, torch.bfloat16)
-    upstream = upstream_like((4, 6, 8))
+    tensors = inputs((4, 6), 16, torch.bfloat16)
+    upstream = upstream_like((4, 6, 16))
     expected = everything(tensors, upstream, backend=backend)
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     y = long_skip(*_strided(leaves), backend=backend)
     grads = torch.autograd.grad(y, leaves, upstream.bfloat16())
     for ours, theirs in zip((y, *grads), expected, strict=True):
         assert_close(ours, theirs, 4e-3)
-    row = tensors[0][:1, :1].expand(4, 6, 8)
+    row = tensors[0][:1, :1].expand(4, 6, 16)
     plain = [row.contiguous(), *tensors[1:]]
     assert torch.equal(long_skip(row, *tensors[1:], backend=backend), long_skip(*plain, backend=backend))
 
 
 def test_strided_and_expanded_gradients(backend):
-    tensors = inputs((4, 6), 8, torch.bfloat16)
+    tensors = inputs((4, 6), 16, torch.bfloat16)
     for use in (
         lambda y: y.sum(),
         lambda y: y[..., 0].sum(),
-        lambda y: (y.transpose(0, 1)[1:] * torch.arange(8)).sum(),
+        lambda y: (y.transpose(0, 1)[1:] * torch.arange(16)).sum(),
         lambda y: (torch.cat([y, y * 2], -1)[..., 3:11] ** 2).sum(),
         lambda y: (y.float().to(torch.float64) ** 2).sum(),
     ):
@@ -178,8 +178,8 @@ def test_strided_and_expanded_gradients(backend):
 
 def test_statistics_of_the_caller(backend):
     """They replace the op's own, carry no gradient of theirs, and change no gradient; "torch" ignores them."""
-    tensors = [x.bfloat16() for x in inputs((3, 4), 8)]
-    upstream = upstream_like((3, 4, 8))
+    tensors = [x.bfloat16() for x in inputs((3, 4), 16)]
+    upstream = upstream_like((3, 4, 16))
     given = {"x_stats": row_statistics(tensors[0]), "skip_stats": row_statistics(tensors[1])}
     for options in (given, {"x_stats": given["x_stats"]}, {"skip_stats": given["skip_stats"]}):
         for ours, expected in zip(
@@ -194,7 +194,7 @@ def test_statistics_of_the_caller(backend):
 
 
 def test_statistics_that_do_not_fit_are_named():
-    tensors = inputs((3, 4), 8, torch.float32)
+    tensors = inputs((3, 4), 16, torch.float32)
     s = row_statistics(tensors[0])
     for named, given in (
         ("x_stats.mean", (s.mean[0], s.variance)),
@@ -209,7 +209,7 @@ def test_statistics_that_do_not_fit_are_named():
 def test_backward_inside_autocast(backend):
     """Autocast decides the dtype of the map when the forward runs, and nothing in the backward."""
     for cast in HALF if backend == "triton" else (None, *HALF):  # the kernels have no products in float32
-        leaves = [x.clone().requires_grad_() for x in inputs((6,), 8, torch.float32)]
+        leaves = [x.clone().requires_grad_() for x in inputs((6,), 16, torch.float32)]
         with autocast(cast):
             y = long_skip(*leaves, backend=backend)
         assert y.dtype == (cast or torch.float32)
@@ -221,8 +221,8 @@ def test_backward_inside_autocast(backend):
 
 
 def test_empty_batch(backend):
-    tensors = [x.bfloat16() for x in inputs((0, 3), 8)]
-    grads = everything(tensors, torch.empty(0, 3, 8), backend=backend)
+    tensors = [x.bfloat16() for x in inputs((0, 3), 16)]
+    grads = everything(tensors, torch.empty(0, 3, 16), backend=backend)
     assert [g.shape for g in grads] == [x.shape for x in (tensors[0], *tensors)]
     assert all(not g.any() for g in grads[3:])
 
@@ -234,7 +234,7 @@ def test_twice_gives_the_same_bits(backend):
 
 
 def test_what_a_backend_cannot_take():
-    x, skip, *parameters = inputs((4,), 8, torch.float32)
+    x, skip, *parameters = inputs((4,), 16, torch.float32)
     with pytest.raises(ConfigError, match="backend 'gemm' cannot run: float64 and other dtypes are mixed"):
         long_skip(x, skip.double(), *parameters, backend="gemm")
     with pytest.raises(ConfigError, match="backend 'triton' cannot run"):
@@ -246,7 +246,7 @@ def test_auto_runs_the_reference_where_it_is_exact_or_faster(monkeypatch):
         importlib.import_module("dit_fast.ops.long_skip"), "_fused", lambda *x: pytest.fail("the op ran")
     )
     for dtype in (torch.float64, torch.float32):
-        tensors = inputs((4,), 8, dtype)
+        tensors = inputs((4,), 16, dtype)
         assert torch.equal(long_skip(*tensors), long_skip(*tensors, backend="torch"))
 
 
