@@ -54,7 +54,7 @@ def test_compiled_values_and_gradients_equal_eager_ones(compiler, cast):
 
 @loop_over("reentrant", [False, True])
 def test_inside_an_activation_checkpoint(backend, reentrant):
-    tensors = [x.bfloat16().requires_grad_() for x in inputs((2, 6), 8)]
+    tensors = [x.bfloat16().requires_grad_() for x in inputs((2, 6), 16)]
     run = lambda *tensors: long_skip(*tensors, backend=backend).sin()  # noqa: E731
     expected = torch.autograd.grad(run(*tensors).sum(), tensors)
     torch.utils.checkpoint.checkpoint(run, *tensors, use_reentrant=reentrant).sum().backward()
@@ -95,7 +95,7 @@ def test_forward_mode_over_a_function_whose_primal_is_trained(backend, given):
 
 @loop_over("cast", [None, torch.bfloat16])
 def test_forward_mode_in_lower_precision(backend, cast):
-    tensors = [x.bfloat16() for x in inputs((5,), 8)] if cast is None else inputs((5,), 8, torch.float32)
+    tensors = [x.bfloat16() for x in inputs((5,), 16)] if cast is None else inputs((5,), 16, torch.float32)
     directions = [upstream_like(x.shape, x.dtype, seed) for seed, x in enumerate(tensors)]
     with autocast(cast):
         run = lambda *x: long_skip(*x, backend=backend)  # noqa: E731
