@@ -22,6 +22,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # cases are forked, and a pool of threads does not survive that
+
 import torch
 
 from dit_fast.train import loop as loop  # imported once, so that a forked run starts in no time

@@ -21,6 +21,8 @@ import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # cases are forked, and a pool of threads does not survive that
+
 import numpy as np
 import torch
 from deepspeed.runtime.zero.muon import original_muon as original_muon  # and torch's compiler with it: six CPU seconds
