@@ -21,6 +21,7 @@ import gc
 import statistics
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -131,7 +132,7 @@ def _without_collector() -> Iterator[None]:
         gc.enable()
 
 
-class _Side:
+class _Side(ABC):
     def __init__(self, blocks: int, *methods: Any):
         import torch
 
@@ -153,9 +154,9 @@ class _Side:
             labels, positions = torch.randint(0, 1000, (2,)), torch.arange(2 * number, 2 * number + 2)
             self.batches.append({"moments": torch.randn(2, 2, 4, 4, 4), "label": labels, "position": positions})
 
+    @abstractmethod
     def run(self, number: int) -> dict[str, float]:
         """Seconds of the step's parts and of the whole."""
-        raise NotImplementedError
 
 
 class _Published(_Side):
