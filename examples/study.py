@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the list's)")
     parser.add_argument("--seeds", help="e.g. 0,1,2 (default: the list's)")
     parser.add_argument("--only", help="names of the list, with commas between (default: all)")
+    parser.add_argument("--jobs", type=int, help="trainings at a time (default: one a core)")
     parser.add_argument("--record", action="store_true", help="also write the table of docs/study.md, and its figure")
     parser.add_argument("--images", type=int, default=2000, help="of the Frechet distance, drawn and real")
     parser.add_argument("--blocks", type=int, default=512, help="images that blocks are compared on")
@@ -65,7 +66,7 @@ def _run(options: argparse.Namespace) -> None:
     )
     sweep += ["--seeds", options.seeds] if options.seeds else []
     sweep += ["--only", options.only] if options.only else []
-    call([*sweep, "--out", str(out / "runs")], threads=0)
+    call([*sweep, "--jobs", str(options.jobs or cores()), "--out", str(out / "runs")], threads=0)
     steps = {out / "runs" / entry["folder"]: entry["steps"] for entry in read_record(out / "runs")}
     runs = list(steps)
     minibatch = str(min(256, options.blocks))

@@ -18,10 +18,19 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it f
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
-    """The folder of `two_runs.make_two_runs`: shards, diverse, plain."""
+    """The folder of `two_runs.make_two_runs`: shards, diverse, plain; read only, which is checked at the end."""
     from tests.helpers.two_runs import make_two_runs
 
-    return make_two_runs(tmp_path_factory.mktemp("two_runs"))
+    folder = make_two_runs(tmp_path_factory.mktemp("two_runs"))
+    before = _listed(folder)
+    yield folder
+    changed = sorted(path for path, _ in before ^ _listed(folder))
+    if changed:
+        raise RuntimeError(f"a test changed what all share, and should copy it first: {', '.join(changed)}")
+
+
+def _listed(folder: Path) -> set[tuple[str, int]]:
+    return {(str(path.relative_to(folder)), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.hookimpl(optionalhook=True)
