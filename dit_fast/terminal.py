@@ -1,8 +1,4 @@
-"""The doors of the command lines: arguments in, one line of error out, an exit status whatever happens.
-
-Status 0: done. 1: something unexpected, named in one line (`--traceback` shows where). 2: wrong input, or the `status`
-of an error that has its own. 130: interrupted.
-"""
+"""The doors of the command lines: arguments in, one line of error out, an exit status (`errors.Status`) in any case."""
 
 import argparse
 import contextlib
@@ -15,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
-from dit_fast.errors import UserError
+from dit_fast.errors import Status, UserError
 
 _ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07]*\x07?)")  # colours and titles
 ADVICE = "unexpected; --traceback shows where"
@@ -43,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(*arguments, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"dit-fast: error: {one_line(message)}; see `{self.prog} --help`\n")
+        self.exit(Status.USER, f"dit-fast: error: {one_line(message)}; see `{self.prog} --help`\n")
 
 
 def run(
@@ -71,16 +67,16 @@ def run(
         except KeyboardInterrupt:
             if rank == 0:
                 print(f"dit-fast: {interrupted}", file=sys.stderr)
-            return 130
+            return Status.INTERRUPTED
         except Exception as error:
             if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in WITH_TRAIN:
                 _report(f"{one_line(error)}; run `pip install 'dit_fast[train]'`", show_traceback)
-                return 2
+                return Status.USER
             left = isinstance(error, BrokenPipeError) and not _has_reader(sys.stdout)  # as in `dit-fast info | head`
             if not left:
                 place = f"rank {rank}: " if rank else ""
                 _report(f"{place}{type(error).__name__}: {one_line(error)} ({ADVICE})", show_traceback)
-            return 1
+            return Status.UNEXPECTED
         finally:
             for stream in (sys.stdout, sys.stderr):
                 _settle(stream)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from dit_fast import terminal
+from dit_fast.errors import Status
 from dit_fast.train import leash
 
 if TYPE_CHECKING:
@@ -16,11 +17,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dit_fast")
 
-LOST = 4  # status of `peers.PeerLost`
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one process of a training run and returns its exit status (`dit_fast.terminal`).
+    """Runs one process of a training run and returns its exit status (`errors.Status`).
 
     torch is imported only when the launcher is watched and errors are caught.
     """
@@ -36,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
-def _work(arguments: list[str]) -> None:
+def _work(arguments: list[str]) -> Status:
     from dit_fast.options import to_dict
     from dit_fast.recipes import load
     from dit_fast.world import launch_place
@@ -52,16 +51,18 @@ def _work(arguments: list[str]) -> None:
 
         print(report(config, options.plan, options.ranks))
     elif not options.print_config:
-        _train(config)
+        return _train(config)
     elif rank == 0:
         print(json.dumps(to_dict(config), indent=1))
+    return Status.DONE
 
 
-def _train(config: "TrainConfig") -> None:
+def _train(config: "TrainConfig") -> Status:
     from dit_fast.cpu import bf16_warning, use_threads
     from dit_fast.train.allocator import keep_memory
     from dit_fast.train.loop import train
     from dit_fast.train.peers import explain
+    from dit_fast.train.stop import Preempted
     from dit_fast.world import launched, single
 
     if launched():
@@ -75,9 +76,14 @@ def _train(config: "TrainConfig") -> None:
         logger.info(use_threads(world))
         if config.engine.precision == "bf16" and world.rank == 0 and (slow := bf16_warning()):
             logger.warning(slow)
+    status = Status.DONE
     try:
-        train(config, world)
+        try:
+            train(config, world)
+        except Preempted:
+            status = Status.RESTART
         world.close()
+        return status
     except Exception as error:
         lost = explain(error, world.rank, world.size)
         if lost is None:
@@ -127,6 +133,6 @@ def _braced(words: list[str]) -> str:
 
 if __name__ == "__main__":
     status = main()
-    if status == LOST:
+    if status == Status.RESTART:
         os._exit(status)  # leaving the process group would wait for the dead
     sys.exit(status)

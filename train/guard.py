@@ -11,7 +11,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from dit_fast.errors import UserError
+from dit_fast.errors import Status, UserError
 from dit_fast.world import Late, World
 
 PATIENCE = 20  # consecutive steps without a finite gradient
@@ -23,7 +23,7 @@ SHOWN = 10  # of them named in one message
 class Diverged(UserError):
     """The run produces no finite numbers any more. What is in its checkpoints is finite."""
 
-    status = 3
+    status = Status.DIVERGED
 
 
 class Guard:

@@ -42,7 +42,7 @@ from dit_fast.train.prepare import (
 from dit_fast.train.preview import Preview
 from dit_fast.train.rest import Rest, method_tensors
 from dit_fast.train.stages import check_ahead, load_frozen, newest_folder, stages, unfinished
-from dit_fast.train.stop import StopRequest
+from dit_fast.train.stop import Preempted, StopRequest
 from dit_fast.world import World, launched
 
 logger = logging.getLogger("dit_fast")
@@ -58,7 +58,8 @@ def train(config: TrainConfig, world: World) -> int:
     """Trains until config.run.steps or until asked to stop; returns the number of steps done. Resumes by itself.
 
     Where a method makes several runs of it, they follow one another, and the steps are those of the last one begun.
-    Raises UserError (all ranks alike, or RankError on one) for what a user can fix; what was saved before stays.
+    Raises UserError (all ranks alike, or RankError on one) for what a user can fix; what was saved before stays. Raises
+    Preempted where a scheduler asked to stop and steps are left.
     """
     config = check_fields(config)
     micro = micro_batch(config.engine, world.size)
@@ -68,8 +69,10 @@ def train(config: TrainConfig, world: World) -> int:
         check_ahead(run, dataset.info, micro)
     done = 0
     for run in runs[world.agree(lambda: unfinished(runs)) :]:
-        done, stopped = _train(run, world, dataset, micro, {Path(run.run.dir), Path(config.run.dir)})
-        if stopped:
+        done, stop = _train(run, world, dataset, micro, {Path(run.run.dir), Path(config.run.dir)})
+        if stop is not None:
+            if stop.preempted and (run is not runs[-1] or done < run.run.steps):
+                raise Preempted
             break
         gc.collect()  # engine and model hold each other
         if world.device.type == "cuda":
@@ -79,17 +82,18 @@ def train(config: TrainConfig, world: World) -> int:
 
 def _train(
     config: TrainConfig, world: World, dataset: LatentDataset, micro: int, asked_in: set[Path]
-) -> tuple[int, bool]:
-    """One run: the number of steps done, and whether it was asked to stop. asked_in: where a file STOP may ask."""
+) -> tuple[int, StopRequest | None]:
+    """One run: the number of steps done, and the request that stopped it. asked_in: where a file STOP may ask."""
     folder = Path(config.run.dir)
     held: list[RunLock] = []
     world.agree(lambda: held.append(RunLock(folder)))
     try:
         world.agree(lambda: clear_leftovers(folder))
         run = _Run(config, world, dataset, micro, held)
-        done = run.train(StopRequest(asked_in, world))
+        stop = StopRequest(asked_in, world)
+        done = run.train(stop)
         run.engine.close()
-        return done, run.stopped
+        return done, stop if run.stopped else None
     finally:
         for lock in held:
             lock.release()
@@ -224,12 +228,13 @@ class _Run:
                         self._say(f"saved step {done}, since there is no data to go on with")
                         raise failure
                     if leaving and not last:
-                        self._say(f"stopped at step {done} as asked; the same command goes on from there")
+                        by = " by a scheduler" if stop.preempted else ""
+                        self._say(f"stopped at step {done} as asked{by}; the same command goes on from there")
                         self.stopped = True
                         return done
                     for lock in self.held:
                         lock.renew()
-                self.stopped = any([leaving, stop.agreed(), stop.agreed()])  # agreed on two calls after the request
+                self.stopped = leaving or stop.agreed() or stop.agreed()  # agreed on two calls after the request
                 self._warn(guard.finish(config.run.steps))
             return config.run.steps
         finally:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from dit_fast.errors import UserError
+from dit_fast.errors import Status, UserError
 from dit_fast.train.lock import kernel
 
 ANSWER = 10.0  # seconds in which every surviving rank meets the failure, on a busy machine too
@@ -20,7 +20,7 @@ GLOO = re.compile(r"gloo|(closed|reset) by peer|broken pipe", re.IGNORECASE)  # 
 class PeerLost(UserError):
     """Another rank ended in the middle of the job."""
 
-    status = 4  # `LOST` of __main__, which imports no torch
+    status = Status.RESTART
 
     def __init__(self, message: str, speaks: bool):
         super().__init__(message)

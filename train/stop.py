@@ -15,20 +15,26 @@ logger = logging.getLogger("dit_fast")
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 STOP_FILE = "STOP"
+BY_PERSON, BY_SCHEDULER = 1.0, 2.0  # who asked; the larger wins
+
+
+class Preempted(Exception):
+    """A scheduler took the machine before the last step; all is saved, and the same command goes on."""
 
 
 class StopRequest:
     """Asked by SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) to any rank, or by a file STOP in one of the folders.
 
-    A second SIGINT raises KeyboardInterrupt. Use as a context: at its end handlers are put back and the files removed.
+    SIGUSR1 is a scheduler's notice that the time is up. A second SIGINT raises KeyboardInterrupt. Use as a
+    context: at its end handlers are put back and the files removed.
 
     folders: of the run, and of the command that it is a stage of. failed: after `agreed()` was True, whether it was for
-    a rank that has no data, and nobody asked to stop.
+    a rank that has no data, and nobody asked to stop. preempted: likewise, whether a scheduler asked.
     """
 
     def __init__(self, folders: Iterable[Path], world: World):
         self._files, self._world, self._process = [folder / STOP_FILE for folder in folders], world, os.getpid()
-        self._asked, self._interrupted, self.failed = False, False, False
+        self._asked, self._interrupted, self.failed, self.preempted = 0.0, False, False, False
         self._flag: Late | None = None
         self._previous: dict[int, object] = {}
 
@@ -51,7 +57,7 @@ class StopRequest:
             self._interrupted = True
             if self._world.rank == 0 and os.getpid() == self._process:  # workers of the loader inherit this handler
                 os.write(2, b"\ndit-fast: saving after this step; Ctrl-C again leaves at once\n")
-        self._asked = True
+        self._asked = max(self._asked, BY_SCHEDULER if number == signal.SIGUSR1 else BY_PERSON)
 
     def agreed(self, failed: bool = False) -> bool:
         """Called by every rank after each step: whether some rank was asked before the call before this one, or had
@@ -59,14 +65,12 @@ class StopRequest:
 
         The flags reduced in one call are read in the next, when they have long arrived: nothing waits for the device.
         """
-        stopped, failing = self._flag.read().bool().tolist() if self._flag is not None else (False, False)
-        self.failed = failing and not stopped
-        asked = self._asked or (self._world.rank == 0 and any(map(os.path.exists, self._files)))
-        flag = torch.tensor([float(asked), float(failed)], dtype=torch.float32).to(
-            self._world.device, non_blocking=True
-        )
+        stopped, failing = self._flag.read().tolist() if self._flag is not None else (0.0, 0.0)
+        self.failed, self.preempted = bool(failing) and not stopped, stopped == BY_SCHEDULER
+        asked = self._asked or BY_PERSON * (self._world.rank == 0 and any(map(os.path.exists, self._files)))
+        flag = torch.tensor([asked, float(failed)], dtype=torch.float32).to(self._world.device, non_blocking=True)
         self._flag = Late(self._world.reduce(flag, "max"))
-        return stopped or failing
+        return bool(stopped or failing)
 
     def clear(self) -> None:
         """Removes the files, so that the next start goes on."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dit_fast.checkpoint.run import load_run
+from dit_fast.errors import Status
 from tests.helpers.toy_runs import Ranks, arguments, environment, free_port, rows_so_far, wait_for
 
 pytestmark = pytest.mark.launch
@@ -97,7 +98,7 @@ def test_the_death_of_a_rank_is_one_line(shards, tmp_path):
         ranks.processes[1].kill()
         codes = [ranks.processes[number].wait(60) for number in (0, 2)]
         said = [line for line in ranks.text().splitlines() if not re.match(r"step \d|dit-fast: (?!error)", line)]
-    assert codes == [4, 4], "\n".join(said)
+    assert codes == [Status.RESTART, Status.RESTART], "\n".join(said)
     assert len(said) == 1, "\n".join(said)
     (line,) = said
     assert re.match(r"dit-fast: error: rank 1 died or was cut off \(.+\); the same command goes on from", line)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from dit_fast import files
 from dit_fast.checkpoint.run import load_run
-from dit_fast.errors import CheckpointError, DataError
+from dit_fast.errors import CheckpointError, DataError, Status
 from dit_fast.train import lock, loop
 from dit_fast.train.__main__ import main
 from dit_fast.train.engine import SingleEngine
@@ -139,15 +139,15 @@ def test_stop_file_and_signal_save_and_leave(shards, tmp_path, finished, monkeyp
 
     def at_step(config, step):
         if step == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGUSR1)
         if step == 9:
             (run / "STOP").touch()
         return real(config, step)
 
     monkeypatch.setattr(loop, "learning_rate", at_step)
-    handler = signal.getsignal(signal.SIGTERM)
-    assert main(arguments(shards, run)) == 0
-    assert signal.getsignal(signal.SIGTERM) is handler
+    handler = signal.getsignal(signal.SIGUSR1)
+    assert main(arguments(shards, run)) == Status.RESTART  # a scheduler's notice, and steps are left
+    assert signal.getsignal(signal.SIGUSR1) is handler
     assert (run / "checkpoints/step_00000007").is_dir()  # asked during step 6, agreed one step later
     assert main(arguments(shards, run)) == 0
     assert (run / "checkpoints/step_00000011").is_dir()

@@ -90,6 +90,7 @@ def test_stop_is_agreed_one_call_later(tmp_path, number):
         assert [stop.agreed(), stop.agreed()] == [False, False]
         os.kill(os.getpid(), number)
         assert [stop.agreed(), stop.agreed()] == [False, True]
+        assert stop.preempted == (number == signal.SIGUSR1)
     assert signal.getsignal(number) is before
 
 
