@@ -14,6 +14,8 @@ alone drops out.
 What our ops do on CUDA tensors only is counted as it is there (`_as_on_cuda`). Triton comes by PYTHONPATH:
 
     PYTHONPATH=.cache/triton-3.9.0 python -m dit_fast.benchmarks.traffic
+
+Each entry names the commit at which it was counted, for `--only OP` renews a part of the record.
 """
 
 import os
@@ -23,6 +25,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 import argparse
 import contextlib
 import copy
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -103,8 +106,11 @@ def _block(x: Tensor, *vectors: Any, **options: Any) -> Any:
     return _gate(x, branch, gate_m, **options)
 
 
-def _skip(*inputs: Any, **options: Any) -> Any:
-    return ops.long_skip(*inputs[:-2], x_stats=inputs[-2], skip_stats=inputs[-1], **options)
+def _skip(x: Tensor, *inputs: Any, **options: Any) -> Any:
+    """As a model calls it: the result is the stream, in its dtype."""
+    parameters, stats = inputs[:5], inputs[5:]
+    known = dict(zip(("x_stats", "skip_stats"), stats, strict=True)) if stats else {}
+    return ops.long_skip(x, *parameters, out_dtype=x.dtype, **known, **options)
 
 
 def _flow(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,7 +139,7 @@ CASES = (
     Case("adaLN of a block", "gate_residual_modulate", _block, "s", 6, known=1, compiled=False),
     Case("row_statistics", "row_statistics", lambda x, **o: ops.row_statistics(x, **o), "s"),
     Case("long_skip", "long_skip", _skip, "ss", parameters=SKIP, known=2),
-    Case("long_skip, statistics unknown", "long_skip", lambda *x, **o: ops.long_skip(*x, **o), "ss", parameters=SKIP),
+    Case("long_skip, statistics unknown", "long_skip", _skip, "ss", parameters=SKIP),
     Case("gelu_mlp", "gelu_mlp", ops.gelu_mlp, "b", parameters=((4, 1), (4,), (1, 4), (1,))),
     Case("qk_norm", "qk_norm", _qk_norm, "q", parameters=((1 / HEADS,),) * 4),
     Case("repa_cosine", "repa_cosine", ops.repa_cosine, "sf"),
@@ -333,32 +339,45 @@ def entries(case: Case, tokens: int, width: int, names: Sequence[str] = ()) -> I
             }
 
 
+def merged(recorded: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Entries in the order of `CASES`, of each case those found, or else those recorded."""
+    new = {entry["case"] for entry in found}
+    both = [*(entry for entry in recorded if entry["case"] not in new), *found]
+    return [entry for case in CASES for entry in both if entry["case"] == case.name]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dit_fast.benchmarks.traffic", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS / "cpu" / "traffic.json")
-    parser.add_argument("--only", nargs="+", metavar="CASE", help="print these alone, and write nothing")
+    parser = argparse.ArgumentParser(
+        prog="python -m dit_fast.benchmarks.traffic",
+        description=__doc__.splitlines()[0],
+        epilog="example: PYTHONPATH=.cache/triton-3.9.0 python -m dit_fast.benchmarks.traffic --only long_skip",
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu" / "traffic.json", help="default: %(default)s")
+    parser.add_argument("--only", nargs="+", metavar="OP", help="count these ops anew; the others stay as recorded")
     options = parser.parse_args(argv)
     if reason := kernels.unavailable():
         print(f"traffic: error: {reason}; set PYTHONPATH=.cache/triton-3.9.0", file=sys.stderr)
         return 2
-    known = {case.name: case for case in CASES}
-    strange = sorted(set(options.only or ()) - set(known))
-    if strange:
-        print(f"traffic: error: no case {', '.join(strange)}; there are: {', '.join(known)}", file=sys.stderr)
+    known = list(dict.fromkeys(case.op for case in CASES))
+    if strange := sorted(set(options.only or ()) - set(known)):
+        print(f"traffic: error: no case of {', '.join(strange)}; there are: {', '.join(known)}", file=sys.stderr)
         return 2
+    recorded: list[dict[str, Any]] = []
+    if options.only and options.out.exists():
+        recorded = json.loads(options.out.read_text())["entries"]
+    about = environment(torch.device("cpu"))
+    commit = {"commit": f"{about.pop('commit')}{' with local changes' * bool(about.pop('dirty'))}"}
     found = []
-    for case in [known[name] for name in options.only or known]:
+    for case in CASES:
+        if case.op not in (options.only or known):
+            continue
         for entry in entries(case, TOKENS, WIDTH):
-            found.append(entry)
+            found.append(entry | commit)
             sides = f"{entry['case']:30} {entry['stream']} {entry['side']:14}"
             print(f"{sides} {entry['forward']:8.2f} {entry['backward']:8.2f}", flush=True)
-    if not options.only:
-        about = environment(torch.device("cpu")) | {
-            "unit": "bytes per element [N, T, D]",
-            "tokens": TOKENS,
-            "width": WIDTH,
-        }
-        write(options.out, about | {"command": "python -m dit_fast.benchmarks.traffic", "entries": found})
+    about |= {"unit": "bytes per element [N, T, D]", "tokens": TOKENS, "width": WIDTH}
+    about["command"] = "python -m dit_fast.benchmarks.traffic"
+    write(options.out, about | {"entries": merged(recorded, found)})
     return 0
 
 

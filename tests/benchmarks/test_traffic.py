@@ -11,7 +11,10 @@ from tests.ops.install_triton import folder
 ROOT = Path(__file__).parents[2]
 RECORDED = json.loads((ROOT / "benchmarks/results/cpu/traffic.json").read_text())["entries"]
 FP32, BF16 = "fp32 stream", "bf16 stream"
-# Bytes per element, forward and backward: each stream once, in its dtype.
+# Bytes per element, forward and backward: each stream once, in its dtype. Against kernels.md 2.2 (bf16 streams): adaLN
+# and gate are at its minimum or below, the long skip at its 6 forward, and at 24 of 22 backward, for it leaves the
+# normalised rows for the gradient of W. Its result is the stream: in fp32 it is 2 bytes more forward and 6 backward (y,
+# the gradient and a bf16 copy of that for the products).
 LIMITS = {
     ("layer_norm_modulate", FP32, "triton"): (6, 10),
     ("layer_norm_modulate", BF16, "triton"): (4, 6),
@@ -21,9 +24,9 @@ LIMITS = {
     ("gate_residual_modulate", BF16, "triton"): (8, 12),
     ("adaLN of a block", FP32, "triton"): (28, 40),
     ("adaLN of a block", BF16, "triton"): (18, 26),
-    ("long_skip", FP32, "triton"): (12, 32),
+    ("long_skip", FP32, "triton"): (12, 38),
     ("long_skip", BF16, "triton"): (6, 24),
-    ("long_skip", FP32, "gemm"): (18, 38),
+    ("long_skip", FP32, "gemm"): (24, 44),
     ("long_skip", BF16, "gemm"): (14, 30),
     ("gelu_mlp", BF16, "triton"): (36, 50),
     ("gelu_mlp", BF16, "gemm"): (36, 66),
@@ -70,7 +73,7 @@ def counted(code):
     environment = os.environ | {"PYTHONPATH": str(folder("3.9.0")), "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout)
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def test_what_runs_today_is_within_the_limits():
@@ -99,3 +102,28 @@ print(json.dumps([
 def test_the_counter_on_work_whose_traffic_is_known():
     """In passes over x: views are free, in place is two, a copy into x does not read it, nor does what is like it."""
     assert counted(KNOWN) == [2, 2, 2, 1, 0, 3, 1, 7]
+
+
+RENEW = """
+import json, os, tempfile
+from dit_fast.benchmarks import traffic
+line = {"stream": "", "side": "", "backward": 0}
+new = lambda value: lambda case, *sizes: [{"case": case.name, "forward": value} | line]
+with tempfile.TemporaryDirectory() as folder:
+    out = os.path.join(folder, "traffic.json")
+    traffic.entries = new(1)
+    assert traffic.main(["--out", out]) == 0
+    traffic.entries = new(2)
+    assert traffic.main(["--out", out, "--only", "long_skip"]) == 0
+    print(json.dumps(json.load(open(out))["entries"]))
+"""
+
+
+def test_some_ops_are_renewed_in_the_record():
+    entries = {entry["case"]: entry for entry in counted(RENEW)}
+    assert list(entries) == list(dict.fromkeys(entry["case"] for entry in RECORDED))
+    assert [case for case, entry in entries.items() if entry["forward"] == 2] == [
+        "long_skip",
+        "long_skip, statistics unknown",
+    ]
+    assert all(entry["commit"] for entry in entries.values())
