@@ -1,6 +1,6 @@
 """Forward of the long skip: weights with gamma and beta folded in, and the GEMM. Derivation in long_skip.py."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -104,16 +104,25 @@ _FOLDS, _PROJECTIONS = Kept(), Kept()
 
 
 def fold(
-    norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dtype: torch.dtype,
+    into: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(W' [D, 2D] in dtype, its row sums [D], b' [D] float32) with W' = round(gamma W), b' = b + W beta.
 
     norm_weight, norm_bias [2D]; weight [D, 2D], rows contiguous; bias [D]: float32, bfloat16 or float16 each.
-    dtype: bfloat16 or float16. The sums are of the rounded W', which the GEMM multiplies with.
+    dtype: bfloat16 or float16. The sums are of the rounded W', which the GEMM multiplies with. into: three tensors that
+    an earlier call gave.
     """
     width, joined = weight.shape
-    folded = torch.empty(width, joined, dtype=dtype, device=weight.device)
-    row_sums, folded_bias = (torch.empty(width, dtype=torch.float32, device=weight.device) for _ in range(2))
+    if into is None:
+        folded = torch.empty(width, joined, dtype=dtype, device=weight.device)
+        row_sums, folded_bias = (torch.empty(width, dtype=torch.float32, device=weight.device) for _ in range(2))
+    else:
+        folded, row_sums, folded_bias = into
     given = (norm_weight.contiguous(), norm_bias.contiguous(), weight, bias.contiguous())
     key = (signature(*given), dtype)
     launch = _FOLDS.get(key)

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from dit_fast.errors import ConfigError
 from dit_fast.nn.linear import make_shadows
+from dit_fast.nn.long_skip import keep_folded
 from dit_fast.ops.linear import renew_shadows
+from dit_fast.ops.long_skip import refold
 from dit_fast.runs import TrainConfig
 from dit_fast.train.graph import GraphedStep, Graphs
 from dit_fast.train.optim import AdamWEMA, applied_steps, build_optimizer, init_states, set_applied_steps
@@ -69,8 +71,10 @@ class Engine(ABC):
         if not self._checked:
             self._refuse_unknown(parameter for _, parameter in own_parameters(self.loss))
         self._buffers.keep()
-        if self.config.engine.compile:  # compiled blocks read shadows and do not look whether they are of today
+        # Neither compiled blocks nor a replay look whether what they read is of today.
+        if self.config.engine.compile or self.config.engine.cuda_graph:
             renew_shadows(parameter for _, parameter in self._named)
+            refold(parameter for _, parameter in self._named)
         for group, share in zip(self._optimizer.param_groups, self._lr_shares, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr * share)
@@ -105,7 +109,9 @@ class Engine(ABC):
         """
         if self.config.engine.precision != "bf16" or not isinstance(self._optimizer, AdamWEMA):
             return []
-        return make_shadows(self.model, [parameter for _, parameter in self._named])
+        trained = [parameter for _, parameter in self._named]
+        keep_folded(self.model, trained)
+        return make_shadows(self.model, trained)
 
     @abstractmethod
     def _forward(self, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]: ...

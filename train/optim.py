@@ -14,6 +14,7 @@ from torch import Tensor
 from dit_fast.errors import ConfigError
 from dit_fast.ops.adamw import States, adamw
 from dit_fast.ops.linear import shadows_written
+from dit_fast.ops.long_skip import refold
 from dit_fast.runs import OptimizerConfig
 
 STATES = ("exp_avg", "exp_avg_sq", "ema")
@@ -35,7 +36,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
     applied: 0-d float32; where it is 0 the next steps change nothing. A group's "factor", 0-d float32, is that of its
     gradients in the pass; its "lr" may be 0-d float64 on the device. Neither is read on the host. A parameter's
-    `shadow` (nn/linear.py) is written with it.
+    `shadow` (nn/linear.py) is written with it, and what a long skip's weight keeps `folded` behind it.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class AdamWEMA(torch.optim.Optimizer):
                 told, states = {name: group[name] for name in rules}, self._states(index, moved)
                 adamw(moved, gradients, states, applied=self.applied, shadows=shadows, **told)
                 shadows_written(moved)
+        refold(parameter for group in self.param_groups for parameter in group["params"])
 
     def _states(self, index: int, parameters: list[Tensor]) -> States:
         """Made anew where other parameters have a gradient, and after `load_state_dict`, which replaces `state`."""

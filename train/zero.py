@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from dit_fast.errors import ConfigError
-from dit_fast.ops.linear import shadows_written
+from dit_fast.ops.linear import renew_shadows
+from dit_fast.ops.long_skip import refold
 from dit_fast.runs import TrainConfig
 from dit_fast.train.engine import Batch, Engine, Groups, Source, uneven_ranks
 from dit_fast.train.optim import init_states
@@ -182,9 +183,10 @@ class ZeroEngine(Engine):
     def _step(self) -> None:
         self._engine.step()
         if self.stage and self._shadows:  # after the gather; in stage 0 the optimizer has written them
-            shadows, weights = zip(*self._shadows, strict=True)
-            torch._foreach_copy_(shadows, [weight.detach() for weight in weights])
-            shadows_written(weights)
+            weights = [parameter for _, parameter in self._named]
+            torch.autograd.graph.increment_version(weights)  # which DeepSpeed writes by other names
+            renew_shadows(weights)
+            refold(weights)
         if self.stage == 3:  # a parameter without a gradient would be moved by its last one again
             self._engine.optimizer.grad_partitions_flat_buffer.zero_()
 

@@ -4,11 +4,26 @@
 `reads()` says that the first uses the second's parameters.
 """
 
+from collections.abc import Iterable
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
 from dit_fast.nn.linear import initialised, linear_flops
 from dit_fast.ops import RowStatistics, long_skip
+from dit_fast.ops.long_skip import Folded
+
+
+def keep_folded(model: nn.Module, trained: Iterable[Tensor]) -> None:
+    """Lets the long skips of these parameters keep their folded weights between steps (`dit_fast.ops.long_skip`)."""
+    known = {id(parameter) for parameter in trained}
+    for module in model.modules():
+        for reader, owner in getattr(module, "reads", list)():
+            if isinstance(reader, SkipNorm) and isinstance(owner, SkipLinear):
+                parameters = (reader.weight, reader.bias, owner.linear.weight, owner.linear.bias)
+                if all(id(parameter) in known for parameter in parameters):
+                    cast(Any, owner.linear.weight).folded = Folded(*parameters)
 
 
 class SkipLinear(nn.Module):

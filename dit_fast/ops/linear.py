@@ -72,13 +72,15 @@ def shadow_of(parameter: Tensor, dtype: torch.dtype | None) -> Tensor | None:
 
 
 def renew_shadows(parameters: Iterable[Tensor]) -> None:
-    """Writes the shadows of those that were written since theirs were."""
+    """Writes the shadows of those that were written since theirs were, all in one pass."""
+    stale = []
     for parameter in parameters:
         shadow = getattr(parameter, "shadow", None)
         if shadow is not None and shadow.of_version != parameter._version:
-            with torch.no_grad():
-                shadow.data.copy_(parameter)  # of one buffer, others may be saved for a backward: no new version
-            shadow.of_version = parameter._version
+            stale.append((shadow, parameter))
+    if stale:  # of one buffer, others may be saved for a backward: `.data` makes no new version
+        torch._foreach_copy_([shadow.data for shadow, _ in stale], [parameter.detach() for _, parameter in stale])
+        shadows_written(parameter for _, parameter in stale)
 
 
 def shadows_written(parameters: Iterable[Tensor]) -> None:

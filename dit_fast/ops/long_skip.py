@@ -14,9 +14,12 @@ and for dY, with c1 = dY . (y - b') / 2D and c2 = dY . u / 2D per row (the means
     dgamma = column sums of W * P     dbeta = W^T db
 
 Saved for the backward: the inputs, y, m and r. W', u and b' are made again from the parameters, so nothing of size D^2
-is kept and engines that free parameters between the passes can.
+is kept and engines that free parameters between the passes can. An engine that holds them gives the weight a `Folded`,
+which keeps the three between the steps.
 """
 
+from collections.abc import Iterable, Sequence
+from operator import is_not
 from typing import Any
 
 import torch
@@ -30,7 +33,7 @@ from dit_fast.ops._op import Op, differentiable, spread, triton, wide
 from dit_fast.ops._register import define
 from dit_fast.ops.autocast import autocast_dtype, linear_dtype, without_autocast
 from dit_fast.ops.layer_norm import layer_norm
-from dit_fast.ops.linear import linear
+from dit_fast.ops.linear import linear, transformed
 from dit_fast.ops.row_statistics import RowStatistics, known
 
 
@@ -96,7 +99,68 @@ def long_skip(
     pair = (x.reshape(-1, x.shape[-1]), skip.reshape(-1, x.shape[-1]))
     flat = [None if part is None else part.reshape(-1) for given in stats for part in given or (None, None)]
     dtype = linear_dtype(x, weight.dtype)
-    return _fused(*pair, *parameters, *flat, eps, dtype, out_dtype or dtype, chosen)[0].view(x.shape)
+    kept: Folded | None = getattr(weight, "folded", None)
+    folds = _NONE if kept is None else kept.read(parameters, dtype, chosen)
+    return _fused(*pair, *parameters, *flat, *folds, eps, dtype, out_dtype or dtype, chosen)[0].view(x.shape)
+
+
+_NONE = (None, None, None)
+
+
+class Folded:
+    """W', u and b' of one long skip, kept as its weight's `folded`, so that a step makes them once.
+
+    The first reader makes them; the optimizer's step makes those that were read anew, where the parameters are
+    (`refold`). Whatever else writes a parameter (all but through `.data`) makes the next reader do so.
+    """
+
+    def __init__(self, *parameters: Tensor):
+        self.parameters = parameters
+        self._form: tuple[torch.dtype, str] | None = None
+        self._tensors: tuple[Tensor, ...] = ()
+        self._versions: list[int] = []
+
+    def read(
+        self, parameters: tuple[Tensor, ...], dtype: torch.dtype, backend: str
+    ) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
+        """The three in dtype, as `backend` makes them, or None for each where a call cannot have them: compiled, under
+        another derivative than one in reverse mode, with other parameters or such as are no float32."""
+        if torch.compiler.is_compiling() or transformed() or any(map(is_not, parameters, self.parameters)):
+            return _NONE
+        weight = parameters[2]
+        if weight.dtype is not torch.float32:
+            return _NONE
+        if self._form != (dtype, backend):
+            with torch.inference_mode(False):
+                sums = (torch.empty_like(weight[:, 0]), torch.empty_like(weight[:, 0]))
+                self._tensors = (torch.empty_like(weight, dtype=dtype, requires_grad=False), *sums)
+            self._form, self._versions = (dtype, backend), []
+        if self.is_stale:
+            _fold_anew([self], backend)
+        return self._tensors  # type: ignore[return-value]
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether it has been read, and a parameter written since."""
+        return self._form is not None and self._versions != [each._version for each in self.parameters]
+
+
+def refold(parameters: Iterable[Tensor]) -> None:
+    """Makes what these weights keep folded anew where it is stale."""
+    stale: dict[str, list[Folded]] = {}
+    for parameter in parameters:
+        kept: Folded | None = getattr(parameter, "folded", None)
+        if kept is not None and kept._form is not None and kept.is_stale:
+            stale.setdefault(kept._form[1], []).append(kept)
+    for backend, every in stale.items():
+        _fold_anew(every, backend)
+
+
+@torch.no_grad()
+def _fold_anew(every: Sequence[Folded], backend: str) -> None:
+    fold_op([x for kept in every for x in kept._tensors], [x for kept in every for x in kept.parameters], backend)
+    for kept in every:
+        kept._versions = [each._version for each in kept.parameters]
 
 
 def _reference(
@@ -115,6 +179,7 @@ def _reference(
 def _fake_forward(
     x: Tensor, skip: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor,
     stats: list[Tensor | None], eps: float, dtype: torch.dtype, out_dtype: torch.dtype, backend: str,
+    folds: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     mean, rstd = (x.new_empty(x.shape[:1], dtype=wide(x, skip)) for _ in range(2))
     return x.new_empty(x.shape, dtype=out_dtype), mean, rstd
@@ -123,6 +188,7 @@ def _fake_forward(
 def _fake_backward(
     grad: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, skip: Tensor, norm_weight: Tensor,
     norm_bias: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype, backend: str, needs: list[bool],
+    folds: list[Tensor],
 ) -> list[Tensor]:  # fmt: skip
     inputs = (x, skip, norm_weight, norm_bias, weight, bias)
     return [tensor.new_empty(tensor.shape) for tensor, needed in zip(inputs, needs, strict=True) if needed]
@@ -130,15 +196,22 @@ def _fake_backward(
 
 forward_op = define(
     "long_skip_forward(Tensor x, Tensor skip, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, "
-    "Tensor?[] stats, float eps, ScalarType dtype, ScalarType out_dtype, str backend) -> (Tensor, Tensor, Tensor)",
+    "Tensor?[] stats, float eps, ScalarType dtype, ScalarType out_dtype, str backend, Tensor[] folds) "
+    "-> (Tensor, Tensor, Tensor)",
     long_skip_rows.forward,
     _fake_forward,
 )
 backward_op = define(
     "long_skip_backward(Tensor grad, Tensor y, Tensor mean, Tensor rstd, Tensor x, Tensor skip, Tensor norm_weight, "
-    "Tensor norm_bias, Tensor weight, Tensor bias, ScalarType dtype, str backend, bool[] needs) -> Tensor[]",
+    "Tensor norm_bias, Tensor weight, Tensor bias, ScalarType dtype, str backend, bool[] needs, Tensor[] folds) "
+    "-> Tensor[]",
     long_skip_rows.backward,
     _fake_backward,
+)
+fold_op = define(
+    "long_skip_fold(Tensor(a!)[] folds, Tensor[] parameters, str backend) -> ()",
+    long_skip_rows.fold,
+    lambda folds, parameters, backend: None,
 )
 
 
@@ -156,36 +229,40 @@ def _backward_flops(grad: torch.Size, *rest: Any, **options: Any) -> int:
 
 
 class _LongSkip(torch.autograd.Function):
-    """(x, skip [M, D], four parameters, four statistics [M], eps, dtype, out_dtype, backend) -> y, mean, rstd."""
+    """(x, skip [M, D], four parameters, four statistics [M], W', u, b', eps, dtype, out_dtype, backend)
+    -> y, mean, rstd."""
 
     @staticmethod
     def forward(
         x: Tensor, skip: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor,
         x_mean: Tensor | None, x_variance: Tensor | None, skip_mean: Tensor | None, skip_variance: Tensor | None,
+        folded: Tensor | None, row_sums: Tensor | None, folded_bias: Tensor | None,
         eps: float, dtype: torch.dtype, out_dtype: torch.dtype, backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         # No *arguments: where nothing requires a gradient, the compiler tells by their number whether there is a ctx.
         stats = [x_mean, x_variance, skip_mean, skip_variance]
-        return forward_op(x, skip, norm_weight, norm_bias, weight, bias, stats, eps, dtype, out_dtype, backend)
+        folds = [each for each in (folded, row_sums, folded_bias) if each is not None]
+        return forward_op(x, skip, norm_weight, norm_bias, weight, bias, stats, eps, dtype, out_dtype, backend, folds)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.eps, ctx.dtype, ctx.backend = inputs[10], inputs[11], inputs[13]
+        ctx.eps, ctx.dtype, _, ctx.backend = inputs[13:]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output, *inputs[:6])
+        ctx.save_for_backward(*output, *inputs[:6], *(() if inputs[10] is None else inputs[10:13]))
         ctx.save_for_forward(*output, *inputs[:6])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 14
-        needs = list(ctx.needs_input_grad[:6])
-        return spread(backward_op(grad, *ctx.saved_tensors, ctx.dtype, ctx.backend, needs), needs, 14)
+            return (None,) * 17
+        saved, needs = ctx.saved_tensors, list(ctx.needs_input_grad[:6])
+        grads = backward_op(grad, *saved[:9], ctx.dtype, ctx.backend, needs, [*saved[9:]])
+        return spread(grads, needs, 17)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None, None]:
-        y, _, _, *inputs = ctx.saved_tensors
+        y, _, _, *inputs = ctx.saved_tensors[:9]
         return _tangent(inputs, tangents[:6], ctx.eps, y.dtype), None, None
 
 

@@ -33,10 +33,11 @@ def forward(
     dtype: torch.dtype,
     out_dtype: torch.dtype,
     backend: str,
+    folds: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [M, D] in out_dtype from products in dtype, and mean and rstd [M] of the joined rows.
 
-    stats: mean and variance of x, then of skip.
+    stats: mean and variance of x, then of skip. folds: W', u and b' as `fold` gives them, or none.
     """
     x, skip, parameters = rows(x), rows(skip), (norm_weight, norm_bias, weight, bias)
     with without_autocast(x):
@@ -46,11 +47,11 @@ def forward(
             from dit_fast.kernels.row_statistics import join as join_in_one_launch
 
             mean, rstd = join_in_one_launch(*pair, eps)
-            folds = kernel.fold(*_for_kernel(parameters), dtype)
-            return kernel.forward(_aligned(x), _aligned(skip), mean, rstd, *folds, out_dtype), mean, rstd
+            made = folds or kernel.fold(*_for_kernel(parameters), dtype)
+            return kernel.forward(_aligned(x), _aligned(skip), mean, rstd, *made, out_dtype), mean, rstd
         mean, rstd = join(*pair, eps)
         if weight.dtype.itemsize > 2 and (kernels := _row_kernels(x, skip, dtype)) is not None:
-            folded, folded_bias = _fold(*parameters, dtype)
+            folded, folded_bias = folds[::2] or _fold(*parameters, dtype)
             normalised = kernels.normalise(x, skip, mean, rstd, dtype)
             return torch.addmm(folded_bias.to(dtype), normalised, folded.T).to(out_dtype), mean, rstd
         normalised = x.new_empty((len(x), weight.shape[1]), dtype=dtype)
@@ -63,7 +64,7 @@ def forward(
             return torch.addmm(bias.to(dtype), normalised, weight.to(dtype).T).to(out_dtype), mean, rstd
         for half, out in zip((x, skip), normalised.chunk(2, 1), strict=True):
             _normalise(half, mean, rstd, out)
-        folded, folded_bias = _fold(*parameters, dtype)
+        folded, folded_bias = folds[::2] or _fold(*parameters, dtype)
         return torch.addmm(folded_bias.to(dtype), normalised, folded.T).to(out_dtype), mean, rstd
 
 
@@ -104,6 +105,19 @@ def _fold(
     return folded, torch.addmv(bias.to(wide), weight.to(wide), norm_bias.to(wide))
 
 
+def fold(folds: list[Tensor], parameters: list[Tensor], backend: str) -> None:
+    """Writes W', u and b' of several long skips into `folds`, three of each; parameters: four of each."""
+    for index in range(len(folds) // 3):
+        into, own = folds[3 * index : 3 * index + 3], parameters[4 * index : 4 * index + 4]
+        if backend == "triton":
+            from dit_fast.kernels import long_skip as kernel
+
+            kernel.fold(*_for_kernel((own[0], own[1], own[2], own[3])), into[0].dtype, into)
+        else:
+            folded, folded_bias = _fold(*own, into[0].dtype)
+            torch._foreach_copy_(into, [folded, folded.sum(1, dtype=folded_bias.dtype), folded_bias])
+
+
 def backward(
     grad: Tensor,
     y: Tensor,
@@ -118,8 +132,9 @@ def backward(
     dtype: torch.dtype,
     backend: str,
     needs: list[bool],
+    folds: list[Tensor],
 ) -> list[Tensor]:
-    """Gradients of those of the six inputs that are needed; products in dtype, that of the forward's."""
+    """Gradients of those of the six inputs that are needed; products in dtype, that of the forward's; folds: its."""
     grad, x, skip, parameters = rows(grad), rows(x), rows(skip), (norm_weight, norm_bias, weight, bias)
     wide, wanted = mean.dtype, (needs[0], needs[1])
     if not (backend == "triton" and any(wanted)):  # whose first kernel converts what it reads
@@ -133,19 +148,19 @@ def backward(
         if backend == "triton" and any(wanted):
             from dit_fast.kernels import long_skip as kernel
 
-            folded, sums, folded_bias = kernel.fold(*_for_kernel(parameters), dtype)
+            folded, sums, folded_bias = folds or kernel.fold(*_for_kernel(parameters), dtype)
             c1, c2, grad_bias, grad = kernel.prepare_backward(grad, y, sums, folded_bias, dtype)
             pair, want_unit = (_aligned(x), _aligned(skip)), want_product and all(wanted)
             *grads[:2], unit = kernel.backward_input(grad, *pair, mean, rstd, folded, c1, c2, wanted, want_unit)
         elif (
             backend == "gemm" and all(wanted) and weight.dtype.itemsize > 2 and (passes := _row_kernels(x, skip, dtype))
         ):
-            folded, _ = _fold(*parameters, dtype)
+            folded, _ = folds[::2] or _fold(*parameters, dtype)
             *grads[:2], unit = passes.finish(grad @ folded, x, skip, mean, rstd)
         if unit is not None and want_product:
             product = _matmul_wide(grad.T, unit, wide)
         elif unit is None and (want_product or (backend == "gemm" and any(wanted))):
-            product = _by_halves(grad, y, mean, rstd, x, skip, parameters, backend, needs, grads)
+            product = _by_halves(grad, y, mean, rstd, x, skip, parameters, backend, needs, grads, folds)
         grads[2:] = _parameter_gradients(grad, product, grad_bias, parameters, wide, needs[2:])
     return [g for g, needed in zip(grads, needs, strict=True) if needed and g is not None]
 
@@ -161,6 +176,7 @@ def _by_halves(
     backend: str,
     needs: list[bool],
     grads: list[Tensor | None],
+    folds: list[Tensor],
 ) -> Tensor | None:
     """P [D, 2D] = dY^T zn if it is needed, and with "gemm" the gradients of the halves into `grads`, by torch's
     operators and with one half's normalised rows at a time."""
@@ -168,11 +184,11 @@ def _by_halves(
     width, wide = x.shape[1], mean.dtype
     product = torch.empty_like(weight, dtype=wide) if needs[2] or needs[4] else None
     if backend == "gemm" and any(needs[:2]):
-        folded, folded_bias = _fold(*parameters, grad.dtype)
+        folded, folded_bias = folds[::2] or _fold(*parameters, grad.dtype)
         if weight.dtype.itemsize == 2:
             factor, sums = weight.to(grad.dtype), torch.mv(weight.to(wide), norm_weight.to(wide))
         else:
-            factor, sums = folded, folded.sum(1, dtype=wide)
+            factor, sums = folded, folds[1] if folds else folded.sum(1, dtype=wide)
         upstream = grad.to(wide)
         c2 = torch.mv(upstream, sums) / (2 * width)
         c1 = ((upstream * y).sum(1) - torch.mv(upstream, folded_bias)) / (2 * width)

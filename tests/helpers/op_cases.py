@@ -175,9 +175,9 @@ def parameters():
 
 def long_skip_backward():
     with torch.no_grad():
-        saved = long_skip_forward(new(5, 8), new(5, 8), *parameters(), [None] * 4, 1e-6, F32, F32, "gemm")
+        saved = long_skip_forward(new(5, 8), new(5, 8), *parameters(), [None] * 4, 1e-6, F32, F32, "gemm", [])
     saved = [x.requires_grad_() for x in saved]
-    return new(5, 8), *saved, new(5, 8), new(5, 8), *parameters(), F32, "gemm", [True] * 6
+    return new(5, 8), *saved, new(5, 8), new(5, 8), *parameters(), F32, "gemm", [True] * 6, []
 
 
 def diversity_backward():
@@ -227,7 +227,8 @@ REGISTERED = {
         new(4), new(4, 8), new(4, 8), torch.rand(4), torch.arange(4), 3, "linear", [True, True], "torch"
     ),
     "gelu_backward": lambda: (new(5, 8), new(5, 6), new(6, 8), True, True, "recompute"),
-    "long_skip_forward": lambda: (new(5, 8), new(5, 8), *parameters(), [None] * 4, 1e-6, F32, F32, "gemm"),
+    "long_skip_forward": lambda: (new(5, 8), new(5, 8), *parameters(), [None] * 4, 1e-6, F32, F32, "gemm", []),
+    "long_skip_fold": lambda: ([new(8, 16), new(8), new(8)], list(parameters()), "gemm"),
     "long_skip_backward": long_skip_backward,
     "qk_norm_forward": lambda: (new(2, 3, 24), 2, *(new(4) for _ in range(4)), None, None, 1e-5, "layer", "torch"),
     "qk_norm_backward": lambda: (
