@@ -6,6 +6,8 @@ python -m tests.train.engine_worker OUT.json WORK_FOLDER SCENARIO.json
 import dataclasses
 import json
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -15,7 +17,9 @@ from dit_fast.checkpoint.step import open_checkpoint
 from dit_fast.errors import UserError
 from dit_fast.methods import METHODS, Method, build_methods
 from dit_fast.models import build_model
+from dit_fast.models.sit import SiT
 from dit_fast.objectives import OBJECTIVES
+from dit_fast.ops import long_skip
 from dit_fast.runs import EngineConfig, OptimizerConfig, RunConfig, TrainConfig
 from dit_fast.train.checkpoints import Checkpoints
 from dit_fast.train.engine import SingleEngine
@@ -98,6 +102,8 @@ def run(scenario, world, folder):
             block.compile(backend="aot_eager")
     engine = engine_of(loss, config, world)
     restore(engine, checkpoint)
+    if "write" in scenario:
+        return written(engine, scenario, world, micro)
     rest = Rest(methods, engine, 0.9, checkpoint)
     result = {"losses": [], "norms": [], "applied": []}
     for step in range(first, scenario["steps"]):
@@ -116,6 +122,38 @@ def run(scenario, world, folder):
     else:
         assert checkpoints.save(engine, rest.tensors(), state)
     return result
+
+
+def written(engine, scenario, world, micro):
+    """The losses of four steps in whose midst something else than the optimizer writes the weights. bare: of an engine
+    that keeps no copies. Modulations are made block by block, so that both sum alike; the long skip keeps W' folded."""
+    model, trained = engine.model, [each for each in engine.model.parameters() if each.requires_grad]
+    if scenario["bare"]:
+        for weight in trained:
+            weight.__dict__.pop("shadow", None)
+            weight.__dict__.pop("folded", None)
+    losses = []
+    with (
+        mock.patch.object(SiT, "_modulations", return_value={}),
+        mock.patch("dit_fast.nn.long_skip.long_skip", partial(long_skip, backend="gemm")),
+    ):
+        for step in range(4):
+            if step == 2:
+                held = engine._gathered(True, modifier_rank=0) if engine.config.engine.zero_stage else nullcontext()
+                with held, torch.no_grad():
+                    halves = {name: 0.5 * each for name, each in model.named_parameters() if each.requires_grad}
+                    if scenario["write"] == "load":
+                        model.load_state_dict(halves, strict=False)
+                    else:
+                        torch._foreach_copy_(trained, list(halves.values()))
+            outcome = engine.train_step(micro_batches(step, world, micro, ()), step, 1e-2)
+            losses.append(world.reduce(outcome.logs["loss"].clone(), "mean").item())
+    kept = [hasattr(weight, "shadow") for weight in trained], [_folds(weight) for weight in trained]
+    return {"losses": losses, "kept": [sum(each) for each in kept]}
+
+
+def _folds(weight):
+    return hasattr(weight, "folded") and bool(weight.folded._tensors)
 
 
 class ToyModel(torch.nn.Module):

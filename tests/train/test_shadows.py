@@ -1,6 +1,7 @@
 """Copies of weights for autocast: the same bits as autocast's own, in fewer operations, written by the optimizer."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from dit_fast.models import build_model
 from dit_fast.models.sit import SiT
 from dit_fast.nn.linear import Linear
 from dit_fast.objectives import Flow
+from dit_fast.ops import long_skip, long_skip_rows
 from dit_fast.runs import TrainConfig, changed
 from dit_fast.train.engine import SingleEngine
 from dit_fast.train.loss import TrainingLoss
@@ -35,6 +37,7 @@ def engine(precision="bf16", shadows=True, compile=False):
     if not shadows:
         for weight in model.parameters():
             weight.__dict__.pop("shadow", None)
+            weight.__dict__.pop("folded", None)
     return made
 
 
@@ -61,6 +64,29 @@ def test_shadows_follow_the_weights_and_copies_of_a_model_have_none():
     assert all(torch.equal(layer.weight.shadow, layer.weight.bfloat16()) for layer in shadowed)
     assert not any(hasattr(weight, "shadow") for weight in copy.deepcopy(made.model).parameters())
     assert not any(hasattr(weight, "shadow") for weight in engine("fp32").model.parameters())
+
+
+def test_a_long_skip_folds_its_weights_once_per_step(monkeypatch):
+    folds = []
+    fold = long_skip_rows._fold
+    monkeypatch.setattr(long_skip_rows, "_fold", lambda *given: folds.append(1) or fold(*given))
+    monkeypatch.setattr("dit_fast.nn.long_skip.long_skip", functools.partial(long_skip, backend="gemm"))
+    monkeypatch.setattr(SiT, "_modulations", lambda self, c: {})
+    kept, bare = engine(), engine(shadows=False)
+    pairs = len(kept.model.skip_norms)
+    assert losses(kept, 1) == losses(bare, 1)
+    assert len(folds) == pairs * (1 + 1 + 4)  # first read, after the step, and every pass of two micro-batches
+    folds.clear()
+    by_copying(kept.model), by_copying(bare.model)
+    first = [losses(made, 1) for made in (kept, bare)]
+    assert first[0] == first[1]
+    assert len(folds) == pairs * (1 + 1 + 4)
+    folds.clear()
+    losses(kept, 2)
+    assert len(folds) == pairs * 2
+    weights = [layer.linear.weight for layer in kept.model.skip_linears]
+    assert not any(weight.folded.is_stale for weight in weights)
+    assert not any(hasattr(x, "folded") for x in engine("fp32").model.parameters())
 
 
 def by_copying(model):

@@ -40,6 +40,11 @@ TWO_RANKS = [
         for stage in STAGES[:3]
         for which in ("selective", "full")
     ),
+    *(
+        {"name": f"{how}-{stage}", "stage": stage, "precision": "bf16", "write": how, "bare": how == "bare"}
+        for stage in STAGES
+        for how in ("copy", "load", "bare")
+    ),
     {"name": "half-1", "stage": 1, "steps": 3},
     {"name": "half-3", "stage": 3, "steps": 3},
     {"name": "1-to-3", "stage": 3, "steps": 6, "load": "half-1/checkpoints/step_00000003"},
@@ -106,6 +111,14 @@ def test_fp32_stages_equal_one_process(results, folder, stage):
 def test_bf16_stages_equal_one_process(results, stage):
     assert results[f"bf16-{stage}"]["losses"] == pytest.approx(results["bf16-single"]["losses"], rel=2e-3)
     assert results[f"bf16-{stage}"]["losses"] != results[f"fp32-{stage}"]["losses"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_weight_written_behind_the_optimizers_back_leaves_no_stale_copy(results, stage):
+    copied, loaded, bare = (results[f"{how}-{stage}"] for how in ("copy", "load", "bare"))
+    assert copied["losses"] == loaded["losses"] == bare["losses"]
+    assert bare["kept"] == [0, 0]
+    assert all(copied["kept"]) is all(loaded["kept"]) is (stage < 3)  # which holds no weight whole
 
 
 def test_accumulation_equals_one_big_batch(results, folder):
