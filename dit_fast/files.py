@@ -2,11 +2,15 @@
 
 import contextlib
 import errno
+import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+logger = logging.getLogger("dit_fast")
 
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # what a file system without locks answers
 
@@ -70,6 +74,25 @@ def replace(path: Path, data: bytes) -> None:
             write(file, data)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def locked(path: Path, rank: int) -> BinaryIO:
+    """The file, which one process at a time holds as this rank, until it is closed. It must be there.
+
+    Raises BlockingIOError where another process holds it. A lock goes with every handle of the file that its process
+    closes, so nobody may read the file meanwhile. On a file system without locks: a warning, and no lock.
+    """
+    file = path.open("rb+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+    except OSError as error:
+        if isinstance(error, PermissionError):  # the other answer of the system where it is held
+            error = BlockingIOError(*error.args)
+        if isinstance(error, BlockingIOError) or error.errno not in NO_LOCKS:
+            file.close()
+            raise error from None
+        logger.warning("%s: lies on a file system without locks; see that no other process writes there", path.parent)
+    return file
 
 
 def free_bytes(path: Path) -> int:

@@ -20,6 +20,7 @@ logger = logging.getLogger("dit_fast")
 
 COUNT = 50_000  # images of a run
 MOST_SCALES = 1000
+LOCK = "lock"
 EXAMPLES = """Images are drawn as by `dit-fast sample`, with its options, but that --count is 50000 by default,
 --cfg-scale may be FIRST:LAST:STEP, and labels are random with adm:FILE, else balanced.
 
@@ -109,6 +110,27 @@ def _evaluate(options: argparse.Namespace) -> int:
     return work(options, place, out, networks, metrics, bool(asked), given, world)
 
 
+@contextmanager
+def _alone(out: Path, world: "World") -> Iterator[None]:
+    """One command at a time writes there: the one that ends first would remove the other's features."""
+    from dit_fast.evaluation.evaluate import FOLDER
+    from dit_fast.files import locked
+    from dit_fast.sampling.output import writing
+
+    path = out / FOLDER / LOCK
+    with writing(out):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        try:
+            held = locked(path, world.rank)
+        except BlockingIOError:
+            raise UserError(
+                f"{out}: another `dit-fast evaluate` writes there; wait for it, or name another folder with --out"
+            ) from None
+    with held:
+        yield
+
+
 def _of_run(
     options: argparse.Namespace, place: Path, out: Path, networks: "list[Network]", metrics: list[tuple[str, ...]],
     asked: bool, given: dict[str, Any], world: "World",
@@ -127,21 +149,22 @@ def _of_run(
     dataset = run.dataset(options.data)
     chosen = [SampleOptions(**{**usual, **given, "cfg_scale": scale}).resolved(run, dataset) for scale in scales]
     autoencoder = decoder(run, chosen[0], dataset)
-    meet()  # rank 0 will remove the parts, and a rank that comes after that would make its share again
-    evaluators = _prepare(options, dataset, out, networks, metrics, asked, world)
-    found: list[Evaluation] = []
-    for each in chosen:
-        label = "drawing" if len(chosen) == 1 else f"guidance {each.cfg_scale:g}"
-        with _bar(each.total, label, world) as step:
-            measured = of_run(evaluators, run, each, dataset, autoencoder, step)
-        _record(out, measured, brief=len(chosen) > 1)
-        found += measured
-    if not world.rank:
-        if len(chosen) > 1:
-            _tell_best(found, len(networks))
-        for evaluator in evaluators:
-            for each in chosen:
-                evaluator.parts_of(run, each, dataset, autoencoder).remove()
+    with _alone(out, world):
+        meet()  # rank 0 will remove the parts, and a rank that comes after that would make its share again
+        evaluators = _prepare(options, dataset, out, networks, metrics, asked, world)
+        found: list[Evaluation] = []
+        for each in chosen:
+            label = "drawing" if len(chosen) == 1 else f"guidance {each.cfg_scale:g}"
+            with _bar(each.total, label, world) as step:
+                measured = of_run(evaluators, run, each, dataset, autoencoder, step)
+            _record(out, measured, brief=len(chosen) > 1)
+            found += measured
+        if not world.rank:
+            if len(chosen) > 1:
+                _tell_best(found, len(networks))
+            for evaluator in evaluators:
+                for each in chosen:
+                    evaluator.parts_of(run, each, dataset, autoencoder).remove()
     return 0
 
 
@@ -155,14 +178,15 @@ def _of_images(
     images = open_images(place)
     if options.reference is None:
         raise UserError(f"{place}: images from files have no data set to be compared with; name one with --reference")
-    meet()
-    evaluators = _prepare(options, None, out, networks, metrics, asked, world)
-    for evaluator in evaluators:
-        with _bar(images.count, "images", world) as step:
-            evaluation = evaluator.of_images(images, step=step)
-        if evaluation is not None:
-            _record(out, [evaluation], brief=False)
-            evaluator.parts_of_images(images).remove()
+    with _alone(out, world):
+        meet()
+        evaluators = _prepare(options, None, out, networks, metrics, asked, world)
+        for evaluator in evaluators:
+            with _bar(images.count, "images", world) as step:
+                evaluation = evaluator.of_images(images, step=step)
+            if evaluation is not None:
+                _record(out, [evaluation], brief=False)
+                evaluator.parts_of_images(images).remove()
     return 0
 
 

@@ -16,7 +16,7 @@ def add_commands(subparsers: Any) -> None:
     )
     exporting.set_defaults(run=_export)
     exporting.add_argument("folder", metavar="RUN", type=Path, help="run folder, one of its checkpoints, or: ops")
-    exporting.add_argument("out", metavar="OUT", type=Path, help="FILE.safetensors, FILE.pt, or a new folder")
+    exporting.add_argument("out", metavar="OUT", type=Path, help="a new FILE.safetensors or FILE.pt, or a new folder")
     exporting.add_argument("--family", help="of a file: whose names (default: as the model is; docs/sampling.md)")
     exporting.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or raw (default: ema)")
     exporting.add_argument("--data", help="of a folder: where the run's data set lies now, if it moved")
@@ -36,6 +36,8 @@ def _export(options: argparse.Namespace) -> int:
     for flag, value, kind in (("--family", options.family, "a file"), ("--data", options.data, "a folder")):
         if value is not None and (kind == "a file") != bool(out.suffix):
             raise UserError(f"{flag} is for {kind}, and {out} is {'a file' if out.suffix else 'a folder'}; drop it")
+    if out.suffix and out.exists():
+        raise UserError(f"{out}: exists already; name a new file")
     check_writable(out.parent)
     run = load_run(options.folder, weights=options.weights)
     with writing(out):

@@ -4,9 +4,7 @@ What a chunk is there, and what becomes of them all: `dit_fast.sampling.forms`.
 """
 
 import contextlib
-import fcntl
 import json
-import logging
 import os
 import re
 import shutil
@@ -15,13 +13,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from dit_fast import files
 from dit_fast.checkpoint.run import LoadedRun
 from dit_fast.errors import UserError
-from dit_fast.files import NO_LOCKS
 from dit_fast.sampling.options import SampleOptions
 from dit_fast.sampling.samples import Samples
-
-logger = logging.getLogger("dit_fast")
 
 DESCRIPTION = "sampling.json"
 
@@ -65,17 +61,12 @@ class Parts(ABC):
                 f"{folder}: holds images of another command ({difference}); remove it, or give that command again to "
                 "finish it"
             )
-        self._held = path.open("rb+")  # with the lock, which goes when the file is closed: nobody reads it from here on
         try:
-            fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
-        except (BlockingIOError, PermissionError):
+            self._held = files.locked(path, rank)  # nobody reads it from here on
+        except BlockingIOError:
             raise UserError(
                 f"{folder}: another process draws into it as rank {rank}; wait for it, or name another place with --out"
             ) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            logger.warning("%s: lies on a file system without locks; see that no other process draws into it", folder)
 
     def numbers(self) -> list[int]:
         """Of the files that are there."""

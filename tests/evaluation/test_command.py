@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 from dataclasses import replace
 
@@ -19,6 +21,7 @@ from dit_fast.evaluation.command import sweep
 from dit_fast.evaluation.metrics import frechet_distance, inception_score, moments, precision_recall
 from dit_fast.evaluation.records import FILE_NAME, read_evaluations
 from tests.helpers.encoder_weights import toy_encoder
+from tests.helpers.toy_runs import environment
 
 METRICS = ["FD-DINOv2-B", "KD-DINOv2-B", "precision-DINOv2-B", "recall-DINOv2-B"]
 DRAWN = ["--num-steps", "1", "--count", "24", "--batch", "8", "--cfg-scale", "1"]
@@ -149,6 +152,23 @@ def test_images_of_files_are_those_of_the_run(run, network, place, tmp_path, for
         assert of_files.values[name] == pytest.approx(of_run.values[name], rel=1e-6)
     assert of_files.protocol.samples == drawn.name
     assert "drawn in an unstated way" in of_files.protocol.text()
+
+
+def test_a_second_command_at_the_same_place_is_refused(run, network, tmp_path, capsys):
+    command = ["evaluate", str(run), *network, *DRAWN, "--metrics", "fd"]
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "lock").touch()
+    script = "import sys; from pathlib import Path; from dit_fast.files import locked\n"
+    script += "held = locked(Path(sys.argv[1]), 0); print('held', flush=True); sys.stdin.read()"
+    other = [sys.executable, "-c", script, str(run / "evaluation" / "lock")]
+    with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        assert main(command) == 2
+        assert f"{run}: another `dit-fast evaluate` writes there; wait for it" in capsys.readouterr().err
+        assert not (run / FILE_NAME).exists()
+        assert main([*command, "-o", str(tmp_path / "elsewhere")]) == 0
+        holder.stdin.close()
+    assert main(command) == 0
 
 
 def test_a_sweep_of_the_guidance_tells_the_best(run, network, capsys):

@@ -135,5 +135,9 @@ def test_a_file_says_what_it_is(place, tmp_path, capsys):
     assert about["dit_fast.objective"] == "flow"
     assert int(about["dit_fast.step"]) > 0
     assert about["num_classes"] == "3"
+    before = out.read_bytes()
+    assert main(["export", str(place / "plain"), str(out)]) == 2
+    assert "model.safetensors: exists already; name a new file" in capsys.readouterr().err
+    assert out.read_bytes() == before
     assert main(["export", str(place / "plain"), str(tmp_path / "folder"), "--family", "repa"]) == 2
     assert "--family is for a file" in capsys.readouterr().err
