@@ -3,13 +3,16 @@
 Chunks have fixed borders and are summed in order, so that neither ranks nor restarts change a bit of what is measured.
 """
 
+import hashlib
 import json
-import os
+import logging
 import re
 import shutil
 import time
+import uuid
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,13 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_fast import files
 from dit_fast.data.files import weights_identity
 from dit_fast.errors import DataError, UserError
 from dit_fast.evaluation.metrics import Moments, MomentSums
 from dit_fast.evaluation.networks import Network, in_batches
 from dit_fast.evaluation.sources import ArrayImages, ImageSet, digest
+from dit_fast.files import sync
 from dit_fast.world import World
+
+logger = logging.getLogger("dit_fast")
 
 CHUNK = 256  # images of a part, of images from files
 POLL = 0.2  # seconds between looks for the parts of other ranks
@@ -56,20 +61,20 @@ class FeatureParts:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "description.json"
         if not path.exists():
-            partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # ranks write the same, perhaps at once
-            partial.write_text(json.dumps({"of": content, "images": total, "chunk": chunk}, indent=1))
-            partial.replace(path)
+            with _replacing(path) as file:
+                file.write(json.dumps({"of": content, "images": total, "chunk": chunk}, indent=1).encode())
 
     def done(self) -> set[int]:
         """First images of the chunks that are there."""
         return {int(match[1]) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))}
 
+    def whole(self) -> bool:
+        """Whether all chunks are there."""
+        return len(self.done()) == -(-self.total // self.chunk)
+
     def add(self, first: int, features: Mapping[str, Tensor], **more: Any) -> None:
-        path = self._path(first)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        with partial.open("wb") as file:
+        with _replacing(self._path(first)) as file:
             _savez(file, {name: x.numpy() for name, x in features.items()} | more)
-        partial.replace(path)
 
     def read(self, first: int) -> dict[str, np.ndarray]:
         """Waits for a part that another rank is making."""
@@ -131,8 +136,9 @@ class Reference:
 class ReferenceSource:
     """A reference as it was given: statistics in an .npz of ADM or torch-fidelity, or a set of images.
 
-    Features of images are kept in FOLDER/reference_DIGEST.npz, itself such a file (mu, sigma, mu_s, sigma_s, count,
-    rows and the network's identity), and taken from there the next time.
+    Features of images are kept beside them, in PLACE.features/reference_DIGEST.npz, for all runs: itself such a file
+    (mu, sigma, mu_s, sigma_s, count, rows, the network's identity, and the sha256 of all that). DIGEST is of the
+    images, their number, the network and its resizing. Where nothing can be written there it lies in `folder`.
     """
 
     def __init__(self, given: Path | ImageSet, network: Network, folder: Path):
@@ -145,11 +151,15 @@ class ReferenceSource:
                 self.images = ArrayImages(given)
         else:
             self.images, self.name, self.identity = given, given.name, given.identity
-        self.kept = folder / f"reference_{digest([self.identity, network.identity])}.npz"
         self.parts: FeatureParts | None = None
-        if self.images is not None and not self.kept.exists():
-            content = {"reference": self.identity, "network": network.identity}
-            self.parts = FeatureParts(folder / "parts", content, self.images.count, CHUNK)
+        if self.images is not None:
+            count, resizing = self.images.count, network.resizing(self.images.size)
+            name = f"reference_{digest([self.identity, count, network.identity, resizing])}.npz"
+            place = self.images.place
+            self._places = [*([] if place is None else [beside(place) / name]), folder / name]
+            if self._kept() is None:
+                content = {"reference": self.identity, "network": network.identity}
+                self.parts = FeatureParts(folder / "parts", content, count, CHUNK)
 
     def extract(self, world: World, step: Callable[[int], object]) -> None:
         if self.parts is not None and self.images is not None:
@@ -159,15 +169,39 @@ class ReferenceSource:
         """On rank 0, once every rank extracts. Raises DataError for a file that holds no statistics of this network."""
         given = None if self._path is None else read_statistics(self._path, self._network)
         if self.parts is not None:
-            features = self.parts.gather(["pool"], ROWS)
-            if given is not None:  # of ADM: the moments are of the whole training set, the images are 10,000 of them
-                features = Features(given.count, given.moments, features.rows)
-            write_statistics(self.kept, features, self._network)
+            while not self.parts.whole() and self._kept() is None:  # other ranks leave it where another run was faster
+                time.sleep(POLL)
+            if self._kept() is None:
+                features = self.parts.gather(["pool"], ROWS)
+                if given is not None:  # of ADM: the moments are of the whole training set, the images 10,000 of them
+                    features = Features(given.count, given.moments, features.rows)
+                self._keep(features)
             self.parts.remove()
-        found = read_statistics(self.kept, self._network) if self.images is not None else given
-        assert found is not None
+        kept = self._kept()
+        found = given if kept is None else read_statistics(kept, self._network)
+        assert found is not None, "a reference without images is a file of statistics"
         size = None if self.images is None or given is not None else self.images.size
         return Reference(self.name, self.identity, found, size)
+
+    def _kept(self) -> Path | None:
+        return None if self.images is None else next((path for path in self._places if path.exists()), None)
+
+    def _keep(self, features: Features) -> None:
+        for path in self._places:
+            try:
+                write_statistics(path, features, self._network)
+                return
+            except OSError as error:
+                if path == self._places[-1]:
+                    raise
+                reason = error.strerror or type(error).__name__
+                logger.info("%s: cannot be written (%s); kept for this run alone, in %s", path, reason, self._folder)
+
+
+def beside(place: Path) -> Path:
+    """The folder for features of the images that lie there."""
+    place = place.resolve()
+    return place.with_name(f"{place.name}.features")
 
 
 def is_statistics(path: Path) -> bool:
@@ -191,9 +225,33 @@ def write_statistics(path: Path, features: Features, network: Network) -> None:
     if features.count is not None:
         content["count"] = np.int64(features.count)
     content |= {f"rows_{name}": x for name, x in features.rows.items()}
+    content["sha256"] = np.array(_sha256(content))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with files.replacing(path) as file:
+    with _replacing(path) as file:
         _savez(file, content)
+        sync(file)
+
+
+def _sha256(content: Mapping[str, Any]) -> str:
+    """Of all arrays, with their names, types and shapes."""
+    found = hashlib.sha256()
+    for name in sorted(content):
+        array = np.ascontiguousarray(content[name])
+        found.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """As `files.replacing`, where several processes may write the same at once."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _savez(file: BinaryIO, content: Mapping[str, Any]) -> None:
@@ -208,6 +266,8 @@ def read_statistics(path: Path, network: Network) -> Features:
             held = set(file.files)
             if "network" in held and str(file["network"]) != network.identity:
                 raise UserError(f"{path}: is of {file['network']}, not of {network.identity}; use one network for both")
+            if "sha256" in held and str(file["sha256"]) != _sha256({key: file[key] for key in held - {"sha256"}}):
+                raise ValueError("its content is not what was written")
             moments, count = {}, int(file["count"]) if "count" in held else None
             for name, (mean, covariance) in STATISTICS.items():
                 if {mean, covariance} <= held:
@@ -219,7 +279,9 @@ def read_statistics(path: Path, network: Network) -> Features:
     except UserError:
         raise
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: holds no statistics of features ({error}); restore it") from None
+        raise DataError(
+            f"{path}: holds no whole statistics of features ({error}); restore it, or remove one that evaluate has made"
+        ) from None
     if "pool" not in moments:
         raise DataError(f"{path}: has no mu and sigma; give ADM's or torch-fidelity's .npz, images, or shards")
     return Features(count, moments, rows)

@@ -27,11 +27,13 @@ IMAGE = "image"  # the field of shards that hold the pictures themselves
 class ImageSet(Protocol):
     """A set of images of one size. name: for the protocol. identity: hash of what decides its content.
 
-    size: (height, width). labels: how labels were chosen, None where nobody says. decoder: what made pixels of latents.
+    place: where it lies on this machine, None for one elsewhere. size: (height, width). labels: how labels were
+    chosen, None where nobody says. decoder: what made pixels of latents.
     """
 
     name: str
     identity: str
+    place: Path | None
     count: int
     size: tuple[int, int]
     labels: str | None
@@ -46,6 +48,7 @@ class _Files:
     labels: str | None = None
     decoder: str | None = None
     name: str
+    place: Path | None
     count: int
     size: tuple[int, int]
 
@@ -74,7 +77,7 @@ class FolderImages(_Files):
         self._files = sorted(path for path in found if not any(map(is_ignored, path.relative_to(folder).parts)))
         if not self._files:
             raise DataError(f"{folder}: holds no image files ({', '.join(sorted(SUFFIXES))})")
-        self.name, self.count = folder.name or str(folder), len(self._files)
+        self.name, self.place, self.count = folder.name or str(folder), folder, len(self._files)
         names = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in self._files]
         self.identity = digest(names)
         self.size = self.read(0, 1).shape[1:3]
@@ -106,7 +109,7 @@ class TarImages(_Files):
         self._members = [each for each in images if each.isfile()]
         if not self._members:
             raise DataError(f"{path}: holds no image files ({', '.join(sorted(SUFFIXES))})")
-        self.name, self.count = path.name, len(self._members)
+        self.name, self.place, self.count = path.name, path, len(self._members)
         self.identity = weights_identity("tar", [path])
         self.size = self.read(0, 1).shape[1:3]
 
@@ -126,6 +129,7 @@ class ArrayImages:
 
     def __init__(self, path: Path):
         self._path, self.name = path, path.name
+        self.place: Path | None = path
         self.labels: str | None = None
         try:
             self._archive = zipfile.ZipFile(path)
@@ -166,6 +170,7 @@ class ShardImages:
     def __init__(self, dataset: LatentDataset, count: int | None, device: torch.device):
         info = dataset.info
         total, self._device = len(dataset), device
+        self.place = None if dataset.remote else Path(dataset.root)
         if count is not None and not 1 < count <= total:
             raise UserError(
                 f"{dataset.root}: has {total} images, and {count} of them were asked for; ask for 2 to {total}"

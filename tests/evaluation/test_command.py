@@ -27,6 +27,12 @@ METRICS = ["FD-DINOv2-B", "KD-DINOv2-B", "precision-DINOv2-B", "recall-DINOv2-B"
 DRAWN = ["--num-steps", "1", "--count", "24", "--batch", "8", "--cfg-scale", "1"]
 
 
+@pytest.fixture(autouse=True)
+def _private(tmp_path, monkeypatch):
+    """Features of references, beside what all tests share, are each test's own."""
+    monkeypatch.setattr(features_module, "beside", lambda place: tmp_path / "kept")
+
+
 @pytest.fixture
 def run(place, tmp_path):
     return shutil.copytree(place / "plain", tmp_path / "run")
@@ -154,6 +160,31 @@ def test_images_of_files_are_those_of_the_run(run, network, place, tmp_path, for
     assert "drawn in an unstated way" in of_files.protocol.text()
 
 
+def test_a_reference_is_measured_once_for_all_runs(place, network, tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()
+    shards, real, seen = shutil.copytree(place / "shards", tmp_path / "shards"), networks.in_batches, []
+    monkeypatch.setattr(features_module, "in_batches", lambda *given: seen.append(len(given[1])) or real(*given))
+    for name in ("plain", "diverse"):
+        shutil.copytree(place / name, tmp_path / name)
+        assert main(["evaluate", str(tmp_path / name), *network, *DRAWN, "--data", str(shards)]) == 0
+    assert seen == [36]
+    (kept,) = (tmp_path / "shards.features").iterdir()
+    command = ["evaluate", str(tmp_path / "plain"), *network, *DRAWN, "--data", str(shards)]
+    assert main([*command, "--reference-count", "30"]) == 0
+    assert seen == [36, 30]  # another number of images is another reference
+    with np.load(kept) as file:
+        content = dict(file)
+    np.savez(kept, **{**content, "mu": content["mu"] + 1e-3})
+    assert main(command) == 2
+    assert f"{kept}: holds no whole statistics" in capsys.readouterr().err
+    # where nothing can be written beside it, the run has them
+    shutil.rmtree(tmp_path / "shards.features")
+    (tmp_path / "shards.features").touch()
+    assert main(command) == 0
+    assert [path.name for path in (tmp_path / "plain" / "evaluation").glob("reference_*")] == [kept.name]
+    assert seen == [36, 30, 36]
+
+
 def test_a_second_command_at_the_same_place_is_refused(run, network, tmp_path, capsys):
     command = ["evaluate", str(run), *network, *DRAWN, "--metrics", "fd"]
     (run / "evaluation").mkdir()
@@ -247,7 +278,7 @@ def test_images_need_a_reference_and_take_no_options_of_drawing(place, network, 
 def test_a_file_of_statistics_is_a_reference_of_its_own_network(run, network, place, tmp_path, capsys, caplog):
     command = ["evaluate", str(run), *network, *DRAWN]
     assert main(command) == 0
-    (kept,) = (run / "evaluation").glob("reference_*.npz")
+    (kept,) = (tmp_path / "kept").glob("reference_*.npz")
     moved = shutil.copy(kept, tmp_path / "ours.npz")
     assert main([*command, "--reference", str(moved)]) == 0
     first, second = read_evaluations(run)
