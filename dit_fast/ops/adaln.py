@@ -18,7 +18,8 @@ Without g, dx is e itself: autograd gets back the tensor that it gave.
 
 RMSNorm has r = 1/sqrt(variance + m^2 + eps), n = r x_new and a = e + r (h - n mean(h n)): the statistics of a row are
 its mean and variance with either norm. Without y, x_new is x; without scale there is no out, and scale may be without
-shift. Saved for the backward: x_new, which the model holds anyway, y, the vectors and two numbers per row.
+shift. Saved for the backward: x_new, which the model holds anyway, y, the vectors and two numbers per row. Kernels read
+rows where they lie, at any distance, gradients too; what has a last stride other than 1 is copied first.
 """
 
 import functools

@@ -21,6 +21,13 @@ of all u_l, [M, D] in float32, and with c_k the most frequent weight of block k
 With all pairs and mean cosines of one sign only k's own residual weight is not zero: a tap reads its block, the
 mixture and the gradient from above, however many blocks there are. A cosine of the other sign costs one row more.
 
+Not built: the next block's `layer_norm_modulate(return_x=True)` reads the tapped block and writes its gradient anyway.
+With the term in that pass, 8 of the 11.5 bytes per element that the loss adds to an fp32 stream's backward would go
+(the tap's read of its block, the gate's write of a gradient that it would hand on), and no launch would: a gate has one
+either way. It takes a kernel that is both backwards at once, beside the two of today: a gate still adds the term where
+that op takes no part in a backward, which only the backward itself can tell. A tap behind a long skip
+(`skip_wiring="output"`, which no recipe sets) keeps a launch and a pass of its own.
+
 Put taps outside of activation checkpoints: a recomputed block must not register its output twice.
 """
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dit_fast.kernels import adaln as kernel
-from dit_fast.kernels import tuning
+from dit_fast.kernels import adaln_gradients, tuning
+from dit_fast.kernels.launch import Kept, launcher
 from dit_fast.ops import adaln, gate_residual, gate_residual_modulate, layer_norm_modulate
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -212,6 +213,58 @@ def test_any_strides_and_addresses(width):
     expanded = (row, y, *(vector[:1].expand(3, width) for vector in vectors)), (one, grads[1][..., :1].expand(sizes))
     for ours, reference in zip(run(*expanded), exact(*expanded), strict=True):
         assert error(ours, reference) < 1e-6
+
+
+def launched(monkeypatch):
+    """What the launches to come are given, each the addresses of its tensors."""
+    found = []
+
+    def watched(*arguments):
+        launch = launcher(*arguments)
+        return lambda *tensors: (found.append([each.data_ptr() for each in tensors]), launch(*tensors))[1]
+
+    for module, kept in ((kernel, "_FORWARD"), (adaln_gradients, "_BACKWARD")):
+        monkeypatch.setattr(module, "launcher", watched)
+        monkeypatch.setattr(module, kept, Kept())
+    return found
+
+
+def places(tensors):
+    return [each.data_ptr() for each in tensors]
+
+
+def test_rows_are_read_where_they_lie(monkeypatch):
+    """Chunks of a modulation, tokens of a longer sequence, channels of wider rows, one row or one sample for all."""
+    found = launched(monkeypatch)
+    wide = torch.randn(3, 9, 48)
+    x, y = wide[:, 1:, :16], torch.randn(3, 1, 16).expand(3, 8, 16)
+    gate, shift, scale = torch.randn(1, 6 * 16).expand(3, 96).chunk(6, 1)[:3]
+    inputs = [each.detach().requires_grad_() for each in (x, y, gate, shift, scale)]
+    above, grad_out = torch.randn(8, 3, 16).transpose(0, 1), torch.randn(1, 1, 16).expand(3, 8, 16)
+    x_new, out = gate_residual_modulate(*inputs, backend="triton")
+    torch.autograd.grad((x_new, out), inputs, (above, grad_out))
+    assert found[0][:5] == places(inputs)
+    assert found[1][:6] == places((above, grad_out, x_new, inputs[1], inputs[2], inputs[4]))
+    found.clear()
+    same, out = layer_norm_modulate(inputs[0], *inputs[3:], backend="triton", return_x=True)
+    torch.autograd.grad((same, out), inputs[:1], (above, grad_out))
+    assert found[0][0] == inputs[0].data_ptr()
+    assert found[1][:3] == places((above, grad_out, inputs[0]))
+
+
+def test_rows_that_do_not_lie_together_are_copied_and_nothing_else_is(monkeypatch):
+    """Every other channel, a transposed stream, one number for all: as `by_rows` says."""
+    found = launched(monkeypatch)
+    x, y = torch.randn(2, 16, 5).transpose(1, 2).requires_grad_(), torch.randn(2, 5, 16, requires_grad=True)
+    gate, shift, scale = torch.randn(2, 32)[:, ::2], *torch.randn(2, 2, 16).unbind(0)
+    x_new, out = gate_residual_modulate(x, y, gate, shift, scale, backend="triton")
+    grads = torch.ones(()).expand(2, 5, 16), torch.randn(2, 5, 16)
+    torch.autograd.grad((x_new, out), (x, y), grads)
+    forward, backward = (x, y, gate, shift, scale), (*grads, x_new, y, gate, scale)
+    taken = [own == place for own, place in zip(places(forward), found[0], strict=False)]
+    assert taken == [False, True, False, True, True]
+    taken = [own == place for own, place in zip(places(backward), found[1], strict=False)]
+    assert taken == [False, True, True, True, False, True]
 
 
 @pytest.mark.parametrize("part", ["norm", "both"])
