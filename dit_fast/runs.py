@@ -61,6 +61,11 @@ class OptimizerConfig:
 class EngineConfig:
     """How a step is run: batch sizes, precision, ZeRO stage."""
 
+    name: Literal["deepspeed", "ddp"] = setting(
+        "deepspeed",
+        "What ranks share a step by: DeepSpeed's ZeRO, or torch's DDP with all on each; one process needs neither",
+        resumes=True,
+    )
     zero_stage: Literal[0, 1, 2, 3] = setting(1, "What DeepSpeed shards over ranks", resumes=True)
     precision: Literal["fp32", "bf16"] = setting(
         "bf16", "bf16: autocast in the forward; weights and optimizer states stay float32"
@@ -71,10 +76,14 @@ class EngineConfig:
     )
     # off: gradients are used before they are reduced, in silence (DeepSpeed issues 8061, 8080, 7965, 7898)
     overlap_comm: bool = setting(
-        False, "Reduce gradients during the backward pass; not used in ZeRO stage 1, where it is wrong", resumes=True
+        False,
+        "DeepSpeed: reduce gradients during the backward pass (DDP always does); not in stage 1, where it is wrong",
+        resumes=True,
     )
-    reduce_bucket_size: int = setting(500_000_000, "Elements reduced at once", "[1, 1e12]", resumes=True)
-    allgather_bucket_size: int = setting(500_000_000, "Elements gathered at once", "[1, 1e12]", resumes=True)
+    reduce_bucket_size: int = setting(500_000_000, "Elements that DeepSpeed reduces at once", "[1, 1e12]", resumes=True)
+    allgather_bucket_size: int = setting(
+        500_000_000, "Elements that DeepSpeed gathers at once", "[1, 1e12]", resumes=True
+    )
     communication_dtype: Literal["fp32", "bf16"] = setting("fp32", "Type in which gradients are reduced")
     activation_checkpointing: ActivationCheckpointing = setting(
         "none",

@@ -66,7 +66,7 @@ def _train(config: "TrainConfig") -> Status:
     from dit_fast.world import launched, single
 
     if launched():
-        from dit_fast.train.zero import start_world
+        from dit_fast.train.group import start_world
 
         world = start_world()
     else:

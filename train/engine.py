@@ -1,6 +1,6 @@
-"""Engines run a step: `SingleEngine` in one process, `zero.ZeroEngine` in DeepSpeed's ranks; `Engine` is both.
+"""Engines run a step: `SingleEngine` in one process, `ddp.DDPEngine` and `zero.ZeroEngine` in ranks; `Engine` is all.
 
-What a training loss must keep to, the same for both: all trained parameters lie in its model before the engine is made,
+What a training loss must keep to, the same for all: all trained parameters lie in its model before the engine is made,
 none is 0-dim, and nothing but the engine runs a backward that reaches them (DeepSpeed's stages 1 to 3 would lose a part
 of the gradient in silence). A parameter without a gradient has the gradient zero. Which parameters a micro-batch uses
 does not depend on the rank.
@@ -264,6 +264,7 @@ class SingleEngine(Engine):
         super().__init__(loss.to(world.device), config, world, groups)
         init_states(self._optimizer)
         self._make_shadows()
+        self._called: nn.Module = self.loss
         self._clean = True  # no gradient since the last update
         self._graphed: GraphedStep[StepResult] | None = None
         if config.engine.cuda_graph:
@@ -289,7 +290,7 @@ class SingleEngine(Engine):
         return StepResult(logs, made.grad_norm.clone(), made.applied.clone())
 
     def _forward(self, batch: Batch, step: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        made = self.loss(batch, step)
+        made = self._called(batch, step)
         if not self._checked:
             return made
         self.close()  # after the first step one look at the gradients does, where a hook costs 3 us per parameter

@@ -1,4 +1,4 @@
-"""A whole run: build, resume, step, log, save, preview, stop; one code for one process and for DeepSpeed's ranks."""
+"""A whole run: build, resume, step, log, save, preview, stop; one code for one process and for ranks."""
 
 import gc
 import logging
@@ -16,7 +16,7 @@ from dit_fast import __version__
 from dit_fast.checkpoint.step import Checkpoint
 from dit_fast.data import LatentDataset, Plan, build_loader, open_dataset
 from dit_fast.data.address import absolute
-from dit_fast.errors import CheckpointError, UserError
+from dit_fast.errors import CheckpointError, ConfigError, UserError
 from dit_fast.methods import build_methods
 from dit_fast.models import Backbone, new_model
 from dit_fast.objectives import OBJECTIVES
@@ -36,6 +36,7 @@ from dit_fast.train.prepare import (
     check_resume,
     check_stage,
     fit_to_dataset,
+    kind_of,
     micro_batch,
     narrow_model,
 )
@@ -179,6 +180,15 @@ class _Run:
     def _engine(self, loss: TrainingLoss, groups: list[dict[str, Any]]) -> Engine:
         if not launched():
             return SingleEngine(loss, self.config, self.world, groups)
+        if self.config.engine.cuda_graph:
+            raise ConfigError(
+                "engine.cuda_graph=true replays steps of one process, and a launcher started this one; set "
+                "engine.cuda_graph=false, or start without a launcher"
+            )
+        if self.config.engine.name == "ddp":
+            from dit_fast.train.ddp import DDPEngine
+
+            return DDPEngine(loss, self.config, self.world, groups)
         from dit_fast.train.zero import ZeroEngine
 
         return ZeroEngine(loss, self.config, self.world, self.micro, groups)
@@ -330,7 +340,7 @@ class _Run:
     def _describe(self, model: Backbone) -> None:
         config, world = self.config, self.world
         millions = sum(shape.numel() for _, shape in self.engine.trainable()) / 1e6
-        kind = f"ZeRO-{config.engine.zero_stage}" if launched() else "one process"
+        kind = kind_of(config.engine) if launched() else "one process"
         names = ", ".join(method.name for method in config.methods) or "none"
         self._say(
             f"{config.model.name}, {millions:.1f} M parameters, methods {names}; "

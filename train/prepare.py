@@ -52,16 +52,23 @@ def micro_batch(engine: EngineConfig, world_size: int) -> int:
     return micro
 
 
+def kind_of(engine: EngineConfig) -> str:
+    """What shares the work of several ranks, in a word."""
+    return "DDP" if engine.name == "ddp" else f"ZeRO-{engine.zero_stage}"
+
+
 def check_stage(engine: EngineConfig, parts: Iterable[Any]) -> None:
     """Raises ConfigError where an objective, a method or what is recomputed cannot run in ZeRO stage 3."""
-    if engine.zero_stage == 3 and engine.activation_checkpointing == "selective":
+    if engine.name == "ddp" or engine.zero_stage < 3:
+        return
+    if engine.activation_checkpointing == "selective":
         raise ConfigError(
             "engine.activation_checkpointing=selective repeats a block operation by operation, and engine.zero_stage=3 "
             "gathers weights in between, not twice alike; set engine.activation_checkpointing=full, or "
             "engine.zero_stage=2"
         )
     for part in parts:
-        if engine.zero_stage == 3 and part.functional:
+        if part.functional:
             raise ConfigError(
                 f"engine.zero_stage=3 cannot run '{part.name}', which differentiates within a forward (jvp, a second "
                 "derivative) or calls the model with other parameters, and stage 3 holds none outside of a plain "

@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -23,13 +22,11 @@ from dit_fast.ops.long_skip import refold
 from dit_fast.runs import TrainConfig
 from dit_fast.train.engine import Batch, Engine, Groups, Source, uneven_ranks
 from dit_fast.train.optim import init_states
-from dit_fast.train.peers import announce
-from dit_fast.world import World, here
+from dit_fast.world import World
 
 ours = logging.getLogger("dit_fast")
 
 NEVER = 2**31 - 1  # steps between DeepSpeed's own progress lines
-TIMEOUT = timedelta(minutes=30)  # of a collective: rank 0 draws previews and checks checkpoints while the others wait
 
 # torch 2.13 renamed collectives that DeepSpeed 0.19 calls by their old names, at every step
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
@@ -42,8 +39,12 @@ try:
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 except ImportError as failure:
     raise ConfigError(
-        f"several processes need DeepSpeed, which does not import ({failure}); pip install 'dit_fast[train]'"
+        f"engine.name=deepspeed needs DeepSpeed, which does not import ({failure}); pip install 'dit_fast[train]', or "
+        "set engine.name=ddp"
     ) from None
+
+# The shared-memory collective is compiled as DeepSpeed meets a process group on CPUs; a run shall not need a compiler.
+sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
 class Fragment(NamedTuple):
@@ -53,25 +54,6 @@ class Fragment(NamedTuple):
     start: int
     offset: int
     length: int
-
-
-def start_world() -> World:
-    """Joins the process group a launcher described in the environment: NCCL with CUDA, gloo without."""
-    world = here()
-    if world.device.type == "cuda":
-        torch.cuda.set_device(world.device)
-    # The shared-memory collective is compiled at this point on CPUs; a training run shall not need a compiler.
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-    try:
-        deepspeed.init_distributed("nccl" if world.device.type == "cuda" else "gloo", timeout=TIMEOUT, verbose=False)
-    except torch.distributed.DistNetworkError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise ConfigError(
-            f"rank {world.rank} cannot meet the others at {where} ({str(error).split('. ')[-1]}); use another "
-            "MASTER_PORT (deepspeed, torchrun: --master_port)"
-        ) from None
-    announce(world.rank)
-    return world
 
 
 def deepspeed_config(config: TrainConfig, world_size: int, micro_batch: int, num_parameters: int) -> dict[str, Any]:
@@ -100,11 +82,6 @@ class ZeroEngine(Engine):
     """DeepSpeed ranks. The model's weights must be in place before; optimizer states are restored after."""
 
     def __init__(self, loss: nn.Module, config: TrainConfig, world: World, micro_batch: int, groups: Groups = ()):
-        if config.engine.cuda_graph:
-            raise ConfigError(
-                "engine.cuda_graph=true replays steps of one process, and a launcher started this one; set "
-                "engine.cuda_graph=false, or start without a launcher"
-            )
         super().__init__(loss, config, world, groups)
         self.stage = config.engine.zero_stage
         size = sum(shape.numel() for shape in self._shapes.values())

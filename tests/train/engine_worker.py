@@ -22,6 +22,7 @@ from dit_fast.objectives import OBJECTIVES
 from dit_fast.ops import long_skip
 from dit_fast.runs import EngineConfig, OptimizerConfig, RunConfig, TrainConfig
 from dit_fast.train.checkpoints import Checkpoints
+from dit_fast.train.ddp import DDPEngine
 from dit_fast.train.engine import SingleEngine
 from dit_fast.train.guard import Diverged
 from dit_fast.train.loss import TrainingLoss
@@ -38,6 +39,7 @@ def config_of(scenario):
         methods=tuple(METHODS[name].Config(**options) for name, options in scenario.get("methods", {}).items()),
         optimizer=OptimizerConfig(lr=1e-3, ema_decay=0.9, grad_clip=scenario.get("clip", 1.0), weight_decay=0.01),
         engine=EngineConfig(
+            name=scenario.get("engine", "deepspeed"),
             zero_stage=scenario.get("stage", 0),
             precision=scenario.get("precision", "fp32"),
             global_batch=BATCH,
@@ -242,7 +244,7 @@ def run_cell(scenario, world, folder):
     loss, methods = zero_patterns.build(name, precision)
     groups = [group for method in methods for group in method.param_groups()]
     try:
-        if "stage" in scenario:
+        if "stage" in scenario or "engine" in scenario:
             check_stage(config.engine, (loss.objective, *methods))
             engine = engine_of(loss, config, world, groups)
         else:
@@ -291,6 +293,8 @@ def engine_of(loss, config, world, groups=()):
     """Stage 3 holds no parameter longer than it must: its defaults would hide errors with models of this size."""
     if not launched():
         return SingleEngine(loss, config, world, groups)
+    if config.engine.name == "ddp":
+        return DDPEngine(loss, config, world, groups)
     from dit_fast.train import zero
 
     def strict(*arguments):
@@ -322,7 +326,7 @@ def main():
     out, folder, scenarios = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text())
     torch.set_num_threads(1)
     if launched():
-        from dit_fast.train.zero import start_world
+        from dit_fast.train.group import start_world
 
         world = start_world()
     else:
