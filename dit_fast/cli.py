@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from dit_fast import __version__, terminal
+from dit_fast.errors import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,8 +49,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     info = commands.add_parser(
         "info",
-        help="versions, devices, optional packages, and which backend each op uses",
-        epilog="example: dit-fast info",
+        help="versions, devices, optional packages, which backend each op uses; the plan of a run on many GPUs",
+        epilog="examples: dit-fast info; dit-fast info --plan diversedit-xl2-256 --gpus 8,64 --gpu h800",
+    )
+    info.add_argument("--plan", metavar="RECIPE", help="plan (never measured): times, GPU-hours, memory of a run")
+    info.add_argument("overrides", nargs="*", metavar="key=value", help="with --plan: changes of the recipe")
+    info.add_argument("--gpus", type=_numbers, default=[8], metavar="N[,N...]", help="numbers of GPUs (8)")
+    info.add_argument("--gpu", default="h800", choices=("h800", "h100", "h200", "a100"), help="which (h800)")
+    info.add_argument("--nodes-of", type=int, default=8, metavar="N", help="GPUs of one machine (8)")
+    info.add_argument(
+        "--per-gpu", type=int, default=0, metavar="N", help="samples of each GPU; the batch grows with the GPUs"
     )
     info.set_defaults(run=_info)
     commands.add_parser("train", help="train in one process: dit-fast train RECIPE key=value ...", add_help=False)
@@ -65,10 +74,26 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _info(options: argparse.Namespace) -> int:
+    if options.plan is not None:
+        from dit_fast.recipes import load
+        from dit_fast.train.scaling import report
+
+        config = load(options.plan, options.overrides)
+        print(report(config, options.gpus, options.gpu, options.nodes_of, options.per_gpu))
+        return 0
+    if options.overrides:
+        raise ConfigError("dit-fast info: key=value changes the recipe of --plan RECIPE; give one")
     from dit_fast.info import describe
 
     print(describe())
     return 0
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of numbers such as 8,64") from None
 
 
 if __name__ == "__main__":

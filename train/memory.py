@@ -6,6 +6,7 @@ device would have; each storage counts from the operation that makes it to its r
 context, work space inside of kernels and the allocator's fragments are left out.
 """
 
+import copy
 import dataclasses
 import functools
 import weakref
@@ -27,9 +28,9 @@ from dit_fast.methods import build_methods
 from dit_fast.models import Backbone, new_model
 from dit_fast.nn.linear import make_shadows
 from dit_fast.objectives import OBJECTIVES
-from dit_fast.runs import TrainConfig
+from dit_fast.runs import EngineConfig, TrainConfig
 from dit_fast.train.loss import TrainingLoss
-from dit_fast.train.prepare import check_stage, fit_to_dataset, micro_batch
+from dit_fast.train.prepare import check_stage, fit_to_dataset, kind_of, micro_batch
 
 BLOCK = 512  # bytes: what torch's allocator rounds up to
 GATHERED = 10**9  # elements that DeepSpeed's stage 3 holds whole at once, by default
@@ -182,27 +183,44 @@ class Planner:
                 label_dropout=config.model.label_dropout,
                 precision=config.engine.precision,
             )
-            self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
             ours = config.engine.precision == "bf16" and config.optimizer.name == "adamw"
-            shadows = (
-                make_shadows(model, self._parameters) if ours and (ranks == 1 or config.engine.zero_stage < 3) else []
-            )
+            shadows = make_shadows(model, self.parameters) if ours else []
         self.fields = tuple(dict.fromkeys(name for method in methods for name in method.fields))
-        self.trained = sum(parameter.numel() for parameter in self._parameters)
+        self.trained = sum(parameter.numel() for parameter in self.parameters)
         still = [x for x in (*model.parameters(), *model.buffers()) if not x.requires_grad]
-        copied = [x for method in methods for x in method.tensors().values()] + [shadow for shadow, _ in shadows]
-        self.copies = sum(x.nbytes for x in (*still, *copied, *(x for each in taught for x in each.parameters())))
+        copied = [x for method in methods for x in method.tensors().values()]
+        self.shadows = sum(shadow.nbytes for shadow, _ in shadows)
+        self.untrained = sum(x.nbytes for x in (*still, *copied, *(x for each in taught for x in each.parameters())))
+
+    @property
+    def copies(self) -> int:
+        """Bytes of what is not trained; stage 3 holds no shadows."""
+        return self.untrained + (self.shadows if self.stage != 3 else 0)
+
+    @property
+    def stage(self) -> int | str:
+        """Of DeepSpeed, or "ddp"; 0 for one process."""
+        engine = self.config.engine
+        return 0 if self.ranks == 1 else "ddp" if engine.name == "ddp" else engine.zero_stage
+
+    def over(self, engine: EngineConfig, ranks: int) -> "Planner":
+        """The same run with other ranks, which traces nothing anew. Raises ConfigError where batches do not divide."""
+        micro_batch(engine, ranks)
+        made = copy.copy(self)
+        made.config, made.ranks = dataclasses.replace(self.config, engine=engine), ranks
+        return made
 
     def step(self, micro: int) -> Step:
         """Forward and backward of so many samples, by tracing them."""
         if micro not in self._steps:
             live = Live()
-            hooks = [each.register_post_accumulate_grad_hook(live.gradient) for each in self._parameters]
+            hooks = [each.register_post_accumulate_grad_hook(live.gradient) for each in self.parameters]
             with one_mode(), on_cuda():
                 batch = self._batch(micro)
                 with live:
                     self.loss(batch, 0)[0].backward()
-            for hook, parameter in zip(hooks, self._parameters, strict=True):
+            for hook, parameter in zip(hooks, self.parameters, strict=True):
                 hook.remove()
                 parameter.grad = None
             self._steps[micro] = Step(live.peak, live.peak_but_gradients)
@@ -221,14 +239,18 @@ class Planner:
     def memory(self, micro: int, adds_up: bool = False) -> Memory:
         """Of one device, with so many samples at a time. adds_up: gradients stay from one micro-batch to the next."""
         engine, step, whole = self.config.engine, self.step(micro), FLOAT * self.trained
-        stage = engine.zero_stage if self.ranks > 1 else 0
+        stage = self.stage
+        if stage == "ddp":  # its buckets are the gradients; those of earlier micro-batches lie beside them
+            buckets = 2 * whole if adds_up else whole
+            made = max(step.but_gradients, whole)
+            return Memory(whole, 2 * whole, whole, buckets, 0, self.copies, made)
         bucket = FLOAT * min(engine.reduce_bucket_size, self.trained) if self.ranks > 1 else 0
         if not stage:  # buckets, and what the optimizer works with, come when the activations have gone
             made = whole + step.but_gradients if adds_up else step.whole
             return Memory(whole, 2 * whole, whole, 0, 0, self.copies, max(made, whole + max(bucket, whole)))
         share = -(-whole // self.ranks)
         # DeepSpeed's optimizer has its share of the weights once more.
-        weights = whole + share if stage < 3 else 2 * share + min(whole, FLOAT * GATHERED)
+        weights = whole + share if stage != 3 else 2 * share + min(whole, FLOAT * GATHERED)
         gradients = whole if stage == 1 else share
         return Memory(weights, 2 * share, share, gradients, bucket, self.copies, step.but_gradients)
 
@@ -253,10 +275,8 @@ class Planner:
             guess = max(guess, under + 1) if over is None else min(max(guess, under + 1), over - 1)
 
 
-def report(config: TrainConfig, gib: float, ranks: int) -> str:
-    """What `--plan GIB` prints. Raises UserError for what cannot run."""
-    if gib <= 0 or ranks < 1:
-        raise ConfigError(f"--plan {gib:g} --ranks {ranks}: give a device's memory in GiB and at least one rank")
+def sized(config: TrainConfig) -> tuple[TrainConfig, DatasetInfo | None]:
+    """The configuration with its model's sizes, and the data set if it is there. Raises ConfigError without either."""
     info = None
     if config.data.path and Path(config.data.path).exists():
         info = open_dataset(config.data.path).info
@@ -267,6 +287,14 @@ def report(config: TrainConfig, gib: float, ranks: int) -> str:
         raise ConfigError(
             f"model.{missing} is not set, and there is no data at data.path={config.data.path}; set either"
         )
+    return config, info
+
+
+def report(config: TrainConfig, gib: float, ranks: int) -> str:
+    """What `--plan GIB` prints. Raises UserError for what cannot run."""
+    if gib <= 0 or ranks < 1:
+        raise ConfigError(f"--plan {gib:g} --ranks {ranks}: give a device's memory in GiB and at least one rank")
+    config, info = sized(config)
     planner, engine = Planner(config, info, ranks), config.engine
     share, limit = engine.global_batch // ranks, int(gib * (1 - SPARE) * 2**30)
     fits = planner.largest(limit)
@@ -274,7 +302,7 @@ def report(config: TrainConfig, gib: float, ranks: int) -> str:
     if adds_up:
         fits = planner.largest(limit, adds_up)
     taken = max((n for n in range(1, min(fits, share) + 1) if share % n == 0), default=0)
-    kind = f"ZeRO-{engine.zero_stage}, {ranks} ranks" if ranks > 1 else "one process"
+    kind = f"{kind_of(engine)}, {ranks} ranks" if ranks > 1 else "one process"
     lines = [
         f"{config.model.name}, {planner.trained / 1e6:.1f} M parameters; {kind}, {engine.precision}, "
         f"activation_checkpointing={engine.activation_checkpointing}",

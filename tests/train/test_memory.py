@@ -71,7 +71,7 @@ def test_what_is_recomputed_is_not_kept_and_a_bf16_stream_halves():
 def test_states_are_those_of_the_optimizer():
     planned = planner()
     counted = planned.memory(1)
-    optimizer = build_optimizer(planned.config.optimizer, planned._parameters, "cpu")
+    optimizer = build_optimizer(planned.config.optimizer, planned.parameters, "cpu")
     with memory.one_mode():
         init_states(optimizer)
     states = {kind: sum(state[kind].nbytes for state in optimizer.state.values()) for kind in STATES}
