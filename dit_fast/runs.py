@@ -151,6 +151,16 @@ class RunConfig:
         0, "Checkpoints of multiples of this are kept for ever; 0 = none", "[0, 1e9]", resumes=True
     )
     tensorboard: bool = setting(True, "Also write TensorBoard files, if it is installed", resumes=True)
+    max_rollbacks: int = setting(
+        3, "Times that a diverged run goes back to a checkpoint and leaves out the samples since; 0 = never",
+        "[0, 1000]", resumes=True,
+    )  # fmt: skip
+    loss_spike: float = setting(
+        0.0, "Robust z-score, over 200 steps, of a loss that counts as diverged; 0 = off", "[0, 1e6]", resumes=True
+    )
+    grad_spike: float = setting(
+        0.0, "The same of the gradient's norm before clipping", "[0, 1e6]", resumes=True
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

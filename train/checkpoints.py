@@ -134,7 +134,9 @@ class Checkpoints:
         if (name := finite.first_exception()) is not None:
             if self.world.rank == 0:
                 files.remove_tree(partial)
-            raise Diverged(f"{name} is not finite after step {state['step']}, so no checkpoint was written")
+            raise Diverged(
+                f"{name} is not finite after step {state['step']}, so no checkpoint was written", (state["step"],) * 2
+            )
         digests = self.world.reduce(digests.to(self.world.device), "sum").cpu()
         if self._failed(errors, partial):
             return False

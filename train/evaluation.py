@@ -81,7 +81,7 @@ class LoopEvaluation:
             finite.look(f"ema of '{name}'", tensor)
             weights[name] = tensor.cpu().clone()
         if (exception := finite.first_exception()) is not None:
-            raise Diverged(f"{exception} is not finite after step {step}, so nothing was evaluated")
+            raise Diverged(f"{exception} is not finite after step {step}, so nothing was evaluated", (step, step))
         try:
             self._measure(weights, step)
         except UserError as error:

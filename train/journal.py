@@ -78,9 +78,11 @@ class Journal:
         """Ends the interval at `step` (steps done); collective. Raises Diverged for a value that is not finite."""
         batch = self.config.engine.global_batch
         speed = self.clock.rate((step - self._last) * batch)
-        row: dict[str, Any] = {"step": step, "samples": step * batch, "epoch": round(step * batch / self._epoch, 4)}
+        seen = self.guard.positions(step)[1]
+        row: dict[str, Any] = {"step": step, "samples": step * batch, "epoch": round(seen / self._epoch, 4)}
         names = list(dict.fromkeys(name for each in self._sums for name in each))
-        row |= {"lr": lr, "skipped": step - self._last, "samples_per_s": float(f"{speed:.5g}")}
+        row |= {"lr": lr, "skipped": step - self._last, "rollbacks": len(self.guard.left_out)}
+        row |= {"samples_per_s": float(f"{speed:.5g}")}
         if self._ceiling:
             row["mfu"] = float(f"{self._flops * speed / self._ceiling:.4g}")
         row["seconds"] = round(time.time() - self.started, 2)

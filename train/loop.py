@@ -4,7 +4,7 @@ import gc
 import logging
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from dit_fast.train.prepare import (
 )
 from dit_fast.train.preview import Preview
 from dit_fast.train.rest import Rest, method_tensors
+from dit_fast.train.rollback import Rollback, go_back, past, unique
 from dit_fast.train.stages import check_ahead, load_frozen, newest_folder, stages, unfinished
 from dit_fast.train.stop import Preempted, StopRequest
 from dit_fast.world import World, launched
@@ -75,9 +76,7 @@ def train(config: TrainConfig, world: World) -> int:
             if stop.preempted and (run is not runs[-1] or done < run.run.steps):
                 raise Preempted
             break
-        gc.collect()  # engine and model hold each other
-        if world.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(world)
     return done
 
 
@@ -90,11 +89,18 @@ def _train(
     world.agree(lambda: held.append(RunLock(folder)))
     try:
         world.agree(lambda: clear_leftovers(folder))
-        run = _Run(config, world, dataset, micro, held)
-        stop = StopRequest(asked_in, world)
-        done = run.train(stop)
-        run.engine.close()
-        return done, stop if run.stopped else None
+        stop, rollbacks = StopRequest(asked_in, world), past(folder, world)
+        while True:
+            run = _Run(config, world, dataset, micro, held, rollbacks)
+            try:
+                done = run.train(stop)
+                run.engine.close()
+                return done, stop if run.stopped else None
+            except Diverged as error:
+                rollbacks = go_back(error, run.guard, config, world, rollbacks)
+            run.engine.close()
+            del run
+            free_memory(world)
     finally:
         for lock in held:
             lock.release()
@@ -103,7 +109,15 @@ def _train(
 class _Run:
     """One process of a run: everything built before the first step, and the steps."""
 
-    def __init__(self, config: TrainConfig, world: World, dataset: LatentDataset, micro: int, held: list[RunLock]):
+    def __init__(
+        self,
+        config: TrainConfig,
+        world: World,
+        dataset: LatentDataset,
+        micro: int,
+        held: list[RunLock],
+        rollbacks: Sequence[Rollback],
+    ):
         self.config, self.world, self.dataset, self.micro, self.held = config, world, dataset, micro, held
         self.accumulation = config.engine.global_batch // (micro * world.size)
         torch.manual_seed(config.run.seed)  # initial weights: the model's, then the heads' in the order of the methods
@@ -152,6 +166,10 @@ class _Run:
             skipped=self.start - (state["optimizer_step"] if state else 0),
             recent=state.get("skipped_steps", ()),
             batch=config.engine.global_batch,
+            left_out=unique([*state.get("left_out", ()), *(each.left_out for each in rollbacks)]),
+            limits={"loss": config.run.loss_spike, "grad_norm": config.run.grad_spike},
+            values=state.get("recent_values", {}),
+            world=world,
         )
         self.flops = model.flops_per_sample()
         model.activation_checkpointing = config.engine.activation_checkpointing
@@ -218,7 +236,7 @@ class _Run:
                     if step == self.start:
                         self.rest.tensors()  # what a save will refuse is told now
                     journal.step(result)
-                    guard.after_step(done, result.applied)
+                    guard.after_step(done, result.applied, {**result.logs, "grad_norm": result.grad_norm})
                     feed.fetch()
                     leaving, last = stop.agreed(feed.error is not None), done == config.run.steps
                     failure = feed.failure() if stop.failed else None
@@ -261,7 +279,8 @@ class _Run:
             micro_batch=self.micro,
             rank=self.world.rank,
             world_size=self.world.size,
-            start=self.start * config.engine.global_batch,
+            start=self.guard.positions(self.start + 1)[0],
+            left_out=self.guard.left_out,
             fields=self.fields,
             num_workers=config.data.num_workers,
             reader=config.data.reader,
@@ -277,22 +296,20 @@ class _Run:
             and (last or not step % config.preview.every)
             and (not missing or self.world.agree(lambda: not preview.path(step).exists()))
         ):
-            with self._advising():
-                preview.draw(self.engine, self.rest.tensors()["ema"], step)
+            preview.draw(self.engine, self.rest.tensors()["ema"], step)
         if (
             evaluation is not None
             and (last or not step % config.evaluation.every)
             and (not missing or evaluation.missing(step))
         ):
-            with self._advising():
-                evaluation.measure(self.engine, self.rest.tensors()["ema"], step)
+            evaluation.measure(self.engine, self.rest.tensors()["ema"], step)
 
     def _save(self, step: int, required: bool, failure: Exception | None) -> None:
         """failure: what ends the run, named too where the disk does not take this last checkpoint."""
         guard = self.guard
-        with self._advising():  # while steps are skipped, older checkpoints stay: they may be the better ones
-            state, retire = self._state(step), not guard.in_a_row(step)
-            saved = self.checkpoints.save(self.engine, self.rest.tensors(), state, retire)
+        # while steps are skipped, older checkpoints stay: they may be the better ones
+        state, retire = self._state(step), not guard.in_a_row(step)
+        saved = self.checkpoints.save(self.engine, self.rest.tensors(), state, retire)
         if saved:
             guard.newest = step
         elif required:
@@ -301,13 +318,6 @@ class _Run:
                 f"{self.checkpoints.folder}: no checkpoint of step {step} could be written (see above); mend that and "
                 f"start the same command again, it goes on from step {newest}{cause}"
             )
-
-    @contextmanager
-    def _advising(self) -> Iterator[None]:
-        try:
-            yield
-        except Diverged as error:
-            raise Diverged(f"{error}{self.guard.advice()}") from None
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -320,9 +330,9 @@ class _Run:
     def _state(self, step: int) -> dict[str, Any]:
         return {
             "step": step,
-            "samples_seen": step * self.config.engine.global_batch,
+            "samples_seen": self.guard.positions(step)[1],
             "optimizer_step": self.engine.applied_steps(),
-            "skipped_steps": self.guard.recent,
+            **self.guard.state(),
             "seed": self.config.run.seed,
             "dataset_fingerprint": self.dataset.info.fingerprint,
             "field_fingerprints": self.dataset.info.field_fingerprints(self.fields),
@@ -367,6 +377,13 @@ def check_fits(checkpoint: Checkpoint, expected: Mapping[str, Mapping[str, Tenso
                 raise CheckpointError(
                     f"{checkpoint.path}: holds {kind} of '{name}', unknown to this model; was it made by another?"
                 )
+
+
+def free_memory(world: World) -> None:
+    """Of a run that is over: engine and model hold each other."""
+    gc.collect()
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def clear_leftovers(run: Path) -> None:

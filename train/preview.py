@@ -88,7 +88,7 @@ class Preview:
             if self.world.rank == 0:
                 weights[name] = tensor.cpu().clone()
         if (exception := finite.first_exception()) is not None:
-            raise Diverged(f"{exception} is not finite after step {step}, so no preview was drawn")
+            raise Diverged(f"{exception} is not finite after step {step}, so no preview was drawn", (step, step))
         if self.world.rank == 0:
             path = self.path(step)
             try:

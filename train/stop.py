@@ -9,6 +9,7 @@ from types import FrameType
 
 import torch
 
+from dit_fast.train.guard import Diverged
 from dit_fast.world import Late, World
 
 logger = logging.getLogger("dit_fast")
@@ -45,10 +46,11 @@ class StopRequest:
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-        self.clear()
+        if kind is None or not issubclass(kind, Diverged):  # else the run may go on from a checkpoint, and stop then
+            self.clear()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:

@@ -5,6 +5,7 @@ A manifest names the step, bytes and sha256 of each file, and has a digest of it
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +38,8 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {  # of state.json, where they are
     "versions": dict,
     "saved_at": str,
     "skipped_steps": list,
+    "left_out": list,
+    "recent_values": dict,
 }
 
 
@@ -96,7 +99,18 @@ def read_state(path: Path) -> State:
     sound = all(_is_count(number) and 0 < number <= step for number in skipped) and sorted({*skipped}) == skipped
     if not sound or len(skipped) > step - applied:
         raise CheckpointError(f"{path}: damaged (skipped_steps is {skipped!r:.40})")
+    for window in state.get("left_out", []):
+        if not is_window(window):
+            raise CheckpointError(f"{path}: damaged (left_out has {window!r:.40})")
+    for name, values in state.get("recent_values", {}).items():
+        if not isinstance(values, list) or not all(isinstance(x, float) and math.isfinite(x) for x in values):
+            raise CheckpointError(f"{path}: damaged (recent_values of {name!r:.40})")
     return state
+
+
+def is_window(value: Any) -> bool:
+    """Whether this is [start, stop] of positions, as JSON has it."""
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value)) and value[0] < value[1]
 
 
 def read_json(path: Path) -> dict[str, Any]:

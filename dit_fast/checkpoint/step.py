@@ -46,7 +46,7 @@ def step_name(step: int) -> str:
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder whose manifest and state were read. files: name -> (bytes, sha256). state: step, samples_seen,
-    optimizer_step, skipped_steps, config, data set fingerprint, versions."""
+    optimizer_step, skipped_steps, left_out, config, data set fingerprint, versions."""
 
     path: Path
     step: int

@@ -4,7 +4,7 @@ import multiprocessing.connection
 import multiprocessing.util
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from dit_fast.data.dataset import LatentDataset
-from dit_fast.data.plan import Plan
+from dit_fast.data.plan import Plan, Window, merged
 from dit_fast.data.reader import IndexedReader
 from dit_fast.data.stream import StreamReader
 from dit_fast.errors import ConfigError, DataError, UserError
@@ -27,13 +27,17 @@ HANGING_SECONDS = 3600
 class _Positions:
     """The positions of one rank's micro-batches, without end: int64 [micro_batch] each."""
 
-    def __init__(self, global_batch: int, micro_batch: int, rank: int, world_size: int, start: int):
+    def __init__(
+        self, global_batch: int, micro_batch: int, rank: int, world_size: int, start: int, left_out: Sequence[Window]
+    ):
         self.global_batch, self.micro_batch, self.start = global_batch, micro_batch, start
+        self.left_out = merged(left_out)
         self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[np.ndarray]:
         first = self.start
         while True:
+            first = next((stop for start, stop in self.left_out if start <= first < stop), first)
             mine = np.arange(first + self.rank, first + self.global_batch, self.world_size, dtype=np.int64)
             yield from mine.reshape(-1, self.micro_batch)
             first += self.global_batch
@@ -111,6 +115,7 @@ def build_loader(
     rank: int,
     world_size: int,
     start: int,
+    left_out: Sequence[Window] = (),
     fields: tuple[str, ...] = (),
     num_workers: int = 0,
     reader: Literal["auto", "indexed", "stream"] = "auto",
@@ -118,12 +123,12 @@ def build_loader(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Endless iterator over this rank's micro-batches, from position `start` (samples seen) on.
 
-    Global batch t holds positions start + [t B, (t+1) B); rank r takes [r::world_size] of them, cut into
-    micro-batches of `micro_batch`. Each micro-batch: moments float32 [n, 2, C, h, w] (mean, std), label int64 [n],
-    position int64 [n], and `fields` as `dataset.info.fields` declares them, [n, *shape]: float32 where they are
-    floating-point, else in their dtype (image uint8 [n, 3, S, S], features float32 [n, T, Z]). reader "auto": "indexed"
-    for local folders, "stream" for addresses; both give the same batches. Memory is pinned when CUDA is
-    there. Closing the iterator ends its workers.
+    Global batch t holds positions start + [t B, (t+1) B), or later ones where windows of whole batches are left out;
+    rank r takes [r::world_size] of them, cut into micro-batches of `micro_batch`. Each micro-batch: moments float32
+    [n, 2, C, h, w] (mean, std), label int64 [n], position int64 [n], and `fields` as `dataset.info.fields` declares
+    them, [n, *shape]: float32 where they are floating-point, else in their dtype (image uint8 [n, 3, S, S], features
+    float32 [n, T, Z]). reader "auto": "indexed" for local folders, "stream" for addresses; both give the same batches.
+    Memory is pinned when CUDA is there. Closing the iterator ends its workers.
 
     Raises ConfigError when the sizes do not divide, DataError for absent fields and, later, for damaged data.
     """
@@ -142,7 +147,7 @@ def build_loader(
         raise DataError(
             f"{dataset.root}: has {len(dataset)} samples, the plan was made for {plan.num_samples}; make a new Plan"
         )
-    positions = _Positions(global_batch, micro_batch, rank, world_size, start)
+    positions = _Positions(global_batch, micro_batch, rank, world_size, start, left_out)
     options: dict[str, Any] = {
         "batch_size": None,
         "collate_fn": _as_is,

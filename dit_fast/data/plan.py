@@ -5,7 +5,7 @@ group by Philox keys. Positions run on from epoch to epoch without gaps, so a ru
 change of world size changes nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +24,29 @@ class Group:
     shards: np.ndarray
     start: int
     stop: int
+
+
+Window = tuple[int, int]  # positions from the first up to, not with, the second
+
+
+def merged(windows: Iterable[Sequence[int]]) -> list[Window]:
+    """The same positions as windows that ascend and do not touch."""
+    found: list[Window] = []
+    for start, stop in sorted((int(start), int(stop)) for start, stop in windows):
+        if found and start <= found[-1][1]:
+            found[-1] = found[-1][0], max(stop, found[-1][1])
+        else:
+            found.append((start, stop))
+    return found
+
+
+def first_position(step: int, batch: int, left_out: Iterable[Sequence[int]] = ()) -> int:
+    """Where the batch of a step (from 0) begins: steps take the positions in order, but for windows that are left out,
+    each of whole batches."""
+    position = step * batch
+    for start, stop in merged(left_out):
+        position += stop - start if position >= start else 0
+    return position
 
 
 class Plan:

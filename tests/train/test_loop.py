@@ -169,7 +169,8 @@ def test_a_nan_is_skipped_and_twenty_stop_the_run(shards, tmp_path, capsys, monk
     poison(monkeypatch, range(5, 40))
     run = tmp_path / "run"
     for _ in range(2):  # a restart goes on from a checkpoint inside the streak, and with the streak
-        message = fails(capsys, *arguments(shards, run, "run.steps=40", "run.keep_checkpoints=2"), status=3)
+        options = ["run.steps=40", "run.keep_checkpoints=2", "run.max_rollbacks=0"]
+        message = fails(capsys, *arguments(shards, run, *options), status=3)
         assert "no finite gradient in steps 6 to 25" in message
         assert "newest checkpoint is step 24" in message
     assert all(torch.isfinite(tensor).all() for tensor in tensors(run, 24).values())
@@ -222,7 +223,8 @@ def test_what_is_not_finite_is_never_saved_or_drawn(finished, copied, capsys, mo
         return result
 
     monkeypatch.setattr(SingleEngine, "train_step", train_step)
-    options = ["run.steps=16", "run.checkpoint_every=1", "run.keep_checkpoints=2", "preview.every=1"]
+    options = ["run.steps=16", "run.checkpoint_every=1", "run.keep_checkpoints=2", "run.max_rollbacks=0"]
+    options += ["preview.every=1"]
     message = fails(capsys, *saved_command(copied, *options, "preview.count=1", "preview.num_steps=1"), status=3)
     assert f"{kind} of '{name}' is not finite after step 14, so no checkpoint was written" in message
     assert "the newest checkpoint is step 13" in message
