@@ -81,8 +81,9 @@ class Journal:
         seen = self.guard.positions(step)[1]
         row: dict[str, Any] = {"step": step, "samples": step * batch, "epoch": round(seen / self._epoch, 4)}
         names = list(dict.fromkeys(name for each in self._sums for name in each))
-        row |= {"lr": lr, "skipped": step - self._last, "rollbacks": len(self.guard.left_out)}
-        row |= {"samples_per_s": float(f"{speed:.5g}")}
+        row |= {"lr": lr, "skipped": step - self._last, "samples_per_s": float(f"{speed:.5g}")}
+        if self.guard.left_out:
+            row["rollbacks"] = len(self.guard.left_out)
         if self._ceiling:
             row["mfu"] = float(f"{self._flops * speed / self._ceiling:.4g}")
         row["seconds"] = round(time.time() - self.started, 2)
