@@ -13,6 +13,10 @@ clones: the time of `clone()` of a small tensor, the cheapest call that torch ca
 Launches are operators that write memory, and Triton kernels, counted in a run of their own, which sees blocks op by op
 (`dit_fast/ops/branches.py`); operators on lists of tensors count as one. The first op, an empty Python function with a
 gradient, is the floor of the others. The published side draws its noise from torch's generator, as published.
+
+What limits a side: "operators" is the time of torch's operators that write memory, the same calls once more by
+themselves: no formulation with these products does less here. "accumulation" is that of autograd to hand as many
+gradients to parameters. What remains of the step is Python, autograd's nodes and launches of Triton kernels.
 """
 
 import argparse
@@ -92,6 +96,8 @@ def text(result: dict[str, Any]) -> str:
         for side in ("published", "ours"):
             times = "  ".join(f"{part} {ms:.1f}" for part, ms in case[side]["ms"].items())
             lines.append(f"{case['blocks']} blocks, {side:10} {times} ms, launches {case[side]['launches']}")
+            alone = ", ".join(f"{part} {ms:.1f}" for part, ms in case[side]["alone_ms"].items())
+            lines.append(f"{'':22} alone: {alone} ms")
         lines.append(f"{case['blocks']} blocks, ours / published: {case['ratio']:.2f} of the host's time")
     return "\n".join(lines)
 
@@ -108,11 +114,18 @@ def step(blocks: int, rounds: int) -> dict[str, Any]:
             for name, side in sides.items():
                 for part, seconds in side.run(number).items():
                     taken[name][part].append(1e3 * seconds)
+    from dit_fast.benchmarks import host_alone
+
     entry: dict[str, Any] = {"blocks": blocks}
     for name, side in sides.items():
         launched = launches(partial(side.run, 3 + rounds))
+        calls: list[host_alone.Call] = []
+        launches(partial(side.run, 4 + rounds), calls)  # which keeps gradients alive, so that autograd copies some
+        with _without_collector():
+            alone = host_alone.seconds(calls, side.loss.model, rounds)
         entry[name] = {
             "ms": {part: statistics.median(times) for part, times in taken[name].items()},
+            "alone_ms": {part: 1e3 * seconds for part, seconds in alone.items()},
             "launches": sum(launched.values()),
             "launches_by_name": dict(launched.most_common()),
         }
@@ -236,8 +249,11 @@ class _Marks:
         return {"forward": forward - start, "backward": backward - forward, "rest": end - backward, "step": end - start}
 
 
-def launches(work: Callable[[], Any]) -> collections.Counter[str]:
-    """By name: operators of torch that write memory, those inside our operators too, and Triton kernels."""
+def launches(work: Callable[[], Any], calls: list[Any] | None = None) -> collections.Counter[str]:
+    """By name: operators of torch that write memory, those inside our operators too, and Triton kernels.
+
+    calls: gets those of the operators.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from dit_fast.benchmarks import null_driver
@@ -252,6 +268,8 @@ def launches(work: Callable[[], Any]) -> collections.Counter[str]:
             name = func.overloadpacket.__name__
             if not func.is_view and name not in FREE:
                 counted[f"aten.{name}"] += 1
+                if calls is not None:
+                    calls.append((func, args, kwargs or {}))
             return func(*args, **(kwargs or {}))
 
     with null_driver.counting() as kernels, Count():

@@ -47,8 +47,9 @@ def forward(
             from dit_fast.kernels.row_statistics import join as join_in_one_launch
 
             mean, rstd = join_in_one_launch(*pair, eps)
-            made: Any = folds or kernel.fold(*_for_kernel(parameters), dtype)
-            return kernel.forward(_aligned(x), _aligned(skip), mean, rstd, *made, out_dtype), mean, rstd
+            weights, sums, shift = folds or kernel.fold(*_for_kernel(parameters), dtype)
+            y = kernel.forward(_aligned(x), _aligned(skip), mean, rstd, weights, sums, shift, out_dtype)
+            return y, mean, rstd
         mean, rstd = join(*pair, eps)
         if weight.dtype.itemsize > 2 and (kernels := _row_kernels(x, skip, dtype)) is not None:
             folded, folded_bias = folds[::2] or _fold(*parameters, dtype)
@@ -109,13 +110,13 @@ def fold(folds: list[Tensor], parameters: list[Tensor], backend: str) -> None:
     """Writes W', u and b' of several long skips into `folds`, three of each; parameters: four of each."""
     for index in range(len(folds) // 3):
         into: Any = folds[3 * index : 3 * index + 3]
-        own: Any = parameters[4 * index : 4 * index + 4]
+        norm_weight, norm_bias, weight, bias = parameters[4 * index : 4 * index + 4]
         if backend == "triton":
             from dit_fast.kernels import long_skip as kernel
 
-            kernel.fold(*_for_kernel(own), into[0].dtype, into)
+            kernel.fold(*_for_kernel((norm_weight, norm_bias, weight, bias)), into[0].dtype, into)
         else:
-            folded, folded_bias = _fold(*own, into[0].dtype)
+            folded, folded_bias = _fold(norm_weight, norm_bias, weight, bias, into[0].dtype)
             torch._foreach_copy_(into, [folded, folded.sum(1, dtype=folded_bias.dtype), folded_bias])
 
 
