@@ -27,6 +27,7 @@ from dit_fast.errors import ConfigError
 from dit_fast.methods import build_methods
 from dit_fast.models import Backbone, new_model
 from dit_fast.nn.linear import make_shadows
+from dit_fast.nn.long_skip import foldable
 from dit_fast.objectives import OBJECTIVES
 from dit_fast.runs import EngineConfig, TrainConfig
 from dit_fast.train.loss import TrainingLoss
@@ -186,16 +187,18 @@ class Planner:
             self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
             ours = config.engine.precision == "bf16" and config.optimizer.name == "adamw"
             shadows = make_shadows(model, self.parameters) if ours else []
+            folds = [parameters[2] for parameters in foldable(model, self.parameters)] if ours else []
         self.fields = tuple(dict.fromkeys(name for method in methods for name in method.fields))
         self.trained = sum(parameter.numel() for parameter in self.parameters)
         still = [x for x in (*model.parameters(), *model.buffers()) if not x.requires_grad]
         copied = [x for method in methods for x in method.tensors().values()]
         self.shadows = sum(shadow.nbytes for shadow, _ in shadows)
+        self.shadows += sum(2 * weight.numel() + 8 * len(weight) for weight in folds)  # folded, with their row sums
         self.untrained = sum(x.nbytes for x in (*still, *copied, *(x for each in taught for x in each.parameters())))
 
     @property
     def copies(self) -> int:
-        """Bytes of what is not trained; stage 3 holds no shadows."""
+        """Bytes of what is not trained; stage 3 holds no shadows and nothing folded."""
         return self.untrained + (self.shadows if self.stage != 3 else 0)
 
     @property

@@ -4,7 +4,7 @@
 `reads()` says that the first uses the second's parameters.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -17,13 +17,19 @@ from dit_fast.ops.long_skip import Folded
 
 def keep_folded(model: nn.Module, trained: Iterable[Tensor]) -> None:
     """Lets the long skips of these parameters keep their folded weights between steps (`dit_fast.ops.long_skip`)."""
+    for parameters in foldable(model, trained):
+        cast(Any, parameters[2]).folded = Folded(*parameters)
+
+
+def foldable(model: nn.Module, trained: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Weight and bias of the norm, weight and bias of the map, of each long skip of these parameters."""
     known = {id(parameter) for parameter in trained}
     for module in model.modules():
         for reader, owner in getattr(module, "reads", list)():
             if isinstance(reader, SkipNorm) and isinstance(owner, SkipLinear):
                 parameters = (reader.weight, reader.bias, owner.linear.weight, owner.linear.bias)
                 if all(id(parameter) in known for parameter in parameters):
-                    cast(Any, owner.linear.weight).folded = Folded(*parameters)
+                    yield parameters
 
 
 class SkipLinear(nn.Module):
