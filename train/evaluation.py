@@ -73,8 +73,11 @@ class LoopEvaluation:
         """Whether there is no evaluation of this step. Collective."""
         return self._world.agree(lambda: all(each.step != step for each in read_evaluations(self._folder)))
 
-    def measure(self, engine: Engine, untrained: Mapping[str, Tensor], step: int) -> None:
-        """Collective. Raises Diverged, on all ranks, for averages with NaN."""
+    def measure(self, engine: Engine, untrained: Mapping[str, Tensor], step: int) -> dict[str, float]:
+        """The values by metric; {} where it failed. Collective.
+
+        Raises Diverged, on all ranks, for averages with NaN.
+        """
         weights: dict[str, Tensor] = {name: x.cpu() for name, x in untrained.items()}
         finite = Finiteness(self._world)
         for name, tensor in engine.full_state("ema"):
@@ -83,12 +86,13 @@ class LoopEvaluation:
         if (exception := finite.first_exception()) is not None:
             raise Diverged(f"{exception} is not finite after step {step}, so nothing was evaluated", (step, step))
         try:
-            self._measure(weights, step)
+            return self._measure(weights, step)
         except UserError as error:
             if not self._world.rank:
                 logger.warning("step %d was not evaluated: %s; training goes on", step, error)
+            return {}
 
-    def _measure(self, weights: Mapping[str, Tensor], step: int) -> None:
+    def _measure(self, weights: Mapping[str, Tensor], step: int) -> dict[str, float]:
         with torch.random.fork_rng(devices=[]):  # building it must not move the random numbers of the run
             model = new_model(self._config.model)
         model.load_state_dict({name: weights[name] for name in model.state_dict()})
@@ -101,16 +105,20 @@ class LoopEvaluation:
         self._world.agree(lambda: self._evaluator.parts_of(*what[1:]).remove())
         self._done(lambda: draw_features(*what))
 
-        def write() -> str:
+        def write() -> dict[str, Any]:
             (found,) = conclude(*what)
             append_evaluation(self._folder, found)
             self._evaluator.parts_of(*what[1:]).remove()
             values = "  ".join(f"{name} {value:.5g}" for name, value in found.values.items())
-            return f"step {step}: {values} ({found.protocol.text()})"
+            return {
+                "values": dict(found.values),
+                "line": f"step {step}: {values} ({found.protocol.text()})",
+            }
 
-        line = self._world.agree(write)
+        written = self._world.agree(write)
         if not self._world.rank:
-            logger.info(line)
+            logger.info(written["line"])
+        return written["values"]
 
     def _done(self, work: Any) -> None:
         """Every rank's work; UserError, on all, where one of them failed."""

@@ -120,7 +120,11 @@ class Journal:
         self._file.add(json.dumps(safe))
         self._show(lambda progress: progress.show(row))
         scalars = {name: value for name, value in row.items() if name not in ("step", "samples", "epoch", "seconds")}
-        self._plot(lambda writer: [writer.add_scalar(name, value, row["step"]) for name, value in scalars.items()])
+        self.plot(scalars, row["step"])
+
+    def plot(self, scalars: Mapping[str, float], step: int) -> None:
+        """Gives them to TensorBoard alone."""
+        self._plot(lambda writer: [writer.add_scalar(name, value, step) for name, value in scalars.items()])
 
     def _show(self, act: "Callable[[_Progress], None]") -> None:
         """Progress goes to a terminal that may be gone; the run goes on without it."""

@@ -251,7 +251,7 @@ class _Run:
                         with journal.clock.away():
                             self._save(done, required=last or leaving, failure=failure)
                     with journal.clock.away():
-                        self._draw(done)
+                        self._draw(done, journal)
                     if failure is not None:
                         self._say(f"saved step {done}, since there is no data to go on with")
                         raise failure
@@ -287,8 +287,11 @@ class _Run:
             check_crc=config.data.check_crc,
         )
 
-    def _draw(self, step: int, missing: bool = False) -> None:
-        """Preview and evaluation of a step, where they are due; missing: only if there is none."""
+    def _draw(self, step: int, journal: Journal | None = None, missing: bool = False) -> None:
+        """Preview and evaluation of a step, where they are due; missing: only if there is none.
+
+        journal: where values are plotted; those of an earlier process's step are in evaluations.jsonl alone.
+        """
         preview, evaluation, config = self.preview, self.evaluation, self.config
         last = step == config.run.steps
         if (
@@ -302,7 +305,9 @@ class _Run:
             and (last or not step % config.evaluation.every)
             and (not missing or evaluation.missing(step))
         ):
-            evaluation.measure(self.engine, self.rest.tensors()["ema"], step)
+            values = evaluation.measure(self.engine, self.rest.tensors()["ema"], step)
+            if journal is not None:
+                journal.plot({f"evaluation/{name}": value for name, value in values.items()}, step)
 
     def _save(self, step: int, required: bool, failure: Exception | None) -> None:
         """failure: what ends the run, named too where the disk does not take this last checkpoint."""

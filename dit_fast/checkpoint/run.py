@@ -111,6 +111,11 @@ def own_autoencoder(config: Mapping[str, Any] | None, tensors: Mapping[str, Tens
 def find_checkpoint(path: str | Path, files: Collection[str]) -> Checkpoint:
     """The checkpoint a run or step folder stands for; `files` of it verified against the manifest."""
     path = Path(path)
+    if path.is_file():
+        raise CheckpointError(
+            f"{path}: is a file of weights, not the folder of a run; draw from it in Python, by load_official and "
+            "sample (docs/sampling.md, Published checkpoints)"
+        )
     try:
         if (path / MANIFEST).is_file():
             given = open_checkpoint(path)

@@ -26,7 +26,8 @@ FEWEST = 4  # points
 ALARM = 0.001  # nominal chance that a run like the recorded ones is off, over all points of all quantities
 FLOOR = 0.01  # of the mean: the least half width, for what hardly varies from run to run
 NEIGHBOURS = 2  # points on either side whose variances are pooled
-NO_VALUES = {"step", "samples", "epoch", "lr", "skipped", "rollbacks", "samples_per_s", "mfu", "seconds"}  # of metrics.jsonl
+# of metrics.jsonl
+NO_VALUES = {"step", "samples", "epoch", "lr", "skipped", "rollbacks", "samples_per_s", "mfu", "seconds"}
 
 
 @dataclass(frozen=True)

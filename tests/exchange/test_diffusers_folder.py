@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from dit_fast import autoencoders
-from dit_fast.autoencoders.pixels import decode_images, from_model_space
+from dit_fast.autoencoders.pixels import decode_images, from_model_space, to_uint8
+from dit_fast.checkpoint import load_official
 from dit_fast.checkpoint.run import LoadedRun
 from dit_fast.cli import main
-from dit_fast.diffusion import sample
+from dit_fast.data import open_dataset
+from dit_fast.diffusion import initial_noise, sample
 from dit_fast.errors import UserError
 from dit_fast.exchange.folder import write_folder
 from dit_fast.models import new_model
@@ -135,6 +137,17 @@ def test_a_file_says_what_it_is(place, tmp_path, capsys):
     assert about["dit_fast.objective"] == "flow"
     assert int(about["dit_fast.step"]) > 0
     assert about["num_classes"] == "3"
+    assert main(["sample", str(out)]) == 2
+    assert "is a file of weights, not the folder of a run; draw from it in Python, by load_official" in (
+        capsys.readouterr().err
+    )
+    # what the message names
+    model, index = load_official(out, family="repa"), torch.arange(2)
+    noise = initial_noise(0, index, model.shapes["image"])
+    latents = sample(model, noise, torch.tensor([0, 2]), num_steps=2, cfg_scale=1.8, seed=0, index=index)
+    with torch.no_grad():
+        pixels = autoencoders.of(open_dataset(place / "shards")).decode(latents.float() / 0.5)
+    assert to_uint8(pixels.numpy(), "model.safetensors", 0).shape == (2, 32, 32, 3)
     before = out.read_bytes()
     assert main(["export", str(place / "plain"), str(out)]) == 2
     assert "model.safetensors: exists already; name a new file" in capsys.readouterr().err

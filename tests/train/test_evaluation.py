@@ -2,6 +2,9 @@
 
 import json
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +17,7 @@ from dit_fast.train import evaluation
 from dit_fast.train.loop import train
 from dit_fast.world import single
 from tests.helpers.encoder_weights import toy_encoder
+from tests.helpers.toy_runs import environment, free_port
 
 CLOCK = ("seconds", "samples_per_s", "mfu")
 
@@ -54,6 +58,33 @@ def test_the_curve_of_training_does_not_move(shards, tmp_path):
     (again,) = read_evaluations(tmp_path / "out")
     assert again.protocol == rows[-1].protocol
     assert again.values == rows[-1].values
+
+
+@pytest.mark.launch
+def test_two_ranks_measure_what_one_does(shards, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = tmp_path / "run"
+    done = subprocess.run(
+        [
+            Path(sys.executable).with_name("torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port()),
+            "-m", "dit_fast.train",
+            "quickstart", f"data.path={shards}", f"run.dir={run}", "run.steps=2", "run.log_every=1",
+            "run.checkpoint_every=0", "engine.global_batch=8", "preview.every=0", *measured(every=2),
+        ],
+        env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (two,) = read_evaluations(run)
+    options = ["--network", f"dinov2-vit-b:{toy_encoder()}", "--count", "12", "--num-steps", "1", "--batch", "5"]
+    assert command(["evaluate", str(run), *options, "--cfg-scale", "1", "-o", str(tmp_path / "out")]) == 0
+    (one,) = read_evaluations(tmp_path / "out")
+    assert one.protocol == two.protocol
+    assert two.values == pytest.approx(one.values, rel=1e-6)
+    written = events.EventAccumulator(str(run / "tensorboard"))
+    written.Reload()
+    for name, value in two.values.items():
+        (scalar,) = written.Scalars(f"evaluation/{name}")
+        assert (scalar.step, scalar.value) == (2, pytest.approx(value, rel=1e-6))
 
 
 def test_what_a_kill_prevented_is_measured_at_the_next_start(shards, tmp_path):
