@@ -8,7 +8,7 @@ import torch
 
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.ops import RowStatistics, long_skip, row_statistics
-from dit_fast.ops.long_skip import backward_op, forward_op
+from dit_fast.ops.long_skip import Folded, backward_op, forward_op
 from tests.helpers.cases import loop_over
 from tests.helpers.golden import assert_close
 from tests.helpers.long_skip_cases import (
@@ -135,6 +135,25 @@ def test_unneeded_gradients_are_not_computed():
     needs = [False, True, False, False, True, False]
     grads = backward_op(torch.ones_like(y), y, mean, rstd, *tensors, torch.float32, "gemm", needs, [])
     assert [g.shape for g in grads] == [tensors[1].shape, tensors[4].shape]
+
+
+def test_kept_folded_weights_change_no_bit_and_follow_a_write(backend):
+    x, skip, *parameters = [tensor.requires_grad_() for tensor in inputs((7,), 16, torch.float32)]
+
+    def results():
+        with torch.autocast("cpu", torch.bfloat16):
+            y = long_skip(x, skip, *parameters, backend=backend)
+        return y, *torch.autograd.grad(y.float().square().sum(), (x, skip, *parameters))
+
+    weight = parameters[2]
+    for _ in range(2):
+        bare, weight.folded = results(), Folded(*parameters)
+        assert all(torch.equal(*pair) for pair in zip(results(), bare, strict=True))
+        with torch.no_grad():
+            parameters[0].mul_(0.5)
+        kept = results()
+        del weight.folded
+        assert all(torch.equal(*pair) for pair in zip(kept, results(), strict=True))
 
 
 def _strided(tensors):
