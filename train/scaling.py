@@ -7,6 +7,7 @@ they miss what others have published.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dit_fast.errors import ConfigError
 from dit_fast.runs import EngineConfig, TrainConfig
@@ -40,7 +41,7 @@ UTILISATION = 0.283
 HOST_BLOCK = (0.219278 - 0.100559) / 16
 HOST = 0.100559 - 12 * HOST_BLOCK
 RECOMPUTED = {"full": 4 / 3}  # of forward and backward: full repeats the forward
-ENGINES: tuple[dict[str, object], ...] = ({"name": "ddp"}, *({"zero_stage": stage} for stage in range(4)))
+ENGINES: tuple[dict[str, Any], ...] = ({"name": "ddp"}, *({"zero_stage": stage} for stage in range(4)))
 
 
 def traffic(engine: EngineConfig, trained: int, micro_batches: int) -> dict[str, int]:
@@ -130,7 +131,7 @@ def plans(
         steps = max(1, round(config.run.steps * config.engine.global_batch / batch))
         for changes in ENGINES:
             engine = dataclasses.replace(config.engine, name="deepspeed", global_batch=batch)
-            engine = dataclasses.replace(engine, **changes)  # type: ignore[arg-type]
+            engine = dataclasses.replace(engine, **changes)
             try:
                 made = planner.over(engine, number)
             except ConfigError as error:

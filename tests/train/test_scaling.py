@@ -18,6 +18,7 @@ from dit_fast.train import scaling
 from dit_fast.train.memory import Planner
 from tests.helpers.toy_runs import ROOT, Ranks
 
+PATH = {"PYTHONPATH": str(ROOT)}
 PAGE, PICTURE = ROOT / "docs/scaling.md", ROOT / "docs/scaling.png"
 PUBLISHED = {  # images/s of one GPU: recipe, samples of each GPU, GPU
     "LightningDiT-XL/1, H800": (285, "lightningdit-xl1-256", 128, "h800"),
@@ -29,7 +30,7 @@ ALL = (8, 16, 32, 64, 128, 256, 512, 1024)
 @pytest.mark.launch
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_the_plans_bytes_are_those_of_traced_ranks(tmp_path, ranks):
-    with Ranks([tmp_path / "out.json"], tmp_path / "log", ranks, ("-m", "tests.train.traffic_worker")) as job:
+    with Ranks([tmp_path / "out.json"], tmp_path / "log", ranks, ("-m", "tests.train.traffic_worker"), **PATH) as job:
         assert job.wait(500) == [0] * ranks, job.text()[-3000:]
     traced = json.loads((tmp_path / "out.json").read_text())
     assert len(traced) == 10
