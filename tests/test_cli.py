@@ -10,7 +10,7 @@ from dit_fast.cli import main
 
 COMMANDS = [
     "train", "sample", "evaluate", "analyse", "compare", "sweep", "report", "export", "import", "shards",
-    "info", "bench",
+    "info", "bench", "watch",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`dit-fast report RUN` and `dit-fast compare RUN ...`."""
+"""`dit-fast report RUN`, `dit-fast watch RUN` and `dit-fast compare RUN ...`."""
 
 import argparse
 from pathlib import Path
@@ -21,6 +21,17 @@ def add_commands(subparsers: Any) -> None:
     reporting.add_argument("--data", help="where the data set of the runs lies now, if it moved")
     reporting.add_argument("--out", type=Path, help="folder for report.html and its pictures (default: RUN/report)")
     reporting.add_argument("--note", action="append", default=[], help="a remark to show at the top; may be repeated")
+    watching = subparsers.add_parser(
+        "watch",
+        help="how a run stands: loss, speed, slowest rank, time left, checkpoint",
+        description="A table that renews itself until the run has ended; it reads only files of the run folder. "
+        "Example: dit-fast watch runs/b2",
+        formatter_class=formatter,
+    )
+    watching.set_defaults(run=_watch)
+    watching.add_argument("folder", metavar="RUN", type=Path, help="run folder; the run may go on, have ended or died")
+    watching.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between two looks")
+    watching.add_argument("--once", action="store_true", help="print it once, for scripts")
     comparing = subparsers.add_parser(
         "compare",
         help="compare what was measured of runs, over training seeds",
@@ -45,6 +56,15 @@ def add_commands(subparsers: Any) -> None:
         "--margin", type=float, help="gap, as a share of the mean, below which nothing is said (default: 0.013)"
     )
     comparing.add_argument("--out", type=Path, metavar="FILE", help="also write all of it as JSON")
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from dit_fast.errors import UserError
+    from dit_fast.report.watch import watch
+
+    if not 0.1 <= options.every <= 86400:
+        raise UserError(f"--every {options.every:g} must lie in [0.1, 86400]")
+    return watch(options.folder, options.every, options.once)
 
 
 def _compare(options: argparse.Namespace) -> int:

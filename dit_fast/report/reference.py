@@ -26,8 +26,10 @@ FEWEST = 4  # points
 ALARM = 0.001  # nominal chance that a run like the recorded ones is off, over all points of all quantities
 FLOOR = 0.01  # of the mean: the least half width, for what hardly varies from run to run
 NEIGHBOURS = 2  # points on either side whose variances are pooled
-# of metrics.jsonl
-NO_VALUES = {"step", "samples", "epoch", "lr", "skipped", "rollbacks", "samples_per_s", "mfu", "seconds"}
+NO_VALUES = {  # of metrics.jsonl
+    "step", "samples", "epoch", "lr", "skipped", "rollbacks", "samples_per_s", "mfu", "seconds", "waiting",
+    "slowest_rank", "slowest_data", "slowest_compute", "slowest_collective",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
