@@ -84,6 +84,12 @@ class EngineConfig:
     allgather_bucket_size: int = setting(
         500_000_000, "Elements that DeepSpeed gathers at once", "[1, 1e12]", resumes=True
     )
+    timeout: int = setting(
+        1800,
+        "Seconds without progress after which ranks name who is missing and end with status 75",
+        "[5, 1e6]",
+        resumes=True,
+    )
     communication_dtype: Literal["fp32", "bf16"] = setting("fp32", "Type in which gradients are reduced")
     activation_checkpointing: ActivationCheckpointing = setting(
         "none",

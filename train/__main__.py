@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     leash.arm()
     # torch's C++ prints a stack trace for every connection that breaks; the error itself is caught and named
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "200")  # of the flight recorder: which collective is under way
     rank = os.environ.get("RANK", "0")
     return terminal.run(
         _work,
@@ -68,7 +69,7 @@ def _train(config: "TrainConfig") -> Status:
     if launched():
         from dit_fast.train.group import start_world
 
-        world = start_world()
+        world = start_world(config.engine.timeout)
     else:
         world = single()
     if world.device.type == "cpu":

@@ -26,6 +26,7 @@ from dit_fast.options import to_dict
 from dit_fast.runs import TrainConfig
 from dit_fast.train.engine import StepResult
 from dit_fast.train.guard import Guard
+from dit_fast.train.health import Health, Shares, told
 from dit_fast.train.throughput import Clock, matmul_ceiling
 from dit_fast.world import Late, World
 
@@ -39,12 +40,13 @@ class Journal:
 
     def __init__(self, config: TrainConfig, world: World, guard: Guard, start: int, epoch: int, flops: int):
         self.run, self.config, self.world, self.guard = Path(config.run.dir), config, world, guard
+        self.health, self._shares = Health(world, config.engine.timeout, start), Shares()
         self._epoch, self._flops = epoch, 3 * flops  # samples per epoch; forward + backward FLOPs of a sample
         # By the names of a step's values (a method may stop within an interval): their sums over the applied steps, and
         # how many those are.
         self._sums: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
         self._last = start
-        self._pending: list[tuple[dict[str, Any], list[str], Late]] = []
+        self._pending: list[tuple[dict[str, Any], list[str], Late, Late]] = []
         self._writer: Any = None
         self._progress: _Progress | None = None
         self._file: AppendedLines | None = None
@@ -65,6 +67,7 @@ class Journal:
     def step(self, result: StepResult) -> None:
         """Adds one step; skipped ones (no finite gradient) are counted, their values are not averaged."""
         self._show(_Progress.step)
+        self.health.step()
         named = {**result.logs, "grad_norm": result.grad_norm}
         given = [torch.as_tensor(value, dtype=torch.float32, device=self.world.device) for value in named.values()]
         values = torch.where(result.applied.bool(), torch.stack(given), 0.0)
@@ -87,7 +90,8 @@ class Journal:
         if self._ceiling:
             row["mfu"] = float(f"{self._flops * speed / self._ceiling:.4g}")
         row["seconds"] = round(time.time() - self.started, 2)
-        self._pending.append((row, names, Late(self.world.reduce(self._means(names), "mean"))))
+        times = self.world.reduce(self.health.spent(), "sum")
+        self._pending.append((row, names, Late(self.world.reduce(self._means(names), "mean")), Late(times)))
         self._sums, self._last = {}, step
         self.drain(keep=1 if self.world.device.type == "cuda" else 0)
 
@@ -105,12 +109,12 @@ class Journal:
     def drain(self, keep: int = 0) -> None:
         """Writes the closed intervals but the newest `keep`, whose values may still be on their way from the device."""
         while len(self._pending) > keep:
-            row, names, values = self._pending.pop(0)
+            row, names, values, times = self._pending.pop(0)
             *read, applied = values.read().tolist()
             counted = zip(names, read[: len(names)], read[len(names) :], strict=True)
             logged = {name: mean for name, mean, count in counted if count}
             row["skipped"] -= round(applied)
-            self._write({**row, **logged})
+            self._write({**row, **self._shares.columns(times.read()), **logged})
             self.guard.values(row["step"], logged)
 
     def _write(self, row: Mapping[str, Any]) -> None:
@@ -244,6 +248,7 @@ def _summary(row: Mapping[str, Any]) -> str:
     parts.append(f"{rate(row['samples_per_s'])} samples/s")
     parts += [f"mfu {percent(row['mfu'])}"] if "mfu" in row else []
     parts += [f"skipped {row['skipped']}"] if row["skipped"] else []
+    parts += [slow] if (slow := told(row)) else []
     return "  ".join(parts)
 
 

@@ -224,8 +224,8 @@ class _Run:
         batches = self._batches()
         feed = Feed(batches, self.accumulation, config.run.steps - self.start, self.world)
         try:
-            with stop:
-                feed.fetch()
+            with stop, journal.health:
+                journal.health.data(feed.fetch)
                 if feed.dry():
                     raise feed.failure()
                 stop.agreed(feed.error is not None)
@@ -237,7 +237,7 @@ class _Run:
                         self.rest.tensors()  # what a save will refuse is told now
                     journal.step(result)
                     guard.after_step(done, result.applied, {**result.logs, "grad_norm": result.grad_norm})
-                    feed.fetch()
+                    journal.health.data(feed.fetch)
                     leaving, last = stop.agreed(feed.error is not None), done == config.run.steps
                     failure = feed.failure() if stop.failed else None
                     every = config.run.checkpoint_every
@@ -248,9 +248,9 @@ class _Run:
                     if saving:
                         journal.drain()
                         guard.settle(done)
-                        with journal.clock.away():
+                        with journal.clock.away(), journal.health.doing("saves a checkpoint"):
                             self._save(done, required=last or leaving, failure=failure)
-                    with journal.clock.away():
+                    with journal.clock.away(), journal.health.doing("draws or measures images"):
                         self._draw(done, journal)
                     if failure is not None:
                         self._say(f"saved step {done}, since there is no data to go on with")

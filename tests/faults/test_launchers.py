@@ -102,3 +102,17 @@ def test_the_death_of_a_rank_is_one_line(shards, tmp_path):
     assert len(said) == 1, "\n".join(said)
     (line,) = said
     assert re.match(r"dit-fast: error: rank 1 died or was cut off \(.+\); the same command goes on from", line)
+
+
+def test_a_rank_that_has_stopped_is_named_and_the_others_end(shards, tmp_path):
+    """The thread that says so runs while the main one is stuck in a collective."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = arguments(shards, run, "run.steps=100000", "run.checkpoint_every=0", "engine.timeout=20")
+    with Ranks(command, log) as ranks:
+        wait_for(lambda: len(rows_so_far(run)) >= 3 or ranks.processes[0].poll() is not None)
+        ranks.processes[1].send_signal(signal.SIGSTOP)
+        assert ranks.processes[0].wait(90) == Status.RESTART, ranks.text()
+        text = ranks.text()
+    assert re.search(r"no progress for \d+ s after step \d+: rank 1 ", text), text
+    (line,) = (line for line in text.splitlines() if "error" in line)
+    assert re.search(r"\(engine.timeout\): rank 1 gives no sign of life .*; rank 0 waits in all_reduce of \d+;", line)

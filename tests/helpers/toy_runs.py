@@ -124,7 +124,8 @@ def rows_so_far(run):
 
 def rows(run):
     """The rows of metrics.jsonl without what depends on the clock."""
-    clocked = ("seconds", "samples_per_s", "mfu")
+    shares = (f"slowest_{name}" for name in ("rank", "data", "compute", "collective"))
+    clocked = ("seconds", "samples_per_s", "mfu", "waiting", *shares)
     return [{k: v for k, v in json.loads(line).items() if k not in clocked} for line in rows_so_far(run)]
 
 
