@@ -30,13 +30,17 @@ from dit_fast.options import assign, chosen, diff, from_dict, groups, keys, leav
 class DataConfig:
     """Latent shards and how they are read."""
 
-    path: str = setting("", "Folder (or http(s) address) that holds dataset.json", resumes=True)
+    path: str = setting("", "Folder (or address: http(s)://, s3://, gs://) that holds dataset.json", resumes=True)
     reader: Literal["auto", "indexed", "stream"] = setting(
-        "auto", "indexed: local files; stream: WebDataset; auto: by the path; the order is the same", resumes=True
+        "auto",
+        "indexed: shards where they lie; stream: copies in data.cache; auto: by the path; the order is the same",
+        resumes=True,
     )
     seed: int | None = setting(None, "Key of the order of the samples; none = run.seed", "[0, 2^64)")
     shuffle_group: int = setting(64, "Shards shuffled together; 0 = all of them (exact shuffle)", "[0, 1e6]")
-    num_workers: int = setting(4, "Reading processes of each rank; 0 = none", "[0, 256]", resumes=True)
+    num_workers: int = setting(2, "Threads of each rank that read ahead; 0 = none", "[0, 256]", resumes=True)
+    cache: str = setting("", "Folder for copies of streamed shards; none = one in the temporary folder", resumes=True)
+    cache_gib: float = setting(64.0, "Most GiB of such copies; the oldest make room", "[0.001, 1e6]", resumes=True)
     check_crc: bool = setting(True, "Check every sample against its checksum", resumes=True)
 
 

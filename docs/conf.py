@@ -28,7 +28,7 @@ autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "undoc-members": False, "show-inheritance": True}
 # Imported where they run and never at import; pages are built without them.
-autodoc_mock_imports = ["triton", "deepspeed", "webdataset"]
+autodoc_mock_imports = ["triton", "deepspeed", "fsspec", "aiohttp"]
 
 html_theme = "furo"
 html_title = f"dit_fast {__version__}"

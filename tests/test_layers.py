@@ -39,7 +39,7 @@ FLOORS = [
     {"cli"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-HOME_OF = {"deepspeed": {"train/zero.py"}, "webdataset": {"dit_fast/data/stream.py"}}
+HOME_OF = {"deepspeed": {"train/zero.py"}, "fsspec": {"dit_fast/data/remote.py"}, "aiohttp": {"dit_fast/data/remote.py"}}
 
 
 def _files():

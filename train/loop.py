@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dit_fast import __version__
 from dit_fast.checkpoint.step import Checkpoint
-from dit_fast.data import LatentDataset, Plan, build_loader, open_dataset
+from dit_fast.data import LatentDataset, Plan, ShardCache, build_loader, open_together
 from dit_fast.data.address import absolute
 from dit_fast.errors import CheckpointError, ConfigError, UserError
 from dit_fast.methods import build_methods
@@ -65,7 +65,7 @@ def train(config: TrainConfig, world: World) -> int:
     """
     config = check_fields(config)
     micro = micro_batch(config.engine, world.size)
-    dataset = open_dataset(config.data.path)
+    dataset = open_together(config.data.path, world)
     runs = [fit_to_dataset(run, dataset.info) for run in stages(config)]
     for run in runs[1:]:
         check_ahead(run, dataset.info, micro)
@@ -272,6 +272,8 @@ class _Run:
     def _batches(self) -> Iterator[Batch]:
         config = self.config
         plan = Plan(self.dataset.info.shard_sizes, config.data_seed, config.data.shuffle_group)
+        streamed = config.data.reader == "stream" or self.dataset.remote
+        cache = ShardCache(config.data.cache, int(config.data.cache_gib * 2**30)) if streamed else None
         return build_loader(
             self.dataset,
             plan,
@@ -285,6 +287,7 @@ class _Run:
             num_workers=config.data.num_workers,
             reader=config.data.reader,
             check_crc=config.data.check_crc,
+            cache=cache,
         )
 
     def _draw(self, step: int, journal: Journal | None = None, missing: bool = False) -> None:

@@ -1,4 +1,4 @@
-// Latent shards without Python: members of one shard by pread, crc32, header comparison, and rows of arrays in
+// Latent shards without Python: members of open shards by pread, crc32, header comparison, and rows of arrays in
 // place: float32 of float32 and float16, integers as they are.
 //
 // Needs no torch. Anything that is not plainly right ends the call at that sample; Python reads it again and says what
@@ -95,10 +95,11 @@ const T* column(const py::array& array, const char* name, py::ssize_t count) {
 
 // Number of samples, from the first on, that were right and lie in `out` [any, items], each in its row. Floats, and only
 // they, are looked at.
-py::ssize_t read_npy(int file, const py::array& offsets, const py::array& lengths, const py::array& crcs,
+py::ssize_t read_npy(const py::array& files, const py::array& offsets, const py::array& lengths, const py::array& crcs,
                      const py::array& rows, bool check_crc, std::string_view header, bool half, py::ssize_t signless,
                      py::array out) {
   const py::ssize_t count = offsets.size();
+  const auto* file = column<int32_t>(files, "files", count);
   const auto* offset = column<uint64_t>(offsets, "offsets", count);
   const auto* length = column<uint32_t>(lengths, "lengths", count);
   const auto* crc = column<uint32_t>(crcs, "crcs", count);
@@ -117,7 +118,7 @@ py::ssize_t read_npy(int file, const py::array& offsets, const py::array& length
   py::gil_scoped_release without_python;
   std::vector<unsigned char> member(size);
   for (py::ssize_t i = 0; i < count; ++i) {
-    if (length[i] != size || !read_all(file, member.data(), size, offset[i])) return i;
+    if (length[i] != size || !read_all(file[i], member.data(), size, offset[i])) return i;
     if (check_crc && crc32(member.data(), size) != crc[i]) return i;
     if (std::memcmp(member.data(), header.data(), header.size()) != 0) return i;
     const unsigned char* payload = member.data() + header.size();
@@ -142,7 +143,7 @@ py::ssize_t read_npy(int file, const py::array& offsets, const py::array& length
 PYBIND11_MODULE(_host, module) {
   module.doc() = "Reads members of latent shards; no torch inside.";
   module.attr("build_info") = "source=" DIT_FAST_SOURCE_HASH "pybind11 " PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR);
-  module.def("read_npy", &read_npy, py::arg("file"), py::arg("offsets"), py::arg("lengths"), py::arg("crcs"),
+  module.def("read_npy", &read_npy, py::arg("files"), py::arg("offsets"), py::arg("lengths"), py::arg("crcs"),
              py::arg("rows"), py::arg("check_crc"), py::arg("header"), py::arg("half"), py::arg("signless"),
              py::arg("out"), "Number of samples, from the first on, that were right and lie in `out` [any, items].");
 }

@@ -7,6 +7,8 @@ _HOME = {
     "LatentDataset": "dataset",
     "DatasetInfo": "description",
     "open_dataset": "dataset",
+    "open_together": "dataset",
+    "ShardCache": "cache",
     "Plan": "plan",
     "build_loader": "loader",
     "add_field": "added",

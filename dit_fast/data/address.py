@@ -1,21 +1,18 @@
-"""Address of a data set: a local folder or http(s). Addresses that would start a command are refused."""
+"""Address of a data set: a local folder, http(s) or an object store. Others could start a command and are refused."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 from urllib.parse import urlsplit
 
-from dit_fast.data.remote import HttpStream
+from dit_fast.data import remote
 from dit_fast.errors import DataError
-
-SCHEMES = ("http", "https")
 
 
 def is_remote(root: str) -> bool:
-    """True for http(s) addresses, in any case."""
-    return root.lower().startswith(("http://", "https://"))
+    """True for addresses of http(s), S3 (`s3://`) and GCS (`gs://`), in any case."""
+    return root.lower().startswith(tuple(f"{scheme}://" for scheme in remote.NEEDS))
 
 
 def check_address(root: str) -> str:
@@ -24,7 +21,7 @@ def check_address(root: str) -> str:
     Raises DataError for an empty one, for `pipe:`, `exec:` and every other scheme, and for addresses without a host.
     """
     if not root.strip() or "\0" in root or "\n" in root:
-        raise DataError(f"{root!r} is neither a folder nor an http(s) address; give the folder of the data set")
+        raise DataError(f"{root!r} is neither a folder nor an address; give the folder of the data set")
     scheme, separator, rest = root.partition(":")
     if is_remote(root):
         root = scheme.lower() + separator + rest
@@ -37,10 +34,10 @@ def check_address(root: str) -> str:
         path, mark, query = root.partition("?")
         return path.rstrip("/") + mark + query
     if separator and len(scheme) > 1 and "/" not in scheme and not Path(root).exists():
-        if scheme.lower() in SCHEMES:
+        if scheme.lower() in remote.NEEDS:
             raise DataError(f"'{root}' is not an address; write it as {scheme.lower()}://HOST/FOLDER")
         raise DataError(
-            f"'{root}': only folders and http(s) addresses are read; '{scheme}:' could run or open another program"
+            f"'{root}': only folders, http(s)://, s3:// and gs:// are read; '{scheme}:' could start another program"
         )
     return root.rstrip("/") or "/"
 
@@ -77,15 +74,19 @@ def reading(location: str) -> Iterator[None]:
         raise DataError(f"{error.filename or location}: cannot be read ({error.strerror or error})") from None
 
 
-def open_stream(location: str, size: int | None = None) -> IO[bytes] | HttpStream:
-    """Opens a local file or an http(s) address, from its start; inside `reading`. size: its bytes, where known."""
-    return HttpStream(location, size) if is_remote(location) else open(location, "rb")
+def read_part(location: str, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of a local file or an address, fewer where it ends before. Raises DataError naming it."""
+    if is_remote(location):
+        data = remote.request(location, start, stop)
+        return data if len(data) <= stop - start else data[start:stop]  # a server that does not know ranges
+    with reading(location), open(location, "rb") as file:
+        file.seek(start)
+        return file.read(stop - start)
 
 
 def read_bytes(location: str, limit: int) -> bytes:
     """All bytes of a small file. Raises DataError naming it when it cannot be read or holds more than `limit` bytes."""
-    with reading(location), open_stream(location) as stream:
-        data = stream.read(limit + 1)
+    data = read_part(location, 0, limit + 1)
     if len(data) > limit:
         raise DataError(f"{location}: has more than the {limit} bytes that it may have; restore or rebuild it")
     return data

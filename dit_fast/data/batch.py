@@ -1,15 +1,15 @@
 """From the bytes of a sample's members to the tensors of a micro-batch; shared by all readers."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from dit_fast.data.address import join
-from dit_fast.data.dataset import LatentDataset, open_family
-from dit_fast.data.field import MOMENTS, Family, Field
+from dit_fast.data.dataset import Indexes, LatentDataset
+from dit_fast.data.field import MOMENTS, Family, Field, ShardInfo
 from dit_fast.data.index import ShardIndex
 from dit_fast.data.shards import key_of
 from dit_fast.errors import DataError
@@ -19,12 +19,17 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Column:
-    """A field, and where its bytes lie: paths or addresses of the tars, and their indexes. Holds no open files."""
+    """A field, and where its bytes lie: the tars below a root, and their indexes. Holds no open files."""
 
     name: str
     field: Field
-    tars: tuple[str, ...]
-    indexes: tuple[ShardIndex, ...]
+    root: str
+    shards: tuple[ShardInfo, ...]
+    indexes: Sequence[ShardIndex]
+
+    def tar(self, shard: int) -> str:
+        """Path or address of a tar."""
+        return join(self.root, self.shards[shard].name)
 
     def tables(self, shard: int, rows: np.ndarray) -> list[np.ndarray]:
         """(offset, length, crc32), [n] each, of these rows of a shard."""
@@ -34,7 +39,7 @@ class Column:
 
     def describe(self, shard: int, row: int) -> str:
         """`ROOT/shard-000003.tar: 000001234.moments.npy`, for messages."""
-        return f"{self.tars[shard]}: {key_of(self.indexes[shard].first_key + row)}.{self.field.member}"
+        return f"{self.tar(shard)}: {key_of(self.indexes[shard].first_key + row)}.{self.field.member}"
 
     def check(self, data: bytes, shard: int, row: int, check_crc: bool) -> None:
         """Raises DataError when the bytes are not those the index was made from."""
@@ -50,20 +55,25 @@ class Column:
         target.numpy()[...] = self.field.decode(data, self.name, self.describe(shard, row))
 
 
-def columns_of(root: str, family: Family, indexes: tuple[ShardIndex, ...], names: Sequence[str]) -> list[Column]:
+def columns_of(root: str, family: Family, indexes: Sequence[ShardIndex], names: Sequence[str]) -> list[Column]:
     """Those fields of a family that are among `names`."""
-    tars = tuple(join(root, shard.name) for shard in family.shards)
-    return [Column(name, family.fields[name], tars, indexes) for name in family.fields if name in names]
+    return [Column(name, family.fields[name], root, family.shards, indexes) for name in family.fields if name in names]
 
 
 def open_columns(dataset: LatentDataset, fields: Sequence[str]) -> list[Column]:
-    """Moments, then these fields; the families that hold them are opened, and only those. Raises DataError."""
+    """Moments, then these fields; the families that hold them are opened, and only those. Raises DataError.
+
+    Their indexes are checked at once, or as they are read where the data set's were checked by another process.
+    """
     dataset.require(fields)
     first, *added = dataset.info.families
     found = columns_of(dataset.root, first, dataset.indexes, (MOMENTS, *fields))
     for family in added:
         if family.fields.keys() & set(fields):
-            found += columns_of(dataset.root, family, open_family(dataset.root, dataset.info, family), fields)
+            indexes = Indexes(dataset.root, dataset.info, family)
+            if dataset.digest is not None:
+                indexes.check()
+            found += columns_of(dataset.root, family, indexes, fields)
     return sorted(found, key=lambda column: (MOMENTS, *fields).index(column.name))
 
 
@@ -72,9 +82,20 @@ def allocate(columns: Sequence[Column], n: int) -> Batch:
     return {column.name: torch.empty((n, *column.field.shape), dtype=column.field.batch_dtype) for column in columns}
 
 
-def finished(batch: Batch, dataset: LatentDataset, positions: np.ndarray, places: list[tuple[int, int]]) -> Batch:
-    """The batch with labels and positions (int64 [n]). places: (shard, row) of each sample."""
-    labels = np.array([dataset.indexes[shard].label[row] for shard, row in places], np.int64)
+def segments(shards: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(shard, places) for each shard among int64 [n] shards: the places in the batch of its samples, by their row."""
+    order = np.lexsort((rows, shards))
+    numbers, starts = np.unique(shards[order], return_index=True)
+    yield from zip(numbers.tolist(), np.split(order, starts[1:]), strict=True)
+
+
+def finished(
+    batch: Batch, dataset: LatentDataset, positions: np.ndarray, shards: np.ndarray, rows: np.ndarray
+) -> Batch:
+    """The batch with labels and positions (int64 [n]). shards, rows: int64 [n], where each sample lies."""
+    labels = np.empty(len(rows), np.int64)
+    for shard, where in segments(shards, rows):
+        labels[where] = dataset.indexes[shard].label[rows[where]]
     moments = {MOMENTS: batch.pop(MOMENTS)}
     more = {"label": torch.from_numpy(labels), "position": torch.from_numpy(np.array(positions, np.int64))}
     return {**moments, **more, **batch}

@@ -1,7 +1,11 @@
 """Opening a data set: its description, every shard's index, and the checks made before a run starts."""
 
+import hashlib
+import threading
 import zlib
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,20 +17,95 @@ from dit_fast.data.field import Family, ShardInfo
 from dit_fast.data.index import ShardIndex, index_bytes, index_from_bytes, index_path
 from dit_fast.data.shards import LABEL_MEMBER, key_of, parse_npy
 from dit_fast.errors import DataError
+from dit_fast.world import World
 
 DESCRIPTION_BYTES = 1 << 28  # at most
 LABEL_BYTES = 10  # at most
+KEPT_BYTES = 1 << 26  # of indexes in memory: ImageNet's whole, with two members a sample
+DIGEST_BYTES = 16  # of each index
+CHECKED_AT_ONCE = 4  # indexes
+
+
+class Indexes(Sequence[ShardIndex]):
+    """The indexes of a family's shards, each read and checked when it is asked for; those used last are kept, in
+    `KEPT_BYTES`. Several threads may ask.
+
+    digests: `DIGEST_BYTES` for each index, as another process found them when it checked the same files; then an index
+    has to be that one and is not checked again.
+    """
+
+    def __init__(self, root: str, info: DatasetInfo, family: Family, digests: bytes = b""):
+        self._root, self._family, self._classes, self._digests = root, family, info.num_classes, digests
+        self._first_keys = np.cumsum([0, *info.shard_sizes[:-1]])
+        self._most = max(KEPT_BYTES // index_bytes(max(info.shard_sizes), family.members), 2)
+        self._kept: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._family.shards)
+
+    def __getitem__(self, shard):
+        if isinstance(shard, slice):
+            return [self[number] for number in range(*shard.indices(len(self)))]
+        shard = range(len(self))[shard]
+        with self._lock:
+            index = self._kept.pop(shard, None)
+            if index is not None:
+                self._kept[shard] = index
+        return index if index is not None else self._keep(shard, self._read(shard)[0])
+
+    def keep(self, shards: int) -> None:
+        """At least so many stay, whatever their bytes: those that are shuffled together."""
+        self._most = max(self._most, shards)
+
+    def check(self) -> bytes:
+        """Reads and checks all of them, several at a time; returns their digests. Raises DataError for the first that
+        is wrong."""
+
+        def digest(shard: int) -> bytes:
+            index, found = self._read(shard)
+            self._keep(shard, index)
+            return found
+
+        with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
+            return b"".join(pool.map(digest, range(len(self))))
+
+    def _keep(self, shard: int, index: ShardIndex) -> ShardIndex:
+        with self._lock:
+            self._kept[shard] = index
+            while len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+        return index
+
+    def _read(self, shard: int) -> tuple[ShardIndex, bytes]:
+        first_key, part = int(self._first_keys[shard]), self._family.shards[shard]
+        if not self._digests:
+            return open_index(self._root, part, self._family, first_key, self._classes)
+        index, found = _open_index(self._root, part, self._family, first_key)
+        if found != self._digests[DIGEST_BYTES * shard : DIGEST_BYTES * (shard + 1)]:
+            raise DataError(
+                f"{index_address(self._root, part)}: is not what rank 0 checked; give all ranks the same files"
+            )
+        return index, found
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_kept": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
 
 @dataclass(frozen=True)
 class LatentDataset:
-    """An opened data set: its description and the index of every shard with latents. Holds no open files; may be sent
-    to workers.
+    """An opened data set: its description and the indexes of the shards with latents. Holds no open files.
+
+    digest: what `open_dataset` gives to processes that are to trust this one's checks; None where it trusts another.
     """
 
     root: str
     info: DatasetInfo
-    indexes: tuple[ShardIndex, ...]
+    indexes: Sequence[ShardIndex]
+    digest: str | None = None
 
     def __len__(self) -> int:
         return self.info.num_samples
@@ -49,27 +128,41 @@ class LatentDataset:
                 raise DataError(f"{self.root}: {error}") from None
 
 
-def open_dataset(path_or_url: str | Path) -> LatentDataset:
-    """Reads `dataset.json` and all indexes of a folder or http(s) address and checks them against the tars.
+def open_dataset(path_or_url: str | Path, digest: str | None = None) -> LatentDataset:
+    """Reads `dataset.json` of a folder or an address and checks all indexes against it and the tars.
 
     Checked here: every field of the description has its type and range; every shard is present (local folders), has the
     bytes the description names, agrees with its index in samples, keys and extent; every member has a size that the
     description allows, and the first array of each shard the expected shape and dtype; labels lie in [0, num_classes).
     Payload checksums and values are checked when samples are read.
 
+    digest: of the same data set as another process has opened it. Then nothing but the description is read; indexes are
+    read when their samples come up and must be those which that process checked.
+
     Raises DataError, one line naming the file and the fix.
     """
     root, info = read_description(path_or_url)
-    return LatentDataset(root=root, info=info, indexes=open_family(root, info, info.families[0]))
+    if digest is None:
+        indexes = Indexes(root, info, info.families[0])
+        return LatentDataset(root, info, indexes, f"{info.fingerprint}:{indexes.check().hex()}")
+    fingerprint, _, checked = digest.partition(":")
+    if fingerprint != info.fingerprint:
+        raise DataError(f"{root}: is not the data set that rank 0 opened; give all ranks the same files")
+    return LatentDataset(root, info, Indexes(root, info, info.families[0], bytes.fromhex(checked)))
 
 
-def open_family(root: str, info: DatasetInfo, family: Family) -> tuple[ShardIndex, ...]:
-    """The checked indexes of a family's shards. Raises DataError."""
-    first_keys = np.cumsum([0, *info.shard_sizes[:-1]]).tolist()
-    return tuple(
-        open_index(root, shard, family, first_key, info.num_classes)
-        for shard, first_key in zip(family.shards, first_keys, strict=True)
-    )
+def open_together(path_or_url: str | Path, world: World) -> LatentDataset:
+    """`open_dataset` in every process of a job: rank 0 checks the indexes, the others trust its digest. Collective."""
+    opened: list[LatentDataset] = []
+
+    def check() -> str | None:
+        opened.append(open_dataset(path_or_url))
+        return opened[0].digest
+
+    if world.size == 1:
+        return open_dataset(path_or_url)
+    digest = world.agree(check)
+    return opened[0] if opened else open_dataset(path_or_url, digest)
 
 
 def read_description(path_or_url: str | Path) -> tuple[str, DatasetInfo]:
@@ -93,31 +186,42 @@ def _require_folder(root: str, where: str) -> None:
         raise DataError(f"{where}{absolute}: missing; finish the data set with {build}; {moved}")
 
 
-def open_index(root: str, shard: ShardInfo, family: Family, first_key: int, num_classes: int) -> ShardIndex:
-    """The checked index of one shard, whose first sample has this key. Raises DataError."""
-    tar, idx = join(root, shard.name), join(root, index_path(Path(shard.name)).name)
+def index_address(root: str, shard: ShardInfo) -> str:
+    return join(root, index_path(Path(shard.name)).name)
+
+
+def open_index(
+    root: str, shard: ShardInfo, family: Family, first_key: int, num_classes: int
+) -> tuple[ShardIndex, bytes]:
+    """The checked index of one shard, whose first sample has this key, and its digest. Raises DataError."""
+    tar, idx = join(root, shard.name), index_address(root, shard)
     with reading(tar):
-        index = _open_index(root, tar, idx, shard, family, first_key)
+        if not is_remote(root):
+            _check_tar(root, tar, shard)
+        index, digest = _open_index(root, shard, family, first_key)
         if LABEL_MEMBER in index.members:
             _check_labels(tar, idx, index, num_classes)
         _check_sizes(tar, index, family)
-        return index
+        return index, digest
 
 
-def _open_index(root: str, tar: str, idx: str, shard: ShardInfo, family: Family, first_key: int) -> ShardIndex:
-    reindex = f"rebuild it with `dit-fast shards index {root}`"
-    if not is_remote(root):
-        if not Path(tar).is_file():
-            raise DataError(f"{tar}: shard is missing; restore it or build again in another folder")
-        size = Path(tar).stat().st_size
-        if size != shard.bytes:
-            raise DataError(
-                f"{tar}: has {size} bytes where dataset.json says {shard.bytes}; restore it or build again elsewhere"
-            )
-        if not Path(idx).is_file():
-            raise DataError(f"{idx}: index is missing; {reindex}")
+def _check_tar(root: str, tar: str, shard: ShardInfo) -> None:
+    if not Path(tar).is_file():
+        raise DataError(f"{tar}: shard is missing; restore it or build again in another folder")
+    size = Path(tar).stat().st_size
+    if size != shard.bytes:
+        raise DataError(
+            f"{tar}: has {size} bytes where dataset.json says {shard.bytes}; restore it or build again elsewhere"
+        )
+
+
+def _open_index(root: str, shard: ShardInfo, family: Family, first_key: int) -> tuple[ShardIndex, bytes]:
+    reindex, idx = f"rebuild it with `dit-fast shards index {root}`", index_address(root, shard)
+    if not is_remote(root) and not Path(idx).is_file():
+        raise DataError(f"{idx}: index is missing; {reindex}")
     wanted = family.members
-    index = index_from_bytes(read_bytes(idx, index_bytes(shard.samples, wanted)), idx)
+    data = read_bytes(idx, index_bytes(shard.samples, wanted))
+    index = index_from_bytes(data, idx)
     if index.first_key != first_key or len(index) != shard.samples or index.tar_bytes != shard.bytes:
         raise DataError(
             f"{idx}: describes samples {index.first_key}..{index.first_key + len(index)} of a tar of {index.tar_bytes} "
@@ -127,7 +231,7 @@ def _open_index(root: str, tar: str, idx: str, shard: ShardInfo, family: Family,
         raise DataError(
             f"{idx}: members {sorted(index.members)} differ from dataset.json's {sorted(wanted)}; {reindex}"
         )
-    return index
+    return index, hashlib.sha256(data).digest()[:DIGEST_BYTES]
 
 
 def _check_labels(tar: str, idx: str, index: ShardIndex, num_classes: int) -> None:

@@ -1,12 +1,13 @@
-"""Indexed reader: any sample of local shards by one `pread` per member; nothing is unpacked or extracted.
+"""Indexed reader: any sample of a shard by one `pread` per member; nothing is unpacked or extracted.
 
-Arrays are read by compiled code where it is there (csrc/host/), one call per shard and member, without the GIL. It
+Arrays are read by compiled code where it is there (csrc/host/), one call per member and batch, without the GIL. It
 takes what is plainly right and stops at the first sample that is not; that one is read by Python, which says what is
 wrong, or takes what is only unusual.
 """
 
 import os
 import resource
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,26 +15,42 @@ import torch
 
 from dit_fast import _C
 from dit_fast.data.address import reading
-from dit_fast.data.batch import Batch, Column, allocate, finished, open_columns
+from dit_fast.data.batch import Batch, Column, allocate, finished, open_columns, segments
+from dit_fast.data.cache import ShardCache
 from dit_fast.data.dataset import LatentDataset
 from dit_fast.data.field import MOMENTS
-from dit_fast.errors import DataError
+from dit_fast.data.plan import Plan
+from dit_fast.errors import ConfigError, DataError
 
 MOST_FILES = 4096  # open at once
+CALL_SHARDS = 64  # in one call of compiled code
+
+
+class _File:
+    """An open file, closed when nobody holds it any more: a thread may still read what another has let go."""
+
+    def __init__(self, path: str):
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if "number" in self.__dict__:
+            os.close(self.number)
 
 
 class MemberReader:
-    """Fills rows of arrays with members of tars. Files are opened when first needed; at most half of what the process
-    may open stay open.
+    """Fills rows of arrays with members of tars, in several threads at a time. Files are opened when first needed; at
+    most half of what the process may open stay open.
 
-    Descriptors have no position that reading moves, so a forked process goes on with those of its parent; a spawned one
-    opens its own.
+    cache: reads copies there, not the shards themselves.
     """
 
-    def __init__(self, check_crc: bool = True):
-        self._check_crc = check_crc
-        self._handles: dict[str, int] = {}  # tar -> file descriptor, the one used last at the end
+    def __init__(self, check_crc: bool = True, cache: ShardCache | None = None):
+        self._check_crc, self.cache = check_crc, cache
+        self._files: dict[str, _File] = {}  # by tar, the one used last at the end
         self._headers: dict[str, bytes] = {}  # column -> what begins each of its arrays
+        self._lock = threading.Lock()
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.most_files = MOST_FILES if limit < 0 else min(max(limit // 2, 1), MOST_FILES)
 
     def fill(self, column: Column, target: torch.Tensor, shards: np.ndarray, rows: np.ndarray) -> None:
         """`target` [n, ...] becomes the column's values at (shards, rows), int64 [n] each. Raises DataError."""
@@ -41,72 +58,139 @@ class MemberReader:
             for i, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
                 self._put(column, target[i], shard, row)
             return
-        for shard in np.unique(shards).tolist():
-            self._read_arrays(column, target, shard, rows, np.flatnonzero(shards == shard))
+        found = list(segments(shards, rows))
+        count = min(CALL_SHARDS, self.most_files)
+        for first in range(0, len(found), count):
+            self._read_arrays(column, target, rows, found[first : first + count])
 
     def _read_arrays(
-        self, column: Column, target: torch.Tensor, shard: int, rows: np.ndarray, where: np.ndarray
+        self, column: Column, target: torch.Tensor, rows: np.ndarray, part: Sequence[tuple[int, np.ndarray]]
     ) -> None:
-        """Rows `where` of the batch, all of one shard."""
-        host, flat, own = _C.host(), target.numpy().reshape(len(target), -1), rows[where]
-        tables, half = column.tables(shard, own), column.field.dtype == "float16"
+        """Those rows of the batch that lie in some shards."""
+        host, flat = _C.host(), target.numpy().reshape(len(target), -1)
+        half = column.field.dtype == "float16"
         # of mean and std, the second half
         signless = flat.shape[1] // column.field.shape[0] if column.name == MOMENTS else flat.shape[1]
-        done = 0
+        files = [self._file(column, shard) for shard, _ in part]
+        where = np.concatenate([places for _, places in part])
+        counts = [len(places) for _, places in part]
+        numbers = np.repeat(np.array([file.number for file in files], np.int32), counts)
+        tables = [
+            np.concatenate(found)
+            for found in zip(*(column.tables(shard, rows[places]) for shard, places in part), strict=True)
+        ]
+        shards, done = np.repeat([shard for shard, _ in part], counts), 0
         while done < len(where):
             header = self._headers.get(column.name)
             if header is not None and host is not None:
-                rest, handle = (table[done:] for table in tables), self._handle(column.tars[shard])
-                done += host.read_npy(handle, *rest, where[done:], self._check_crc, header, half, signless, flat)
+                rest = (table[done:] for table in (numbers, *tables, where))
+                done += host.read_npy(*rest, self._check_crc, header, half, signless, flat)
             if done < len(where):
-                data = self._put(column, target[where[done]], shard, int(own[done]))
+                data = self._put(column, target[where[done]], int(shards[done]), int(rows[where[done]]))
                 self._headers[column.name] = data[: 10 + int.from_bytes(data[8:10], "little")]
                 done += 1
 
     def _put(self, column: Column, target: torch.Tensor, shard: int, row: int) -> bytes:
-        offset, length, _ = (int(table[0]) for table in column.tables(shard, np.array([row])))
         try:
-            data = os.pread(self._handle(column.tars[shard]), length, offset)
-        except OSError as error:
-            raise DataError(f"{column.describe(shard, row)} cannot be read ({error.strerror})") from None
-        column.check(data, shard, row, self._check_crc)
+            data = self._get(column, shard, row)
+            column.check(data, shard, row, self._check_crc)
+        except DataError:  # of the shard, or of its copy alone
+            if self.cache is None or not self.cache.renew(column.root, column.shards[shard]):
+                raise
+            with self._lock:
+                self._files.pop(column.tar(shard), None)
+            data = self._get(column, shard, row)
+            column.check(data, shard, row, self._check_crc)
         column.put(target, data, shard, row)
         return data
 
+    def _get(self, column: Column, shard: int, row: int) -> bytes:
+        offset, length, _ = (int(table[0]) for table in column.tables(shard, np.array([row])))
+        file = self._file(column, shard)
+        try:
+            return os.pread(file.number, length, offset)
+        except OSError as error:
+            raise DataError(f"{column.describe(shard, row)} cannot be read ({error.strerror})") from None
+
     def close(self) -> None:
-        """Closes this process's files."""
-        for handle in self._handles.values():
-            os.close(handle)
-        self._handles.clear()
+        """Lets the files go."""
+        self._files.clear()
 
-    def _handle(self, tar: str) -> int:
-        handle = self._handles.pop(tar, None)
-        if handle is None:
-            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-            while len(self._handles) >= (MOST_FILES if limit < 0 else min(max(limit // 2, 1), MOST_FILES)):
-                os.close(self._handles.pop(next(iter(self._handles))))  # used longest ago
-            with reading(tar):
-                handle = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
-        self._handles[tar] = handle
-        return handle
+    def _file(self, column: Column, shard: int) -> _File:
+        tar = column.tar(shard)
+        with self._lock:
+            file = self._files.pop(tar, None)
+            if file is not None:
+                self._files[tar] = file
+                return file
+            while len(self._files) >= self.most_files:
+                del self._files[next(iter(self._files))]  # used longest ago
+        file = self._open(column, shard, tar)
+        with self._lock:
+            self._files[tar] = file
+        return file
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_handles": {}}
-
-    def __del__(self) -> None:
-        if "_handles" in self.__dict__:
-            self.close()
+    def _open(self, column: Column, shard: int, tar: str) -> _File:
+        while self.cache is not None:
+            path = self.cache.path(column.root, column.shards[shard])
+            try:
+                return _File(str(path))
+            except FileNotFoundError:
+                pass  # another process made room in between
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        with reading(tar):
+            return _File(tar)
 
 
 class IndexedReader(MemberReader):
-    """Reads samples of a local data set by number."""
+    """Reads samples of a data set by number: a local one as it lies, others through a cache."""
 
-    def __init__(self, dataset: LatentDataset, fields: Sequence[str] = (), check_crc: bool = True):
-        super().__init__(check_crc)
-        if dataset.remote:
+    def __init__(
+        self,
+        dataset: LatentDataset,
+        fields: Sequence[str] = (),
+        check_crc: bool = True,
+        cache: ShardCache | None = None,
+    ):
+        super().__init__(check_crc, cache)
+        if dataset.remote and cache is None:
             raise DataError(f"{dataset.root}: the indexed reader needs local shards; use reader='stream'")
         self._dataset, self._columns = dataset, open_columns(dataset, fields)
-        self._first = np.array([index.first_key for index in dataset.indexes], np.int64)
+        self._families = {column.shards: column for column in self._columns}.values()  # a column of each
+        self._first = np.cumsum([0, *dataset.info.shard_sizes[:-1]])
+        self._ahead = -1  # positions below are there or on their way
+
+    def follow(self, plan: Plan) -> None:
+        """Samples will be asked for in this order. Raises ConfigError where the cache does not hold two groups."""
+        shards = min(2 * plan.group_size, plan.num_shards)
+        for column in self._families:
+            column.indexes.keep(shards)  # type: ignore[attr-defined]
+        if self.cache is not None:
+            # a copy that was removed takes room until it is closed
+            self.most_files = min(self.most_files, max(shards * len(self._families), CALL_SHARDS))
+            need = sum(shards * max(shard.bytes for shard in column.shards) for column in self._families)
+            if need > self.cache.limit:
+                raise ConfigError(
+                    f"data.cache_gib allows {self.cache.limit / 2**30:.3g} GiB, and two groups of {plan.group_size} "
+                    f"shards take up to {need / 2**30:.3g}; raise it or lower data.shuffle_group"
+                )
+
+    def fetch(self, plan: Plan, position: int, turn: float) -> None:
+        """Has the shards of a position's group and of the next one fetched. turn: in [0, 1), where in a group to begin,
+        so that processes which share a cache begin at different shards."""
+        if self.cache is None:
+            return
+        with self._lock:
+            if position < self._ahead:
+                return
+            groups = [plan.group(position)]
+            groups.append(plan.group(groups[0].stop))
+            self._ahead = groups[0].stop
+        for group in groups:
+            shards = np.roll(group.shards, -int(turn * len(group.shards))).tolist()
+            for column in self._families:
+                self.cache.ahead(column.root, [column.shards[shard] for shard in shards])
 
     def read(self, positions: np.ndarray, samples: np.ndarray) -> Batch:
         """Micro-batch of the samples with these numbers (int64 [n]); `positions` [n] are handed through.
@@ -120,4 +204,4 @@ class IndexedReader(MemberReader):
         batch = allocate(self._columns, len(samples))
         for column in self._columns:
             self.fill(column, batch[column.name], shards, rows)
-        return finished(batch, self._dataset, positions, list(zip(shards.tolist(), rows.tolist(), strict=True)))
+        return finished(batch, self._dataset, positions, shards, rows)

@@ -1,168 +1,108 @@
-"""Files over http(s): read once from start to end; what breaks on the way is asked for again from where it broke."""
+"""Parts of files of http(s) servers and object stores through fsspec; what breaks on the way is asked for again."""
 
-import http.client
+import functools
 import logging
-import socket
-import ssl
+import os
+import random
 import time
-import urllib.error
-import urllib.request
+from typing import Any
 
 from dit_fast.data.files import reason, shown
 from dit_fast.errors import DataError
 
 logger = logging.getLogger("dit_fast")
 
-TIMEOUT_SECONDS = 60
-RETRIES = 10  # of one file; with the pauses below an outage of 2.5 minutes is outlasted
+NEEDS = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs"}  # scheme -> package that fsspec uses
+TIMEOUT_SECONDS = 60  # without a byte
+RETRIES = 10  # of one part; with the pauses below an outage of about 2.5 minutes is outlasted
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
 LONGEST_ASKED = 120.0  # seconds that a server may ask for
-CHUNK_BYTES = 1 << 20
+_jitter = random.Random()  # of its own: the program's numbers stay as they are
 
 
-class HttpStream:
-    """Bytes of an http(s) address. size: how many there must be, where that is known.
+def request(address: str, start: int, stop: int) -> bytes:
+    """Bytes [start, stop) of a file, fewer where it ends before; all of it from a server that does not know ranges.
 
-    Answers 408, 429 and 5xx, broken connections, timeouts and bodies that end early are tried again: `RETRIES` times a
-    file, after pauses that double (`Retry-After` is honoured up to `LONGEST_ASKED`), each logged. Other answers are
-    final at once. Raises DataError, one line.
+    Answers 408, 429 and 5xx, broken connections, timeouts and bodies that end early are tried again, `RETRIES` times,
+    after pauses that double, up to a quarter longer by chance so that many ranks do not come back at once
+    (`Retry-After` is honoured up to `LONGEST_ASKED`). Each is logged. Other answers are final at once. Raises
+    DataError, one line.
     """
-
-    def __init__(self, address: str, size: int | None = None):
-        self.address, self._size, self._at = address, size, 0
-        self._retries = self._failures = 0  # of this file; since bytes last came
-        self._response: http.client.HTTPResponse | None = None
-        self._connect()
-
-    def __enter__(self) -> "HttpStream":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def read(self, count: int) -> bytes:
-        """The next `count` bytes, fewer at the end of the file only."""
-        parts, wanted = [], count
-        while wanted:
-            data = self._some(min(wanted, CHUNK_BYTES))
-            if not data:
-                break
-            parts.append(data)
-            wanted -= len(data)
-        return b"".join(parts)
-
-    def _some(self, count: int) -> bytes:
-        while True:
-            try:
-                if self._response is None:
-                    self._connect()
-                assert self._response is not None
-                data = self._response.read(count)
-                if not data and self._size is not None and self._at < self._size:
-                    raise http.client.IncompleteRead(b"")
-            except (OSError, http.client.HTTPException) as error:
-                self._wait(error)
-                continue
-            self._at += len(data)
-            self._failures = 0 if data else self._failures
-            return data
-
-    def _connect(self) -> None:
-        """Opens the connection at the first byte that has not been read; returns when it is open."""
-        while True:
-            try:
-                self._response = self._request()
-                return
-            except (OSError, http.client.HTTPException) as error:
-                self._wait(error)
-
-    def _final(self, words: str) -> DataError:
-        """What another request would not change."""
-        return DataError(f"{self.address}: {words}")
-
-    def _request(self) -> http.client.HTTPResponse:
+    system, failures = _system(address.partition(":")[0]), 0
+    while True:
         try:
-            headers = {"Range": f"bytes={self._at}-"} if self._at else {}
-            request = urllib.request.Request(self.address, headers=headers)
-            response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code in (408, 429) or error.code >= 500:
-                raise
-            raise self._final(f"the server answers {_words(error)}; check the address") from None
-        except urllib.error.URLError as error:
-            cause = error.reason
-            unknown = isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN
-            if unknown or isinstance(cause, ssl.SSLCertVerificationError):
-                raise self._final(f"cannot be reached ({reason(cause)}); check the address") from None
-            raise
-        except (ValueError, http.client.InvalidURL) as error:  # UnicodeError too
-            raise self._final(f"is not an address that can be asked for ({_words(error)})") from None
-        try:
-            self._begin(response)
-        except BaseException:
-            response.close()
-            raise
-        return response
-
-    def _begin(self, response: http.client.HTTPResponse) -> None:
-        """Compares the length with what is known and goes to the byte that is to be read next."""
-        start, packed = 0, response.headers.get("Content-Encoding", "identity")
-        if packed != "identity":
-            raise self._final(f"the server sends it packed ({shown(packed)}); have it send the file as it is")
-        if response.status == 206:
-            span = (response.headers.get("Content-Range") or "").removeprefix("bytes ").partition("/")
-            first = span[0].partition("-")[0]
-            if not first.isdecimal() or int(first) != self._at:
-                raise self._final(f"the server sends another part ({span[0]!r}) than the one from byte {self._at}")
-            start = self._at
-        length = response.headers.get("Content-Length")
-        if length is not None and length.isdecimal():
-            total = start + int(length)
-            if self._size is not None and total != self._size:
-                raise self._final(f"has {total} bytes where {self._size} are expected; restore or rebuild it")
-            self._size = total
-        while start < self._at:  # a server that does not know ranges begins again
-            data = response.read(min(self._at - start, CHUNK_BYTES))
-            if not data:
-                raise http.client.IncompleteRead(b"")
-            start += len(data)
-
-    def _wait(self, error: Exception) -> None:
-        """Sleeps before the next try, or gives up."""
-        self._close()
-        if self._retries >= RETRIES:
-            raise DataError(
-                f"{self.address}: cannot be read ({_words(error)}), {RETRIES} retries made; "
-                "start again when the server answers"
-            ) from None
-        pause = min(FIRST_PAUSE * 2**self._failures, LONGEST_PAUSE)
-        asked = error.headers.get("Retry-After", "") if isinstance(error, urllib.error.HTTPError) else ""
-        if asked.isdecimal():
-            pause = max(pause, min(float(asked), LONGEST_ASKED))
-        self._retries, self._failures = self._retries + 1, self._failures + 1
-        logger.warning(
-            "%s: %s; trying again in %.1f s (retry %d of %d)",
-            self.address,
-            _words(error),
-            pause,
-            self._retries,
-            RETRIES,
-        )
-        time.sleep(pause)
-
-    def _close(self) -> None:
-        if self._response is not None:
-            self._response.close()
-            self._response = None
+            return system.cat_file(address, start=start, end=stop, timeout=10 * TIMEOUT_SECONDS)
+        except Exception as error:  # each store has its own kinds
+            if getattr(error, "status", None) == 416 and not start:
+                return b""  # an empty file
+            words = _final(error)
+            if words is not None:
+                raise DataError(f"{address}: {words}") from None
+            if failures >= RETRIES:
+                raise DataError(
+                    f"{address}: cannot be read ({_words(error)}), {RETRIES} retries made; "
+                    "start again when the server answers"
+                ) from None
+            pause = min(FIRST_PAUSE * 2**failures, LONGEST_PAUSE) * _jitter.uniform(1, 1.25)
+            asked = str((getattr(error, "headers", None) or {}).get("Retry-After", ""))
+            if asked.isdecimal():
+                pause = max(pause, min(float(asked), LONGEST_ASKED))
+            failures += 1
+            text = "%s: %s; trying again from byte %d in %.1f s (retry %d of %d)"
+            logger.warning(text, address, _words(error), start, pause, failures, RETRIES)
+            time.sleep(pause)
 
 
-def _words(error: BaseException | str) -> str:
+@functools.cache
+def _system(scheme: str) -> Any:
+    """fsspec's file system of a scheme. Raises DataError naming the package that is missing."""
+    options: dict[str, Any] = {}
+    try:
+        import fsspec
+
+        if scheme in ("http", "https"):
+            import aiohttp
+
+            limits = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT_SECONDS, sock_read=TIMEOUT_SECONDS)
+            # addresses go out as they were given (signed ones), answers come as they lie on the disk
+            client = {"timeout": limits, "auto_decompress": False, "trust_env": True}
+            options = {"client_kwargs": client, "encoded": True, "headers": {"Accept-Encoding": "identity"}}
+        return fsspec.filesystem(scheme, **options)
+    except ImportError:
+        package = NEEDS[scheme]
+        more = "" if package == "aiohttp" else f" {package}"
+        raise DataError(
+            f"{scheme}:// is read through fsspec and {package}, which are not both there; "
+            f"run `pip install 'dit_fast[remote]'{more}`"
+        ) from None
+
+
+def _final(error: Exception) -> str | None:
+    """What another request would not change, in words; None for what may pass."""
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    if isinstance(error, FileNotFoundError) or status == 404:
+        return "the server answers 404 Not Found; check the address"
+    if isinstance(error, PermissionError):
+        return f"may not be read ({_words(error)}); check the credentials"
+    if isinstance(status, int) and 300 <= status < 500 and status not in (408, 429):
+        return f"the server answers {_words(error)}; check the address"
+    if type(error).__name__ == "TooManyRedirects":
+        return "the server sends from one address to the next without end; check the address"
+    if type(error).__name__ in ("ClientConnectorCertificateError", "ClientConnectorDNSError", "NoCredentialsError"):
+        return f"cannot be reached ({_words(error)}); check the address"
+    if isinstance(error, ValueError):  # aiohttp's InvalidURL and UnicodeError too
+        return f"is not an address that can be asked for ({_words(error)})"
+    return None
+
+
+def _words(error: Exception) -> str:
     """An error in a few words of one line."""
-    if isinstance(error, urllib.error.HTTPError):
-        return shown(f"{error.code} {error.reason}".splitlines()[0])
-    if isinstance(error, urllib.error.URLError):
-        error = error.reason
-    if isinstance(error, http.client.IncompleteRead):
+    status = getattr(error, "status", None)
+    if isinstance(status, int) and status:
+        return shown(f"{status} {getattr(error, 'message', '')}".strip().splitlines()[0])
+    if isinstance(error, TimeoutError):
+        return f"no answer in {TIMEOUT_SECONDS} s"
+    if type(error).__name__ == "ClientPayloadError":
         return "the answer ended early"
-    return reason(error)
+    cause = getattr(error, "os_error", None)
+    return reason(os.strerror(cause.errno) if cause is not None and cause.errno else error)

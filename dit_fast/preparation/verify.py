@@ -62,7 +62,7 @@ def _shard_problems(root: str, shard: ShardInfo, family: Family, first_key: int,
     """What is wrong with a shard, one line each."""
     tar, index, said = Path(root) / shard.name, None, ""
     try:
-        index = open_index(root, shard, family, first_key, num_classes)
+        index, _ = open_index(root, shard, family, first_key, num_classes)
     except DataError as error:
         said = str(error)
         yield said

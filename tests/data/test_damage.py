@@ -323,7 +323,7 @@ def read_with_few_files(folder):
     reader, order = IndexedReader(dataset, dataset.info.fields), np.random.default_rng(0).permutation(len(dataset))
     for part in np.array_split(order, 10):
         reader.read(part, part)
-    os._exit(len(reader._handles))
+    os._exit(len(reader._files))
 
 
 def test_open_files_are_bounded(built):

@@ -79,7 +79,7 @@ def test_a_tar_cut_since_it_was_opened_is_told_in_the_same_words(copied, in_pyth
 
 
 def members(arrays, tmp_path):
-    """(file descriptor, offsets, lengths, crcs, header) of arrays written one after the other."""
+    """(file descriptors, offsets, lengths, crcs, header) of arrays written one after the other."""
     payloads = [npy_bytes(array) for array in arrays]
     path = tmp_path / "members"
     path.write_bytes(b"".join(payloads))
@@ -89,16 +89,22 @@ def members(arrays, tmp_path):
     np.lib.format.read_magic(stream)
     np.lib.format.read_array_header_1_0(stream)
     header = payloads[0][: stream.tell()]
-    return os.open(path, os.O_RDONLY), offsets, lengths, np.array([zlib.crc32(p) for p in payloads], np.uint32), header
+    return (
+        np.full(len(arrays), os.open(path, os.O_RDONLY), np.int32),
+        offsets,
+        lengths,
+        np.array([zlib.crc32(p) for p in payloads], np.uint32),
+        header,
+    )
 
 
 @needs_host
 def test_every_finite_half_becomes_the_float_that_numpy_says(tmp_path):
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     halves = halves[np.isfinite(halves)].reshape(4, -1)
-    file, offsets, lengths, crcs, header = members(halves, tmp_path)
+    files, offsets, lengths, crcs, header = members(halves, tmp_path)
     out, rows, items = np.full(halves.shape, np.nan, np.float32), np.array([2, 0, 3, 1]), halves.shape[1]
-    assert _C.host().read_npy(file, offsets, lengths, crcs, rows, True, header, True, items, out) == 4
+    assert _C.host().read_npy(files, offsets, lengths, crcs, rows, True, header, True, items, out) == 4
     assert np.array_equal(out[rows].view(np.uint32), halves.astype(np.float32).view(np.uint32))
 
 
@@ -106,12 +112,12 @@ def test_every_finite_half_becomes_the_float_that_numpy_says(tmp_path):
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
 def test_integers_come_as_they_are(tmp_path, dtype):
     arrays = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (5, 7), dtype)
-    file, offsets, lengths, crcs, header = members(arrays, tmp_path)
+    files, offsets, lengths, crcs, header = members(arrays, tmp_path)
     out, rows = np.zeros_like(arrays), np.array([4, 2, 0, 1, 3])
-    assert _C.host().read_npy(file, offsets, lengths, crcs, rows, True, header, False, 7, out) == 5
+    assert _C.host().read_npy(files, offsets, lengths, crcs, rows, True, header, False, 7, out) == 5
     assert np.array_equal(out[rows], arrays)
     with pytest.raises(ValueError, match="out must be"):
-        _C.host().read_npy(file, offsets, lengths, crcs, rows, True, header, True, 7, out)
+        _C.host().read_npy(files, offsets, lengths, crcs, rows, True, header, True, 7, out)
 
 
 @needs_host
@@ -119,13 +125,13 @@ def test_integers_come_as_they_are(tmp_path, dtype):
 def test_it_stops_at_the_first_sample_that_is_not_right(tmp_path, dtype):
     arrays = np.arange(40, dtype=dtype).reshape(5, 8)
     arrays[:, 0], arrays[:, 7], arrays[:, 1] = -1, -0.0, np.finfo(dtype).min  # the first half may have any sign
-    file, offsets, lengths, crcs, header = members(arrays, tmp_path)
+    files, offsets, lengths, crcs, header = members(arrays, tmp_path)
     crcs[3] ^= 1
 
     def read(check, signless=4):
         out = np.zeros((5, 8), np.float32)
         rows, half = np.arange(5), dtype == np.float16
-        return _C.host().read_npy(file, offsets, lengths, crcs, rows, check, header, half, signless, out), out
+        return _C.host().read_npy(files, offsets, lengths, crcs, rows, check, header, half, signless, out), out
 
     done, out = read(True)
     assert done == 3
@@ -138,20 +144,27 @@ def test_it_stops_at_the_first_sample_that_is_not_right(tmp_path, dtype):
     for place, value in ((0, np.nan), (3, np.inf), (3, -np.inf), (6, np.nan), (6, np.inf), (6, -np.finfo(dtype).tiny)):
         damaged = arrays.copy()
         damaged[2, place] = value
-        file, offsets, lengths, crcs, header = members(damaged, tmp_path)
+        files, offsets, lengths, crcs, header = members(damaged, tmp_path)
         assert read(True)[0] == 2, (place, value)
 
 
 @needs_host
 def test_buffers_that_do_not_fit_are_refused(tmp_path):
-    file, offsets, lengths, crcs, header = members(np.zeros((2, 8), np.float32), tmp_path)
-    good = {"rows": np.arange(2), "out": np.zeros((2, 8), np.float32), "offsets": offsets, "signless": 8}
+    files, offsets, lengths, crcs, header = members(np.zeros((2, 8), np.float32), tmp_path)
+    good = {
+        "files": files,
+        "rows": np.arange(2),
+        "out": np.zeros((2, 8), np.float32),
+        "offsets": offsets,
+        "signless": 8,
+    }
     frozen = np.zeros((2, 8), np.float32)
     frozen.flags.writeable = False
     for change in (
         {"rows": np.array([0, 2])},
         {"rows": np.array([-1, 0])},
         {"rows": np.arange(3)},
+        {"files": np.zeros(3, np.int32)},
         {"rows": np.arange(2, dtype=np.int32)},
         {"offsets": offsets.astype(np.int64)},
         {"out": np.zeros((2, 8))},
@@ -164,7 +177,8 @@ def test_buffers_that_do_not_fit_are_refused(tmp_path):
         now = good | change
         with pytest.raises(ValueError, match=r"must|writeable"):
             _C.host().read_npy(
-                file, now["offsets"], lengths, crcs, now["rows"], True, header, False, now["signless"], now["out"]
+                now["files"], now["offsets"], lengths, crcs, now["rows"], True, header, False, now["signless"],
+                now["out"],
             )  # fmt: skip
 
 

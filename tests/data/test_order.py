@@ -1,12 +1,15 @@
 """The plan and both readers: one order, whatever the world size, the workers and the place of resuming."""
 
-import pickle
+import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from dit_fast.data import Plan, build_loader, open_dataset
+from dit_fast.data.index import index_from_bytes, index_to_bytes
+from dit_fast.data.reader import IndexedReader
 from dit_fast.errors import ConfigError, DataError
 from dit_fast.philox import Stream, uint32_numpy
 from tests.helpers.cases import refused
@@ -46,7 +49,6 @@ def test_every_epoch_is_a_permutation_and_epochs_differ(group):
     assert not np.array_equal(epochs[0], Plan(SIZES, 8, group).indices(0, COUNT))
     assert np.array_equal(plan.indices(30, 100), np.concatenate(epochs)[30:100])
     assert plan.indices(5, 5).shape == (0,)
-    assert np.array_equal(pickle.loads(pickle.dumps(plan)).indices(0, COUNT), epochs[0])
 
 
 def test_exact_shuffle_is_the_sort_by_philox_keys():
@@ -61,16 +63,45 @@ def test_groups_hold_whole_shards():
     plan = Plan(SIZES, 3, 2)
     shard_of = np.repeat(np.arange(len(SIZES)), SIZES)
     order = plan.indices(0, COUNT)
-    for group in plan.groups(0):
-        assert set(shard_of[order[group.start : group.stop]]) == set(group.shards.tolist())
-    assert sorted(np.concatenate([group.shards for group in plan.groups(0)])) == list(range(len(SIZES)))
+    groups, position = [], 0
+    while position < COUNT:
+        groups.append(plan.group(position))
+        position = groups[-1].stop
+        assert set(shard_of[order[groups[-1].start : position]]) == set(groups[-1].shards.tolist())
+    assert sorted(np.concatenate([group.shards for group in groups])) == list(range(len(SIZES)))
 
 
-def test_caches_at_most_two_epochs():
-    plan = Plan(SIZES, 3, 2)
-    for epoch in range(6):
-        plan.order(epoch)
-    assert len(plan._orders) == 2
+@pytest.mark.parametrize(
+    ("sizes", "seed", "group", "epoch", "digest"),
+    [
+        (SIZES, 0, 2, 0, "2fe21cf72d7c5724daf725748ad55c2c"),
+        (SIZES, 7, 0, 3, "b465fe46cad4dbaba39a0763dda51068"),
+        ((5, 1, 9, 2, 7, 7, 3), 2**63 + 5, 3, 1, "44992750a1a79baa14e5ee437f884589"),
+        ((100,) * 37 + (11,), 1, 8, 2, "0aac55971bf5eac9e318b198bd60def3"),
+        ((1000,) * 1281 + (167,), 0, 64, 3, "5a8bfcb964ec8b0c84e5c03ff5570c7d"),
+    ],
+)
+def test_the_order_is_that_of_the_first_release(sizes, seed, group, epoch, digest):
+    """Recorded from code that sorted the whole epoch at once."""
+    plan, count = Plan(sizes, seed, group), sum(sizes)
+    order = plan.indices(epoch * count, (epoch + 1) * count)
+    assert hashlib.sha256(order.tobytes()).hexdigest()[:32] == digest
+    for start, stop in ((count // 3, count // 2), (count - 2, count), (count // 2, count // 2 + 1)):  # on resuming
+        fresh = Plan(sizes, seed, group).indices(epoch * count + start, epoch * count + stop)
+        assert np.array_equal(fresh, order[start:stop])
+
+
+def test_a_group_is_all_that_is_ordered(monkeypatch):
+    plan, made = Plan((100,) * 50, 3, 2), []
+    real = plan._keys
+    monkeypatch.setattr(
+        plan, "_keys", lambda stream, base, first, last: made.append(last - first) or real(stream, base, first, last)
+    )
+    for position in range(0, 5000, 90):
+        plan.indices(10 * 5000 + position, 10 * 5000 + position + 90)
+    assert max(made) == 100
+    assert sum(made) == 5000 + 50 + 50 + 200  # each once, and the start of the next epoch
+    assert len(plan._orders) == len(plan._epochs) == 2
 
 
 @pytest.mark.parametrize("sizes", [(), (3, 0)])
@@ -144,26 +175,6 @@ def test_damage_is_one_line_that_names_shard_and_sample(copied, reader, num_work
     assert f"shard-000003.tar: 000000026.{member} is corrupt" in message
 
 
-def test_streaming_finds_samples_that_webdataset_loses_in_silence(copied):
-    second = int(open_dataset(copied).indexes[3].offset[1, 0]) - 512
-    flip(copied / "shard-000003.tar", 8 * (second + 150))  # the header's checksum: tarfile takes it for the end
-    with pytest.raises(DataError, match=r"shard-000003.tar: the header of 000000025.moments.npy is damaged"):
-        take(copied, 12, reader="stream")
-
-
-def test_streaming_finds_samples_too_many(copied):
-    dataset = open_dataset(copied)
-    whole = (copied / "shard-000000.tar").read_bytes()
-    other = (copied / "shard-000001.tar").read_bytes()
-    (copied / "shard-000000.tar").write_bytes(whole[:-1024] + other)
-    plan = Plan(dataset.info.shard_sizes, 0, 1)
-    loader = build_loader(
-        dataset, plan, global_batch=COUNT, micro_batch=COUNT, rank=0, world_size=1, start=0, reader="stream"
-    )
-    with pytest.raises(DataError, match=r"shard-000000.tar: the end mark is damaged"):
-        next(loader)
-
-
 def test_bad_requests_are_refused_before_reading(built):
     with pytest.raises(ConfigError, match="global_batch 8 is not a multiple of micro_batch 3 x 1 ranks"):
         take(built, 1, micro_batch=3)
@@ -178,3 +189,28 @@ def test_bad_requests_are_refused_before_reading(built):
     dataset = open_dataset(built)
     with pytest.raises(DataError, match="the plan was made for 4"):
         build_loader(dataset, Plan((4,), 0), global_batch=1, micro_batch=1, rank=0, world_size=1, start=0)
+
+
+def test_ranks_trust_the_digest_of_the_one_that_checked(copied, built, monkeypatch):
+    digest = open_dataset(copied).digest
+    monkeypatch.setattr("dit_fast.data.dataset.open_index", None)  # checks, which reads the tars
+    dataset, every = open_dataset(copied, digest), np.arange(COUNT)
+    theirs = IndexedReader(open_dataset(built, digest)).read(every, every)
+    assert torch.equal(IndexedReader(dataset).read(every, every)["moments"], theirs["moments"])
+    place = copied / "shard-000003.idx"
+    index = index_from_bytes(place.read_bytes(), "")
+    place.write_bytes(index_to_bytes(replace(index, crc=index.crc[::-1])))  # sound in itself
+    with pytest.raises(DataError, match=r"shard-000003.idx: is not what rank 0 checked"):
+        IndexedReader(open_dataset(copied, digest)).read(every, every)
+    with pytest.raises(DataError, match="is not the data set that rank 0 opened"):
+        open_dataset(copied, f"0{digest[1:]}" if digest[0] != "0" else f"1{digest[1:]}")
+
+
+def test_indexes_in_memory_are_bounded(built, monkeypatch):
+    monkeypatch.setattr("dit_fast.data.dataset.KEPT_BYTES", 1)
+    dataset = open_dataset(built)
+    assert len(dataset.labels) == COUNT
+    assert len(dataset.indexes._kept) == 2
+    dataset.indexes.keep(4)
+    assert [index.first_key for index in dataset.indexes] == [0, 8, 16, 24, 32, 40]
+    assert len(dataset.indexes._kept) == 4

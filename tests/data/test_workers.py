@@ -1,16 +1,14 @@
-"""Loader workers that die, hang or cannot start: one line from `next`, nowhere else, and no noise on Ctrl-C."""
+"""Threads that read ahead: errors come from `next`, in their place; nothing keeps a program from ending."""
 
 import itertools
 import multiprocessing
-import os
-import signal
+import subprocess
 import sys
 import threading
 import time
 
 import numpy as np
 import pytest
-import torch
 
 from dit_fast.data import Plan, build_loader, loader, open_dataset
 from dit_fast.data.reader import IndexedReader
@@ -18,98 +16,50 @@ from dit_fast.errors import ConfigError, DataError
 
 OPTIONS = {"global_batch": 4, "micro_batch": 4, "rank": 0, "world_size": 1, "start": 0}
 
-KEPT = []
-
 
 def batches(folder, **options):
     dataset = open_dataset(folder)
     return build_loader(dataset, Plan(dataset.info.shard_sizes, 0, 2), **{**OPTIONS, "num_workers": 2, **options})
 
 
-def workers():
-    return multiprocessing.active_children()
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("read-")]
 
 
-@pytest.mark.launch
-def test_a_connection_that_ends_before_its_worker_does():
-    worker = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
-    worker.start()
-
-    def reset(_):
-        raise ConnectionResetError
-
-    threading.Timer(0.3, worker.kill).start()
-    found = type("Batches", (), {"_workers": [worker], "__next__": reset})()
-    assert "a loader worker was killed" in str(loader._next(found, 2))
-
-
-KILLED = "a loader worker was killed, most often because memory ran out; use fewer than 2 data"
-
-
-@pytest.mark.launch
-@pytest.mark.parametrize(
-    ("reader", "number", "words"),
-    [
-        ("indexed", signal.SIGKILL, KILLED),
-        ("stream", signal.SIGKILL, KILLED),
-        ("indexed", signal.SIGBUS, "/dev/shm is full"),
-        ("indexed", signal.SIGSEGV, "a loader worker ended by SIGSEGV"),
-    ],
-)
-def test_a_killed_worker_is_one_line_from_next(built, monkeypatch, reader, number, words):
-    monkeypatch.setattr(loader, "POLL_SECONDS", 1)
-    before = signal.getsignal(signal.SIGCHLD)
-    found = batches(built, reader=reader)
-    next(found)
-    assert signal.getsignal(signal.SIGCHLD) == before
-    os.kill(workers()[0].pid, number)
-    time.sleep(0.3)  # a signal handler of torch would raise here, in the middle of a step
-    with pytest.raises(DataError, match=words) as caught:
-        list(itertools.islice(found, 20))
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.launch
-def test_signals_to_the_whole_group_are_the_trainers(built, capfd):
+def test_batches_are_read_ahead_by_threads_that_end_with_the_iterator(built):
     found = batches(built)
-    list(itertools.islice(found, 4))  # both workers have begun: a signal before that ends them
-    mine = workers()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        for worker in mine:
-            os.kill(worker.pid, number)
-    time.sleep(0.2)
-    assert len(list(itertools.islice(found, 20))) == 20
+    assert [batch["position"][0].item() for batch in itertools.islice(found, 6)] == [0, 4, 8, 12, 16, 20]
+    assert len(threads()) == 2
+    assert not multiprocessing.active_children()
     found.close()
-    assert not any(worker.is_alive() for worker in mine)
-    assert "KeyboardInterrupt" not in capfd.readouterr().err
+    for thread in threads():
+        thread.join(10)
+    assert not threads()
 
 
-def leave_one_open(folder):
-    KEPT.append(batches(folder))
-    next(KEPT[0])
-    sys.exit(7)
+def test_an_error_comes_in_its_place(built, monkeypatch):
+    real = IndexedReader.read
 
+    def read(self, positions, samples):
+        if positions[0] == 12:
+            raise DataError("here")
+        return real(self, positions, samples)
 
-@pytest.mark.launch
-def test_a_program_ends_though_its_loader_was_not_closed(built):
-    process = multiprocessing.get_context("fork").Process(target=leave_one_open, args=(built,))
-    process.start()
-    process.join(30)
-    code = process.exitcode
-    process.kill()
-    assert code == 7
-
-
-@pytest.mark.launch
-def test_a_worker_that_hangs_and_one_that_runs_out_of_memory(built, monkeypatch):
-    monkeypatch.setattr(loader, "HANGING_SECONDS", 2)
-    monkeypatch.setattr(loader, "POLL_SECONDS", 1)
-    monkeypatch.setattr(IndexedReader, "read", lambda *_: time.sleep(3))
-    with pytest.raises(DataError, match=r"no batch came in 2 s; the disk or its server hangs"):
+    monkeypatch.setattr(IndexedReader, "read", read)
+    found, seen = batches(built), []
+    with pytest.raises(DataError, match=r"^here$"):
+        seen.extend(found)
+    with pytest.raises(StopIteration):
+        next(found)
+    monkeypatch.setattr(IndexedReader, "read", lambda *_: 1 / 0)  # a fault of the program keeps its traceback
+    with pytest.raises(ZeroDivisionError):
         next(batches(built))
 
-    monkeypatch.setattr(IndexedReader, "read", lambda *_: os._exit(0))
-    with pytest.raises(DataError, match="a loader worker ended before its work was done; use fewer than"):
+
+def test_a_read_that_hangs_and_one_that_runs_out_of_memory(built, monkeypatch):
+    monkeypatch.setattr(loader, "HANGING_SECONDS", 0.2)
+    monkeypatch.setattr(IndexedReader, "read", lambda *_: time.sleep(3))
+    with pytest.raises(DataError, match=r"no batch came in 0.2 s; the disk or its server hangs"):
         next(batches(built))
 
     def hungry(*_):
@@ -119,14 +69,25 @@ def test_a_worker_that_hangs_and_one_that_runs_out_of_memory(built, monkeypatch)
     for num_workers in (0, 1):
         with pytest.raises(DataError, match="no memory for a batch"):
             next(batches(built, num_workers=num_workers))
-    monkeypatch.undo()
 
-    def full(*_):
-        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
-    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
-    with pytest.raises(DataError, match=r"No space left on device .*--shm-size"):
-        next(batches(built))
+LEFT_OPEN = """
+import sys, time
+from dit_fast.data import Plan, build_loader, open_dataset
+from dit_fast.data.reader import IndexedReader
+dataset = open_dataset(sys.argv[1])
+found = build_loader(dataset, Plan(dataset.info.shard_sizes, 0, 2), global_batch=4, micro_batch=4, rank=0, world_size=1,
+                     start=0, num_workers=2)
+next(found)
+IndexedReader.read = lambda *_: time.sleep(600)  # a disk that hangs
+next(found)
+sys.exit(7)
+"""
+
+
+def test_a_program_ends_though_its_loader_was_not_closed_and_a_thread_hangs(built):
+    done = subprocess.run([sys.executable, "-c", LEFT_OPEN, built], timeout=120, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (7, b"")
 
 
 def test_absurd_numbers_of_workers(built, monkeypatch):
@@ -134,10 +95,11 @@ def test_absurd_numbers_of_workers(built, monkeypatch):
         batches(built, num_workers=100_000)
 
     def full(*_):
-        raise BlockingIOError(11, "Resource temporarily unavailable")
+        raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(os, "fork", full)
-    with pytest.raises(DataError, match=r"2 loader workers cannot be started \(Resource temporarily unavailable\)"):
-        next(batches(built))
+    found = batches(built)
+    monkeypatch.setattr(threading.Thread, "start", full)
+    with pytest.raises(DataError, match=r"2 reading threads cannot be started \(can't start new thread\)"):
+        next(found)
     monkeypatch.undo()
     assert np.array_equal(next(batches(built, num_workers=0))["position"], np.arange(4))

@@ -11,16 +11,17 @@ import tarfile
 import traceback
 import zlib
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest import mock
 
 import numpy as np
 
 from dit_fast import _C, autoencoders
-from dit_fast.data import Plan, open_dataset
+from dit_fast.data import open_dataset
+from dit_fast.data.cache import ShardCache
 from dit_fast.data.description import description_bytes
 from dit_fast.data.index import index_from_bytes, index_to_bytes
 from dit_fast.data.reader import IndexedReader
-from dit_fast.data.stream import StreamReader
 from dit_fast.errors import DataError, UserError
 from dit_fast.preparation.verify import verify_dataset
 
@@ -78,17 +79,12 @@ def read(folder: Path, reader: str, check_crc: bool = True) -> dict[str, np.ndar
     """Every sample, in order of their numbers."""
     dataset = open_dataset(folder)
     count, fields = len(dataset), tuple(dataset.info.fields)
-    if reader == "stream":
-        plan = Plan(dataset.info.shard_sizes, 0, 2)
-        batches = list(StreamReader(dataset, plan, fields, check_crc).read(iter(np.array_split(np.arange(count), 3))))
-        order = np.argsort(plan.order(0))
-    else:
-        host = (lambda: None) if reader == "python" else _C.host
-        with mock.patch.object(_C, "host", host):
-            batches = [IndexedReader(dataset, fields, check_crc).read(np.arange(count), np.arange(count))]
-        order = np.arange(count)
+    every = np.arange(count)
+    with mock.patch.object(_C, "host", _C.host if reader != "python" else lambda: None), TemporaryDirectory() as kept:
+        cache = ShardCache(kept) if reader == "stream" else None
+        batch = IndexedReader(dataset, fields, check_crc, cache).read(every, every)
     names = ("moments", "label", *fields)
-    return {name: np.concatenate([batch[name].numpy() for batch in batches])[order] for name in names}
+    return {name: batch[name].numpy() for name in names}
 
 
 def damage(folder: Path, rng: np.random.Generator) -> str:

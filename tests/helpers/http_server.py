@@ -24,6 +24,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.faults, self.asked, self.ranges, self.query = Path(folder), {}, [], True, ""
+        self.sent, self.hurry = 0, threading.Event()  # bytes of bodies; what ends stalls
         self.address = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request, client_address):
@@ -52,17 +53,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.end_headers()
         if not (server.folder / name).is_file():
             return self.send_error(404)
-        data, start = (server.folder / name).read_bytes(), 0
+        data = (server.folder / name).read_bytes()
         if self.headers.get("Range") and server.ranges:
-            start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+            start, last = (int(end) for end in self.headers["Range"].removeprefix("bytes=").split("-"))
+            if start >= len(data):
+                return self.send_error(416)
+            body = data[start : last + 1]
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+            self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(data)}")
         else:
+            body = data
             self.send_response(200)
-        body = data[start:]
-        self.send_header("Content-Length", str(len(body) + (fault == "longer")))
+        self.send_header("Content-Length", str(len(body)))
         if fault == "packed":
             self.send_header("Content-Encoding", "gzip")
         self.end_headers()
-        self.wfile.write(body[: len(body) // 3] if fault == "cut" else body)
+        if fault == "cut":
+            body = body[: len(body) // 3]
+        if fault == "stall":
+            server.hurry.wait(30)
+        server.sent += len(body)
+        self.wfile.write(body)
         return None
