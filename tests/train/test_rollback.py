@@ -14,6 +14,7 @@ from dit_fast.data.index import index_from_bytes
 from dit_fast.data.plan import first_position
 from dit_fast.train import guard, loop, rollback
 from dit_fast.train.__main__ import main
+from dit_fast.train.engine import SingleEngine
 from dit_fast.train.feed import Feed
 from dit_fast.train.guard import Diverged, Guard, Spikes
 from tests.helpers.damage import replace_member
@@ -80,6 +81,25 @@ def test_a_streak_is_left_out_and_resumes_repeat_that(shards, tmp_path, monkeypa
                 shutil.rmtree(again / f"checkpoints/step_{step:08d}")
         assert main(command) == 0
         assert same(run, again)
+
+
+def test_broken_weights_are_those_of_the_checkpoint_again(shards, tmp_path, monkeypatch, caplog):
+    """A NaN among them makes every gradient NaN: skipping steps would never end."""
+    real, broken = SingleEngine.train_step, []
+
+    def train_step(self, batches, step, lr):
+        result = real(self, batches, step, lr)
+        if step == 4 and not broken:
+            broken.append(step)
+            dict(self.full_state("model"))["final_layer.linear.weight"].view(-1)[3] = float("nan")
+        return result
+
+    monkeypatch.setattr(SingleEngine, "train_step", train_step)
+    assert main(arguments(shards, tmp_path / "run")) == 0
+    assert "no finite gradient in steps 6 to 8 (none was applied); going back to step 4" in caplog.text
+    (entry,) = history(tmp_path / "run")
+    assert entry["left_out"] == [32, 64]
+    assert all(torch.isfinite(tensor).all() for tensor in tensors(tmp_path / "run", 12).values())
 
 
 def test_checkpoints_that_are_undone_are_set_aside_and_stops_do_not_matter(shards, tmp_path, monkeypatch):
