@@ -29,6 +29,7 @@ import torch
 from dit_fast.train import loop as loop  # imported once, so that a forked run starts in no time
 from dit_fast.train.__main__ import main as train
 from tests.helpers.damage import attack
+from tests.helpers.forks import ended, fork
 from tests.helpers.fuzz import attempt
 from tests.helpers.toy_runs import arguments, make_shards, rows, tensors
 
@@ -39,34 +40,19 @@ FINE, REFUSED = 0, 2
 
 def start(shards: Path, run: Path, prepare: Callable[[], object] = lambda: None) -> int:
     """A training run in a forked process, its output added to log.txt beside the run; returns the process id."""
-    child = os.fork()
-    if child:
-        return child
-    code = 70  # a traceback
-    try:
-        log = os.open(run.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        torch.set_num_threads(1)
+
+    def act() -> int:
         prepare()
-        code = train(arguments(shards, run, *OPTIONS))
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+        return train(arguments(shards, run, *OPTIONS))
+
+    return fork(run.parent / "log.txt", act)
 
 
-def wait(child: int, timeout: float = 120) -> int:
+def wait(child: int) -> int:
     """Its exit status, negative for a signal. Raises AssertionError if it does not end."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    raise AssertionError(f"still running after {timeout:.0f} s")
+    (status,) = ended([child], 120)
+    assert isinstance(status, int), status
+    return status
 
 
 class Trial:
