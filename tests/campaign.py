@@ -113,8 +113,8 @@ def line(shards: Path, run: Path, stage: int, *more: str) -> list[str]:
 
 def kills(options: argparse.Namespace, folder: Path) -> dict:
     """SIGKILL to all ranks, or to one, at random moments of runs of 1, 2 and 4 processes under ZeRO 1, 2 and 3, with
-    saves on a slow disk. Then to the end: equal rows and bits in the same world; in another the same samples in the same
-    order, and losses to 1e-4. A rank whose neighbour died must leave by itself.
+    saves on a slow disk. Then to the end: equal rows and bits; or, in another world, the same samples in the same order,
+    and losses to 1e-4. A rank whose neighbour died must leave by itself.
     """
     shards, rng = make_shards(folder, 64), random.Random(options.seed)
     calm: dict[tuple[int, int], tuple] = {}
