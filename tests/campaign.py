@@ -113,8 +113,8 @@ def line(shards: Path, run: Path, stage: int, *more: str) -> list[str]:
 
 def kills(options: argparse.Namespace, folder: Path) -> dict:
     """SIGKILL to all ranks, or to one, at random moments of runs of 1, 2 and 4 processes under ZeRO 1, 2 and 3, with
-    saves on a slow disk. Then to the end: equal rows and bits. A third goes on in another world (without DiverseDiT, whose
-    loss depends on who meets whom in a micro-batch): the same samples in order, and losses to 1e-5. A rank whose
+    saves on a slow disk. Then to the end: equal rows and bits. A third goes on in another world (without DiverseDiT,
+    whose loss depends on who meets whom in a micro-batch): the same samples in order, and losses to 1e-5. A rank whose
     neighbour died must leave by itself.
     """
     shards, rng = make_shards(folder, 64), random.Random(options.seed)
