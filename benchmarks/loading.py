@@ -110,8 +110,8 @@ def readers(folder: Path, workers: list[int], rounds: int, seconds: float) -> li
             rates[name].append(MICRO * batches / (time.perf_counter() - start))
     rows = []
     for name, found in rates.items():
-        kind, count = name.split()
-        row: dict[str, Any] = {"reader": kind, "workers": int(count), "samples_per_s": statistics.median(found)}
+        kind, number = name.split()
+        row: dict[str, Any] = {"reader": kind, "workers": int(number), "samples_per_s": statistics.median(found)}
         row["of_needed"] = row["samples_per_s"] / NEEDED
         if kind == "ours":
             for other in ("webdataset", "npy", "processes"):
@@ -150,7 +150,7 @@ def ours(shards: str, count: int) -> Iterator[Any]:
     dataset = open_dataset(shards)
     plan = Plan(dataset.info.shard_sizes, 0, 64)
     sizes = {"global_batch": MICRO, "micro_batch": MICRO, "rank": 0, "world_size": 1, "start": 0}
-    return build_loader(dataset, plan, **sizes, num_workers=count)  # type: ignore[arg-type]
+    return build_loader(dataset, plan, **sizes, num_workers=count)
 
 
 def _as_is(item: Any) -> Any:
@@ -173,8 +173,7 @@ class _Batches:
 def _loader(dataset: Any, count: int, **options: Any) -> Iterator[Any]:
     from torch.utils.data import DataLoader
 
-    ahead = {"prefetch_factor": 4} if count else {}
-    return iter(DataLoader(dataset, num_workers=count, **ahead, **options))
+    return iter(DataLoader(dataset, num_workers=count, prefetch_factor=4 if count else None, **options))
 
 
 def processes(shards: str, count: int) -> Iterator[Any]:

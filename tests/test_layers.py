@@ -39,7 +39,8 @@ FLOORS = [
     {"cli"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-HOME_OF = {"deepspeed": {"train/zero.py"}, "fsspec": {"dit_fast/data/remote.py"}, "aiohttp": {"dit_fast/data/remote.py"}}
+REMOTE = {"dit_fast/data/remote.py"}
+HOME_OF = {"deepspeed": {"train/zero.py"}, "fsspec": REMOTE, "aiohttp": REMOTE}
 
 
 def _files():
