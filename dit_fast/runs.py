@@ -156,6 +156,9 @@ class RunConfig:
     )
     log_every: int = setting(50, "Steps between rows of metrics.jsonl", "[1, 1e9]", resumes=True)
     checkpoint_every: int = setting(10_000, "Steps between checkpoints; 0 = only at the end", "[0, 1e9]", resumes=True)
+    async_checkpoint: bool = setting(
+        True, "Checkpoints are copied to host memory, and written while training goes on", resumes=True
+    )
     keep_checkpoints: int = setting(3, "Newest checkpoints kept; 0 = all", "[0, 1e9]", resumes=True)
     keep_every: int = setting(
         0, "Checkpoints of multiples of this are kept for ever; 0 = none", "[0, 1e9]", resumes=True

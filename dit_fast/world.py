@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -48,7 +48,8 @@ class _SumOverRanks(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class World:
-    """One process of `size`. device is this process's; all methods are collective, except in a world of one."""
+    """One process of `size`. device is this process's. In a world of more than one, all methods but `shares`, `post`
+    and `posted` are collective."""
 
     rank: int
     size: int
@@ -90,6 +91,33 @@ class World:
             content.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         dist.broadcast(content, rank)
         return content.cpu().numpy().tobytes()
+
+    def shares(self, counts: Sequence[int]) -> list[tuple[int, int]]:
+        """This rank's part of things of so many elements, laid end to end: of each, from one element up to another.
+
+        The parts of the ranks differ by one element at most. What has no elements belongs to all.
+        """
+        total = sum(counts)
+        low, high = total * self.rank // self.size, total * (self.rank + 1) // self.size
+        found, offset = [], 0
+        for count in counts:
+            first, end = (min(max(edge - offset, 0), count) for edge in (low, high))
+            found.append((first, end))
+            offset += count
+        return found
+
+    def post(self, key: str, text: str) -> None:
+        """Leaves a text for another rank, in the job's store; from any thread. RuntimeError where that is gone."""
+        dist.distributed_c10d._get_default_store().set(f"dit_fast/post/{key}", text)
+
+    def posted(self, key: str) -> str | None:
+        """What was left under a key, taken away; None where there is nothing yet. From any thread, and as above."""
+        store, key = dist.distributed_c10d._get_default_store(), f"dit_fast/post/{key}"
+        if not store.check([key]):
+            return None
+        text = store.get(key).decode()
+        store.delete_key(key)
+        return text
 
     def close(self) -> None:
         """Waits for all ranks and leaves the process group, so that no rank is torn down while another still talks."""

@@ -1,95 +1,101 @@
 """Writing checkpoints so that a kill, a full disk or a crash at any moment leaves the previous one intact.
 
-`step_N.partial/` is filled by all ranks in parallel, each file flushed; then the manifest is written, the folder
-renamed into place. The format is described and read in `dit_fast.checkpoint.step`.
+Each rank copies its part to host memory, and training goes on while a thread writes it into `step_N.partial/` and
+flushes it. Each then tells rank 0 what it wrote, through the job's store: no collective runs beside those of training.
+When all have, rank 0 writes the manifest and renames the folder into place. One save is under way at most.
+The format is described and read in `dit_fast.checkpoint.step`.
 """
 
 import contextlib
+import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from dit_fast import files
-from dit_fast.checkpoint.manifest import MANIFEST, STATE, State, optimizer_file, write_manifest
-from dit_fast.checkpoint.step import DTYPES, FOLDER, Checkpoint, newest_checkpoint, step_folders, step_name
-from dit_fast.errors import CheckpointError
+from dit_fast.checkpoint.manifest import MANIFEST, STATE, State, write_manifest
+from dit_fast.checkpoint.step import FOLDER, Checkpoint, newest_checkpoint, step_folders, step_name
+from dit_fast.errors import CheckpointError, UserError
 from dit_fast.train.engine import Engine
 from dit_fast.train.guard import Diverged, Finiteness
+from dit_fast.train.part import HostMemory, Share, Untrained, shares, write_part
 from dit_fast.world import World
 
 logger = logging.getLogger("dit_fast")
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-TRAINED = ("model", "ema", *MOMENTS)  # of the trained parameters
 MARGIN = 1 << 20  # bytes for headers, state and manifest
-Entry = tuple[str, torch.dtype, torch.Size]
-Untrained = Mapping[str, Mapping[str, Tensor]]
-Layout = Mapping[str, Mapping[tuple[str, str], Entry]]  # file -> kind and name -> what it holds, in order
+PATIENCE = 1200.0  # seconds in which the other ranks write their parts after rank 0 has: less than a collective waits
+LEAVING = 5.0  # the same where this process ends and the others may be dead
 
 
-class TensorFile:
-    """A safetensors file written tensor by tensor, in the announced order, hashed on the way."""
+@dataclasses.dataclass
+class Save:
+    """A save whose values were taken. error: why it failed, once that is known; on rank 0 of all ranks' reasons one."""
 
-    def __init__(self, path: Path, entries: Iterable[Entry]):
-        header, offset = {}, 0
-        for name, dtype, shape in entries:
-            end = offset + shape.numel() * dtype.itemsize
-            header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-            offset = end
-        self._hash, self._size = hashlib.sha256(), 0
-        self._file: BinaryIO = path.open("wb")
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        self._put(len(text).to_bytes(8, "little") + text)
+    number: int  # of this job's saves
+    final: Path
+    held: Sequence[Share]
+    state: Mapping[str, Any]
+    retire: bool
+    patience: float = PATIENCE
+    error: str = ""
+    said: bool = False
+    crash: BaseException | None = None  # no matter of the disk
 
-    def add(self, tensor: Tensor) -> None:
-        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._put(content.numpy().data)
-
-    def finish(self) -> bytes:
-        """Flushes to the disk and closes; returns size (8 bytes) and sha256 (32)."""
-        files.sync(self._file)
-        self._file.close()
-        return self._size.to_bytes(8, "little") + self._hash.digest()
-
-    def abandon(self) -> None:
-        """Closes a file that is not wanted; nothing after `finish`."""
-        with contextlib.suppress(OSError):  # a full disk may refuse the last buffer too; the file is removed anyway
-            self._file.close()
-
-    def _put(self, data: bytes | memoryview) -> None:
-        files.write(self._file, data)
-        self._hash.update(data)
-        self._size += len(data)
+    @property
+    def partial(self) -> Path:
+        return self.final.with_suffix(".partial")
 
 
 class Checkpoints:
-    """The checkpoints of one run folder. keep: newest ones that stay (0: all); keep_every: steps that stay for ever."""
+    """The checkpoints of one run folder. keep: newest ones that stay (0: all); keep_every: steps that stay for ever.
 
-    def __init__(self, run: Path, world: World, keep: int = 0, keep_every: int = 0):
+    background: whether a thread writes them. owned: called before one is published; raises UserError where this
+    process no longer may. written: step of the newest one; ranks other than 0 know that from `settle` on.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(
+        self,
+        run: Path,
+        world: World,
+        keep: int = 0,
+        keep_every: int = 0,
+        background: bool = False,
+        owned: Callable[[], None] = lambda: None,
+    ):
         self.run, self.folder, self.world = run, run / FOLDER, world
         self.keep, self.keep_every = keep, keep_every
+        self.written: int | None = None
+        self._memory, self._owned = HostMemory(world.device) if background else None, owned
+        self._under_way: tuple[Save, threading.Thread | None] | None = None
 
     def newest(self) -> Checkpoint | None:
         """The newest complete checkpoint, on all ranks; None for a new run. Clears away what a killed save left.
 
-        A newer one that is damaged, unreadable or not finite is set aside as `step_N.damaged`, with a warning. Raises
-        CheckpointError where there are checkpoints but none is whole: training never starts over in silence.
+        A save under way is waited for. A newer one that is damaged, unreadable or not finite is set aside as
+        `step_N.damaged`, with a warning. Raises CheckpointError where there are checkpoints but none is whole: training
+        never starts over in silence.
         """
+        self.settle()
         found = self.world.agree(self._find)
         if found is None:
             return None
-        path, step, files, content = found
+        path, self.written, files, content = found
         state = State(content)
         state.path = Path(path) / STATE
-        return Checkpoint(Path(path), step, {name: (size, digest) for name, (size, digest) in files.items()}, state)
+        listed = {name: (size, digest) for name, (size, digest) in files.items()}
+        return Checkpoint(Path(path), found[1], listed, state)
 
     def _find(self) -> list[Any] | None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -116,34 +122,83 @@ class Checkpoints:
                 files.rename(path, aside)
         return [str(checkpoint.path), checkpoint.step, checkpoint.files, checkpoint.state]
 
-    def save(self, engine: Engine, untrained: Untrained, state: Mapping[str, Any], retire: bool = True) -> bool:
-        """Writes the checkpoint of state["step"]; collective. False, with a warning, where the disk did not take it.
+    def save(self, engine: Engine, untrained: Untrained, state: Mapping[str, Any], retire: bool = True) -> None:
+        """Saves the state as it is now, as the checkpoint of state["step"]; collective. Waits for the save before.
 
+        In the background it returns when the values were copied, and `settle` tells whether they were written.
         untrained: `Rest.tensors()`. retire: whether those beyond `keep` go then. Raises Diverged, on all ranks, where a
-        tensor holds NaN or Inf. What was there before stays whole whatever happens.
+        tensor holds NaN or Inf. What was there before stays whole whatever happens; what the disk refuses is a warning.
         """
-        final = self.folder / step_name(state["step"])
-        partial, errors = final.with_suffix(".partial"), list[OSError]()
-        if self.world.rank == 0:
-            with _noting(errors):
-                self._prepare(partial, engine, untrained)
-        if self._failed(errors, partial):
-            return False
-        layout, finite = _layout(engine, untrained, self.world.size), Finiteness(self.world)
-        digests = self._write(partial, layout, _tensors(engine, untrained), finite, errors)
+        self.settle()
+        world, held = self.world, list(shares(engine, untrained, self.world))
+        save = Save(next(self._numbers), self.folder / step_name(state["step"]), held, state, retire)
+        with _noting(save):
+            if world.rank == 0:
+                self._prepare(save.partial, engine, untrained)
+            if self._memory is not None:
+                self._memory.reserve(held)
+        self._under_way = save, None
+        if self._any(bool(save.error)):
+            return
+        finite = Finiteness(world)
+        for share in held:
+            finite.look(f"{share.kind} of '{share.name}'", share.values)
         if (name := finite.first_exception()) is not None:
-            if self.world.rank == 0:
-                files.remove_tree(partial)
-            raise Diverged(
-                f"{name} is not finite after step {state['step']}, so no checkpoint was written", (state["step"],) * 2
-            )
-        digests = self.world.reduce(digests.to(self.world.device), "sum").cpu()
-        if self._failed(errors, partial):
-            return False
-        if self.world.rank == 0:
-            with _noting(errors):
-                self._publish(partial, final, list(layout), digests, state, retire)
-        return not self._failed(errors, partial)
+            self._under_way = None
+            if world.rank == 0:
+                files.remove_tree(save.partial)
+            step = state["step"]
+            raise Diverged(f"{name} is not finite after step {step}, so no checkpoint was written", (step, step))
+        if self._memory is None:
+            self._write(save)
+            return
+        save.held = self._memory.copy(held)
+        thread = threading.Thread(target=self._work, args=(save,), daemon=True, name="checkpoint")
+        self._under_way = save, thread
+        thread.start()
+
+    def look(self) -> None:
+        """Between steps: says, as soon as it is known, that the save under way has failed. Not collective."""
+        if self._under_way is None:
+            return
+        save, thread = self._under_way
+        if save.error and not save.said and not (thread and thread.is_alive()):
+            logger.warning("checkpoint %s not written: %s; earlier ones are untouched", save.final.name, save.error)
+            save.said = True
+
+    def settle(self) -> bool:
+        """Waits until the save under way is written or has failed; whether it was written, True without one.
+
+        Collective. What failed has been said in one line.
+        """
+        if self._under_way is None:
+            return True
+        save, thread = self._under_way
+        if thread is not None:
+            thread.join()
+        self.look()
+        self._under_way = None
+        failed = self._any(bool(save.error or save.crash))
+        if save.crash is not None:
+            raise save.crash
+        if failed and self.world.rank == 0:
+            files.remove_tree(save.partial)
+        if not failed:
+            self.written = save.state["step"]
+        return not failed
+
+    def leave(self, error: Exception) -> None:
+        """Waits for this rank's part of a save under way before the process ends with an error; not collective.
+
+        Rank 0 waits for the others too, not long where they may be dead.
+        """
+        if self._under_way is not None:
+            save, thread = self._under_way
+            if not isinstance(error, UserError) or error.alone:
+                save.patience = LEAVING
+            if thread is not None:
+                thread.join()
+            self.look()
 
     def _prepare(self, partial: Path, engine: Engine, untrained: Untrained) -> None:
         trained = sum(shape.numel() for _, shape in engine.trainable())
@@ -155,57 +210,58 @@ class Checkpoints:
             raise OSError(f"needs {needed >> 20} MiB and the disk has {free >> 20} MiB left")
         partial.mkdir()
 
-    def _write(
-        self,
-        partial: Path,
-        layout: Layout,
-        tensors: Iterable[tuple[str, str, Tensor]],
-        finite: Finiteness,
-        errors: list[OSError],
-    ) -> Tensor:
-        """Streams this rank's share of the files; int32 [files, 40], what `TensorFile.finish` gave, zeros for others'.
+    def _work(self, save: Save) -> None:
+        try:
+            if self._memory is not None:
+                self._memory.wait()
+            self._write(save)
+        except BaseException as error:  # raised where training waits for it
+            save.crash = error
 
-        After an error of the disk it only goes on gathering, so that no other rank waits for this one.
-        """
-        mine: dict[str, TensorFile] = {}
-        with _noting(errors):
-            for file in [*layout][self.world.rank :: self.world.size]:
-                mine[file] = TensorFile(partial / file, layout[file].values())
-        place = {key: writer for file, writer in mine.items() for key in layout[file]}
-        for kind, name, tensor in tensors:
-            finite.look(f"{kind} of '{name}'", tensor)
-            if not errors and (kind, name) in place:
-                with _noting(errors):
-                    place[kind, name].add(tensor)
-        digests = torch.zeros(len(layout), 40, dtype=torch.int32)
-        with _noting(errors):
-            for number, file in enumerate(layout):
-                if file in mine and not errors:
-                    digests[number] = torch.frombuffer(bytearray(mine[file].finish()), dtype=torch.uint8)
-        for writer in mine.values():
-            writer.abandon()
-        return digests
+    def _write(self, save: Save) -> None:
+        """Writes this rank's part; on rank 0 waits for the others' and publishes all."""
+        listed: dict[str, dict[str, Any]] = {}
+        with _noting(save):
+            listed = write_part(save.partial, save.held, self.world)
+        save.held = ()
+        if self.world.rank:
+            self.world.post(f"save/{save.number}/{self.world.rank}", json.dumps([listed, save.error]))
+            save.said = bool(save.error)  # by rank 0
+            return
+        for other, (theirs, error) in self._others(save):
+            listed |= theirs
+            save.error = save.error or (f"rank {other}: {error}" if error else "")
+        with _noting(save):
+            if not save.error:
+                self._publish(save, listed)
+        if save.error:
+            files.remove_tree(save.partial)
 
-    def _publish(
-        self, partial: Path, final: Path, names: list[str], digests: Tensor, state: Mapping[str, Any], retire: bool
-    ) -> None:
-        content = json.dumps(state, indent=1).encode()
-        files.write_synced(partial / STATE, content)
-        listed: dict[str, dict[str, Any]] = {
-            STATE: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        }
-        for name, row in zip(names, digests.to(torch.uint8), strict=True):
-            data = row.numpy().tobytes()
-            listed[name] = {"bytes": int.from_bytes(data[:8], "little"), "sha256": data[8:].hex()}
-        files.write_synced(partial / MANIFEST, write_manifest(state["step"], listed))
-        files.sync_folder(partial)
-        files.rename(partial, final)
+    def _others(self, save: Save) -> Iterator[tuple[int, tuple[dict[str, Any], str]]]:
+        began = time.monotonic()
+        for other in range(1, self.world.size):
+            while (text := self.world.posted(f"save/{save.number}/{other}")) is None:
+                if time.monotonic() - began > save.patience:
+                    text = json.dumps([{}, f"has not written its part within {save.patience:.0f} s"])
+                    break
+                time.sleep(0.02)
+            yield other, json.loads(text)
+
+    def _publish(self, save: Save, listed: Mapping[str, Mapping[str, Any]]) -> None:
+        content = json.dumps(save.state, indent=1).encode()
+        files.write_synced(save.partial / STATE, content)
+        own = {STATE: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+        files.write_synced(save.partial / MANIFEST, write_manifest(save.state["step"], {**own, **listed}))
+        files.sync_folder(save.partial)
+        self._owned()
+        files.rename(save.partial, save.final)
+        self.written = save.state["step"]
         try:
             files.sync_folder(self.folder)  # before this returns, the older ones are the only ones sure to be there
-            if retire:
+            if save.retire:
                 self._retire()
         except OSError as error:
-            logger.warning("%s is written, but %s; older checkpoints stay", final, error)
+            logger.warning("%s is written, but %s; older checkpoints stay", save.final, error)
 
     def _retire(self) -> None:
         """Removes checkpoints beyond `keep`; each loses its name first, so that a kill leaves no half of one."""
@@ -215,46 +271,16 @@ class Checkpoints:
                 files.rename(path, doomed)
                 files.remove_tree(doomed)
 
-    def _failed(self, errors: list[OSError], partial: Path) -> bool:
-        """Whether any rank met an error; the partial folder is then gone and the reason logged where it arose."""
-        failed = torch.tensor([float(bool(errors))], dtype=torch.float32, device=self.world.device)
-        if not self.world.reduce(failed, "max").item():
-            return False
-        for error in errors[:1]:
-            logger.warning("checkpoint %s not written: %s; earlier ones are untouched", partial.stem, error)
-        if self.world.rank == 0:
-            files.remove_tree(partial)
-        return True
+    def _any(self, here: bool) -> bool:
+        """Whether it is so on any rank."""
+        flag = torch.tensor([float(here)], dtype=torch.float32, device=self.world.device)
+        return bool(self.world.reduce(flag, "max").item())
 
 
 @contextlib.contextmanager
-def _noting(errors: list[OSError]) -> Iterator[None]:
+def _noting(save: Save) -> Iterator[None]:
     """What the disk refuses is noted, so that this rank does not leave the others waiting."""
     try:
         yield
-    except OSError as error:
-        errors.append(error)
-
-
-def _tensors(engine: Engine, untrained: Untrained) -> Iterator[tuple[str, str, Tensor]]:
-    """Kind, name and value of everything that is saved, in the order of the files; collective."""
-    for kind in TRAINED:
-        for name, tensor in engine.full_state(kind):
-            yield kind, name, tensor
-    for kind, tensors in untrained.items():
-        for name, tensor in tensors.items():
-            yield kind, name, tensor
-
-
-def _layout(engine: Engine, untrained: Untrained, count: int) -> Layout:
-    """The same on every rank. count: of the moments' files."""
-    trained = engine.trainable()
-    count = min(count, len(trained))
-    moments = {name: optimizer_file(k % count, count) for k, (name, _) in enumerate(trained)}
-    held = [(kind, name, torch.float32, shape) for kind in TRAINED for name, shape in trained]
-    held += [(kind, name, x.dtype, x.shape) for kind, tensors in untrained.items() for name, x in tensors.items()]
-    layout: dict[str, dict[tuple[str, str], Entry]] = {}
-    for kind, name, dtype, shape in held:
-        file, inside = (moments[name], f"{kind}.{name}") if kind in MOMENTS else (f"{kind}.safetensors", name)
-        layout.setdefault(file, {})[kind, name] = (inside, dtype, shape)
-    return layout
+    except (OSError, UserError) as error:
+        save.error = save.error or str(error)

@@ -27,7 +27,7 @@ from dit_fast.train.optim import AdamWEMA, applied_steps, build_optimizer, init_
 from dit_fast.world import World
 
 Batch = Mapping[str, Tensor]
-Source = Callable[[str], Tensor]
+Source = Callable[..., Tensor]  # of a name; of elements from one up to another, with their two numbers behind it
 Groups = Sequence[Mapping[str, Any]]
 
 
@@ -234,6 +234,15 @@ class Engine(ABC):
         """
         for name, parameter in self._named:
             yield name, parameter.detach() if kind == "model" else self._optimizer.state[parameter][kind]
+
+    def own_state(self, kind: str) -> Iterator[tuple[str, int, Tensor]]:
+        """(name, first element, flat float32 piece) of every trained parameter: what of it this rank saves, live.
+
+        The ranks' pieces, which may be empty, make up each flattened tensor. Not collective.
+        """
+        shares = self.world.shares([shape.numel() for shape in self._shapes.values()])
+        for (name, tensor), (first, end) in zip(self.full_state(kind), shares, strict=True):
+            yield name, first, tensor.reshape(-1)[first:end]
 
     def load_full_state(self, kind: str, source: Source) -> None:
         """Puts `source(name)` into the moments or EMA of every trained parameter; weights are loaded earlier."""

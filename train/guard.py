@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_fast.checkpoint.step import extremes
 from dit_fast.data.plan import Window, first_position
 from dit_fast.errors import Status, UserError
 from dit_fast.world import Late, World
@@ -209,16 +210,17 @@ class Finiteness:
     def __init__(self, world: World):
         self._world = world
         self._names: list[str] = []
-        self._wrong: list[Tensor] = []
+        self._extremes: list[Tensor] = []
 
     def look(self, name: str, tensor: Tensor) -> None:
-        """All ranks look at tensors of the same names in the same order; replicas may differ."""
+        """All ranks look at tensors of the same names in the same order; replicas and pieces may differ."""
         self._names.append(name)
-        self._wrong.append(torch.isfinite(tensor).all().logical_not().to(self._world.device, torch.int32))
+        self._extremes.append(extremes(tensor).to(self._world.device))
 
     def first_exception(self) -> str | None:
         """The name of the first tensor that is not finite on some rank; collective."""
         if not self._names:
             return None
-        wrong = self._world.reduce(torch.stack(self._wrong), "max").cpu()
+        wrong = torch.stack(self._extremes).isfinite().all(1).logical_not().to(torch.int32)
+        wrong = self._world.reduce(wrong, "max").cpu()
         return self._names[int(wrong.argmax())] if wrong.any() else None

@@ -22,7 +22,7 @@ from dit_fast.models import Backbone, new_model
 from dit_fast.objectives import OBJECTIVES
 from dit_fast.options import to_dict
 from dit_fast.runs import TrainConfig
-from dit_fast.train.checkpoints import MOMENTS, Checkpoints
+from dit_fast.train.checkpoints import Checkpoints
 from dit_fast.train.engine import Engine, SingleEngine, own_parameters
 from dit_fast.train.evaluation import LoopEvaluation
 from dit_fast.train.feed import Batch, Feed
@@ -96,8 +96,13 @@ def _train(
                 done = run.train(stop)
                 run.engine.close()
                 return done, stop if run.stopped else None
-            except Diverged as error:
+            except Diverged as error:  # on all ranks
+                run.checkpoints.settle()
+                run.guard.newest = run.checkpoints.written
                 rollbacks = go_back(error, run.guard, config, world, rollbacks)
+            except Exception as error:
+                run.checkpoints.leave(error)
+                raise
             run.engine.close()
             del run
             free_memory(world)
@@ -144,7 +149,14 @@ class _Run:
             label_dropout=config.model.label_dropout,
             precision=config.engine.precision,
         )
-        self.checkpoints = Checkpoints(Path(config.run.dir), world, config.run.keep_checkpoints, config.run.keep_every)
+        self.checkpoints = Checkpoints(
+            Path(config.run.dir),
+            world,
+            config.run.keep_checkpoints,
+            config.run.keep_every,
+            config.run.async_checkpoint,
+            self._renew,
+        )
         self.autoencoder = next((method.autoencoder for method in methods if method.autoencoder), None)
         self.preview = Preview(config, dataset, world, self.autoencoder) if config.preview.every else None
         measured = (config, model, dataset, world, self.autoencoder)
@@ -155,7 +167,7 @@ class _Run:
             check_resume(checkpoint, config, dataset.info, self.fields, self.digests)
             self.start = checkpoint.step
             whole, trained = model.state_dict(), dict(own_parameters(loss))
-            expected = {"model": whole, "ema": whole, **dict.fromkeys(MOMENTS, trained)}
+            expected = {"model": whole, "ema": whole, "exp_avg": trained, "exp_avg_sq": trained}
             expected["rest"] = method_tensors(methods)
             world.agree(lambda: check_fits(checkpoint, expected))
             with self._alone():
@@ -260,8 +272,8 @@ class _Run:
                         self._say(f"stopped at step {done} as asked{by}; the same command goes on from there")
                         self.stopped = True
                         return done
-                    for lock in self.held:
-                        lock.renew()
+                    self._renew()
+                    self.checkpoints.look()
                 self.stopped = leaving or stop.agreed() or stop.agreed()  # agreed on two calls after the request
                 self._warn(guard.finish(config.run.steps))
             return config.run.steps
@@ -314,18 +326,19 @@ class _Run:
 
     def _save(self, step: int, required: bool, failure: Exception | None) -> None:
         """failure: what ends the run, named too where the disk does not take this last checkpoint."""
-        guard = self.guard
         # while steps are skipped, older checkpoints stay: they may be the better ones
-        state, retire = self._state(step), not guard.in_a_row(step)
-        saved = self.checkpoints.save(self.engine, self.rest.tensors(), state, retire)
-        if saved:
-            guard.newest = step
-        elif required:
-            newest, cause = guard.newest or 0, f". The run ends: {failure}" if failure else ""
+        state, retire = self._state(step), not self.guard.in_a_row(step)
+        self.checkpoints.save(self.engine, self.rest.tensors(), state, retire)
+        if required and not self.checkpoints.settle():
+            newest, cause = self.checkpoints.written or 0, f". The run ends: {failure}" if failure else ""
             raise CheckpointError(
                 f"{self.checkpoints.folder}: no checkpoint of step {step} could be written (see above); mend that and "
                 f"start the same command again, it goes on from step {newest}{cause}"
             )
+
+    def _renew(self) -> None:
+        for lock in self.held:
+            lock.renew()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -191,16 +191,24 @@ class ZeroEngine(Engine):
         if self.stage == 0:
             yield from super().full_state(kind)
             return
-        for name, parameter in self._named:
+        for name, first, piece in self.own_state(kind):
             whole = torch.zeros(self._shapes[name].numel(), dtype=torch.float32, device=self.world.device)
-            fragment = self._fragment(parameter)
-            if fragment is not None:
-                values = fragment.flat if kind == "model" else self._optimizer.state[fragment.flat][kind]
-                part = values.detach()[fragment.start : fragment.start + fragment.length]
-                whole[fragment.offset : fragment.offset + fragment.length].copy_(part)
+            whole[first : first + len(piece)].copy_(piece)
             # every element comes from one rank; adding bit patterns to zeros keeps even the sign of zero
             self.world.reduce(whole.view(torch.int32), "sum")
             yield name, whole.view(self._shapes[name])
+
+    def own_state(self, kind: str) -> Iterator[tuple[str, int, Tensor]]:
+        if self.stage == 0:
+            yield from super().own_state(kind)
+            return
+        for name, parameter in self._named:
+            fragment = self._fragment(parameter)
+            if fragment is None:
+                yield name, 0, torch.empty(0, dtype=torch.float32, device=self.world.device)
+            else:
+                values = fragment.flat if kind == "model" else self._optimizer.state[fragment.flat][kind]
+                yield name, fragment.offset, values.detach()[fragment.start : fragment.start + fragment.length]
 
     def load_full_state(self, kind: str, source: Source) -> None:
         if self.stage == 0:
@@ -209,7 +217,7 @@ class ZeroEngine(Engine):
         for name, parameter in self._named:
             fragment = self._fragment(parameter)
             if fragment is not None:
-                part = source(name).flatten()[fragment.offset : fragment.offset + fragment.length]
+                part = source(name, fragment.offset, fragment.offset + fragment.length)
                 target = self._optimizer.state[fragment.flat][kind]
                 target[fragment.start : fragment.start + fragment.length].copy_(part)
 

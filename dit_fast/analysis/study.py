@@ -72,7 +72,7 @@ class Options:
             {
                 "steps": [each.step for each in checkpoints],
                 "weights": self.weights,
-                "sha256": [each.files[f"{self.weights}.safetensors"][1] for each in checkpoints],
+                "sha256": [each.digest(self.weights) for each in checkpoints],
                 "dataset": dataset.info.fingerprint,
                 **{name: getattr(self, name) for name in ("count", "minibatch", "seed", "times", "kernels", "width")},
                 "gradient_batches": self.gradient_batches,

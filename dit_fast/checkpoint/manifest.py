@@ -1,6 +1,7 @@
 """MANIFEST.json and state.json of a checkpoint: what stands in them, and reading them without believing them.
 
 A manifest names the step, bytes and sha256 of each file, and has a digest of itself; the first ones written have none.
+Version 1 is of checkpoints whose tensors lie whole in one file each.
 """
 
 import hashlib
@@ -14,13 +15,12 @@ from typing import Any
 from dit_fast.errors import CheckpointError
 
 FORMAT = "dit_fast checkpoint"
-VERSION = 1
+VERSION, READS = 2, (1, 2)
 MANIFEST, STATE = "MANIFEST.json", "state.json"
-WEIGHTS = ("model.safetensors", "ema.safetensors")
-REST = "rest.safetensors"  # only where there is something to hold
+GROUPS = {"model": True, "ema": True, "optim": False, "rest": False}  # of files: whether there must be one
 LARGEST = 1 << 28  # bytes of a JSON file
 _KEYS = {"format", "version", "step", "files"}
-_OPTIM = re.compile(r"optim-(\d{5})-of-(\d{5})\.safetensors", re.ASCII)
+_FILE = re.compile(r"([a-z]+)(?:-\d{5}-of-(\d{5}))?\.safetensors", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FIELDS: dict[str, type | tuple[type, ...]] = {  # of state.json, where they are there
     "step": int,
@@ -52,9 +52,10 @@ class State(dict[str, Any]):
         raise CheckpointError(f"{self.path}: has no field '{key}'")
 
 
-def optimizer_file(k: int, count: int) -> str:
-    """Name of the moments' file k (from 0) of `count`."""
-    return f"optim-{k + 1:05d}-of-{count:05d}.safetensors"
+def file_name(group: str, k: int, count: int) -> str:
+    """Name of file k (from 0) of the `count` files of a group."""
+    numbers = "" if count == 1 and group != "optim" else f"-{k + 1:05d}-of-{count:05d}"
+    return f"{group}{numbers}.safetensors"
 
 
 def write_manifest(step: int, files: Mapping[str, Mapping[str, Any]]) -> bytes:
@@ -66,9 +67,9 @@ def write_manifest(step: int, files: Mapping[str, Mapping[str, Any]]) -> bytes:
 def read_manifest(path: Path) -> tuple[int, dict[str, tuple[int, str]]]:
     """(step, name -> (bytes, sha256)) of a MANIFEST.json. Raises CheckpointError saying what is wrong with it."""
     manifest = read_json(path)
-    if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+    if manifest.get("format") != FORMAT or manifest.get("version") not in READS:
         found = f"format {manifest.get('format')!r:.40} version {manifest.get('version')!r:.40}"
-        raise CheckpointError(f"{path}: {found}; this dit_fast reads {FORMAT!r} version {VERSION}")
+        raise CheckpointError(f"{path}: {found}; this dit_fast reads {FORMAT!r} version {READS[0]} and {READS[1]}")
     if manifest.keys() - {"digest"} != _KEYS:
         raise CheckpointError(f"{path}: damaged (has the keys {', '.join(sorted(manifest)):.200})")
     if "digest" in manifest and manifest["digest"] != _digest(manifest):
@@ -141,9 +142,10 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 def _check_names(path: Path, files: Any) -> None:
     """Exactly the files of a checkpoint: what a manifest names is opened, so a path has no place in it."""
     names = set(files) if isinstance(files, dict) else set()
-    parts = [match for name in names if (match := _OPTIM.fullmatch(name))]
-    count = int(parts[0][2]) if parts else 0
-    if names - {REST} != {STATE, *WEIGHTS, *(optimizer_file(k, count) for k in range(count))}:
+    counts = {match[1]: int(match[2] or 1) for name in sorted(names) if (match := _FILE.fullmatch(name))}
+    expected = {file_name(group, k, count) for group, count in counts.items() for k in range(count)}
+    must = {group for group, needed in GROUPS.items() if needed}
+    if names != {STATE, *expected} or not must <= counts.keys() <= GROUPS.keys():
         raise CheckpointError(f"{path}: damaged (the files it names are {', '.join(sorted(names)) or None!s:.200})")
 
 

@@ -24,7 +24,7 @@ class LoadedRun:
     """model: on the CPU, in eval mode. state: what the checkpoint says about itself (step, samples_seen, ...).
     Unpacked it is model, config, state.
 
-    `load_run` adds "weights_sha256" to the state: of the file that the weights were read from. autoencoder: that of a
+    `load_run` adds "weights_sha256" to the state: `Checkpoint.digest` of what was read. autoencoder: that of a
     run that has trained one with its model, in the place of the data set's; its scale and shift too are the run's own.
     """
 
@@ -71,14 +71,13 @@ class LoadedRun:
 def load_run(path: str | Path, weights: Literal["ema", "model"] = "ema") -> LoadedRun:
     """The newest complete checkpoint of a run folder, or the given step folder.
 
-    weights: the moving averages or the weights themselves, float32; only their file is read and verified. Modules that
-    training methods added (projectors) are left out; `Checkpoint.state_dict` has their weights. Raises CheckpointError
-    where nothing whole is found.
+    weights: the moving averages or the weights themselves, float32; only their files are read and verified. Modules
+    that training methods added (projectors) are left out; `Checkpoint.state_dict` has their weights. Raises
+    CheckpointError where nothing whole is found.
     """
     if weights not in ("ema", "model"):
         raise CheckpointError(f"unknown weights '{weights}'; valid: ema, model")
-    file = f"{weights}.safetensors"
-    checkpoint = find_checkpoint(path, (STATE, file))
+    checkpoint = find_checkpoint(path, (weights,))
     state = checkpoint.state
     try:
         config = stored(state.get("config"))
@@ -88,7 +87,7 @@ def load_run(path: str | Path, weights: Literal["ema", "model"] = "ema") -> Load
     own, tensors = model.state_dict(), checkpoint.state_dict(weights)
     checkpoint.require(weights, own)
     model.load_state_dict({name: tensor for name, tensor in tensors.items() if name in own})
-    state["weights_sha256"] = checkpoint.files[file][1]
+    state["weights_sha256"] = checkpoint.digest(weights)
     return LoadedRun(model.eval(), config, state, own_autoencoder(state.get("autoencoder"), tensors))
 
 
@@ -108,8 +107,8 @@ def own_autoencoder(config: Mapping[str, Any] | None, tensors: Mapping[str, Tens
     return DiffusersAutoencoder.trained(config, weights, mean, (var + NORM_EPS).sqrt(), "the run's own")
 
 
-def find_checkpoint(path: str | Path, files: Collection[str]) -> Checkpoint:
-    """The checkpoint a run or step folder stands for; `files` of it verified against the manifest."""
+def find_checkpoint(path: str | Path, kinds: Collection[str]) -> Checkpoint:
+    """The checkpoint a run or step folder stands for; `kinds` of it verified against the manifest."""
     path = Path(path)
     if path.is_file():
         raise CheckpointError(
@@ -119,9 +118,9 @@ def find_checkpoint(path: str | Path, files: Collection[str]) -> Checkpoint:
     try:
         if (path / MANIFEST).is_file():
             given = open_checkpoint(path)
-            given.verify(files)
+            given.verify(kinds)
             return given
-        checkpoint, complaints = newest_checkpoint(path, files)
+        checkpoint, complaints = newest_checkpoint(path, kinds)
     except OSError as error:
         raise CheckpointError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
     if checkpoint is None:

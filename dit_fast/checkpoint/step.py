@@ -1,20 +1,27 @@
 """One checkpoint of a training run: safetensors, JSON and a manifest, free of ZeRO stage and rank count.
 
 `step_00001000/` holds model.safetensors and ema.safetensors (every entry of the model's state dict, float32 masters),
-optim-0000k-of-0000n.safetensors ("exp_avg.NAME", "exp_avg_sq.NAME"; trained parameter i lies in file i mod n),
-rest.safetensors ("METHOD.NAME", only where a method has moving state of its own), state.json, and MANIFEST.json (bytes
-and sha256 of each file, a digest of itself), which is written last. The step in the folder's name, in the manifest and
-in state.json is the same. A folder without a manifest, or with the suffix .partial, is not a checkpoint. Nothing here
-is a pickle. Whatever is wrong with one is a CheckpointError of one line.
+optim-00001-of-00001.safetensors ("exp_avg.NAME", "exp_avg_sq.NAME"), rest.safetensors ("METHOD.NAME", only where a
+method has moving state of its own), state.json, and MANIFEST.json (bytes and sha256 of each file, a digest of itself),
+which is written last. Of n ranks each writes files of its own, model-0000k-of-0000n.safetensors and so on. A file holds
+a tensor whole, or a piece of it: a flat tensor of which "pieces" in the file's metadata says where it belongs, as JSON
+{key: [first element, shape of the whole]}. The pieces in the files of a kind make up each tensor, without a gap.
+
+The step in the folder's name, in the manifest and in state.json is the same. A folder without a manifest, or with the
+suffix .partial, is not a checkpoint. Nothing here is a pickle. Whatever is wrong with one is a CheckpointError of one
+line.
 """
 
 import hashlib
+import json
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +30,8 @@ from dit_fast.checkpoint.manifest import MANIFEST, STATE, State, read_manifest, 
 from dit_fast.errors import CheckpointError
 
 FOLDER = "checkpoints"  # inside the run folder
-KINDS = ("model", "ema", "exp_avg", "exp_avg_sq", "rest")
+KINDS = {"model": "model", "ema": "ema", "exp_avg": "optim", "exp_avg_sq": "optim", "rest": "rest"}  # their files
+PIECES = "pieces"  # in the metadata of a file
 DTYPES = {
     torch.float32: "F32",
     torch.float64: "F64",
@@ -43,6 +51,36 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def key_of(kind: str, name: str) -> str:
+    """What a tensor is called inside of its file."""
+    return f"{kind}.{name}" if KINDS[kind] == "optim" else name
+
+
+def extremes(tensor: Tensor) -> Tensor:
+    """Least and largest value as float64 [2]: both are finite where the whole tensor is. One pass, where
+    `torch.isfinite` takes several."""
+    if not tensor.numel() or not tensor.is_floating_point():
+        return torch.zeros(2, dtype=torch.float64, device=tensor.device)
+    return torch.stack(torch.aminmax(tensor.detach())).double()
+
+
+class Piece(NamedTuple):
+    """Elements first : end of a flattened tensor: all of what lies under a key of an open file."""
+
+    first: int
+    end: int
+    file: Any
+    key: str
+
+
+class Stored(NamedTuple):
+    """A tensor of a checkpoint. pieces: in order."""
+
+    dtype: str
+    shape: list[int]
+    pieces: list[Piece]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder whose manifest and state were read. files: name -> (bytes, sha256). state: step, samples_seen,
@@ -53,12 +91,12 @@ class Checkpoint:
     files: dict[str, tuple[int, str]]
     state: State
 
-    def verify(self, files: Collection[str] | None = None) -> None:
+    def verify(self, kinds: Collection[str] = tuple(KINDS)) -> None:
         """Raises CheckpointError naming a file that is missing, unreadable, or of another size or content.
 
-        files: those that the caller reads; by default all.
+        kinds: those that the caller reads beside the state; by default all.
         """
-        for name in self.files if files is None else files:
+        for name in [STATE, *dict.fromkeys(file for kind in kinds for file in self.files_of(kind))]:
             path, (size, digest) = self.path / name, self.files[name]
             try:
                 if not path.is_file():
@@ -73,17 +111,40 @@ class Checkpoint:
             if name != STATE:
                 self._open(name)
 
-    def source(self, kind: str) -> Callable[[str], Tensor]:
-        """A function from parameter name to CPU tensor, for a kind of KINDS."""
+    def files_of(self, kind: str) -> list[str]:
+        """Names of the files that hold a kind of KINDS, sorted."""
+        group = KINDS[kind]
+        return sorted(file for file in self.files if file.startswith((f"{group}.", f"{group}-")))
+
+    def digest(self, kind: str) -> str:
+        """sha256 of the file that holds a kind; where there are several, of theirs in order, as text."""
+        digests = [self.files[file][1] for file in self.files_of(kind)]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def source(self, kind: str) -> Callable[..., Tensor]:
+        """A function from parameter name to CPU tensor, for a kind of KINDS.
+
+        With two numbers behind the name it gives these elements, from one up to the other, of the flattened tensor, and
+        reads no others.
+        """
         where = self._where(kind)
 
-        def tensor(name: str) -> Tensor:
+        def tensor(name: str, first: int = 0, end: int | None = None) -> Tensor:
             if name not in where:
                 raise CheckpointError(
                     f"{self.path}: holds no {kind} of parameter '{name}'; was it made by another model?"
                 )
-            handle, key = where[name]
-            return self._reading(lambda: handle.get_tensor(key))
+            _, shape, pieces = where[name]
+            last = math.prod(shape) if end is None else end
+            parts = [
+                self._reading(partial(each.file.get_tensor, each.key)).reshape(-1)[
+                    max(first - each.first, 0) : last - each.first
+                ]
+                for each in pieces
+                if (each.first < last and first < each.end) or len(pieces) == 1
+            ]
+            flat = parts[0] if len(parts) == 1 else torch.cat(parts)
+            return flat.reshape(shape) if end is None else flat
 
         return tensor
 
@@ -98,9 +159,7 @@ class Checkpoint:
             if name not in where:
                 reason = f"holds no {kind} of parameter '{name}'"
             else:
-                handle, key = where[name]
-                found = handle.get_slice(key)
-                have = (found.get_dtype(), found.get_shape())
+                have = where[name][:2]
                 want = (DTYPES[wanted.dtype], list(wanted.shape))
                 if have == want:
                     continue
@@ -112,7 +171,7 @@ class Checkpoint:
         for kind in KINDS:
             source = self.source(kind)
             for name in self.names(kind):
-                if not torch.isfinite(source(name)).all():
+                if not extremes(source(name)).isfinite().all():
                     raise CheckpointError(f"{self.path}: {kind} of '{name}' is not finite")
 
     def state_dict(self, kind: str = "ema") -> dict[str, Tensor]:
@@ -120,16 +179,48 @@ class Checkpoint:
         source = self.source(kind)
         return {name: source(name) for name in self.names(kind)}
 
-    def _where(self, kind: str) -> dict[str, tuple[Any, str]]:
-        """name -> (open file, key in it)."""
-        prefix = f"{kind}." if kind.startswith("exp_") else ""
-        where: dict[str, tuple[Any, str]] = {}
-        for file in sorted(self.files):
-            if file.startswith("optim-") if prefix else file == f"{kind}.safetensors":
-                handle = self._open(file)
-                keys = [key for key in handle.keys() if key.startswith(prefix)]  # noqa: SIM118
-                where.update({key.removeprefix(prefix): (handle, key) for key in keys})
+    def _where(self, kind: str) -> dict[str, Stored]:
+        """The tensors of a kind by name. Raises CheckpointError for one whose pieces do not make it up."""
+        prefix = key_of(kind, "")
+        found: dict[str, list[tuple[str, list[int], Piece]]] = {}
+        for file in self.files_of(kind):
+            handle = self._open(file)
+            parts = self._parts(file, handle)
+            for key in handle.keys():  # noqa: SIM118
+                if key.startswith(prefix):
+                    here = handle.get_slice(key)
+                    first, shape = parts.get(key, (0, here.get_shape()))
+                    end = first + math.prod(here.get_shape())
+                    entry = (here.get_dtype(), shape, Piece(first, end, handle, key))
+                    found.setdefault(key.removeprefix(prefix), []).append(entry)
+        where: dict[str, Stored] = {}
+        for name, entries in found.items():
+            entries.sort(key=lambda entry: entry[2].first)
+            dtype, shape, _ = entries[0]
+            pieces, end = [piece for *_, piece in entries], 0
+            for other, whole, piece in entries:
+                if (piece.first, other, whole) != (end, dtype, shape):
+                    raise CheckpointError(f"{self.path}: damaged (the pieces of {kind} of '{name}' do not fit)")
+                end = piece.end
+            if end != math.prod(shape):
+                raise CheckpointError(f"{self.path}: damaged ({kind} of '{name}' lacks a piece)")
+            where[name] = Stored(dtype, shape, pieces)
         return where
+
+    def _parts(self, file: str, handle: Any) -> dict[str, tuple[int, list[int]]]:
+        """Where the pieces in a file belong: key -> first element, shape of the whole."""
+        text = (handle.metadata() or {}).get(PIECES, "{}")
+        try:
+            parts = {key: (first, shape) for key, (first, shape) in json.loads(text).items()}
+            sound = all(
+                isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**63 for n in [first, *shape])
+                for first, shape in parts.values()
+            )
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            sound = False
+        if not sound:
+            raise CheckpointError(f"{self.path / file}: damaged (its metadata does not say where its pieces belong)")
+        return parts
 
     def _open(self, file: str) -> Any:
         from safetensors import safe_open
@@ -166,18 +257,18 @@ def step_folders(run: str | Path) -> list[tuple[int, Path]]:
 
 
 def newest_checkpoint(
-    run: str | Path, files: Collection[str] | None = None, finite: bool = False
+    run: str | Path, kinds: Collection[str] = tuple(KINDS), finite: bool = False
 ) -> tuple[Checkpoint | None, list[CheckpointError]]:
     """The newest complete checkpoint of a run folder, and what is wrong with each newer one that was passed over.
 
-    files: those that are verified, because the caller reads them; by default all. finite: one that holds NaN or Inf is
+    kinds: those that are verified, because the caller reads them; by default all. finite: one that holds NaN or Inf is
     passed over too.
     """
     complaints: list[CheckpointError] = []
     for _, path in step_folders(run):
         try:
             checkpoint = open_checkpoint(path)
-            checkpoint.verify(files)
+            checkpoint.verify(kinds)
             if finite:
                 checkpoint.require_finite()
             return checkpoint, complaints

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit_fast.checkpoint.manifest import STATE
 from dit_fast.checkpoint.step import newest_checkpoint
 from dit_fast.data import open_dataset
 from dit_fast.errors import ConfigError, UserError
@@ -67,7 +66,7 @@ class Member:
         Where it is of another the run is not done, and the trainer, which is then started, says what differs.
         """
         last = self.runs[-1]
-        checkpoint, _ = newest_checkpoint(last.run.dir, (STATE,))
+        checkpoint, _ = newest_checkpoint(last.run.dir, ())
         if checkpoint is None or checkpoint.step < last.run.steps:
             return False
         same = checkpoint.state["dataset_fingerprint"] == self.fingerprint

@@ -17,7 +17,7 @@ from dit_fast.checkpoint.manifest import write_manifest
 from dit_fast.checkpoint.step import KINDS, newest_checkpoint, open_checkpoint, step_folders
 from dit_fast.errors import CheckpointError, UserError
 from dit_fast.train.checkpoints import Checkpoints
-from dit_fast.train.guard import Diverged
+from dit_fast.train.guard import Diverged, Finiteness
 from dit_fast.train.loop import check_fits
 from dit_fast.world import World
 from tests.helpers.damage import flip
@@ -46,9 +46,15 @@ class Weights:
             generator = torch.Generator().manual_seed(1000 * self.step + 10 * number + len(kind))
             yield name, torch.randn(shape, generator=generator)
 
+    def own_state(self, kind):
+        for name, tensor in self.full_state(kind):
+            yield name, 0, tensor.flatten()
+
 
 def save(run, step, **options):
-    return Checkpoints(run, WORLD, **options).save(Weights(step), UNTRAINED, {"step": step, "note": "x"})
+    checkpoints = Checkpoints(run, WORLD, **options)
+    checkpoints.save(Weights(step), UNTRAINED, {"step": step, "note": "x"})
+    return checkpoints.settle()
 
 
 def assert_is_step(checkpoint, step):
@@ -202,7 +208,7 @@ def test_every_flipped_bit_of_a_manifest_is_found(two, caplog):
             same = json.loads(manifest.read_bytes()) == content  # white space
         except ValueError:
             same = False
-        found, complaints = newest_checkpoint(two, files=())
+        found, complaints = newest_checkpoint(two, kinds=())
         assert (found.step, len(complaints)) == ((8, 0) if same else (4, 1)), bit
         flip(manifest, bit)
 
@@ -321,7 +327,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, fault, kind):
     save(tmp_path, 4)
     checkpoint = Checkpoints(tmp_path, WORLD).newest()
     trained = {name: torch.empty(shape) for name, shape in SHAPES.items()}
-    expected = {each: {**trained, **UNTRAINED.get(each, {})} for each in KINDS[:-1]} | {"rest": {**UNTRAINED["rest"]}}
+    expected = {each: {**trained, **UNTRAINED.get(each, {})} for each in KINDS} | {"rest": {**UNTRAINED["rest"]}}
     check_fits(checkpoint, expected)
     chosen = expected[kind]
     if fault == "missing":
@@ -350,7 +356,7 @@ def test_what_is_not_finite_is_neither_saved_nor_read(two, kind, monkeypatch, ca
     with pytest.raises(Diverged, match=r"'(b|pos|a\.bias)' is not finite after step 12"):
         Checkpoints(two, WORLD, keep=1).save(broken, untrained, {"step": 12})
     assert sorted(path.name for path in (two / "checkpoints").glob("step_*")) == ["step_00000004", "step_00000008"]
-    monkeypatch.setattr(torch, "isfinite", lambda tensor: torch.ones(1, dtype=torch.bool))
+    monkeypatch.setattr(Finiteness, "first_exception", lambda self: None)
     Checkpoints(two, WORLD).save(broken, untrained, {"step": 12})  # as an older version did
     monkeypatch.undo()
     with caplog.at_level(logging.WARNING, "dit_fast"):
@@ -369,16 +375,16 @@ def test_never_starts_over_in_silence(tmp_path):
 def test_only_the_files_that_are_read_are_verified(tmp_path):
     save(tmp_path, 4)
     _damage(tmp_path / "checkpoints/step_00000004/ema.safetensors", "flip")
-    assert newest_checkpoint(tmp_path, files=("model.safetensors",))[0].step == 4
-    assert newest_checkpoint(tmp_path, files=("ema.safetensors",))[0] is None
+    assert newest_checkpoint(tmp_path, kinds=("model",))[0].step == 4
+    assert newest_checkpoint(tmp_path, kinds=("ema",))[0] is None
     assert newest_checkpoint(tmp_path)[0] is None
 
 
 def test_another_format_is_refused(tmp_path):
     save(tmp_path, 4)
     manifest = tmp_path / "checkpoints/step_00000004/MANIFEST.json"
-    manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 2'))
-    with pytest.raises(CheckpointError, match="version 2; this dit_fast reads"):
+    manifest.write_text(manifest.read_text().replace('"version": 2', '"version": 3'))
+    with pytest.raises(CheckpointError, match="version 3; this dit_fast reads"):
         open_checkpoint(manifest.parent)
 
 

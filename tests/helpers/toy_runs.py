@@ -135,11 +135,11 @@ def losses(run):
 
 def tensors(run, step):
     """Every tensor of a checkpoint by kind and name, whatever the number of files."""
-    from safetensors.torch import load_file
+    from dit_fast.checkpoint.step import KINDS, key_of, open_checkpoint
 
-    folder = Path(run) / "checkpoints" / f"step_{step:08d}"
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        kind = "optim" if path.name.startswith("optim") else path.stem
-        found.update({f"{kind}/{name}": tensor for name, tensor in load_file(path).items()})
-    return found
+    checkpoint = open_checkpoint(Path(run) / "checkpoints" / f"step_{step:08d}")
+    return {
+        f"{group}/{key_of(kind, name)}": tensor
+        for kind, group in KINDS.items()
+        for name, tensor in checkpoint.state_dict(kind).items()
+    }

@@ -122,7 +122,8 @@ def run(scenario, world, folder):
     if "broken" in scenario:
         result["diverged"] = diverged(checkpoints, engine, state, scenario["broken"])
     else:
-        assert checkpoints.save(engine, rest.tensors(), state)
+        checkpoints.save(engine, rest.tensors(), state)
+        assert checkpoints.settle()
     return result
 
 
@@ -218,7 +219,8 @@ def run_toy(scenario, world, folder):
     groups = [{"params": list(loss.model.b.parameters()), "clip": 0.02, "lr": 5e-4, "weight_decay": 0.0}]
     engine = engine_of(loss, config, world, groups)
     restore(engine, checkpoint)
-    rest, checkpoints = Rest(methods, engine, 0.9, checkpoint), Checkpoints(folder / scenario["name"], world)
+    rest = Rest(methods, engine, 0.9, checkpoint)
+    checkpoints = Checkpoints(folder / scenario["name"], world, background=True)
     for step in range(checkpoint.step if checkpoint else 0, scenario["steps"]):
         x = torch.randn(BATCH, 4, generator=torch.Generator().manual_seed(step))[world.rank :: world.size]
         if step in scenario.get("poisoned", ()):
@@ -227,7 +229,8 @@ def run_toy(scenario, world, folder):
         rest.after_update(outcome.applied, step)
         if step + 1 in (2, scenario["steps"]):
             state = {"step": step + 1, "optimizer_step": engine.applied_steps()}
-            assert checkpoints.save(engine, rest.tensors(), state)
+            checkpoints.save(engine, rest.tensors(), state)
+    assert checkpoints.settle()
     return {}
 
 

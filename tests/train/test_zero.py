@@ -5,9 +5,9 @@ All of it comes from one start of two ranks and one plain process (`engine_worke
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.helpers.engines import run_engines
+from tests.helpers.toy_runs import tensors
 
 STAGES = (0, 1, 2, 3)
 # A teacher that keeps half of itself: whether it follows the weights shows at once.
@@ -80,11 +80,7 @@ def results(folder):
 
 
 def _state(folder, name, steps):
-    found = {}
-    for path in (folder / name / "checkpoints" / f"step_{steps:08d}").glob("*.safetensors"):
-        kind = "optim" if path.name.startswith("optim") else path.stem
-        found |= {f"{kind}/{key}": value for key, value in load_file(path).items()}
-    return found
+    return tensors(folder / name, steps)
 
 
 def _close(folder, first, second, steps, rtol):
