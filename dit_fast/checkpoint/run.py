@@ -1,5 +1,6 @@
 """Reading a training run back: the model from its configuration, with averaged or raw weights. Needs no DeepSpeed."""
 
+import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ def own_autoencoder(config: Mapping[str, Any] | None, tensors: Mapping[str, Tens
 def find_checkpoint(path: str | Path, kinds: Collection[str]) -> Checkpoint:
     """The checkpoint a run or step folder stands for; `kinds` of it verified against the manifest."""
     path = Path(path)
-    if path.is_file():
+    if os.path.isfile(path):  # False for a name that cannot be
         raise CheckpointError(
             f"{path}: is a file of weights, not the folder of a run; draw from it in Python, by load_official and "
             "sample (docs/sampling.md, Published checkpoints)"

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
@@ -414,27 +413,6 @@ def test_data_that_ends_early_loses_no_step(shards, tmp_path, capsys, monkeypatc
         assert "RuntimeError: bug (unexpected" in fails(capsys, *command, status=1)
     saved = [path.name for path in (tmp_path / "run/checkpoints").glob("step_*")]
     assert saved == ([f"step_{first:08d}"] if first else [])
-
-
-def test_a_killed_loader_process_loses_no_step(shards, tmp_path, capsys, monkeypatch):
-    """The death comes in the middle of a step; torch would raise from its handler there."""
-    real, killed = SingleEngine.train_step, []
-
-    def train_step(self, batches, step, lr):
-        if step == 4:
-            killed.extend(multiprocessing.active_children())
-            for process in killed:
-                process.kill()
-                process.join()
-        return real(self, batches, step, lr)
-
-    monkeypatch.setattr(SingleEngine, "train_step", train_step)
-    run, options = tmp_path / "run", ["run.checkpoint_every=0", "data.num_workers=1", "run.steps=40"]
-    message = fails(capsys, *arguments(shards, run, *options))
-    assert killed
-    assert re.search("rank 0: a loader worker was killed", message), message
-    (saved,) = (run / "checkpoints").glob("step_*")
-    assert len(rows(run)) == int(saved.name[5:]) >= 5
 
 
 def test_interrupt_saves_and_a_second_one_does_not(shards, tmp_path, monkeypatch, capsys):
