@@ -263,3 +263,11 @@ def _tensorboard(run: Path, start: int) -> Any:
     except OSError as error:
         logger.warning("TensorBoard is switched off: %s; metrics go to %s only", error, run / METRICS)
         return None
+
+
+def clear_leftovers(run: Path) -> None:
+    """Removes what a kill in the middle of a write left; `Checkpoints.newest` does so for unfinished checkpoints."""
+    for name in (METRICS, CONFIG):
+        (run / f"{name}.partial").unlink(missing_ok=True)
+    for path in (run / "samples").glob("step_*.png.partial"):
+        path.unlink(missing_ok=True)

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dit_fast import __version__
-from dit_fast.checkpoint.step import Checkpoint
 from dit_fast.data import LatentDataset, Plan, ShardCache, build_loader, open_together
 from dit_fast.data.address import absolute
 from dit_fast.errors import CheckpointError, ConfigError, UserError
@@ -27,12 +25,13 @@ from dit_fast.train.engine import Engine, SingleEngine, own_parameters
 from dit_fast.train.evaluation import LoopEvaluation
 from dit_fast.train.feed import Batch, Feed
 from dit_fast.train.guard import Diverged, Guard
-from dit_fast.train.journal import CONFIG, METRICS, Journal
+from dit_fast.train.journal import Journal, clear_leftovers
 from dit_fast.train.lock import RunLock
 from dit_fast.train.loss import TrainingLoss
 from dit_fast.train.optim import STATES, learning_rate
 from dit_fast.train.prepare import (
     check_fields,
+    check_fits,
     check_resume,
     check_stage,
     fit_to_dataset,
@@ -389,27 +388,8 @@ class _Run:
             logger.warning(text)
 
 
-def check_fits(checkpoint: Checkpoint, expected: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Raises CheckpointError where names, shapes or dtypes of a checkpoint are not the expected ones of each kind."""
-    for kind, tensors in expected.items():
-        checkpoint.require(kind, tensors)
-        for name in checkpoint.names(kind):
-            if name not in tensors:
-                raise CheckpointError(
-                    f"{checkpoint.path}: holds {kind} of '{name}', unknown to this model; was it made by another?"
-                )
-
-
 def free_memory(world: World) -> None:
     """Of a run that is over: engine and model hold each other."""
     gc.collect()
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def clear_leftovers(run: Path) -> None:
-    """Removes what a kill in the middle of a write left; `Checkpoints.newest` does so for unfinished checkpoints."""
-    for name in (METRICS, CONFIG):
-        (run / f"{name}.partial").unlink(missing_ok=True)
-    for path in (run / "samples").glob("step_*.png.partial"):
-        path.unlink(missing_ok=True)

@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from dit_fast.checkpoint.step import Checkpoint
 from dit_fast.data import DatasetInfo
 from dit_fast.errors import CheckpointError, ConfigError
@@ -155,3 +157,14 @@ def check_resume(
                 f"methods.{name}: its weights have the sha256 {has}, those that {checkpoint.path} was trained with "
                 f"{had}; give the file or step folder that holds those (it may lie anywhere) or set another run.dir"
             )
+
+
+def check_fits(checkpoint: Checkpoint, expected: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raises CheckpointError where names, shapes or dtypes of a checkpoint are not the expected ones of each kind."""
+    for kind, tensors in expected.items():
+        checkpoint.require(kind, tensors)
+        for name in checkpoint.names(kind):
+            if name not in tensors:
+                raise CheckpointError(
+                    f"{checkpoint.path}: holds {kind} of '{name}', unknown to this model; was it made by another?"
+                )

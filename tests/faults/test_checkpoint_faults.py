@@ -18,7 +18,7 @@ from dit_fast.checkpoint.step import KINDS, newest_checkpoint, open_checkpoint, 
 from dit_fast.errors import CheckpointError, UserError
 from dit_fast.train.checkpoints import Checkpoints
 from dit_fast.train.guard import Diverged, Finiteness
-from dit_fast.train.loop import check_fits
+from dit_fast.train.prepare import check_fits
 from dit_fast.world import World
 from tests.helpers.damage import flip
 
