@@ -142,7 +142,7 @@ class Checkpoints:
             return
         finite = Finiteness(world)
         for share in held:
-            finite.look(f"{share.kind} of '{share.name}'", share.values)
+            finite.look(f"{share.kind} of '{share.name}'", share.held)
         if (name := finite.first_exception()) is not None:
             self._under_way = None
             if world.rank == 0:

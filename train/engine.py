@@ -235,14 +235,16 @@ class Engine(ABC):
         for name, parameter in self._named:
             yield name, parameter.detach() if kind == "model" else self._optimizer.state[parameter][kind]
 
-    def own_state(self, kind: str) -> Iterator[tuple[str, int, Tensor]]:
-        """(name, first element, flat float32 piece) of every trained parameter: what of it this rank saves, live.
+    def own_state(self, kind: str) -> Iterator[tuple[str, int, Tensor, Tensor]]:
+        """(name, first element, piece, held), flat float32, of every trained parameter: what of it this rank saves, and
+        all that it has of it, live.
 
         The ranks' pieces, which may be empty, make up each flattened tensor. Not collective.
         """
         shares = self.world.shares([shape.numel() for shape in self._shapes.values()])
         for (name, tensor), (first, end) in zip(self.full_state(kind), shares, strict=True):
-            yield name, first, tensor.reshape(-1)[first:end]
+            held = tensor.reshape(-1)
+            yield name, first, held[first:end], held
 
     def load_full_state(self, kind: str, source: Source) -> None:
         """Puts `source(name)` into the moments or EMA of every trained parameter; weights are loaded earlier."""

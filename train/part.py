@@ -24,13 +24,17 @@ Untrained = Mapping[str, Mapping[str, Tensor]]
 
 
 class Share(NamedTuple):
-    """What one rank saves of a tensor. values: flat. shape: of the whole."""
+    """What one rank saves of a tensor. values: flat. shape: of the whole.
+
+    held: flat, all that this rank has of it. Where ranks have copies, all are looked at before the pieces are saved.
+    """
 
     kind: str
     name: str
     first: int
     values: Tensor
     shape: torch.Size
+    held: Tensor
 
     @property
     def whole(self) -> bool:
@@ -44,12 +48,13 @@ def shares(engine: Engine, untrained: Untrained, world: World) -> Iterator[Share
     """
     shapes = dict(engine.trainable())
     for kind in TRAINED:
-        for name, first, values in engine.own_state(kind):
-            yield Share(kind, name, first, values, shapes[name])
+        for name, first, values, held in engine.own_state(kind):
+            yield Share(kind, name, first, values, shapes[name], held)
     rest = [(kind, name, tensor) for kind, tensors in untrained.items() for name, tensor in tensors.items()]
     dealt = world.shares([tensor.numel() for *_, tensor in rest])
     for (kind, name, tensor), (first, end) in zip(rest, dealt, strict=True):
-        yield Share(kind, name, first, tensor.detach().reshape(-1)[first:end], tensor.shape)
+        held = tensor.detach().reshape(-1)
+        yield Share(kind, name, first, held[first:end], tensor.shape, held)
 
 
 class HostMemory:
@@ -77,7 +82,7 @@ class HostMemory:
         for share in held:
             target = self._block[offset : offset + share.values.nbytes].view(share.values.dtype)
             target.copy_(share.values, non_blocking=True)
-            copies.append(share._replace(values=target))
+            copies.append(share._replace(values=target, held=target))
             offset += _room(share.values)
         if self._cuda:
             self._arrived = torch.cuda.Event()

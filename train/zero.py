@@ -191,24 +191,26 @@ class ZeroEngine(Engine):
         if self.stage == 0:
             yield from super().full_state(kind)
             return
-        for name, first, piece in self.own_state(kind):
+        for name, first, piece, _ in self.own_state(kind):
             whole = torch.zeros(self._shapes[name].numel(), dtype=torch.float32, device=self.world.device)
             whole[first : first + len(piece)].copy_(piece)
             # every element comes from one rank; adding bit patterns to zeros keeps even the sign of zero
             self.world.reduce(whole.view(torch.int32), "sum")
             yield name, whole.view(self._shapes[name])
 
-    def own_state(self, kind: str) -> Iterator[tuple[str, int, Tensor]]:
+    def own_state(self, kind: str) -> Iterator[tuple[str, int, Tensor, Tensor]]:
         if self.stage == 0:
             yield from super().own_state(kind)
             return
         for name, parameter in self._named:
             fragment = self._fragment(parameter)
             if fragment is None:
-                yield name, 0, torch.empty(0, dtype=torch.float32, device=self.world.device)
+                piece = torch.empty(0, dtype=torch.float32, device=self.world.device)
+                yield name, 0, piece, piece
             else:
                 values = fragment.flat if kind == "model" else self._optimizer.state[fragment.flat][kind]
-                yield name, fragment.offset, values.detach()[fragment.start : fragment.start + fragment.length]
+                piece = values.detach()[fragment.start : fragment.start + fragment.length]
+                yield name, fragment.offset, piece, piece
 
     def load_full_state(self, kind: str, source: Source) -> None:
         if self.stage == 0:

@@ -7,6 +7,8 @@ import logging
 import os
 import shutil
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -48,7 +50,7 @@ class Weights:
 
     def own_state(self, kind):
         for name, tensor in self.full_state(kind):
-            yield name, 0, tensor.flatten()
+            yield name, 0, tensor.flatten(), tensor.flatten()
 
 
 def save(run, step, **options):
@@ -456,3 +458,85 @@ def test_a_really_full_disk(tmp_path, monkeypatch, caplog):
         assert save(small, 12)
     finally:
         subprocess.run(["umount", small], check=True)
+
+
+class Moving(Weights):
+    """An engine whose optimizer goes on: the saved tensors change in place."""
+
+    def __init__(self, step):
+        super().__init__(step)
+        kept = {kind: dict(super(Moving, self).full_state(kind)) for kind in ("model", "ema", "exp_avg", "exp_avg_sq")}
+        self.full_state = lambda kind: iter(kept[kind].items())
+        self.kept = kept
+
+    def go_on(self):
+        for tensors in self.kept.values():
+            for tensor in tensors.values():
+                tensor.add_(1)
+
+
+def test_a_save_in_the_background_is_of_its_step_however_slow_the_disk(tmp_path, monkeypatch):
+    gate, real = threading.Event(), files.write
+    monkeypatch.setattr(files, "write", lambda *arguments: gate.wait(30) and real(*arguments))
+    checkpoints, engine = Checkpoints(tmp_path, WORLD, background=True), Moving(4)
+    checkpoints.save(engine, UNTRAINED, {"step": 4, "note": "x"})
+    engine.go_on()
+    assert not list(tmp_path.glob("checkpoints/step_00000004"))
+    checkpoints.look()  # nothing is known yet, and nothing waits
+    gate.set()
+    assert checkpoints.settle()
+    assert_is_step(checkpoints.newest(), 4)
+    checkpoints.save(engine, UNTRAINED, {"step": 8, "note": "x"})  # the same memory again
+    assert checkpoints.settle()
+    source = Checkpoints(tmp_path, WORLD).newest().source("model")
+    assert torch.equal(source("a.weight"), engine.kept["model"]["a.weight"])
+
+
+def test_what_a_disk_refuses_in_the_background_is_told_once_and_costs_nothing(tmp_path, monkeypatch, caplog):
+    checkpoints = Checkpoints(tmp_path, WORLD, background=True)
+    checkpoints.save(Weights(4), UNTRAINED, {"step": 4, "note": "x"})
+    assert checkpoints.settle()
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "sync", disk := Refusing())
+        checkpoints.save(Weights(8), UNTRAINED, {"step": 8, "note": "x"})
+        disk.met.wait(30)
+        while checkpoints._under_way[1].is_alive():
+            time.sleep(0.01)
+        checkpoints.look()
+        checkpoints.look()
+    assert not checkpoints.settle()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert (
+        line == "checkpoint step_00000008 not written: [Errno 28] No space left on device; earlier ones are untouched"
+    )
+    assert checkpoints.written == 4
+    assert_is_step(checkpoints.newest(), 4)
+    assert not list(tmp_path.glob("checkpoints/*.partial"))
+
+
+class Refusing:
+    def __init__(self):
+        self.met = threading.Event()
+
+    def __call__(self, file):
+        self.met.set()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_fault_of_the_program_in_the_background_is_raised_where_training_waits(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, WORLD, background=True)
+    monkeypatch.setattr(files, "sync_folder", lambda path: 1 / 0)
+    checkpoints.save(Weights(4), UNTRAINED, {"step": 4, "note": "x"})
+    with pytest.raises(ZeroDivisionError):
+        checkpoints.settle()
+    assert not list(tmp_path.glob("checkpoints/step_00000004"))
+
+
+def test_a_checkpoint_of_the_first_version_is_read(tmp_path):
+    """Its tensors lie whole in their files, so nothing but the number differs."""
+    save(tmp_path, 4)
+    path = tmp_path / "checkpoints/step_00000004/MANIFEST.json"
+    manifest = json.loads(path.read_bytes())
+    del manifest["digest"]
+    path.write_text(json.dumps({**manifest, "version": 1}))
+    assert_is_step(Checkpoints(tmp_path, WORLD).newest(), 4)
