@@ -15,7 +15,7 @@ from dit_fast.data.reader import IndexedReader
 from dit_fast.diffusion import initial_noise
 from dit_fast.diffusion.solvers import LAST_STOCHASTIC_TIME
 from dit_fast.errors import UserError
-from dit_fast.methods import build_methods
+from dit_fast.methods import METHODS
 from dit_fast.models import new_model
 from dit_fast.objectives.base import first
 from dit_fast.ops.draws import Key
@@ -157,9 +157,9 @@ def read_samples(dataset: LatentDataset, samples: np.ndarray, fields: Sequence[s
 
 def _clean(loaded: LoadedRun, dataset: LatentDataset, samples: np.ndarray, seed: int) -> tuple[Tree, Tensor]:
     """What the run's model denoises, of these samples, and their labels; methods that add to the latents are asked."""
+    adding = [config for config in loaded.config.methods if METHODS[config.name].adds]  # others may need absent files
     with torch.device("meta"):  # their heads are not wanted
-        every = build_methods(loaded.config.methods, new_model(loaded.config.model), dataset.info)
-    methods = [method for method in every if method.adds]
+        methods = [METHODS[config.name](config, new_model(loaded.config.model), dataset.info) for config in adding]
     images = set() if loaded.autoencoder is None else {"image"}
     batch = read_samples(dataset, samples, tuple(images.union(*(method.fields for method in methods))))
     own = loaded.autoencoder

@@ -23,6 +23,7 @@ from dit_fast.runs import TrainConfig, forbidden_changes, read_config
 
 MARGIN = 0.013  # of the mean: less is inconclusive
 FEWEST = 3  # seeds
+SHOWN = 3  # keys that an error names
 TAIL = 0.05  # of the interval, both ends
 
 
@@ -146,7 +147,15 @@ def _runs_in(folder: Path) -> list[Path]:
         refuse_runs_inside(folder)
         return [folder]
     inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    return [run for path in inside for run in _runs_in(path)]
+    return [run for path in inside if not _foreign(path / "config.json") for run in _runs_in(path)]
+
+
+def _foreign(path: Path) -> bool:
+    """Whether it is the config.json of an exported model or of an encoder, which no one named."""
+    try:
+        return "optimizer" not in json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False  # none, or one that `read_config` refuses by name
 
 
 def _expanded(folders: Sequence[Path]) -> list[Path]:
@@ -185,9 +194,12 @@ def _grouped(runs: Mapping[Path, TrainConfig], by: Sequence[str]) -> tuple[dict[
         ]
         groups.setdefault(" ".join(parts) or "all", []).append(folder)
     for name, members in groups.items():
-        for key in _differing([runs[folder] for folder in members]):
-            values = " and ".join(dict.fromkeys(_short(flat[folder].get(key)) for folder in members))
-            raise UserError(f"runs of '{name}' also differ in {key} ({values}); add --by {key}, or leave some out")
+        keys = _differing([runs[folder] for folder in members])
+        if keys:
+            told = ", ".join(f"{key} ({_both(flat[folder].get(key) for folder in members)})" for key in keys[:SHOWN])
+            more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+            wish = " ".join(f"--by {key}" for key in keys[:SHOWN])
+            raise UserError(f"runs of '{name}' also differ in {told}{more}; add {wish}, or leave some out")
         seeds: dict[tuple[Any, ...], Path] = {}
         for folder in members:
             drawn = tuple(flat[folder].get(key) for key in SEEDS)
@@ -212,6 +224,10 @@ def tells(key: str, flat: Iterable[Mapping[str, Any]]) -> bool:
 
 def _short(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _both(values: Iterable[Any]) -> str:
+    return " and ".join(dict.fromkeys(_short(value) for value in values))
 
 
 def _within(path: str, key: str) -> bool:
@@ -251,9 +267,22 @@ def _shared(
     if not last:
         place = "" if step is None else f" at step {step}"
         raise UserError(
-            f"no metric was measured of all runs{place} by one protocol; run `dit-fast evaluate` of each alike"
+            f"no metric was measured of all runs{place} by one protocol{_apart(measured)}; "
+            "run `dit-fast evaluate` of each alike"
         )
     return sorted(((*key, at) for key, at in last.items()), key=lambda item: (item[0].text(), item[1]))
+
+
+def _apart(measured: Mapping[Path, Mapping[tuple[Protocol, int], Any]]) -> str:
+    """In what the nearest protocols, or the steps, of the first run and one that shares none with it differ."""
+    (first, ours), *others = measured.items()
+    for folder, theirs in others:
+        if not set(ours) & set(theirs):
+            pairs = [(asdict(a) | {"step": i}, asdict(b) | {"step": j}) for a, i in ours for b, j in theirs]
+            apart = [{key: (a[key], b[key]) for key in a if a[key] != b[key]} for a, b in pairs]
+            nearest = list(min(apart, key=len).items())[:SHOWN]
+            return f" ({first} and {folder}: {', '.join(f'{key} {_both(values)}' for key, values in nearest)})"
+    return ""
 
 
 def _first(groups: list[Group], baseline: str | None) -> list[Group]:

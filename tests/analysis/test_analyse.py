@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from dit_fast.analysis.gradients import term_gradients
 from dit_fast.analysis.study import checkpoints_of, read
 from dit_fast.checkpoint.run import load_run
 from dit_fast.cli import main
+from dit_fast.methods.haste import HASTE
 from dit_fast.recipes import load
 from dit_fast.train.loop import train
 from dit_fast.train.loss import TrainingLoss
@@ -58,6 +60,13 @@ def test_a_run_with_a_head_of_its_method_is_studied(place, tmp_path):
     train(load("quickstart-internal_guidance", [*changes, *off]), single())
     run = load_run(tmp_path / "run")
     assert len(study_blocks(run, Inputs(run.dataset(), 12, 12, 12)).rank) == run.model.depth
+
+
+def test_files_that_only_training_needs_may_be_gone(loaded):
+    run, dataset = loaded
+    gone = HASTE.Config(encoders=("dinov2-vit-b:/gone",), student_depths=(1,), teacher_depths=(1,))
+    run = replace(run, config=replace(run.config, methods=(gone,)))
+    assert study_blocks(run, Inputs(dataset, 12, 12, 12)).cosine.shape == (6, 6)
 
 
 def test_gradients_of_the_terms_add_up_to_that_of_the_loss(loaded, place, monkeypatch):

@@ -87,7 +87,8 @@ def test_nothing_is_a_share_of_zero(make, tmp_path, capsys):
 def test_draws_of_one_run_are_one_value(make):
     make("a", (1.0, 2.0, 6.0))
     folder = make("b", (5.0,), "optimizer.lr=1e-3").parent
-    (folder / "deeper").mkdir()
+    (folder / "deeper" / "exported").mkdir(parents=True)
+    (folder / "deeper" / "exported" / "config.json").write_text('{"_class_name": "Transformer"}')  # is no run
     (folder / "b").rename(folder / "deeper" / "b")
     (found,) = compare([folder])  # a folder of runs stands for them
     assert [group.values for group in found.groups] == [(3.0,), (5.0,)]
@@ -96,7 +97,7 @@ def test_draws_of_one_run_are_one_value(make):
 def test_only_what_all_share_is_compared(make):
     a = make("a", (1.0,))
     b = make("b", (2.0,), "optimizer.lr=1e-3", guidance=1.5)
-    with pytest.raises(UserError, match="no metric was measured of all runs by one protocol"):
+    with pytest.raises(UserError, match=r"no metric .* by one protocol \(.*a and .*b: guidance 1\.0 and 1\.5\)"):
         compare([a, b])
     append_evaluation(b, Evaluation(step=50, values={"FD-EffLite0": 4.0}, protocol=PROTOCOL))
     append_evaluation(a, Evaluation(step=50, values={"FD-EffLite0": 3.0}, protocol=PROTOCOL))
@@ -110,6 +111,9 @@ def test_what_is_refused(make, tmp_path):
     a, b = make("a", (1.0,)), make("b", (2.0,), "run.seed=1", "optimizer.lr=1e-3")
     with pytest.raises(UserError, match=r"runs of 'all' also differ in optimizer\.lr .*add --by optimizer\.lr"):
         compare([a, b], by=["method"])
+    c = make("e", (2.0,), "model.depth=4", "optimizer.lr=1e-3", "optimizer.beta2=0.9", "model.hidden_size=64")
+    with pytest.raises(UserError, match=r"model\.depth \(0 and 4\), .* and 1 more; add --by .* --by "):
+        compare([a, c], by=["method"])
     with pytest.raises(UserError, match="equal seeds and configurations"):
         compare([a, make("c", (2.0,))])
     with pytest.raises(UserError, match="named twice"):
