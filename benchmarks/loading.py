@@ -205,7 +205,7 @@ def npy(arrays: Path, count: int) -> Iterator[Any]:
 
         def __getitem__(self, number: int) -> Any:
             number = int(number) % SAMPLES
-            return torch.from_numpy(np.load(names[number])).float(), torch.tensor(labels[number])
+            return torch.from_numpy(np.load(names[number], allow_pickle=False)).float(), torch.tensor(labels[number])
 
     return _loader(Files(), count, batch_size=MICRO, shuffle=True)
 

@@ -144,8 +144,11 @@ class ArrayImages:
         self.count, self.size, self._start = shape[0], (shape[1], shape[2]), self._stream.tell()
         self.identity = weights_identity("npz", [path])
         if "text.npy" in self._archive.namelist():  # of `dit-fast sample`
-            with np.load(path, allow_pickle=False) as file:
-                self.labels = "random" if "random labels" in str(file["text"]) else "balanced"
+            try:
+                with np.load(path, allow_pickle=False) as file:
+                    self.labels = "random" if "random labels" in str(file["text"]) else "balanced"
+            except ValueError as error:
+                raise DataError(f"{path}: damaged ({error}); draw it again") from None
 
     def read(self, first: int, stop: int) -> np.ndarray:
         stop, each = min(stop, self.count), self.size[0] * self.size[1] * 3
