@@ -42,6 +42,8 @@ class DataConfig:
     cache: str = setting("", "Folder for copies of streamed shards; none = one in the temporary folder", resumes=True)
     cache_gib: float = setting(64.0, "Most GiB of such copies; the oldest make room", "[0.001, 1e6]", resumes=True)
     check_crc: bool = setting(True, "Check every sample against its checksum", resumes=True)
+    strict: bool = setting(False, "End at the first bad sample, instead of taking another in its place", resumes=True)
+    max_bad_share: float = setting(1e-3, "Share of bad samples above which training ends", "[0, 1]", resumes=True)
 
 
 @dataclass(frozen=True, kw_only=True)

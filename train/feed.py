@@ -1,17 +1,51 @@
 """The batches of one rank, fetched ahead, so that all ranks leave at the same step where one of them has no more."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from dit_fast.data import LatentDataset, Plan, ShardCache, build_loader
+from dit_fast.data.loader import Replacement
+from dit_fast.data.plan import Window
 from dit_fast.errors import DataError, UserError
+from dit_fast.runs import TrainConfig
 from dit_fast.world import World
 
 Batch = dict[str, Tensor]
 
 AHEAD = 2  # the agreement to leave is read one step after it was asked for: the step in between needs its batch
+
+
+def batches_of(
+    config: TrainConfig,
+    dataset: LatentDataset,
+    world: World,
+    micro: int,
+    start: int,
+    left_out: Sequence[Window],
+    fields: tuple[str, ...],
+    on_bad: Callable[[Replacement], None],
+) -> Iterator[Batch]:
+    """This rank's micro-batches of a run from position `start` on; on_bad is told what was replaced."""
+    streamed = config.data.reader == "stream" or dataset.remote
+    return build_loader(
+        dataset,
+        Plan(dataset.info.shard_sizes, config.data_seed, config.data.shuffle_group),
+        global_batch=config.engine.global_batch,
+        micro_batch=micro,
+        rank=world.rank,
+        world_size=world.size,
+        start=start,
+        left_out=left_out,
+        fields=fields,
+        num_workers=config.data.num_workers,
+        reader=config.data.reader,
+        check_crc=config.data.check_crc,
+        cache=ShardCache(config.data.cache, int(config.data.cache_gib * 2**30)) if streamed else None,
+        on_bad=None if config.data.strict else on_bad,
+    )
 
 
 class Feed:

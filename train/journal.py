@@ -5,7 +5,6 @@ so that logging never waits. An interval also ends at every checkpoint: a run th
 rows as one that was not.
 """
 
-import contextlib
 import json
 import logging
 import math
@@ -21,12 +20,13 @@ from torch import Tensor
 
 from dit_fast import files
 from dit_fast.display import percent, rate
-from dit_fast.errors import UserError
 from dit_fast.options import to_dict
 from dit_fast.runs import TrainConfig
 from dit_fast.train.engine import StepResult
 from dit_fast.train.guard import Guard
 from dit_fast.train.health import Health, Shares, told
+from dit_fast.train.lines import AppendedLines, truncate_lines
+from dit_fast.train.quarantine import Quarantine
 from dit_fast.train.throughput import Clock, matmul_ceiling
 from dit_fast.world import Late, World
 
@@ -41,6 +41,7 @@ class Journal:
     def __init__(self, config: TrainConfig, world: World, guard: Guard, start: int, epoch: int, flops: int):
         self.run, self.config, self.world, self.guard = Path(config.run.dir), config, world, guard
         self.health, self._shares = Health(world, config.engine.timeout, start), Shares()
+        self.quarantine = Quarantine(config, world, guard, start, epoch)
         self._epoch, self._flops = epoch, 3 * flops  # samples per epoch; forward + backward FLOPs of a sample
         # By the names of a step's values (a method may stop within an interval): their sums over the applied steps, and
         # how many those are.
@@ -59,7 +60,7 @@ class Journal:
         config = self.config
         self._ceiling = matmul_ceiling(self.world.device, config.engine.precision) * self.world.size
         files.replace(self.run / CONFIG, json.dumps(to_dict(config), indent=1).encode())
-        truncate_metrics(self.run / METRICS, start)
+        truncate_lines(self.run / METRICS, start)
         self._file = AppendedLines(self.run / METRICS)
         self._progress = _Progress(config.run.steps, start)
         self._writer = _tensorboard(self.run, start) if config.run.tensorboard else None
@@ -90,13 +91,14 @@ class Journal:
         if self._ceiling:
             row["mfu"] = float(f"{self._flops * speed / self._ceiling:.4g}")
         row["seconds"] = round(time.time() - self.started, 2)
+        bad = self.quarantine.close_interval(step)
         times = self.world.reduce(self.health.spent(), "sum")
-        self._pending.append((row, names, Late(self.world.reduce(self._means(names), "mean")), Late(times)))
+        self._pending.append((row, names, Late(self.world.reduce(self._means(names, bad), "mean")), Late(times)))
         self._sums, self._last = {}, step
         self.drain(keep=1 if self.world.device.type == "cuda" else 0)
 
-    def _means(self, names: list[str]) -> Tensor:
-        """The means of the interval, then how many applied steps each is of, then how many there were."""
+    def _means(self, names: list[str], bad: int) -> Tensor:
+        """The means of the interval, then how many applied steps each is of, then how many there were, then `bad`."""
         means: list[Tensor] = []
         counts: list[Tensor] = []
         for name in names:
@@ -104,16 +106,24 @@ class Journal:
             total, count = (_sum(x) for x in zip(*parts, strict=True))
             means.append(total / count)
             counts.append(count)
-        return torch.stack([*means, *counts, _sum(count for _, count in self._sums.values())])
+        applied = _sum(count for _, count in self._sums.values())
+        return torch.stack([*means, *counts, applied, torch.full_like(applied, bad)])
 
-    def drain(self, keep: int = 0) -> None:
-        """Writes the closed intervals but the newest `keep`, whose values may still be on their way from the device."""
+    def drain(self, keep: int = 0, closing: bool = False) -> None:
+        """Writes the closed intervals but the newest `keep`, whose values may still be on their way from the device.
+
+        Collective where samples were replaced, unless closing: then the other ranks may have failed.
+        """
         while len(self._pending) > keep:
             row, names, values, times = self._pending.pop(0)
-            *read, applied = values.read().tolist()
+            *read, applied, bad = values.read().tolist()
             counted = zip(names, read[: len(names)], read[len(names) :], strict=True)
             logged = {name: mean for name, mean, count in counted if count}
             row["skipped"] -= round(applied)
+            if bad:
+                row["bad_samples"] = round(bad * self.world.size)
+                if not closing:
+                    self.quarantine.publish(row["step"])
             self._write({**row, **self._shares.columns(times.read()), **logged})
             self.guard.values(row["step"], logged)
 
@@ -150,8 +160,9 @@ class Journal:
     def close(self) -> None:
         """Writes what is pending and closes all files."""
         try:
-            self.drain()
+            self.drain(closing=True)
         finally:
+            self.quarantine.close()
             if self._file is not None:
                 self._file.close()
             self._show(_Progress.close)
@@ -160,54 +171,6 @@ class Journal:
 
 def _sum(numbers: Iterable[Tensor]) -> Tensor:
     return reduce(torch.add, numbers)
-
-
-class AppendedLines:
-    """A text file that grows by whole lines. Lines a full disk refuses are kept and written with the next ones."""
-
-    def __init__(self, path: Path):
-        self._path, self._file = path, path.open("ab", buffering=0)
-        self._size, self._waiting = self._file.tell(), b""
-
-    def add(self, line: str) -> None:
-        self._waiting += line.encode() + b"\n"
-        self._write()
-
-    def close(self) -> None:
-        """Tries once more what is still waiting."""
-        if self._waiting:
-            self._write()
-        self._file.close()
-
-    def _write(self) -> None:
-        try:
-            self._file.truncate(self._size)  # a part of a line that an earlier failure may have left
-            if self._file.write(self._waiting) == len(self._waiting):
-                self._size, self._waiting = self._size + len(self._waiting), b""
-                return
-            reason = "no space left on the disk"
-        except OSError as error:
-            reason = str(error)
-        with contextlib.suppress(OSError):
-            self._file.truncate(self._size)
-        logger.warning("%s: %s; rows are kept until there is space", self._path, reason)
-
-
-def truncate_metrics(path: Path, step: int) -> None:
-    """Drops rows after `step` and a last line cut short by a kill."""
-    if not path.exists():
-        return
-    if not path.is_file():  # reading a pipe or a device would not end
-        raise UserError(f"{path}: is not a regular file; remove it")
-    kept, found = b"", path.read_bytes()
-    for line in found.splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept += line + b"\n"
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-            continue
-    if kept != found:
-        files.replace(path, kept)
 
 
 class _Progress:
@@ -248,6 +211,7 @@ def _summary(row: Mapping[str, Any]) -> str:
     parts.append(f"{rate(row['samples_per_s'])} samples/s")
     parts += [f"mfu {percent(row['mfu'])}"] if "mfu" in row else []
     parts += [f"skipped {row['skipped']}"] if row["skipped"] else []
+    parts += [f"bad samples {row['bad_samples']}"] if "bad_samples" in row else []
     parts += [slow] if (slow := told(row)) else []
     return "  ".join(parts)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dit_fast import __version__
-from dit_fast.data import LatentDataset, Plan, ShardCache, build_loader, open_together
+from dit_fast.data import LatentDataset, open_together
 from dit_fast.data.address import absolute
 from dit_fast.errors import CheckpointError, ConfigError, UserError
 from dit_fast.methods import build_methods
@@ -23,7 +23,7 @@ from dit_fast.runs import TrainConfig
 from dit_fast.train.checkpoints import Checkpoints
 from dit_fast.train.engine import Engine, SingleEngine, own_parameters
 from dit_fast.train.evaluation import LoopEvaluation
-from dit_fast.train.feed import Batch, Feed
+from dit_fast.train.feed import Feed, batches_of
 from dit_fast.train.guard import Diverged, Guard
 from dit_fast.train.journal import Journal, clear_leftovers
 from dit_fast.train.lock import RunLock
@@ -232,9 +232,13 @@ class _Run:
             self._warn(guard.finish(self.start))
             return self.start
         journal = Journal(config, self.world, guard, self.start, len(self.dataset), self.flops)
-        batches = self._batches()
+        quarantine, first = journal.quarantine, guard.positions(self.start + 1)[0]
+        place = (self.dataset, self.world, self.micro, first, guard.left_out, self.fields)
+        batches = batches_of(config, *place, quarantine.add)
         feed = Feed(batches, self.accumulation, config.run.steps - self.start, self.world)
         try:
+            if (ended := quarantine.failure()) is not None:
+                raise ended
             with stop, journal.health:
                 journal.health.data(feed.fetch)
                 if feed.dry():
@@ -256,15 +260,16 @@ class _Run:
                     if saving or done % config.run.log_every == 0:
                         journal.close_interval(done, lr)
                         self._warn(guard.warning(guard.close_interval(done)))
-                    if saving:
+                        failure = failure or quarantine.failure()
+                    if saving or failure is not None:
                         journal.drain()
                         guard.settle(done)
                         with journal.clock.away(), journal.health.doing("saves a checkpoint"):
-                            self._save(done, required=last or leaving, failure=failure)
+                            self._save(done, required=last or leaving or failure is not None, failure=failure)
                     with journal.clock.away(), journal.health.doing("draws or measures images"):
                         self._draw(done, journal)
                     if failure is not None:
-                        self._say(f"saved step {done}, since there is no data to go on with")
+                        self._say(f"saved step {done}, since its data does not let it go on")
                         raise failure
                     if leaving and not last:
                         by = " by a scheduler" if stop.preempted else ""
@@ -279,27 +284,6 @@ class _Run:
         finally:
             batches.close()  # type: ignore[attr-defined]
             journal.close()
-
-    def _batches(self) -> Iterator[Batch]:
-        config = self.config
-        plan = Plan(self.dataset.info.shard_sizes, config.data_seed, config.data.shuffle_group)
-        streamed = config.data.reader == "stream" or self.dataset.remote
-        cache = ShardCache(config.data.cache, int(config.data.cache_gib * 2**30)) if streamed else None
-        return build_loader(
-            self.dataset,
-            plan,
-            global_batch=config.engine.global_batch,
-            micro_batch=self.micro,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            start=self.guard.positions(self.start + 1)[0],
-            left_out=self.guard.left_out,
-            fields=self.fields,
-            num_workers=config.data.num_workers,
-            reader=config.data.reader,
-            check_crc=config.data.check_crc,
-            cache=cache,
-        )
 
     def _draw(self, step: int, journal: Journal | None = None, missing: bool = False) -> None:
         """Preview and evaluation of a step, where they are due; missing: only if there is none.

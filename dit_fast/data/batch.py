@@ -17,6 +17,17 @@ from dit_fast.errors import DataError
 Batch = dict[str, torch.Tensor]
 
 
+class BadSample(DataError):
+    """A sample that cannot be read, is damaged or holds what it may not.
+
+    sample: its number in the data set. shard: name of the tar that it lies in.
+    """
+
+    def __init__(self, message: str = "", sample: int = -1, shard: str = ""):
+        super().__init__(message)
+        self.sample, self.shard = sample, shard
+
+
 @dataclass(frozen=True)
 class Column:
     """A field, and where its bytes lie: the tars below a root, and their indexes. Holds no open files."""
@@ -41,18 +52,27 @@ class Column:
         """`ROOT/shard-000003.tar: 000001234.moments.npy`, for messages."""
         return f"{self.tar(shard)}: {key_of(self.indexes[shard].first_key + row)}.{self.field.member}"
 
+    def bad(self, shard: int, row: int, what: str) -> BadSample:
+        """The error that says what is wrong with a sample."""
+        return BadSample(what, self.indexes[shard].first_key + row, self.shards[shard].name)
+
     def check(self, data: bytes, shard: int, row: int, check_crc: bool) -> None:
-        """Raises DataError when the bytes are not those the index was made from."""
+        """Raises BadSample when the bytes are not those the index was made from."""
         _, length, crc = (table[0] for table in self.tables(shard, np.array([row])))
         name = self.describe(shard, row)
         if len(data) != length:
-            raise DataError(f"{name} has {len(data)} bytes where the index says {length}; restore or rebuild the shard")
+            what = f"{name} has {len(data)} bytes where the index says {length}; restore or rebuild the shard"
+            raise self.bad(shard, row, what)
         if check_crc and zlib.crc32(data) != crc:
-            raise DataError(f"{name} is corrupt (crc32 differs from the index); restore or rebuild the shard")
+            what = f"{name} is corrupt (crc32 differs from the index); restore or rebuild the shard"
+            raise self.bad(shard, row, what)
 
     def put(self, target: torch.Tensor, data: bytes, shard: int, row: int) -> None:
-        """One sample's member into its place in the batch. Raises DataError naming it if it does not fit."""
-        target.numpy()[...] = self.field.decode(data, self.name, self.describe(shard, row))
+        """One sample's member into its place in the batch. Raises BadSample naming it if it does not fit."""
+        try:
+            target.numpy()[...] = self.field.decode(data, self.name, self.describe(shard, row))
+        except DataError as error:
+            raise self.bad(shard, row, str(error)) from None
 
 
 def columns_of(root: str, family: Family, indexes: Sequence[ShardIndex], names: Sequence[str]) -> list[Column]:

@@ -1,14 +1,15 @@
 """Micro-batches for one rank: the plan's order, cut the same way for every world size, resumed by one integer."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 
-from dit_fast.data.batch import Batch
+from dit_fast.data.batch import BadSample, Batch
 from dit_fast.data.cache import ShardCache
 from dit_fast.data.dataset import LatentDataset
 from dit_fast.data.plan import Plan, Window, merged
@@ -19,6 +20,19 @@ from dit_fast.errors import ConfigError, DataError
 PREFETCH = 4  # micro-batches of each thread
 MOST_WORKERS = 256  # of one rank
 HANGING_SECONDS = 3600  # a wait this long for a batch never ends: a disk that hangs (servers have limits)
+STRIDE = 2654435761  # prime and above any number of samples, so it divides none
+TRIES = 16  # samples tried in the place of a bad one
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A position whose sample is bad (`error` says how), and the number of the sample that is there instead."""
+
+    position: int
+    sample: int
+    shard: str
+    by: int
+    error: str
 
 
 class _Positions:
@@ -55,6 +69,7 @@ def build_loader(
     reader: Literal["auto", "indexed", "stream"] = "auto",
     check_crc: bool = True,
     cache: ShardCache | None = None,
+    on_bad: Callable[[Replacement], None] | None = None,
 ) -> Iterator[Batch]:
     """Endless iterator over this rank's micro-batches, from position `start` (samples seen) on.
 
@@ -66,7 +81,11 @@ def build_loader(
     "auto" local folders the first way and addresses the second; all give the same batches. num_workers: threads that
     read ahead; with 0 the caller reads. Memory is pinned when CUDA is there. Closing the iterator ends its threads.
 
-    Raises ConfigError when the sizes do not divide, DataError for absent fields and, later, for damaged data.
+    on_bad: called with each replacement of a bad sample just before its batch comes; what is there instead depends on
+    data and position alone, lies in the same shard group, and keeps the position. None: a bad sample is an error.
+
+    Raises ConfigError when the sizes do not divide, DataError for absent fields and, later, for damaged data: BadSample
+    for a sample, with `on_bad` where TRIES others are bad too.
     """
     if micro_batch < 1 or world_size < 1 or global_batch % (micro_batch * world_size):
         raise ConfigError(
@@ -87,16 +106,48 @@ def build_loader(
     indexed = IndexedReader(dataset, fields, check_crc, (cache or ShardCache()) if streamed else None)
     indexed.follow(plan)
     positions = _Positions(global_batch, micro_batch, rank, world_size, start, left_out)
-    return _batches(indexed, plan, positions, num_workers)
+    return _batches(indexed, plan, positions, num_workers, on_bad)
 
 
-def _batches(reader: IndexedReader, plan: Plan, positions: _Positions, threads: int) -> Iterator[Batch]:
-    def make(batch: np.ndarray) -> Batch:
-        low = int(batch[0])
-        reader.fetch(plan, low, positions.rank / positions.world_size)
+def _read(reader: IndexedReader, plan: Plan, positions: np.ndarray, mend: bool) -> tuple[Batch, Iterable[Replacement]]:
+    """The micro-batch at these positions, and which of its samples were replaced."""
+    low = int(positions[0])
+    samples = plan.indices(low, int(positions[-1]) + 1)[positions - low]
+    tries, found = np.zeros(len(samples), np.int64), dict[int, Replacement]()
+    while True:
         try:
-            made = reader.read(batch, plan.indices(low, int(batch[-1]) + 1)[batch - low])
-            return {name: values.pin_memory() for name, values in made.items()} if torch.cuda.is_available() else made
+            return reader.read(positions, samples), found.values()
+        except BadSample as error:
+            if not mend:
+                raise
+            for place in np.flatnonzero(samples == error.sample).tolist():
+                tries[place] += 1
+                if tries[place] > TRIES:
+                    raise BadSample(
+                        f"{error}; {TRIES} other samples in its place are bad too", error.sample, error.shard
+                    ) from None
+                position = int(positions[place])
+                group = plan.group(position)
+                inside = (position - group.start + int(tries[place]) * STRIDE) % (group.stop - group.start)
+                samples[place] = plan.order(group)[inside]
+                first = found.get(place, Replacement(position, error.sample, error.shard, -1, str(error)))
+                found[place] = replace(first, by=int(samples[place]))
+
+
+def _batches(
+    reader: IndexedReader,
+    plan: Plan,
+    positions: _Positions,
+    threads: int,
+    on_bad: Callable[[Replacement], None] | None,
+) -> Iterator[Batch]:
+    def make(batch: np.ndarray) -> tuple[Batch, Iterable[Replacement]]:
+        reader.fetch(plan, int(batch[0]), positions.rank / positions.world_size)
+        try:
+            made, replaced = _read(reader, plan, batch, on_bad is not None)
+            if torch.cuda.is_available():
+                made = {name: values.pin_memory() for name, values in made.items()}
+            return made, replaced
         except (MemoryError, RuntimeError) as error:  # torch's allocators raise RuntimeError
             text = (str(error).splitlines() or [""])[0]
             if isinstance(error, RuntimeError) and "allocate" not in text:
@@ -106,16 +157,22 @@ def _batches(reader: IndexedReader, plan: Plan, positions: _Positions, threads: 
                 "engine.micro_batch"
             ) from None
 
+    def told(made: Batch, replaced: Iterable[Replacement]) -> Batch:
+        for each in replaced:
+            assert on_bad is not None
+            on_bad(each)
+        return made
+
     pool = _threads(threads) if threads else None
     waiting: deque[Future] = deque()
     try:
         for batch in positions:
             if pool is None:
-                yield make(batch)
+                yield told(*make(batch))
                 continue
             waiting.append(pool.submit(make, batch))
             if len(waiting) > PREFETCH * threads:
-                yield _made(waiting.popleft())
+                yield told(*_made(waiting.popleft()))
     finally:
         if pool is not None:
             pool.close()
@@ -130,7 +187,7 @@ def _threads(count: int) -> Threads:
         raise DataError(f"{count} reading threads cannot be started ({error}); use fewer data.num_workers") from None
 
 
-def _made(future: Future) -> Batch:
+def _made(future: Future) -> tuple[Batch, Iterable[Replacement]]:
     try:
         return future.result(HANGING_SECONDS)
     except TimeoutError:

@@ -110,7 +110,7 @@ class MemberReader:
         try:
             return os.pread(file.number, length, offset)
         except OSError as error:
-            raise DataError(f"{column.describe(shard, row)} cannot be read ({error.strerror})") from None
+            raise column.bad(shard, row, f"{column.describe(shard, row)} cannot be read ({error.strerror})") from None
 
     def close(self) -> None:
         """Lets the files go."""
@@ -196,8 +196,8 @@ class IndexedReader(MemberReader):
         """Micro-batch of the samples with these numbers (int64 [n]); `positions` [n] are handed through.
 
         Returns moments float32 [n, 2, C, h, w] (or [n, 1, C, h, w], without a std), label and position int64 [n], and
-        the fields asked for, [n, *shape]: float32 where they are floating-point, else in their dtype. Raises DataError
-        naming shard and sample for damaged data.
+        the fields asked for, [n, *shape]: float32 where they are floating-point, else in their dtype. Raises BadSample
+        naming shard and sample for a damaged one, DataError for whole shards.
         """
         shards = np.searchsorted(self._first, samples, side="right") - 1
         rows = samples - self._first[shards]

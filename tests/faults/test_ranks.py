@@ -136,7 +136,8 @@ def test_damaged_data_on_one_rank_loses_no_step(tmp_path, stage):
     data = bytearray(tar.read_bytes())
     data[1024 + 200] ^= 255
     tar.write_bytes(data)
-    with Ranks(arguments(broken, run, "run.checkpoint_every=0", f"engine.zero_stage={stage}"), tmp_path / "log") as job:
+    options = ["run.checkpoint_every=0", "data.strict=true", f"engine.zero_stage={stage}"]
+    with Ranks(arguments(broken, run, *options), tmp_path / "log") as job:
         assert job.wait() == [2, 2], job.text()[-3000:]
         lines = [line for line in job.text().splitlines() if " error: " in line]
         assert len(lines) == 1, job.text()

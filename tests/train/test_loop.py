@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from dit_fast import files
 from dit_fast.checkpoint.run import load_run
 from dit_fast.errors import CheckpointError, DataError, Status
-from dit_fast.train import lock, loop
+from dit_fast.train import feed, lock, loop
 from dit_fast.train.__main__ import main
 from dit_fast.train.engine import SingleEngine
 from dit_fast.train.feed import Feed
@@ -385,7 +385,7 @@ def test_corrupt_data_stops_with_the_member_named(tmp_path, capsys):
     data = bytearray(tar.read_bytes())
     data[1024 + 200] ^= 255
     tar.write_bytes(data)
-    message = fails(capsys, *arguments(broken, tmp_path / "run", "run.checkpoint_every=0"))
+    message = fails(capsys, *arguments(broken, tmp_path / "run", "run.checkpoint_every=0", "data.strict=true"))
     assert tar.name in message
     assert "rank 0" in message
     (saved,) = (tmp_path / "run/checkpoints").glob("step_*")
@@ -397,7 +397,7 @@ def test_corrupt_data_stops_with_the_member_named(tmp_path, capsys):
 )
 def test_data_that_ends_early_loses_no_step(shards, tmp_path, capsys, monkeypatch, first, error):
     """The first step (from 0) without data: all before it are saved, then the error is told."""
-    real = loop.build_loader
+    real = feed.build_loader
 
     def ending(*arguments, **options):
         for number, batch in enumerate(real(*arguments, **options)):
@@ -405,7 +405,7 @@ def test_data_that_ends_early_loses_no_step(shards, tmp_path, capsys, monkeypatc
                 raise error
             yield batch
 
-    monkeypatch.setattr(loop, "build_loader", ending)
+    monkeypatch.setattr(feed, "build_loader", ending)
     command = arguments(shards, tmp_path / "run", "run.checkpoint_every=0", "run.steps=5")
     if isinstance(error, DataError):
         assert "rank 0: no luck" in fails(capsys, *command)

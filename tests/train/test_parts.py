@@ -12,7 +12,7 @@ import torch
 from dit_fast import files
 from dit_fast.errors import UserError
 from dit_fast.train.guard import Diverged, Guard
-from dit_fast.train.journal import AppendedLines, truncate_metrics
+from dit_fast.train.lines import AppendedLines, truncate_lines
 from dit_fast.train.part import TensorFile
 from dit_fast.train.stop import StopRequest
 from dit_fast.train.throughput import Clock, matmul_ceiling
@@ -132,16 +132,16 @@ def test_a_stop_beats_missing_data(tmp_path):
 def test_metrics_after_the_resumed_step_go(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
-    truncate_metrics(path, 2)
+    truncate_lines(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-    truncate_metrics(path, 0)
+    truncate_lines(path, 0)
     assert path.read_text() == ""
 
 
 def test_metrics_that_are_no_file_are_refused(tmp_path):
     os.mkfifo(tmp_path / "metrics.jsonl")
     with pytest.raises(UserError, match=r"metrics\.jsonl: is not a regular file"):
-        truncate_metrics(tmp_path / "metrics.jsonl", 2)
+        truncate_lines(tmp_path / "metrics.jsonl", 2)
 
 
 def test_rows_a_full_disk_refuses_are_kept(tmp_path, caplog):
