@@ -70,7 +70,8 @@ class Quarantine:
 
     def publish(self, step: int) -> None:
         """Lists those of the interval that ended at `step`, of all ranks; collective, where some rank has any."""
-        mine, counts = self._closed.pop(step, []), torch.zeros(self._world.size, device=self._world.device)
+        mine = self._closed.pop(step, [])
+        counts = torch.zeros(self._world.size, dtype=torch.float32, device=self._world.device)
         counts[self._world.rank] = len(mine)
         ranks = self._world.reduce(counts, "sum").nonzero().flatten().tolist()
         rows = [row for rank in ranks for row in self._world.agree(lambda: mine, rank)]
