@@ -91,7 +91,7 @@ def _differences(stories: Sequence[RunStory]) -> list[Section]:
     flat = [dict(leaves(story.config)) for story in stories]
     rows = [["methods", *(", ".join(story.config["methods"]) or "none" for story in stories)]]
     for key in dict.fromkeys(key for values in flat for key in values):
-        if key in PLACES or (key.startswith("methods.") and not tells(key, flat)):
+        if key in (*PLACES, "methods") or (key.startswith("methods.") and not tells(key, flat)):
             continue
         rows.append([key, *(json.dumps(values[key]) if key in values else "-" for values in flat)])
     rows = [row for row in rows if len(set(row[1:])) > 1]
@@ -116,11 +116,19 @@ def _measured(stories: Sequence[RunStory]) -> list[Section]:
             *(f"{', '.join(dict.fromkeys(metrics))}: {protocol}." for protocol, metrics in by_protocol.items()),
         ]
         return [Section("Measured", paragraphs, tables=[_compared(one) for one in found])]
-    rows = [
-        [name, f"{value:.4g}", f"{each.step:,}" if each.step is not None else "-", each.protocol.text()]
-        for each in read_evaluations(stories[0].folder) for name, value in each.values.items()
-    ]  # fmt: skip
-    return [Section("Measured", tables=[[["metric", "value", "step", "how"], *rows]])] if rows else []
+    evaluations = read_evaluations(stories[0].folder)
+    if not evaluations:
+        return []
+    how = list(dict.fromkeys(each.protocol.text() for each in evaluations))
+    metrics = list(dict.fromkeys(name for each in evaluations for name in each.values))
+    numbered = len(how) > 1  # a protocol is told once, however many numbers it has
+    paragraphs = [f"{number}: {text}." if numbered else f"{text}." for number, text in enumerate(how, 1)]
+    rows = [["protocol"] * numbered + ["step", *metrics]]
+    for each in evaluations:
+        values = [f"{each.values[name]:.4g}" if name in each.values else "-" for name in metrics]
+        number = str(how.index(each.protocol.text()) + 1)
+        rows.append([number] * numbered + [f"{each.step:,}" if each.step is not None else "-", *values])
+    return [Section("Measured", paragraphs, tables=[rows])]
 
 
 def _compared(one: Comparison) -> Table:
@@ -247,13 +255,15 @@ def _throughput(stories: Sequence[RunStory], png: bytes) -> Section:
 
 def _next_steps(main: RunStory) -> Section:
     run = str(main.folder)
+    sde = [
+        ("The stochastic sampler of the paper:", f"dit-fast sample {run} --sampler sde --num-steps 100 --out sde.png")
+    ]
     return Section(
         "What to try next",
         commands=[
             ("More images of three classes, with stronger guidance:",
              f"dit-fast sample {run} --classes 0,1,2 --per-class 16 --cfg-scale 4 --out more.png"),
-            ("The stochastic sampler of the paper:",
-             f"dit-fast sample {run} --sampler sde --num-steps 100 --out sde.png"),
+            *(sde if main.config["objective"]["name"] == "flow" else []),  # others have samplers of their own
             ("The plain model with the same budget beside this one:", "make quickstart BASELINE=1"),
             ("Other data: colour emoji, or your own folder with one sub-folder per class:",
              "make quickstart DATA=path/to/folder OUT=runs/mine"),

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from dit_fast.data import open_dataset
 from dit_fast.evaluation.records import Evaluation, append_evaluation
 from dit_fast.methods import METHODS
 from dit_fast.report import story
-from dit_fast.report.page import _what_you_see
+from dit_fast.report.page import _next_steps, _what_you_see
 from dit_fast.report.real import real_images
 from dit_fast.report.story import RunStory, read_story, run_name
 from dit_fast.sampling.samples import Samples
@@ -49,6 +50,7 @@ def test_report_stands_alone_and_shows_both_runs(place, tmp_path):
     assert "plain SiT" in page
     for heading in ("What you see", "Samples beside real images", "Learning curve", "How alike the blocks are"):
         assert f">{heading}</h2>" in page
+    assert page.count("<td>methods</td>") == 1
     assert "<td>model.skip_wiring</td><td>&#34;input&#34;</td><td>&#34;off&#34;</td>" in page
     with Image.open(tmp_path / "samples.png") as image:
         one_group = image.width
@@ -113,7 +115,23 @@ def test_runs_of_one_name_are_told_apart_and_numbers_have_their_protocol(place, 
     assert "FD-EffLite0, KD-EffLite0: " in page
     assert "plain SiT (a/run): cka blocks" in page
     assert main(["report", str(runs[0]), "--out", str(tmp_path / "one")]) == 0
-    assert "<td>FD-EffLite0</td><td>3</td>" in (tmp_path / "one" / "report.html").read_text()
+    page = (tmp_path / "one" / "report.html").read_text()
+    assert (
+        f"<th>step</th><th>FD-EffLite0</th><th>KD-EffLite0</th></tr></thead><tbody><tr><td>{STEPS}</td><td>3</td>"
+        in page
+    )
+    other = Evaluation(step=STEPS, values={"FD-EffLite0": 5.0}, protocol=replace(PROTOCOL, guidance=3.0))
+    append_evaluation(runs[0], other)
+    assert main(["report", str(runs[0]), "--out", str(tmp_path / "one")]) == 0
+    page = (tmp_path / "one" / "report.html").read_text()
+    assert page.count("guidance 3, weights ema") == page.count("guidance 1, weights ema") == 1
+    assert f"<td>2</td><td>{STEPS}</td><td>5</td><td>-</td>" in page
+
+
+@pytest.mark.parametrize(("objective", "offered"), [("flow", True), ("ddpm", False), ("mean_flow", False)])
+def test_only_samplers_that_a_run_has_are_offered(objective, offered):
+    run = SimpleNamespace(folder="run", config={"objective": {"name": objective}})
+    assert ("--sampler sde" in str(_next_steps(run).commands)) == offered
 
 
 @pytest.mark.parametrize("name", METHODS)
