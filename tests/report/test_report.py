@@ -124,7 +124,7 @@ def test_runs_of_one_name_are_told_apart_and_numbers_have_their_protocol(place, 
     append_evaluation(runs[0], other)
     assert main(["report", str(runs[0]), "--out", str(tmp_path / "one")]) == 0
     page = (tmp_path / "one" / "report.html").read_text()
-    assert page.count("guidance 3, weights ema") == page.count("guidance 1, weights ema") == 1
+    assert page.count("guidance 3, seed 0, weights ema") == page.count("guidance 1, seed 0, weights ema") == 1
     assert f"<td>2</td><td>{STEPS}</td><td>5</td><td>-</td>" in page
 
 
