@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -49,11 +49,25 @@ class _SumOverRanks(torch.autograd.Function):
 @dataclass(frozen=True)
 class World:
     """One process of `size`. device is this process's. In a world of more than one, all methods but `shares`, `post`
-    and `posted` are collective."""
+    and `posted` are collective. letters: the store of `post`, which rank 0 keeps; `with_letters` makes it."""
 
     rank: int
     size: int
     device: torch.device
+    letters: dist.Store | None = None
+
+    def with_letters(self) -> "World":
+        """The same world, in which ranks may `post`. torchrun's own store would be gone with its agent, and a save that
+        the ranks make then needs one.
+        """
+        host = os.environ.get("MASTER_ADDR", "localhost")
+        if self.rank == 0:
+            own = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+            self.agree(lambda: own.port)
+        else:
+            port = self.agree(lambda: 0)
+            own = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+        return replace(self, letters=own)
 
     def reduce(self, tensor: Tensor, operation: Literal["sum", "mean", "max"]) -> Tensor:
         """Reduces over ranks, in place, and returns the tensor; on this process's device."""
@@ -107,16 +121,17 @@ class World:
         return found
 
     def post(self, key: str, text: str) -> None:
-        """Leaves a text for another rank, in the job's store; from any thread. RuntimeError where that is gone."""
-        dist.distributed_c10d._get_default_store().set(f"dit_fast/post/{key}", text)
+        """Leaves a text for another rank; from any thread. RuntimeError where rank 0 is gone."""
+        assert self.letters is not None
+        self.letters.set(key, text)
 
     def posted(self, key: str) -> str | None:
         """What was left under a key, taken away; None where there is nothing yet. From any thread, and as above."""
-        store, key = dist.distributed_c10d._get_default_store(), f"dit_fast/post/{key}"
-        if not store.check([key]):
+        assert self.letters is not None
+        if not self.letters.check([key]):
             return None
-        text = store.get(key).decode()
-        store.delete_key(key)
+        text = self.letters.get(key).decode()
+        self.letters.delete_key(key)
         return text
 
     def close(self) -> None:

@@ -34,4 +34,4 @@ def start_world(timeout: float = 1800) -> World:
             "MASTER_PORT (deepspeed, torchrun: --master_port)"
         ) from None
     announce(world.rank)
-    return world
+    return world.with_letters() if world.size > 1 else world

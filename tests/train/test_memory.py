@@ -116,7 +116,7 @@ def test_the_command_names_the_largest_and_what_divides(capsys):
     text = capsys.readouterr().out
     assert "with engine.micro_batch=256 of 256 samples in a step of a rank" in text
     assert "the largest micro-batch in 40 GiB is " in text
-    assert main(["diversedit-b2-256", "--plan", "16"]) == 0
+    assert main(["diversedit-b2-256", "--plan", "17"]) == 0
     assert "with engine.micro_batch=128 of 256" in capsys.readouterr().out
     assert main(["diversedit-b2-256", "--plan", "2"]) == 0
     assert "no micro-batch fits in 2 GiB: one sample takes" in capsys.readouterr().out
