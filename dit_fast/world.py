@@ -60,13 +60,17 @@ class World:
         """The same world, in which ranks may `post`. torchrun's own store would be gone with its agent, and a save that
         the ranks make then needs one.
         """
-        host = os.environ.get("MASTER_ADDR", "localhost")
-        if self.rank == 0:
-            own = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
-            self.agree(lambda: own.port)
-        else:
-            port = self.agree(lambda: 0)
-            own = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+        host, kept = os.environ.get("MASTER_ADDR", "localhost"), []
+
+        def begin() -> int:
+            try:
+                kept.append(dist.TCPStore(host, 0, is_master=True, wait_for_workers=False))
+            except dist.DistError as error:  # told on all ranks, which wait for it
+                raise ConfigError(f"rank 0 cannot keep a store at {host} ({str(error).split('. ')[-1]})") from None
+            return kept[0].port
+
+        port = self.agree(begin)
+        own = kept[0] if kept else dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
         return replace(self, letters=own)
 
     def reduce(self, tensor: Tensor, operation: Literal["sum", "mean", "max"]) -> Tensor:
