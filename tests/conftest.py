@@ -4,6 +4,7 @@ import functools
 import os
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,6 +15,14 @@ import torch
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts with &
+ROOM = 5  # GiB that the runs of a whole session of tests take at once
+
+
+def pytest_sessionstart(session):
+    """A full disk fails hundreds of tests, each by another message."""
+    free = shutil.disk_usage(tempfile.gettempdir()).free / 2**30
+    if free < ROOM and not hasattr(session.config, "workerinput"):
+        pytest.exit(f"{tempfile.gettempdir()} has {free:.1f} GiB free of {ROOM} that the tests need; set TMPDIR", 4)
 
 
 @pytest.fixture(scope="session")
