@@ -77,6 +77,11 @@ class Kept:
 
         return prepare
 
+    def met(self, size: int) -> bool:
+        """Whether all ranks of the last launch have begun to train."""
+        files = self.folder.glob(f"samples-{self.launches - 1:03d}-*.txt")
+        return sum(path.stat().st_size > 0 for path in files) == size
+
     def order(self, steps: int) -> dict[int, int]:
         """position -> sample over all launches. Raises AssertionError where a launch went back too far or left a gap,
         met a position twice, or gave it another sample than an earlier launch did.
@@ -176,7 +181,8 @@ def _kill(rng, place, command, size, kept, found) -> bool:
     if _some_ended(children):
         assert forgiven(ended(children)) == [0] * size, log.read_text()[-3000:]
         return False
-    alone = size > 1 and rng.random() < 0.3
+    # before the ranks have met, only a launcher can tell the others that one is dead
+    alone = size > 1 and rng.random() < 0.3 and kept.met(size)
     for child in [rng.choice(children)] if alone else children:
         os.kill(child, signal.SIGKILL)
     codes = ended(children, 120)
