@@ -1,7 +1,9 @@
-// csrc/adamw_cuda.cu for a CPU: blocks and threads one after the other. Built by tests/ops/test_adamw_cuda.py.
+// csrc/adamw_cuda.cu for a CPU: blocks and threads one after the other. A wide load or store of an address that a GPU
+// refuses raises. Built by tests/ops/test_adamw.py.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 
 #define __global__
 #define __device__
@@ -11,11 +13,30 @@
 #define DIT_FAST_DEVICE CPU
 #define DIT_FAST_ON_CPU true
 
-struct float4 {
+// The barrier: else the compiler takes for granted what is asked.
+inline void check_aligned(const void* address, uintptr_t bytes) {
+  asm volatile("" : "+r"(address));
+  if (reinterpret_cast<uintptr_t>(address) % bytes) throw std::runtime_error("shim: a wide access is not aligned");
+}
+struct alignas(16) float4 {
   float x, y, z, w;
+  float4(float x, float y, float z, float w) : x(x), y(y), z(z), w(w) {}
+  float4(const float4& other) { *this = other; }
+  float4& operator=(const float4& other) {
+    check_aligned(this, sizeof(float4));
+    check_aligned(&other, sizeof(float4));
+    x = other.x, y = other.y, z = other.z, w = other.w;
+    return *this;
+  }
 };
-struct uint2 {
+struct alignas(8) uint2 {
   uint32_t x, y;
+  uint2(uint32_t x, uint32_t y) : x(x), y(y) {}
+  uint2& operator=(const uint2& other) {
+    check_aligned(this, sizeof(uint2));
+    x = other.x, y = other.y;
+    return *this;
+  }
 };
 struct Index {
   int x;

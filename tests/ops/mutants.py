@@ -2,6 +2,7 @@
 
     python -m tests.ops.mutants                      every mutant; writes tests/ops/mutants.json
     python -m tests.ops.mutants --only adaln "gelu: tail"     those of a family, or one by its name, added to the record
+    python -m tests.ops.mutants --missing            those that the record does not have, or has of an earlier source
     python -m tests.ops.mutants --table              the table of the record
 
 A mutant is one change of one text. It is made in a copy of the checkout, where the gates that could see it run from the
@@ -10,6 +11,7 @@ what it found first. A mutant of the lists in seeds/ whose text is no longer the
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -51,6 +53,10 @@ class Mutant(NamedTuple):
             raise ValueError(f"{self.name}: {self.file} has {source.count(self.text)} times, not once: {self.text!r}")
         return source.replace(self.text, self.mutated)
 
+    def digest(self) -> str:
+        """Of the file with the change: what a record of it is of."""
+        return hashlib.sha256(self.source().encode()).hexdigest()[:12]
+
 
 def mutants() -> list[Mutant]:
     """Those of seeds/*.json: per file of that folder one family, with its gates by default."""
@@ -80,6 +86,40 @@ for line in sys.stdin:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         os._exit({run}(arguments))
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+# Builds the C++ library of a checkout, with what other mutants leave as it is kept from before.
+BUILD = """
+import hashlib, pathlib, re, shutil, sys
+sys.path[0] = "dit_fast/_C"
+import build
+build.FLAGS[1] = "-O1"
+run = build._run
+
+def texts(path, seen):
+    if path.exists() and path not in seen:
+        seen[path] = path.read_text()
+        for name in re.findall('"([a-z_]+[.](?:h|inc))"', seen[path]):
+            texts(path.parent / name, seen)
+    return seen
+
+def kept(command):
+    if "-c" not in command:
+        return run(command)
+    source, target = (pathlib.Path(command[command.index(option) + 1]) for option in ("-c", "-o"))
+    found = texts(source, {})
+    if any("DIT_FAST_SOURCE_HASH" in text for text in found.values()):
+        return run(command)
+    place = pathlib.Path(".objects", hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest())
+    if not place.exists():
+        run(command)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copy(target, place)
+    shutil.copy(place, target)
+
+build._run = kept
+build.build()
 """
 
 
@@ -170,9 +210,7 @@ def compiled_cpp(root: Path, family: str, selection: str) -> str:
     """selection: a file of tests/ops and what of it. Builds the library first; a build that fails has noticed too."""
     library = root / "dit_fast/_C/libdit_fast_cpu.so"
     library.unlink(missing_ok=True)
-    quickly = "import sys; sys.path[0] = 'dit_fast/_C'; import build; build.FLAGS[1] = '-O1'; build.build()"
-    build = [sys.executable, "-c", quickly]
-    if subprocess.run(build, cwd=root, capture_output=True).returncode or not library.exists():
+    if subprocess.run([sys.executable, "-c", BUILD], cwd=root, capture_output=True).returncode or not library.exists():
         return selection
     return cpu(root, family, selection)
 
@@ -260,7 +298,8 @@ def run(chosen: Sequence[Mutant]) -> Iterator[tuple[Mutant, str | None]]:
 def record(mutant: Mutant, killed_by: str | None) -> None:
     """Adds it to the file, where another process may write too, and leaves out mutants that are no more."""
     entries = {(entry["family"], entry["name"]): entry for entry in json.loads(RECORD.read_text())}
-    entry = {"family": mutant.family, "name": mutant.name, "file": mutant.file, "killed_by": killed_by}
+    entry = {"family": mutant.family, "name": mutant.name, "file": mutant.file, "source": mutant.digest()}
+    entry["killed_by"] = killed_by
     entries[mutant.family, mutant.name] = entry | ({"equivalent": mutant.equivalent} if mutant.equivalent else {})
     known = ((each.family, each.name) for each in mutants())
     lines = ",\n".join(json.dumps(entries[key]) for key in known if key in entries)
@@ -297,17 +336,21 @@ def survivors(entries: Sequence[dict]) -> list[str]:
 
 
 def missing(entries: Sequence[dict]) -> list[Mutant]:
-    """Mutants that the record does not have."""
-    recorded = {(entry["family"], entry["name"]) for entry in entries}
-    return [mutant for mutant in mutants() if (mutant.family, mutant.name) not in recorded]
+    """Mutants that the record does not have, or has of an earlier source."""
+    recorded = {(entry["family"], entry["name"], entry.get("source")) for entry in entries}
+    return [mutant for mutant in mutants() if (mutant.family, mutant.name, mutant.digest()) not in recorded]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", metavar="NAME", help="families, or mutants by name")
+    parser.add_argument("--missing", action="store_true", help="of these, those not recorded of the present source")
     parser.add_argument("--table", action="store_true", help="print the table of the record")
     arguments = parser.parse_args()
     chosen = [m for m in mutants() if not arguments.only or {m.family, m.name} & set(arguments.only)]
+    if arguments.missing:
+        left = missing(json.loads(RECORD.read_text()))
+        chosen = [mutant for mutant in chosen if mutant in left]
     for mutant, killed_by in run([] if arguments.table else chosen):
         print(f"{mutant.family}: {mutant.name}: {killed_by or mutant.equivalent or 'SURVIVES'}", flush=True)
         record(mutant, killed_by)

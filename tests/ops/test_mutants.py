@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from tests.ops.mutants import GATES, RECORD, ROOT, copy, killer, mutants, survivors, table
+from tests.ops.mutants import GATES, RECORD, ROOT, copy, killer, missing, mutants, survivors, table
 
 MUTANTS = {f"{mutant.family}: {mutant.name}": mutant for mutant in mutants()}
 # Cheap ones, one per kind of fault: of the two that gates did not see, of every gate that takes seconds.
@@ -31,6 +31,10 @@ def test_the_record_is_of_these_mutants():
         assert f"{entry['family']}: {entry['name']}" in MUTANTS, f"{entry['name']}: python -m tests.ops.mutants"
 
 
+def test_the_page_shows_the_record():
+    assert table(json.loads(RECORD.read_text())) in (ROOT / "docs/kernel-proofs.md").read_text()
+
+
 def test_table_and_survivors():
     entries = [
         {"family": "a", "name": "x", "killed_by": "rules"},
@@ -44,6 +48,13 @@ def test_table_and_survivors():
         "| all | 4 | 1 | 2, 67 % | 1 | 1 |",
     ]
     assert survivors(entries) == ["a: y"]
+
+
+def test_a_record_of_an_earlier_source_does_not_count():
+    first = mutants()[0]
+    entry = {"family": first.family, "name": first.name, "source": first.digest(), "killed_by": "rules"}
+    assert first not in missing([entry])
+    assert first in missing([entry | {"source": "another"}])
 
 
 @pytest.fixture(scope="module")

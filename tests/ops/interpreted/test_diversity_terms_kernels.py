@@ -78,6 +78,14 @@ def test_channels_and_blocks_that_are_zero_everywhere():
         torch.testing.assert_close(each.double(), same, rtol=1e-5, atol=1e-5 * same.abs().max().item())
 
 
+def test_no_gradient_goes_through_a_floor():
+    statistics, pair_sums = make(3, 40)
+    statistics[0, 1] *= 1e-9
+    statistics[1, :, 5] *= 1e-10
+    statistics[2, :, 5] *= 1e-20
+    check(statistics, pair_sums, pairs_of(3))
+
+
 def test_channels_that_are_used_equally_most_share_the_gradient():
     statistics, pair_sums = make(3, 12)
     statistics[1:, :, 7] = statistics[1:, :, 2] = statistics[1:].amax(-1)

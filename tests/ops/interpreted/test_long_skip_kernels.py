@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch.nn import functional as F
 
 from dit_fast.kernels import (
@@ -183,6 +185,22 @@ def test_several_tiles_each_way(dtypes, family):
     check_all(Problem(130, 136, dtypes))
 
 
+@triton.jit
+def _places(out, row_tiles, column_tiles, GROUP: tl.constexpr):
+    tile = tl.program_id(0).to(tl.int64)
+    row, column = long_skip_tiles.tile_place(tile, row_tiles, column_tiles, GROUP)
+    tl.store(out + 2 * tile, row)
+    tl.store(out + 2 * tile + 1, column)
+
+
+def test_tiles_go_down_a_group_of_rows_and_then_to_the_next_column():
+    rows, columns, height = 5, 3, 2  # groups of two, two and one
+    places = torch.zeros(rows * columns, 2, dtype=torch.int64)
+    _places[(rows * columns,)](places, rows, columns, GROUP=height, enable_fp_fusion=True)
+    groups = (range(rows)[first : first + height] for first in range(0, rows, height))
+    assert places.tolist() == [[i, j] for group in groups for j in range(columns) for i in group]
+
+
 @pytest.mark.parametrize("dtypes", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("kinds", [("offset", "offset"), ("offset", "plain"), ("massive", "massive")], ids=str)
 def test_accuracy_of_offsets_and_outliers(kinds, dtypes):
@@ -261,10 +279,10 @@ def test_passes_around_library_gemms(sizes, dtypes):
     """Strided rows, whose neighbours are not read; rounding of the product g W' is that of the reference."""
     problem = Problem(*sizes, dtypes, "offset")
     problem.mean, problem.rstd = problem.statistics()
-    for name in ("x", "skip"):
+    for name, past in (("x", 2), ("skip", 7)):  # a stride each
         value = getattr(problem, name)
-        wide = torch.full((sizes[0], sizes[1] + 5), torch.nan, dtype=value.dtype)
-        setattr(problem, name, wide[:, 3:-2].copy_(value))
+        wide = torch.full((sizes[0], sizes[1] + 3 + past), torch.nan, dtype=value.dtype)
+        setattr(problem, name, wide[:, 3:-past].copy_(value))
     rows = (problem.x, problem.skip, problem.mean, problem.rstd)
     exact = normalised(problem)
     unit = long_skip_rows.normalise(*rows, problem.dtype)
