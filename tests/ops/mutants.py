@@ -53,9 +53,9 @@ class Mutant(NamedTuple):
             raise ValueError(f"{self.name}: {self.file} has {source.count(self.text)} times, not once: {self.text!r}")
         return source.replace(self.text, self.mutated)
 
-    def digest(self) -> str:
+    def digest(self, root: Path = ROOT) -> str:
         """Of the file with the change: what a record of it is of."""
-        return hashlib.sha256(self.source().encode()).hexdigest()[:12]
+        return hashlib.sha256(self.source(root).encode()).hexdigest()[:12]
 
 
 def mutants() -> list[Mutant]:
@@ -282,23 +282,23 @@ def _stands(gate: str, root: Path, family: str, selection: str) -> bool:
     return not GATES[gate](root, family, selection)
 
 
-def run(chosen: Sequence[Mutant]) -> Iterator[tuple[Mutant, str | None]]:
-    """Each mutant with the gate that killed it; one whose gate is broken is named on stderr instead."""
+def run(chosen: Sequence[Mutant]) -> Iterator[tuple[Mutant, str, str | None]]:
+    """Each mutant, its digest and the gate that killed it; one whose gate is broken is named on stderr instead."""
     with tempfile.TemporaryDirectory() as place:
         root = Path(place) / "copy"
         root.mkdir()
         copy(root)
         for mutant in chosen:
             try:
-                yield mutant, None if mutant.equivalent else killer(mutant, root)
+                yield mutant, mutant.digest(root), None if mutant.equivalent else killer(mutant, root)
             except (RuntimeError, ValueError) as error:
                 print(f"{mutant.family}: {mutant.name}: {error}", file=sys.stderr, flush=True)
 
 
-def record(mutant: Mutant, killed_by: str | None) -> None:
+def record(mutant: Mutant, digest: str, killed_by: str | None) -> None:
     """Adds it to the file, where another process may write too, and leaves out mutants that are no more."""
     entries = {(entry["family"], entry["name"]): entry for entry in json.loads(RECORD.read_text())}
-    entry = {"family": mutant.family, "name": mutant.name, "file": mutant.file, "source": mutant.digest()}
+    entry = {"family": mutant.family, "name": mutant.name, "file": mutant.file, "source": digest}
     entry["killed_by"] = killed_by
     entries[mutant.family, mutant.name] = entry | ({"equivalent": mutant.equivalent} if mutant.equivalent else {})
     known = ((each.family, each.name) for each in mutants())
@@ -351,9 +351,9 @@ def main() -> int:
     if arguments.missing:
         left = missing(json.loads(RECORD.read_text()))
         chosen = [mutant for mutant in chosen if mutant in left]
-    for mutant, killed_by in run([] if arguments.table else chosen):
+    for mutant, digest, killed_by in run([] if arguments.table else chosen):
         print(f"{mutant.family}: {mutant.name}: {killed_by or mutant.equivalent or 'SURVIVES'}", flush=True)
-        record(mutant, killed_by)
+        record(mutant, digest, killed_by)
     entries = json.loads(RECORD.read_text())
     print(table(entries))
     unseen = [f"survives: {name}" for name in survivors(entries)]
