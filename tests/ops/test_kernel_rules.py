@@ -129,6 +129,36 @@ def _made_wide(function: ast.FunctionDef, name: str) -> bool:
     )
 
 
+def narrowed_rows(tree: ast.AST) -> list[int]:
+    """Products of indices `i[:, None]` made from what was cast to int32, as descriptors want it, and not cast back."""
+    found = []
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        made = [pair for node in ast.walk(function) if isinstance(node, ast.Assign) for pair in _assigned(node)]
+        narrow = {name for name, value in made if ast.unparse(value).endswith(".to(tl.int32)")}
+        narrow |= {
+            name for name, value in made
+            if isinstance(value, ast.BinOp) and ".to(tl.int64)" not in ast.unparse(value)
+            if narrow & {each.id for each in ast.walk(value) if isinstance(each, ast.Name)}
+        }  # fmt: skip
+        found += [
+            node.lineno
+            for node in ast.walk(function)
+            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult)
+            if ast.unparse(node.left) in {f"{name}[:, None]" for name in narrow}
+        ]
+    return found
+
+
+def _assigned(node: ast.Assign) -> list[tuple[str, ast.expr]]:
+    """Each name of an assignment with its own value."""
+    target, value = node.targets[0], node.value
+    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+        return [(ast.unparse(name), each) for name, each in zip(target.elts, value.elts, strict=False)]
+    return [(ast.unparse(target), value)]
+
+
 # Rows and tokens that a kernel hands to its helpers, made from a program id of 64 bits.
 WIDE_ROWS = ("token", "row", "head")
 
@@ -162,6 +192,7 @@ CASES = [function for tree in TREES.values() for function in _cases(tree)]
 RULES = {
     "a program id is int64 before anything else": narrow_ids,
     "a row is int64 before it is multiplied by a stride": narrow_rows,
+    "a row cast to int32 is cast back": narrowed_rows,
     "the only atomic is a ticket": loose_tickets,
     "fused multiply-add is chosen in every launch": silent_launches,
     "noise is drawn without fused multiply-add": fused_noise,
@@ -188,6 +219,13 @@ def test_the_rules_can_fail():
         ("a program id is int64 before anything else", "a = tl.program_id(0).to(tl.int64) * stride", 0),
         ("a row is int64 before it is multiplied by a stride", "@jit\ndef f(x, i):\n    x + i[:, None] * stride", 1),
         ("a row is int64 before it is multiplied by a stride", "@jit\ndef f(x):\n    x + i.to(tl.int64) * stride", 0),
+        ("a row cast to int32 is cast back", "def f(m):\n    m = m.to(tl.int32)\n    i = m + a\n    i[:, None] * s", 1),
+        ("a row cast to int32 is cast back", "def f(m):\n    m, n = m.to(tl.int32), n\n    m[:, None] * s", 1),
+        (
+            "a row cast to int32 is cast back",
+            "def f(m):\n    m = m.to(tl.int32)\n    i = m.to(tl.int64)\n    i[:, None] * s",
+            0,
+        ),
         ("the only atomic is a ticket", "tl.atomic_add(total, x, sem='acq_rel', scope='gpu')", 1),
         ("the only atomic is a ticket", "tl.atomic_add(ticket, 1)", 1),
         ("the only atomic is a ticket", "tl.atomic_add(ticket, 1, sem='acq_rel', scope='gpu')", 0),
