@@ -1,16 +1,18 @@
-"""What it costs to have batches, on this machine: the order's first batch by size, and samples per second by reader.
+"""What it costs to have batches, on this machine: python -m dit_fast.benchmarks.loading [--write]
 
-    python -m dit_fast.benchmarks.loading --out FILE.json
+`opening`: a fresh process each opens a data set of this size (1,000 samples a shard): seconds, peak memory, and how
+many indexes it read. Behind the shards that are checked at the start lie empty files.
 
 `order`: a fresh process each: seconds and peak memory of the first batch of an epoch, and of one resumed in its
-middle, for data sets of these sizes (1,000 samples a shard, groups of 64). "whole" orders all of an epoch first, as
-`shuffle_group=0` does, and as every group did before orders were made by group.
+middle, for data sets of these sizes (groups of 64). "whole" orders all of an epoch first, as `shuffle_group=0` does,
+and as every group did before orders were made by group.
 
-`readers`: latents of 8x32x32 as float16, shuffled, micro-batches of 32, everything in the page cache, rounds
-alternating. ours N: N threads; processes N: our reader in N worker processes of torch's DataLoader; webdataset N: its
-usual pipeline (shuffle buffer of 2,000) in N processes; npy N: one .npy file a sample, as the loaders published with
-REPA read. Ratios are medians of paired rounds. XL/2 at 5.8 steps of 256 a second takes 1,485 samples/s, shared by its
-GPUs.
+`readers`: latents of 8x32x32 stored as float16, micro-batches of 32, everything in the page cache, rounds alternating.
+ours N: N threads; processes N: our reader in N worker processes of torch's DataLoader; webdataset N: its usual pipeline
+(shuffle buffer of 2,000) in N processes; npy N: one .npy file a sample, as the loaders published with REPA read. Ratios
+are medians of paired rounds. XL/2 at 5.8 steps of 256 a second takes 1,485 samples/s, shared by its GPUs.
+
+--write: keeps the result as benchmarks/results/cpu/loading.json and its tables in docs/benchmarks.md.
 """
 
 import argparse
@@ -21,45 +23,141 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 SIZES = (1_281_167, 14_000_000, 100_000_000)
 NEEDED = 1485.0  # samples/s
-MICRO = 32
-SAMPLES, PER_SHARD = 4096, 256
-SHAPE = (2, 4, 32, 32)
+GOAL = 2.0  # times either, with no worker and with one
+SHARD = 1000  # samples
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dit_fast.benchmarks.loading", description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=0.5, help="of each side in each round")
-    parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2, 4])
     parser.add_argument("--sizes", type=int, nargs="*", default=list(SIZES))
     parser.add_argument("--whole-up-to", type=int, default=14_000_000, help="largest size ordered as a whole too")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--write", action="store_true", help="keep the result and the page's tables")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--open", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.open:
+        print(json.dumps(opened(options.open)))
+        return 0
     if options.one:
         print(json.dumps(first_batch(int(options.one[0]), int(options.one[1]), options.one[2] == "resumed")))
         return 0
     import torch
 
-    from dit_fast.benchmarks.results import RESULTS, environment, rounded, write
+    from dit_fast.benchmarks.results import RESULTS, ROOT, environment, occasion, rounded, write, write_table
 
     torch.set_num_threads(1)
-    result: dict[str, Any] = {"schema": 1, "run": "loading", **environment(torch.device("cpu"))}
-    result["command"] = " ".join(["python", "-m", "dit_fast.benchmarks.loading", *(arguments or sys.argv[1:])])
-    result["written"] = datetime.now(UTC).isoformat(timespec="seconds")
-    result["order"] = orders(options.sizes, options.whole_up_to)
     with tempfile.TemporaryDirectory() as folder:
-        result["needed_samples_per_s"] = NEEDED
-        result["readers"] = readers(Path(folder), options.workers, options.rounds, options.seconds)
-    write(options.out or RESULTS / "cpu" / "loading.json", rounded(result))
+        result = rounded(
+            {"schema": 1, "run": "loading", **environment(torch.device("cpu")), **occasion()}
+            | {"opening": openings(Path(folder), options.sizes), "order": orders(options.sizes, options.whole_up_to)}
+            | {"needed_samples_per_s": NEEDED, "goal": GOAL}
+            | {"readers": readers(Path(folder), options.workers, options.rounds, options.seconds)}
+        )
+    print(tables(result))
+    if options.write:
+        write(RESULTS / "cpu" / "loading.json", result)
+        write_table(ROOT / "docs" / "benchmarks.md", "loading", tables(result))
     return 0
+
+
+def tables(result: dict[str, Any]) -> str:
+    """The result for a page, in Markdown."""
+    lines = [
+        "| samples | opened | first batch | resumed in the middle | ordered as a whole |",
+        "| --- |" + " --- |" * 4,
+    ]
+    for row in result["opening"]:
+        rows = [each for each in result["order"] if each["samples"] == row["samples"]]
+        costs = [row, *(each[when] for each in rows for when in ("first", "resumed"))][:4]
+        cells = [f"{cost['s']:.2f} s, {cost['mib']:.0f} MiB" for cost in costs] + ["not run"] * (4 - len(costs))
+        lines.append(f"| {row['samples']:,} | {' | '.join(cells)} |")
+    lines += ["", "| reader | threads or processes | samples/s | of XL/2's | growth | ours over it |"]
+    lines += ["| --- |" + " --- |" * 5]
+    ours = {row["workers"]: row for row in result["readers"] if row["reader"] == "ours"}
+    alone = {row["reader"]: row["samples_per_s"] for row in reversed(result["readers"])}  # with fewest workers
+    for row in sorted(result["readers"], key=lambda row: (row["workers"], row["reader"] != "ours")):
+        rate, name = row["samples_per_s"], row["reader"]
+        over = ours.get(row["workers"], {}).get(f"over_{name}")
+        cells = [name, str(row["workers"]), f"{rate:,.0f}", f"{row['of_needed']:.1f}", f"{rate / alone[name]:.2f}"]
+        lines.append(f"| {' | '.join(cells)} | {'' if over is None else f'{over:.1f}'} |")
+    return "\n".join(lines)
+
+
+def openings(folder: Path, sizes: list[int]) -> list[dict[str, Any]]:
+    rows = []
+    for size in sizes:
+        stub(folder / str(size), size)
+        command = [sys.executable, "-m", "dit_fast.benchmarks.loading", "--open", str(folder / str(size))]
+        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        rows.append({"samples": size, **found})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def sizes_of(samples: int) -> list[int]:
+    """Samples of each shard."""
+    return [SHARD] * (samples // SHARD) + ([samples % SHARD] if samples % SHARD else [])
+
+
+def stub(folder: Path, samples: int) -> None:
+    """A data set that opens: a description of all shards, and what is looked at of them."""
+    import zlib
+
+    import numpy as np
+
+    from dit_fast.data.dataset import CHECKED_FIRST
+    from dit_fast.data.description import FILE_NAME, FORMAT, WITH_STD, description_bytes
+    from dit_fast.data.index import ShardIndex, index_path, index_to_bytes, layout
+
+    folder.mkdir()
+    members, first, table = ("moments.npy", "cls"), 0, []
+    for number, size in enumerate(sizes_of(samples)):
+        tar, lengths = folder / f"shard-{number:06d}.tar", np.tile(np.array([128 + 16384, 1], np.uint32), (size, 1))
+        tar.touch()
+        index_path(tar).touch()
+        offsets, length = layout(lengths)
+        if number < CHECKED_FIRST:
+            crc = np.full(lengths.shape, zlib.crc32(b"0"), np.uint32)
+            index = ShardIndex(first, length, members, offsets, lengths, crc, np.zeros(size, np.int32))
+            index_path(tar).write_bytes(index_to_bytes(index))
+            with open(tar, "r+b") as file:
+                file.truncate(length)  # a hole
+        table.append({"name": tar.name, "samples": size, "bytes": length, "sha256": "0" * 64})
+        first += size
+    content = {"format": FORMAT, "version": WITH_STD, "num_samples": samples, "num_classes": 1, "class_names": ["one"]}
+    content |= {"latent_shape": [4, 32, 32], "dtype": "float16", "scale": 1.0, "shift": 0.0, "fields": {}}
+    content |= {"statistics": None, "autoencoder": {"spec": "", "identity": ""}, "settings": {}, "shards": table}
+    (folder / FILE_NAME).write_bytes(description_bytes(content))
+
+
+def opened(folder: str) -> dict[str, float]:
+    from dit_fast.data import dataset
+
+    read, count = dataset._open_index, []
+
+    def counted(*arguments: Any) -> Any:
+        count.append(arguments)
+        return read(*arguments)
+
+    dataset._open_index = counted  # type: ignore[assignment]
+    return {**_cost(lambda: dataset.open_dataset(folder)), "indexes": len(count)}
+
+
+def _cost(call: Any) -> dict[str, float]:
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    call()
+    seconds = time.perf_counter() - start
+    return {"s": seconds, "mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
 
 
 def orders(sizes: list[int], whole_up_to: int) -> list[dict[str, Any]]:
@@ -78,28 +176,26 @@ def orders(sizes: list[int], whole_up_to: int) -> list[dict[str, Any]]:
 def first_batch(size: int, group: int, resumed: bool) -> dict[str, float]:
     from dit_fast.data.plan import Plan
 
-    shards = [1000] * (size // 1000) + ([size % 1000] if size % 1000 else [])
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     first = size // 2 // 256 * 256 if resumed else 0
-    Plan(shards, 0, group).indices(first, first + 256)
-    seconds = time.perf_counter() - start
-    return {"s": seconds, "mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
+    return _cost(lambda: Plan(sizes_of(size), 0, group).indices(first, first + 256))
 
 
 def readers(folder: Path, workers: list[int], rounds: int, seconds: float) -> list[dict[str, Any]]:
-    shards, arrays = make(folder)
-    sides: dict[str, Iterator[Any]] = {}
+    from dit_fast.benchmarks import loading_sides as kinds
+
+    shards, arrays = kinds.make(folder)
+    sides: dict[str, Any] = {}
     for count in workers:
-        sides[f"ours {count}"] = ours(shards, count)
+        sides[f"ours {count}"] = kinds.ours(shards, count)
         if count:
-            sides[f"processes {count}"] = processes(shards, count)
-        sides[f"webdataset {count}"] = webdataset(shards, count)
-        sides[f"npy {count}"] = npy(arrays, count)
+            sides[f"processes {count}"] = kinds.processes(shards, count)
+        sides[f"webdataset {count}"] = kinds.webdataset(shards, count)
+        sides[f"npy {count}"] = kinds.npy(arrays, count)
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for side in sides.values():
         for _ in range(8):
             next(side)  # workers start, files come into memory
-    for _ in range(rounds):
+    for _ in tqdm(range(rounds), unit="round"):
         for name, side in sides.items():
             for _ in range(4 * max(int(name.split()[-1]), 1) + 1):
                 next(side)  # what was read ahead while others were measured
@@ -107,7 +203,7 @@ def readers(folder: Path, workers: list[int], rounds: int, seconds: float) -> li
             while time.perf_counter() - start < seconds:
                 next(side)
                 batches += 1
-            rates[name].append(MICRO * batches / (time.perf_counter() - start))
+            rates[name].append(kinds.MICRO * batches / (time.perf_counter() - start))
     rows = []
     for name, found in rates.items():
         kind, number = name.split()
@@ -115,113 +211,11 @@ def readers(folder: Path, workers: list[int], rounds: int, seconds: float) -> li
         row["of_needed"] = row["samples_per_s"] / NEEDED
         if kind == "ours":
             for other in ("webdataset", "npy", "processes"):
-                if f"{other} {count}" in rates:
-                    pairs = zip(found, rates[f"{other} {count}"], strict=True)
+                if f"{other} {number}" in rates:
+                    pairs = zip(found, rates[f"{other} {number}"], strict=True)
                     row[f"over_{other}"] = statistics.median(a / b for a, b in pairs)
-        rows.append(row)
-        print(row, flush=True)
+        rows.append(row | {"rounds": found})
     return rows
-
-
-def make(folder: Path) -> tuple[str, Path]:
-    """Shards of random latents, and the same as one file a sample."""
-    import numpy as np
-
-    from dit_fast.data.shards import ShardWriter, npy_bytes
-    from dit_fast.preparation.import_latents import import_latents
-
-    arrays, tars, rng = folder / "arrays", folder / "tars", np.random.default_rng(0)
-    arrays.mkdir()
-    tars.mkdir()
-    with open(tars / "0.tar", "wb") as file:
-        writer = ShardWriter(file, ("npy", "cls"), 0)
-        for number in range(SAMPLES):
-            latent = np.abs(rng.normal(size=SHAPE)).astype(np.float16)
-            np.save(arrays / f"{number:08d}.npy", latent)
-            writer.add({"npy": npy_bytes(latent.reshape(-1, *SHAPE[2:]))}, 0)
-        writer.finish()
-    import_latents(tars, folder / "shards", form="mean-std", samples_per_shard=PER_SHARD, progress=False)
-    return str(folder / "shards"), arrays
-
-
-def ours(shards: str, count: int) -> Iterator[Any]:
-    from dit_fast.data import Plan, build_loader, open_dataset
-
-    dataset = open_dataset(shards)
-    plan = Plan(dataset.info.shard_sizes, 0, 64)
-    sizes = {"global_batch": MICRO, "micro_batch": MICRO, "rank": 0, "world_size": 1, "start": 0}
-    return build_loader(dataset, plan, **sizes, num_workers=count)
-
-
-def _as_is(item: Any) -> Any:
-    return item
-
-
-class _Batches:
-    """Micro-batches of an order by number, endless for all that matters."""
-
-    def __init__(self, order: Callable[[int], Any], read: Callable[[Any], Any]):
-        self._order, self._read = order, read
-
-    def __len__(self) -> int:
-        return 1 << 40
-
-    def __getitem__(self, number: int) -> Any:
-        return self._read(self._order(number))
-
-
-def _loader(dataset: Any, count: int, **options: Any) -> Iterator[Any]:
-    from torch.utils.data import DataLoader
-
-    return iter(DataLoader(dataset, num_workers=count, prefetch_factor=4 if count else None, **options))
-
-
-def processes(shards: str, count: int) -> Iterator[Any]:
-    import numpy as np
-
-    from dit_fast.data import open_dataset
-    from dit_fast.data.reader import IndexedReader
-
-    reader = IndexedReader(open_dataset(shards))
-    order = np.random.default_rng(1).permutation(SAMPLES)
-
-    def samples(number: int) -> Any:
-        return order[np.arange(number * MICRO, (number + 1) * MICRO) % SAMPLES]
-
-    batches = _Batches(samples, lambda found: reader.read(found, found))
-    return _loader(batches, count, batch_size=None, collate_fn=_as_is, sampler=range(1 << 30))
-
-
-def npy(arrays: Path, count: int) -> Iterator[Any]:
-    """A map-style data set: `np.load` of a sample's file, a label, torch's own shuffle and collate, without end."""
-    import numpy as np
-    import torch
-
-    names, labels = sorted(str(path) for path in arrays.iterdir()), [0] * SAMPLES
-
-    class Files(torch.utils.data.Dataset):
-        def __len__(self) -> int:
-            return 1 << 20
-
-        def __getitem__(self, number: int) -> Any:
-            number = int(number) % SAMPLES
-            return torch.from_numpy(np.load(names[number], allow_pickle=False)).float(), torch.tensor(labels[number])
-
-    return _loader(Files(), count, batch_size=MICRO, shuffle=True)
-
-
-def _floats(sample: Any) -> Any:
-    import torch
-
-    return torch.from_numpy(sample["moments.npy"]).float(), sample["cls"]
-
-
-def webdataset(shards: str, count: int) -> Iterator[Any]:
-    import webdataset as wds
-
-    urls = sorted(str(path) for path in Path(shards).glob("*.tar"))
-    whole = wds.WebDataset(urls, shardshuffle=100, resampled=True).shuffle(2000).decode().map(_floats)
-    return _loader(whole.batched(MICRO), count, batch_size=None)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """From the bytes of a sample's members to the tensors of a micro-batch; shared by all readers."""
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,11 +42,16 @@ class Column:
         """Path or address of a tar."""
         return join(self.root, self.shards[shard].name)
 
-    def tables(self, shard: int, rows: np.ndarray) -> list[np.ndarray]:
-        """(offset, length, crc32), [n] each, of these rows of a shard."""
+    def table(self, shard: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+        """The column's number among the members of a shard's index, whose offset, length and crc32 follow."""
         index = self.indexes[shard]
-        column = index.members.index(self.field.member)
-        return [np.ascontiguousarray(table[rows, column]) for table in (index.offset, index.length, index.crc)]
+        return index.members.index(self.field.member), index.offset, index.length, index.crc
+
+    def entry(self, shard: int, row: int) -> tuple[int, int, int]:
+        """Offset, length and crc32 of a sample's member."""
+        number, *tables = self.table(shard)
+        offset, length, crc = (int(table[row, number]) for table in tables)
+        return offset, length, crc
 
     def describe(self, shard: int, row: int) -> str:
         """`ROOT/shard-000003.tar: 000001234.moments.npy`, for messages."""
@@ -58,7 +63,7 @@ class Column:
 
     def check(self, data: bytes, shard: int, row: int, check_crc: bool) -> None:
         """Raises BadSample when the bytes are not those the index was made from."""
-        _, length, crc = (table[0] for table in self.tables(shard, np.array([row])))
+        _, length, crc = self.entry(shard, row)
         name = self.describe(shard, row)
         if len(data) != length:
             what = f"{name} has {len(data)} bytes where the index says {length}; restore or rebuild the shard"
@@ -83,7 +88,7 @@ def columns_of(root: str, family: Family, indexes: Sequence[ShardIndex], names: 
 def open_columns(dataset: LatentDataset, fields: Sequence[str]) -> list[Column]:
     """Moments, then these fields; the families that hold them are opened, and only those. Raises DataError.
 
-    Their indexes are checked at once, or as they are read where the data set's were checked by another process.
+    Their files are checked as the data set's were; not at once where another process has checked those.
     """
     dataset.require(fields)
     first, *added = dataset.info.families
@@ -102,20 +107,12 @@ def allocate(columns: Sequence[Column], n: int) -> Batch:
     return {column.name: torch.empty((n, *column.field.shape), dtype=column.field.batch_dtype) for column in columns}
 
 
-def segments(shards: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """(shard, places) for each shard among int64 [n] shards: the places in the batch of its samples, by their row."""
-    order = np.lexsort((rows, shards))
-    numbers, starts = np.unique(shards[order], return_index=True)
-    yield from zip(numbers.tolist(), np.split(order, starts[1:]), strict=True)
-
-
 def finished(
     batch: Batch, dataset: LatentDataset, positions: np.ndarray, shards: np.ndarray, rows: np.ndarray
 ) -> Batch:
     """The batch with labels and positions (int64 [n]). shards, rows: int64 [n], where each sample lies."""
-    labels = np.empty(len(rows), np.int64)
-    for shard, where in segments(shards, rows):
-        labels[where] = dataset.indexes[shard].label[rows[where]]
+    tables = {shard: dataset.indexes[shard].label for shard in set(shards.tolist())}
+    labels = np.array([tables[shard][row] for shard, row in zip(shards.tolist(), rows.tolist(), strict=True)], np.int64)
     moments = {MOMENTS: batch.pop(MOMENTS)}
     more = {"label": torch.from_numpy(labels), "position": torch.from_numpy(np.array(positions, np.int64))}
     return {**moments, **more, **batch}

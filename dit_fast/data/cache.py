@@ -6,15 +6,15 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from dit_fast.data import remote
 from dit_fast.data.address import is_remote, join, read_part
 from dit_fast.data.field import ShardInfo
-from dit_fast.data.threads import Threads
+from dit_fast.data.threads import Threads, pause
 from dit_fast.errors import ConfigError, DataError
 
 PART_BYTES = 4 << 20  # of one request
@@ -44,6 +44,7 @@ class ShardCache:
         self._renewed: set[Path] = set()
         self._lock = threading.Lock()
         self._threads: Threads | None = None
+        self._open = True
 
     def path(self, root: str, shard: ShardInfo) -> Path:
         """The shard's copy, fetched where it is not there. Raises DataError."""
@@ -66,6 +67,11 @@ class ShardCache:
             if not place.exists():
                 self._fetched(root, shard, place)
 
+    def submit(self, work: Callable[..., Any], *arguments: Any) -> Future:
+        """Something else that a thread which fetches is to do, after what was asked for before."""
+        with self._lock:
+            return self._submit(work, *arguments)
+
     def renew(self, root: str, shard: ShardInfo) -> bool:
         """Drops a copy in which something is wrong, so that it is fetched again; False if that was done before."""
         place = self._place(root, shard)
@@ -78,11 +84,11 @@ class ShardCache:
         return True
 
     def close(self) -> None:
-        """Begins to fetch nothing more until it is asked again."""
+        """Fetches nothing more, from now on; what had begun ends where it is. Waits for nothing."""
         with self._lock:
-            if self._threads is not None:
+            if self._threads is not None and self._open:
                 self._threads.close()
-            self._threads = None
+            self._open = False
             self._coming.clear()
 
     def _place(self, root: str, shard: ShardInfo) -> Path:
@@ -93,10 +99,15 @@ class ShardCache:
         with self._lock:
             future = self._coming.get(place)
             if future is None or (future.done() and future.exception() is None):  # removed since it came
-                self._threads = self._threads or Threads(FETCHED_AT_ONCE, "fetch")
-                address = join(root, shard.name)
-                future = self._coming[place] = self._threads.submit(self._fetch, address, shard.bytes, place)
+                future = self._submit(self._fetch, join(root, shard.name), shard.bytes, place)
+                self._coming[place] = future
             return future
+
+    def _submit(self, work: Callable[..., Any], *arguments: Any) -> Future:
+        if not self._open:
+            raise DataError(f"{self.folder}: this ShardCache was closed with its loader; make another")
+        self._threads = self._threads or Threads(FETCHED_AT_ONCE, "fetch")
+        return self._threads.submit(work, *arguments)
 
     def _fetch(self, address: str, size: int, place: Path) -> Path:
         partial = place.with_suffix(".partial")
@@ -124,6 +135,7 @@ class ShardCache:
     def _lengthen(self, address: str, size: int, file: BinaryIO) -> None:
         """Appends the rest of the shard, a request at a time."""
         while (at := file.seek(0, os.SEEK_END)) < size:
+            pause()  # no further part once nobody waits for it
             stop = min(at + PART_BYTES, size)
             data = remote.request(address, at, stop) if is_remote(address) else read_part(address, at, stop)
             if len(data) == size:  # a server that does not know ranges

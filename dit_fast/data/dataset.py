@@ -1,6 +1,7 @@
 """Opening a data set: its description, every shard's index, and the checks made before a run starts."""
 
 import hashlib
+import os
 import threading
 import zlib
 from collections import OrderedDict
@@ -23,6 +24,7 @@ DESCRIPTION_BYTES = 1 << 28  # at most
 LABEL_BYTES = 10  # at most
 KEPT_BYTES = 1 << 26  # of indexes in memory: ImageNet's whole, with two members a sample
 DIGEST_BYTES = 16  # of each index
+CHECKED_FIRST = 64  # shards whose indexes are checked when a data set is opened; the others' when their group comes up
 CHECKED_AT_ONCE = 4  # indexes
 
 
@@ -30,8 +32,8 @@ class Indexes(Sequence[ShardIndex]):
     """The indexes of a family's shards, each read and checked when it is asked for; those used last are kept, in
     `KEPT_BYTES`. Several threads may ask.
 
-    digests: `DIGEST_BYTES` for each index, as another process found them when it checked the same files; then an index
-    has to be that one and is not checked again.
+    digests: `DIGEST_BYTES` for each index that another process has checked, from the first on; such an index has to be
+    that one and is not checked again.
     """
 
     def __init__(self, root: str, info: DatasetInfo, family: Family, digests: bytes = b""):
@@ -59,8 +61,16 @@ class Indexes(Sequence[ShardIndex]):
         self._most = max(self._most, shards)
 
     def check(self) -> bytes:
-        """Reads and checks all of them, several at a time; returns their digests. Raises DataError for the first that
-        is wrong."""
+        """Looks whether all files are there (local folders), then reads and checks the first `CHECKED_FIRST` indexes,
+        several at a time; returns their digests. Raises DataError for the first that is wrong."""
+        if not is_remote(self._root):
+            with reading(self._root):
+                there = set(os.listdir(self._root))
+            for part in self._family.shards:
+                if part.name not in there:
+                    raise DataError(_shard_missing(join(self._root, part.name)))
+                if index_path(Path(part.name)).name not in there:
+                    raise DataError(_index_missing(self._root, part))
 
         def digest(shard: int) -> bytes:
             index, found = self._read(shard)
@@ -68,7 +78,7 @@ class Indexes(Sequence[ShardIndex]):
             return found
 
         with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
-            return b"".join(pool.map(digest, range(len(self))))
+            return b"".join(pool.map(digest, range(min(len(self), CHECKED_FIRST))))
 
     def _keep(self, shard: int, index: ShardIndex) -> ShardIndex:
         with self._lock:
@@ -79,10 +89,11 @@ class Indexes(Sequence[ShardIndex]):
 
     def _read(self, shard: int) -> tuple[ShardIndex, bytes]:
         first_key, part = int(self._first_keys[shard]), self._family.shards[shard]
-        if not self._digests:
+        checked = self._digests[DIGEST_BYTES * shard : DIGEST_BYTES * (shard + 1)]
+        if not checked:
             return open_index(self._root, part, self._family, first_key, self._classes)
         index, found = _open_index(self._root, part, self._family, first_key)
-        if found != self._digests[DIGEST_BYTES * shard : DIGEST_BYTES * (shard + 1)]:
+        if found != checked:
             raise DataError(
                 f"{index_address(self._root, part)}: is not what rank 0 checked; give all ranks the same files"
             )
@@ -129,15 +140,16 @@ class LatentDataset:
 
 
 def open_dataset(path_or_url: str | Path, digest: str | None = None) -> LatentDataset:
-    """Reads `dataset.json` of a folder or an address and checks all indexes against it and the tars.
+    """Reads `dataset.json` of a folder or an address and checks indexes against it and the tars.
 
-    Checked here: every field of the description has its type and range; every shard is present (local folders), has the
-    bytes the description names, agrees with its index in samples, keys and extent; every member has a size that the
-    description allows, and the first array of each shard the expected shape and dtype; labels lie in [0, num_classes).
-    Payload checksums and values are checked when samples are read.
+    Checked here: every field of the description has its type and range; every shard and index is present (local
+    folders). Checked here for the first `CHECKED_FIRST` shards, for the others when an index is first asked for: the
+    shard has the bytes the description names (local folders) and agrees with its index in samples, keys and extent;
+    every member has a size that the description allows, and the first array of each shard the expected shape and dtype;
+    labels lie in [0, num_classes). Payload checksums and values are checked when samples are read.
 
-    digest: of the same data set as another process has opened it. Then nothing but the description is read; indexes are
-    read when their samples come up and must be those which that process checked.
+    digest: of the same data set as another process has opened it. Then nothing but the description is read, and the
+    indexes which that process checked must be the same.
 
     Raises DataError, one line naming the file and the fix.
     """
@@ -152,7 +164,7 @@ def open_dataset(path_or_url: str | Path, digest: str | None = None) -> LatentDa
 
 
 def open_together(path_or_url: str | Path, world: World) -> LatentDataset:
-    """`open_dataset` in every process of a job: rank 0 checks the indexes, the others trust its digest. Collective."""
+    """`open_dataset` in every process of a job: rank 0 checks, the others trust its digest. Collective."""
     opened: list[LatentDataset] = []
 
     def check() -> str | None:
@@ -205,9 +217,17 @@ def open_index(
         return index, digest
 
 
+def _shard_missing(tar: str) -> str:
+    return f"{tar}: shard is missing; restore it or build again in another folder"
+
+
+def _index_missing(root: str, shard: ShardInfo) -> str:
+    return f"{index_address(root, shard)}: index is missing; rebuild it with `dit-fast shards index {root}`"
+
+
 def _check_tar(root: str, tar: str, shard: ShardInfo) -> None:
     if not Path(tar).is_file():
-        raise DataError(f"{tar}: shard is missing; restore it or build again in another folder")
+        raise DataError(_shard_missing(tar))
     size = Path(tar).stat().st_size
     if size != shard.bytes:
         raise DataError(
@@ -218,7 +238,7 @@ def _check_tar(root: str, tar: str, shard: ShardInfo) -> None:
 def _open_index(root: str, shard: ShardInfo, family: Family, first_key: int) -> tuple[ShardIndex, bytes]:
     reindex, idx = f"rebuild it with `dit-fast shards index {root}`", index_address(root, shard)
     if not is_remote(root) and not Path(idx).is_file():
-        raise DataError(f"{idx}: index is missing; {reindex}")
+        raise DataError(_index_missing(root, shard))
     wanted = family.members
     data = read_bytes(idx, index_bytes(shard.samples, wanted))
     index = index_from_bytes(data, idx)

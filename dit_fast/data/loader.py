@@ -141,11 +141,13 @@ def _batches(
     threads: int,
     on_bad: Callable[[Replacement], None] | None,
 ) -> Iterator[Batch]:
+    pinned = torch.cuda.is_available()
+
     def make(batch: np.ndarray) -> tuple[Batch, Iterable[Replacement]]:
-        reader.fetch(plan, int(batch[0]), positions.rank / positions.world_size)
+        reader.enter(plan, batch, positions.rank / positions.world_size)
         try:
             made, replaced = _read(reader, plan, batch, on_bad is not None)
-            if torch.cuda.is_available():
+            if pinned:
                 made = {name: values.pin_memory() for name, values in made.items()}
             return made, replaced
         except (MemoryError, RuntimeError) as error:  # torch's allocators raise RuntimeError

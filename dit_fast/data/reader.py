@@ -9,21 +9,23 @@ import os
 import resource
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 
 import numpy as np
 import torch
 
 from dit_fast import _C
 from dit_fast.data.address import reading
-from dit_fast.data.batch import Batch, Column, allocate, finished, open_columns, segments
+from dit_fast.data.batch import BadSample, Batch, Column, allocate, finished, open_columns
 from dit_fast.data.cache import ShardCache
 from dit_fast.data.dataset import LatentDataset
 from dit_fast.data.field import MOMENTS
-from dit_fast.data.plan import Plan
+from dit_fast.data.plan import Group, Plan
 from dit_fast.errors import ConfigError, DataError
 
 MOST_FILES = 4096  # open at once
 CALL_SHARDS = 64  # in one call of compiled code
+ENTERED = 4  # groups remembered
 
 
 class _File:
@@ -46,7 +48,7 @@ class MemberReader:
 
     def __init__(self, check_crc: bool = True, cache: ShardCache | None = None):
         self._check_crc, self.cache = check_crc, cache
-        self._files: dict[str, _File] = {}  # by tar, the one used last at the end
+        self._files: dict[tuple[str, str], _File] = {}  # by root and tar, the one used last at the end
         self._headers: dict[str, bytes] = {}  # column -> what begins each of its arrays
         self._lock = threading.Lock()
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -58,35 +60,38 @@ class MemberReader:
             for i, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
                 self._put(column, target[i], shard, row)
             return
-        found = list(segments(shards, rows))
-        count = min(CALL_SHARDS, self.most_files)
-        for first in range(0, len(found), count):
-            self._read_arrays(column, target, rows, found[first : first + count])
+        numbers, slots = np.unique(shards, return_inverse=True)
+        places = np.lexsort((rows, slots))  # as they lie in the tars
+        slots, count = slots[places], min(CALL_SHARDS, self.most_files)
+        for first in range(0, len(numbers), count):
+            part = slice(*np.searchsorted(slots, (first, first + count)))
+            found = numbers[first : first + count].tolist()
+            self._read_arrays(column, target, found, slots[part] - first, rows[places[part]], places[part])
 
     def _read_arrays(
-        self, column: Column, target: torch.Tensor, rows: np.ndarray, part: Sequence[tuple[int, np.ndarray]]
+        self,
+        column: Column,
+        target: torch.Tensor,
+        shards: list[int],
+        slots: np.ndarray,
+        rows: np.ndarray,
+        places: np.ndarray,
     ) -> None:
-        """Those rows of the batch that lie in some shards."""
+        """Rows `places` of the batch from `rows` of shards[slots], int64 [n] each."""
         host, flat = _C.host(), target.numpy().reshape(len(target), -1)
         half = column.field.dtype == "float16"
         # of mean and std, the second half
         signless = flat.shape[1] // column.field.shape[0] if column.name == MOMENTS else flat.shape[1]
-        files = [self._file(column, shard) for shard, _ in part]
-        where = np.concatenate([places for _, places in part])
-        counts = [len(places) for _, places in part]
-        numbers = np.repeat(np.array([file.number for file in files], np.int32), counts)
-        tables = [
-            np.concatenate(found)
-            for found in zip(*(column.tables(shard, rows[places]) for shard, places in part), strict=True)
-        ]
-        shards, done = np.repeat([shard for shard, _ in part], counts), 0
-        while done < len(where):
+        files = [self._file(column, shard) for shard in shards]
+        tables = [(file.number, *column.table(shard)) for file, shard in zip(files, shards, strict=True)]
+        done = 0
+        while done < len(places):
             header = self._headers.get(column.name)
             if header is not None and host is not None:
-                rest = (table[done:] for table in (numbers, *tables, where))
-                done += host.read_npy(*rest, self._check_crc, header, half, signless, flat)
-            if done < len(where):
-                data = self._put(column, target[where[done]], int(shards[done]), int(rows[where[done]]))
+                rest = (each[done:] for each in (slots, rows, places))
+                done += host.read_npy(tables, *rest, self._check_crc, header, half, signless, flat)
+            if done < len(places):
+                data = self._put(column, target[places[done]], shards[slots[done]], int(rows[done]))
                 self._headers[column.name] = data[: 10 + int.from_bytes(data[8:10], "little")]
                 done += 1
 
@@ -94,18 +99,18 @@ class MemberReader:
         try:
             data = self._get(column, shard, row)
             column.check(data, shard, row, self._check_crc)
-        except DataError:  # of the shard, or of its copy alone
+        except BadSample:  # of the shard, or of its copy alone
             if self.cache is None or not self.cache.renew(column.root, column.shards[shard]):
                 raise
             with self._lock:
-                self._files.pop(column.tar(shard), None)
+                self._files.pop((column.root, column.shards[shard].name), None)
             data = self._get(column, shard, row)
             column.check(data, shard, row, self._check_crc)
         column.put(target, data, shard, row)
         return data
 
     def _get(self, column: Column, shard: int, row: int) -> bytes:
-        offset, length, _ = (int(table[0]) for table in column.tables(shard, np.array([row])))
+        offset, length, _ = column.entry(shard, row)
         file = self._file(column, shard)
         try:
             return os.pread(file.number, length, offset)
@@ -117,20 +122,20 @@ class MemberReader:
         self._files.clear()
 
     def _file(self, column: Column, shard: int) -> _File:
-        tar = column.tar(shard)
+        key = column.root, column.shards[shard].name
         with self._lock:
-            file = self._files.pop(tar, None)
+            file = self._files.pop(key, None)
             if file is not None:
-                self._files[tar] = file
+                self._files[key] = file
                 return file
             while len(self._files) >= self.most_files:
                 del self._files[next(iter(self._files))]  # used longest ago
-        file = self._open(column, shard, tar)
+        file = self._open(column, shard)
         with self._lock:
-            self._files[tar] = file
+            self._files[key] = file
         return file
 
-    def _open(self, column: Column, shard: int, tar: str) -> _File:
+    def _open(self, column: Column, shard: int) -> _File:
         while self.cache is not None:
             path = self.cache.path(column.root, column.shards[shard])
             try:
@@ -139,6 +144,7 @@ class MemberReader:
                 pass  # another process made room in between
             except OSError as error:
                 raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        tar = column.tar(shard)
         with reading(tar):
             return _File(tar)
 
@@ -159,7 +165,9 @@ class IndexedReader(MemberReader):
         self._dataset, self._columns = dataset, open_columns(dataset, fields)
         self._families = {column.shards: column for column in self._columns}.values()  # a column of each
         self._first = np.cumsum([0, *dataset.info.shard_sizes[:-1]])
-        self._ahead = -1  # positions below are there or on their way
+        self._entering = threading.Lock()
+        self._entered: dict[int, list[Future]] = {}  # by a group's first position: what it waits for
+        self._ahead = -1  # first position of the last group whose next one is on its way
 
     def follow(self, plan: Plan) -> None:
         """Samples will be asked for in this order. Raises ConfigError where the cache does not hold two groups."""
@@ -176,21 +184,48 @@ class IndexedReader(MemberReader):
                     f"shards take up to {need / 2**30:.3g}; raise it or lower data.shuffle_group"
                 )
 
-    def fetch(self, plan: Plan, position: int, turn: float) -> None:
-        """Has the shards of a position's group and of the next one fetched. turn: in [0, 1), where in a group to begin,
-        so that processes which share a cache begin at different shards."""
-        if self.cache is None:
+    def enter(self, plan: Plan, positions: np.ndarray, turn: float) -> None:
+        """Before the samples at these positions are read: all indexes of their groups are opened, and through a cache
+        shards and indexes of the next group are fetched too. So an index that is wrong ends every rank at the first
+        batch of its group, whichever samples they read. turn: in [0, 1), where in a group to begin to fetch, so that
+        processes which share a cache begin at different shards. Raises DataError.
+        """
+        position, last = int(positions[0]), int(positions[-1])
+        while position <= last:
+            group = plan.group(position)
+            with self._entering:
+                self._begin(group, turn)
+                if self.cache is not None and group.start > self._ahead:
+                    self._ahead = group.start
+                    self._begin(plan.group(group.stop), turn)
+                waiting = self._entered[group.start]
+            for future in list(waiting):
+                future.result()
+            waiting.clear()
+            position = group.stop
+
+    def _begin(self, group: Group, turn: float) -> None:
+        if group.start in self._entered:
             return
-        with self._lock:
-            if position < self._ahead:
-                return
-            groups = [plan.group(position)]
-            groups.append(plan.group(groups[0].stop))
-            self._ahead = groups[0].stop
-        for group in groups:
-            shards = np.roll(group.shards, -int(turn * len(group.shards))).tolist()
-            for column in self._families:
-                self.cache.ahead(column.root, [column.shards[shard] for shard in shards])
+        while len(self._entered) >= ENTERED:
+            del self._entered[next(iter(self._entered))]  # entered first
+        found: list[Future] = []
+        self._entered[group.start] = found
+        indexes = [(column.indexes, shard) for column in self._families for shard in group.shards.tolist()]
+        if self.cache is None:
+            opened: Future = Future()
+            found.append(opened)
+            try:
+                for those, shard in indexes:
+                    _ = those[shard]
+                opened.set_result(None)
+            except Exception as error:
+                opened.set_exception(error)
+            return
+        found += [self.cache.submit(those.__getitem__, shard) for those, shard in indexes]
+        shards = np.roll(group.shards, -int(turn * len(group.shards))).tolist()
+        for column in self._families:
+            self.cache.ahead(column.root, [column.shards[shard] for shard in shards])
 
     def read(self, positions: np.ndarray, samples: np.ndarray) -> Batch:
         """Micro-batch of the samples with these numbers (int64 [n]); `positions` [n] are handed through.

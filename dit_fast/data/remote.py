@@ -1,13 +1,15 @@
 """Parts of files of http(s) servers and object stores through fsspec; what breaks on the way is asked for again."""
 
+import asyncio
 import functools
 import logging
 import os
 import random
-import time
+from concurrent.futures import FIRST_COMPLETED, wait
 from typing import Any
 
 from dit_fast.data.files import reason, shown
+from dit_fast.data.threads import closed, pause
 from dit_fast.errors import DataError
 
 logger = logging.getLogger("dit_fast")
@@ -25,13 +27,15 @@ def request(address: str, start: int, stop: int) -> bytes:
 
     Answers 408, 429 and 5xx, broken connections, timeouts and bodies that end early are tried again, `RETRIES` times,
     after pauses that double, up to a quarter longer by chance so that many ranks do not come back at once
-    (`Retry-After` is honoured up to `LONGEST_ASKED`). Each is logged. Other answers are final at once. Raises
-    DataError, one line.
+    (`Retry-After` is honoured up to `LONGEST_ASKED`). Each is logged. Other answers are final at once, and nothing is
+    waited for once the caller's `Threads` are closed. Raises DataError, one line.
     """
     system, failures = _system(address.partition(":")[0]), 0
     while True:
         try:
-            return system.cat_file(address, start=start, end=stop, timeout=10 * TIMEOUT_SECONDS)
+            return _answer(system, address, start, stop)
+        except DataError:
+            raise
         except Exception as error:  # each store has its own kinds
             if getattr(error, "status", None) == 416 and not start:
                 return b""  # an empty file
@@ -43,14 +47,26 @@ def request(address: str, start: int, stop: int) -> bytes:
                     f"{address}: cannot be read ({_words(error)}), {RETRIES} retries made; "
                     "start again when the server answers"
                 ) from None
-            pause = min(FIRST_PAUSE * 2**failures, LONGEST_PAUSE) * _jitter.uniform(1, 1.25)
+            seconds = min(FIRST_PAUSE * 2**failures, LONGEST_PAUSE) * _jitter.uniform(1, 1.25)
             asked = str((getattr(error, "headers", None) or {}).get("Retry-After", ""))
             if asked.isdecimal():
-                pause = max(pause, min(float(asked), LONGEST_ASKED))
+                seconds = max(seconds, min(float(asked), LONGEST_ASKED))
             failures += 1
             text = "%s: %s; trying again from byte %d in %.1f s (retry %d of %d)"
-            logger.warning(text, address, _words(error), start, pause, failures, RETRIES)
-            time.sleep(pause)
+            logger.warning(text, address, _words(error), start, seconds, failures, RETRIES)
+        pause(seconds)
+
+
+def _answer(system: Any, address: str, start: int, stop: int) -> bytes:
+    """What fsspec's `cat_file` gives, given up once the caller's `Threads` are closed."""
+    pause()
+    coming = asyncio.run_coroutine_threadsafe(system._cat_file(address, start=start, end=stop), system.loop)
+    wait([coming, closed()], 10 * TIMEOUT_SECONDS, FIRST_COMPLETED)
+    if coming.done():
+        return coming.result()
+    coming.cancel()
+    pause()
+    raise TimeoutError
 
 
 @functools.cache

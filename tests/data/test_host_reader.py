@@ -79,7 +79,8 @@ def test_a_tar_cut_since_it_was_opened_is_told_in_the_same_words(copied, in_pyth
 
 
 def members(arrays, tmp_path):
-    """(file descriptors, offsets, lengths, crcs, header) of arrays written one after the other."""
+    """(file descriptor, 1, offsets, lengths, crcs) of arrays written one after the other, and their header; the tables
+    have another member first, which is nowhere."""
     payloads = [npy_bytes(array) for array in arrays]
     path = tmp_path / "members"
     path.write_bytes(b"".join(payloads))
@@ -89,49 +90,69 @@ def members(arrays, tmp_path):
     np.lib.format.read_magic(stream)
     np.lib.format.read_array_header_1_0(stream)
     header = payloads[0][: stream.tell()]
-    return (
-        np.full(len(arrays), os.open(path, os.O_RDONLY), np.int32),
-        offsets,
-        lengths,
-        np.array([zlib.crc32(p) for p in payloads], np.uint32),
-        header,
-    )
+    tables = offsets, lengths, np.array([zlib.crc32(p) for p in payloads], np.uint32)
+    return (os.open(path, os.O_RDONLY), 1, *(np.stack([each + 1, each], 1) for each in tables)), header
+
+
+def decode(shard, places, *rest):
+    """`read_npy` of a shard's first samples, by both kinds of instructions; their number."""
+    slots, rows, out = np.zeros_like(places), np.arange(len(places)), rest[-1]
+    portable = np.full_like(out, 77)
+    counts = [
+        _C.host().read_npy([shard], slots, rows, places, *rest[:-1], into, quick)
+        for quick, into in ((False, portable), (True, out))
+    ]
+    done = places[: counts[0]]
+    assert counts[0] == counts[1]
+    assert np.array_equal(portable[done].view(np.uint8), out[done].view(np.uint8))
+    return counts[0]
 
 
 @needs_host
 def test_every_finite_half_becomes_the_float_that_numpy_says(tmp_path):
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     halves = halves[np.isfinite(halves)].reshape(4, -1)
-    files, offsets, lengths, crcs, header = members(halves, tmp_path)
-    out, rows, items = np.full(halves.shape, np.nan, np.float32), np.array([2, 0, 3, 1]), halves.shape[1]
-    assert _C.host().read_npy(files, offsets, lengths, crcs, rows, True, header, True, items, out) == 4
-    assert np.array_equal(out[rows].view(np.uint32), halves.astype(np.float32).view(np.uint32))
+    shard, header = members(halves, tmp_path)
+    out, places, items = np.full(halves.shape, np.nan, np.float32), np.array([2, 0, 3, 1]), halves.shape[1]
+    assert decode(shard, places, True, header, True, items, out) == 4
+    assert np.array_equal(out[places].view(np.uint32), halves.astype(np.float32).view(np.uint32))
+
+
+@needs_host
+def test_checksums_of_every_length(tmp_path):
+    for length in (*range(1, 280), 1000, 4099):
+        array = np.random.default_rng(length).integers(0, 256, (1, length), np.uint8)
+        shard, header = members(array, tmp_path)
+        out = np.zeros_like(array)
+        assert decode(shard, np.array([0]), True, header, False, length, out) == 1
+        shard[4][0, 1] ^= 1 << length % 32
+        assert decode(shard, np.array([0]), True, header, False, length, out) == 0
+        os.close(shard[0])
 
 
 @needs_host
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
 def test_integers_come_as_they_are(tmp_path, dtype):
     arrays = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (5, 7), dtype)
-    files, offsets, lengths, crcs, header = members(arrays, tmp_path)
-    out, rows = np.zeros_like(arrays), np.array([4, 2, 0, 1, 3])
-    assert _C.host().read_npy(files, offsets, lengths, crcs, rows, True, header, False, 7, out) == 5
-    assert np.array_equal(out[rows], arrays)
+    shard, header = members(arrays, tmp_path)
+    out, places = np.zeros_like(arrays), np.array([4, 2, 0, 1, 3])
+    assert decode(shard, places, True, header, False, 7, out) == 5
+    assert np.array_equal(out[places], arrays)
     with pytest.raises(ValueError, match="out must be"):
-        _C.host().read_npy(files, offsets, lengths, crcs, rows, True, header, True, 7, out)
+        decode(shard, places, True, header, True, 7, out)
 
 
 @needs_host
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_it_stops_at_the_first_sample_that_is_not_right(tmp_path, dtype):
-    arrays = np.arange(40, dtype=dtype).reshape(5, 8)
-    arrays[:, 0], arrays[:, 7], arrays[:, 1] = -1, -0.0, np.finfo(dtype).min  # the first half may have any sign
-    files, offsets, lengths, crcs, header = members(arrays, tmp_path)
-    crcs[3] ^= 1
+    arrays = np.arange(250, dtype=dtype).reshape(5, 50)  # not a whole number of vectors, in neither part
+    arrays[:, 0], arrays[:, 29], arrays[:, 1] = -1, -0.0, np.finfo(dtype).min  # the first part may have any sign
+    shard, header = members(arrays, tmp_path)
+    shard[4][3] ^= 1
 
-    def read(check, signless=4):
-        out = np.zeros((5, 8), np.float32)
-        rows, half = np.arange(5), dtype == np.float16
-        return _C.host().read_npy(files, offsets, lengths, crcs, rows, check, header, half, signless, out), out
+    def read(check, signless=20):
+        out = np.zeros((5, 50), np.float32)
+        return decode(shard, np.arange(5), check, header, dtype == np.float16, signless, out), out
 
     done, out = read(True)
     assert done == 3
@@ -141,32 +162,54 @@ def test_it_stops_at_the_first_sample_that_is_not_right(tmp_path, dtype):
     assert done == 5
     assert np.array_equal(out, arrays.astype(np.float32))
     assert read(False, 0)[0] == 0
-    for place, value in ((0, np.nan), (3, np.inf), (3, -np.inf), (6, np.nan), (6, np.inf), (6, -np.finfo(dtype).tiny)):
-        damaged = arrays.copy()
-        damaged[2, place] = value
-        files, offsets, lengths, crcs, header = members(damaged, tmp_path)
-        assert read(True)[0] == 2, (place, value)
+    least = np.nextafter(dtype(0), dtype(-1))
+    for place in range(2, 50):
+        for value in (np.nan, np.inf, -np.inf, *([least] if place >= 20 else [])):
+            damaged = arrays.copy()
+            damaged[2, place] = value
+            shard, header = members(damaged, tmp_path)
+            assert read(True)[0] == 2, (place, value)
+            os.close(shard[0])
 
 
 @needs_host
 def test_buffers_that_do_not_fit_are_refused(tmp_path):
-    files, offsets, lengths, crcs, header = members(np.zeros((2, 8), np.float32), tmp_path)
-    good = {
-        "files": files,
-        "rows": np.arange(2),
-        "out": np.zeros((2, 8), np.float32),
-        "offsets": offsets,
-        "signless": 8,
-    }
+    (file, member, *tables), header = members(np.zeros((2, 8), np.float32), tmp_path)
+    offset, length, crc = tables
     frozen = np.zeros((2, 8), np.float32)
     frozen.flags.writeable = False
+    good = {
+        "shards": [(file, member, *tables)],
+        "slots": np.zeros(2, np.int64),
+        "rows": np.arange(2),
+        "places": np.arange(2),
+        "signless": 8,
+        "out": np.zeros((2, 8), np.float32),
+    }
+
+    def read(**change):
+        now = good | change
+        order = (now[name] for name in ("shards", "slots", "rows", "places"))
+        return _C.host().read_npy(*order, True, header, False, now["signless"], now["out"])
+
+    assert read() == 2
     for change in (
+        {"places": np.array([0, 2])},
+        {"places": np.array([-1, 0])},
+        {"places": np.arange(3)},
         {"rows": np.array([0, 2])},
         {"rows": np.array([-1, 0])},
         {"rows": np.arange(3)},
-        {"files": np.zeros(3, np.int32)},
         {"rows": np.arange(2, dtype=np.int32)},
-        {"offsets": offsets.astype(np.int64)},
+        {"slots": np.array([0, 1])},
+        {"slots": np.array([-1, 0])},
+        {"shards": [(file, member, offset, length)]},
+        {"shards": [(file, 2, *tables)]},
+        {"shards": [(file, -1, *tables)]},
+        {"shards": [(file, member, offset.astype(np.int64), length, crc)]},
+        {"shards": [(file, member, offset, length[:1], crc)]},
+        {"shards": [(file, member, offset, length, crc[:, ::-1])]},
+        {"shards": [(file, member, offset[:, 1], length[:, 1], crc[:, 1])]},
         {"out": np.zeros((2, 8))},
         {"out": np.zeros((2, 16), np.float32)[:, ::2]},
         {"out": np.zeros(16, np.float32)},
@@ -174,12 +217,8 @@ def test_buffers_that_do_not_fit_are_refused(tmp_path):
         {"signless": 9},
         {"signless": -1},
     ):
-        now = good | change
         with pytest.raises(ValueError, match=r"must|writeable"):
-            _C.host().read_npy(
-                now["files"], now["offsets"], lengths, crcs, now["rows"], True, header, False, now["signless"],
-                now["out"],
-            )  # fmt: skip
+            read(**change)
 
 
 def test_without_it_python_reads_and_the_reason_is_said(built, monkeypatch, tmp_path, caplog):

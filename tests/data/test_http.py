@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ TARS = 6
 @pytest.fixture
 def server(built, monkeypatch):
     pauses = []
-    monkeypatch.setattr(remote.time, "sleep", pauses.append)
+    monkeypatch.setattr(remote, "pause", lambda seconds=0.0: pauses.append(seconds) if seconds else None)
     with serving(built) as server:
         server.pauses = pauses
         yield server
@@ -106,7 +107,7 @@ def test_answers_that_are_not_the_file_are_final_and_one_line(server, fault, wor
 
 
 def test_no_server_and_no_host(monkeypatch):
-    monkeypatch.setattr(remote.time, "sleep", lambda _: None)
+    monkeypatch.setattr(remote, "pause", lambda *_: None)
     with pytest.raises(DataError, match=r"127.0.0.1:9/dataset.json: cannot be read \(Connection refused\)"):
         open_dataset("http://127.0.0.1:9")
     for address in ("http://127.0.0.1:port/x", "http://a b/x", "http://\udcff/x", "http://h.invalid/x y"):
@@ -139,34 +140,68 @@ def test_files_of_another_length_are_refused(server, copied, change):
         reader.read(np.arange(COUNT), np.arange(COUNT))
 
 
-def test_two_ranks_fetch_each_shard_once_and_hardly_more_than_its_bytes(server, built, tmp_path):
-    """At most 1.05 of what is needed, all requests counted; each rank has the positions that the plan gives it."""
-    found = [None, None]
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_ranks_fetch_each_shard_once_and_hardly_more_than_what_is_needed(server, built, tmp_path, world_size):
+    """At most 1.05 times: all tars once, the description and all indexes for each rank; the bodies of all answers are
+    counted. Each rank has the positions that the plan gives it."""
+    found = [None] * world_size
 
     def run(rank):
-        found[rank] = epoch(server.address, ShardCache(tmp_path), rank, 2, num_workers=1)
+        found[rank] = epoch(server.address, ShardCache(tmp_path), rank, world_size, num_workers=1)
 
-    ranks = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    ranks = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
         rank.join()
     whole = epoch(built, None)
-    for rank in range(2):
-        assert torch.equal(found[rank]["position"], whole["position"].view(-1, 2)[:, rank])
-        assert torch.equal(found[rank]["moments"], whole["moments"][rank::2])
+    for rank in range(world_size):
+        assert torch.equal(found[rank]["position"], whole["position"].view(-1, world_size)[:, rank])
+        assert torch.equal(found[rank]["moments"], whole["moments"][rank::world_size])
     asked = [name for name, _ in server.asked if name.endswith(".tar")]
     assert sorted(asked) == sorted(set(asked))
     assert len(asked) == TARS
-    assert server.sent <= 1.05 * sum(path.stat().st_size for path in built.iterdir()) + 2 * _described(built)
+    tars, described = (
+        sum(path.stat().st_size for path in built.iterdir() if path.suffix in suffixes)
+        for suffixes in ({".tar"}, {".json", ".idx"})
+    )
+    assert tars < server.sent <= 1.05 * (tars + world_size * described)
     server.asked.clear()
     epoch(server.address, ShardCache(tmp_path), start=16)  # started again: nothing is fetched twice
     assert not any(name.endswith(".tar") for name, _ in server.asked)
 
 
-def _described(folder):
-    """Bytes of what each rank reads by itself here, where the two are not one job."""
-    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".json", ".idx"))
+@pytest.mark.parametrize("end", ["closed", "error"])
+@pytest.mark.parametrize("fault", [503, "stall"])
+def test_threads_that_wait_for_a_server_end_with_their_loader(built, tmp_path, fault, end):
+    """While they pause before another try (7 s are asked for) and while an answer does not come (30 s here)."""
+
+    def running():
+        return [each for each in threading.enumerate() if each.name.startswith(("read-", "fetch-"))]
+
+    with serving(built) as server:
+        dataset, cache = open_dataset(server.address), ShardCache(tmp_path)
+        plan = Plan(dataset.info.shard_sizes, 0, 2)
+        later = [dataset.info.shards[shard] for shard in plan.group(plan.group(0).stop).shards]
+        server.faults = {shard.name: [fault] * 99 for shard in later}
+        if end == "error":
+            server.faults[later[0].name] = [404]
+        sizes = {"global_batch": 4, "micro_batch": 4, "rank": 0, "world_size": 1, "start": 0}
+        loader = build_loader(dataset, plan, **sizes, num_workers=2, cache=cache)
+        next(loader)
+        while not {name for name, _ in server.asked} >= {shard.name for shard in later}:
+            time.sleep(0.01)
+        if end == "closed":
+            loader.close()
+        else:
+            with pytest.raises(DataError, match="404"):
+                list(loader)
+        for thread in running():
+            thread.join(5)
+        assert not running()
+        server.hurry.set()
+        with pytest.raises(DataError, match="this ShardCache was closed with its loader"):
+            cache.path(dataset.root, later[1])
 
 
 def test_a_part_that_a_killed_process_left_is_gone_on_with(server, built, tmp_path):
