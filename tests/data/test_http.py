@@ -175,9 +175,10 @@ def test_ranks_fetch_each_shard_once_and_hardly_more_than_what_is_needed(server,
 @pytest.mark.parametrize("fault", [503, "stall"])
 def test_threads_that_wait_for_a_server_end_with_their_loader(built, tmp_path, fault, end):
     """While they pause before another try (7 s are asked for) and while an answer does not come (30 s here)."""
+    before = set(threading.enumerate())
 
     def running():
-        return [each for each in threading.enumerate() if each.name.startswith(("read-", "fetch-"))]
+        return [each for each in set(threading.enumerate()) - before if each.name.startswith(("read-", "fetch-"))]
 
     with serving(built) as server:
         dataset, cache = open_dataset(server.address), ShardCache(tmp_path)
