@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -49,29 +49,12 @@ class _SumOverRanks(torch.autograd.Function):
 @dataclass(frozen=True)
 class World:
     """One process of `size`. device is this process's. In a world of more than one, all methods but `shares`, `post`
-    and `posted` are collective. letters: the store of `post`, which rank 0 keeps; `with_letters` makes it."""
+    and `posted` are collective. store: of a job of several ranks that train, kept in rank 0."""
 
     rank: int
     size: int
     device: torch.device
-    letters: dist.Store | None = None
-
-    def with_letters(self) -> "World":
-        """The same world, in which ranks may `post`. torchrun's own store would be gone with its agent, and a save that
-        the ranks make then needs one.
-        """
-        host, kept = os.environ.get("MASTER_ADDR", "localhost"), []
-
-        def begin() -> int:
-            try:
-                kept.append(dist.TCPStore(host, 0, is_master=True, wait_for_workers=False))
-            except dist.DistError as error:  # told on all ranks, which wait for it
-                raise ConfigError(f"rank 0 cannot keep a store at {host} ({str(error).split('. ')[-1]})") from None
-            return kept[0].port
-
-        port = self.agree(begin)
-        own = kept[0] if kept else dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
-        return replace(self, letters=own)
+    store: dist.Store | None = None
 
     def reduce(self, tensor: Tensor, operation: Literal["sum", "mean", "max"]) -> Tensor:
         """Reduces over ranks, in place, and returns the tensor; on this process's device."""
@@ -126,16 +109,16 @@ class World:
 
     def post(self, key: str, text: str) -> None:
         """Leaves a text for another rank; from any thread. RuntimeError where rank 0 is gone."""
-        assert self.letters is not None
-        self.letters.set(key, text)
+        assert self.store is not None
+        self.store.set(key, text)
 
     def posted(self, key: str) -> str | None:
         """What was left under a key, taken away; None where there is nothing yet. From any thread, and as above."""
-        assert self.letters is not None
-        if not self.letters.check([key]):
+        assert self.store is not None
+        if not self.store.check([key]):
             return None
-        text = self.letters.get(key).decode()
-        self.letters.delete_key(key)
+        text = self.store.get(key).decode()
+        self.store.delete_key(key)
         return text
 
     def close(self) -> None:

@@ -86,7 +86,7 @@ def _train(config: "TrainConfig") -> Status:
         world.close()
         return status
     except Exception as error:
-        lost = explain(error, world.rank, world.size)
+        lost = explain(error, world)
         if lost is None:
             raise
         raise lost from error

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -147,7 +147,7 @@ class Health:
         beats, now = dict(self._beats), time.monotonic()
         silence = SILENT * self._beat
         beats[self._world.rank] = (self._sign(0), now)
-        if now - self._answered > silence and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        if now - self._answered > silence:
             return [0], "rank 0, which holds the job's store, gives no sign of life"
         silent = [rank for rank, (_, seen) in beats.items() if now - seen > silence]
         return diagnose({rank: beat for rank, (beat, _) in sorted(beats.items())}, silent)
@@ -168,10 +168,9 @@ class Health:
         """The job's store may be gone or stuck with the process that holds it; then nobody answers this thread."""
         number, rank = 0, self._world.rank
         with contextlib.suppress(RuntimeError):
-            place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            own = dist.TCPStore(*place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = dist.PrefixStore(f"dit_fast/beat/{attempt}/{self._step}", own)
+            own = cast(Any, self._world.store).clone()  # a connection of its own
+            own.set_timeout(timedelta(seconds=60))
+            store = dist.PrefixStore(f"dit_fast/beat/{self._step}", own)
             keys = [str(other) for other in range(self._world.size)]
             while not self._over.is_set():
                 store.set(str(rank), json.dumps(asdict(self._sign(number))))

@@ -1,10 +1,10 @@
 """Ranks end with their launcher. Standard library only: armed before torch is imported, which takes seconds.
 
 `deepspeed` starts a second process that starts the ranks, and torchrun's agent starts them itself. A signal that kills
-one of these does not reach the ranks, and they would train on. So each rank watches them. When
-one has died, the rank gets SIGTERM, as if it had been asked to stop: it saves and leaves, or ends at once where it has
-not begun to train. What is left after GRACE seconds is killed; DeepSpeed's launcher grants as many to what it stops.
-The runs of `dit-fast sweep` end with it in the same way.
+one of these does not reach the ranks, and they would train on. So each rank watches them. When one has died, the rank
+gets SIGUSR1, as if a scheduler took the machine: it saves and leaves with Status.RESTART, so that launchers on other
+machines start again, or it ends at once where it has not begun to train. What is left after GRACE seconds is killed;
+DeepSpeed's launcher grants as many to what it stops. The runs of `dit-fast sweep` end with it in the same way.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ def _watch(descriptors: list[int]) -> None:
     poller.poll()
     if os.environ.get("LOCAL_RANK", "0") == "0":
         _say(f"the launcher died; this run saves and ends (what is left after {GRACE:.0f} s is killed)")
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGUSR1)
     time.sleep(GRACE)
     os.kill(os.getpid(), signal.SIGKILL)
 

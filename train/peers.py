@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from dit_fast.errors import Status, UserError
 from dit_fast.train.lock import kernel
+from dit_fast.world import World
 
 ANSWER = 10.0  # seconds in which every surviving rank meets the failure, on a busy machine too
 GLOO = re.compile(r"gloo|(closed|reset) by peer|broken pipe", re.IGNORECASE)  # it raises plain RuntimeErrors
@@ -27,19 +28,20 @@ class PeerLost(UserError):
         self.alone = speaks  # type: ignore[misc]
 
 
-def explain(error: Exception, rank: int, size: int) -> PeerLost | None:
+def explain(error: Exception, world: World) -> PeerLost | None:
     """The same failure in plain words; None where it is not a lost connection between ranks.
 
     Ranks whose process has ended are named at once, where this machine can see them. On other machines, every survivor
     writes its number into the job's store, and those that are missing there after a while are named.
     """
     library = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and GLOO.search(str(error)))
-    if size < 2 or not dist.is_initialized() or not library:
+    if world.store is None or not library:
         return None
     with contextlib.suppress(ValueError):  # only the main thread may; the launcher, too, has seen the death
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    alive, first = _survivors(rank, size)
-    dead = [other for other in range(size) if other not in alive]
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+    alive, first = _survivors(world.store, world.rank, world.size)
+    dead = [other for other in range(world.size) if other not in alive]
     who = f"rank{'s' * (len(dead) > 1)} {', '.join(map(str, dead))} died or was cut off"
     text = re.sub(r"^\[[^\]]*\]:?\s*", "", str(error).strip())  # without the library's source line
     reason = re.split(r"\. |\n", text)[0][:160] if text else type(error).__name__
@@ -50,9 +52,9 @@ def explain(error: Exception, rank: int, size: int) -> PeerLost | None:
     )
 
 
-def announce(rank: int) -> None:
+def announce(store: dist.Store, rank: int) -> None:
     """Writes into the job's store which process this rank is, so that the others can see whether it lives."""
-    dist.distributed_c10d._get_default_store().set(f"dit_fast/process/{rank}", f"{_machine()} {os.getpid()}")
+    store.set(f"dit_fast/process/{rank}", f"{_machine()} {os.getpid()}")
 
 
 def _machine() -> str:
@@ -71,14 +73,13 @@ def _has_ended(process: str) -> bool:
         return True
 
 
-def _survivors(rank: int, size: int) -> tuple[list[int], bool]:
+def _survivors(store: dist.Store, rank: int, size: int) -> tuple[list[int], bool]:
     """(ranks that live or that met the failure, whether this one is to say which do not: the lowest, and only one).
 
-    The store lies in rank 0 or in torchrun's agent: if it is gone, so is rank 0.
+    The store lies in rank 0: if it is gone, so is rank 0.
     """
     alive, deadline = [rank], time.monotonic() + ANSWER
     try:
-        store = dist.distributed_c10d._get_default_store()
         store.set_timeout(timedelta(seconds=ANSWER))
         store.set(f"dit_fast/alive/{rank}", "1")
         processes = [store.get(f"dit_fast/process/{other}").decode() for other in range(size)]

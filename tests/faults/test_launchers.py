@@ -11,7 +11,7 @@ import pytest
 
 from dit_fast.checkpoint.run import load_run
 from dit_fast.errors import Status
-from tests.helpers.toy_runs import Ranks, arguments, environment, free_port, rows_so_far, wait_for
+from tests.helpers.toy_runs import Ranks, arguments, environment, free_port, processes, rows_so_far, wait_for
 
 pytestmark = pytest.mark.launch
 
@@ -20,20 +20,6 @@ LAUNCHERS = {
     "deepspeed": lambda: [SCRIPTS / "deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "--module"],
     "torchrun": lambda: [SCRIPTS / "torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), "-m"],
 }
-
-
-def processes(run):
-    """{pid: command line} of all processes that name this run folder: launchers, ranks and their loader workers."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            except OSError:
-                continue
-            if f"run.dir={run}" in words:
-                found[int(entry.name)] = words
-    return found
 
 
 @pytest.mark.parametrize(

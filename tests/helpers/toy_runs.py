@@ -108,6 +108,20 @@ class Ranks:
         return self.log.read_text()
 
 
+def processes(run):
+    """{pid: command line} of all processes that name this run folder: launchers, ranks and their loader workers."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            except OSError:
+                continue
+            if f"run.dir={run}" in words:
+                found[int(entry.name)] = words
+    return found
+
+
 def wait_for(condition, timeout=180):
     deadline = time.monotonic() + timeout
     while not condition():
