@@ -51,10 +51,10 @@ def start_world(timeout: float = 1800) -> World:
 def own_store(agents: dist.Store, world: World, limit: timedelta) -> dist.Store:
     """The store of this start of the ranks, in rank 0 at a free port, found by way of the agents' (torchrun).
 
-    Agents keep one store over all restarts, with the addresses of the dead in it: a rank that comes first would connect
-    to one and fail. It is also gone with its agent, and a save of the ranks that are left needs one. Those of an elastic
-    job count restarts differently, so that counts do not tell starts apart: each rank asks with a word of its own, which
-    only the rank 0 of its own start answers, since agents stop all their ranks before they start new ones.
+    Agents keep one over all restarts, with the addresses of the dead in it: a rank that comes first would connect to
+    one and fail. It is also gone with its agent, and a save of the ranks that are left needs one. Agents of an elastic
+    job count restarts differently, so that counts do not tell starts apart: each rank asks with a word of its own,
+    which only the rank 0 of its own start answers, since agents stop all their ranks before they start new ones.
 
     Raises PeerLost in rank 0 and DistStoreError in others where not all come within the limit.
     """

@@ -272,7 +272,7 @@ class _Run:
                         self._say(f"saved step {done}, since its data does not let it go on")
                         raise failure
                     if leaving and not last:
-                        by = " by a scheduler" if stop.preempted else ""
+                        by = " by SIGUSR1" if stop.preempted else ""
                         self._say(f"stopped at step {done} as asked{by}; the same command goes on from there")
                         self.stopped = True
                         return done
