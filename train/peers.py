@@ -76,7 +76,7 @@ def _has_ended(process: str) -> bool:
 def _survivors(store: dist.Store, rank: int, size: int) -> tuple[list[int], bool]:
     """(ranks that live or that met the failure, whether this one is to say which do not: the lowest, and only one).
 
-    The store lies in rank 0: if it is gone, so is rank 0.
+    The store lies in rank 0, which leaves last: if it is gone, so is rank 0.
     """
     alive, deadline = [rank], time.monotonic() + ANSWER
     try:
@@ -90,6 +90,12 @@ def _survivors(store: dist.Store, rank: int, size: int) -> tuple[list[int], bool
             if set(ended) - set(alive):  # those that met the failure may have left by now
                 alive = sorted(set(range(size)) - set(ended) | set(alive))
                 break
-        return alive, rank == min(alive) and store.add("dit_fast/named", 1) == 1
+        speaks = rank == min(alive) and store.add("dit_fast/named", 1) == 1
+        store.set(f"dit_fast/answered/{rank}", "")
+        while rank == 0 and time.monotonic() < deadline:
+            if store.check([f"dit_fast/answered/{other}" for other in alive]):
+                break
+            time.sleep(0.02)
+        return alive, speaks
     except RuntimeError:
         return list(range(1, size)), rank == 1

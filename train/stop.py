@@ -26,8 +26,8 @@ class Preempted(Exception):
 class StopRequest:
     """Asked by SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) to any rank, or by a file STOP in one of the folders.
 
-    SIGUSR1 is a scheduler's notice that the time is up, or `leash`'s that the launcher has died. A second SIGINT raises KeyboardInterrupt. Use as a
-    context: at its end handlers are put back and the files removed.
+    SIGUSR1 is a scheduler's notice that the time is up, or `leash`'s that the launcher has died. A second SIGINT raises
+    KeyboardInterrupt. Use as a context: at its end handlers are put back and the files removed.
 
     folders: of the run, and of the command that it is a stage of. failed: after `agreed()` was True, whether it was for
     a rank that has no data, and nobody asked to stop. preempted: likewise, whether SIGUSR1 did.

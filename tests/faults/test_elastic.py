@@ -1,5 +1,6 @@
 """Ranks and machines that die under torchrun and DeepSpeed, and what starts again. Launches take many seconds each."""
 
+import contextlib
 import os
 import re
 import signal
@@ -18,8 +19,8 @@ from dit_fast.train.group import own_store
 from dit_fast.train.leash import _parent
 from dit_fast.train.peers import PeerLost
 from dit_fast.world import World
-from tests.helpers.forks import ended, forgiven, launch
 from tests.helpers.toy_runs import (
+    Ranks,
     arguments,
     environment,
     free_port,
@@ -73,8 +74,8 @@ def calm(shards, tmp_path_factory):
     def run(size):
         if size not in made:
             folder = tmp_path_factory.mktemp("calm")
-            children = launch(folder / "log", arguments(shards, folder / "run", *OPTIONS), size)
-            assert forgiven(ended(children)) == [0] * size, (folder / "log").read_text()
+            with Ranks(arguments(shards, folder / "run", *OPTIONS), folder / "log", size=size) as ranks:
+                assert ranks.wait() == [0] * size, ranks.text()
             made[size] = folder / "run"
         return made[size]
 
@@ -88,20 +89,22 @@ def check_equal(run, calm):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def ranks_of(job, run):
-    """{LOCAL_RANK: pid} of the ranks below a launcher."""
+def below(job, run):
+    """{pid: environment} of the processes that a launcher started, and theirs."""
     found = {}
     for pid in processes(run):
-        above = pid
+        above = _parent(pid)
         while above > 1 and above != job.pid:
             above = _parent(above)
-        try:
-            words = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue
-        if above == job.pid and pid != job.pid:
-            found |= {int(word.removeprefix("LOCAL_RANK=")): pid for word in words if word.startswith("LOCAL_RANK=")}
+        if above == job.pid:
+            with contextlib.suppress(OSError):
+                found[pid] = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
     return found
+
+
+def rank_below(job, run, number):
+    (pid,) = (pid for pid, words in below(job, run).items() if f"LOCAL_RANK={number}" in words)
+    return pid
 
 
 class Nodes:
@@ -126,9 +129,8 @@ class Nodes:
         wait_for(lambda: len(rows_so_far(self.run)) >= count or job.poll() is not None, 600)
 
     def kill(self, job):
-        """The machine: the launcher first, so that it starts nothing, and its ranks."""
-        below = ranks_of(job, self.run).values()
-        for pid in (job.pid, *below):
+        """The machine: the launcher first, so that it starts nothing, and all that it started."""
+        for pid in (job.pid, *below(job, self.run)):
             os.kill(pid, signal.SIGKILL)
         job.wait()
 
@@ -149,7 +151,7 @@ def test_torchrun_starts_killed_ranks_again(shards, tmp_path, calm, size, deaths
         )  # fmt: skip
         for rows_before in deaths:
             nodes.until(rows_before, job)
-            os.kill(ranks_of(job, run)[1], signal.SIGKILL)
+            os.kill(rank_below(job, run, 1), signal.SIGKILL)
             wait_for(lambda: "rank 1 died" in nodes.text() or job.poll() is not None)
         assert job.wait(600) == Status.DONE, nodes.text()
     assert len(re.findall(r"error: rank 1 died or was cut off", nodes.text())) == len(deaths), nodes.text()
@@ -162,13 +164,16 @@ def test_torchrun_starts_killed_ranks_again(shards, tmp_path, calm, size, deaths
 def test_an_elastic_job_goes_on_with_the_machines_that_are_left(shards, tmp_path, calm, ranks):
     """Two machines of 1 rank (one loses its launcher) and of 2 (one loses all): half the ranks take the same steps."""
     run, port = tmp_path / "run", str(free_port())
-    command = [
-        SCRIPTS / "torchrun", "--nnodes", "1:2", "--nproc_per_node", str(ranks), "--max-restarts", "3",
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-conf", "last_call_timeout=15",
-        "-m", "dit_fast.train", *arguments(shards, run, *OPTIONS),
+    commands = [
+        [
+            SCRIPTS / "torchrun", "--nnodes", "1:2", "--nproc_per_node", str(ranks), "--max-restarts", "3",
+            "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-conf",
+            f"is_host={node == 0},last_call_timeout=15", "-m", "dit_fast.train", *arguments(shards, run, *OPTIONS),
+        ]
+        for node in range(2)
     ]  # fmt: skip
     with Nodes(run, tmp_path / "log") as nodes:
-        first, second = nodes.start(*command), nodes.start(*command)
+        first, second = (nodes.start(*command) for command in commands)
         nodes.until(6, first)
         if ranks == 1:
             os.kill(second.pid, signal.SIGKILL)
