@@ -28,7 +28,9 @@ finish the gradient: it reads the tile of x or s, writes dx or ds, and leaves ro
 library product P. `prepare_backward` makes c1, c2 and the sum of g over rows, and in the same pass rounds a wider g,
 that of an fp32 result, to what is multiplied.
 
-    P = g^T zhat,   dW = P diag(gamma) + (sum g) beta^T,   dgamma = colsum(W P),   dbeta = W^T sum g.
+    P = g^T zhat,   dW = P diag(gamma) + (sum g) beta^T,   dgamma = colsum(W P),   dbeta = W^T sum g,
+
+the last three in one read of P and W, and one write of dW over P, by `backward_parameters`.
 """
 
 import math
@@ -38,6 +40,7 @@ from torch import Tensor
 
 from dit_fast.kernels import unavailable as unavailable
 from dit_fast.kernels.long_skip_backward import backward_input as backward_input
+from dit_fast.kernels.long_skip_backward import backward_parameters as backward_parameters
 from dit_fast.kernels.long_skip_backward import prepare_backward as prepare_backward
 from dit_fast.kernels.long_skip_forward import fold as fold
 from dit_fast.kernels.long_skip_forward import forward as forward

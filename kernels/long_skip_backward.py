@@ -1,7 +1,8 @@
-"""Backward of the long skip: sums over the gradient's rows, then one GEMM that ends in dx and dskip. Derivation in
-long_skip.py.
+"""Backward of the long skip: sums over the gradient's rows, then one GEMM that ends in dx and dskip, and, behind the
+library product P, one pass for the parameters. Derivation in long_skip.py.
 
-Bits. CHUNK rows make one partial sum of the bias gradient, in steps of STEP rows; ordered_sum adds the chunks.
+Bits. CHUNK rows make one partial sum of the bias gradient, in steps of STEP rows, and CHUNK rows of P, in steps of
+UNROLL, one of the norm's parameters; ordered_sum adds the chunks.
 """
 
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from dit_fast.kernels.tables import is_aligned
 
 CHUNK = 32  # rows per partial sum: 256 programs for 8,192 rows
 STEP = 4  # rows whose loads are in flight together
+UNROLL, BLOCK = 8, 256  # rows, as above, and columns of a program behind P
 
 
 @triton.jit(do_not_specialize=("rows",))
@@ -106,13 +108,39 @@ def input_gradients(grad_y, folded, x, skip, mean, rstd, c1, c2, grad_x, grad_sk
                         BLOCK_M, COLUMNS, UNIT, UPCAST)  # fmt: skip
 
 
+@triton.jit
+def parameter_gradients(product, weight, norm_weight, norm_bias, grad_bias, partials, width, joined, weight_stride,
+                        CHUNK: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """dW [width, joined] in the place of P; partials [chunks, 2, joined] of W P and W db. Program (columns, chunk)."""
+    column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    chunk = tl.program_id(1).to(tl.int64)
+    within = column < joined
+    gamma = tl.load(norm_weight + column, mask=within, other=0.0)[None, :]
+    beta = tl.load(norm_bias + column, mask=within, other=0.0)[None, :]
+    of_gamma = tl.zeros([BLOCK], tl.float32)
+    of_beta = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, CHUNK, UNROLL):
+        row = chunk * CHUNK + start + tl.arange(0, UNROLL)[:, None]
+        inside = (row < width) & within[None, :]
+        place = product + row * joined + column[None, :]
+        p = tl.load(place, mask=inside, other=0.0)
+        w = tl.load(weight + row * weight_stride + column[None, :], mask=inside, other=0.0)
+        b = tl.load(grad_bias + row, mask=row < width, other=0.0)
+        tl.store(place, p * gamma + b * beta, mask=inside)
+        of_gamma += tl.sum(w * p, 0)
+        of_beta += tl.sum(w * b, 0)
+    partials += chunk * 2 * joined + column
+    tl.store(partials, of_gamma, mask=within)
+    tl.store(partials + joined, of_beta, mask=within)
+
+
 def _row_options(width: int) -> dict[str, int]:
     padded = max(128, triton.next_power_of_2(width))
     options = {"WIDTH": width, "PADDED": padded, "CHUNK": CHUNK, "STEP": STEP}
     return options | {"num_warps": min(16, max(1, padded // 256)), "num_stages": 1}
 
 
-_PRODUCTS, _GRADIENTS = Kept(), Kept()
+_PRODUCTS, _GRADIENTS, _PARAMETERS = Kept(), Kept(), Kept()
 
 
 def prepare_backward(
@@ -202,9 +230,36 @@ def _gradient_launcher(
     return launcher(input_gradients, grid, numbers, constants, tiles=blocks)
 
 
+def backward_parameters(
+    product: Tensor, grad_bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dgamma [2D], dbeta [2D], dW [D, 2D], which is `product` overwritten); product: P = g^T zhat, contiguous.
+
+    weight: rows contiguous with any stride; the others contiguous; all float32.
+    """
+    width, joined = product.shape
+    partials = torch.empty(-(-width // CHUNK), 2 * joined, dtype=torch.float32, device=product.device)
+    key = signature(product, weight)
+    launch = _PARAMETERS.get(key)
+    if launch is None:
+        constants = {"CHUNK": CHUNK, "UNROLL": UNROLL, "BLOCK": BLOCK, **_PARAMETER_OPTIONS, "enable_fp_fusion": True}
+        grid, numbers = (triton.cdiv(joined, BLOCK), len(partials)), (width, joined, weight.stride(0))
+        launch = _PARAMETERS.keep(key, launcher(parameter_gradients, grid, numbers, constants))
+    launch(product, weight, norm_weight, norm_bias, grad_bias, partials)
+    of_gamma, of_beta = ordered_sum(partials).split(joined)
+    return of_gamma, of_beta, product
+
+
+_PARAMETER_OPTIONS = {"num_warps": 2, "num_stages": 1}
+
+
 def aot_cases(arch: int) -> list[AotCase]:
-    """Widths of SiT-B, L and XL for the row sums; every configuration of the GEMM."""
-    cases = []
+    """Widths of SiT-B, L and XL for the row sums, which parameters' gradients do not know; every configuration of the
+    GEMM."""
+    kinds = dict.fromkeys(("product", "weight", "norm_weight", "norm_bias", "grad_bias", "partials"), "*fp32")
+    kinds |= dict.fromkeys(("width", "joined", "weight_stride"), "i32")
+    sizes = {"CHUNK": CHUNK, "UNROLL": UNROLL, "BLOCK": BLOCK}
+    cases = [AotCase(parameter_gradients, "fp32", kinds, sizes, _PARAMETER_OPTIONS, wide_stores=True)]
     for width, kind, copied in ((768, "bf16", False), (1024, "fp16", False), (1152, "bf16", False),
                                 (1152, "fp32", True)):  # fmt: skip
         options = _row_options(width) | {"COPY": copied, "UPCAST": False}

@@ -1,7 +1,8 @@
-"""The two halves of a transformer block, each as one node of autograd's graph, checked once for both.
+"""The two halves of a transformer block, each as one node of autograd's graph, checked once for both, and the long skip.
 
     reads    x, qkv = x, W (norm(x) (1 + scale) + shift) + b            into queries, keys and values
     joins    x' = x + gate (W y + b),   x'' = x' + gate' mlp(norm(x') (1 + scale') + shift')
+    fuses    x' = W norm(x, skip) + b
 
 A block of ops has a check, a choice, a node and a dozen Python calls for each of six of them, in both directions; those
 take longer than the device at 32 samples. The launches here are the ops' own, in the same order: the same bits. The
@@ -16,13 +17,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dit_fast import backend
-from dit_fast.ops import adaln
+from dit_fast.ops import adaln, long_skip_rows
 from dit_fast.ops._op import guarded, remember
 from dit_fast.ops._register import is_elsewhere, is_watched, lies_plain
 from dit_fast.ops.gelu_mlp import OP as MLP
 from dit_fast.ops.gelu_mlp import _GeluMlp
 from dit_fast.ops.linear import product, sum_of_rows
-from dit_fast.ops.row_statistics import known
+from dit_fast.ops.long_skip import OP as SKIP
+from dit_fast.ops.row_statistics import RowStatistics, known
 
 EPS = 1e-6
 _REFUSAL = "a transformer block: no second derivative here; for one use dit_fast.backend.force('torch')"
@@ -57,12 +59,9 @@ def plan(x: Tensor, parts: Sequence[Tensor | None], layers: Sequence[Layer], nor
     where something has no gradient, where a second derivative, a tangent, the compiler, a mode or a tensor of another
     class is about, and for what the kernels do not take. Raises what the ops raise.
     """
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or not torch.is_grad_enabled() or is_watched():
+    dtype = _dtype_alone(x)
+    if dtype is None:
         return None
-    if forward_ad._current_level >= 0 or is_elsewhere(x):
-        return None
-    dtype = torch.get_autocast_dtype(kind)
     found: list[Any] = [backend.forced(), dtype, norm, x.device]
     for tensor in (x, *parts):
         if tensor is None:
@@ -78,6 +77,16 @@ def plan(x: Tensor, parts: Sequence[Tensor | None], layers: Sequence[Layer], nor
     if key in _PLANS:
         return _PLANS[key]
     return _choose(key, x, parts, norm, dtype)
+
+
+def _dtype_alone(x: Tensor) -> torch.dtype | None:
+    """Autocast's dtype; None where it is off or someone looks on."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or not torch.is_grad_enabled() or is_watched():
+        return None
+    if forward_ad._current_level >= 0 or is_elsewhere(x):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def _choose(key: Any, x: Tensor, parts: Sequence[Tensor | None], norm: str, dtype: torch.dtype) -> Plan | None:
@@ -116,6 +125,62 @@ def joins(
     """x'' [N, T, D] and its rows' mean and variance [N, T]; y: what attention made, [N, T, H, d]."""
     parameters = (*layer[:2], *first[:2], *second[:2])
     return _joins(x, y, gate, shift, scale, gate_m, *parameters, plan, (layer, first, second))
+
+
+_FUSES: dict[Any, bool] = {}
+
+
+def fuses(
+    x: Tensor, skip: Tensor, parameters: tuple[Tensor, Tensor, Tensor, Tensor], eps: float,
+    x_stats: RowStatistics | None, skip_stats: RowStatistics | None, out_dtype: torch.dtype | None,
+) -> Tensor | None:  # fmt: skip
+    """`long_skip` by "triton" with known statistics and with weights that are kept folded; None: by the op, which runs
+    otherwise, and where `plan` says so."""
+    folded: Any = getattr(parameters[2], "folded", None)
+    if folded is None or x_stats is None or skip_stats is None or (dtype := _dtype_alone(x)) is None:
+        return None
+    found: list[Any] = [backend.forced(), dtype, out_dtype, eps, x.device, parameters[2].shape]
+    for tensor in (x, skip):
+        if not tensor.requires_grad or not lies_plain(tensor) or tensor.data_ptr() % 16:
+            return None
+        found += (tensor.shape, tensor.stride(), tensor.dtype)
+    if not all(parameter.requires_grad for parameter in parameters):
+        return None
+    key = tuple(found)
+    takes = _FUSES.get(key)
+    if takes is None:
+        named = zip(("norm_weight", "norm_bias", "weight", "bias"), parameters, strict=True)
+        SKIP.check("auto", eps, x=x, skip=skip, **dict(named))
+        takes = SKIP.choose("auto", x.device, x, skip, *parameters) == "triton" and x.numel() > 0
+        remember(_FUSES, key, takes := takes and x.is_contiguous() and skip.is_contiguous())
+    folds = folded.read(parameters, dtype, "triton") if takes else (None,)
+    if folds[0] is None:
+        return None
+    moments = (known("long_skip", "x_stats", x_stats, x), known("long_skip", "skip_stats", skip_stats, skip))
+    return _fuses(x, skip, *parameters, moments, folds, eps, dtype, out_dtype or dtype)
+
+
+class _Fuses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, skip: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor,
+        moments: Any, folds: tuple[Tensor, ...], eps: float, dtype: torch.dtype, out_dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        given = (x.view(-1, x.shape[-1]), skip.view(-1, x.shape[-1]), norm_weight, norm_bias, weight, bias)
+        stats = [part.reshape(-1) for pair in moments for part in pair]
+        y, mean, rstd = long_skip_rows.forward(*given, stats, eps, dtype, out_dtype, "triton", folds)
+        ctx.dtype = dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(y, mean, rstd, *given, *folds)
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 11
+        saved, rows = ctx.saved_tensors, grad.reshape(-1, grad.shape[-1])
+        made = long_skip_rows.backward(rows, *saved[:9], ctx.dtype, "triton", [True] * 6, saved[9:])
+        return made[0].view(grad.shape), made[1].view(grad.shape), *made[2:], *(None,) * 5
 
 
 class _Reads(torch.autograd.Function):
@@ -242,4 +307,4 @@ def _node(function: Any) -> Any:
     return super(torch.autograd.Function, function).apply
 
 
-_reads, _joins = _node(_Reads), _node(_Joins)
+_reads, _joins, _fuses = _node(_Reads), _node(_Joins), _node(_Fuses)

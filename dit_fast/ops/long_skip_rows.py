@@ -9,6 +9,7 @@ is one kernel (kernels/long_skip_rows.py); torch's operators, on a CPU, take one
 for the gradient of W on the way.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def forward(
     dtype: torch.dtype,
     out_dtype: torch.dtype,
     backend: str,
-    folds: list[Tensor],
+    folds: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [M, D] in out_dtype from products in dtype, and mean and rstd [M] of the joined rows.
 
@@ -134,7 +135,7 @@ def backward(
     dtype: torch.dtype,
     backend: str,
     needs: list[bool],
-    folds: list[Tensor],
+    folds: Sequence[Tensor],
 ) -> list[Tensor]:
     """Gradients of those of the six inputs that are needed; products in dtype, that of the forward's; folds: its."""
     grad, x, skip, parameters = rows(grad), rows(x), rows(skip), (norm_weight, norm_bias, weight, bias)
@@ -163,7 +164,10 @@ def backward(
             product = _matmul_wide(grad.T, unit, wide)
         elif unit is None and (want_product or (backend == "gemm" and any(wanted))):
             product = _by_halves(grad, y, mean, rstd, x, skip, parameters, backend, needs, grads, folds)
-        grads[2:] = _parameter_gradients(grad, product, grad_bias, parameters, wide, needs[2:])
+        if unit is not None and product is not None and grad_bias is not None and _in_one_pass(parameters, needs):
+            grads[2:] = *kernel.backward_parameters(product, grad_bias, *_for_kernel(parameters)[:3]), grad_bias
+        else:
+            grads[2:] = _parameter_gradients(grad, product, grad_bias, parameters, wide, needs[2:])
     return [g for g, needed in zip(grads, needs, strict=True) if needed and g is not None]
 
 
@@ -178,7 +182,7 @@ def _by_halves(
     backend: str,
     needs: list[bool],
     grads: list[Tensor | None],
-    folds: list[Tensor],
+    folds: Sequence[Tensor],
 ) -> Tensor | None:
     """P [D, 2D] = dY^T zn if it is needed, and with "gemm" the gradients of the halves into `grads`, by torch's
     operators and with one half's normalised rows at a time."""
@@ -209,6 +213,10 @@ def _by_halves(
                 turned = turned * norm_weight[columns].to(wide)
             grads[index] = torch.addcmul(rest, turned, rstd[:, None], out=half.new_empty(half.shape))
     return product
+
+
+def _in_one_pass(parameters: tuple[Tensor, Tensor, Tensor, Tensor], needs: list[bool]) -> bool:
+    return all(needs) and all(parameter.dtype is torch.float32 for parameter in parameters)
 
 
 def _parameter_gradients(

@@ -84,11 +84,12 @@ def known(op: str, name: str, stats: Any, x: Tensor) -> tuple[Tensor, Tensor] | 
         return None
     if not isinstance(stats, tuple) or len(stats) != 2:
         raise UserError(f"{op}: {name} must be what row_statistics returns, not {type(stats).__name__}")
+    shape, dtype = x.shape[:-1], wide(x)
     for field, value in zip(RowStatistics._fields, stats, strict=True):
         require_tensor(op, f"{name}.{field}", value)
-        if value.shape != x.shape[:-1] or value.dtype != wide(x) or value.device != x.device:
+        if value.shape != shape or value.dtype is not dtype or value.device != x.device:
             raise UserError(
-                f"{op}: {name}.{field} must be {wide(x)} {list(x.shape[:-1])} on {x.device}, not {value.dtype} "
+                f"{op}: {name}.{field} must be {dtype} {list(shape)} on {x.device}, not {value.dtype} "
                 f"{list(value.shape)} on {value.device}; take it from row_statistics"
             )
     return stats[0].detach(), stats[1].detach()

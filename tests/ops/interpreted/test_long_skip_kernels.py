@@ -5,7 +5,10 @@ import torch
 import triton
 import triton.language as tl
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
+from dit_fast import ops
+from dit_fast.backend import force
 from dit_fast.kernels import (
     long_skip,
     long_skip_backward,
@@ -14,6 +17,8 @@ from dit_fast.kernels import (
     long_skip_tiles,
     row_statistics,
 )
+from dit_fast.ops import branches
+from dit_fast.ops.long_skip import Folded
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 LIMITS = {FP32: 1e-6, FP16: 1e-3, BF16: 6e-3}  # relative RMS error
@@ -256,6 +261,21 @@ def test_prepare_backward_rounds_a_wide_gradient_once(dtypes):
     assert all(torch.equal(*pair) for pair in zip(sums, expected, strict=True))
 
 
+@pytest.mark.parametrize("width", [16, 72, 2 * long_skip_backward.CHUNK + 3])
+def test_gradients_of_parameters(width):
+    """Strided rows of W, whose neighbours are not read; dW takes the place of P."""
+    problem = Problem(1, width, DTYPES[2])
+    weight = torch.full((width, 2 * width + 9), torch.nan)[:, 4:-5].copy_(problem.weight)
+    product, total = torch.randn(width, 2 * width), torch.randn(width)
+    norm, exact = (problem.gamma, problem.beta), product.double()
+    of_gamma, of_beta, grad = long_skip.backward_parameters(given := product.clone(), total, *norm, weight)
+    assert grad is given
+    expected = exact * problem.gamma.double() + total.double()[:, None] * problem.beta.double()
+    assert error(grad, expected) < 1e-6
+    assert error(of_gamma, (weight.double() * exact).sum(0)) < 1e-6
+    assert error(of_beta, weight.double().T @ total.double()) < 1e-6
+
+
 def normalised(problem):
     joined = torch.cat([problem.x.double(), problem.skip.double()], 1)
     return (joined - problem.mean.double()[:, None]) * problem.rstd.double()[:, None]
@@ -370,3 +390,41 @@ def test_supports_names_what_it_refuses():
     assert "float32" in long_skip.supports(x, x, FP32)[0]
     assert "float64" in long_skip.supports(x.double(), x, BF16)[0]
     assert "multiple of 16" in long_skip.supports(x[:, :56], x[:, :56], BF16)[0]
+
+
+@pytest.mark.parametrize("skip_dtype", [FP32, BF16], ids=str)
+def test_one_node_has_the_bits_of_the_op(skip_dtype):
+    problem = Problem(12, 32, (FP32, skip_dtype, BF16))
+    halves = [each.view(2, 6, 32).requires_grad_() for each in (problem.x, problem.skip)]
+    parameters = tuple(map(torch.nn.Parameter, (problem.gamma, problem.beta, problem.weight, problem.bias)))
+    stats = [ops.row_statistics(half) for half in halves]
+    parameters[2].folded = Folded(*parameters)
+    above = torch.randn(2, 6, 32)
+    with force("triton"), torch.autocast("cpu", BF16):
+        one = branches.fuses(*halves, parameters, EPS, *stats, FP32)
+        op = ops.long_skip(*halves, *parameters, EPS, x_stats=stats[0], skip_stats=stats[1], out_dtype=FP32)
+    assert type(one.grad_fn).__name__ == "_FusesBackward"
+    assert torch.equal(one, op)
+    found = [torch.autograd.grad(each, [*halves, *parameters], above) for each in (one, op)]
+    assert all(map(torch.equal, *found))
+
+
+def test_no_node_where_the_op_must_run():
+    """Of what the op would not run by "triton", of rows that it would copy, and where someone looks on."""
+    problem = Problem(12, 32, DTYPES[2])
+    x, skip = (each.view(2, 6, 32).requires_grad_() for each in (problem.x, problem.skip))
+    parameters = tuple(map(torch.nn.Parameter, (problem.gamma, problem.beta, problem.weight, problem.bias)))
+    stats = [ops.row_statistics(half) for half in (x, skip)]
+    run = lambda x, *options: branches.fuses(x, skip, parameters, EPS, *stats, FP32)  # noqa: E731
+    with force("triton"), torch.autocast("cpu", BF16):
+        assert run(x) is None, "nothing is kept folded"
+        parameters[2].folded = Folded(*parameters)
+        assert run(x) is not None
+        assert run(torch.zeros(2, 6, 40)[..., :32].requires_grad_()) is None
+        assert run(x.detach()) is None
+        with FlopCounterMode(display=False):
+            assert run(x) is None
+    with force("torch"), torch.autocast("cpu", BF16):
+        assert run(x) is None
+    with force("triton"):
+        assert run(x) is None

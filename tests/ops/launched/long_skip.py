@@ -18,6 +18,7 @@ for width, rows, x_dtype, dtype in plans:
     mean, rstd = torch.zeros(rows), torch.ones(rows)
     folded, *sums = long_skip.fold(*parts, dtype)
     y = long_skip.forward(x, skip, mean, rstd, folded, *sums, dtype)
+    long_skip.backward_parameters(torch.zeros(width, 2 * width), *parts[3:], *parts[:3])
     if width > 64:  # which is here for the tiles of few rows, and is no width of a model
         long_skip.prepare_backward(y, y, *sums, dtype)
         long_skip_rows.finish(torch.zeros(rows, 2 * width, dtype=dtype), x, x.clone(), mean, rstd)
