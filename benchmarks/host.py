@@ -10,9 +10,10 @@ thread.
 
 Times are of the thread's CPU, which a busy machine hardly changes, and medians. A call of an op is also given in
 clones: the time of `clone()` of a small tensor, the cheapest call that torch can launch, taken in the same rounds.
-Launches are operators that write memory, and Triton kernels, counted in a run of their own, which sees blocks op by op
-(`dit_fast/ops/branches.py`); operators on lists of tensors count as one. The first op, an empty Python function with a
-gradient, is the floor of the others. The published side draws its noise from torch's generator, as published.
+Launches are operators that write memory, and Triton kernels; operators on lists of tensors count as one. The former are
+counted in a run of their own, which sees blocks op by op (`dit_fast/ops/branches.py`). The first op, an empty Python
+function with a gradient, is the floor of the others. The published side draws its noise from torch's generator, as
+published.
 
 What limits a side: "operators" is the time of torch's operators that write memory, the same calls once more by
 themselves: no formulation with these products does less here. "accumulation" is that of autograd to hand as many
@@ -272,7 +273,9 @@ def launches(work: Callable[[], Any], calls: list[Any] | None = None) -> collect
                     calls.append((func, args, kwargs or {}))
             return func(*args, **(kwargs or {}))
 
-    with null_driver.counting() as kernels, Count():
+    with Count():
+        work()
+    with null_driver.counting() as kernels:
         work()
     counted.update({f"triton.{name}": count for name, count in kernels.items()})
     return counted

@@ -33,6 +33,8 @@ from torch import Tensor
 from dit_fast.kernels import tuning
 from dit_fast.kernels.adaln_gradients import CHUNK as CHUNK
 from dit_fast.kernels.adaln_gradients import backward as backward
+from dit_fast.kernels.adaln_gradients import differentiate as differentiate
+from dit_fast.kernels.adaln_gradients import sum_all as sum_all
 from dit_fast.kernels.adaln_rows import (
     AUTOCAST,
     HALF,

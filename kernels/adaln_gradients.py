@@ -25,6 +25,7 @@ from dit_fast.kernels.adaln_rows import (
 from dit_fast.kernels.aot import AotCase
 from dit_fast.kernels.launch import Kept, launcher, signature
 from dit_fast.kernels.rows import store_rounded
+from dit_fast.kernels.tables import address_table
 
 CHUNK = 32  # tokens per partial sum, part of the definition
 BLOCK = 256
@@ -135,6 +136,46 @@ def add_chunks(partials, grad_gate, grad_shift, grad_scale, chunks, width,
         store_rounded(grad_scale + place, scales.to(tl.float32), inside, UPCAST)
 
 
+@triton.jit(do_not_specialize=("parts",))
+def add_chunks_of_all(addresses, places, out, parts, width, BLOCK: tl.constexpr, UPCAST: tl.constexpr):
+    """out [N, parts, D] where `places` says, as `add_chunks` does it, from many partials. Program (n, entry, block)."""
+    sample = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(2).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    entry = tl.program_id(1).to(tl.int64)
+    source = tl.load(addresses + entry).to(tl.pointer_type(tl.float32))
+    place = tl.load(places + entry)
+    own, among, chunks = (place >> 4) & 3, (place >> 6) & 3, (place >> 8) & 0x7FFF
+    step = among * width
+    source += sample * chunks * step + own * width + column
+    total = tl.zeros([BLOCK], tl.float64)
+    for _ in range(chunks.to(tl.int32)):
+        total += tl.load(source, mask=inside, other=0.0).to(tl.float64)
+        source += step
+    out += (sample * parts + (place >> 23)) * width + column
+    store_rounded(out, total.to(tl.float32), inside, UPCAST)
+
+
+def sum_all(partials: Sequence[tuple[int, Tensor]], out: Tensor) -> None:
+    """Writes vectors' gradients into out [N, parts, D], contiguous, from the number of the first part and partial sums
+    [N, chunks, 1 to 3, D] of each that `differentiate` gave; the bits of `backward`."""
+    tensors, places = [], []
+    for first, each in partials:
+        _, chunks, among, _ = each.shape
+        tensors += [each] * among
+        # In one 32-bit number, a multiple of 16 as Triton compiles the table's kernel for: 256 parts, 2^15 chunks.
+        places += [first + own << 23 | chunks << 8 | among << 6 | own << 4 for own in range(among)]
+    batch, parts, width = out.shape
+    key = (signature(out), len(tensors))
+    launch = _SUMS.get(key)
+    if launch is None:
+        constants = {"BLOCK": BLOCK, "UPCAST": triton.knobs.runtime.interpret}
+        constants |= {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+        grid = (batch, len(tensors), triton.cdiv(width, BLOCK))
+        launch = _SUMS.keep(key, launcher(add_chunks_of_all, grid, (parts, width), constants))
+    launch(*address_table(tensors, tuple(places)), out)
+
+
 def backward(
     grad_x_new: Tensor | None, grad_out: Tensor | None, x_new: Tensor | None, y: Tensor | None, gate: Tensor | None,
     scale: Tensor | None, mean: Tensor | None, variance: Tensor | None, eps: float, rms: bool, shifted: bool,
@@ -146,35 +187,53 @@ def backward(
     gate are None, and that of shift where there was none; x_new, scale, mean and variance are only read with grad_out.
     x_new is x where there is no y.
     """
+    grad_x, grad_y, partials, plan = _differentiated(
+        grad_x_new, grad_out, x_new, y, gate, scale, mean, variance, eps, rms, shifted, x_dtype, y_dtype
+    )
+    vectors = [
+        torch.empty_like(vector, dtype=dtype, memory_format=torch.contiguous_format)
+        if here and vector is not None
+        else None
+        for here, vector, dtype in zip(plan.present, (gate, scale, scale), vector_dtypes, strict=True)
+    ]
+    if plan.add is not None:
+        plan.add(partials, *[partials if vector is None else vector for vector in vectors])
+    return grad_x, grad_y, vectors[0], vectors[1], vectors[2]
+
+
+def differentiate(*given: Any) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """As `backward`, without vector_dtypes, with partial sums [N, chunks, parts, D] of the vectors that there are."""
+    return _differentiated(*given)[:3]
+
+
+def _differentiated(
+    grad_x_new: Tensor | None, grad_out: Tensor | None, x_new: Tensor | None, y: Tensor | None, gate: Tensor | None,
+    scale: Tensor | None, mean: Tensor | None, variance: Tensor | None, eps: float, rms: bool, shifted: bool,
+    x_dtype: torch.dtype, y_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor, "_Plan"]:  # fmt: skip
     like = grad_out if grad_out is not None else grad_x_new
     if like is None:
         raise ValueError("grad_x_new and grad_out are both None")
     if grad_out is None:
         x_new = scale = mean = variance = None
     tensors = (grad_x_new, grad_out, x_new, y, gate, scale)
-    key = (signature(like, *tensors), eps, rms, shifted, x_dtype, y_dtype, *vector_dtypes)
+    key = (signature(like, *tensors), eps, rms, shifted, x_dtype, y_dtype)
     plan = _BACKWARD.get(key)
     if plan is None:
         rows: Any = tuple(by_rows(tensor) for tensor in tensors)
         if any(copy is not tensor for copy, tensor in zip(rows, tensors, strict=True)):
-            return backward(*rows, mean, variance, eps, rms, shifted, x_dtype, y_dtype, vector_dtypes)  # type: ignore[call-arg]
+            return _differentiated(*rows, mean, variance, eps, rms, shifted, x_dtype, y_dtype)  # type: ignore[call-arg]
         plan = _BACKWARD.keep(key, _plan(like, *tensors, eps, rms, shifted, x_dtype, y_dtype))
     contiguous = torch.contiguous_format
     grad_x = None if grad_out is None else torch.empty_like(like, dtype=x_dtype, memory_format=contiguous)
     grad_y = None if y is None else torch.empty_like(y, dtype=y_dtype, memory_format=contiguous)
     partials = torch.empty(plan.partials, dtype=torch.float32, device=like.device)
-    vectors = [
-        torch.empty_like(vector, dtype=dtype, memory_format=contiguous) if here and vector is not None else None
-        for here, vector, dtype in zip(plan.present, (gate, scale, scale), vector_dtypes, strict=True)
-    ]
     if plan.differentiate is not None:
         if mean is not None and variance is not None:
             mean, variance = mean.contiguous(), variance.contiguous()
         given = (*tensors, mean, variance, grad_x, grad_y, partials)
         plan.differentiate(*[like if each is None else each for each in given])
-    if plan.add is not None:
-        plan.add(partials, *[partials if vector is None else vector for vector in vectors])
-    return grad_x, grad_y, vectors[0], vectors[1], vectors[2]
+    return grad_x, grad_y, partials, plan
 
 
 class _Plan(NamedTuple):
@@ -186,7 +245,7 @@ class _Plan(NamedTuple):
     add: Callable[..., None] | None
 
 
-_BACKWARD = Kept()
+_BACKWARD, _SUMS = Kept(), Kept()
 
 
 def _plan(
@@ -238,6 +297,9 @@ def aot_cases(arch: int) -> list[AotCase]:
         cases.append(
             AotCase(add_chunks, f"bf16 {shown}", signature, constants, launch, unaligned=("chunks",), wide_loads=False)
         )
+    kinds = {"addresses": "*i64", "places": "*i64", "out": "*bf16", "parts": "i32", "width": "i32"}
+    constants = {"BLOCK": BLOCK, "UPCAST": options_of(1152)["UPCAST"]}
+    cases.append(AotCase(add_chunks_of_all, "bf16", kinds, constants, launch, unaligned=("parts",), wide_loads=False))
     return cases
 
 

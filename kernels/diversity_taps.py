@@ -176,6 +176,25 @@ def backward(
     last stride 1, any others, fp32, bf16 or fp16. inverse_norms [K, N T] and grad_statistics [3, K, D]:
     float32, contiguous, as in kernels/diversity.py; mixture: float32 [N T, D], or None; dtypes: of all features.
     """
+    grad_x, grad_y, partials, plan = _differentiated(
+        x, above, y, gate, block, shared, inverse_norms, grad_statistics, mixture, dtypes
+    )
+    grad_gate = None
+    if partials is not None and gate is not None:
+        grad_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
+        plan.add(partials, grad_gate, partials, partials)
+    return grad_x, grad_y, grad_gate
+
+
+def differentiate(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As `backward` of a block behind a gate, with partial sums [N, chunks, 1, D] in the place of the gate's."""
+    return _differentiated(*given)[:3]  # type: ignore[return-value]
+
+
+def _differentiated(
+    x: Tensor, above: Tensor | None, y: Tensor | None, gate: Tensor | None, block: int, shared: Partners,
+    inverse_norms: Tensor, grad_statistics: Tensor, mixture: Tensor | None, dtypes: tuple[torch.dtype, ...],
+) -> tuple[Tensor, Tensor | None, Tensor | None, "_Plan"]:  # fmt: skip
     batch, _, width = x.shape
     key = (signature(x, above, y, gate), block, len(inverse_norms), mixture is None, dtypes, shared.aligned)
     plan = _PLANS.get(key)
@@ -185,18 +204,15 @@ def backward(
         )
     contiguous = torch.contiguous_format
     grad_x = torch.empty_like(x, memory_format=contiguous)
-    grad_y = grad_gate = partials = None
+    grad_y = partials = None
     if y is not None and gate is not None:
         grad_y = torch.empty_like(y, memory_format=contiguous)
-        grad_gate = torch.empty_like(gate, memory_format=contiguous)
-        partials = torch.empty(batch, plan.chunks, width, dtype=torch.float32, device=x.device)
+        partials = torch.empty(batch, plan.chunks, 1, width, dtype=torch.float32, device=x.device)
     given = [x if each is None else each for each in (above, y, gate, mixture)]
     places = [grad_x if each is None else each for each in (grad_y, partials)]
     of_all = (inverse_norms, grad_statistics, shared.weights, shared.sources, *shared.rows)
     plan.differentiate(x, *given, *of_all, grad_x, *places)
-    if partials is not None:
-        plan.add(partials, grad_gate, partials, partials)
-    return grad_x, grad_y, grad_gate
+    return grad_x, grad_y, partials, plan
 
 
 class _Plan(NamedTuple):

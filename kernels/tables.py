@@ -27,14 +27,16 @@ def write_table(addresses, strides, tensors, numbers, COUNT: tl.constexpr):
         tl.store(strides + i, numbers[i])
 
 
-def address_table(tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Addresses and row strides in bytes of tensors [M, ...], int64 on their device, without waiting for it.
+def address_table(tensors: list[Tensor], numbers: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
+    """Addresses and row strides in bytes of tensors [M, ...], or these numbers, int64 on their device, without waiting
+    for it.
 
     Do not write into them: equal tensors get one table. A graph that is being captured gets its own, which lives as
     long as the graph; a table is only shared within the stream that wrote it.
     """
     device = tensors[0].device
-    numbers = tuple(tensor.stride(0) * tensor.element_size() for tensor in tensors)
+    if numbers is None:
+        numbers = tuple(tensor.stride(0) * tensor.element_size() for tensor in tensors)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     if type(tensors[0]) is not Tensor or (stream and torch.cuda.is_current_stream_capturing()):
         return _written(tensors, numbers)  # of tensors without values, too
@@ -67,14 +69,15 @@ def is_aligned(tensors: list[Tensor], multiple: int = 16) -> bool:
 
 
 def aot_cases(arch: int) -> list[AotCase]:
+    """Of the blocks of SiT-B, L and XL, and of the partial sums of adaLN in SiT-XL."""
     return [
         AotCase(
             write_table,
-            f"tensors={count}",
-            {"addresses": "*i64", "strides": "*i64", "tensors": ("*bf16",) * count, "numbers": ("i32",) * count},
+            f"tensors={count}" + " fp32" * (kind == "fp32"),
+            {"addresses": "*i64", "strides": "*i64", "tensors": (f"*{kind}",) * count, "numbers": ("i32",) * count},
             {"COUNT": count},
             {"num_warps": 1, "num_stages": 1},
             wide_loads=False,
         )
-        for count in (28, 84)
+        for count, kind in ((28, "bf16"), (84, "bf16"), (168, "fp32"))
     ]

@@ -74,15 +74,16 @@ class Block(nn.Module):
         plan = None if layers is None else branches.plan(x, parts, layers, self.norm)
         if plan is None or layers is None:
             return self._op_by_op(x, parts, stats, rotary, heads)
-        attn = self.attn
+        attn, home = self.attn, branches.home_of(plan, modulation, parts)
+        after = home and (home[0], home[1] + 1 + self.shift)
         # Taken apart inside of the node, but where the CPU's own attention takes the projection as it is.
         if attn.is_plain(rotary) and (x.device.type != "cpu" or _C.unavailable()):
-            x, query, key, value = branches.reads(plan, x, *parts[:2], stats, layers[0], attn.num_heads)
+            x, query, key, value = branches.reads(plan, x, *parts[:2], stats, layers[0], attn.num_heads, home)
             attended, kept = attn.mixed(query, key, value), Heads(query, key) if heads else None
         else:
-            x, qkv = branches.reads(plan, x, *parts[:2], stats, layers[0], 0)
+            x, qkv = branches.reads(plan, x, *parts[:2], stats, layers[0], 0, home)
             attended, kept = attn.attended(qkv, rotary, heads)
-        x, *measured = branches.joins(plan, x, attended, *parts[2:], *layers[1:])
+        x, *measured = branches.joins(plan, x, attended, *parts[2:], *layers[1:], home=after)
         return x, RowStatistics(*measured), *(() if kept is None else (kept,))
 
     def _op_by_op(

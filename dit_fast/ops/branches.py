@@ -1,4 +1,4 @@
-"""The two halves of a transformer block, each as one node of autograd's graph, checked once for both, and the long skip.
+"""A transformer block's halves, each as one node of autograd's graph, checked once for both, and the long skip.
 
     reads    x, qkv = x, W (norm(x) (1 + scale) + shift) + b            into queries, keys and values
     joins    x' = x + gate (W y + b),   x'' = x' + gate' mlp(norm(x') (1 + scale') + shift')
@@ -22,12 +22,13 @@ from dit_fast.ops._op import guarded, remember
 from dit_fast.ops._register import is_elsewhere, is_watched, lies_plain
 from dit_fast.ops.gelu_mlp import OP as MLP
 from dit_fast.ops.gelu_mlp import _GeluMlp
-from dit_fast.ops.linear import product, sum_of_rows
+from dit_fast.ops.linear import PartialSums, product, sum_of_rows
 from dit_fast.ops.long_skip import OP as SKIP
 from dit_fast.ops.row_statistics import RowStatistics, known
 
 EPS = 1e-6
 _REFUSAL = "a transformer block: no second derivative here; for one use dit_fast.backend.force('torch')"
+Home = tuple[PartialSums, int] | None  # where gradients of vectors may be left as partial sums, with their number
 
 
 class Layer(NamedTuple):
@@ -110,21 +111,36 @@ def _choose(key: Any, x: Tensor, parts: Sequence[Tensor | None], norm: str, dtyp
     return made
 
 
+def home_of(plan: Plan, modulation: Any, parts: Sequence[Tensor | None]) -> Home:
+    """Where gradients of all parts may be left: those of a modulation as they are, which nobody else looks at."""
+    home: Home = getattr(modulation, "home", None)
+    if home is None or plan.chosen != "triton":
+        return None
+    for part, own in zip([part for part in parts if part is not None], modulation, strict=True):
+        if part is not own or part._backward_hooks or part.retains_grad:
+            return None
+    return home
+
+
 def reads(
-    plan: Plan, x: Tensor, shift: Tensor | None, scale: Tensor, stats: Any, layer: Layer, heads: int
+    plan: Plan, x: Tensor, shift: Tensor | None, scale: Tensor, stats: Any, layer: Layer, heads: int, home: Home = None
 ) -> tuple[Tensor, ...]:
-    """x, for those who read it after this, and queries, keys, values [N, H, T, d], or with heads=0 all [N, T, 3D]."""
+    """x, for those who read it after this, and queries, keys, values [N, H, T, d], or with heads=0 all [N, T, 3D].
+
+    home: of shift and scale.
+    """
     mean, variance = known("block", "stats", stats, x) or (None, None)
-    return _reads(x, shift, scale, layer.weight, layer.bias, mean, variance, plan, layer, heads)
+    return _reads(x, shift, scale, layer.weight, layer.bias, mean, variance, plan, layer, heads, home)
 
 
 def joins(
     plan: Plan, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor | None, scale: Tensor, gate_m: Tensor,
-    layer: Layer, first: Layer, second: Layer,
+    layer: Layer, first: Layer, second: Layer, *, home: Home = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """x'' [N, T, D] and its rows' mean and variance [N, T]; y: what attention made, [N, T, H, d]."""
+    """x'' [N, T, D] and its rows' mean and variance [N, T]; y: what attention made, [N, T, H, d]; home: of the gate and
+    of what follows it."""
     parameters = (*layer[:2], *first[:2], *second[:2])
-    return _joins(x, y, gate, shift, scale, gate_m, *parameters, plan, (layer, first, second))
+    return _joins(x, y, gate, shift, scale, gate_m, *parameters, plan, (layer, first, second), home)
 
 
 _FUSES: dict[Any, bool] = {}
@@ -179,7 +195,8 @@ class _Fuses(torch.autograd.Function):
         if grad is None:
             return (None,) * 11
         saved, rows = ctx.saved_tensors, grad.reshape(-1, grad.shape[-1])
-        made = long_skip_rows.backward(rows, *saved[:9], ctx.dtype, "triton", [True] * 6, saved[9:])
+        given: Any = (rows, *saved[:9], ctx.dtype, "triton", [True] * 6, saved[9:])
+        made = long_skip_rows.backward(*given)
         return made[0].view(grad.shape), made[1].view(grad.shape), *made[2:], *(None,) * 5
 
 
@@ -187,7 +204,7 @@ class _Reads(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, shift: Tensor | None, scale: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None,
-        variance: Tensor | None, plan: Plan, layer: Layer, heads: int,
+        variance: Tensor | None, plan: Plan, layer: Layer, heads: int, home: Home,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         stats = None if mean is None or variance is None else (mean, variance)
         forms = (EPS, plan.rms, stats, plan.dtype, stats is None)
@@ -195,7 +212,7 @@ class _Reads(torch.autograd.Function):
         mean, variance = measured if stats is None else stats
         rows = modulated.view(-1, x.shape[-1])
         qkv = torch.addmm(layer.bias_shadow, rows, layer.shadow.t())
-        ctx.plan, ctx.shifted, ctx.heads = plan, shift is not None, heads
+        ctx.plan, ctx.shifted, ctx.heads, ctx.home = plan, shift is not None, heads, home
         ctx.vectors = (scale.dtype, scale.dtype if shift is None else shift.dtype, scale.dtype)
         ctx.own = weight.dtype
         ctx.set_materialize_grads(False)
@@ -209,7 +226,7 @@ class _Reads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, above: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, scale, mean, variance, rows, shadow = ctx.saved_tensors
-        plan, none = ctx.plan, (None,) * 5
+        plan, none = ctx.plan, (None,) * 6
         if all(grad is None for grad in grads):
             return above, *(None,) * 4, *none
         if ctx.heads:
@@ -220,8 +237,8 @@ class _Reads(torch.autograd.Function):
             grad = grads[0].reshape(len(rows), -1)  # type: ignore[union-attr]
         grad_rows = torch.mm(grad, shadow).view(x.shape)
         grad_weight, grad_bias = product(grad.t(), rows, ctx.own), sum_of_rows(grad, ctx.own)
-        given = (above, grad_rows, x, None, None, scale, mean, variance, EPS, plan.rms, ctx.shifted)
-        grad_x, _, _, grad_shift, grad_scale = plan.norms.backward(*given, x.dtype, None, ctx.vectors)
+        given = (above, grad_rows, x, None, None, scale, mean, variance, EPS, plan.rms, ctx.shifted, x.dtype, None)
+        grad_x, _, _, grad_shift, grad_scale = _of_norm(plan, given, ctx.vectors, ctx.home)
         return grad_x, grad_shift, grad_scale, grad_weight, grad_bias, *none
 
 
@@ -232,7 +249,7 @@ class _Joins(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor | None, scale: Tensor, gate_m: Tensor,
         weight: Tensor, bias: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor,
-        plan: Plan, layers: tuple[Layer, Layer, Layer],
+        plan: Plan, layers: tuple[Layer, Layer, Layer], home: Home,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         norms, (layer, first, second), width = plan.norms, layers, x.shape[-1]
         attended = y.reshape(-1, width)
@@ -249,7 +266,9 @@ class _Joins(torch.autograd.Function):
         out, _, *measured = norms.forward(x_new, mixed, gate_m, None, None, EPS, plan.rms, None, x.dtype, True)
         ctx.plan, ctx.own, ctx.shape, ctx.shifted = plan, weight.dtype, y.shape, shift is not None
         ctx.vectors = (gate.dtype, scale.dtype if shift is None else shift.dtype, scale.dtype)
-        ctx.tap = None
+        ctx.tap, ctx.home = None, home
+        # The gate, what it has beside it, and the second gate, whose own number comes after those.
+        ctx.last = home and (home[0], home[1] + 2 + ctx.shifted)
         ctx.mark_non_differentiable(*measured)
         ctx.set_materialize_grads(False)
         saved, mlp.saved_tensors = mlp.saved_tensors, ()
@@ -260,26 +279,38 @@ class _Joins(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         saved, plan, mlp = ctx.saved_tensors, ctx.plan, ctx.mlp
         attended, shadow, branch, gate, scale, x_new, mean, variance, mixed, gate_m = saved[:10]
-        found: Any = ctx.tap.gradients(grad, mixed, gate_m, plan.chosen) if ctx.tap and ctx.tap.active else grad
+        found: Any = grad
+        if (tap := ctx.tap) and tap.active:
+            found = tap.gradients(grad, mixed, gate_m, plan.chosen, ctx.last)
         if found is None:
-            return (None,) * 14
+            return (None,) * 15
         if isinstance(found, Tensor):
-            gate_alone = (None, None, mixed, gate_m, None, None, None, EPS, plan.rms, False)
-            made = plan.norms.backward(found, *gate_alone, x_new.dtype, mixed.dtype, (gate_m.dtype,) * 3)
+            gate_alone = (None, None, mixed, gate_m, None, None, None, EPS, plan.rms, False, x_new.dtype, mixed.dtype)
+            made = _of_norm(plan, (found, *gate_alone), (gate_m.dtype,) * 3, ctx.last)
             found = found, *made[1:3]
         above, grad_mixed, grad_gate_m = found
         mlp.saved_tensors = saved[10:]
         of_mlp: Any = _GeluMlp.backward(mlp, grad_mixed.view(-1, x_new.shape[-1]), None)[:5]
         mlp.saved_tensors = ()
         given: Any = (above, of_mlp[0].view(x_new.shape), x_new, branch, gate, scale, mean, variance, EPS, plan.rms)
-        grad_x, grad_branch, grad_gate, grad_shift, grad_scale = plan.norms.backward(
-            *given, ctx.shifted, x_new.dtype, branch.dtype, ctx.vectors
-        )
+        given = (*given, ctx.shifted, x_new.dtype, branch.dtype)
+        grad_x, grad_branch, grad_gate, grad_shift, grad_scale = _of_norm(plan, given, ctx.vectors, ctx.home)
         rows = grad_branch.view(attended.shape)
         grad_y = torch.mm(rows, shadow).view(ctx.shape)
         grad_weight, grad_bias = product(rows.t(), attended, ctx.own), sum_of_rows(rows, ctx.own)
         of_inputs = (grad_x, grad_y, grad_gate, grad_shift, grad_scale, grad_gate_m)
-        return *of_inputs, grad_weight, grad_bias, *of_mlp[1:], None, None
+        return *of_inputs, grad_weight, grad_bias, *of_mlp[1:], None, None, None
+
+
+def _of_norm(
+    plan: Plan, given: Sequence[Any], vectors: tuple[torch.dtype, ...], home: Home
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The norm's gradients; None for those of vectors that are left at home."""
+    if home is None:
+        return plan.norms.backward(*given, vectors)
+    grad_x, grad_y, partials = plan.norms.differentiate(*given)
+    home[0].leave(home[1], partials)
+    return grad_x, grad_y, None, None, None
 
 
 class _Part:
@@ -303,7 +334,14 @@ class _Part:
 
 def _node(function: Any) -> Any:
     """Its apply, without torch's look at the signature of forward."""
-    function.backward = staticmethod(guarded(function.backward, _REFUSAL))
+    run = guarded(function.backward, _REFUSAL)
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # what is left at home would not meet the refusal
+            ctx.home = ctx.last = None
+        return run(ctx, *grads)
+
+    function.backward = staticmethod(backward)
     return super(torch.autograd.Function, function).apply
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from dit_fast.ops._op import rows
 from dit_fast.ops._register import define, goes_straight
 from dit_fast.ops.diversity_op import EPS, backward_op
+from dit_fast.ops.linear import PartialSums
 
 
 def _partners(
@@ -128,6 +129,7 @@ class Descent:
             kept = mixture if len(mixture) else None
             self._shared = (*found, inverse_norms, grad_statistics.float().contiguous(), kept, backend)
             self._straight = goes_straight([self._rows, *self._shared])
+            self._dtypes = tuple(feature.dtype for feature in features)
         elif len(mixture):
             self._sources, self._norms, self._statistics, self._pairs = through_mixture(
                 self._rows, inverse_norms, mixture, grad_statistics, grad_pair_sums
@@ -145,9 +147,24 @@ class Descent:
         (grad,) = backward_op(self._sources, *incoming, upstream, [block], self.backend)
         return grad.view(x.shape)
 
-    def through_gate(self, block: int, above: Tensor | None, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of stream, branch and gate behind which the block's output is x + gate * y; "triton" alone."""
-        return self._launch(self.features[block], above, y, gate, block)
+    def through_gate(
+        self, block: int, above: Tensor | None, y: Tensor, gate: Tensor, home: tuple[PartialSums, int] | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gradients of stream, branch and gate behind which the block's output is x + gate * y; "triton" alone.
+
+        home: where that of the gate may be left as partial sums, with its number there; it is None then.
+        """
+        x = self.features[block]
+        if home is None or not (self._straight and goes_straight((x, above, y, gate))):
+            return self._launch(x, above, y, gate, block)
+        from dit_fast.kernels import diversity_taps as kernel
+
+        given = (None if each is None else rows(each) for each in (x, above, y, gate))
+        weights, sources, addresses, strides, aligned, *known, _ = self._shared
+        shared = kernel.Partners(weights, sources, (addresses, strides), aligned)
+        grad_x, grad_y, partials = kernel.differentiate(*given, block, shared, *known, self._dtypes)
+        home[0].leave(home[1], partials)
+        return grad_x, grad_y, None
 
     def _launch(self, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
         # What all blocks share was looked at once: K times K tensors.

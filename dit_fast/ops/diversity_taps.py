@@ -54,6 +54,7 @@ from dit_fast.ops.diversity import (
 )
 from dit_fast.ops.diversity_descent import Descent
 from dit_fast.ops.diversity_op import OP, forward_op
+from dit_fast.ops.linear import PartialSums
 from dit_fast.ops.row_statistics import RowStatistics
 
 _INSTEAD = 'diversity_loss(outputs, backend="torch")'
@@ -96,12 +97,15 @@ class Joint:
         return descent is not None and descent.task == torch._C._current_graph_task_id()
 
     def gradients(
-        self, above: Tensor | None, y: Tensor, gate: Tensor, backend: str
-    ) -> tuple[Tensor, Tensor, Tensor] | Tensor:
-        """The gate's own gradients, from one launch, or the gradient of its result with the loss's added to it."""
+        self, above: Tensor | None, y: Tensor, gate: Tensor, backend: str, home: tuple[PartialSums, int] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None] | Tensor:
+        """The gate's own gradients, from one launch, or the gradient of its result with the loss's added to it.
+
+        home: where that of `gate` may be left as partial sums, with its number there; it is None then.
+        """
         descent = self._shared.used()
         if descent.backend == backend == "triton":
-            return descent.through_gate(self._index, above, y, gate)
+            return descent.through_gate(self._index, above, y, gate, home)
         return descent.added(self._index, above)
 
 

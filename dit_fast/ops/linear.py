@@ -19,6 +19,8 @@ from torch.autograd import forward_ad
 from dit_fast.ops import onednn
 from dit_fast.ops.autocast import autocast_dtype
 
+MOST_SUMS = 256  # parts whose partial sums are added by one launch: their addresses are among its arguments
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`, from the shadows where there are some, on the CPU by oneDNN's where that pays."""
@@ -40,7 +42,31 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return onednn.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
 
 
-def linear_of_all(x: Tensor, layers: Sequence[Any], width: int) -> list[tuple[Tensor, ...]] | None:
+class PartialSums:
+    """Of gradients of parts: their readers' backwards may leave them here, in the place of a gradient, and that of the
+    product adds all of them in one launch (`kernels/adaln_gradients.py`)."""
+
+    def __init__(self) -> None:
+        self._task, self._left = -1, list[tuple[int, Tensor]]()
+
+    def leave(self, first: int, partials: Tensor) -> None:
+        """[N, chunks, parts, width] of parts from number `first` on, of the backward pass that runs."""
+        if self._task != torch._C._current_graph_task_id():
+            self._task, self._left = torch._C._current_graph_task_id(), []
+        self._left.append((first, partials))
+
+    def take(self) -> list[tuple[int, Tensor]]:
+        left, self._left = self._left, []
+        return left if self._task == torch._C._current_graph_task_id() else []
+
+
+class Parts(tuple[Tensor, ...]):
+    """Of one layer, and where partial sums of the first one's gradient may be left, with its number there."""
+
+    home: tuple[PartialSums, int] | None = None
+
+
+def linear_of_all(x: Tensor, layers: Sequence[Any], width: int) -> list[Parts] | None:
     """What each of these layers makes of x [N, D], cut into parts [N, width]; one product, and two for all gradients.
 
     None where the layers' shadows do not lie in one buffer, in this order, or are not what autocast would read.
@@ -51,12 +77,18 @@ def linear_of_all(x: Tensor, layers: Sequence[Any], width: int) -> list[tuple[Te
     joined_bias = None if joined is None else _joined(biases, dtype)
     if joined is None or joined_bias is None:
         return None
-    x = x.to(joined.dtype)
-    if torch.is_grad_enabled():
-        parts = iter(_LinearOfAll.apply(x, joined, joined_bias, width, *weights, *biases))
+    x, sums = x.to(joined.dtype), PartialSums()
+    if grads := torch.is_grad_enabled():
+        parts = _LinearOfAll.apply(x, joined, joined_bias, width, sums, *weights, *biases)
     else:
-        parts = iter(F.linear(x, joined, joined_bias).view(len(x), -1, width).unbind(1))
-    return [tuple(next(parts) for _ in range(len(bias) // width)) for bias in biases]
+        parts = F.linear(x, joined, joined_bias).view(len(x), -1, width).unbind(1)
+    made, end = [], 0
+    for bias in biases:
+        first, end = end, end + len(bias) // width
+        made.append(each := Parts(parts[first:end]))
+        if grads and end <= MOST_SUMS:
+            each.home = sums, first
+    return made
 
 
 def shadow_of(parameter: Tensor, dtype: torch.dtype | None) -> Tensor | None:
@@ -160,22 +192,44 @@ class _Linear(torch.autograd.Function):
 
 
 class _LinearOfAll(torch.autograd.Function):
-    """(x, joined shadows of weights and of biases, width, weights, biases) -> parts of the map of x."""
+    """(x, joined shadows of weights and of biases, width, sums, weights, biases) -> parts of the map of x."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, joined: Tensor, joined_bias: Tensor, width: int, *parameters: Tensor
+        ctx: Any, x: Tensor, joined: Tensor, joined_bias: Tensor, width: int, sums: PartialSums, *parameters: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.count = len(parameters) // 2
-        ctx.save_for_backward(x, joined, *parameters[: ctx.count])
-        return F.linear(x, joined, joined_bias).view(len(x), -1, width).unbind(1)
+        ctx.sums, ctx.shape = sums, (len(x), len(joined) // width, width)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, joined, *parameters[: len(parameters) // 2])
+        return F.linear(x, joined, joined_bias).view(ctx.shape).unbind(1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, joined, *weights = ctx.saved_tensors
+        rows = _joined_gradients(grads, ctx.sums.take(), x, ctx.shape)
         if torch.is_grad_enabled():
             joined = torch.cat(weights).to(joined.dtype)  # as above
-        rows, dtype, sizes = torch.cat(grads, 1), weights[0].dtype, [len(weight) for weight in weights]
+        dtype, sizes = weights[0].dtype, [len(weight) for weight in weights]
         grad_x = torch.mm(rows, joined) if ctx.needs_input_grad[0] else None
         of_weights = product(rows.t(), x, dtype).split(sizes)
-        return grad_x, None, None, None, *of_weights, *sum_of_rows(rows, dtype).split(sizes)
+        return grad_x, *(None,) * 4, *of_weights, *sum_of_rows(rows, dtype).split(sizes)
+
+
+def _joined_gradients(
+    grads: Sequence[Tensor | None], left: Sequence[tuple[int, Tensor]], x: Tensor, shape: tuple[int, int, int]
+) -> Tensor:
+    """[N, parts * width] of the gradients of parts and of partial sums."""
+    if not left:
+        zeros = x.new_zeros(shape[::2]) if any(grad is None for grad in grads) else None
+        return torch.cat([zeros if grad is None else grad for grad in grads], 1)  # type: ignore[misc]
+    from dit_fast.kernels import adaln as kernel
+
+    rows = x.new_empty(shape)
+    kernel.sum_all(left, rows)
+    summed = {first + place for first, partials in left for place in range(partials.shape[2])}
+    for place, grad in enumerate(grads):
+        if place not in summed:
+            rows[:, place] = 0 if grad is None else grad
+        elif grad is not None:
+            rows[:, place] += grad
+    return rows.view(len(x), -1)

@@ -57,7 +57,8 @@ def nodes(monkeypatch):
     count = []
     for name in ("reads", "joins"):
         run = getattr(branches, name)
-        monkeypatch.setattr(branches, name, lambda *given, run=run, name=name: count.append(name) or run(*given))
+        counted = lambda *given, run=run, name=name, **named: count.append(name) or run(*given, **named)  # noqa: E731
+        monkeypatch.setattr(branches, name, counted)
     return count
 
 

@@ -3,10 +3,15 @@
 import pytest
 import torch
 
+from dit_fast.backend import force
+from dit_fast.errors import UserError
 from dit_fast.kernels import adaln as kernel
 from dit_fast.kernels import adaln_gradients, tuning
 from dit_fast.kernels.launch import Kept, launcher
-from dit_fast.ops import adaln, gate_residual, gate_residual_modulate, layer_norm_modulate
+from dit_fast.nn.block import Block
+from dit_fast.nn.linear import make_shadows
+from dit_fast.ops import adaln, gate_residual, gate_residual_modulate, layer_norm_modulate, linear
+from dit_fast.ops.diversity_taps import DiversityTaps
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 LIMITS = {FP32: 1e-6, FP16: 1e-3, BF16: 6e-3}  # relative RMS error
@@ -342,3 +347,79 @@ def test_supports_names_what_it_refuses():
         "torch.float64",
         str(kernel.TOKENS * kernel.MAX_CHUNKS + 1),
     ]
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_partial_sums_of_many_are_added_as_those_of_one(shift):
+    (x, y, gate, _, scale), above = make((2, 2 * kernel.CHUNK + 5, 300), "both", "fp32 stream under bf16 autocast")
+    statistics = torch.var_mean(x, -1, correction=0)[::-1]
+    nodes = [
+        (above[0], above[1], x, y, gate, scale, *statistics, EPS, False, shift, FP32, BF16),
+        (above[0], None, None, y, gate, None, None, None, EPS, False, False, FP32, BF16),
+    ]
+    expected = [grad for node in nodes for grad in kernel.backward(*node, (BF16,) * 3)[2:] if grad is not None]
+    given = [kernel.differentiate(*node)[2] for node in nodes]
+    out, last = torch.full((2, 6, 300), torch.nan, dtype=BF16), 4 - (not shift)
+    kernel.sum_all([(last, given[1]), (1, given[0])], out)
+    assert torch.equal(out[:, 1 : last + 1], torch.stack(expected, 1))
+    assert torch.cat((out[:, :1], out[:, last + 1 :]), 1).isnan().all()
+
+
+class Blocks(torch.nn.ModuleList):
+    def side_by_side(self):
+        return [block.adaLN_modulation[-1] for block in self]
+
+
+@pytest.fixture
+def blocks():
+    torch.manual_seed(0)
+    made = Blocks(Block(32, 2) for _ in range(3))
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    make_shadows(made, list(made.parameters()))
+    return made
+
+
+def gradients_of(blocks, tapped, look=lambda parts: None, create_graph=False):
+    torch.manual_seed(1)
+    stream, c = torch.randn(2, 40, 32, requires_grad=True), torch.randn(2, 32, requires_grad=True)
+    leaves, stats, taps = [stream, c, *blocks.parameters()], None, DiversityTaps()
+    with force("triton"), torch.autocast("cpu", BF16):
+        every = linear.linear_of_all(c, blocks.side_by_side(), 32)
+        look(every)
+        for block, parts in zip(blocks, every, strict=True):
+            stream, stats = block(stream, c, stats, modulation=parts)
+            stream = taps.tap(stream, stats) if tapped else stream
+        loss = stream.square().mean() + (taps.loss("all").total if tapped else 0)
+    return torch.autograd.grad(loss, leaves, create_graph=create_graph)
+
+
+@pytest.mark.parametrize("most", [12, 256])
+@pytest.mark.parametrize("tapped", [False, True])
+def test_partial_sums_that_blocks_leave_as_trained_give_the_same_bits(blocks, tapped, most, monkeypatch):
+    """Of all blocks, or of two of three."""
+    added = []
+    run = kernel.sum_all
+    monkeypatch.setattr(kernel, "sum_all", lambda left, out: added.append(len(left)) or run(left, out))
+    monkeypatch.setattr(linear, "MOST_SUMS", most)
+    ours = gradients_of(blocks, tapped)
+    assert added == [6 if most == 12 else 9]
+    monkeypatch.setattr(linear, "MOST_SUMS", 0)
+    theirs = gradients_of(blocks, tapped)
+    assert len(added) == 1
+    assert all(map(torch.equal, ours, theirs))
+
+
+def test_whoever_looks_at_a_part_as_trained_sees_its_gradient(blocks):
+    expected, seen = gradients_of(blocks, False), []
+    found = gradients_of(blocks, False, lambda every: every[1][2].register_hook(lambda grad: seen.append(grad)))
+    assert len(seen) == 1
+    assert all(map(torch.equal, expected, found))
+    doubled = gradients_of(blocks, False, lambda every: every[1][2].register_hook(lambda grad: 2 * grad))
+    assert not torch.equal(doubled[1], expected[1])
+
+
+def test_partial_sums_as_trained_have_no_second_derivative(blocks):
+    _, of_condition, *_ = gradients_of(blocks, False, create_graph=True)
+    with pytest.raises(UserError, match="no second derivative"):
+        torch.autograd.grad(of_condition.sum(), next(blocks.parameters()), allow_unused=True)

@@ -393,7 +393,7 @@ def test_supports_names_what_it_refuses():
 
 
 @pytest.mark.parametrize("skip_dtype", [FP32, BF16], ids=str)
-def test_one_node_has_the_bits_of_the_op(skip_dtype):
+def test_one_node_as_trained_has_the_bits_of_the_op(skip_dtype):
     problem = Problem(12, 32, (FP32, skip_dtype, BF16))
     halves = [each.view(2, 6, 32).requires_grad_() for each in (problem.x, problem.skip)]
     parameters = tuple(map(torch.nn.Parameter, (problem.gamma, problem.beta, problem.weight, problem.bias)))
@@ -409,7 +409,7 @@ def test_one_node_has_the_bits_of_the_op(skip_dtype):
     assert all(map(torch.equal, *found))
 
 
-def test_no_node_where_the_op_must_run():
+def test_no_node_as_trained_where_the_op_must_run():
     """Of what the op would not run by "triton", of rows that it would copy, and where someone looks on."""
     problem = Problem(12, 32, DTYPES[2])
     x, skip = (each.view(2, 6, 32).requires_grad_() for each in (problem.x, problem.skip))

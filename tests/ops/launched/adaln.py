@@ -32,3 +32,7 @@ for sizes in ((2, 256), (1, 1)):  # 1 is the value that Triton likes to compile 
     launch(*sizes, 1152, FP32, BF16, *RESIDUAL)
     launch(*sizes, 1152, FP32, BF16, *FUSED, rms=True)
     launch(*sizes, 1152, FP32, BF16, *NORM, rms=True, shifted=False)
+
+firsts = [first + 6 * block for block in range(28) for first in (0, 2, 5)]
+partials = [torch.zeros(2, 8, parts, 1152) for parts in (2, 3, 1) * 28]
+adaln.sum_all([*zip(firsts, partials, strict=True)], torch.zeros(2, 170, 1152, dtype=BF16))
