@@ -123,6 +123,20 @@ build.build()
 """
 
 
+MANY = """
+import sys
+from tests.ops import aot
+sys.exit(bool(aot.compile_all(sys.argv[2:], sys.argv[1:2], ["3.9.0"])[1]))
+"""
+SOME = """
+import importlib, sys
+from tests.ops import aot
+module = importlib.import_module(f"dit_fast.kernels.{sys.argv[1]}")
+cases = [(case, arch) for arch in aot.TARGETS for case in module.aot_cases(arch) if sys.argv[2] in case.configuration]
+sys.exit(any(aot.gate(aot.compile_case(case, arch), case) for case, arch in cases) or not cases)
+"""
+
+
 @cache
 def _server(version: str, imports: str, run: str, interpret: bool) -> subprocess.Popen:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "PYTEST_"))}
@@ -186,14 +200,16 @@ def _chosen(family: str, selection: str) -> list[str]:
 
 
 def machine_code(root: Path, family: str, selection: str) -> str:
-    """selection: kernel files. Reasons of the gates alone: that the code is not the lock's says nothing against it."""
-    code = (
-        "import sys; from tests.ops import aot; "
-        "sys.exit(bool(aot.compile_all(sys.argv[2:], sys.argv[1:2], ['3.9.0'])[1]))"
-    )
-    script = selection.split()[0]
-    command = [sys.executable, "-c", code, script, *selection.split()[1:]]
-    return selection if subprocess.run(command, cwd=root, capture_output=True).returncode else ""
+    """selection: a script of launched/ and kernel files; or FILE: part of the names of configurations, launches unseen.
+
+    Reasons of the gates alone: that the code is not the lock's says nothing against it.
+    """
+    file, colon, part = selection.partition(": ")
+    code, given = (MANY, file.split()) if not colon else (SOME, [file, part])
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"PYTHONPATH": str(folder(NEWEST)), "TRITON_CACHE_DIR": cache}
+        command = [sys.executable, "-c", code, *given]
+        return selection if subprocess.run(command, cwd=root, env=environment, capture_output=True).returncode else ""
 
 
 def ticket_order(root: Path, family: str, selection: str) -> str:
