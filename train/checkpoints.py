@@ -1,8 +1,9 @@
 """Writing checkpoints so that a kill, a full disk or a crash at any moment leaves the previous one intact.
 
-Each rank copies its part to host memory, and training goes on while a thread writes it into `step_N.partial/` and
-flushes it. Each then tells rank 0 what it wrote, through the job's store: no collective runs beside those of training.
-When all have, rank 0 writes the manifest and renames the folder into place. One save is under way at most.
+Each rank copies its part to host memory, and training goes on while a thread looks for NaN and Inf in the copy, writes
+it into `step_N.partial/` and flushes it. Each then tells rank 0 what it wrote, through the job's store: no collective
+runs beside those of training. When all have, rank 0 writes the manifest and renames the folder into place. One save is
+under way at most, and what became of it is known to all ranks at the same place of the run: where `settle` waits for it.
 The format is described and read in `dit_fast.checkpoint.step`.
 """
 
@@ -23,12 +24,12 @@ import torch
 
 from dit_fast import files
 from dit_fast.checkpoint.manifest import MANIFEST, STATE, State, write_manifest
-from dit_fast.checkpoint.step import FOLDER, Checkpoint, newest_checkpoint, step_folders, step_name
+from dit_fast.checkpoint.step import FOLDER, Checkpoint, extremes, newest_checkpoint, step_folders, step_name
 from dit_fast.errors import CheckpointError, UserError
 from dit_fast.train.engine import Engine
 from dit_fast.train.guard import Diverged, Finiteness
 from dit_fast.train.part import HostMemory, Share, Untrained, shares, write_part
-from dit_fast.world import World
+from dit_fast.world import Late, World
 
 logger = logging.getLogger("dit_fast")
 
@@ -39,14 +40,21 @@ LEAVING = 5.0  # the same where this process ends and the others may be dead
 
 @dataclasses.dataclass
 class Save:
-    """A save whose values were taken. error: why it failed, once that is known; on rank 0 of all ranks' reasons one."""
+    """A save whose values were taken. error: why it failed, once that is known; on rank 0 of all ranks' reasons one.
+
+    names: of the shares, the same on every rank. replicas: whether what a rank has of each beside its own share is
+    finite. broken: how many of the names are left from the first on that this rank has found not to be; 0: none is.
+    """
 
     number: int  # of this job's saves
     final: Path
     held: Sequence[Share]
+    names: Sequence[str]
     state: Mapping[str, Any]
     retire: bool
     patience: float = PATIENCE
+    replicas: Late | None = None
+    broken: int = 0
     error: str = ""
     said: bool = False
     crash: BaseException | None = None  # no matter of the disk
@@ -126,12 +134,13 @@ class Checkpoints:
         """Saves the state as it is now, as the checkpoint of state["step"]; collective. Waits for the save before.
 
         In the background it returns when the values were copied, and `settle` tells whether they were written.
-        untrained: `Rest.tensors()`. retire: whether those beyond `keep` go then. Raises Diverged, on all ranks, where a
-        tensor holds NaN or Inf. What was there before stays whole whatever happens; what the disk refuses is a warning.
+        untrained: `Rest.tensors()`. retire: whether those beyond `keep` go then. Raises what `settle` does, of the save
+        before. What was there before stays whole whatever happens; what the disk refuses is a warning.
         """
         self.settle()
         world, held = self.world, list(shares(engine, untrained, self.world))
-        save = Save(next(self._numbers), self.folder / step_name(state["step"]), held, state, retire)
+        names = [f"{share.kind} of '{share.name}'" for share in held]
+        save = Save(next(self._numbers), self.folder / step_name(state["step"]), held, names, state, retire)
         with _noting(save):
             if world.rank == 0:
                 self._prepare(save.partial, engine, untrained)
@@ -140,15 +149,10 @@ class Checkpoints:
         self._under_way = save, None
         if self._any(bool(save.error)):
             return
-        finite = Finiteness(world)
-        for share in held:
-            finite.look(f"{share.kind} of '{share.name}'", share.held)
-        if (name := finite.first_exception()) is not None:
-            self._under_way = None
-            if world.rank == 0:
-                files.remove_tree(save.partial)
-            step = state["step"]
-            raise Diverged(f"{name} is not finite after step {step}, so no checkpoint was written", (step, step))
+        replicas = Finiteness(world)  # nobody copies what others save
+        for share, name in zip(held, names, strict=True):
+            replicas.look(name, share.held[: 0 if share.is_all_held else None])
+        save.replicas = Late(replicas.here())
         if self._memory is None:
             self._write(save)
             return
@@ -169,7 +173,8 @@ class Checkpoints:
     def settle(self) -> bool:
         """Waits until the save under way is written or has failed; whether it was written, True without one.
 
-        Collective. What failed has been said in one line.
+        Collective. What failed has been said in one line. Raises Diverged, on all ranks, where a tensor of that save
+        holds NaN or Inf on one: it was not written.
         """
         if self._under_way is None:
             return True
@@ -178,11 +183,14 @@ class Checkpoints:
             thread.join()
         self.look()
         self._under_way = None
-        failed = self._any(bool(save.error or save.crash))
+        failed, broken = self._most(bool(save.error or save.crash), save.broken)
         if save.crash is not None:
             raise save.crash
         if failed and self.world.rank == 0:
             files.remove_tree(save.partial)
+        if broken:
+            name, step = save.names[-broken], save.state["step"]
+            raise Diverged(f"{name} is not finite after step {step}, so no checkpoint was written", (step, step))
         if not failed:
             self.written = save.state["step"]
         return not failed
@@ -222,6 +230,7 @@ class Checkpoints:
         """Writes this rank's part; on rank 0 waits for the others' and publishes all."""
         listed: dict[str, dict[str, Any]] = {}
         with _noting(save):
+            self._look_at_values(save)
             listed = write_part(save.partial, save.held, self.world)
         save.held = ()
         if self.world.rank:
@@ -236,6 +245,14 @@ class Checkpoints:
                 self._publish(save, listed)
         if save.error:
             files.remove_tree(save.partial)
+
+    def _look_at_values(self, save: Save) -> None:
+        """Raises UserError where a value that this rank has is not finite."""
+        assert save.replicas is not None
+        for number, (share, finite) in enumerate(zip(save.held, save.replicas.read().tolist(), strict=True)):
+            if not (finite and extremes(share.values).isfinite().all()):
+                save.broken = len(save.names) - number
+                raise UserError(f"{save.names[number]} is not finite")
 
     def _others(self, save: Save) -> Iterator[tuple[int, tuple[dict[str, Any], str]]]:
         began = time.monotonic()
@@ -273,8 +290,11 @@ class Checkpoints:
 
     def _any(self, here: bool) -> bool:
         """Whether it is so on any rank."""
-        flag = torch.tensor([float(here)], dtype=torch.float32, device=self.world.device)
-        return bool(self.world.reduce(flag, "max").item())
+        return bool(self._most(here)[0])
+
+    def _most(self, *here: int) -> list[int]:
+        """The largest of all ranks' numbers, one by one."""
+        return self.world.reduce(torch.tensor(here, dtype=torch.int32, device=self.world.device), "max").tolist()
 
 
 @contextlib.contextmanager

@@ -217,10 +217,13 @@ class Finiteness:
         self._names.append(name)
         self._extremes.append(extremes(tensor).to(self._world.device))
 
+    def here(self) -> Tensor:
+        """Whether each is finite on this rank: bool [tensors], on the device."""
+        return torch.stack(self._extremes).isfinite().all(1)
+
     def first_exception(self) -> str | None:
         """The name of the first tensor that is not finite on some rank; collective."""
         if not self._names:
             return None
-        wrong = torch.stack(self._extremes).isfinite().all(1).logical_not().to(torch.int32)
-        wrong = self._world.reduce(wrong, "max").cpu()
+        wrong = self._world.reduce(self.here().logical_not().to(torch.int32), "max").cpu()
         return self._names[int(wrong.argmax())] if wrong.any() else None

@@ -96,9 +96,9 @@ def _train(
                 run.engine.close()
                 return done, stop if run.stopped else None
             except Diverged as error:  # on all ranks
-                run.checkpoints.settle()
+                first = run.first(error)
                 run.guard.newest = run.checkpoints.written
-                rollbacks = go_back(error, run.guard, config, world, rollbacks)
+                rollbacks = go_back(first, run.guard, config, world, rollbacks)
             except Exception as error:
                 run.checkpoints.leave(error)
                 raise
@@ -284,6 +284,17 @@ class _Run:
         finally:
             batches.close()  # type: ignore[attr-defined]
             journal.close()
+
+    def first(self, error: Diverged) -> Diverged:
+        """It, or what a save under way shows: that is of a step before. Collective.
+
+        So the run goes back to where it would if it had waited for the save, or was killed or stopped in between.
+        """
+        try:
+            self.checkpoints.settle()
+        except Diverged as earlier:
+            return earlier
+        return error
 
     def _draw(self, step: int, journal: Journal | None = None, missing: bool = False) -> None:
         """Preview and evaluation of a step, where they are due; missing: only if there is none.

@@ -40,6 +40,10 @@ class Share(NamedTuple):
     def whole(self) -> bool:
         return len(self.values) == self.shape.numel()
 
+    @property
+    def is_all_held(self) -> bool:
+        return len(self.values) == len(self.held)
+
 
 def shares(engine: Engine, untrained: Untrained, world: World) -> Iterator[Share]:
     """This rank's shares of all that is saved, live: the same kinds and names on every rank, some without a value.

@@ -17,24 +17,27 @@ from dit_fast.train.prepare import kind_of, micro_batch
 
 @dataclass(frozen=True)
 class GPU:
-    """From NVIDIA's data sheets (SXM): dense FLOP/s, bytes of memory, NVLink bytes/s one way."""
+    """From NVIDIA's data sheets (SXM): dense FLOP/s, bytes of memory, bytes/s one way by NVLink and by PCIe."""
 
     name: str
     bf16: float
     fp32: float
     memory: float
     link: float
+    pcie: float
 
 
 GPUS = {
-    "h800": GPU("H800", 989e12, 67e12, 80e9, 200e9),
-    "h100": GPU("H100", 989e12, 67e12, 80e9, 450e9),
-    "h200": GPU("H200", 989e12, 67e12, 141e9, 450e9),
-    "a100": GPU("A100", 312e12, 19.5e12, 80e9, 300e9),
+    "h800": GPU("H800", 989e12, 67e12, 80e9, 200e9, 64e9),
+    "h100": GPU("H100", 989e12, 67e12, 80e9, 450e9, 64e9),
+    "h200": GPU("H200", 989e12, 67e12, 141e9, 450e9, 64e9),
+    "a100": GPU("A100", 312e12, 19.5e12, 80e9, 300e9, 32e9),
 }
 NIC = 50e9  # bytes/s one way: one 400 Gb/s adapter for each GPU, as in HGX machines
 # DeepEP's README (docs/legacy.md) reaches 160 of the H800's 200 GB/s of NVLink, and 43 of 50 GB/s of each adapter.
 LINK_SHARE, NIC_SHARE = 160 / 200, 43 / 50
+PCIE_SHARE = 55.63 / 64  # of generation 5, in an example of nvbandwidth's output (docs/scaling.md)
+WRITTEN = 1e9  # bytes/s that one rank hashes and writes while all do; assumed
 # benchmarks/results/nvidia-h200/step.json, "dit_fast, all pairs": B/2 b256 reaches 2.80e14 of 989e12 FLOP/s; the host
 # needs 100.6 ms for a micro-batch of B/2 b32 (12 blocks) and 219.3 ms of XL/2 b32 (28 blocks).
 UTILISATION = 0.283
@@ -59,11 +62,22 @@ def traffic(engine: EngineConfig, trained: int, micro_batches: int) -> dict[str,
     return {"reduce_scatter": reduced * micro_batches, "allgather": whole}  # kept whole below 10^9 elements
 
 
+def saved(engine: EngineConfig, sizes: Sequence[int], ranks: int) -> int:
+    """Bytes that a rank copies and writes at a save, of the rank with most: weights, average, two moments.
+
+    sizes: elements of the trained parameters. Checked against files that two ranks wrote in
+    tests/train/test_scaling.py.
+    """
+    apart = engine.name != "ddp" and engine.zero_stage == 3  # which shares out each parameter, and not all end to end
+    return 4 * FLOAT * sum(-(-size // ranks) for size in (sizes if apart else [sum(sizes)]))
+
+
 @dataclass(frozen=True)
 class Plan:
     """Of one engine on so many GPUs. Seconds are of a step; exposed: of collectives that nothing hides.
 
-    memory: bytes on each. hours: GPU-hours of the whole run. fits: whether the memory suffices.
+    memory: bytes on each. hours: GPU-hours of the whole run. fits: whether the memory suffices. saved: bytes of a
+    checkpoint that each copies and writes; copying: seconds that it waits for them.
     """
 
     engine: str
@@ -76,6 +90,8 @@ class Plan:
     hours: float
     images: float  # per second, of all
     fits: bool
+    saved: int
+    copying: float
 
     @property
     def seconds(self) -> float:
@@ -101,6 +117,7 @@ def plan(planner: Planner, gpus: int, gpu: GPU, node: int) -> Plan:
     exposed = times.get("allgather", 0.0) + (max(0.0, reduces - 2 / 3 * once) if hidden else reduces)
     memory = planner.over(engine, gpus).memory(micro, count > 1).total
     seconds = once * count + exposed
+    size = saved(engine, [each.numel() for each in planner.parameters], gpus)
     return Plan(
         engine=kind_of(engine) if gpus > 1 else "one process",
         gpus=gpus,
@@ -112,6 +129,8 @@ def plan(planner: Planner, gpus: int, gpu: GPU, node: int) -> Plan:
         hours=seconds * config.run.steps * gpus / 3600,
         images=engine.global_batch / seconds,
         fits=memory <= gpu.memory,
+        saved=size,
+        copying=size / (gpu.pcie * PCIE_SHARE),
     )
 
 
@@ -155,14 +174,22 @@ def report(config: TrainConfig, gpus: Sequence[int], gpu: str, node: int, per_gp
         f"| {' | '.join(heads)} |",
         "|---" * len(heads) + "|",
     ]
+    most: dict[int, Plan] = {}  # by GPUs: the engine in which one saves most; they hardly differ
     for row in plans(config, gpus, kind, node, per_gpu):
         if isinstance(row, tuple):
             lines.append(f"| {row[0]} | cannot: {row[1]} |" + " |" * (len(heads) - 2))
             continue
+        if row.gpus not in most or row.saved > most[row.gpus].saved:
+            most[row.gpus] = row
         samples = f"{row.micro_batches} x {row.micro}" if row.micro_batches > 1 else f"{row.micro}"
         size = f"{row.memory / 1e9:.1f}" + ("" if row.fits else " (too much)")
         lines.append(
             f"| {row.gpus} | {row.engine} | {samples} | {row.seconds * 1e3:.0f} | {row.exposed * 1e3:.1f} | "
             f"{row.images:,.0f} | {row.hours:,.0f} | {size} |"
         )
+    if most:
+        lines += ["", "| GPUs | GB that each saves | ms copied, while it waits | s written, behind the steps |"]
+        lines += ["|---" * 4 + "|"]
+    for number, row in most.items():
+        lines.append(f"| {number} | {row.saved / 1e9:.3f} | {row.copying * 1e3:.1f} | {row.saved / WRITTEN:.2f} |")
     return "\n".join(lines)

@@ -19,7 +19,8 @@ from dit_fast.checkpoint.manifest import write_manifest
 from dit_fast.checkpoint.step import KINDS, newest_checkpoint, open_checkpoint, step_folders
 from dit_fast.errors import CheckpointError, UserError
 from dit_fast.train.checkpoints import Checkpoints
-from dit_fast.train.guard import Diverged, Finiteness
+from dit_fast.train.guard import Diverged
+from dit_fast.train.part import HostMemory
 from dit_fast.train.prepare import check_fits
 from dit_fast.world import World
 from tests.helpers.damage import flip
@@ -342,8 +343,9 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, fault, kind):
         check_fits(checkpoint, expected)
 
 
+@pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("kind", [*KINDS, "frozen"])
-def test_what_is_not_finite_is_neither_saved_nor_read(two, kind, monkeypatch, caplog):
+def test_what_is_not_finite_is_neither_saved_nor_read(two, kind, background, monkeypatch, caplog):
     broken, untrained = Weights(12), {each: {**tensors} for each, tensors in UNTRAINED.items()}
     real = broken.full_state
 
@@ -355,12 +357,17 @@ def test_what_is_not_finite_is_neither_saved_nor_read(two, kind, monkeypatch, ca
     if kind == "frozen":
         untrained["model"]["pos"] = torch.full((2, 3), float("nan"))
     untrained["rest"]["a.bias"] = torch.full((3,), 0.5 if kind != "rest" else float("nan"))
-    with pytest.raises(Diverged, match=r"'(b|pos|a\.bias)' is not finite after step 12"):
-        Checkpoints(two, WORLD, keep=1).save(broken, untrained, {"step": 12})
+    checkpoints = Checkpoints(two, WORLD, keep=1, background=background)
+    checkpoints.save(broken, untrained, {"step": 12})
+    with pytest.raises(Diverged, match=r"'(b|pos|a\.bias)' is not finite after step 12") as raised:
+        checkpoints.settle()
+    assert raised.value.steps == (12, 12)
+    assert checkpoints.settle()  # told once
     assert sorted(path.name for path in (two / "checkpoints").glob("step_*")) == ["step_00000004", "step_00000008"]
-    monkeypatch.setattr(Finiteness, "first_exception", lambda self: None)
+    monkeypatch.setattr(Checkpoints, "_look_at_values", lambda *arguments: None)
     Checkpoints(two, WORLD).save(broken, untrained, {"step": 12})  # as an older version did
     monkeypatch.undo()
+    caplog.clear()
     with caplog.at_level(logging.WARNING, "dit_fast"):
         assert_is_step(Checkpoints(two, WORLD).newest(), 8)
     assert "is not finite; going back to step 8" in caplog.text
@@ -512,6 +519,76 @@ def test_what_a_disk_refuses_in_the_background_is_told_once_and_costs_nothing(tm
     assert checkpoints.written == 4
     assert_is_step(checkpoints.newest(), 4)
     assert not list(tmp_path.glob("checkpoints/*.partial"))
+
+
+def test_a_copy_that_only_another_rank_saves_is_looked_at_too(tmp_path):
+    """As on one of several ranks: of "a.weight" it saves nothing."""
+    engine = Weights(4)
+
+    def own_state(kind):
+        for name, tensor in engine.full_state(kind):
+            held = tensor.flatten()
+            if (kind, name) == ("exp_avg", "a.weight"):
+                held[7] = float("nan")
+            yield name, 0, held[: 0 if name == "a.weight" else None], held
+
+    engine.own_state = own_state
+    checkpoints = Checkpoints(tmp_path, WORLD, background=True)
+    checkpoints.save(engine, UNTRAINED, {"step": 4})
+    with pytest.raises(Diverged, match=r"exp_avg of 'a\.weight' is not finite"):
+        checkpoints.settle()
+
+
+class Stream:
+    """A CUDA stream as far as it matters here: what is queued is done when somebody waits for it."""
+
+    def __init__(self, monkeypatch):
+        self.queue, self.pinned = [], []
+        copy, empty, stream = torch.Tensor.copy_, torch.empty, self
+
+        def queued(target, source, non_blocking=False):
+            if not non_blocking:
+                return copy(target, source)
+            self.queue.append(lambda: copy(target, source))
+            return target
+
+        def pinning(*sizes, pin_memory=False, **options):
+            self.pinned.append(pin_memory)
+            return empty(*sizes, **options)
+
+        class Event:
+            def record(self):
+                self.place = len(stream.queue)
+
+            def synchronize(self):
+                stream.run(self.place)
+
+        monkeypatch.setattr(torch.Tensor, "copy_", queued)
+        monkeypatch.setattr(torch, "empty", pinning)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+
+    def run(self, end):
+        for number in range(end):
+            self.queue[number]()
+            self.queue[number] = lambda: None
+
+
+def test_on_cuda_copies_are_queued_before_the_next_update_and_read_after_they_arrived(tmp_path, monkeypatch):
+    """The next step is queued when the save returns, and the thread that reads the copies runs late."""
+    checkpoints, engine, gate = Checkpoints(tmp_path, WORLD, background=True), Moving(4), threading.Event()
+    checkpoints._memory = HostMemory(torch.device("cuda"))
+    wait = HostMemory.wait
+    monkeypatch.setattr(HostMemory, "wait", lambda self: gate.wait(30) and wait(self))
+    with monkeypatch.context() as context:
+        stream = Stream(context)
+        checkpoints.save(engine, UNTRAINED, {"step": 4, "note": "x"})
+        assert len(stream.queue) > 16, "nothing waits for the copies"
+        stream.queue.append(engine.go_on)
+        stream.queue.append(lambda: pytest.fail("a wait for what was queued after the copies"))
+        gate.set()
+        assert checkpoints.settle()
+        assert any(stream.pinned)
+    assert_is_step(checkpoints.newest(), 4)
 
 
 class Refusing:

@@ -320,6 +320,7 @@ def diverged(checkpoints, engine, state, kind):
         (flat.data if kind == "model" else engine._optimizer.state[flat][kind]).view(-1)[0] = float("inf")
     try:
         checkpoints.save(engine, Rest((), engine, 0.9).tensors(), state)
+        checkpoints.settle()
     except Diverged as error:
         return str(error)
     return None

@@ -102,6 +102,50 @@ def test_broken_weights_are_those_of_the_checkpoint_again(shards, tmp_path, monk
     assert all(torch.isfinite(tensor).all() for tensor in tensors(tmp_path / "run", 12).values())
 
 
+BROKEN = ("run.steps=12", "run.log_every=2")
+
+
+def break_moments(monkeypatch, batch=7):
+    """Inf among the second moments, in the step of this batch of 8 positions: only its save can see it."""
+    real = SingleEngine.train_step
+
+    def train_step(self, batches, step, lr):
+        result = real(self, batches, step, lr)
+        if int(batches[0]["position"][0]) // 8 == batch:
+            dict(self.full_state("exp_avg_sq"))["final_layer.linear.weight"].view(-1)[3] = float("inf")
+        return result
+
+    monkeypatch.setattr(SingleEngine, "train_step", train_step)
+
+
+def test_a_save_that_finds_infinity_is_answered_alike_whatever_happens_meanwhile(shards, tmp_path, monkeypatch, caplog):
+    """Known to the run at its next save, when it stops, or when it diverges otherwise, and always of the same step."""
+    break_moments(monkeypatch)
+    runs = {name: tmp_path / name for name in ("calm", "stopped", "killed", "worse")}
+    assert main(arguments(shards, runs["calm"], *BROKEN)) == 0
+    assert "exp_avg_sq of 'final_layer.linear.weight' is not finite after step 8, so no checkpoint" in caplog.text
+    (entry,) = history(runs["calm"])
+    assert (entry["step"], entry["to"], entry["left_out"]) == (8, 4, [32, 64])
+    assert main(arguments(shards, runs["stopped"], *BROKEN, "run.steps=10")) == 0
+    assert main(arguments(shards, runs["stopped"], *BROKEN)) == 0
+    for name, error in (("killed", ZeroDivisionError), ("worse", Diverged("something else", (10, 10)))):
+        with monkeypatch.context() as context:
+            step = SingleEngine.train_step
+
+            def train_step(self, batches, number, lr, step=step, error=error, done=[]):  # noqa: B006
+                if number == 9 and not done:
+                    done.append(number)
+                    raise error
+                return step(self, batches, number, lr)
+
+            context.setattr(SingleEngine, "train_step", train_step)
+            assert main(arguments(shards, runs[name], *BROKEN)) == (name == "killed")
+        assert main(arguments(shards, runs[name], *BROKEN)) == 0
+    for run in runs.values():
+        assert history(run) == history(runs["calm"])
+        assert same(runs["calm"], run), run
+
+
 def test_checkpoints_that_are_undone_are_set_aside_and_stops_do_not_matter(shards, tmp_path, monkeypatch):
     """One run is asked to stop in between, and has a checkpoint more."""
     poison(monkeypatch, range(5, 8))

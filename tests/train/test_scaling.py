@@ -37,13 +37,16 @@ def test_the_plans_bytes_are_those_of_traced_ranks(tmp_path, ranks):
     for name, found in traced.items():
         engine, count = name.split(", ")
         key = {"name": "ddp"} if engine == "ddp" else {"zero_stage": int(engine[-1])}
-        planned = scaling.traffic(EngineConfig(**key), found["trained"], int(count))
+        trained, planned_save = sum(found["sizes"]), scaling.saved(EngineConfig(**key), found["sizes"], ranks)
+        assert max(found["saved"]) == pytest.approx(planned_save, abs=16 * 2 * ranks), name  # DeepSpeed's alignment
+        assert sum(found["saved"]) == 16 * trained, name
+        planned = scaling.traffic(EngineConfig(**key), trained, int(count))
         sent = {kind.removesuffix("_base"): size for kind, size in found["bytes"].items()}
         small = sent.pop("small", 0)
         assert sent.keys() == planned.keys(), name
         for kind, size in planned.items():  # stage 3 gathers small parameters one by one
             assert sent[kind] == pytest.approx(size, rel=0.03 if engine == "ZeRO-3" else 0), (name, kind)
-        assert small < 0.02 * found["trained"] * 4, name
+        assert small < 0.02 * trained * 4, name
 
 
 def test_measured_factors_are_those_of_the_record():
@@ -65,6 +68,7 @@ def test_times_follow_from_flops_bytes_and_links():
     eight = scaling.plan(planner.over(config.engine, 8), 8, scaling.GPUS["h800"], 8)
     assert eight.exposed == pytest.approx((2 + 1) * 7 / 8 * 4 * planner.trained / link)
     assert eight.hours == pytest.approx(eight.seconds * config.run.steps * 8 / 3600)
+    assert eight.copying == pytest.approx(16 * planner.trained / 8 / 55.63e9, rel=1e-4)
     far = scaling.plan(planner.over(config.engine, 8), 8, scaling.GPUS["h800"], 2)  # two adapters for each machine
     assert far.exposed == pytest.approx(eight.exposed * link / (2 * 43e9))
 

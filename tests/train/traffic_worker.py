@@ -1,4 +1,5 @@
-"""Counts what one step of every engine sends: python -m tests.train.traffic_worker OUT.json, as ranks.
+"""Counts what one step of every engine sends, and what a save writes: python -m tests.train.traffic_worker OUT.json,
+as ranks.
 
 Each collective passes torch's dispatcher, whoever calls it (DDP's own C++ too). Counted are the bytes of the whole:
 what is reduced on a rank, what is gathered on it.
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from dit_fast.models import build_model
 from dit_fast.objectives import OBJECTIVES
+from dit_fast.train.checkpoints import Checkpoints
 from dit_fast.train.ddp import DDPEngine
 from dit_fast.train.group import start_world
 from dit_fast.train.loss import TrainingLoss
@@ -55,9 +57,22 @@ def step_of(engine, world, count):
         made.train_step(micro_batches(step, world, micro, ()), step, 1e-3)
     with Traffic() as traffic:
         made.train_step(micro_batches(2, world, micro, ()), 2, 1e-3)
-    shapes = [shape.numel() for _, shape in made.trainable()]
+    sizes = [shape.numel() for _, shape in made.trainable()]
+    saver = Checkpoints(Path(sys.argv[1]).parent / f"{engine}-{count}", world)
+    saver.save(made, {}, {"step": 1})
+    assert saver.settle()
     made.close()
-    return {"bytes": traffic.bytes, "trained": sum(shapes), "tensors": len(shapes)}
+    return {"bytes": traffic.bytes, "sizes": sizes, "saved": written(saver.folder, world)}
+
+
+def written(folder, world):
+    """Bytes of tensors in the files of each rank."""
+    found = [0] * world.size
+    for path in folder.glob("*/*.safetensors"):
+        with path.open("rb") as file:
+            header = 8 + int.from_bytes(file.read(8), "little")
+        found[int(path.stem.split("-")[1]) - 1] += path.stat().st_size - header
+    return found
 
 
 def main():
