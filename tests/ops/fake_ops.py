@@ -89,10 +89,22 @@ def adaln() -> Iterator[tuple[str, Callable[[], Any]]]:
     for layout, chunked in itertools.product(FORMS, (True, False)):
         yield f"{layout} {chunked}", partial(case, *forms[2], MIXED[0], (4, 64, 1152), layout, chunked)
         yield f"{layout} {chunked} rms", partial(case, *forms[4], MIXED[1], (4, 64, 768), layout, chunked)
+    yield "sums of many", partial(sums_of_many, 28)
     yield (
         "a vector for each token",
         lambda: ops.gate_residual_modulate(*(new(4, 64, 768, dtype=BF16) for _ in range(5)), backend="auto"),
     )
+
+
+def sums_of_many(blocks: int) -> Tensor:
+    """What blocks leave, which no op launches."""
+    from dit_fast.kernels import adaln as kernel
+
+    partials = [new(4, 8, parts, 1152, dtype=F32).detach() for parts in (2, 3, 1) * blocks]
+    firsts = [first + 6 * block for block in range(blocks) for first in (0, 2, 5)]
+    out = new(4, 6 * blocks + 2, 1152, dtype=BF16).detach()
+    kernel.sum_all([*zip(firsts, partials, strict=True)], out)
+    return out
 
 
 def long_skip() -> Iterator[tuple[str, Callable[[], Any]]]:
