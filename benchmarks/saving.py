@@ -41,7 +41,7 @@ def measure(rounds: int = ROUNDS) -> dict[str, Any]:
     world = single()
     engine = SingleEngine(Weights(), TrainConfig(), world)
     found: dict[str, list[dict[str, float]]] = {"synchronous": [], "background": []}
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as place:
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=Path.cwd()) as place:
         savers = {kind: Checkpoints(Path(place) / kind, world, 1, background=kind == "background") for kind in found}
         for number in tqdm(range(rounds + 1), unit="pair"):
             for kind, saver in savers.items():
