@@ -15,13 +15,7 @@ from dit_fast.errors import Status, UserError
 
 _ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07]*\x07?)")  # colours and titles
 ADVICE = "unexpected; --traceback shows where"
-WITH_TRAIN = (
-    "PIL",
-    "matplotlib",
-    "tensorboard",
-    "tqdm",
-    "webdataset",
-)  # packages of the extra, absent in a base install
+WITH_TRAIN = ("PIL", "matplotlib", "tensorboard", "tqdm")  # packages of the extra, absent in a base install
 
 
 class Parser(argparse.ArgumentParser):

@@ -35,6 +35,7 @@ logger = logging.getLogger("dit_fast")
 
 MARGIN = 1 << 20  # bytes for headers, state and manifest
 PATIENCE = 1200.0  # seconds in which the other ranks write their parts after rank 0 has: less than a collective waits
+SLOW = 5.0  # seconds of waiting for a disk that are told
 LEAVING = 5.0  # the same where this process ends and the others may be dead
 
 
@@ -180,7 +181,10 @@ class Checkpoints:
             return True
         save, thread = self._under_way
         if thread is not None:
+            began = time.monotonic()
             thread.join()
+            if (waited := time.monotonic() - began) > SLOW and self.world.rank == 0:
+                logger.warning("training waited %.0f s until checkpoint %s was written", waited, save.final.name)
         self.look()
         self._under_way = None
         failed, broken = self._most(bool(save.error or save.crash), save.broken)

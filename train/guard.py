@@ -59,7 +59,7 @@ class Spikes:
             z = (value - middle) / spread if spread else math.inf if value > middle else 0.0
             if not z < self.limit:
                 raise Diverged(
-                    f"{self.what} of step {step} is {value:.5g}, {z:.1f} robust standard deviations above the median "
+                    f"{self.what} of step {step} is {value:.5g}, {z:.4g} robust standard deviations above the median "
                     f"{middle:.5g} of the {len(self.values)} steps before it",
                     (step, step),
                 )

@@ -32,6 +32,7 @@ NAMED = 60.0  # seconds without progress after which the rank that the others wa
 SILENT = 3  # beats without a sign of life
 ENOUGH = 1.0  # seconds of training of which shares are worth telling
 MATTERS = 0.1  # share of their time that the others lose to the slowest rank, from which on the log's line tells it
+MOST = 0.5  # share of data or collectives of the slowest rank, from which on too: storage or network is slow
 DATA, STEP = "waits for data", "computes"
 
 
@@ -272,7 +273,8 @@ class Shares:
 
 def told(row: Mapping[str, Any]) -> str:
     """For the log's line: who is slow, and with what; "" where that does not matter."""
-    if row.get("waiting", 0) < MATTERS:
+    largest = max(row.get("slowest_data", 0), row.get("slowest_collective", 0))
+    if row.get("waiting", 0) < MATTERS and largest < MOST:
         return ""
     parts = (f"{name} {percent(row[f'slowest_{name}'])}" for name in ("data", "compute", "collective"))
     return f"slowest rank {row['slowest_rank']} ({', '.join(parts)}), others wait {percent(row['waiting'])}"

@@ -115,7 +115,11 @@ def _figures(arrays: Mapping[str, "np.ndarray"]) -> dict[str, "Figure"]:
             norms = arrays["gradient_norm"][i]
             counts = ~(norms != norms).any(axis=1)
             panels[f"step {steps[i]:,}"] = (arrays["gradient_terms"][counts].tolist(), norms[counts])
-        figures["gradients"] = shares_figure(panels)
+        if max(len(terms) for terms, _ in panels.values()) > 1:
+            figures["gradients"] = shares_figure(panels)
+        else:  # its share of itself says nothing
+            of = {title: norms[0] for title, (_, norms) in panels.items()}
+            figures["gradients"] = lines_figure({f"{arrays['gradient_terms'][0]}, the only term": of}, "gradient norm")
     return figures
 
 

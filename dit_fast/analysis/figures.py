@@ -29,7 +29,7 @@ STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
 }
-COLUMNS = 5  # heat maps side by side
+COLUMNS = 3  # side by side: a page of 10 inches can still be read
 NUMBERS = 8  # blocks, at most, whose values are written into the cells
 
 
@@ -65,7 +65,7 @@ def heat_maps(
             if len(matrix) <= NUMBERS:
                 for (i, j), value in np.ndenumerate(matrix):
                     colour = "white" if not value >= 0.65 else "black"
-                    size = 8 if side > 4 else 6.5
+                    size = 11 if side > 4 else 8
                     axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=size)
         for axes in grid[len(matrices) :]:
             axes.axis("off")

@@ -1,8 +1,10 @@
 """What a page holds, and the page as one self-contained HTML text, by templates/report.html.jinja."""
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 
 Table = Sequence[Sequence[str]]  # the first row is its head
 
@@ -40,11 +42,14 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """The page as HTML text. Every string is escaped; pictures are data addresses, so the file stands alone."""
+    """The page as HTML text. Every string is escaped; what stands between backticks in paragraphs, notes and captions
+    is code; pictures are data addresses, so the file stands alone."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(
         loader=PackageLoader("dit_fast.report"), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
     )
+    environment.filters["prose"] = lambda text: Markup(re.sub("`([^`]+)`", r"<code>\1</code>", escape(text)))
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     return environment.get_template("report.html.jinja").render(page=page)

@@ -14,6 +14,8 @@ from dit_fast.errors import DataError
 from dit_fast.report.metrics import is_number
 from dit_fast.train.journal import CONFIG, METRICS
 from dit_fast.train.lock import FILE, PATIENCE, kernel
+from dit_fast.train.quarantine import QUARANTINE
+from dit_fast.train.rollback import HISTORY
 
 TAIL = 1 << 16  # bytes of a log that are read
 
@@ -59,11 +61,9 @@ def look(run: Path) -> tuple[str, list[tuple[str, str]]]:
     table.append(("slowest rank", _slowest(slow)))
     table.append(("time left", _left(logged, total) if standing == "running" else "-"))
     table.append(("checkpoint", f"step {max(saved)}" if saved else "none"))
-    table.append(
-        ("skipped steps", _whole(sum(_number(each.get("skipped")) or 0 for each in logged)) if logged else "-")
-    )
-    table.append(("rollbacks", _whole(_lines(run / "history.jsonl"))))
-    table.append(("quarantined", _whole(_lines(run / "quarantine.jsonl"))))
+    table.append(("skipped steps", _skipped(logged)))
+    table.append(("rollbacks", _events(run / HISTORY, "cause")))
+    table.append(("bad samples", _events(run / QUARANTINE, "error")))
     return standing, table
 
 
@@ -87,6 +87,12 @@ def _standing(run: Path, done: bool) -> tuple[str, str]:
     return (
         ("finished", "") if done else ("dead", _printable(f"{who} ended without letting go; the same command resumes"))
     )
+
+
+def _skipped(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "-"
+    return f"{_whole(sum(_number(each.get('skipped')) or 0 for each in rows))} in the newest {len(rows)} rows"
 
 
 def _slowest(row: dict[str, Any]) -> str:
@@ -134,8 +140,25 @@ def _tail(path: Path) -> bytes:
         return b""
 
 
-def _lines(path: Path) -> float:
-    return float(_tail(path).count(b"\n"))
+def _events(path: Path, reason: str) -> str:
+    """How many lines a journal has, and what the last one says."""
+    count = _lines(path)
+    last: dict[str, Any] = next(iter(_rows(path)[-1:]), {})
+    if not count or not last:
+        return str(count)
+    back = _number(last.get("to"))
+    where = f"step {_whole(last['step'])}" + ("" if back is None else f" back to {_whole(back)}")
+    return _printable(f"{count}, the last: {where}, {last.get(reason)}")
+
+
+def _lines(path: Path) -> int:
+    try:
+        if not path.is_file():
+            return 0
+        with path.open("rb") as file:
+            return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(TAIL), b""))
+    except OSError:
+        return 0
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dit_fast.analysis import command
 from dit_fast.analysis.blocks import Inputs, compare_runs, study_blocks
 from dit_fast.analysis.gradients import term_gradients
 from dit_fast.analysis.study import checkpoints_of, read
@@ -123,6 +124,10 @@ def test_the_command_writes_arrays_and_figures_and_keeps_what_it_knows(place, tm
             assert min(image.size) > 200
     monkeypatch.setattr("dit_fast.analysis.study.study_blocks", None)  # nothing is computed anew
     assert main(["analyse", str(runs[1]), *fast, "--batch", "3"]) == 0
+    only = read(runs[1] / "analysis/blocks.npz")
+    axes = command._figures(only)["gradients"].axes[0]  # a share of one term would be 1 everywhere
+    np.testing.assert_array_equal(axes.lines[1].get_ydata(), only["gradient_norm"][1, 0])
+    assert (axes.get_ylabel(), axes.get_title(loc="left")) == ("gradient norm", "flow, the only term")
     assert main(["analyse", str(runs[1]), *fast, "--seed", "1"]) == 1
 
 

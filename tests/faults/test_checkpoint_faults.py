@@ -482,7 +482,7 @@ class Moving(Weights):
                 tensor.add_(1)
 
 
-def test_a_save_in_the_background_is_of_its_step_however_slow_the_disk(tmp_path, monkeypatch):
+def test_a_save_in_the_background_is_of_its_step_however_slow_the_disk(tmp_path, monkeypatch, caplog):
     gate, real = threading.Event(), files.write
     monkeypatch.setattr(files, "write", lambda *arguments: gate.wait(30) and real(*arguments))
     checkpoints, engine = Checkpoints(tmp_path, WORLD, background=True), Moving(4)
@@ -490,8 +490,11 @@ def test_a_save_in_the_background_is_of_its_step_however_slow_the_disk(tmp_path,
     engine.go_on()
     assert not list(tmp_path.glob("checkpoints/step_00000004"))
     checkpoints.look()  # nothing is known yet, and nothing waits
+    assert not caplog.text
+    monkeypatch.setattr("dit_fast.train.checkpoints.SLOW", 0.0)
     gate.set()
     assert checkpoints.settle()
+    assert "training waited 0 s until checkpoint step_00000004 was written" in caplog.text
     assert_is_step(checkpoints.newest(), 4)
     checkpoints.save(engine, UNTRAINED, {"step": 8, "note": "x"})  # the same memory again
     assert checkpoints.settle()

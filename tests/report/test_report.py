@@ -114,6 +114,7 @@ def test_runs_of_one_name_are_told_apart_and_numbers_have_their_protocol(place, 
     assert page.count("guidance 1, weights ema") == 1
     assert "FD-EffLite0, KD-EffLite0: " in page
     assert "plain SiT (a/run): cka blocks" in page
+    assert "Made by <code>dit-fast analyse</code>; " in page
     assert main(["report", str(runs[0]), "--out", str(tmp_path / "one")]) == 0
     page = (tmp_path / "one" / "report.html").read_text()
     assert (

@@ -32,13 +32,18 @@ def test_a_run_that_goes_on_has_died_or_is_done(tmp_path, capsys):
     me = {"host": "here", "pid": os.getpid(), "boot": boot, "namespace": namespace}
     slow = {"slowest_rank": 3, "slowest_data": 0.5, "slowest_compute": 0.4, "slowest_collective": 0.1, "waiting": 0.3}
     write(tmp_path / "a", [row(10), row(20, mfu=0.25, skipped=2, **slow)], holder=me)
-    (tmp_path / "a/history.jsonl").write_text("{}\n")
+    back = {"cause": "no finite gradient in steps 6 to 8", "step": 8, "to": 4, "left_out": [32, 64]}
+    (tmp_path / "a/history.jsonl").write_text(json.dumps(back) + "\n")
+    bad = [{"step": step, "error": f"shard-000001.tar: {step:09d} is corrupt" + " " * 90} for step in range(1, 2001)]
+    (tmp_path / "a/quarantine.jsonl").write_text("".join(json.dumps(each) + "\n" for each in bad))
     found = table(capsys, tmp_path / "a")
     assert found["run"].endswith(f"running (process {os.getpid()} on here)")
     assert found["step"] == "20 of 100"
     assert found["slowest rank"] == "3 (data 50.0%, compute 40.0%, collective 10.0%), others wait 30.0%"
     assert (found["time left"], found["checkpoint"]) == ("0:00:40", "step 20")
-    assert (found["rollbacks"], found["skipped steps"], found["quarantined"]) == ("1", "2", "0")
+    assert found["skipped steps"] == "2 in the newest 2 rows"
+    assert found["rollbacks"] == "1, the last: step 8 back to 4, no finite gradient in steps 6 to 8"
+    assert found["bad samples"].rstrip() == "2000, the last: step 2000, shard-000001.tar: 000002000 is corrupt"
     write(tmp_path / "a", [row(10), row(20)], holder={**me, "pid": 1 << 30})
     assert "dead" in table(capsys, tmp_path / "a")["run"]
     write(tmp_path / "a", [row(10), row(20)])

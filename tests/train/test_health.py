@@ -57,7 +57,10 @@ def test_the_slowest_rank_and_what_it_costs():
         "slowest_rank": 1, "slowest_data": 0.6, "slowest_compute": 0.4, "slowest_collective": 0.0, "waiting": 0.6,
     }  # fmt: skip
     assert told(row) == "slowest rank 1 (data 60.0%, compute 40.0%, collective 0.0%), others wait 60.0%"
-    assert told({**row, "waiting": 0.09}) == ""
+    quick = {**row, "slowest_data": 0.1, "waiting": 0.09}
+    assert told(quick) == ""
+    for name in ("data", "collective"):  # a slow file server or network: no rank is slower than the others
+        assert told({**quick, f"slowest_{name}": 0.6}).startswith("slowest rank 1 (")
     assert told({}) == ""
 
 
