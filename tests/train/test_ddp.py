@@ -8,15 +8,10 @@ import torch
 
 from tests.helpers.engines import run_engines
 from tests.train.test_zero import TOY, _close, _state
-from tests.train.test_zero_contract import check
 
 pytestmark = pytest.mark.launch
 DDP = {"engine": "ddp"}
 SMALL = {"model": {"hidden_size": 16, "depth": 2, "num_heads": 2}}
-CASES = (
-    "nothing else", "unused in some micro-batches", "unused on some ranks", "own backward", "DiverseDiT, global",
-)  # fmt: skip
-CELLS = [{"name": case, "case": case, "precision": "fp32", "micro_batches": 4, **DDP} for case in CASES]
 HALF = "half-{}/checkpoints/step_00000010"
 SCENARIOS = [
     {"name": "ddp", "steps": 20, "micro": 2, **SMALL, **DDP},
@@ -29,7 +24,6 @@ SCENARIOS = [
     {"name": "bf16", "steps": 3, "precision": "bf16", **SMALL, **DDP},
     {"name": "nan", "steps": 4, "poisoned": [2], **SMALL, **DDP},
     {"name": "toy", "steps": 5, "micro": 2, **TOY, **DDP},
-    *CELLS,
 ]
 ALONE = [{"name": "toy-alone", "steps": 5, "micro": 4, **TOY}]
 
@@ -81,9 +75,3 @@ def test_missing_gradients_and_untrained_state_are_those_of_one_process(results,
     assert expected.keys() == found.keys()
     for name, values in expected.items():
         torch.testing.assert_close(found[name], values, rtol=1e-5, atol=1e-7, msg=name)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_every_case_equals_a_plain_loop_or_is_refused(results, case):
-    """As in `test_zero_contract.py`."""
-    check(2, [cell for cell in CELLS if cell["case"] == case], results)

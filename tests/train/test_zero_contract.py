@@ -1,8 +1,9 @@
-"""What a training loss may do under ZeRO: every case in every stage equals a plain loop, or is refused.
+"""What a training loss may do under ZeRO and DDP: every case in each equals a plain loop, or is refused.
 
 The cases and the loop are in `zero_patterns.py`; one start of one rank and one of two run all cells. Here a part of
 the grid, the whole is `long`. `python -m tests.train.test_zero_contract` runs the whole and records it, and prints the
-table of docs/training.md; with names of cases ("mean flow") it records these anew and leaves the others.
+table of docs/training.md; with names of cases or columns ("mean flow", "DDP") it records these anew and leaves the
+others.
 """
 
 import json
@@ -22,6 +23,7 @@ from tests.train.zero_patterns import CASES, PATTERNS, REALS
 
 pytestmark = pytest.mark.launch
 STAGES = (0, 1, 2, 3)
+COLUMNS = {"one process": [None], "DDP": ["ddp"], "stage 0": [0], "stages 1, 2": [1, 2], "stage 3": [3]}
 RECORD, PAGE = ROOT / "benchmarks/results/cpu/zero_contract.json", ROOT / "docs/training.md"
 
 # Of weights, averages and what methods hold, and of moments. In bf16 weights that differ by a bit of float32 round to
@@ -30,8 +32,8 @@ TOLERANCE = {"fp32": (1e-6, 2e-5), "bf16": (2e-3, 5e-2)}
 
 
 def cell(case, stage, precision="fp32", micro_batches=4, **options):
-    """stage None: one process without DeepSpeed."""
-    stages = {} if stage is None else {"stage": stage}
+    """stage None: one process without DeepSpeed; "ddp": DistributedDataParallel."""
+    stages = {} if stage is None else {"engine": "ddp"} if stage == "ddp" else {"stage": stage}
     name = f"{case}, stage {stage}, {precision}, {micro_batches}{', overlap' if options else ''}"
     return {"name": name, "case": case, "precision": precision, "micro_batches": micro_batches, **stages, **options}
 
@@ -42,8 +44,8 @@ def grid(*stages):
 
 def whole(ranks):
     if ranks == 1:
-        return distinct([*grid(None, *STAGES), *part(1)])
-    return distinct([*grid(*STAGES), *part(2), cell("unused in some micro-batches", 3, overlap=True)])
+        return distinct([*grid(None, *STAGES), *part(1), *grid("ddp")])
+    return distinct([*grid(*STAGES), *part(2), *grid("ddp"), cell("unused in some micro-batches", 3, overlap=True)])
 
 
 def part(ranks):
@@ -62,6 +64,7 @@ def part(ranks):
     cells += [cell(case, 0) for case in ("unused in some steps", "unused on some ranks")]
     cells += [cell(case, 1) for case in ("unused on some ranks", "forward mode", "second derivative")]
     cells += [cell("unused in some micro-batches", stage, overlap=True) for stage in (1, 2)]
+    cells += [cell(case, "ddp") for case in (*often[:2], "unused on some ranks", "own backward", "DiverseDiT, global")]
     return distinct([*cells, *drawn])
 
 
@@ -120,12 +123,11 @@ def test_the_documented_table_is_the_recorded_one():
 
 def table(record):
     """Markdown, of what was recorded."""
-    columns = {"one process": [None], "stage 0": [0], "stages 1, 2": [1, 2], "stage 3": [3]}
-    lines = [f"| case | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    lines = [f"| case | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
     cells = [dict(zip(record["columns"], row, strict=True)) for row in record["cells"]]
     for case in CASES:
         words = []
-        for stages in columns.values():
+        for stages in COLUMNS.values():
             mine = [each for each in cells if each["case"] == case and each["stage"] in stages]
             assert mine, f"'{case}' is not recorded"
             refused = {each["ranks"] for each in mine if each["refused"]}
@@ -134,21 +136,22 @@ def table(record):
     return "\n".join(lines)
 
 
-def main(*cases):
+def main(*names):
     """Of each cell the largest difference of a state (weights, averages, what methods hold) and of a moment."""
     where, cells, record = environment(torch.device("cpu")), [], json.loads(RECORD.read_text())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for ranks in (1, 2):
-            chosen = [each for each in whole(ranks) if not cases or each["case"] in cases]
+            chosen = [each for each in whole(ranks) if not names or named(each, names)]
             found = run_engines(folder / f"{ranks}.json", folder, chosen, ranks, timeout=2900)
             check(ranks, chosen, found)
             for each in chosen:
                 facts = {key: each.get(key) for key in ("case", "stage", "precision", "micro_batches", "overlap")}
+                facts["stage"] = each.get("engine", facts["stage"])
                 cells.append({"ranks": ranks, **facts, **largest(found[each["name"]])})
-    if cases:
+    if names:
         others = [dict(zip(record["columns"], row, strict=True)) for row in record["cells"]]
-        cells = [*(each for each in others if each["case"] not in cases), *cells]
+        cells = [*(each for each in others if not named(each, names)), *cells]
     where["versions"]["deepspeed"] = version("deepspeed")
     of = {
         precision: {
@@ -162,6 +165,12 @@ def main(*cases):
     rows = ",\n".join(f"  {json.dumps(list(each.values()))}" for each in cells)
     RECORD.write_text(f'{text},\n "cells": [\n{rows}\n ]\n}}\n')
     print(table(json.loads(RECORD.read_text())), of, sep="\n")
+
+
+def named(each, names):
+    """Whether a cell, as it is listed or recorded, is of a case or a column of these."""
+    stage = each.get("engine", each.get("stage"))
+    return each["case"] in names or any(stage in COLUMNS[name] for name in COLUMNS if name in names)
 
 
 def largest(result):
