@@ -21,6 +21,7 @@ import time
 import zlib
 from collections import Counter
 from pathlib import Path
+from statistics import median
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # cases are forked, and a pool of threads does not survive that
 
@@ -241,7 +242,7 @@ def _read(run: Path, truth) -> int:
 
 
 def soak(options: argparse.Namespace, folder: Path) -> dict:
-    """One run of many tiny steps, with saves: its memory, open files, threads and step time over time."""
+    """One run of many tiny steps, with saves: its memory, open files, threads and CPU time per step, as it goes on."""
     shards, run, steps = make_shards(folder, 64), folder / "run", options.steps
     every = max(steps // 20, 1)
     more = ["model.depth=2", "model.hidden_size=32", "model.num_heads=2"]
@@ -252,15 +253,19 @@ def soak(options: argparse.Namespace, folder: Path) -> dict:
         while not _some_ended([child]):
             logged = rows_so_far(run)
             if len(logged) > len(seen):
-                seen.append(_footprint(child) | {"step": every * len(logged), "at": time.monotonic()})
+                seen.append(_footprint(child) | {"step": every * len(logged)})
                 bar.update(seen[-1]["step"] - bar.n)
             time.sleep(0.05)
     assert ended([child]) == [0], (folder / "log.txt").read_text()[-3000:]
     for before, after in itertools.pairwise(seen):
-        after["ms_per_step"] = (after["at"] - before["at"]) / (after["step"] - before["step"]) * 1e3
-    for each in seen:
-        del each["at"]
-    settled, last = seen[len(seen) // 4], seen[-1]
+        spent = after["cpu_seconds"] - before["cpu_seconds"]
+        after["cpu_ms_per_step"] = round(spent / (after["step"] - before["step"]) * 1e3, 3)
+    quarter = len(seen) // 4
+    settled, last = seen[quarter], seen[-1]
+    early, late = (
+        median(each["cpu_ms_per_step"] for each in part) for part in (seen[quarter:-quarter], seen[-quarter:])
+    )
+    assert late < 1.1 * early, f"steps grow dearer: {early} to {late} ms"
     assert last["mb"] - settled["mb"] < 8, f"memory grows: {settled} to {last}"
     assert last["files"] <= settled["files"], f"open files grow: {settled} to {last}"
     assert last["threads"] <= settled["threads"], f"threads grow: {settled} to {last}"
@@ -270,7 +275,9 @@ def soak(options: argparse.Namespace, folder: Path) -> dict:
 def _footprint(pid: int) -> dict:
     status = dict(row.split(":", 1) for row in Path(f"/proc/{pid}/status").read_text().splitlines())
     kilobytes = int(status["VmRSS"].split()[0])
+    ticks = sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
     return {
+        "cpu_seconds": ticks / os.sysconf("SC_CLK_TCK"),
         "mb": round(kilobytes / 1024, 1),
         "files": len(os.listdir(f"/proc/{pid}/fd")),
         "threads": int(status["Threads"]),
