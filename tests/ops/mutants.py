@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -69,9 +70,10 @@ def mutants() -> list[Mutant]:
     return found
 
 
+LIMIT = 300  # seconds of a processor for a selection: what a mutant overwrites may let a loop never end
 # Tests in a process that is forked from one in which the large imports are done, and so starts at once.
 SERVER = """
-import gc, json, os, sys
+import gc, json, os, resource, sys
 import hypothesis, numpy, pytest, torch, triton.language
 import torch._inductor  # torch.use_deterministic_algorithms imports it
 {imports}
@@ -82,8 +84,10 @@ for line in sys.stdin:
     if child == 0:
         os.chdir(root)
         sys.path.insert(0, root)
+        said = os.open(".said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for stream in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            os.dup2(said, stream)
+        resource.setrlimit(resource.RLIMIT_CPU, ({seconds}, {seconds}))
         os._exit({run}(arguments))
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
@@ -143,7 +147,7 @@ def _server(version: str, imports: str, run: str, interpret: bool) -> subprocess
     inherited |= {"PROVE": "all", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder(version))} | (
         {"TRITON_INTERPRET": "1"} if interpret else {}
     )
-    code = SERVER.format(imports=imports, run=run)
+    code = SERVER.format(imports=imports, run=run, seconds=LIMIT)
     return subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=inherited
     )
@@ -153,7 +157,7 @@ def _failing(server: subprocess.Popen, root: Path, selection: Sequence[str]) -> 
     """The first test of a selection that fails in a checkout; "" if all pass. Raises RuntimeError if there is none."""
     failed = root / ".failed/v/cache/lastfailed"
     failed.unlink(missing_ok=True)
-    arguments = ["-q", "-x", "-o", "cache_dir=.failed", "-p", "no:xdist", *selection]
+    arguments = ["-vv", "-x", "-o", "cache_dir=.failed", "-p", "no:xdist", *selection]
     assert server.stdin is not None
     assert server.stdout is not None
     server.stdin.write(json.dumps([str(root), arguments]) + "\n")
@@ -161,8 +165,8 @@ def _failing(server: subprocess.Popen, root: Path, selection: Sequence[str]) -> 
     code = int(server.stdout.readline())
     if code in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise RuntimeError(f"pytest {' '.join(selection)}: selects no test")
-    if code and not failed.exists():  # it crashed
-        return next(part for part in selection if part.startswith("tests/"))
+    if code and not failed.exists():  # it crashed, or took too long
+        return re.findall(r"^(tests/\S+::\w+(?:\[.*?\])?)(?= |$)", (root / ".said").read_text(), re.M)[-1]
     return next(iter(json.loads(failed.read_text()))) if code else ""
 
 
