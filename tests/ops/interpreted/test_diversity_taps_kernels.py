@@ -46,10 +46,10 @@ def test_a_tap_alone_and_behind_a_gate(own, others, above, mix):
     assert alone.is_contiguous()
     assert error(alone, exact) < LIMITS[own]
     y, gate = make(70, 72, [others], seed=3)[0].view(2, 35, 72), make(2, 72, [others], seed=4)[0]
-    grad_x, grad_y, grad_gate = ours.through_gate(0, given, y, gate)
+    grad_x, grad_y, grad_gate = ours.through_gate(0, given, y, gate, None)
     assert torch.equal(grad_x, alone)
     ours._shared = (*ours._shared[:-1], "torch")
-    for each, reference in zip((grad_x, grad_y, grad_gate), ours.through_gate(0, given, y, gate), strict=True):
+    for each, reference in zip((grad_x, grad_y, grad_gate), ours.through_gate(0, given, y, gate, None), strict=True):
         assert error(each, reference) < 2 * LIMITS[each.dtype]
     assert grad_y.dtype == grad_gate.dtype == others
     assert error(grad_y, exact * gate.double()[:, None]) < LIMITS[others]
@@ -80,7 +80,7 @@ def test_any_strides_and_addresses():
         exact = exact_gradients(flat, *grads, [torch.zeros(22, 48) if above is None else above.flatten(0, 1)] * 4)[k]
         assert error(ours.added(k, above).flatten(0, 1), exact) < 1e-6
         y, gate = torch.randn(2, 22, 48)[:, ::2], torch.randn(2, 96)[:, 48:]
-        found = ours.through_gate(k, above, y, gate)
+        found = ours.through_gate(k, above, y, gate, None)
         assert error(found[1].flatten(0, 1), exact * gate.double().repeat_interleave(11, 0)) < 1e-6
         assert error(found[2], (exact.view(2, 11, 48) * y.double()).sum(1)) < 1e-6
 
