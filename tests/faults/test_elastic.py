@@ -181,7 +181,43 @@ def test_an_elastic_job_goes_on_with_the_machines_that_are_left(shards, tmp_path
         else:
             nodes.kill(second)
         assert first.wait(600) == Status.DONE, nodes.text()
+    assert nodes.text().count("error: rank") == ranks - 1, nodes.text()  # a launcher's death is no error
     sizes = re.findall(r"batch 8 = (\d) ranks x (\d) x (\d)", nodes.text())
     assert sizes == [(str(2 * ranks), str(2 // ranks), "2"), (str(ranks), str(4 // ranks), "2")], nodes.text()
     assert [row["samples"] for row in rows(run)] == [row["samples"] for row in rows(calm(2 * ranks))]
     assert losses(run) == pytest.approx(losses(calm(2 * ranks)), rel=1e-5)
+
+
+def two_machines(launcher, tmp_path, port):
+    """The words before dit_fast.train on each."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node0 slots=1\nnode1 slots=1\n")
+    place = ["--master_addr", "127.0.0.1", "--master_port", port]
+    if launcher == "deepspeed":
+        shared = [SCRIPTS / "deepspeed", "--hostfile", hosts, "--no_ssh", *place]
+        return [[*shared, "--node_rank", str(node), "--module"] for node in range(2)]
+    shared = [SCRIPTS / "torchrun", "--nnodes", "2", "--nproc_per_node", "1", "--max-restarts", "3", *place]
+    return [[*shared, "--node_rank", str(node), "-m"] for node in range(2)]
+
+
+@pytest.mark.long
+@pytest.mark.launch
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_machine_that_is_killed_and_started_again_changes_no_bit(shards, tmp_path, calm, launcher):
+    """On the other one DeepSpeed ends with the status that says to start again, and torchrun waits for the machine."""
+    run = tmp_path / "run"
+    commands = [
+        [*words, "dit_fast.train", *arguments(shards, run, *OPTIONS)]
+        for words in two_machines(launcher, tmp_path, str(free_port()))
+    ]
+    with Nodes(run, tmp_path / "log") as nodes:
+        jobs = [nodes.start(*command) for command in commands]
+        nodes.until(6, jobs[0])
+        nodes.kill(jobs[1])
+        if launcher == "deepspeed":
+            assert jobs[0].wait(120) == Status.RESTART, nodes.text()
+            jobs = [nodes.start(*command) for command in commands]
+        else:
+            jobs[1] = nodes.start(*commands[1])
+        assert [job.wait(600) for job in jobs] == [0, 0], nodes.text()
+    check_equal(run, calm(2))
