@@ -9,20 +9,21 @@ and as every group did before orders were made by group.
 
 `readers`: latents of 8x32x32 stored as float16, micro-batches of 32, everything in the page cache, rounds alternating.
 ours N: N threads; processes N: our reader in N worker processes of torch's DataLoader; webdataset N: its usual pipeline
-(shuffle buffer of 2,000) in N processes; npy N: one .npy file a sample, as the loaders published with REPA read. Ratios
-are medians of paired rounds. XL/2 at 5.8 steps of 256 a second takes 1,485 samples/s, shared by its GPUs.
+(shuffle buffer of 2,000) in N processes; npy N: one .npy file a sample, as the loaders published with REPA read; images
+N: ours with N threads and an image of 256x256 beside each latent, a PNG that Pillow decodes. Ratios are medians of
+paired rounds. XL/2 at 5.8 steps of 256 a second takes 1,485 samples/s, shared by its GPUs.
 
 --write: keeps the result as benchmarks/results/cpu/loading.json and its tables in docs/benchmarks.md.
 """
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ SHARD = 1000  # samples
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dit_fast.benchmarks.loading", description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.5, help="of each side in each round")
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2, 4])
     parser.add_argument("--sizes", type=int, nargs="*", default=list(SIZES))
@@ -153,11 +154,17 @@ def opened(folder: str) -> dict[str, float]:
     return {**_cost(lambda: dataset.open_dataset(folder)), "indexes": len(count)}
 
 
-def _cost(call: Any) -> dict[str, float]:
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+def _cost(call: Callable[[], object]) -> dict[str, float]:
+    before, start = _peak(), time.perf_counter()
     call()
     seconds = time.perf_counter() - start
-    return {"s": seconds, "mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
+    return {"s": seconds, "mib": _peak() - before}
+
+
+def _peak() -> float:
+    """MiB that this process has held at most; `getrusage` counts those of the one that started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def orders(sizes: list[int], whole_up_to: int) -> list[dict[str, Any]]:
@@ -183,7 +190,7 @@ def first_batch(size: int, group: int, resumed: bool) -> dict[str, float]:
 def readers(folder: Path, workers: list[int], rounds: int, seconds: float) -> list[dict[str, Any]]:
     from dit_fast.benchmarks import loading_sides as kinds
 
-    shards, arrays = kinds.make(folder)
+    (shards, arrays), images = kinds.make(folder), kinds.make_images(folder)
     sides: dict[str, Any] = {}
     for count in workers:
         sides[f"ours {count}"] = kinds.ours(shards, count)
@@ -191,6 +198,7 @@ def readers(folder: Path, workers: list[int], rounds: int, seconds: float) -> li
             sides[f"processes {count}"] = kinds.processes(shards, count)
         sides[f"webdataset {count}"] = kinds.webdataset(shards, count)
         sides[f"npy {count}"] = kinds.npy(arrays, count)
+        sides[f"images {count}"] = kinds.ours(images, count, fields=("image",))
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for side in sides.values():
         for _ in range(8):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 MICRO = 32
-SAMPLES, PER_SHARD = 4096, 256
+SAMPLES, PER_SHARD, IMAGES = 4096, 256, 128
 SHAPE = (2, 4, 32, 32)
 
 
@@ -30,13 +30,29 @@ def make(folder: Path) -> tuple[str, Path]:
     return str(folder / "shards"), arrays
 
 
-def ours(shards: str, count: int) -> Iterator[Any]:
+def make_images(folder: Path) -> str:
+    """Shards of smooth pictures with some noise, as PNG beside latents of the same shape."""
+    import numpy as np
+
+    from dit_fast.preparation.build import build_shards
+
+    rng, (y, x) = np.random.default_rng(0), np.mgrid[0:256, 0:256] / 256
+    waves = [np.sin(rng.uniform(1, 20) * x + rng.uniform(1, 20) * y) for _ in range(IMAGES)]
+    noise = rng.normal(0, 6, (IMAGES, 256, 256, 3))
+    images = (127.5 + 100 * np.array(waves)[..., None] + noise).clip(0, 255).astype(np.uint8)
+    np.savez(folder / "images.npz", images=images, labels=np.zeros(IMAGES, np.int64))
+    options = {"autoencoder": "pca", "size": 256, "patch": 8, "channels": 4, "store_images": True, "device": "cpu"}
+    build_shards(folder / "images.npz", folder / "images", **options, samples_per_shard=IMAGES // 4, progress=False)
+    return str(folder / "images")
+
+
+def ours(shards: str, count: int, fields: tuple[str, ...] = ()) -> Iterator[Any]:
     from dit_fast.data import Plan, build_loader, open_dataset
 
     dataset = open_dataset(shards)
     plan = Plan(dataset.info.shard_sizes, 0, 64)
     sizes = {"global_batch": MICRO, "micro_batch": MICRO, "rank": 0, "world_size": 1, "start": 0}
-    return build_loader(dataset, plan, **sizes, num_workers=count)
+    return build_loader(dataset, plan, **sizes, fields=fields, num_workers=count)
 
 
 def _as_is(item: Any) -> Any:

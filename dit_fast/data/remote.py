@@ -16,7 +16,7 @@ logger = logging.getLogger("dit_fast")
 
 NEEDS = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs"}  # scheme -> package that fsspec uses
 TIMEOUT_SECONDS = 60  # without a byte
-RETRIES = 10  # of one part; with the pauses below an outage of about 2.5 minutes is outlasted
+RETRIES = 10  # of one part; with the pauses below an outage of 2.5 minutes is outlasted
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
 LONGEST_ASKED = 120.0  # seconds that a server may ask for
 _jitter = random.Random()  # of its own: the program's numbers stay as they are
