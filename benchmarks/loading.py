@@ -33,6 +33,7 @@ SIZES = (1_281_167, 14_000_000, 100_000_000)
 NEEDED = 1485.0  # samples/s
 GOAL = 2.0  # times either, with no worker and with one
 SHARD = 1000  # samples
+PAUSE = 0.5  # seconds, in which the side before has read ahead and falls idle
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -200,11 +201,13 @@ def readers(folder: Path, workers: list[int], rounds: int, seconds: float) -> li
         sides[f"npy {count}"] = kinds.npy(arrays, count)
         sides[f"images {count}"] = kinds.ours(images, count, fields=("image",))
     rates: dict[str, list[float]] = {name: [] for name in sides}
+    sides = dict(sorted(sides.items(), key=lambda item: item[0].startswith("images")))  # those last: slowest to be idle
     for side in sides.values():
         for _ in range(8):
             next(side)  # workers start, files come into memory
     for _ in tqdm(range(rounds), unit="round"):
         for name, side in sides.items():
+            time.sleep(PAUSE)
             for _ in range(4 * max(int(name.split()[-1]), 1) + 1):
                 next(side)  # what was read ahead while others were measured
             start, batches = time.perf_counter(), 0

@@ -86,7 +86,7 @@ class ShardCache:
     def close(self) -> None:
         """Fetches nothing more, from now on; what had begun ends where it is. Waits for nothing."""
         with self._lock:
-            if self._threads is not None and self._open:
+            if self._threads is not None:
                 self._threads.close()
             self._open = False
             self._coming.clear()

@@ -1,13 +1,17 @@
 """Threads that read and fetch."""
 
+import atexit
 import queue
 import threading
+import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any
 
 from dit_fast.errors import DataError
 
+ENDING_SECONDS = 2.0
 _here = threading.local()
 _never: Future = Future()
 
@@ -33,7 +37,9 @@ class Threads:
         self._count = count
         self._closed: Future = Future()
         for number in range(count):
-            threading.Thread(target=self._run, name=f"{name}-{number}", daemon=True).start()
+            thread = threading.Thread(target=self._run, name=f"{name}-{number}", daemon=True)
+            thread.start()
+            _running[thread] = self
 
     def submit(self, work: Callable[..., Any], *arguments: Any) -> Future:
         """The result of `work(*arguments)`, or what it raises, in a while."""
@@ -42,7 +48,9 @@ class Threads:
         return future
 
     def close(self) -> None:
-        """No further job is begun, and those that wait for a server end. Waits for nothing."""
+        """No further job is begun, and those that wait for a server end. Waits for nothing; may be called again."""
+        if self._closed.done():
+            return
         self._closed.set_result(None)
         for _ in range(self._count):
             self._jobs.put(None)
@@ -59,3 +67,17 @@ class Threads:
             except BaseException as error:
                 future.set_exception(error)
             del job, future, work, arguments  # an idle thread keeps nothing alive
+
+
+_running: weakref.WeakKeyDictionary[threading.Thread, Threads] = weakref.WeakKeyDictionary()
+
+
+@atexit.register
+def _end() -> None:
+    """Waits a moment for what threads are doing: one that comes back from compiled code while Python is taken down ends
+    the program with SIGABRT. One that hangs does not come back."""
+    running, last = dict(_running), time.monotonic() + ENDING_SECONDS
+    for threads in running.values():
+        threads.close()
+    for thread in running:
+        thread.join(max(last - time.monotonic(), 0))

@@ -1,11 +1,13 @@
-"""The benchmark of readers: what it measures can be had."""
+"""The benchmark of readers: what it measures can be had, and the page shows what was recorded."""
 
 import itertools
+import json
 
 import pytest
 import torch
 
 from dit_fast.benchmarks import loading, loading_sides
+from dit_fast.benchmarks.results import RESULTS, ROOT
 from dit_fast.data import open_dataset
 from dit_fast.data.dataset import CHECKED_FIRST
 
@@ -31,3 +33,14 @@ def test_all_sides_give_the_same_samples(tmp_path, monkeypatch):
             assert moments.dtype == torch.float32
             assert (moments >= 0).all()
             assert not torch.as_tensor(label).any()
+
+
+def test_the_page_shows_the_record():
+    result = json.loads((RESULTS / "cpu" / "loading.json").read_text())
+    table = loading.tables(result)
+    assert table in (ROOT / "docs" / "benchmarks.md").read_text()
+    ours = {row["workers"]: row for row in result["readers"] if row["reader"] == "ours"}
+    for workers in (0, 1):
+        assert min(ours[workers]["over_webdataset"], ours[workers]["over_npy"]) >= result["goal"]
+    assert all(len(row["rounds"]) > 2 for row in result["readers"])
+    assert [row["indexes"] for row in result["opening"]] == [CHECKED_FIRST] * len(loading.SIZES)

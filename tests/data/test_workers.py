@@ -90,6 +90,26 @@ def test_a_program_ends_though_its_loader_was_not_closed_and_a_thread_hangs(buil
     assert (done.returncode, done.stderr) == (7, b"")
 
 
+IN_THE_MIDDLE = """
+import sys
+from dit_fast.data import Plan, build_loader, open_dataset
+from dit_fast.data.reader import IndexedReader
+dataset, read = open_dataset(sys.argv[1]), IndexedReader.read
+found = build_loader(dataset, Plan(dataset.info.shard_sizes, 0, 2), global_batch=4, micro_batch=4, rank=0, world_size=1,
+                     start=0, num_workers=2)
+next(found)
+IndexedReader.read = lambda *arguments: [read(*arguments) for _ in range(500)][0]
+next(found)
+sys.exit(7)
+"""
+
+
+def test_a_program_ends_well_while_threads_read(built):
+    """One that comes back from compiled code while Python is taken down would end it with SIGABRT."""
+    done = subprocess.run([sys.executable, "-c", IN_THE_MIDDLE, built], timeout=120, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (7, b"")
+
+
 def test_absurd_numbers_of_workers(built, monkeypatch):
     with pytest.raises(ConfigError, match=r"data.num_workers is 100000; a rank takes at most 256"):
         batches(built, num_workers=100_000)
