@@ -302,12 +302,10 @@ class _Joins(torch.autograd.Function):
         return *of_inputs, grad_weight, grad_bias, *of_mlp[1:], None, None, None
 
 
-def _of_norm(
-    plan: Plan, given: Sequence[Any], vectors: tuple[torch.dtype, ...], home: Home
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The norm's gradients; None for those of vectors that are left at home."""
+def _of_norm(plan: Plan, given: Sequence[Any], vectors: tuple[torch.dtype, ...], home: Home) -> tuple[Any, ...]:
+    """The norm's five gradients; None for those of vectors that are left at home."""
     if home is None:
-        return plan.norms.backward(*given, vectors)
+        return tuple(plan.norms.backward(*given, vectors))
     grad_x, grad_y, partials = plan.norms.differentiate(*given)
     home[0].leave(home[1], partials)
     return grad_x, grad_y, None, None, None
