@@ -41,8 +41,18 @@ def make_images(folder: Path) -> str:
     noise = rng.normal(0, 6, (IMAGES, 256, 256, 3))
     images = (127.5 + 100 * np.array(waves)[..., None] + noise).clip(0, 255).astype(np.uint8)
     np.savez(folder / "images.npz", images=images, labels=np.zeros(IMAGES, np.int64))
-    options = {"autoencoder": "pca", "size": 256, "patch": 8, "channels": 4, "store_images": True, "device": "cpu"}
-    build_shards(folder / "images.npz", folder / "images", **options, samples_per_shard=IMAGES // 4, progress=False)
+    build_shards(
+        folder / "images.npz",
+        folder / "images",
+        autoencoder="pca",
+        size=256,
+        patch=8,
+        channels=4,
+        samples_per_shard=IMAGES // 4,
+        store_images=True,
+        device="cpu",
+        progress=False,
+    )
     return str(folder / "images")
 
 

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -202,7 +203,7 @@ def test_threads_that_wait_for_a_server_end_with_their_loader(built, tmp_path, f
         assert not running()
         server.hurry.set()
         with pytest.raises(DataError, match="this ShardCache was closed with its loader"):
-            cache.path(dataset.root, later[1])
+            cache.path(dataset.root, replace(later[1], sha256="0" * 64))  # no copy of such a one is there
 
 
 def test_a_part_that_a_killed_process_left_is_gone_on_with(server, built, tmp_path):
