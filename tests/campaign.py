@@ -303,7 +303,8 @@ def main() -> int:
     for name in options.parts or PARTS:
         options.count = given or COUNTS[name]
         folder, began = Path(tempfile.mkdtemp(prefix=f"campaign-{name}-")), time.monotonic()
-        found = PARTS[name](options, folder)
+        where = environment(torch.device("cpu"))
+        found = PARTS[name](options, folder) | where
         found |= {"seed": options.seed, "seconds": round(time.monotonic() - began, 1), **occasion()}
         shutil.rmtree(folder)
         print(json.dumps({name: found}), flush=True)
@@ -315,7 +316,6 @@ def main() -> int:
 def _record(name: str, found: dict) -> None:
     """Beside the parts of earlier calls; `kills` of the file is that of its part, for whoever asks for the number."""
     result = json.loads(RECORD.read_text()) if RECORD.exists() else {"schema": 1, "run": "chaos", "parts": {}}
-    result |= environment(torch.device("cpu"))
     result["parts"][name] = found
     result["kills"] = result["parts"].get("kills", {}).get("kills", 0)
     RECORD.write_text(json.dumps(result, indent=1) + "\n")
