@@ -3,7 +3,7 @@
 Each rank copies its part to host memory, and training goes on while a thread looks for NaN and Inf in the copy, writes
 it into `step_N.partial/` and flushes it. Each then tells rank 0 what it wrote, through the job's store: no collective
 runs beside those of training. When all have, rank 0 writes the manifest and renames the folder into place. One save is
-under way at most, and what became of it is known to all ranks at the same place of the run: where `settle` waits for it.
+under way at most. All ranks know at the same place of the run what became of it: where `settle` waits for it.
 The format is described and read in `dit_fast.checkpoint.step`.
 """
 
