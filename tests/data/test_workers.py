@@ -72,15 +72,19 @@ def test_a_read_that_hangs_and_one_that_runs_out_of_memory(built, monkeypatch):
 
 
 LEFT_OPEN = """
-import sys, time
+import sys, threading, time
 from dit_fast.data import Plan, build_loader, open_dataset
 from dit_fast.data.reader import IndexedReader
-dataset = open_dataset(sys.argv[1])
+dataset, read, hanging = open_dataset(sys.argv[1]), IndexedReader.read, threading.Event()
+def hang(reader, positions, samples):  # a disk that does so from the third batch on
+    if positions[0] < 8:
+        return read(reader, positions, samples)
+    hanging.set()
+    time.sleep(600)
+IndexedReader.read = hang
 found = build_loader(dataset, Plan(dataset.info.shard_sizes, 0, 2), global_batch=4, micro_batch=4, rank=0, world_size=1,
                      start=0, num_workers=2)
-next(found)
-IndexedReader.read = lambda *_: time.sleep(600)  # a disk that hangs
-next(found)
+next(found), next(found), hanging.wait()
 sys.exit(7)
 """
 
