@@ -84,7 +84,7 @@ def build_host() -> Path:
     if not (headers / "Python.h").exists():
         raise CannotBuild(f"no Python.h in {headers}; install Python's headers (Debian: python3-dev)")
     includes = [f"-I{Path(spec.origin).parent / 'include'}", f"-I{headers}"]
-    with tempfile.TemporaryDirectory(dir=HERE) as scratch:
+    with tempfile.TemporaryDirectory(dir=HERE, prefix=".") as scratch:
         target = Path(scratch) / HOST.name
         defines = [f'-DDIT_FAST_SOURCE_HASH="{identity} "']
         sources = map(str, sorted(HOST_SOURCES.glob("*.cpp")))
@@ -103,7 +103,7 @@ def build() -> Path:
     if spec is None or spec.origin is None:
         raise CannotBuild(f"{sys.executable} has no torch (its headers are needed); run `make native` later")
     torch_folder = Path(spec.origin).parent
-    with tempfile.TemporaryDirectory(dir=HERE) as scratch:
+    with tempfile.TemporaryDirectory(dir=HERE, prefix=".") as scratch:
         target = Path(scratch) / LIBRARY.name
         defines = [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}", f'-DDIT_FAST_SOURCE_HASH="{identity}"']
         compile_one = [found, *FLAGS, *defines, f"-I{torch_folder / 'include'}", "-c"]
@@ -134,7 +134,7 @@ def cuda_command(*arguments: str) -> list[str]:
 def build_cuda() -> Path:
     """Compiles and links the CUDA library; it appears under its name only when it is whole. Raises CannotBuild."""
     spec = importlib.util.find_spec("torch")
-    with tempfile.TemporaryDirectory(dir=HERE) as scratch:
+    with tempfile.TemporaryDirectory(dir=HERE, prefix=".") as scratch:
         target = Path(scratch) / CUDA_LIBRARY.name
         codes = [f"-gencode=arch=compute_{each},code=sm_{each}" for each in ARCHITECTURES]
         codes.append(f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dit_fast import _C, ops
-from dit_fast.ops import adaln, diversity_descent, diversity_op, draws, flow  # noqa: F401  draws: registers it
+from dit_fast.ops import adaln, diversity_descent, diversity_op, flow
 from dit_fast.ops.long_skip import forward_op as long_skip_forward
 from dit_fast.ops.qk_norm import _fused as fused_qk_norm
 from dit_fast.ops.repa_cosine import _fused as fused_cosine

@@ -12,6 +12,9 @@ from dit_fast.runs import TrainConfig, changed
 from dit_fast.train.engine import SingleEngine
 from dit_fast.train.graph import WARM_UP
 from dit_fast.train.loss import TrainingLoss
+from dit_fast.train.optim import STATES
+from dit_fast.world import World
+from tests.ops.conftest import absent
 from tests.train.test_no_waits import ALONE, batch
 
 
@@ -101,3 +104,61 @@ def test_a_cpu_and_an_optimizer_that_reads_are_refused():
         engine(None, "all", None, "engine.cuda_graph=true")
     with pytest.raises(ConfigError, match=r"needs optimizer\.name=adamw, not torch_adamw"):
         engine(Recorder(), "all", None, "optimizer.name=torch_adamw")
+
+
+@absent
+@pytest.mark.parametrize("stream", ["fp32", "bf16"])
+def test_a_captured_graph_repeats_eager_steps_bit_for_bit(stream):
+    """On a GPU, where a graph is one: all kernels, in bf16, an update that is not applied among them."""
+    device = torch.device("cuda")
+
+    def run(graphed):
+        torch.manual_seed(0)
+        model = build_model("SiT-B/2", input_size=16, depth=4, skip_wiring="input", residual_dtype=stream)
+        method = DiverseDiT(DiverseDiT.Config(pairs="all"), model, None)
+        loss = TrainingLoss(model, Flow(Flow.Config(), model), [method], seed=0, label_dropout=0.1, precision="bf16")
+        settings = [f"engine.cuda_graph={str(graphed).lower()}", "engine.precision=bf16"]
+        made = SingleEngine(loss, changed(TrainConfig(), settings), World(0, 1, device))
+        for parameter in model.parameters():  # zero-initialised outputs would hide what lies before them
+            if parameter.requires_grad:
+                parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
+        results = []
+        for step in range(10):
+            generator = torch.Generator(device).manual_seed(step)
+            moments = torch.randn(8, 2, 4, 16, 16, generator=generator, device=device)
+            moments[0] = float("nan") if step == 7 else moments[0]
+            position = torch.arange(8 * step, 8 * step + 8, device=device)
+            given = {"moments": moments, "label": torch.arange(8, device=device), "position": position}
+            result = made.train_step([given], step, 1e-4 * (step + 1))
+            results.append([x.clone() for x in (result.logs["loss"], result.grad_norm, result.applied)])
+        state = {kind: {name: x.clone() for name, x in made.full_state(kind)} for kind in ("model", *STATES)}
+        return [[x.item() for x in each] for each in results], state, made.applied_steps()
+
+    (replayed, mine, count), (eager, theirs, steps_of_eager) = run(True), run(False)
+    assert str(replayed) == str(eager)
+    assert count == steps_of_eager == 9
+    assert [
+        (kind, name) for kind in mine for name in mine[kind] if not torch.equal(mine[kind][name], theirs[kind][name])
+    ] == []
+
+
+@absent
+def test_a_step_on_a_gpu_waits_for_nothing():
+    device = torch.device("cuda")
+    model = build_model("SiT-B/2", input_size=16, depth=4, skip_wiring="input")
+    method = DiverseDiT(DiverseDiT.Config(pairs="all"), model, None)
+    loss = TrainingLoss(model, Flow(Flow.Config(), model), [method], seed=0, label_dropout=0.1, precision="bf16")
+    made = SingleEngine(loss, changed(TrainConfig(), ["engine.precision=bf16"]), World(0, 1, device))
+    given = {
+        "moments": torch.randn(8, 2, 4, 16, 16, device=device),
+        "label": torch.arange(8, device=device),
+        "position": torch.arange(8, device=device),
+    }
+    for step in range(2):
+        made.train_step([given], step, 1e-4)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(2, 5):
+            made.train_step([given], step, 1e-4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
