@@ -69,7 +69,12 @@ def _product(a, b, acc, UPCAST: tl.constexpr):
 def skip_projection(x, skip, folded, mean, rstd, row_sums, folded_bias, out, rows, width, x_stride, skip_stride,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
                     RAW: tl.constexpr, BFLOAT: tl.constexpr, BULK: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """out [rows, width]. x, skip, folded: descriptors of tiles (BULK) or pointers. RAW: both halves enter as stored."""
+    """out [rows, width]. x, skip, folded: descriptors of tiles (BULK) or pointers. RAW: both halves enter as stored.
+
+    Otherwise out's transpose is summed, W' xhat^T: the left operand of a warp group's product that was computed, as
+    xhat is, stays in registers, which Triton 3.6 overwrites with the next tile while up to three products still read
+    them (NaN on an H200). A right operand goes through shared memory.
+    """
     row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(width, BLOCK_N)
     first, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     for tile in range(first, row_tiles * column_tiles, programs):
@@ -78,23 +83,27 @@ def skip_projection(x, skip, folded, mean, rstd, row_sums, folded_bias, out, row
         i, j = m.to(tl.int64) + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
         mu = tl.load(mean + i, mask=i < rows, other=0.0)
         r = tl.load(rstd + i, mask=i < rows, other=0.0)
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_N] if RAW else [BLOCK_N, BLOCK_M], tl.float32)
         # Two loops: a condition around the loads of one loop would switch the pipeline off.
         for k in range(0, width, BLOCK_K):
             a = load_tile(x, x_stride, m, k, rows, width, BLOCK_M, BLOCK_K, BULK)
             b = load_tile(folded, 2 * width, n, k, width, 2 * width, BLOCK_N, BLOCK_K, BULK)
-            if not RAW:
-                a = _normalised(a, mu, r, k, width, BLOCK_K, BFLOAT, UPCAST)
-            acc = _product(a, b, acc, UPCAST)
+            if RAW:
+                acc = _product(a, b, acc, UPCAST)
+            else:
+                acc = _product(b, _normalised(a, mu, r, k, width, BLOCK_K, BFLOAT, UPCAST), acc, UPCAST)
         for k in range(0, width, BLOCK_K):
             a = load_tile(skip, skip_stride, m, k, rows, width, BLOCK_M, BLOCK_K, BULK)
             b = load_tile(folded, 2 * width, n, width + k, width, 2 * width, BLOCK_N, BLOCK_K, BULK)
-            if not RAW:
-                a = _normalised(a, mu, r, k, width, BLOCK_K, BFLOAT, UPCAST)
-            acc = _product(a, b, acc, UPCAST)
+            if RAW:
+                acc = _product(a, b, acc, UPCAST)
+            else:
+                acc = _product(b, _normalised(a, mu, r, k, width, BLOCK_K, BFLOAT, UPCAST), acc, UPCAST)
         if RAW:
             u = tl.load(row_sums + j, mask=j < width, other=0.0)
             acc = r[:, None] * (acc - mu[:, None] * u[None, :])
+        else:
+            acc = tl.trans(acc)
         acc += tl.load(folded_bias + j, mask=j < width, other=0.0)[None, :]
         inside = (i < rows)[:, None] & (j < width)[None, :]
         store_rounded(out + i[:, None] * width + j[None, :], acc, inside, UPCAST)
