@@ -138,7 +138,7 @@ def _measure(
                     contextlib.closing(SideProcess(case, setting.overrides, setting.small, name))
                 )
             )
-            side.run(0)  # a compiler's memory is not the step's
+            side.first()  # a compiler's memory is not the step's
             costs[name] = {"peak_memory_bytes": side.peak(device)}
             if device.type == "cuda":  # elsewhere the count would be of counters that lie on the CPU anyway
                 costs[name]["host_waits"] = host_waits(partial(side.run, 0), device)

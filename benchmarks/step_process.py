@@ -32,6 +32,9 @@ class SideProcess:
         other.close()
         self.has_parts: bool = self._answer()
 
+    def first(self) -> None:
+        self._ask("first", 0)
+
     def run(self, step: int) -> None:
         self._ask("run", step)
 
@@ -72,6 +75,7 @@ def _serve(
     try:
         side = Sides(case, CPU, overrides, small).make(name)
         answers: dict[str, Any] = {
+            "first": lambda step: side.first(),
             "run": lambda step: [side.run(step)].clear(),  # nothing of it crosses
             "parts": lambda step: side.parts(step, CPU),
             "peak": lambda step: side.peak(CPU),

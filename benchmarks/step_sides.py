@@ -125,6 +125,12 @@ class Side:
     def has_parts(self) -> bool:
         return self.owner is not None
 
+    def first(self) -> None:
+        """One step. Raises ArithmeticError unless all that it gives is finite: the update would be left out."""
+        given = self.run(0)
+        if not all(x.isfinite().all() for x in ([given] if isinstance(given, Tensor) else given)):
+            raise ArithmeticError("the step gave NaN or infinity, which is no step to time")
+
     def peak(self, device: torch.device) -> int:
         """Bytes of memory beyond what it holds anyway."""
         return peak_memory(partial(self.run, 0), device)

@@ -106,6 +106,9 @@ class EngineConfig:
     cuda_graph: bool = setting(
         False, "Replay the step as one CUDA graph; one process, optimizer.name=adamw", resumes=True
     )
+    deterministic: bool = setting(
+        False, "Equal bits on a GPU at every length and precision: torch.use_deterministic_algorithms", resumes=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,6 +59,8 @@ def _work(arguments: list[str]) -> Status:
 
 
 def _train(config: "TrainConfig") -> Status:
+    import torch
+
     from dit_fast.cpu import bf16_warning, use_threads
     from dit_fast.train.allocator import keep_memory
     from dit_fast.train.loop import train
@@ -66,6 +68,10 @@ def _train(config: "TrainConfig") -> Status:
     from dit_fast.train.stop import Preempted
     from dit_fast.world import launched, single
 
+    if config.engine.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch demands it before the first product
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     if launched():
         from dit_fast.train.group import start_world
 
