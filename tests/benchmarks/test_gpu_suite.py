@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from dit_fast.benchmarks import gpu_suite, machine
-from dit_fast.benchmarks.gpu_suite import FAMILIES, STAGES, Stage, _parser
+from dit_fast.benchmarks.gpu_suite import FAMILIES, ROOT, STAGES, Stage, _parser
 from dit_fast.benchmarks.parts import Part, Record, run_parts
+from dit_fast.benchmarks.step import BENCHMARK as STEP
 from dit_fast.errors import UserError
 from dit_fast.kernels import tuning
 from tests.ops.install_triton import folder
@@ -222,6 +223,15 @@ def test_every_family_of_kernels_is_checked():
 
     parts = {"shared", "diversity_taps", "diversity_terms"}  # tested with all, and with diversity
     assert {family.removesuffix("_mlp") for family in FAMILIES} == set(proved) - parts
+
+
+def test_the_gate_of_steps_runs_all_tests_that_steps_ask_for(tmp_path):
+    options = _parser().parse_args(["--stage", "decide"])
+    commands = [part.command(1.0) for part in Stage(options, tmp_path, tmp_path)._gate()]
+    run = {file for command in commands for file in command if file.startswith("tests/")}
+    wanted = {str(path.relative_to(ROOT)) for pattern in STEP.tests for path in ROOT.glob(pattern)}
+    assert wanted
+    assert wanted <= run
 
 
 def test_gcc_and_the_header_come_first(monkeypatch, tmp_path, capsys):
