@@ -204,8 +204,9 @@ class Backbone(nn.Module, ABC):
                 raise UserError(f"tap {block} is not {where}")
         # a string: torch 2.11 cannot trace a union
         output = cast("X | tuple[X, X] | None", self.compute(x, t, y, asked, stop))
-        for block in asked.attention - asked.heads.keys():
-            raise UserError(f"{self.config.name} hands out no queries and keys of block {block}; use another model")
+        for block in asked.attention:
+            if block not in asked.heads:
+                raise UserError(f"{self.config.name} hands out no queries and keys of block {block}; use another model")
         return (output, asked.features) if asked is not taps and asked.blocks else output
 
     if TYPE_CHECKING:

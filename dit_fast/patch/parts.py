@@ -71,14 +71,16 @@ def changed(module: Any, parts: tuple[Part, ...]) -> str | None:
             parameter = held.get(name)
             if (parameter is not None) is not there:
                 return f"{path or 'it'} {'lost' if there else 'got'} a {name}"
-            if there and parameter.__class__ is not nn.Parameter and _is_odd(parameter):
+            if there and type(parameter) is not nn.Parameter and _is_odd(parameter):
                 return f"{path or 'its'} {name} is a {parameter.__class__.__name__}"
     return None
 
 
 def _is_odd(parameter: Any) -> bool:
-    """Whether it is a tensor made of others, which torch tells by this method."""
-    return hasattr(parameter.__class__, "__tensor_flatten__")
+    """Whether it is a tensor made of others, which torch tells by this method. By type(), as above: to the compiler of
+    torch 2.11 the `__class__` of a parameter is another class, which it cannot look into.
+    """
+    return hasattr(type(parameter), "__tensor_flatten__")
 
 
 def odd_parameter(module: nn.Module) -> str | None:
