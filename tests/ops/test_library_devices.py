@@ -21,4 +21,7 @@ def moved(value, device):
 def test_opcheck(name, device):
     if device.type == "cpu":
         pytest.skip("test_library.py checks it there")
-    torch.library.opcheck(getattr(torch.ops.dit_fast, name).default, moved(REGISTERED[name](), device))
+    op = getattr(torch.ops.dit_fast, name).default
+    if all(argument.name != "backend" for argument in op._schema.arguments):
+        pytest.skip("C++ for the CPU is its one implementation")
+    torch.library.opcheck(op, moved(REGISTERED[name](), device))
