@@ -13,6 +13,7 @@ from dit_fast.autoencoders.patch_pca import to_float, to_patches
 from dit_fast.errors import DataError
 from dit_fast.preparation.verify import verify_dataset
 from tests.helpers.golden import assert_close
+from tests.helpers.no_gpu import no_gpu  # noqa: F401
 from tests.helpers.shard_sets import build, contents, everything, make_images, rewrite
 
 

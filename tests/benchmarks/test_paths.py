@@ -11,6 +11,7 @@ from dit_fast.benchmarks import paths
 from dit_fast.benchmarks.results import RESULTS
 from dit_fast.errors import UserError
 from dit_fast.world import single
+from tests.helpers.no_gpu import no_gpu  # noqa: F401
 from tests.helpers.toy_runs import make_shards
 
 

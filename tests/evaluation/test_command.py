@@ -21,6 +21,7 @@ from dit_fast.evaluation.command import sweep
 from dit_fast.evaluation.metrics import frechet_distance, inception_score, moments, precision_recall
 from dit_fast.evaluation.records import FILE_NAME, read_evaluations
 from tests.helpers.encoder_weights import toy_encoder
+from tests.helpers.no_gpu import no_gpu  # noqa: F401
 from tests.helpers.toy_runs import environment
 
 METRICS = ["FD-DINOv2-B", "KD-DINOv2-B", "precision-DINOv2-B", "recall-DINOv2-B"]
@@ -79,6 +80,7 @@ def test_the_protocol_tells_seeds_and_chosen_classes_apart(run, network, capsys)
 
 
 def test_a_reference_of_another_size_is_told(network, tmp_path, capsys):
+    pytest.importorskip("efficientnet_lite_pytorch")
     rng = np.random.default_rng(0)
     for name, side in (("ours", 32), ("theirs", 96)):
         np.savez(tmp_path / name, arr_0=rng.integers(0, 256, (8, side, side, 3), dtype=np.uint8))
@@ -155,7 +157,8 @@ def test_images_of_files_are_those_of_the_run(run, network, place, tmp_path, for
     assert main(["evaluate", str(drawn), *network, "--reference", str(place / "shards")]) == 0
     of_run, of_files = the_only(run), the_only(tmp_path)
     for name in METRICS:
-        assert of_files.values[name] == pytest.approx(of_run.values[name], rel=1e-6)
+        # differences of kernels near 1, of float32 features that other batches round to other bits
+        assert of_files.values[name] == pytest.approx(of_run.values[name], rel=1e-5)
     assert of_files.protocol.samples == drawn.name
     assert "drawn in an unstated way" in of_files.protocol.text()
 

@@ -19,6 +19,7 @@ from dit_fast.train.group import own_store
 from dit_fast.train.leash import _parent
 from dit_fast.train.peers import PeerLost
 from dit_fast.world import World
+from tests.helpers.no_gpu import no_gpu  # noqa: F401
 from tests.helpers.toy_runs import (
     Ranks,
     arguments,

@@ -11,6 +11,7 @@ import pytest
 
 from dit_fast.checkpoint.run import load_run
 from dit_fast.errors import Status
+from tests.helpers.no_gpu import no_gpu  # noqa: F401
 from tests.helpers.toy_runs import Ranks, arguments, environment, free_port, processes, rows_so_far, wait_for
 
 pytestmark = pytest.mark.launch

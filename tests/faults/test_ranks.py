@@ -16,6 +16,7 @@ import torch
 
 from dit_fast.checkpoint.run import load_run
 from dit_fast.train.__main__ import main
+from tests.helpers.no_gpu import no_gpu  # noqa: F401
 from tests.helpers.toy_runs import (
     ROOT,
     Ranks,

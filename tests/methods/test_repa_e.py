@@ -32,6 +32,7 @@ from dit_fast.train.optim import STATES
 from dit_fast.train.prepare import check_stage
 from dit_fast.world import World
 from tests.helpers.golden import assert_close
+from tests.helpers.no_gpu import no_gpu  # noqa: F401
 from tests.helpers.parts import WIDTH, settings
 from tests.helpers.shard_sets import build, everything
 from tests.helpers.tiny_sit import tiny_sit

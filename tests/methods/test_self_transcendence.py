@@ -24,6 +24,7 @@ from dit_fast.train import loop
 from dit_fast.train.__main__ import main
 from dit_fast.train.engine import SingleEngine
 from tests.helpers.golden import assert_close, assert_gradient_norms, assert_same_state, golden, golden_names
+from tests.helpers.no_gpu import no_gpu  # noqa: F401
 from tests.helpers.tiny_sit import inputs_for, tiny_sit
 from tests.helpers.toy_runs import Ranks, arguments, rows, tensors
 

@@ -21,6 +21,7 @@ from dit_fast.models import build_model
 from dit_fast.train.__main__ import main
 from tests.helpers.encoder_weights import WIDTH, official
 from tests.helpers.golden import assert_close
+from tests.helpers.no_gpu import no_gpu  # noqa: F401
 from tests.helpers.shard_sets import everything
 from tests.helpers.toy_runs import Ranks, arguments, losses, rows, tensors
 

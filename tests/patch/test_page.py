@@ -8,7 +8,6 @@ import torch
 
 from dit_fast import ops
 from tests.helpers.published_models import Transformer, inputs
-from tests.patch.test_diffusers import _dit, _hunyuan
 from tests.patch.test_lightningdit import LightningDiT
 
 PAGE = (Path(__file__).parents[2] / "docs" / "drop-in.md").read_text()
@@ -16,6 +15,8 @@ PAGE = (Path(__file__).parents[2] / "docs" / "drop-in.md").read_text()
 
 def test_the_blocks_of_the_page_run():
     pytest.importorskip("diffusers")
+    from tests.patch.test_diffusers import _dit, _hunyuan
+
     torch.manual_seed(0)
     x, t, y = inputs()
     names = {"model": Transformer("sit"), "sit": Transformer("repa"), "diversedit": Transformer("output")}

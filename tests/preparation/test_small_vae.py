@@ -11,6 +11,7 @@ from tests.helpers.shard_sets import make_images
 
 
 def test_it_learns_and_says_how_its_latents_are_scaled(array_file, tmp_path):
+    pytest.importorskip("diffusers")
     out = tmp_path / "vae"
     assert main([str(array_file), str(out), "--size", "16", "--channels", "3", "--width", "8", "--steps", "30"]) == 0
     images = to_float(make_images()[0])

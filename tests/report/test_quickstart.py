@@ -10,6 +10,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import quickstart
 
+from tests.helpers.no_gpu import no_gpu  # noqa: F401
+
 SCRIPT = Path(quickstart.__file__)
 
 

@@ -12,7 +12,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-import webdataset
 from PIL import Image
 
 from dit_fast import autoencoders
@@ -27,6 +26,7 @@ from dit_fast.sampling.forms import NpzParts
 from dit_fast.sampling.images import sample_images
 from dit_fast.sampling.options import SampleOptions
 from dit_fast.sampling.samples import Samples, write_samples
+from tests.helpers.no_gpu import no_gpu  # noqa: F401
 from tests.helpers.toy_runs import Ranks, environment, free_port, wait_for
 
 
@@ -152,6 +152,7 @@ def contents(place):
 
 
 def test_every_form_holds_the_same_images(place, tmp_path):
+    webdataset = pytest.importorskip("webdataset")
     for ending in (".npz", ".tar", ""):
         assert sample(place, "-o", str(tmp_path / f"a{ending}")) == 0
     samples = Samples.load(tmp_path / "a.npz")

@@ -15,6 +15,7 @@ from dit_fast.sweep import jobs, plan
 from dit_fast.sweep.jobs import MANIFEST, find_slots, read_record, steps_done
 from dit_fast.sweep.plan import from_words, members
 from tests.helpers.cases import refused
+from tests.helpers.no_gpu import no_gpu  # noqa: F401
 from tests.helpers.toy_runs import ROOT, environment, wait_for
 
 

@@ -7,6 +7,7 @@ import pytest
 from dit_fast import cli
 from dit_fast.sweep.plan import from_words, members, read_sweep
 from tests.helpers.cases import loop_over, refused
+from tests.helpers.no_gpu import no_gpu  # noqa: F401
 
 FILE = """
 seeds = [3, 4]

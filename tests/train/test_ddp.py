@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.helpers.engines import run_engines
+from tests.helpers.no_gpu import no_gpu  # noqa: F401
 from tests.train.test_zero import TOY, _close, _state
 
 pytestmark = pytest.mark.launch

@@ -17,6 +17,7 @@ from dit_fast.train import evaluation
 from dit_fast.train.loop import train
 from dit_fast.world import single
 from tests.helpers.encoder_weights import toy_encoder
+from tests.helpers.no_gpu import no_gpu  # noqa: F401
 from tests.helpers.toy_runs import environment, free_port
 
 CLOCK = ("seconds", "samples_per_s", "mfu")

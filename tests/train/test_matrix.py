@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests import matrix
+from tests.helpers.no_gpu import no_gpu  # noqa: F401
 
 
 @pytest.mark.launch

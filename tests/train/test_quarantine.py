@@ -8,6 +8,7 @@ import torch
 from dit_fast.checkpoint.step import step_folders
 from dit_fast.train.__main__ import main
 from tests.data.test_bad_samples import corrupt, poison
+from tests.helpers.no_gpu import no_gpu  # noqa: F401
 from tests.helpers.toy_runs import Ranks, arguments, make_shards, rows, tensors
 
 ALLOWED = "data.max_bad_share=0.1"

@@ -9,6 +9,7 @@ from dit_fast.cli import main as command
 from dit_fast.sampling.samples import Samples
 from dit_fast.train import loop
 from dit_fast.train.__main__ import main
+from tests.helpers.no_gpu import no_gpu  # noqa: F401
 from tests.helpers.toy_runs import Ranks, arguments, losses, rows, tensors
 
 SMALL = ("model.depth=4", "model.hidden_size=32", "model.num_heads=2", "optimizer.ema_decay=0.5")

@@ -18,6 +18,7 @@ from dit_fast.train.engine import SingleEngine
 from dit_fast.train.feed import Feed
 from dit_fast.train.guard import Diverged, Guard, Spikes
 from tests.helpers.damage import replace_member
+from tests.helpers.no_gpu import no_gpu  # noqa: F401
 from tests.helpers.toy_runs import Ranks, arguments, make_shards, rows, tensors
 
 

@@ -16,6 +16,7 @@ from dit_fast.recipes import load
 from dit_fast.runs import EngineConfig
 from dit_fast.train import scaling
 from dit_fast.train.memory import Planner
+from tests.helpers.no_gpu import no_gpu  # noqa: F401
 from tests.helpers.toy_runs import ROOT, Ranks
 
 PATH = {"PYTHONPATH": str(ROOT)}

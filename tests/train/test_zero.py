@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.helpers.engines import run_engines
+from tests.helpers.no_gpu import no_gpu  # noqa: F401
 from tests.helpers.toy_runs import tensors
 
 STAGES = (0, 1, 2, 3)

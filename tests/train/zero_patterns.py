@@ -250,7 +250,10 @@ class Real:
 
     def bind(self, model):
         data = SimpleNamespace(field=lambda name: SimpleNamespace(shape=FIELDS[name]))
-        bound = [METHODS[name](METHODS[name].Config(**options), model, data) for name, options in self.methods.items()]
+        bound = []
+        for name, options in self.methods.items():
+            options = {key: value() if callable(value) else value for key, value in options.items()}
+            bound.append(METHODS[name](METHODS[name].Config(**options), model, data))
         teacher = copy.deepcopy(model).requires_grad_(False).eval()
         for method in bound:
             method.prepare(lambda path, weights: (teacher, ""))
@@ -269,7 +272,7 @@ FOLLOWED = {
 }  # fmt: skip
 GUIDED = {"student_depth": 1, "teacher_depth": 2, "guidance": 2.0, "projector_width": 8, "t_low": 0.0, "stop_step": 2}
 END_TO_END = {
-    "vae": f"diffusers:{toy_vae()}", "encoder_depth": 1, "projector_width": 8, "perceptual_weight": 0.0,
+    "vae": lambda: f"diffusers:{toy_vae()}", "encoder_depth": 1, "projector_width": 8, "perceptual_weight": 0.0,
     "discriminator_width": 4, "discriminator_layers": 2, "vae_lr": LR / 4, "vae_clip": 1.0, "discriminator_clip": 0.3,
 }  # fmt: skip
 REALS = {
