@@ -144,16 +144,17 @@ def gelu_mlp() -> Iterator[tuple[str, Callable[[], Any]]]:
             return ops.gelu_mlp(*inputs, backend=backend)
 
     every = (True,) * 5
-    for dtype, backend, grad in itertools.product(DTYPES, ("auto", "gemm", "recompute", "torch"), (True, False)):
-        if (dtype, backend) != (F64, "gemm"):  # refused
+    for dtype, backend, grad in itertools.product(DTYPES, ("auto", "triton", "recompute", "torch"), (True, False)):
+        if (dtype, backend) != (F64, "triton"):  # refused
             yield f"{dtype} {backend} {grad}", partial(case, dtype, False, grad, backend, "dense", 1152, every)
     for width, grad in itertools.product((768, 1024, 1152, 36), (True, False)):
         yield f"autocast {width} {grad}", partial(case, F32, True, grad, "auto", "dense", width, every)
-    for places in ((0,), (1, 3), (2, 4), (3, 4)):
-        needs = tuple(place in places for place in range(5))
-        yield f"{places}", partial(case, BF16, False, True, "auto", "dense", 768, needs)
-    for form in FORMS:
-        yield form, partial(case, BF16, False, True, "auto", form, 768, every)
+    for backend in ("auto", "triton"):
+        for places in ((0,), (1, 3), (2, 4), (3, 4)):
+            needs = tuple(place in places for place in range(5))
+            yield f"{places} {backend}", partial(case, BF16, False, True, backend, "dense", 768, needs)
+        for form in FORMS:
+            yield f"{form} {backend}", partial(case, BF16, False, True, backend, form, 768, every)
 
 
 def qk_norm() -> Iterator[tuple[str, Callable[[], Any]]]:
