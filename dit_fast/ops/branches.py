@@ -21,7 +21,7 @@ from dit_fast.ops import adaln, long_skip_rows
 from dit_fast.ops._op import guarded, remember
 from dit_fast.ops._register import is_elsewhere, is_watched, lies_plain
 from dit_fast.ops.gelu_mlp import OP as MLP
-from dit_fast.ops.gelu_mlp import _GeluMlp
+from dit_fast.ops.gelu_mlp import _GeluMlp, kept_for_backward
 from dit_fast.ops.linear import PartialSums, product, sum_of_rows
 from dit_fast.ops.long_skip import OP as SKIP
 from dit_fast.ops.row_statistics import RowStatistics, known
@@ -259,7 +259,8 @@ class _Joins(torch.autograd.Function):
         )
         ctx.mlp = mlp = _Part()
         rows: Any = (modulated.view(-1, width), fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-        given = (*rows, first.shadow, first.bias_shadow, second.shadow, second.bias_shadow, True, plan.mlp)
+        given = (*rows, first.shadow, first.bias_shadow, second.shadow, second.bias_shadow)
+        given = (*given, kept_for_backward(plan.mlp), plan.mlp)
         kept: Any = _GeluMlp.forward(*given)
         _GeluMlp.setup_context(mlp, given, kept)
         mixed = kept[0].view(x.shape)

@@ -8,6 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from dit_fast.kernels import gelu
+from dit_fast.nn.block import Block
+from dit_fast.nn.linear import make_shadows
 from dit_fast.ops import gelu_mlp
 from dit_fast.ops.gelu_mlp import activation_again
 
@@ -193,6 +195,21 @@ def test_the_activation_is_kept_or_computed_again(kernel):
     (both, expected), (hidden_alone, found) = sides
     assert (both, hidden_alone) == (2, 1)
     assert all(torch.equal(ours, same) for ours, same in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("context", [contextlib.nullcontext, activation_again])
+def test_a_block_computes_no_more_activations_than_it_says(context):
+    """As trained, where its halves are one node each: the forward's own and, for memory, the backward's."""
+    block = Block(16, 2)
+    make_shadows(block, list(block.parameters()))
+    x, c = torch.randn(1, 3, 16, requires_grad=True), torch.randn(1, 16)
+    with torch.profiler.profile() as counted, torch.autocast("cpu", BF16), context():
+        y, _ = block(x, c)
+        torch.autograd.grad(y.sum(), [x, *block.mlp.parameters()])
+    assert type(y.grad_fn).__name__ == "_JoinsBackward"
+    assert sum(event.name == "aten::gelu" for event in counted.events()) == (
+        1 if context is contextlib.nullcontext else 2
+    )
 
 
 def test_supports_names_what_it_refuses():
