@@ -98,8 +98,8 @@ def step(dtype: torch.dtype, pairs: Any) -> tuple[Counted, Counted]:
         with counts[0]:
             taps = DiversityTaps()
             for y, gate in zip(branches, gates, strict=True):
-                x, stats = gate_residual(x, y, gate, return_stats=True)
-                x = x if pairs is None else taps.tap(x, stats)
+                x, _ = gate_residual(x, y, gate, return_stats=True)
+                x = x if pairs is None else taps.tap(x)
             total = None if pairs is None else taps.loss(pairs).total
     finally:
         stop()

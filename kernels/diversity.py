@@ -7,9 +7,8 @@ Forward, for tokens i, channels d, with y = x / max(|x|, 1e-8) per token:
 `block_sums` reads each row once: norms and the three channel sums. `pair_sums` takes the Gram matrix of one token's
 K raw rows on tensor cores (products of 16-bit values are exact in float32), scales entry (k, l) by r_k r_l and adds up
 tokens. Scaling after the product spares the rounding of y to 16 bits. Blocks whose types differ, and float32 blocks,
-use three TF32 products per product, which keeps float32 accuracy. Where mean and variance of every row are known,
-|x|^2 = D (variance + mean^2) has no cancellation, any part of a row can be scaled, and `sums_with_norms` needs
-one read.
+use three TF32 products per product, which keeps float32 accuracy. With norms that are
+known one read of strips of channels would do, for which an H200 takes longer than for these two.
 
 Backward. With G = dL/dC let H = G + G^T and v_k = sum_l H_kl y_l. Since dy/dx = r (I - y y^T), and r is constant where
 the norm is below the floor,
@@ -22,7 +21,7 @@ no whole row, so `gradients` may own a strip of channels and keep the strip's K 
 registers over its tokens. Both read only the blocks that matter: the wanted ones and those that H joins with them.
 One block at a time, as taps need it, is kernels/diversity_taps.py.
 
-For taps X = sum_k y_k [M, D] is kept: `sums_with_norms` writes it on the way, `mixture` in a read of its own.
+For taps `mixture` makes X = sum_k y_k [M, D] in a read of its own.
 
 Bits. The order of every sum is part of the definition: CHUNK tokens per partial channel sum, GROUP tokens per partial
 pair sum, the width and warp count of a row reduction, the blocks and warp count of X, channels in steps of the tensor
@@ -42,7 +41,7 @@ from dit_fast.kernels import unavailable as unavailable
 from dit_fast.kernels.aot import AotCase
 from dit_fast.kernels.diversity_gradients import gradients, projections
 from dit_fast.kernels.diversity_mixture import add_directions
-from dit_fast.kernels.diversity_sums import block_sums, pair_sums, sums_with_norms
+from dit_fast.kernels.diversity_sums import block_sums, pair_sums
 from dit_fast.kernels.ordered_sum import ordered_sum
 from dit_fast.kernels.rows import MAX_CHUNKS, TYPES, types_of
 from dit_fast.kernels.tables import address_table, is_aligned
@@ -50,11 +49,6 @@ from dit_fast.kernels.tables import address_table, is_aligned
 MAX_BLOCKS = 32
 MAX_WIDTH = 4096
 CHUNK = 256  # tokens per partial channel sum
-# Channels per program where norms are known, by rows of the Gram matrix and type. 32 of 16 rows in fp32 spilled.
-KNOWN_STRIP = {
-    **dict.fromkeys([(rows, kind) for rows in (16, 32) for kind in ("bf16", "fp16")], 64),
-    **{(16, "fp32"): 16, (32, "fp32"): 32, (16, "mixed"): 32, (32, "mixed"): 32},
-}
 STEP = 4  # tokens whose rows are in flight together
 GROUP = 16  # tokens per partial pair sum
 STRIP = {"bf16": 128, "fp16": 128, "fp32": 32, "mixed": 32}  # channels per product in a Gram matrix
@@ -149,20 +143,6 @@ def _pair_options(blocks: int, kind: str, config: Config) -> dict[str, int]:
     }
 
 
-def _known_options(blocks: int, kind: str, config: Config, mix: bool) -> dict[str, int]:
-    """Warps order the sum over blocks, so they are a function of the number of blocks and of their types."""
-    rows = _padded_rows(blocks)
-    return {
-        "ROWS": rows,
-        "STRIP": KNOWN_STRIP[rows, kind],
-        "CHUNK": CHUNK,
-        "MIX": mix,
-        "UPCAST": triton.knobs.runtime.interpret,
-        "num_warps": rows // 4 if kind == "mixed" else rows // 8,
-        "num_stages": config.pair_stages,
-    }
-
-
 def _gradient_options(blocks: int, config: Config, upstream: bool) -> dict[str, int]:
     return {
         "ROWS": _padded_rows(blocks),
@@ -203,34 +183,6 @@ def forward(features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         **plan.constants, **pair_options, enable_fp_fusion=True,
     )  # fmt: skip
     return statistics, ordered_sum(pair_partials).view(blocks, blocks), inverse_norms
-
-
-def forward_with_norms(
-    features: Sequence[Tensor], means: Sequence[Tensor], variances: Sequence[Tensor], mix: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """What `forward` gives, up to float32 rounding, and with mix what `mixture` gives.
-
-    In one read of every feature; a mixture of types that differ takes another.
-
-    features as there; means, variances: of every row, float32 [M] each, contiguous.
-    """
-    features = list(features)
-    plan, device = _plan(features, features), features[0].device
-    blocks, (tokens, width) = len(features), features[0].shape
-    on_the_way = mix and plan.kind != "mixed"  # which has no registers left for it
-    options = _known_options(blocks, plan.kind, plan.config, on_the_way)
-    strips, chunks = triton.cdiv(width, options["STRIP"]), triton.cdiv(tokens, CHUNK)
-    inverse_norms = torch.empty(blocks, tokens, dtype=torch.float32, device=device)
-    partials = torch.empty(chunks, 3 * blocks * width, dtype=torch.float32, device=device)
-    pair_partials = torch.empty(chunks * strips, blocks * blocks, dtype=torch.float32, device=device)
-    out = torch.empty(tokens, width, dtype=torch.float32, device=device) if on_the_way else None
-    sums_with_norms[(strips, chunks)](
-        *address_table([*features, *means, *variances]), inverse_norms, partials, pair_partials,
-        inverse_norms if out is None else out, tokens, *plan.masks, **plan.constants, **options, enable_fp_fusion=True,
-    )  # fmt: skip
-    pairs = ordered_sum(pair_partials).view(blocks, blocks)
-    out = mixture(features, inverse_norms) if mix and out is None else out
-    return ordered_sum(partials).view(3, blocks, width), pairs, inverse_norms, out
 
 
 def mixture(features: Sequence[Tensor], inverse_norms: Tensor) -> Tensor:
@@ -305,10 +257,7 @@ def _cases(arch: int, blocks: int, width: int, kind: str) -> list[AotCase]:
         (gradients, "", _gradient_options(blocks, config, False), {"dots": True, "wide_stores": True}),
         (gradients, " upstream", _gradient_options(blocks, config, True), {"dots": True, "wide_stores": True}),
         (add_directions, "", _mixture_options(width), {"wide_stores": True}),
-        (sums_with_norms, "", _known_options(blocks, kind, config, False), {"dots": True}),
     ]
-    if kind != "mixed":
-        plans.append((sums_with_norms, " mixture", _known_options(blocks, kind, config, True), {"dots": True}))
     # The other shapes would compile the same lines again.
     if (width, kind) not in ((768, "bf16"), (1152, "mixed")):
         plans = [plan for plan in plans if plan[0] is not add_directions and plan[:2] != (gradients, "")]

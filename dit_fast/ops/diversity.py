@@ -21,7 +21,6 @@ from dit_fast.ops import diversity_op, diversity_terms
 from dit_fast.ops._op import wide
 from dit_fast.ops.autocast import without_autocast
 from dit_fast.ops.diversity_op import EPS, OP
-from dit_fast.ops.row_statistics import RowStatistics, known
 from dit_fast.world import ranks, sum_over_ranks
 
 
@@ -51,30 +50,18 @@ class DiversityLoss:
     pairs: tuple[tuple[int, int], ...]
 
 
-# Block features, and what is known of their rows: in block order, or by block index.
-Features = Sequence[Tensor] | Tensor | Mapping[int, Tensor]
-Statistics = Sequence[RowStatistics | None] | Mapping[int, RowStatistics | None]
+Features = Sequence[Tensor] | Tensor | Mapping[int, Tensor]  # in block order, or by block index
 
 
-def diversity_stats(
-    features: Features,
-    backend: str = "auto",
-    stats: Statistics | None = None,
-) -> DiversityStats:
+def diversity_stats(features: Features, backend: str = "auto") -> DiversityStats:
     """Statistics of K block features [N, T, D] of one shape: a sequence, stacked [K, N, T, D], or by block index.
 
     Dtypes may differ from block to block. Token norms below 1e-8 count as 1e-8. Every backend differentiates in forward
     mode and, once, in reverse mode, of the statistics or of their forward-mode derivative; "torch", the reference, any
     number of times. Raises UserError for other shapes and for a backend
     that is unknown or cannot take these tensors.
-
-    stats: what the caller promises to be `row_statistics` of each block, [N, T] each, without gradient. With those of
-    all blocks "triton" reads the features once instead of twice (norm^2 = D (variance + mean^2)); values then agree to
-    float32 rounding and gradients follow the same rule. Other backends and torch.compile do not use them. Raises
-    UserError naming the block for statistics of another shape, dtype or device.
     """
-    ordered = in_block_order("features", features)
-    return sums_of(ordered, backend, _stats_in_order(stats, features)).named()
+    return sums_of(in_block_order("features", features), backend).named()
 
 
 class Sums(NamedTuple):
@@ -91,33 +78,14 @@ class Sums(NamedTuple):
         return DiversityStats(sums, abs_sums, square_sums, self.pair_sums, count)
 
 
-def sums_of(ordered: Any, backend: str, stats: Sequence[RowStatistics | None] | None = None) -> Sums:
-    """As `diversity_stats`, of features and their statistics in block order."""
+def sums_of(ordered: Any, backend: str) -> Sums:
+    """As `diversity_stats`, of features in block order."""
     check_features(ordered)
     OP.check(backend)
-    given = known_rows(ordered, stats)
     blocks = [feature.flatten(0, 1) for feature in ordered]
     chosen = OP.choose(backend, blocks[0].device, *blocks)
-    summed = _reference(blocks) if chosen == "torch" else diversity_op.statistics(chosen, blocks, given)
+    summed = _reference(blocks) if chosen == "torch" else diversity_op.statistics(chosen, blocks)
     return Sums(chosen, *summed, len(blocks[0]))
-
-
-def known_rows(
-    features: Sequence[Tensor] | Tensor, stats: Sequence[RowStatistics | None] | None
-) -> diversity_op.Known | None:
-    """(means, variances) of all blocks' rows, [M] each, or None unless all blocks have them. Checks them."""
-    if stats is None:
-        return None
-    if len(stats) != len(features):
-        raise UserError(f"stats has {len(stats)} entries for {len(features)} blocks; give one, or None, per block")
-    pairs = [
-        known("diversity", f"stats[{block}]", given, feature)
-        for block, (feature, given) in enumerate(zip(features, stats, strict=True))
-    ]
-    if any(pair is None for pair in pairs):
-        return None
-    flat = [(pair[0].reshape(-1), pair[1].reshape(-1)) for pair in pairs if pair]
-    return [mean for mean, _ in flat], [variance for _, variance in flat]
 
 
 def _reference(blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -135,7 +103,6 @@ def diversity_loss(
     variant: Literal["release", "paper"] = "release",
     scope: Literal["rank", "global"] = "rank",
     backend: str = "auto",
-    stats: Statistics | None = None,
 ) -> DiversityLoss:
     """Mean cosine of block means, mean token cosine, and minus the spread of channel usage.
 
@@ -148,7 +115,6 @@ def diversity_loss(
     0.33 * sum.
     scope "global": statistics of all ranks of the default process group. Gradients are then those of the whole batch
     once the ranks' gradients are averaged. Without an initialised process group it equals "rank".
-    stats: the blocks' row statistics where they are known, as for `diversity_stats`.
 
     Fewer than two blocks give zeros. Raises UserError for wrong shapes, for an unknown variant, scope or backend, and
     for pairs that are empty, out of range, or join a block with itself.
@@ -157,8 +123,7 @@ def diversity_loss(
     chosen = check_options(pairs, len(ordered), variant, scope)
     if not len(ordered):
         return _no_loss(torch.zeros((), dtype=torch.float32))
-    in_order = _stats_in_order(stats, features)
-    return loss_from_sums(sums_of(ordered, backend, in_order), chosen, variant, scope)
+    return loss_from_sums(sums_of(ordered, backend), chosen, variant, scope)
 
 
 def loss_from_sums(sums: Sums, pairs: tuple[tuple[int, int], ...], variant: str, scope: str) -> DiversityLoss:
@@ -259,15 +224,6 @@ def in_block_order(name: str, given: Any) -> Any:
     ):
         raise UserError(f"diversity: {name} must be a sequence, a tensor or a mapping, not {type(given).__name__}")
     return given
-
-
-def _stats_in_order(stats: Statistics | None, features: Features) -> Sequence[RowStatistics | None] | None:
-    """A mapping of statistics must be of the blocks that the features are of."""
-    if isinstance(stats, Mapping):
-        blocks = list(features) if isinstance(features, Mapping) else list(range(len(features)))
-        if set(stats) != set(blocks):
-            raise UserError(f"diversity: stats are of blocks {list(stats)}, features of {blocks}; give the same ones")
-    return None if stats is None else in_block_order("stats", stats)
 
 
 def check_features(features: Sequence[Tensor] | Tensor) -> None:

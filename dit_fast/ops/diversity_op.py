@@ -10,10 +10,6 @@ and the gradient of any function of them is one pass too. With G = d/d pair_sums
 
 A norm below 1e-8 counts as 1e-8, a constant: then nothing is subtracted from V.
 
-Where mean and variance of every row are known, |x|^2 = D (variance + mean^2), both terms nonnegative, and "triton"
-reads the features once instead of twice. "cpp" takes sums, norms and cosines of a few tokens while they are cached,
-and "torch" is the reference: both ignore what they are told.
-
 On request the forward also keeps the mixture, the sum of u_k over blocks, [M, D] (see diversity_taps.py).
 
 The fused implementations sum over fixed chunks of 256 tokens and add the chunks in order, so that the numbers depend
@@ -125,25 +121,14 @@ def _cpp_backward(
     return out
 
 
-def _forward(
-    features: list[Tensor],
-    mix: bool,
-    backend: str,
-    row_means: Sequence[Tensor] | None = None,
-    row_variances: Sequence[Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """row_means, row_variances: of every block, [M] each, or None; what they promise is not checked."""
+def _forward(features: list[Tensor], mix: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     features = [rows(x) for x in features]
     if backend == "triton":
         from dit_fast.kernels import diversity
 
-        if row_means and row_variances:
-            means, variances = ([x.contiguous() for x in each] for each in (row_means, row_variances))
-            *sums, mixture = diversity.forward_with_norms(features, means, variances, mix)
-        else:
-            sums = list(diversity.forward(features))
-            mixture = diversity.mixture(features, sums[2]) if mix else None
-        return sums[0], sums[1], sums[2], sums[2].new_empty(0, features[0].shape[1]) if mixture is None else mixture
+        sums, pair_sums, norms = diversity.forward(features)
+        mixture = diversity.mixture(features, norms) if mix else norms.new_empty(0, features[0].shape[1])
+        return sums, pair_sums, norms, mixture
     return _cpp_forward(features, mix) if backend == "cpp" else _torch_forward(features, mix)
 
 
@@ -177,10 +162,9 @@ def _empty_gradients(features: Sequence[Tensor], wanted: Sequence[int]) -> list[
 
 
 forward_op = define(
-    "diversity_forward(Tensor[] features, bool mix, str backend, Tensor[]? row_means=None, "
-    "Tensor[]? row_variances=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "diversity_forward(Tensor[] features, bool mix, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
-    lambda features, mix, backend, row_means=None, row_variances=None: _empty_outputs(features, mix),
+    lambda features, mix, backend: _empty_outputs(features, mix),
 )
 backward_op = define(
     "diversity_backward(Tensor[] features, Tensor inverse_norms, Tensor grad_statistics, Tensor grad_pair_sums, "
@@ -190,22 +174,16 @@ backward_op = define(
 )
 
 
-Known = tuple[list[Tensor], list[Tensor]]
-
-
 class _Statistics(torch.autograd.Function):
-    """(backend, known, *features [M, D]) -> statistics [3, K, D], pair_sums [K, K], inverse_norms [K, M].
-
-    known: (means, variances) of all blocks' rows, or None.
-    """
+    """(backend, *features [M, D]) -> statistics [3, K, D], pair_sums [K, K], inverse_norms [K, M]."""
 
     @staticmethod
-    def forward(backend: str, known: Known | None, *features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return forward_op(list(features), False, backend, *(known or ()))[:3]
+    def forward(backend: str, *features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return forward_op(list(features), False, backend)[:3]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.backend, _, *features = inputs
+        ctx.backend, *features = inputs
         ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[2], *features)
@@ -217,15 +195,15 @@ class _Statistics(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         inverse_norms, *features = ctx.saved_tensors
         grad_statistics, grad_pair_sums = with_zeros(grad_statistics, grad_pair_sums, inverse_norms, features)
-        wanted = [k for k, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        wanted = [k for k, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
         grads = backward_op(features, inverse_norms, grad_statistics, grad_pair_sums, [], wanted, ctx.backend)
-        result: list[Tensor | None] = [None] * (2 + len(features))
+        result: list[Tensor | None] = [None] * (1 + len(features))
         for k, grad in zip(wanted, grads, strict=True):
-            result[2 + k] = grad
+            result[1 + k] = grad
         return tuple(result)
 
     @staticmethod
-    def jvp(ctx: Any, _: None, __: None, *tangents: Tensor | None) -> tuple[Tensor, Tensor, None]:
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, Tensor, None]:
         return *tangent(ctx.saved_tensors, tangents), None
 
 
@@ -263,15 +241,13 @@ def tangent(features: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> tu
     return torch.stack(columns, 1), half + half.T
 
 
-def statistics(backend: str, features: Sequence[Tensor], known: Known | None = None) -> tuple[Tensor, Tensor]:
+def statistics(backend: str, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Differentiable statistics [3, K, D] and pair_sums [K, K] of features [M, D], in both modes of differentiation.
 
-    backend: the name of an implementation. known: means and variances [M] of all blocks' rows; not used under
-    torch.compile.
+    backend: the name of an implementation.
     """
-    compiling = torch.compiler.is_compiling()
-    if compiling and not (torch.is_grad_enabled() and any(x.requires_grad for x in features)):
+    if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and any(x.requires_grad for x in features)):
         # The compiler runs a function without gradients directly, and fails on one with *arguments.
         return forward_op(list(features), False, backend)[:2]
-    sums, pair_sums, _ = _fused(backend, None if compiling else known, *features)
+    sums, pair_sums, _ = _fused(backend, *features)
     return sums, pair_sums

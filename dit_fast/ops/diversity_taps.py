@@ -48,7 +48,6 @@ from dit_fast.ops.diversity import (
     Sums,
     check_features,
     check_options,
-    known_rows,
     loss_from_sums,
     sums_of,
 )
@@ -68,7 +67,6 @@ class Shared:
         self.backend = backend
         self.mix = False
         self.features: list[Tensor] = []
-        self.known: diversity_op.Known | None = None
         self.joined: set[int] = set()  # blocks whose gradient the node of a gate gives
         self.tangents: dict[int, tuple[Tensor, Tensor]] = {}  # feature and tangent, both with their graph
         self.waiting = 0  # blocks that have not used it
@@ -149,7 +147,7 @@ class Collect(torch.autograd.Function):
     @staticmethod
     def forward(shared: Shared, *tokens: Tensor) -> tuple[Tensor, ...]:
         rows = [x.flatten(0, 1) for x in shared.features]
-        return forward_op(rows, shared.mix, shared.backend, *(shared.known or ()))
+        return forward_op(rows, shared.mix, shared.backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -215,7 +213,6 @@ class DiversityTaps:
         self._shared = Shared(backend)
         self._outputs: list[Tensor] = []
         self._tokens: list[Tensor] = []
-        self._known: list[RowStatistics | None] = []
         self._sums: Sums | None = None
         self._stats: DiversityStats | None = None
         self._count = 0
@@ -223,8 +220,7 @@ class DiversityTaps:
     def tap(self, x: Tensor, stats: RowStatistics | None = None) -> Tensor:
         """Registers a block's output [N, T, D] and returns it. Raises UserError once the statistics were taken.
 
-        stats: x's row statistics where its producer knows them, as for `diversity_stats`, which names what is wrong
-        with them when the statistics are taken. Not used under torch.compile.
+        stats: what a model hands to every collector; not used.
         """
         if self._sums is not None:
             raise UserError("these taps were already summed; make new DiversityTaps for each forward pass")
@@ -233,7 +229,6 @@ class DiversityTaps:
         if torch.compiler.is_compiling():
             self._outputs.append(x)
             return x
-        self._known.append(stats)
         shared, gate = self._shared, _gate_of(x)
         if gate is not None:
             gate.tap = Joint(shared, len(shared.features))
@@ -262,11 +257,10 @@ class DiversityTaps:
             # Else the most frequent weight is zero: nothing would be read of the mixture.
             useful = most_joined > FEW and 2 * most_joined > len(shared.features) - 1
             shared.mix = useful and any(token.requires_grad for token in self._tokens)
-            shared.known = known_rows(shared.features, self._known)
             shared.backend = OP.choose(shared.backend, shared.features[0].device, *shared.features)
             sums, pair_sums, *_ = _collect(shared, *self._tokens)
             self._sums = Sums(shared.backend, sums, pair_sums, count)
-            self._tokens, self._known, shared.features, shared.known = [], [], [], None
+            self._tokens, shared.features = [], []
         return self._sums
 
     def loss(

@@ -207,27 +207,25 @@ def diversity() -> Iterator[tuple[str, Callable[[], Any]]]:
     def features(blocks: int, types: Sequence[torch.dtype], size: Any, form: str) -> list[Tensor]:
         return [laid(form, *size, dtype=types[k % len(types)]) for k in range(blocks)]
 
-    def whole(blocks: int, types: Any, size: Any, form: str, known: bool, pairs: Any) -> Any:
-        given = features(blocks, types, size, form)
-        stats = [ops.row_statistics(x) for x in given] if known else None
-        return ops.diversity_loss(given, pairs, stats=stats).total
+    def whole(blocks: int, types: Any, size: Any, form: str, pairs: Any) -> Any:
+        return ops.diversity_loss(features(blocks, types, size, form), pairs).total
 
-    def tapped(blocks: int, types: Any, size: Any, form: str, known: bool, pairs: Any) -> Any:
+    def tapped(blocks: int, types: Any, size: Any, form: str, pairs: Any) -> Any:
         taps = ops.DiversityTaps()
-        same = [taps.tap(x, ops.row_statistics(x) if known else None) for x in features(blocks, types, size, form)]
+        same = [taps.tap(x) for x in features(blocks, types, size, form)]
         return (*same, taps.loss(pairs).total)
 
     some = [(0, 1), (1, 2), (0, 5)]
     kinds = ((BF16,), (F32,), (F16,), (F32, BF16), (F32, F16, BF16), (F64,))
     large = ((28, 1152, (BF16,), "all"), (28, 1152, (F32,), "all"), (28, 1152, (BF16,), some))
     for blocks, width, types, pairs in (*large, *((6, 768, types, "all") for types in kinds)):
-        for call, known in itertools.product((whole, tapped), (False, True)):
-            name = f"{call.__name__} {blocks} x {width} {types} {known} {pairs}"
-            yield name, partial(call, blocks, types, (4, 64, width), "dense", known, pairs)
+        for call in (whole, tapped):
+            name = f"{call.__name__} {blocks} x {width} {types} {pairs}"
+            yield name, partial(call, blocks, types, (4, 64, width), "dense", pairs)
     for form in FORMS:
-        yield f"tapped {form}", partial(tapped, 6, (BF16,), (4, 64, 768), form, True, "all")
+        yield f"tapped {form}", partial(tapped, 6, (BF16,), (4, 64, 768), form, "all")
     yield "tap", lambda: ops.diversity_tap(new(4, 64, 768, dtype=BF16))[1].sums
-    yield "odd width", partial(tapped, 5, (F32,), (3, 17, 36), "dense", False, "all")
+    yield "odd width", partial(tapped, 5, (F32,), (3, 17, 36), "dense", "all")
 
 
 def shared() -> Iterator[tuple[str, Callable[[], Any]]]:

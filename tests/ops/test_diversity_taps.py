@@ -8,9 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_fast.errors import UserError
-from dit_fast.ops import DiversityTaps, RowStatistics, diversity_loss, row_statistics
+from dit_fast.ops import DiversityTaps, diversity_loss
 from dit_fast.ops.diversity_descent import through_mixture
-from tests.helpers.cases import loop_over
 from tests.helpers.golden import assert_close
 
 SHAPE = (2, 40, 12)  # larger than any statistic or table of six blocks
@@ -219,22 +218,3 @@ def test_misuse_is_named():
     uneven.tap(data()[:, :4])
     with pytest.raises(UserError, match=r"features\[1\] must be \[N, T, D\] = \[2, 40, 12\], not \[2, 4, 12\]"):
         uneven.loss()
-
-
-@loop_over("backend", ["auto", "torch"])
-def test_known_row_statistics_are_checked_and_change_nothing_here(backend):
-    features = [data() + k for k in range(3)]
-    stats = [row_statistics(x) for x in features]
-    plain = diversity_loss(features, backend=backend).total
-    assert torch.equal(diversity_loss(features, backend=backend, stats=stats).total, plain)
-    mean, variance = stats[2]
-    for wrong in (RowStatistics(mean[:1], variance), RowStatistics(mean.double(), variance)):
-        taps = DiversityTaps(backend)
-        for x, known in zip(features, [*stats[:2], wrong], strict=True):
-            taps.tap(x, known)
-        with pytest.raises(UserError, match=r"stats\[2\].mean must be"):
-            taps.loss()
-        with pytest.raises(UserError, match=r"stats\[1\].mean must be"):
-            diversity_loss(features, backend=backend, stats=[None, wrong, None])
-    with pytest.raises(UserError, match="2 entries for 3 blocks"):
-        diversity_loss(features, backend=backend, stats=stats[:2])

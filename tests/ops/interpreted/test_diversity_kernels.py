@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dit_fast.kernels import diversity
-from dit_fast.ops import DiversityTaps, diversity_loss, row_statistics
+from dit_fast.ops import DiversityTaps, diversity_loss
 from dit_fast.ops.diversity_op import forward_op
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -184,56 +184,22 @@ def test_supports_names_what_it_refuses():
     assert "4194241 tokens" in diversity.supports([torch.zeros(1, 8).expand(64 * 65535 + 1, 8)])[0]
 
 
-def means_and_variances(features):
-    means = [x.double().mean(1).float() for x in features]
-    return means, [x.double().var(1, correction=0).float() for x in features]
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_statistics_in_two_reads_and_in_one_where_row_statistics_are_known(name, monkeypatch):
+def test_statistics(name):
     features = make(*CASES[name])
-    two_reads = forward_op(features, False, "triton")[:3]
-    monkeypatch.delattr(diversity, "forward")
-    one_read = forward_op(features, False, "triton", *means_and_variances(features))[:3]
-    for one, two, exact in zip(one_read, two_reads, exact_statistics(features), strict=True):
-        assert one.dtype == two.dtype == FP32
-        assert one.shape == two.shape == exact.shape
-        assert error(one, two) < 1e-6
-        assert error(one, exact) < 1e-6
-        assert error(two, exact) < 1e-6
+    for ours, exact in zip(diversity.forward(features), exact_statistics(features), strict=True):
+        assert ours.dtype == FP32
+        assert ours.shape == exact.shape
+        assert error(ours, exact) < 1e-6
 
 
-def test_known_norms_at_any_strides_at_the_floor_and_with_large_means():
-    buffer = torch.randn(23, 4 * 51 + 1)
-    features = [buffer[:, 1 + 51 * k : 1 + 51 * k + 48] for k in range(4)]
-    features[1] = features[1][:1].expand(23, 48)
-    features[2] += 1000
-    features[3][4] = 0
-    ours = forward_op(features, True, "triton", *means_and_variances(features))
-    for each, exact in zip(ours, exact_statistics(features), strict=False):
-        assert error(each, exact) < 1e-6
-    assert ours[2][3, 4] == 1e8
-    assert error(ours[3], forward_op(features, True, "triton")[3]) < 1e-6
-
-
-def test_configuration_does_not_enter_the_sums_with_known_norms(monkeypatch):
-    features = make(37, 200, [BF16] * 3)
-    known = means_and_variances(features)
-    first = diversity.forward_with_norms(features, *known, True)
-    monkeypatch.setitem(diversity.CONFIGS, 80, {(16, "bf16"): diversity.Config(4, 2, 8, 2, 32)})
-    second = diversity.forward_with_norms(features, *known, True)
-    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
-
-
-@pytest.mark.parametrize("informed", [False, True])
 @pytest.mark.parametrize("types", [[FP32] * 5, [BF16, FP32] * 3])
-def test_taps_end_to_end(types, informed, monkeypatch):
+def test_taps_end_to_end(types):
     """All pairs, and so through the mixture, against the reference in float64."""
     features = [x.view(3, 7, 40).requires_grad_() for x in make(21, 40, types)]
     above = [x.view(3, 7, 40) for x in make(21, 40, types, seed=5)]
     taps = DiversityTaps("triton")
-    outputs = [taps.tap(x, row_statistics(x, "torch") if informed else None) for x in features]
-    monkeypatch.delattr(diversity, "forward" if informed else "forward_with_norms")
+    outputs = [taps.tap(x) for x in features]
     total = taps.loss("all").total
     value = 1000 * total + sum((x.float() * y.float()).sum() for x, y in zip(outputs, above, strict=True))
     ours = torch.autograd.grad(value, features)
@@ -245,17 +211,5 @@ def test_taps_end_to_end(types, informed, monkeypatch):
         assert error(grad, exact) < (5 * LIMITS[FP32] if grad.dtype == FP32 else LIMITS[grad.dtype])
 
 
-def test_the_plain_loss_takes_known_statistics(monkeypatch):
-    features = [x.view(3, 7, 40).requires_grad_() for x in make(21, 40, [FP32] * 3)]
-    stats = [row_statistics(x, "torch") for x in features]
-    run = lambda stats: diversity_loss(features, backend="triton", stats=stats).total  # noqa: E731
-    plain = torch.autograd.grad(run(None), features)
-    torch.testing.assert_close(run([*stats[:2], None]), run(None), rtol=0, atol=0)  # not of all: two reads
-    monkeypatch.delattr(diversity, "forward")
-    for ours, before in zip(torch.autograd.grad(run(stats), features), plain, strict=True):
-        assert error(ours, before) < 2e-6
-
-
-def test_opcheck_with_known_statistics():
-    features = make(9, 33, [FP32, BF16])
-    torch.library.opcheck(forward_op.registered, (features, True, "triton", *means_and_variances(features)))
+def test_opcheck():
+    torch.library.opcheck(forward_op.registered, (make(9, 33, [FP32, BF16]), True, "triton"))
