@@ -14,9 +14,8 @@ exact in 16 bits, so there is one rounding fewer than in normalise, round, multi
 
 That holds if both are stored in the type that is multiplied. Rounding a float32 x as it is would leave an error
 relative to |x|, not to its deviation: with m = 100 sigma a hundred times too much, and float16 could overflow. Then
-(z - m) r is taken in registers from each tile and rounded, which is what autocast rounds, and no correction is needed:
-
-    y = xhat_1 W'_1^T + xhat_2 W'_2^T + b',   xhat = round((z - m) r).
+round((z - m) r), which is what autocast rounds, is made in a pass over the rows (long_skip_rows.py), and the library
+multiplies it, without correction.
 
 Backward, given g = dL/dy, with zhat = (z - m) r:
 

@@ -51,14 +51,6 @@ def fold_rows(norm_weight, norm_bias, weight, bias, folded, row_sums, folded_bia
 
 
 @triton.jit
-def _normalised(tile, mean, rstd, column, width, COLUMNS: tl.constexpr, BFLOAT: tl.constexpr, UPCAST: tl.constexpr):
-    """(x - mean) rstd rounded to 16 bits. What lies past the row stays zero: the weights there are the other half's."""
-    value = (tile.to(tl.float32) - mean[:, None]) * rstd[:, None]
-    value = tl.where((column + tl.arange(0, COLUMNS) < width)[None, :], value, 0.0)
-    return to_bfloat16(value, UPCAST) if BFLOAT else value.to(tl.float16)
-
-
-@triton.jit
 def _product(a, b, acc, UPCAST: tl.constexpr):
     if UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -68,13 +60,8 @@ def _product(a, b, acc, UPCAST: tl.constexpr):
 @triton.jit(do_not_specialize=("rows",))
 def skip_projection(x, skip, folded, mean, rstd, row_sums, folded_bias, out, rows, width, x_stride, skip_stride,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-                    RAW: tl.constexpr, BFLOAT: tl.constexpr, BULK: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """out [rows, width]. x, skip, folded: descriptors of tiles (BULK) or pointers. RAW: both halves enter as stored.
-
-    Otherwise out's transpose is summed, W' xhat^T: the left operand of a warp group's product that was computed, as
-    xhat is, stays in registers, which Triton 3.6 overwrites with the next tile while up to three products still read
-    them (NaN on an H200). A right operand goes through shared memory.
-    """
+                    BULK: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """out [rows, width]. x, skip, folded: descriptors of tiles (BULK) or pointers."""
     row_tiles, column_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(width, BLOCK_N)
     first, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     for tile in range(first, row_tiles * column_tiles, programs):
@@ -83,27 +70,18 @@ def skip_projection(x, skip, folded, mean, rstd, row_sums, folded_bias, out, row
         i, j = m.to(tl.int64) + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
         mu = tl.load(mean + i, mask=i < rows, other=0.0)
         r = tl.load(rstd + i, mask=i < rows, other=0.0)
-        acc = tl.zeros([BLOCK_M, BLOCK_N] if RAW else [BLOCK_N, BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         # Two loops: a condition around the loads of one loop would switch the pipeline off.
         for k in range(0, width, BLOCK_K):
             a = load_tile(x, x_stride, m, k, rows, width, BLOCK_M, BLOCK_K, BULK)
             b = load_tile(folded, 2 * width, n, k, width, 2 * width, BLOCK_N, BLOCK_K, BULK)
-            if RAW:
-                acc = _product(a, b, acc, UPCAST)
-            else:
-                acc = _product(b, _normalised(a, mu, r, k, width, BLOCK_K, BFLOAT, UPCAST), acc, UPCAST)
+            acc = _product(a, b, acc, UPCAST)
         for k in range(0, width, BLOCK_K):
             a = load_tile(skip, skip_stride, m, k, rows, width, BLOCK_M, BLOCK_K, BULK)
             b = load_tile(folded, 2 * width, n, width + k, width, 2 * width, BLOCK_N, BLOCK_K, BULK)
-            if RAW:
-                acc = _product(a, b, acc, UPCAST)
-            else:
-                acc = _product(b, _normalised(a, mu, r, k, width, BLOCK_K, BFLOAT, UPCAST), acc, UPCAST)
-        if RAW:
-            u = tl.load(row_sums + j, mask=j < width, other=0.0)
-            acc = r[:, None] * (acc - mu[:, None] * u[None, :])
-        else:
-            acc = tl.trans(acc)
+            acc = _product(a, b, acc, UPCAST)
+        u = tl.load(row_sums + j, mask=j < width, other=0.0)
+        acc = r[:, None] * (acc - mu[:, None] * u[None, :])
         acc += tl.load(folded_bias + j, mask=j < width, other=0.0)[None, :]
         inside = (i < rows)[:, None] & (j < width)[None, :]
         store_rounded(out + i[:, None] * width + j[None, :], acc, inside, UPCAST)
@@ -144,21 +122,9 @@ def fold(
     return folded, row_sums, folded_bias
 
 
-def is_raw(x: Tensor, skip: Tensor, dtype: torch.dtype) -> bool:
-    """Whether both halves can be multiplied as they are stored."""
-    return x.dtype == skip.dtype == dtype
-
-
-def _constants(tiles: Tiles, arch: int, raw: bool, bfloat: bool) -> dict[str, object]:
-    return {
-        "BLOCK_M": tiles.block_m,
-        "BLOCK_N": tiles.block_n,
-        "BLOCK_K": tiles.block_k,
-        "GROUP": GROUP,
-        "RAW": raw,
-        "BFLOAT": bfloat and not raw,
-        "BULK": arch >= 90,
-    }
+def _constants(tiles: Tiles, arch: int) -> dict[str, int]:
+    blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k}
+    return blocks | {"GROUP": GROUP, "BULK": arch >= 90}
 
 
 def forward(
@@ -173,7 +139,7 @@ def forward(
 ) -> Tensor:
     """y [M, D] in out_dtype: the linear map of the normalised [x, skip], which is never formed.
 
-    x, skip: [M, D], rows contiguous with any stride of whole 16 bytes, dtypes may differ; mean, rstd: float32 [M] over
+    x, skip: [M, D], in folded's dtype, rows contiguous with any stride of whole 16 bytes; mean, rstd: float32 [M] over
     both together; folded, row_sums, folded_bias: from `fold`.
     """
     rows, width = x.shape
@@ -183,18 +149,18 @@ def forward(
     key = (signature(x, skip, folded), out_dtype)
     launch = _PROJECTIONS.get(key)
     if launch is None:
-        launch = _PROJECTIONS.keep(key, _projection_launcher(x, skip, folded.dtype))
+        launch = _PROJECTIONS.keep(key, _projection_launcher(x, skip))
     launch(x, skip, folded, mean, rstd, row_sums, folded_bias, out)
     return out
 
 
-def _projection_launcher(x: Tensor, skip: Tensor, compute: torch.dtype) -> Callable[..., None]:
-    (rows, width), arch, raw = x.shape, long_skip_tiles.family(x.device), is_raw(x, skip, compute)
-    tiles = long_skip_tiles.tiles_for("forward", "16-bit" if raw else "mixed", x, skip, compute, 1)
+def _projection_launcher(x: Tensor, skip: Tensor) -> Callable[..., None]:
+    (rows, width), arch = x.shape, long_skip_tiles.family(x.device)
+    tiles = long_skip_tiles.tiles_for("forward", "16-bit", x, skip, x.dtype, 1)
     half, weights = (tiles.block_m, tiles.block_k), (tiles.block_n, tiles.block_k)
     count = triton.cdiv(rows, tiles.block_m) * triton.cdiv(width, tiles.block_n)
     constants = {
-        **_constants(tiles, arch, raw, compute == torch.bfloat16), "UPCAST": triton.knobs.runtime.interpret,
+        **_constants(tiles, arch), "UPCAST": triton.knobs.runtime.interpret,
         "num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "enable_fp_fusion": True,
     }  # fmt: skip
     grid, numbers = (min(count, long_skip_tiles.processors(x.device)),), (rows, width, x.stride(0), skip.stride(0))
@@ -202,36 +168,30 @@ def _projection_launcher(x: Tensor, skip: Tensor, compute: torch.dtype) -> Calla
 
 
 def aot_cases(arch: int) -> list[AotCase]:
-    """Every configuration; the dtypes of autocast on a 16-bit stream, and of the released model's float32 stream."""
+    """Every configuration; the dtypes of autocast on a 16-bit stream, with results in both."""
     pointers = ("norm_weight", "norm_bias", "weight", "bias", "folded", "row_sums", "folded_bias")
     signature = dict.fromkeys(pointers, "*fp32")
     signature |= dict.fromkeys(("weight_stride", "width", "joined"), "i32")
     constants, launch = {"ROWS": FOLD_ROWS, "BLOCK": FOLD_BLOCK, "UPCAST": False}, {"num_warps": 8, "num_stages": 1}
-    plans = [("16-bit", "many", "bf16", "bf16"), ("16-bit", "few", "fp16", "fp16"), ("mixed", "many", "fp32", "bf16")]
-    more = [("16-bit", "bf16", "bf16"), ("mixed", "fp32", "bf16")]
     cases = [
         AotCase(fold_rows, kind, signature | {"folded": f"*{kind}"}, constants | {"BFLOAT": kind == "bf16"}, launch,
              wide_stores=True)
         for kind in ("bf16", "fp16")
     ]  # fmt: skip
-    cases += [_case(arch, CONFIGS[arch, kind, rows], rows, kind, x, skip) for kind, rows, x, skip in plans]
-    cases.append(_case(arch, CONFIGS[arch, "16-bit", "many"], "many", "16-bit", "bf16", "bf16", "fp32"))
-    cases.append(_case(arch, CONFIGS[arch, "mixed", "many"], "many", "mixed", "fp32", "bf16", "fp32"))
-    for kind, x, skip in more:
-        cases += [_case(arch, each, each.name, kind, x, skip) for each in CANDIDATES[arch, "forward", kind]]
-    return cases
+    for plan in (("many", "bf16"), ("few", "fp16"), ("many", "bf16", "fp32")):
+        cases.append(_case(arch, CONFIGS[arch, "16-bit", plan[0]], *plan))
+    return cases + [_case(arch, each, each.name, "bf16") for each in CANDIDATES[arch, "forward", "16-bit"]]
 
 
-def _case(arch: int, tiles: Tiles, rows: str, kind: str, x: str, skip: str, out: str = "") -> AotCase:
-    compute, bulk = skip, arch >= 90
-    half, weights = (tiles.block_m, tiles.block_k), (tiles.block_n, tiles.block_k)
-    signature = {"x": operand_type(x, half, bulk), "skip": operand_type(skip, half, bulk)}
-    signature |= {"folded": operand_type(compute, weights, bulk), "out": f"*{out or compute}"}
+def _case(arch: int, tiles: Tiles, rows: str, kind: str, out: str = "") -> AotCase:
+    bulk, half, weights = arch >= 90, (tiles.block_m, tiles.block_k), (tiles.block_n, tiles.block_k)
+    signature = dict.fromkeys(("x", "skip"), operand_type(kind, half, bulk))
+    signature |= {"folded": operand_type(kind, weights, bulk), "out": f"*{out or kind}"}
     signature |= dict.fromkeys(("mean", "rstd", "row_sums", "folded_bias"), "*fp32")
     signature |= dict.fromkeys(("rows", "width", "x_stride", "skip_stride"), "i32")
-    constants = _constants(tiles, arch, kind == "16-bit", compute == "bf16") | {"UPCAST": False}
+    constants = _constants(tiles, arch) | {"UPCAST": False}
     launch = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     expected = {"wide_loads": not bulk, "wide_stores": True, "dots": True, "bulk_loads": True}
     unaligned = ("rows", "x", "skip", "folded") if bulk else ("rows",)
-    name = f"{kind} {rows} {x} {skip}{out and f' -> {out}'}"
+    name = f"{rows} {kind}{out and f' -> {out}'}"
     return AotCase(skip_projection, name, signature, constants, launch, unaligned=unaligned, **expected)

@@ -4,9 +4,10 @@ With z = [x, s], mean m and reciprocal deviation r of a row, zhat = (z - m) r an
 
     dz = r (dz' - mean dz' - zhat mean(zhat dz')).
 
-Before the GEMM of the forward `normalise_halves` reads x and s once and writes round(zhat). In the backward
-`finish_halves` reads dz', x and s once, writes both gradients, and round(zhat) again for the gradient of W: it is not
-kept between the passes, since it is as large as both streams.
+Before the GEMM of the forward, that of "triton" too where a half is not stored as it is multiplied, `normalise_halves`
+reads x and s once and writes round(zhat). In the backward `finish_halves` reads dz', x and s once, writes both
+gradients, and round(zhat) again for the gradient of W: it is not kept between the passes, since it is as large as both
+streams.
 
 Bits. Padded width, rows of a tile and warps are functions of the width alone, because they order the sums over a row.
 """
@@ -17,11 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_fast.kernels.aot import AotCase
+from dit_fast.kernels.launch import Kept, launcher, signature
 from dit_fast.kernels.rows import store_rounded
 
 MAX_WIDTH = 4096
 TILE = 2048  # elements of one half in flight where rows are short
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_NORMALISED = Kept()
 
 
 @triton.jit
@@ -83,12 +86,15 @@ def normalise(x: Tensor, skip: Tensor, mean: Tensor, rstd: Tensor, dtype: torch.
     """round((z - mean) rstd) [M, 2D] in dtype of z = [x, skip]; x, skip: [M, D], rows contiguous; mean, rstd: [M]."""
     rows, width = x.shape
     unit = torch.empty(rows, 2 * width, dtype=dtype, device=x.device)
-    if rows:
-        options = _options(width)
-        normalise_halves[(triton.cdiv(rows, options["ROWS"]),)](
-            x, skip, mean, rstd, unit, rows, x.stride(0), skip.stride(0),
-            UPCAST=triton.knobs.runtime.interpret, **options, enable_fp_fusion=True,
-        )  # fmt: skip
+    if rows == 0:
+        return unit
+    key = signature(x, skip, unit)
+    launch = _NORMALISED.get(key)
+    if launch is None:
+        constants = _options(width) | {"UPCAST": triton.knobs.runtime.interpret, "enable_fp_fusion": True}
+        grid, numbers = (triton.cdiv(rows, constants["ROWS"]),), (rows, x.stride(0), skip.stride(0))
+        launch = _NORMALISED.keep(key, launcher(normalise_halves, grid, numbers, constants))
+    launch(x, skip, mean, rstd, unit)
     return unit
 
 

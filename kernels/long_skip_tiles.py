@@ -28,29 +28,22 @@ class Tiles(NamedTuple):
 
 
 # (GPU family, dtypes, rows). No width: 128 columns divide 768, 1024 and 1152, and any other width loses part of one
-# tile. "mixed": the forward keeps tiles of up to four bytes per element and rounds them in registers. "float32 out":
-# the backward's epilogue reads and writes float32, which spilled with 128 rows on sm_80. "few": tiles of 128 rows would
-# leave multiprocessors idle.
+# tile. "float32 out": the backward's epilogue reads and writes float32, which spilled with 128 rows on sm_80. "few":
+# tiles of 128 rows would leave multiprocessors idle.
 CONFIGS = {
     (90, "16-bit", "many"): Tiles(128, 128, 64, 8, 4),
     (90, "16-bit", "few"): Tiles(64, 128, 64, 4, 4),
-    (90, "mixed", "many"): Tiles(128, 128, 64, 8, 3),
-    (90, "mixed", "few"): Tiles(128, 128, 64, 8, 3),
     (90, "16-bit, float32 out", "many"): Tiles(128, 128, 64, 8, 4),
     (90, "16-bit, float32 out", "few"): Tiles(128, 128, 64, 8, 4),
     (80, "16-bit, float32 out", "many"): Tiles(64, 128, 32, 8, 4),
     (80, "16-bit, float32 out", "few"): Tiles(64, 128, 32, 8, 4),
     (80, "16-bit", "many"): Tiles(128, 128, 32, 8, 4),
     (80, "16-bit", "few"): Tiles(64, 128, 32, 8, 4),
-    (80, "mixed", "many"): Tiles(128, 128, 32, 8, 3),
-    (80, "mixed", "few"): Tiles(128, 128, 32, 8, 3),
 }
 # Further ones for tuned tables (tuning.py), by part. The backward has no registers left for larger tiles.
 CANDIDATES: dict[tuple[int, str, str], tuple[Tiles, ...]] = {
     (90, "forward", "16-bit"): (Tiles(128, 256, 64, 8, 3), Tiles(64, 256, 64, 8, 3)),
     (80, "forward", "16-bit"): (Tiles(128, 256, 32, 8, 3), Tiles(64, 256, 32, 8, 3)),
-    (90, "forward", "mixed"): (Tiles(64, 128, 64, 4, 3), Tiles(64, 256, 64, 8, 3)),
-    (80, "forward", "mixed"): (Tiles(64, 256, 32, 8, 3),),
 }
 
 

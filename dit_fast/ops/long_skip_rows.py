@@ -6,7 +6,8 @@ element of traffic against 18, and in the map's own dtype a mean of 100 deviatio
 would lose them in any case. The normalised rows live only inside the call. Where Triton runs, each pass over the rows
 is one kernel (kernels/long_skip_rows.py); torch's operators, on a CPU, take one half at a time. "triton"
 (kernels/long_skip.py) does the fold in its epilogues, where the sums are in registers, and leaves the normalised rows
-for the gradient of W on the way.
+for the gradient of W on the way. Its forward does so of halves that are stored as they are multiplied; of others, as of
+an fp32 stream, it makes the normalised rows, too, and adds b' to the library's sums, in fp32 where y is.
 """
 
 from collections.abc import Sequence
@@ -49,8 +50,7 @@ def forward(
 
             mean, rstd = join_in_one_launch(*pair, eps)
             weights, sums, shift = folds or kernel.fold(*_for_kernel(parameters), dtype)
-            y = kernel.forward(_aligned(x), _aligned(skip), mean, rstd, weights, sums, shift, out_dtype)
-            return y, mean, rstd
+            return project(x, skip, mean, rstd, weights, sums, shift, out_dtype), mean, rstd
         mean, rstd = join(*pair, eps)
         if weight.dtype.itemsize > 2 and (kernels := _row_kernels(x, skip, dtype)) is not None:
             folded, folded_bias = folds[::2] or _fold(*parameters, dtype)
@@ -68,6 +68,28 @@ def forward(
             _normalise(half, mean, rstd, out)
         folded, folded_bias = folds[::2] or _fold(*parameters, dtype)
         return torch.addmm(folded_bias.to(dtype), normalised, folded.T).to(out_dtype), mean, rstd
+
+
+def project(
+    x: Tensor,
+    skip: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    folded: Tensor,
+    row_sums: Tensor,
+    folded_bias: Tensor,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """y [M, D] by "triton", from what `fold` gives: one kernel where both halves are stored as they are multiplied."""
+    from dit_fast.kernels import long_skip as kernel
+    from dit_fast.kernels import long_skip_rows as passes
+
+    if x.dtype == skip.dtype == folded.dtype:
+        return kernel.forward(_aligned(x), _aligned(skip), mean, rstd, folded, row_sums, folded_bias, out_dtype)
+    normalised = passes.normalise(x, skip, mean, rstd, folded.dtype)
+    if out_dtype == folded.dtype:
+        return torch.addmm(folded_bias.to(out_dtype), normalised, folded.T)
+    return _matmul_wide(normalised, folded.T, folded_bias.dtype).add_(folded_bias).to(out_dtype)
 
 
 def _row_kernels(x: Tensor, skip: Tensor, dtype: torch.dtype) -> Any:

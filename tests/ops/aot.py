@@ -34,6 +34,7 @@ Types = dict[str, str]  # of the numbers among a kernel's arguments
 _INSTRUCTIONS = {
     "tensor_core_warp": r"\bHMMA\.",
     "tensor_core_warpgroup": r"\bHGMMA\.",
+    "register_operand": r"\bHGMMA\.[\w.]+ R\d+, R\d+,",  # the accumulator, then the left operand
     "load_128": r"\b(?:LDG|LDGSTS)\.[\w.]*\b128\b",
     "load_64": r"\b(?:LDG|LDGSTS)\.[\w.]*\b64\b",
     "load_16": r"\bLDG\.[\w.]*\b[US]16\b",
@@ -123,6 +124,8 @@ def gate(entry: dict, case) -> list[str]:
         reasons.append("a dot without tensor-core instructions")
     if case.bulk_loads and arch >= 90 and not (found["bulk_load"] and found["tensor_core_warpgroup"]):
         reasons.append("no bulk copies into warp-group tensor-core instructions")
+    if found["register_operand"]:  # Triton 3.6 writes these registers anew while products still read them
+        reasons.append(f"{found['register_operand']} warp-group products whose left operand is in registers")
     if case.wide_loads and not found["load_128"]:
         reasons.append("no 128-bit loads")
     if case.wide_loads and found["load_16"]:

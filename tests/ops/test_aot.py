@@ -108,6 +108,7 @@ STRICT = SimpleNamespace(dots=True, bulk_loads=True, wide_loads=True, wide_store
         ({"target": "sm_90", "shared_bytes": 232_448, "instructions": HOPPER}, None),
         ({"target": "sm_90"}, "bulk copies"),
         ({"target": "sm_90", "instructions": HOPPER | {"bulk_load": 0}}, "bulk copies"),
+        ({"target": "sm_90", "shared_bytes": 0, "instructions": HOPPER | {"register_operand": 4}}, "left operand"),
         ({"shared_bytes": 166_913}, "shared memory"),
         ({"spill_bytes": 8}, "spills"),
         ({"stack_bytes": 16}, "stack"),

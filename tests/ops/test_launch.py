@@ -14,7 +14,8 @@ null_driver.install()
 import torch, triton
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from dit_fast.kernels import adaln, gelu, long_skip_backward, long_skip_forward, ordinary_launches, qk_norm
+from dit_fast.kernels import adaln, gelu, ordinary_launches, qk_norm
+from dit_fast.kernels import long_skip_backward, long_skip_forward, long_skip_rows
 
 ordinary, given = [], []
 run = JITFunction.run
@@ -65,6 +66,7 @@ hidden, rows = torch.randn(6, 32).bfloat16(), [torch.randn(6) for _ in range(4)]
 sums = [torch.randn(16) for _ in range(2)]
 for launch, made in (
     (lambda: long_skip_forward.forward(x16, skip, *rows[:2], folded, *sums, torch.bfloat16), 1),
+    (lambda: long_skip_rows.normalise(x16, skip, *rows[:2], torch.bfloat16), 1),
     (lambda: long_skip_backward.backward_input(above, x16, skip, *rows[:2], folded, *rows[2:], want_unit=True), 3),
     (lambda: gelu.product(hidden, above, fc2, True), 3),
     (lambda: qk_norm.forward(qkv, 2, *weights, None, None, 1e-5, "layer"), 2),

@@ -17,7 +17,7 @@ for width, rows, x_dtype, dtype in plans:
     x, skip = torch.zeros(rows, width, dtype=x_dtype), torch.zeros(rows, width, dtype=dtype)
     mean, rstd = torch.zeros(rows), torch.ones(rows)
     folded, *sums = long_skip.fold(*parts, dtype)
-    y = long_skip.forward(x, skip, mean, rstd, folded, *sums, dtype)
+    y = long_skip.forward(x.to(dtype), skip, mean, rstd, folded, *sums, dtype)
     long_skip.backward_parameters(torch.zeros(width, 2 * width), *parts[3:], *parts[:3])
     if width > 64:  # which is here for the tiles of few rows, and is no width of a model
         long_skip.prepare_backward(y, y, *sums, dtype)
@@ -27,6 +27,5 @@ for width, rows, x_dtype, dtype in plans:
         for unit in (True, False):
             long_skip.backward_input(y, x, skip, mean, rstd, folded, mean, mean, needs, unit)
     if width == 1152:
-        long_skip.forward(x, skip, mean, rstd, folded, *sums, FP32)
         long_skip.forward(x.to(dtype), skip, mean, rstd, folded, *sums, FP32)
         long_skip.prepare_backward(wide, wide, *sums, dtype)
