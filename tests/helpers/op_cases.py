@@ -216,8 +216,7 @@ def compiled(x):
     return x
 
 
-# Results are compared whole, so none has elements that are not read and hold anything: draws that padding follows,
-# partners that a mixture takes the place of.
+# Draws without padding: it holds anything, and results are compared whole.
 REGISTERED = {
     "attention_forward": lambda: (new(2, 3, 96), 2),
     "attention_backward": lambda: (new(2, 3, 32), new(2, 3, 96), new(2, 3, 32), new(2, 2, 3), 2),
@@ -232,7 +231,7 @@ REGISTERED = {
     ),
     "diversity_forward": lambda: ([new(6, 8), new(6, 8)], True, "torch"),
     "diversity_backward": diversity_backward,
-    "diversity_partners": lambda: ([new(6, 8), new(6, 8)], new(2, 2), False, "torch"),
+    "diversity_partners": lambda: ([new(6, 8), new(6, 8)], new(2, 2), True, "torch"),
     "diversity_tap_backward": diversity_tap_backward,
     "diversity_terms": lambda: (*diversity_terms(), True, "torch"),
     "diversity_terms_backward": diversity_terms_backward,
