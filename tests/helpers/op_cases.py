@@ -14,13 +14,13 @@ import torch
 from dit_fast import _C, ops
 from dit_fast.ops import adaln, diversity_descent, diversity_op, flow
 from dit_fast.ops.diversity_terms import forward_op as terms_op
-from dit_fast.ops.long_skip import forward_op as long_skip_forward
+from dit_fast.ops.long_skip import forward_op as long_skip_forward_op
 from dit_fast.ops.qk_norm import _fused as fused_qk_norm
 from dit_fast.ops.repa_cosine import _fused as fused_cosine
 
 N, T, D = 2, 3, 4
 STREAM, VECTOR = (N, T, D), (N, D)
-F32 = torch.float32
+F32, BF16 = torch.float32, torch.bfloat16
 COSINES, SINES = torch.randn(2, T, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 TIMES, POSITIONS = torch.tensor([0.3, 0.6], dtype=torch.float64), torch.arange(N)
 
@@ -170,15 +170,20 @@ def new(*shape):
     return torch.randn(shape).requires_grad_()
 
 
-def parameters():
-    return new(16), new(16), new(8, 16), new(8)
+def long_skip_parameters():
+    return new(32), new(32), new(16, 32), new(16)
+
+
+def long_skip_forward():
+    """Products in bf16 and a width that the kernels take."""
+    return new(5, 16), new(5, 16), *long_skip_parameters(), [None] * 4, 1e-6, BF16, F32, "gemm", []
 
 
 def long_skip_backward():
     with torch.no_grad():
-        saved = long_skip_forward(new(5, 8), new(5, 8), *parameters(), [None] * 4, 1e-6, F32, F32, "gemm", [])
+        saved = long_skip_forward_op(*long_skip_forward())
     saved = [x.requires_grad_() for x in saved]
-    return new(5, 8), *saved, new(5, 8), new(5, 8), *parameters(), F32, "gemm", [True] * 6, []
+    return new(5, 16), *saved, *long_skip_forward()[:6], BF16, "gemm", [True] * 6, []
 
 
 def diversity_backward():
@@ -241,8 +246,8 @@ REGISTERED = {
         new(4), new(4, 8), new(4, 8), torch.rand(4), torch.arange(4), 3, "linear", [True, True], "torch"
     ),
     "gelu_backward": lambda: (new(5, 8), new(5, 6), new(6, 8), True, True, "recompute"),
-    "long_skip_forward": lambda: (new(5, 8), new(5, 8), *parameters(), [None] * 4, 1e-6, F32, F32, "gemm", []),
-    "long_skip_fold": lambda: ([new(8, 16), new(8), new(8)], list(parameters()), "gemm"),
+    "long_skip_forward": long_skip_forward,
+    "long_skip_fold": lambda: ([new(16, 32).bfloat16(), new(16), new(16)], list(long_skip_parameters()), "gemm"),
     "long_skip_backward": long_skip_backward,
     "qk_norm_forward": lambda: (new(2, 3, 24), 2, *(new(4) for _ in range(4)), None, None, 1e-5, "layer", "torch"),
     "qk_norm_backward": lambda: (
