@@ -4,11 +4,12 @@ Forward, for tokens i, channels d, with y = x / max(|x|, 1e-8) per token:
 
     S_kd = sum_i x,   A_kd = sum_i |x|,   Q_kd = sum_i x^2,   C_kl = sum_i y_ki . y_li,   r_ki = 1 / max(|x_ki|, 1e-8).
 
-`block_sums` reads each row once: norms and the three channel sums. `pair_sums` takes the Gram matrix of one token's
-K raw rows on tensor cores (products of 16-bit values are exact in float32), scales entry (k, l) by r_k r_l and adds up
-tokens. Scaling after the product spares the rounding of y to 16 bits. Blocks whose types differ, and float32 blocks,
-use three TF32 products per product, which keeps float32 accuracy. With norms that are
-known one read of strips of channels would do, for which an H200 takes longer than for these two.
+`block_sums` reads each row once: norms and the three channel sums. `token_cosines` takes the Gram matrix of one token's
+K raw rows on tensor cores (products of 16-bit values are exact in float32) and scales entry (k, l) by r_k r_l. Scaling
+after the product spares the rounding of y to 16 bits. Blocks whose types differ, and float32 blocks, use three TF32
+products per product, which keeps float32 accuracy. A warp has a token of its own, so warps share nothing. C is their
+sum over tokens. With norms that are known one read of strips of channels would do, for which an H200 takes longer than
+for these two.
 
 Backward. With G = dL/dC let H = G + G^T and v_k = sum_l H_kl y_l. Since dy/dx = r (I - y y^T), and r is constant where
 the norm is below the floor,
@@ -16,16 +17,16 @@ the norm is below the floor,
     dx_k = upstream + dL/dS + dL/dA sgn(x) + 2 dL/dQ x + r_k (v_k - p_k y_k),
     p_k = v_k . y_k = sum_l H_kl (y_k . y_l), or 0 below the floor.
 
-p needs whole rows and no elementwise gradient: `projections` takes it from the same Gram matrices. What is left needs
-no whole row, so `gradients` may own a strip of channels and keep the strip's K x STRIP gradients of S, A, Q in
-registers over its tokens. Both read only the blocks that matter: the wanted ones and those that H joins with them.
+p needs whole rows and no elementwise gradient: `projections` takes it from the cosines. What is left needs no whole
+row, so a program of `gradients` owns a strip of channels, and H stays in its registers over all its tokens. It reads
+only the blocks that matter: the wanted ones and those that H joins with them.
 One block at a time, as taps need it, is kernels/diversity_taps.py.
 
 For taps `mixture` makes X = sum_k y_k [M, D] in a read of its own.
 
-Bits. The order of every sum is part of the definition: CHUNK tokens per partial channel sum, GROUP tokens per partial
-pair sum, the width and warp count of a row reduction, the blocks and warp count of X, channels in steps of the tensor
-core's inner size, then ordered_sum. Configurations hold only what cannot change a bit.
+Bits. The order of every sum is part of the definition: CHUNK tokens per partial channel sum, STEP tokens added at once,
+the width and warp count of a row reduction, the blocks and warp count of X, STRIP channels per product in steps of the
+tensor core's inner size, then ordered_sum, which also adds the cosines of all tokens. Configurations hold only what cannot change a bit.
 
 Source: DiverseDiT (arXiv 2603.04239), Eq. 9-15; gradient derived here.
 """
@@ -41,7 +42,7 @@ from dit_fast.kernels import unavailable as unavailable
 from dit_fast.kernels.aot import AotCase
 from dit_fast.kernels.diversity_gradients import gradients, projections
 from dit_fast.kernels.diversity_mixture import add_directions
-from dit_fast.kernels.diversity_sums import block_sums, pair_sums
+from dit_fast.kernels.diversity_sums import block_sums, token_cosines
 from dit_fast.kernels.ordered_sum import ordered_sum
 from dit_fast.kernels.rows import MAX_CHUNKS, TYPES, types_of
 from dit_fast.kernels.tables import address_table, is_aligned
@@ -49,18 +50,18 @@ from dit_fast.kernels.tables import address_table, is_aligned
 MAX_BLOCKS = 32
 MAX_WIDTH = 4096
 CHUNK = 256  # tokens per partial channel sum
-STEP = 4  # tokens whose rows are in flight together
-GROUP = 16  # tokens per partial pair sum
+STEP = {"fp32": 2, "bf16": 4, "fp16": 4, "mixed": 4}  # tokens whose rows are in flight together
 STRIP = {"bf16": 128, "fp16": 128, "fp32": 32, "mixed": 32}  # channels per product in a Gram matrix
 GRADIENT_TOKENS = 64
+PROJECTION_TOKENS = 8
 ROW_STEP = 2  # rows in flight where a program owns whole rows of several tensors
 
 
 class Config(NamedTuple):
     """Launch options, none of which changes a bit of the result."""
 
-    pair_warps: int
-    pair_stages: int
+    cosine_warps: int  # as many as tokens
+    cosine_stages: int
     gradient_warps: int
     gradient_stages: int
     gradient_strip: int
@@ -68,15 +69,14 @@ class Config(NamedTuple):
 
 # (rows of the Gram matrix, type of the features); one table until a measurement separates the architectures.
 _CONFIGS = {
-    (16, "bf16"): Config(2, 4, 4, 3, 64),
-    (16, "fp16"): Config(2, 4, 4, 3, 64),
-    (16, "fp32"): Config(4, 3, 4, 3, 64),  # 2 warps spilled in projections, as with mixed types
-    (16, "mixed"): Config(4, 3, 4, 3, 64),
-    # 4 warps of 150 registers: three programs on a multiprocessor, where 8 warps on 64 channels leave room for one.
-    (32, "bf16"): Config(4, 4, 4, 3, 32),
-    (32, "fp16"): Config(4, 4, 4, 3, 32),
-    (32, "fp32"): Config(4, 3, 4, 3, 32),
-    (32, "mixed"): Config(4, 3, 4, 3, 32),
+    (16, "bf16"): Config(2, 3, 4, 4, 64),
+    (16, "fp16"): Config(2, 3, 4, 4, 64),
+    (16, "fp32"): Config(2, 4, 4, 4, 64),
+    (16, "mixed"): Config(2, 4, 4, 4, 64),
+    (32, "bf16"): Config(2, 3, 4, 4, 64),
+    (32, "fp16"): Config(2, 3, 4, 4, 64),
+    (32, "fp32"): Config(2, 4, 4, 4, 64),
+    (32, "mixed"): Config(2, 3, 4, 4, 32),
 }
 CONFIGS = {80: _CONFIGS, 90: _CONFIGS}
 
@@ -121,10 +121,10 @@ def _padded_rows(blocks: int) -> int:
     return 16 if blocks <= 16 else 32
 
 
-def _block_options(width: int) -> dict[str, int]:
-    """Padded row and warps: functions of the width alone, because they order the sum over a row."""
+def _block_options(width: int, kind: str) -> dict[str, int]:
+    """Functions of width and type alone, because they order sums: the row's by padding and warps, a channel's by steps."""
     padded = max(128, triton.next_power_of_2(width))
-    return {"PADDED": padded, "CHUNK": CHUNK, "STEP": STEP, "num_warps": max(1, padded // 256), "num_stages": 1}
+    return {"PADDED": padded, "CHUNK": CHUNK, "STEP": STEP[kind], "num_warps": max(1, padded // 256), "num_stages": 1}
 
 
 def _mixture_options(width: int) -> dict[str, int]:
@@ -132,15 +132,19 @@ def _mixture_options(width: int) -> dict[str, int]:
     return {"PADDED": padded, "STEP": ROW_STEP, "num_warps": max(1, padded // 256), "num_stages": 1}
 
 
-def _pair_options(blocks: int, kind: str, config: Config) -> dict[str, int]:
+def _cosine_options(blocks: int, kind: str, config: Config) -> dict[str, int]:
     return {
         "ROWS": _padded_rows(blocks),
         "STRIP": STRIP[kind],
-        "GROUP": GROUP,
+        "TOKENS": config.cosine_warps,
         "UPCAST": triton.knobs.runtime.interpret,
-        "num_warps": config.pair_warps,
-        "num_stages": config.pair_stages,
+        "num_warps": config.cosine_warps,
+        "num_stages": config.cosine_stages,
     }
+
+
+def _projection_options(blocks: int) -> dict[str, int]:
+    return {"ROWS": _padded_rows(blocks), "TOKENS": PROJECTION_TOKENS, "num_warps": 4, "num_stages": 1}
 
 
 def _gradient_options(blocks: int, config: Config, upstream: bool) -> dict[str, int]:
@@ -171,18 +175,24 @@ def forward(features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     partials = torch.empty(chunks, 3 * blocks * width, dtype=torch.float32, device=device)
     block_sums[(blocks, chunks)](
         addresses, strides, partials, inverse_norms, tokens, *plan.masks,
-        **plan.constants, **_block_options(width), enable_fp_fusion=True,
+        **plan.constants, **_block_options(width, plan.kind), enable_fp_fusion=True,
     )  # fmt: skip
     statistics = ordered_sum(partials).view(3, blocks, width)
 
-    pair_options = _pair_options(blocks, plan.kind, plan.config)
-    groups = triton.cdiv(tokens, GROUP)
-    pair_partials = torch.empty(groups, blocks * blocks, dtype=torch.float32, device=device)
-    pair_sums[(groups,)](
-        addresses, strides, inverse_norms, pair_partials, tokens, *plan.masks,
-        **plan.constants, **pair_options, enable_fp_fusion=True,
+    cosines = _cosines(features, inverse_norms)
+    return statistics, ordered_sum(cosines.flatten(1)).view(blocks, blocks), inverse_norms
+
+
+def _cosines(features: list[Tensor], inverse_norms: Tensor) -> Tensor:
+    """float32 [M, K, K] of every token."""
+    plan, blocks, tokens = _plan(features, features), len(features), features[0].shape[0]
+    options = _cosine_options(blocks, plan.kind, plan.config)
+    out = torch.empty(tokens, blocks, blocks, dtype=torch.float32, device=features[0].device)
+    token_cosines[(triton.cdiv(tokens, options["TOKENS"]),)](
+        *address_table(features), inverse_norms, out, tokens, *plan.masks,
+        **plan.constants, **options, enable_fp_fusion=True,
     )  # fmt: skip
-    return statistics, ordered_sum(pair_partials).view(blocks, blocks), inverse_norms
+    return out
 
 
 def mixture(features: Sequence[Tensor], inverse_norms: Tensor) -> Tensor:
@@ -224,13 +234,13 @@ def backward(
     touched = features + results + (upper if above else [])
     plan, tables = _plan(features, touched), address_table(touched)
     mask = sum(1 << k for k in wanted)
-    projected = torch.empty_like(inverse_norms)
-    projections[(triton.cdiv(tokens, GROUP),)](
-        *tables, inverse_norms, grad_pair_sums, projected, tokens, mask, *plan.masks,
-        **plan.constants, **_pair_options(blocks, plan.kind, plan.config), enable_fp_fusion=True,
+    scales = torch.empty(tokens, 2, blocks, dtype=torch.float32, device=inverse_norms.device)
+    projections[(triton.cdiv(tokens, PROJECTION_TOKENS),)](
+        _cosines(features, inverse_norms), inverse_norms, grad_pair_sums, scales, tokens, mask,
+        BLOCKS=blocks, **_projection_options(blocks), enable_fp_fusion=True,
     )  # fmt: skip
     gradients[(triton.cdiv(width, plan.config.gradient_strip), triton.cdiv(tokens, GRADIENT_TOKENS))](
-        *tables, inverse_norms, projected, grad_statistics, grad_pair_sums, tokens, mask, *plan.masks,
+        *tables, scales, grad_statistics, grad_pair_sums, tokens, mask, *plan.masks,
         **plan.constants, **_gradient_options(blocks, plan.config, bool(upstream)), enable_fp_fusion=True,
     )  # fmt: skip
     return grads
@@ -249,18 +259,18 @@ def aot_cases(arch: int) -> list[AotCase]:
 def _cases(arch: int, blocks: int, width: int, kind: str) -> list[AotCase]:
     config = CONFIGS[arch][_padded_rows(blocks), kind]
     shared = {"BLOCKS": blocks, "WIDTH": width, "TYPE": kind, "ALIGNED": True}
-    pair = _pair_options(blocks, kind, config)
     plans: list[tuple[Any, str, dict[str, Any], dict[str, Any]]] = [
-        (block_sums, "", _block_options(width), {"wide_stores": True}),
-        (pair_sums, "", pair, {"dots": True}),
-        (projections, "", pair, {"dots": True}),
+        (block_sums, "", _block_options(width, kind), {"wide_stores": True}),
+        (token_cosines, "", _cosine_options(blocks, kind, config), {"dots": True}),
+        (projections, "", _projection_options(blocks), {"wide_loads": False}),
         (gradients, "", _gradient_options(blocks, config, False), {"dots": True, "wide_stores": True}),
         (gradients, " upstream", _gradient_options(blocks, config, True), {"dots": True, "wide_stores": True}),
         (add_directions, "", _mixture_options(width), {"wide_stores": True}),
     ]
     # The other shapes would compile the same lines again.
     if (width, kind) not in ((768, "bf16"), (1152, "mixed")):
-        plans = [plan for plan in plans if plan[0] is not add_directions and plan[:2] != (gradients, "")]
+        once = (add_directions, projections)
+        plans = [plan for plan in plans if plan[0] not in once and plan[:2] != (gradients, "")]
     if kind == "fp16":
         plans = [plan for plan in plans if plan[0] in (block_sums, gradients)]
     types = {"addresses": "*i64", "strides": "*i64"}

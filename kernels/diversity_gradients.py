@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from dit_fast.kernels.diversity_sums import token_cosines
 from dit_fast.kernels.rows import has_bit, read_rows, write_rows
 
 
@@ -13,56 +12,49 @@ def _pair_weights(grad_pairs, wanted, row, BLOCKS: tl.constexpr):
     k = row[:, None]
     l = row[None, :]
     inside = (k < BLOCKS) & (l < BLOCKS) & has_bit(wanted, k)
-    weights = tl.load(grad_pairs + k * BLOCKS + l, mask=inside, other=0.0)
-    weights += tl.load(grad_pairs + l * BLOCKS + k, mask=inside, other=0.0)
+    weights = tl.load(grad_pairs + l * BLOCKS + k, mask=inside, other=0.0)
+    weights += tl.load(grad_pairs + k * BLOCKS + l, mask=inside, other=0.0)
     joined = tl.max((weights != 0).to(tl.int32), axis=0) > 0
     return weights, (joined | has_bit(wanted, row)) & (row < BLOCKS)
 
 
-@triton.jit(do_not_specialize=("wanted", "wide_blocks", "half_blocks"))
-def projections(addresses, strides, inverse_norms, grad_pairs, out, tokens, wanted, wide_blocks, half_blocks,
-                BLOCKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STRIP: tl.constexpr,
-                GROUP: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """out [BLOCKS, tokens]: p of the wanted blocks."""
-    group = tl.program_id(0).to(tl.int64)
+@triton.jit(do_not_specialize=("wanted",))
+def projections(cosines, inverse_norms, grad_pairs, out, tokens, wanted,
+                BLOCKS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+    """out [tokens, 2, BLOCKS]: r and r^2 p, where a program of `gradients` finds those of one token side by side."""
     row = tl.arange(0, ROWS)
-    weights, needed = _pair_weights(grad_pairs, wanted, row, BLOCKS)
-    base = tl.load(addresses + row, mask=needed, other=0)
-    stride = tl.load(strides + row, mask=needed, other=0)
-    wide = has_bit(wide_blocks, row)
-    half = has_bit(half_blocks, row)
-    for token in range(group * GROUP, tl.minimum((group + 1) * GROUP, tokens)):
-        position = row.to(tl.int64) * tokens + token
-        inverse = tl.load(inverse_norms + position, mask=needed, other=0.0)
-        cosines = token_cosines(base + token * stride, inverse, needed, wide, half,
-                           ROWS, WIDTH, STRIP, TYPE, ALIGNED, UPCAST)  # fmt: skip
-        projection = tl.where(inverse < 1e8, tl.sum(weights * cosines, axis=1), 0.0)
-        tl.store(out + position, projection, mask=has_bit(wanted, row))
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    weights, _ = _pair_weights(grad_pairs, wanted, row, BLOCKS)
+    place = (token[:, None, None] * BLOCKS + row[None, :, None]) * BLOCKS + row[None, None, :]
+    # Cosines without a weight may be NaN.
+    inside = (token < tokens)[:, None, None] & (weights != 0)[None, :, :]
+    projection = tl.sum(weights[None, :, :] * tl.load(cosines + place, mask=inside, other=0.0), axis=2)
+    present = (token < tokens)[:, None] & (row < BLOCKS)[None, :]
+    place = row[None, :].to(tl.int64) * tokens + token[:, None]
+    inverse = tl.load(inverse_norms + place, mask=present, other=0.0)
+    place = token[:, None] * 2 * BLOCKS + row[None, :]
+    tl.store(out + place, inverse, mask=present)
+    tl.store(out + place + BLOCKS, tl.where(inverse < 1e8, inverse * inverse * projection, 0.0), mask=present)
 
 
 @triton.jit
-def _mix(weights, x, TYPE: tl.constexpr, UPCAST: tl.constexpr):
-    """weights @ x with float32 accuracy in the weights; x is exact in every one of these products."""
+def _mix(weights, y, TYPE: tl.constexpr, UPCAST: tl.constexpr):
+    """weights @ y with almost float32 accuracy: each of the two in two parts, without the product of the lower ones."""
     if UPCAST:
-        mixed = tl.dot(weights, x, input_precision="ieee")
+        mixed = tl.dot(weights, y, input_precision="ieee")
     elif TYPE == "bf16":
         upper = weights.to(tl.bfloat16)
-        mixed = tl.dot(upper, x)
-        mixed = tl.dot((weights - upper.to(tl.float32)).to(tl.bfloat16), x, mixed)
-    elif TYPE == "fp16":
-        # Weights are too small for float16, but TF32 holds its values exactly.
-        values = x.to(tl.float32)
-        upper = (weights.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        mixed = tl.dot(upper, values, input_precision="tf32")
-        mixed = tl.dot(weights - upper, values, mixed, input_precision="tf32")
+        first = y.to(tl.bfloat16)
+        mixed = tl.dot(upper, first)
+        mixed = tl.dot((weights - upper.to(tl.float32)).to(tl.bfloat16), first, mixed)
+        mixed = tl.dot(upper, (y - first.to(tl.float32)).to(tl.bfloat16), mixed)
     else:
-        mixed = tl.dot(weights, x, input_precision="tf32x3")
+        mixed = tl.dot(weights, y, input_precision="tf32x3")
     return mixed
 
 
 @triton.jit(do_not_specialize=("wanted", "wide_blocks", "half_blocks"))
-def gradients(addresses, strides, inverse_norms, projected, grad_statistics, grad_pairs, tokens, wanted,
-              wide_blocks, half_blocks,
+def gradients(addresses, strides, scales, grad_statistics, grad_pairs, tokens, wanted, wide_blocks, half_blocks,
               BLOCKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STRIP: tl.constexpr,
               TOKENS: tl.constexpr, UPSTREAM: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr,
               UPCAST: tl.constexpr):  # fmt: skip
@@ -89,16 +81,15 @@ def gradients(addresses, strides, inverse_norms, projected, grad_statistics, gra
         upstream_base = tl.load(addresses + 2 * BLOCKS + row, mask=written, other=0)
         upstream_stride = tl.load(strides + 2 * BLOCKS + row, mask=written, other=0)
     for token in range(group * TOKENS, tl.minimum((group + 1) * TOKENS, tokens)):
-        position = row.to(tl.int64) * tokens + token
-        inverse = tl.load(inverse_norms + position, mask=needed, other=0.0)
-        projection = tl.load(projected + position, mask=written, other=0.0)
+        place = scales + token * 2 * BLOCKS + row
+        inverse = tl.load(place, mask=needed, other=0.0)
+        slope = tl.load(place + BLOCKS, mask=written, other=0.0)
         address = (base + token * stride)[:, None]
         raw = read_rows(address, channel[None, :], read_here, wide, half, TYPE, ALIGNED, UPCAST)
-        mixed = _mix(weights * inverse[None, :], raw, TYPE, UPCAST)
         x = raw.to(tl.float32)
         sign = (x > 0).to(tl.float32) - (x < 0).to(tl.float32)
-        grad = constant + signed * sign + (linear - (inverse * inverse * projection)[:, None]) * x
-        grad += inverse[:, None] * mixed
+        grad = constant + signed * sign + (linear - slope[:, None]) * x
+        grad += inverse[:, None] * _mix(weights, inverse[:, None] * x, TYPE, UPCAST)
         if UPSTREAM:
             above = (upstream_base + token * upstream_stride)[:, None]
             grad += read_rows(above, channel[None, :], write_here, wide, half, TYPE, ALIGNED, True)

@@ -38,36 +38,29 @@ def block_sums(addresses, strides, partials, inverse_norms, tokens, wide_blocks,
     tl.store(out + 2 * BLOCKS * WIDTH, square_sums, mask=channel < WIDTH)
 
 
-@triton.jit
-def token_cosines(address, inverse, present, wide, half, ROWS: tl.constexpr, WIDTH: tl.constexpr, STRIP: tl.constexpr,
-             TYPE: tl.constexpr, ALIGNED: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """[ROWS, ROWS] cosines of the rows of one token at byte `address` [ROWS]."""
-    gram = tl.zeros([ROWS, ROWS], tl.float32)
-    for start in range(0, WIDTH, STRIP):
-        channel = start + tl.arange(0, STRIP)
-        inside = present[:, None] & (channel < WIDTH)[None, :]
-        x = read_rows(address[:, None], channel[None, :], inside, wide[:, None], half[:, None], TYPE, ALIGNED, UPCAST)
-        gram = tl.dot(x, tl.trans(x), gram, input_precision="tf32x3")
-    return gram * inverse[:, None] * inverse[None, :]
-
-
 @triton.jit(do_not_specialize=("wide_blocks", "half_blocks"))
-def pair_sums(addresses, strides, inverse_norms, partials, tokens, wide_blocks, half_blocks,
-              BLOCKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STRIP: tl.constexpr,
-              GROUP: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """partials [groups, BLOCKS, BLOCKS]: cosines of all pairs summed over GROUP tokens; one program per group."""
+def token_cosines(addresses, strides, inverse_norms, out, tokens, wide_blocks, half_blocks,
+                  BLOCKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STRIP: tl.constexpr,
+                  TOKENS: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """out [tokens, BLOCKS, BLOCKS]: cosines of all pairs of each token's rows; a program has TOKENS tokens."""
     # Last tokens first: they are what block_sums left in the L2 cache.
     group = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0).to(tl.int64)
+    token = group * TOKENS + tl.arange(0, TOKENS)
     row = tl.arange(0, ROWS)
-    present = row < BLOCKS
-    base = tl.load(addresses + row, mask=present, other=0)
-    stride = tl.load(strides + row, mask=present, other=0)
-    wide = has_bit(wide_blocks, row)
-    half = has_bit(half_blocks, row)
-    total = tl.zeros([ROWS, ROWS], tl.float32)
-    for token in range(group * GROUP, tl.minimum((group + 1) * GROUP, tokens)):
-        inverse = tl.load(inverse_norms + row.to(tl.int64) * tokens + token, mask=present, other=0.0)
-        total += token_cosines(base + token * stride, inverse, present, wide, half,
-                          ROWS, WIDTH, STRIP, TYPE, ALIGNED, UPCAST)  # fmt: skip
-    out = partials + (group * BLOCKS + row[:, None]) * BLOCKS + row[None, :]
-    tl.store(out, total, mask=present[:, None] & present[None, :])
+    base = tl.load(addresses + row, mask=row < BLOCKS, other=0)
+    stride = tl.load(strides + row, mask=row < BLOCKS, other=0)
+    wide = has_bit(wide_blocks, row)[None, :, None]
+    half = has_bit(half_blocks, row)[None, :, None]
+    present = (token < tokens)[:, None] & (row < BLOCKS)[None, :]
+    address = (base[None, :] + token[:, None] * stride[None, :])[:, :, None]
+    gram = tl.zeros([TOKENS, ROWS, ROWS], tl.float32)
+    for start in range(0, WIDTH, STRIP):
+        channel = start + tl.arange(0, STRIP)
+        inside = present[:, :, None] & (channel < WIDTH)[None, None, :]
+        x = read_rows(address, channel[None, None, :], inside, wide, half, TYPE, ALIGNED, UPCAST)
+        gram = tl.dot(x, tl.permute(x, (0, 2, 1)), gram, input_precision="tf32x3")
+    place = row[None, :].to(tl.int64) * tokens + token[:, None]
+    inverse = tl.load(inverse_norms + place, mask=present, other=0.0)
+    place = (token[:, None, None] * BLOCKS + row[None, :, None]) * BLOCKS + row[None, None, :]
+    inside = present[:, :, None] & (row < BLOCKS)[None, None, :]
+    tl.store(out + place, gram * inverse[:, :, None] * inverse[:, None, :], mask=inside)

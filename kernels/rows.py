@@ -59,7 +59,9 @@ def has_bit(mask, index):
 def _rows_at(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
     pointer = address.to(tl.pointer_type(dtype))
     # On the pointer: a hint on the integer is lost in the cast, and loads come out 16 bits wide.
-    return tl.multiple_of(pointer, [16, 16]) if ALIGNED else pointer
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, [16, 16] if len(pointer.shape) == 2 else [16, 16, 16])
+    return pointer
 
 
 @triton.jit
