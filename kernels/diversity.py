@@ -26,7 +26,8 @@ For taps `mixture` makes X = sum_k y_k [M, D] in a read of its own.
 
 Bits. The order of every sum is part of the definition: CHUNK tokens per partial channel sum, STEP tokens added at once,
 the width and warp count of a row reduction, the blocks and warp count of X, STRIP channels per product in steps of the
-tensor core's inner size, then ordered_sum, which also adds the cosines of all tokens. Configurations hold only what cannot change a bit.
+tensor core's inner size, then ordered_sum, which adds the cosines of all tokens too. Configurations hold only what
+cannot change a bit.
 
 Source: DiverseDiT (arXiv 2603.04239), Eq. 9-15; gradient derived here.
 """
@@ -122,7 +123,7 @@ def _padded_rows(blocks: int) -> int:
 
 
 def _block_options(width: int, kind: str) -> dict[str, int]:
-    """Functions of width and type alone, because they order sums: the row's by padding and warps, a channel's by steps."""
+    """Functions of width and type alone: padding and warps order the sum over a row, steps that over tokens."""
     padded = max(128, triton.next_power_of_2(width))
     return {"PADDED": padded, "CHUNK": CHUNK, "STEP": STEP[kind], "num_warps": max(1, padded // 256), "num_stages": 1}
 
