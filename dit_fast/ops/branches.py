@@ -22,7 +22,7 @@ from dit_fast.ops._op import guarded, remember
 from dit_fast.ops._register import is_elsewhere, is_watched, lies_plain
 from dit_fast.ops.gelu_mlp import OP as MLP
 from dit_fast.ops.gelu_mlp import _GeluMlp, kept_for_backward
-from dit_fast.ops.linear import PartialSums, product, sum_of_rows
+from dit_fast.ops.linear import PartialSums, joined_sum, product, sum_of_rows
 from dit_fast.ops.long_skip import OP as SKIP
 from dit_fast.ops.row_statistics import RowStatistics, known
 
@@ -231,12 +231,13 @@ class _Reads(torch.autograd.Function):
             return above, *(None,) * 4, *none
         if ctx.heads:
             shape = next(grad.transpose(1, 2).shape for grad in grads if grad is not None)
-            each = [rows.new_zeros(shape) if grad is None else grad.transpose(1, 2) for grad in grads]
-            grad = torch.stack(each, 2).view(len(rows), -1)
+            parts = [rows.new_zeros(shape) if grad is None else grad.transpose(1, 2) for grad in grads]
+            if not all(part.is_contiguous() for part in parts):
+                parts = [torch.stack(parts, 2)]
         else:
-            grad = grads[0].reshape(len(rows), -1)  # type: ignore[union-attr]
-        grad_rows = torch.mm(grad, shadow).view(x.shape)
-        grad_weight, grad_bias = product(grad.t(), rows, ctx.own), sum_of_rows(grad, ctx.own)
+            parts = [grads[0]]
+        grad, grad_bias = joined_sum([part.reshape(len(rows), -1) for part in parts], ctx.own)
+        grad_rows, grad_weight = torch.mm(grad, shadow).view(x.shape), product(grad.t(), rows, ctx.own)
         given = (above, grad_rows, x, None, None, scale, mean, variance, EPS, plan.rms, ctx.shifted, x.dtype, None)
         grad_x, _, _, grad_shift, grad_scale = _of_norm(plan, given, ctx.vectors, ctx.home)
         return grad_x, grad_shift, grad_scale, grad_weight, grad_bias, *none

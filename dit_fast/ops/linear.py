@@ -17,8 +17,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dit_fast.ops import onednn
+from dit_fast.ops._op import Op, triton, wide
+from dit_fast.ops._register import define
 from dit_fast.ops.autocast import autocast_dtype
 
+SUMS = Op("sum_of_rows", "x[M, N]", triton())
+FEWEST_ROWS = 1024  # for a kernel of two launches
 MOST_SUMS = 256  # parts whose partial sums are added by one launch: their addresses are among its arguments
 
 
@@ -165,7 +169,38 @@ def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 def sum_of_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum over the rows of x [M, N], in `dtype`."""
-    return x.sum(0, dtype=dtype) if dtype is x.dtype or widens(x) else x.sum(0).to(dtype)
+    return joined_sum([x], dtype)[1]
+
+
+def joined_sum(parts: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Parts [M, W] side by side and the sum over their rows, in `dtype`; on CUDA in one pass over them."""
+    x = parts[0]
+    if torch.is_grad_enabled() or transformed() or (chosen := SUMS.choose("auto", x.device)) == "torch":
+        joined = x if len(parts) == 1 else torch.cat(list(parts), 1)
+        return joined, joined.sum(0, dtype=dtype) if dtype is x.dtype or widens(x) else joined.sum(0).to(dtype)
+    joined, sums = joined_sum_op(list(parts), chosen)
+    return x if len(parts) == 1 else joined, sums.to(dtype)
+
+
+def _joined_sum(parts: list[Tensor], backend: str) -> tuple[Tensor, Tensor]:
+    """Of one part, nothing and its sum: a result may not be an argument."""
+    x, one = parts[0], len(parts) == 1
+    if backend == "triton" and len(x) >= FEWEST_ROWS:
+        from dit_fast.kernels import ordered_sum as kernel
+
+        if kernel.takes(parts):
+            joined, sums = kernel.sums_of(*parts)
+            return x.new_empty(0) if one else joined, sums
+    joined = x if one else torch.cat(parts, 1)
+    return x.new_empty(0) if one else joined, joined.sum(0, dtype=wide(x))
+
+
+def _joined_sum_fake(parts: list[Tensor], backend: str) -> tuple[Tensor, Tensor]:
+    x, width = parts[0], len(parts) * parts[0].shape[1]
+    return x.new_empty((0,) if len(parts) == 1 else (len(x), width)), x.new_empty(width, dtype=wide(x))
+
+
+joined_sum_op = define("joined_sum(Tensor[] parts, str backend) -> (Tensor, Tensor)", _joined_sum, _joined_sum_fake)
 
 
 class _Linear(torch.autograd.Function):

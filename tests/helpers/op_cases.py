@@ -245,6 +245,7 @@ REGISTERED = {
     "flow_error_backward": lambda: (
         new(4), new(4, 8), new(4, 8), torch.rand(4), torch.arange(4), 3, "linear", [True, True], "torch"
     ),
+    "joined_sum": lambda: ([new(5, 8), new(5, 8)], "torch"),
     "gelu_backward": lambda: (new(5, 8), new(5, 6), new(6, 8), True, True, "recompute"),
     "long_skip_forward": long_skip_forward,
     "long_skip_fold": lambda: ([new(16, 32).bfloat16(), new(16), new(16)], list(long_skip_parameters()), "gemm"),

@@ -1,6 +1,7 @@
 """Kernels that others build on: the ordered sum, the address table, the generator."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,15 +10,17 @@ import triton.language as tl
 
 from dit_fast import philox
 from dit_fast.kernels import adaln, adaln_gradients, adaln_rows, diversity, diversity_taps, qk_norm
+from dit_fast.kernels import ordered_sum as ordered
 from dit_fast.kernels import philox as kernel
-from dit_fast.kernels.ordered_sum import GROUP, ordered_sum
+from dit_fast.kernels.ordered_sum import CHUNK, COLUMNS, GROUP, ordered_sum, sums_of, takes
 from dit_fast.kernels.tables import address_table, is_aligned
+from dit_fast.ops import linear
 from dit_fast.ops.draws import draws
 
 
 @pytest.mark.parametrize("rows", [1, GROUP, GROUP + 1, 3 * GROUP + 5])
 @pytest.mark.parametrize("columns", [1, 515])
-def test_rows_are_added_in_index_order(rows, columns):
+def test_rows_are_added_by_groups_in_float64(rows, columns):
     partials = torch.randn(rows, columns) * 10.0 ** torch.randint(-6, 6, (rows, 1))
     groups = []
     for group in partials.double().split(GROUP):
@@ -29,6 +32,43 @@ def test_rows_are_added_in_index_order(rows, columns):
     for total in groups:
         expected = expected + total
     assert torch.equal(ordered_sum(partials), expected.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(1, 8), (CHUNK, COLUMNS), (CHUNK + 1, COLUMNS + 24), (3 * CHUNK - 1, 40)])
+def test_parts_are_joined_and_added_up(rows, width, dtype):
+    parts = [torch.randn(rows, width).to(dtype) for _ in range(3)]
+    for count in (1, 2, 3):
+        joined, sums = sums_of(*parts[:count])
+        assert torch.equal(joined, torch.cat(parts[:count], 1))
+        torch.testing.assert_close(sums.double(), joined.double().sum(0), rtol=1e-6, atol=1e-5)
+        assert torch.equal(sums, sums_of(joined)[1]), "the order is that of the rows alone"
+    assert sums_of(parts[0])[0] is parts[0]
+
+
+def test_which_sums_are_taken():
+    x = torch.zeros(4, 8)
+    assert takes([x])
+    assert takes([x] * 3)
+    for parts in ([x] * 4, [x.double()], [x, x.half()], [x, x[:3]], [x[:, ::2]], [x[:0]]):
+        assert not takes(parts)
+
+
+def test_the_kernel_sums_where_there_are_rows_enough_and_no_other_derivative(monkeypatch):
+    calls = []
+    monkeypatch.setattr(ordered, "sums_of", lambda *parts: calls.append(len(parts)) or sums_of(*parts))
+    monkeypatch.setattr(linear, "FEWEST_ROWS", 4)
+    parts = [torch.randn(5, 8).bfloat16() for _ in range(3)]
+    run = partial(linear.joined_sum, dtype=torch.float32)
+    run(parts)
+    with torch.no_grad():
+        joined, sums = run(parts)
+        assert torch.equal(joined, torch.cat(parts, 1))
+        torch.testing.assert_close(sums, joined.float().sum(0))
+        assert run(parts[:1])[0] is parts[0]
+        run([part[:3] for part in parts])
+        torch.func.vmap(lambda x: linear.sum_of_rows(x, torch.float32))(torch.stack(parts))
+    assert calls == [3, 1]
 
 
 def test_the_table_holds_addresses_and_byte_strides():
