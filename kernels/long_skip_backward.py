@@ -247,7 +247,7 @@ def backward_parameters(
         launch = _PARAMETERS.keep(key, launcher(parameter_gradients, grid, numbers, constants))
     launch(product, weight, norm_weight, norm_bias, grad_bias, partials)
     of_gamma, of_beta = ordered_sum(partials).split(joined)
-    return of_gamma, of_beta, product
+    return of_gamma, of_beta.clone(), product  # results of an op share no memory
 
 
 _PARAMETER_OPTIONS = {"num_warps": 2, "num_stages": 1}
