@@ -20,14 +20,10 @@ the norm is below the floor,
 p needs whole rows and no elementwise gradient: `projections` takes it from the cosines. What is left needs no whole
 row, so a program of `gradients` owns a strip of channels, and H stays in its registers over all its tokens. It reads
 only the blocks that matter: the wanted ones and those that H joins with them.
-One block at a time, as taps need it, is kernels/diversity_taps.py.
-
-For taps `mixture` makes X = sum_k y_k [M, D] in a read of its own.
 
 Bits. The order of every sum is part of the definition: CHUNK tokens per partial channel sum, STEP tokens added at once,
-the width and warp count of a row reduction, the blocks and warp count of X, STRIP channels per product in steps of the
-tensor core's inner size, then ordered_sum, which adds the cosines of all tokens too. Configurations hold only what
-cannot change a bit.
+the width and warp count of a row reduction, STRIP channels per product in steps of the tensor core's inner size, then
+ordered_sum, which adds the cosines of all tokens too. Configurations hold only what cannot change a bit.
 
 Source: DiverseDiT (arXiv 2603.04239), Eq. 9-15; gradient derived here.
 """
@@ -42,7 +38,6 @@ from torch import Tensor
 from dit_fast.kernels import unavailable as unavailable
 from dit_fast.kernels.aot import AotCase
 from dit_fast.kernels.diversity_gradients import gradients, projections
-from dit_fast.kernels.diversity_mixture import add_directions
 from dit_fast.kernels.diversity_sums import block_sums, token_cosines
 from dit_fast.kernels.ordered_sum import ordered_sum
 from dit_fast.kernels.rows import MAX_CHUNKS, TYPES, types_of
@@ -55,7 +50,6 @@ STEP = {"fp32": 2, "bf16": 4, "fp16": 4, "mixed": 4}  # tokens whose rows are in
 STRIP = {"bf16": 128, "fp16": 128, "fp32": 32, "mixed": 32}  # channels per product in a Gram matrix
 GRADIENT_TOKENS = 64
 PROJECTION_TOKENS = 8
-ROW_STEP = 2  # rows in flight where a program owns whole rows of several tensors
 
 
 class Config(NamedTuple):
@@ -128,11 +122,6 @@ def _block_options(width: int, kind: str) -> dict[str, int]:
     return {"PADDED": padded, "CHUNK": CHUNK, "STEP": STEP[kind], "num_warps": max(1, padded // 256), "num_stages": 1}
 
 
-def _mixture_options(width: int) -> dict[str, int]:
-    padded = max(128, triton.next_power_of_2(width))
-    return {"PADDED": padded, "STEP": ROW_STEP, "num_warps": max(1, padded // 256), "num_stages": 1}
-
-
 def _cosine_options(blocks: int, kind: str, config: Config) -> dict[str, int]:
     return {
         "ROWS": _padded_rows(blocks),
@@ -196,18 +185,6 @@ def _cosines(features: list[Tensor], inverse_norms: Tensor) -> Tensor:
     return out
 
 
-def mixture(features: Sequence[Tensor], inverse_norms: Tensor) -> Tensor:
-    """float32 [M, D]: sum of the features' directions, for features as in `forward` and its inverse_norms [K, M]."""
-    features = list(features)
-    plan, (tokens, width) = _plan(features, features), features[0].shape
-    out = torch.empty(tokens, width, dtype=torch.float32, device=features[0].device)
-    add_directions[(triton.cdiv(tokens, ROW_STEP),)](
-        *address_table(features), inverse_norms, out, tokens, *plan.masks,
-        **plan.constants, **_mixture_options(width), enable_fp_fusion=True,
-    )  # fmt: skip
-    return out
-
-
 def backward(
     features: Sequence[Tensor],
     inverse_norms: Tensor,
@@ -266,12 +243,10 @@ def _cases(arch: int, blocks: int, width: int, kind: str) -> list[AotCase]:
         (projections, "", _projection_options(blocks), {"wide_loads": False}),
         (gradients, "", _gradient_options(blocks, config, False), {"dots": True, "wide_stores": True}),
         (gradients, " upstream", _gradient_options(blocks, config, True), {"dots": True, "wide_stores": True}),
-        (add_directions, "", _mixture_options(width), {"wide_stores": True}),
     ]
     # The other shapes would compile the same lines again.
     if (width, kind) not in ((768, "bf16"), (1152, "mixed")):
-        once = (add_directions, projections)
-        plans = [plan for plan in plans if plan[0] not in once and plan[:2] != (gradients, "")]
+        plans = [plan for plan in plans if plan[0] is not projections and plan[:2] != (gradients, "")]
     if kind == "fp16":
         plans = [plan for plan in plans if plan[0] in (block_sums, gradients)]
     types = {"addresses": "*i64", "strides": "*i64"}

@@ -1,184 +1,106 @@
-"""What the diversity loss adds to the gradient of each tapped block in one backward pass; see diversity_taps.py.
-
-On CUDA one launch per block, which is also the backward of the gate that wrote the block where there is one; elsewhere
-the gradient of `diversity_op`, and the gate's own after it.
-"""
+"""What the diversity loss adds to the gradient of each tapped block in one backward pass; see diversity_taps.py."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_fast.ops._op import rows
+from dit_fast.ops._op import rows, wide
 from dit_fast.ops._register import define, goes_straight
-from dit_fast.ops.diversity_op import EPS, backward_op
+from dit_fast.ops.diversity_op import backward_op
 from dit_fast.ops.linear import PartialSums
 
 
-def _partners(
-    features: list[Tensor], grad_pair_sums: Tensor, mix: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
-    if backend == "triton":
-        from dit_fast.kernels import diversity_taps as kernel
-
-        found = kernel.partners(features, grad_pair_sums, mix)
-        addresses, strides = found.rows
-        # New tensors: a table is that of other calls, too, and an op's results belong to its caller.
-        return found.weights, found.sources, addresses.detach(), strides.detach(), found.aligned
-    weights, sources, addresses, strides, _ = _fake_partners(features, grad_pair_sums, mix, backend)
-    diagonal = torch.eye(len(features), dtype=torch.bool, device=weights.device)
-    pairs = (grad_pair_sums + grad_pair_sums.T).to(weights.dtype)
-    common = _most_frequent(pairs)[:, None] if mix else pairs.new_zeros(len(features), 1)
-    left = pairs - common
-    own = left.diagonal()[:, None].clone()
-    # The partners that are left come first, in the order of their numbers; what follows is not read.
-    absent = (left == 0) | diagonal
-    order = absent.to(torch.int8).argsort(dim=1, stable=True)
-    weights.copy_(torch.cat([common, own, left.gather(1, order)[:, :-1]], 1))
-    sources.copy_(torch.cat([(~absent).sum(1, keepdim=True), order[:, :-1]], 1))
-    return weights, sources, addresses.zero_(), strides.zero_(), True
-
-
-def _fake_partners(
-    features: list[Tensor], grad_pair_sums: Tensor, mix: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
-    new, blocks = grad_pair_sums.new_empty, len(features)
-    weights, sources = new((blocks, blocks + 1), dtype=torch.float32), new((blocks, blocks), dtype=torch.int32)
-    return weights, sources, new(blocks, dtype=torch.int64), new(blocks, dtype=torch.int64), True
-
-
-partners_op = define(
-    "diversity_partners(Tensor[] features, Tensor grad_pair_sums, bool mix, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, bool)",
-    _partners,
-    _fake_partners,
-)
-
-
-def _most_frequent(pairs: Tensor) -> Tensor:
-    """[K], in each row of [K, K] beside the diagonal; the smallest of equally frequent ones."""
-    count = len(pairs)
-    return pairs.flatten()[1:].view(count - 1, count + 1)[:, :-1].reshape(count, count - 1).mode(dim=1).values
-
-
 def _tap_backward(
-    features: list[Tensor], x: Tensor, above: Tensor | None, y: Tensor | None, gate: Tensor | None, block: int,
-    weights: Tensor, sources: Tensor, addresses: Tensor, strides: Tensor, aligned: bool, inverse_norms: Tensor,
-    grad_statistics: Tensor, mixture: Tensor | None, backend: str,
+    added: Tensor, above: Tensor, y: Tensor, gate: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    empty = x.new_empty(0)
     if backend == "triton":
         from dit_fast.kernels import diversity_taps as kernel
 
-        above, y, gate = (None if each is None else rows(each) for each in (above, y, gate))
-        shared = kernel.Partners(weights, sources, (addresses, strides), aligned)
-        known = (inverse_norms, grad_statistics, mixture, tuple(feature.dtype for feature in features))
-        grad_x, grad_y, grad_gate = kernel.backward(rows(x), above, y, gate, block, shared, *known)
-        return grad_x, empty if grad_y is None else grad_y, empty if grad_gate is None else grad_gate
-    places = torch.arange(len(features) - 1, dtype=torch.int64, device=x.device)
-    listed = torch.where(places < sources[block, 0], sources[block, 1:].long(), len(features))
-    left = weights.new_zeros(len(features) + 1, dtype=weights.dtype).scatter_(0, listed, weights[block, 2:])[:-1]
-    directions = torch.stack(features).to(inverse_norms.dtype) * inverse_norms[:, :, None]
-    flat, inverse, own = x.flatten(0, 1).to(inverse_norms.dtype), inverse_norms[block, :, None], directions[block]
-    mixed = torch.tensordot(left, directions, 1) + weights[block, 1] * own
-    mixed = mixed if mixture is None else mixed + weights[block, 0] * mixture
-    along = torch.where(inverse < 1 / EPS, (mixed * own).sum(1, keepdim=True), 0)
-    sums, abs_sums, square_sums = grad_statistics[:, block]
-    total = sums + abs_sums * flat.sign() + 2 * square_sums * flat + inverse * (mixed - along * own)
-    total = total.view(x.shape) if above is None else total.view(x.shape) + above
-    if y is None or gate is None:
-        return total.to(x.dtype), empty, empty
-    return total.to(x.dtype), (total * gate[:, None]).to(y.dtype), (total * y).sum(1).to(gate.dtype)
+        return kernel.backward(added.contiguous(), rows(above), rows(y), rows(gate))
+    dtype = wide(added)
+    total = added.to(dtype) + above.to(dtype)
+    grad_y, grad_gate = total * gate.to(dtype)[:, None], (total * y.to(dtype)).sum(1)
+    return total.to(added.dtype), grad_y.to(y.dtype), grad_gate.to(gate.dtype)
 
 
 def _fake_tap_backward(
-    features: list[Tensor], x: Tensor, above: Tensor | None, y: Tensor | None, gate: Tensor | None, *_: object
+    added: Tensor, above: Tensor, y: Tensor, gate: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    like = lambda each: x.new_empty(0 if each is None else each.shape, dtype=(x if each is None else each).dtype)  # noqa: E731
-    return like(x), like(y), like(gate)
+    return added.new_empty(added.shape), y.new_empty(y.shape), gate.new_empty(gate.shape)
 
 
 tap_backward_op = define(
-    "diversity_tap_backward(Tensor[] features, Tensor x, Tensor? above, Tensor? y, Tensor? gate, int block, "
-    "Tensor weights, Tensor sources, Tensor addresses, Tensor strides, bool aligned, Tensor inverse_norms, "
-    "Tensor grad_statistics, Tensor? mixture, str backend) -> (Tensor, Tensor, Tensor)",
+    "diversity_tap_backward(Tensor added, Tensor above, Tensor y, Tensor gate, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
     _tap_backward,
     _fake_tap_backward,
 )
 
 
+def through_gate(
+    added: Tensor, above: Tensor, y: Tensor, gate: Tensor, home: tuple[PartialSums, int] | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of stream, branch and gate of x + gate * y, whose own gradient is added + above; "triton" alone.
+
+    home: where that of the gate may be left as partial sums, with its number there; it is None then.
+    """
+    if home is None or not goes_straight((added, above, y, gate)):
+        return tap_backward_op(added, above, y, gate, "triton")
+    from dit_fast.kernels import diversity_taps as kernel
+
+    grad_x, grad_y, partials = kernel.differentiate(added, rows(above), rows(y), rows(gate))
+    home[0].leave(home[1], partials)
+    return grad_x, grad_y, None
+
+
 class Descent:
     """One backward pass of the taps: made when the statistics' gradients are known, used once for each block.
 
-    features: of all blocks, [N, T, D]; mixture: without rows where none was kept.
+    features: of all blocks, [N, T, D]; mixture: without rows where none was kept; wanted: the blocks that will ask.
     """
 
     def __init__(
         self, backend: str, features: Sequence[Tensor], inverse_norms: Tensor, mixture: Tensor,
-        grad_statistics: Tensor, grad_pair_sums: Tensor,
+        grad_statistics: Tensor, grad_pair_sums: Tensor, wanted: list[int],
     ):  # fmt: skip
         self.task = torch._C._current_graph_task_id()
-        self.backend, self.features = backend, features
-        # Those of blocks with odd strides are copies; addresses of them stay valid as long as this object.
-        self._rows = [rows(x.flatten(0, 1)) for x in features]
-        self._norms, self._statistics = inverse_norms, grad_statistics
-        self._mixture, self._sources = mixture, self._rows
+        self.backend, self._shape = backend, features[0].shape
+        # Those of blocks with odd strides are copies.
+        sources = [rows(x.flatten(0, 1)) for x in features]
         if backend == "triton":
-            found = partners_op(self._rows, grad_pair_sums, bool(len(mixture)), backend)
-            kept = mixture if len(mixture) else None
-            self._shared = (*found, inverse_norms, grad_statistics.float().contiguous(), kept, backend)
-            self._straight = goes_straight([self._rows, *self._shared])
-            self._dtypes = tuple(feature.dtype for feature in features)
+            grads = backward_op(sources, inverse_norms, grad_statistics, grad_pair_sums, [], wanted, backend)
+            self._made = dict(zip(wanted, grads, strict=True))
         elif len(mixture):
-            self._sources, self._norms, self._statistics, self._pairs = through_mixture(
-                self._rows, inverse_norms, mixture, grad_statistics, grad_pair_sums
-            )
+            self._known = through_mixture(sources, inverse_norms, mixture, grad_statistics, grad_pair_sums)
         else:
-            self._pairs = [grad_pair_sums] * len(self._rows)
+            self._known = sources, inverse_norms, grad_statistics, [grad_pair_sums] * len(sources)
+
+    def of(self, block: int) -> Tensor:
+        """What the loss adds to the gradient of a block's output; "triton" alone, which forgets it then."""
+        return self._made.pop(block).view(self._shape)
 
     def added(self, block: int, above: Tensor | None) -> Tensor:
         """The gradient of a block's output, `above` being what comes from the layers above."""
-        x = self.features[block]
         if self.backend == "triton":
-            return self._launch(x, above, None, None, block)[0]
+            return self.of(block) if above is None else self.of(block) + above
         upstream = [] if above is None else [above.flatten(0, 1)]
-        incoming = (self._norms, self._statistics, self._pairs[block])
-        (grad,) = backward_op(self._sources, *incoming, upstream, [block], self.backend)
-        return grad.view(x.shape)
-
-    def through_gate(
-        self, block: int, above: Tensor | None, y: Tensor, gate: Tensor, home: tuple[PartialSums, int] | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gradients of stream, branch and gate behind which the block's output is x + gate * y; "triton" alone.
-
-        home: where that of the gate may be left as partial sums, with its number there; it is None then.
-        """
-        x = self.features[block]
-        if home is None or not (self._straight and goes_straight((x, above, y, gate))):
-            return self._launch(x, above, y, gate, block)
-        from dit_fast.kernels import diversity_taps as kernel
-
-        given = (None if each is None else rows(each) for each in (x, above, y, gate))
-        weights, sources, addresses, strides, aligned, *known, _ = self._shared
-        shared = kernel.Partners(weights, sources, (addresses, strides), aligned)
-        grad_x, grad_y, partials = kernel.differentiate(*given, block, shared, *known, self._dtypes)
-        home[0].leave(home[1], partials)
-        return grad_x, grad_y, None
-
-    def _launch(self, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
-        # What all blocks share was looked at once: K times K tensors.
-        run = tap_backward_op.run if self._straight and goes_straight(given) else tap_backward_op
-        return run(self._rows, *given, *self._shared)
+        sources, norms, statistics, pairs = self._known
+        (grad,) = backward_op(sources, norms, statistics, pairs[block], upstream, [block], self.backend)
+        return grad.view(self._shape)
 
 
 def through_mixture(
     sources: list[Tensor], inverse_norms: Tensor, mixture: Tensor, grad_statistics: Tensor, grad_pair_sums: Tensor
 ) -> tuple[list[Tensor], Tensor, Tensor, Sequence[Tensor]]:
-    """The mixture as one more source, of norm one, and for each block its weights towards all sources."""
+    """The mixture as one more source, of norm one, and for each block its weights towards all sources.
+
+    Of the most frequent weight of a block towards others nothing is left; of equally frequent ones the smallest counts.
+    """
     count, index = len(sources), torch.arange(len(sources), dtype=torch.int64, device=mixture.device)
     weights = grad_pair_sums + grad_pair_sums.T
-    common = _most_frequent(weights)
+    beside = weights.flatten()[1:].view(count - 1, count + 1)[:, :-1].reshape(count, count - 1)  # the diagonal
+    common = beside.mode(dim=1).values
     # Of block k's matrix only row k matters; the op adds the transpose, hence half of what stands on the diagonal.
     per_block = weights.new_zeros(count, count + 1, count + 1)
     per_block[index, index, :-1] = weights - common[:, None]

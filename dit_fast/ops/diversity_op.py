@@ -10,7 +10,8 @@ and the gradient of any function of them is one pass too. With G = d/d pair_sums
 
 A norm below 1e-8 counts as 1e-8, a constant: then nothing is subtracted from V.
 
-On request the forward also keeps the mixture, the sum of u_k over blocks, [M, D] (see diversity_taps.py).
+On request the forward also gives the mixture, the sum of u_k over blocks, [M, D], which "cpp" has on the way (see
+diversity_taps.py).
 
 The fused implementations sum over fixed chunks of 256 tokens and add the chunks in order, so that the numbers depend
 neither on the number of threads nor on the size of the device.
@@ -127,8 +128,7 @@ def _forward(features: list[Tensor], mix: bool, backend: str) -> tuple[Tensor, T
         from dit_fast.kernels import diversity
 
         sums, pair_sums, norms = diversity.forward(features)
-        mixture = diversity.mixture(features, norms) if mix else norms.new_empty(0, features[0].shape[1])
-        return sums, pair_sums, norms, mixture
+        return sums, pair_sums, norms, _mixture(features, norms, mix)
     return _cpp_forward(features, mix) if backend == "cpp" else _torch_forward(features, mix)
 
 

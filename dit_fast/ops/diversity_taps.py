@@ -1,9 +1,8 @@
 """Taps: the gradient of the diversity loss becomes part of each block's own backward.
 
 A tap is the identity on a block's output. In the backward the node of the graph that wrote the output, `gate_residual`,
-receives the gradient from the layers above and adds the loss's gradient to it before it goes on, so that the loss costs
-no gradient tensors of its own, no additions and no pass over the stream. A block that something else wrote gets a node
-of its own, which receives one gradient and writes the other.
+receives the gradient from the layers above and adds the loss's gradient to it before it goes on. A block that something
+else wrote gets a node of its own, which receives one gradient and writes the other.
 
     forward   block 0 -> tap 0 -> block 1 -> tap 1 -> ...
               statistics = f(outputs of gates, and tokens of the other taps), in one pass over all the features
@@ -12,21 +11,18 @@ of its own, which receives one gradient and writes the other.
 A node joined this way adds what was prepared in the same backward pass only, and so do taps, whose 0-d token has a
 gradient then.
 
-With H the symmetric weights of the pairs' gradient, a tap needs V_k = sum over l of H_kl u_l: one row per partner, and
-for all pairs K rows in each of K taps. So where a block has many partners, the forward also keeps the mixture X = sum
-of all u_l, [M, D] in float32, and with c_k the most frequent weight of block k
+"triton" makes the loss's gradients of all blocks as soon as the statistics' are known, in launches that take the
+same time whatever the cosines are, and each is let go as soon as its tap has used it: K blocks of memory at the start
+of a backward, falling as it goes on. A gate adds its block's in its own launch. On a CPU, where a block's gradient is
+made when its tap asks for it, the loss costs no gradient tensors of its own: with H the symmetric weights of the pairs'
+gradient, a tap needs V_k = sum over l of H_kl u_l, one row per partner. So where a block has many partners, the forward
+also keeps the mixture X = sum of all u_l, [M, D] in float32, and with c_k the most frequent weight of block k
 
     V_k = c_k X + sum over l of (H_kl - c_k) u_l.
 
-With all pairs and mean cosines of one sign only k's own residual weight is not zero: a tap reads its block, the
-mixture and the gradient from above, however many blocks there are. A cosine of the other sign costs one row more.
-
-Not built: the next block's `layer_norm_modulate(return_x=True)` reads the tapped block and writes its gradient anyway.
-With the term in that pass, 8 of the 11.5 bytes per element that the loss adds to an fp32 stream's backward would go
-(the tap's read of its block, the gate's write of a gradient that it would hand on), and no launch would: a gate has one
-either way. It takes a kernel that is both backwards at once, beside the two of today: a gate still adds the term where
-that op takes no part in a backward, which only the backward itself can tell. A tap behind a long skip
-(`skip_wiring="output"`, which no recipe sets) keeps a launch and a pass of its own.
+With all pairs and mean cosines of one sign only k's own residual weight is not zero; a cosine of the other sign costs
+one row more. About half of a trained model's cosines have the other sign, so that a GPU, which waits for these rows and
+not for the arithmetic, is slower that way.
 
 Put taps outside of activation checkpoints: a recomputed block must not register its output twice.
 """
@@ -51,7 +47,7 @@ from dit_fast.ops.diversity import (
     loss_from_sums,
     sums_of,
 )
-from dit_fast.ops.diversity_descent import Descent
+from dit_fast.ops.diversity_descent import Descent, through_gate
 from dit_fast.ops.diversity_op import OP, forward_op
 from dit_fast.ops.linear import PartialSums
 from dit_fast.ops.row_statistics import RowStatistics
@@ -102,8 +98,8 @@ class Joint:
         home: where that of `gate` may be left as partial sums, with its number there; it is None then.
         """
         descent = self._shared.used()
-        if descent.backend == backend == "triton":
-            return descent.through_gate(self._index, above, y, gate, home)
+        if descent.backend == backend == "triton" and above is not None:
+            return through_gate(descent.of(self._index), above, y, gate, home)
         return descent.added(self._index, above)
 
 
@@ -164,7 +160,9 @@ class Collect(torch.autograd.Function):
         inverse_norms, mixture, *features = ctx.saved_tensors
         grads = diversity_op.with_zeros(grad_statistics, grad_pair_sums, inverse_norms, features)
         shared, needed = ctx.shared, ctx.needs_input_grad[1:]
-        shared.descent, shared.waiting = Descent(shared.backend, features, inverse_norms, mixture, *grads), sum(needed)
+        wanted = [index for index, tapped in enumerate(needed) if tapped]
+        shared.descent = Descent(shared.backend, features, inverse_norms, mixture, *grads, wanted)
+        shared.waiting = len(wanted)
         token = features[0].new_zeros(())
         sent = [tapped and index not in shared.joined for index, tapped in enumerate(needed)]
         return None, *(token.to(x.dtype) if own else None for x, own in zip(features, sent, strict=True))
@@ -256,8 +254,9 @@ class DiversityTaps:
             count = shared.features[0][..., 0].numel()
             # Else the most frequent weight is zero: nothing would be read of the mixture.
             useful = most_joined > FEW and 2 * most_joined > len(shared.features) - 1
-            shared.mix = useful and any(token.requires_grad for token in self._tokens)
             shared.backend = OP.choose(shared.backend, shared.features[0].device, *shared.features)
+            wanted = shared.backend != "triton" and any(token.requires_grad for token in self._tokens)
+            shared.mix = useful and wanted
             sums, pair_sums, *_ = _collect(shared, *self._tokens)
             self._sums = Sums(shared.backend, sums, pair_sums, count)
             self._tokens, shared.features = [], []

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dit_fast import _C, ops
-from dit_fast.ops import adaln, diversity_descent, diversity_op, flow
+from dit_fast.ops import adaln, diversity_op, flow
 from dit_fast.ops.diversity_terms import forward_op as terms_op
 from dit_fast.ops.long_skip import forward_op as long_skip_forward_op
 from dit_fast.ops.qk_norm import _fused as fused_qk_norm
@@ -206,14 +206,6 @@ def diversity_terms_backward():
     return *known, gram.requires_grad_(), usage.requires_grad_(), new(), None, new(), None, True, "torch"
 
 
-def diversity_tap_backward():
-    features, x, y, gate = [new(6, 8), new(6, 8)], new(2, 3, 8), new(2, 3, 8), new(2, 8)
-    with torch.no_grad():
-        norms = diversity_op.forward_op(features, False, "torch")[2]
-        partners = diversity_descent.partners_op(features, new(2, 2), True, "torch")
-    return features, x, new(2, 3, 8), y, gate, 1, *partners, norms.requires_grad_(), new(3, 2, 8), new(6, 8), "torch"
-
-
 def compiled(x):
     """x, where the compiled CPU library is there; loads it."""
     if reason := _C.unavailable():
@@ -236,8 +228,7 @@ REGISTERED = {
     ),
     "diversity_forward": lambda: ([new(6, 8), new(6, 8)], True, "torch"),
     "diversity_backward": diversity_backward,
-    "diversity_partners": lambda: ([new(6, 8), new(6, 8)], new(2, 2), True, "torch"),
-    "diversity_tap_backward": diversity_tap_backward,
+    "diversity_tap_backward": lambda: (*(new(*STREAM) for _ in range(3)), new(*VECTOR), "torch"),
     "diversity_terms": lambda: (*diversity_terms(), True, "torch"),
     "diversity_terms_backward": diversity_terms_backward,
     "flow_noised": lambda: (new(4, 8), torch.rand(4), torch.arange(4), 3, "linear", "torch"),

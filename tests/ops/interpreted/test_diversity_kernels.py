@@ -91,17 +91,6 @@ def test_gradients_of_the_pairs_alone_are_rounded_once():
         assert error(ours, exact) <= 1.02 * error(exact.to(BF16), exact)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_mixture(name):
-    features = make(*CASES[name])
-    inverse_norms = exact_statistics(features)[2].float()
-    ours = diversity.mixture(features, inverse_norms)
-    exact = sum(x.double() * inverse[:, None].double() for x, inverse in zip(features, inverse_norms, strict=True))
-    assert ours.dtype == FP32
-    assert ours.is_contiguous()
-    assert error(ours, exact) < 1e-6
-
-
 def test_any_strides_and_addresses():
     # Blocks inside one buffer, at an odd offset, with an odd row stride: no 128-bit access is possible.
     buffer = torch.randn(23, 4 * 51 + 1)
@@ -111,8 +100,6 @@ def test_any_strides_and_addresses():
     statistics, pairs, inverse_norms = diversity.forward(features)
     for ours, exact in zip((statistics, pairs, inverse_norms), exact_statistics(features), strict=True):
         assert error(ours, exact) < 1e-6
-    directions = sum(x.double() * inverse[:, None] for x, inverse in zip(features, inverse_norms, strict=True))
-    assert error(diversity.mixture(features, inverse_norms), directions) < 1e-6
     grads = make_gradients(features)
     upstream = [torch.randn(48, 23).T, torch.ones(1, 48).expand(23, 48), torch.randn(23, 96)[:, ::2], features[0]]
     strided = [grad.transpose(0, 1).contiguous().transpose(0, 1) for grad in grads]
@@ -195,7 +182,7 @@ def test_statistics(name):
 
 @pytest.mark.parametrize("types", [[FP32] * 5, [BF16, FP32] * 3])
 def test_taps_end_to_end(types):
-    """All pairs, and so through the mixture, against the reference in float64."""
+    """Of blocks that no gate wrote, against the reference in float64."""
     features = [x.view(3, 7, 40).requires_grad_() for x in make(21, 40, types)]
     above = [x.view(3, 7, 40) for x in make(21, 40, types, seed=5)]
     taps = DiversityTaps("triton")
@@ -212,4 +199,4 @@ def test_taps_end_to_end(types):
 
 
 def test_opcheck():
-    torch.library.opcheck(forward_op.registered, (make(9, 33, [FP32, BF16]), True, "triton"))
+    torch.library.opcheck(forward_op.registered, (make(9, 33, [FP32, BF16]), False, "triton"))

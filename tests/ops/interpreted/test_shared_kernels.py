@@ -160,11 +160,8 @@ LAUNCHES = {  # shapes of what a launcher reads in wide pieces, how to call it w
         (diversity, "is_aligned"),
     ),
     "diversity taps": (
-        [STREAM] * 4 + [VECTOR],  # the tapped block, its partner, from above, the branch and its gate
-        lambda a, b, *x: diversity_taps.backward(
-            a, *x, 0, diversity_taps.partners([each.flatten(0, 1) for each in (a, b)], torch.ones(2, 2), False),
-            torch.ones(2, 6), torch.ones(3, 2, 16), None, (FP32, FP32),
-        ),
+        [STREAM] * 2 + [VECTOR],  # from above, the branch and its gate
+        lambda *x: diversity_taps.backward(torch.ones(STREAM), *x),
         (diversity_taps, "differentiate_tap"),
     ),
 }  # fmt: skip

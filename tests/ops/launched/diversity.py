@@ -9,6 +9,5 @@ for blocks, width, types in ((12, 768, (torch.bfloat16,)), (28, 1152, (torch.flo
     diversity.forward(features)
     grads = (torch.zeros(3, blocks, width), torch.zeros(blocks, blocks))
     norms = torch.ones(blocks, 48)
-    diversity.mixture(features, norms)
     diversity.backward(features, norms, *grads, features, range(blocks))
     diversity.backward(features, norms, *grads, [], range(blocks))
