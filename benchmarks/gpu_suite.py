@@ -25,7 +25,6 @@ STAGES = ("correct", "tune", "decide")
 LIMIT = 520.0  # seconds of a stage
 START_UP = 12.0  # of a benchmark's time: imports, device, ceilings
 CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
-STEPS = (("XL/2", 32), ("XL/2", 64), ("XL/2", 128), ("B/2", 32), ("B/2", 256))  # sizes and samples per step
 SOURCES = (".py", ".cpp", ".cu", ".h", ".json")  # .json: tuned tables
 GATE = ("adaln", "diversity", "long_skip", "training")  # of `step`
 Command = Callable[[float], Sequence[str]]
@@ -70,21 +69,24 @@ class Stage:
         ]
 
     def decide(self) -> list[Part]:
-        """Whole steps. Plain sides of every case come before anything compiled, which a compiler may hang in; what is
-        compiled is compiled by a part of its own."""
-        compiled = [("XL/2", 32), ("B/2", 256)]
+        """Whole steps, what decides most first: the last ones have the time that is left. Each part builds its models
+        anew. What is compiled is compiled by a part of its own; diffusion-bench's is last, as a compiler may hang."""
         report = [sys.executable, "-m", "dit_fast.benchmarks", "report", "--out", str(self.folder)]
         return [
             *self._gate(),
-            *(self._step(model, batch, "plain", 30) for model, batch in STEPS),
-            *(self._step(model, batch, group, 30) for model, batch in (("XL/2", 32), ("XL/2", 128))
-              for group in ("types", "graph")),
-            *(part for model, batch in compiled for part in (
-                self._step(model, batch, "compiled", 60, once=True), self._step(model, batch, "compiled", 30))),
-            self._step("XL/2", 32, "diffusion-bench", 60, once=True),
-            self._step("XL/2", 32, "diffusion-bench", 90),
+            self._step("XL/2", 32, "plain", 60),
+            self._step("XL/2", 32, "graph", 50),
+            self._step("XL/2", 128, "plain", 60),
+            self._step("XL/2", 32, "types", 45),
+            self._step("XL/2", 32, "compiled", 60, once=True),
+            self._step("XL/2", 32, "compiled", 45),
+            self._step("B/2", 256, "plain", 45),
+            *(self._step(model, batch, "plain", 25) for model, batch in (("XL/2", 64), ("B/2", 32))),
+            self._step("XL/2", 128, "graph", 25),
+            self._step("XL/2", 32, "diffusion-bench", 30, once=True),
+            self._step("XL/2", 32, "diffusion-bench", 45),
             Part("report", 10, lambda _: report),
-        ]  # fmt: skip
+        ]
 
     def _gate(self) -> list[Part]:
         """The tests that must pass before a step's time is shown."""

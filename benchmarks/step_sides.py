@@ -213,7 +213,8 @@ class Sides:
         """methods: bound by a call with the model and a data set, of which they need nothing."""
         torch.manual_seed(0)
         sizes = {"input_size": self.case.input_size, "in_channels": self.case.channels, "num_classes": 1000}
-        model = new_model(dataclasses.replace(config.model, **sizes))
+        with self.device:  # on a CPU the weights of XL/2 take ten seconds, for every side
+            model = new_model(dataclasses.replace(config.model, **sizes))
         bound = [bind(model, None) for bind in methods]
         options: Any = {"seed": 0, "label_dropout": 0.1, "precision": config.engine.precision}
         return kind(model, Flow(Flow.Config(), model), bound, **options).to(self.device)
