@@ -38,8 +38,8 @@ NIC = 50e9  # bytes/s one way: one 400 Gb/s adapter for each GPU, as in HGX mach
 LINK_SHARE, NIC_SHARE = 160 / 200, 43 / 50
 PCIE_SHARE = 55.63 / 64  # of generation 5, in an example of nvbandwidth's output (docs/scaling.md)
 WRITTEN = 1e9  # bytes/s that one rank hashes and writes while all do; assumed
-# benchmarks/results/nvidia-h200/step.json, "dit_fast, all pairs": B/2 b256 reaches 2.80e14 of 989e12 FLOP/s; the host
-# needs 100.6 ms for a micro-batch of B/2 b32 (12 blocks) and 219.3 ms of XL/2 b32 (28 blocks).
+# benchmarks/results/nvidia-h200/first_run/step_c4cc395.json, "dit_fast, all pairs": B/2 b256 reaches 2.80e14 of 989e12
+# FLOP/s; the host needs 100.6 ms for a micro-batch of B/2 b32 (12 blocks) and 219.3 ms of XL/2 b32 (28 blocks).
 UTILISATION = 0.283
 HOST_BLOCK = (0.219278 - 0.100559) / 16
 HOST = 0.100559 - 12 * HOST_BLOCK

@@ -14,7 +14,7 @@ from dit_fast.train.__main__ import main
 from dit_fast.train.memory import Live, Planner, report
 from dit_fast.train.optim import STATES, build_optimizer, init_states
 
-H200 = json.loads((Path(__file__).parents[2] / "benchmarks/results/nvidia-h200/step.json").read_text())
+H200 = Path(__file__).parents[2] / "benchmarks/results/nvidia-h200"
 GIB = 2**30
 SMALL = ("model.input_size=8", "model.in_channels=4", "model.num_classes=10", "data.path=")
 
@@ -24,23 +24,22 @@ def planner(recipe="quickstart-sit", *changes, **options):
 
 
 @pytest.mark.parametrize(
-    ("case", "recipe", "batch"),
+    ("file", "case", "recipe", "batch"),
     [
-        ("XL/2 b32 bf16", "diversedit-xl2-256", 32),
-        ("B/2 b32 bf16", "diversedit-b2-256", 32),
-        ("B/2 b256 bf16", "diversedit-b2-256", 256),
+        ("step-xl-2-b32-bf16.json", "XL/2 b32 bf16", "diversedit-xl2-256", 32),
+        ("first_run/step_c4cc395.json", "B/2 b32 bf16", "diversedit-b2-256", 32),
+        ("first_run/step_c4cc395.json", "B/2 b256 bf16", "diversedit-b2-256", 256),
     ],
 )
-def test_a_step_takes_what_a_gpu_has_allocated(case, recipe, batch):
-    """max_memory_allocated of an H200 beyond weights and states, recorded by the benchmark of whole steps, in which
-    weights were cast in every step, GELU's results computed again and a tap made its block's gradient alone: 0.66 GB
-    less at XL/2 than the gradients of all blocks at once, hence 7 %."""
-    costs = next(each["costs"] for each in H200["cases"] if each["name"] == case)
-    config = load(recipe, ["methods.diversedit.pairs=all", "engine.activation_checkpointing=gelu"])
-    planned = Planner(config)
-    assert planned.step(batch).whole + planned.copies == pytest.approx(
-        costs["dit_fast, all pairs"]["peak_memory_bytes"], rel=0.07
-    )
+def test_a_step_takes_what_a_gpu_has_allocated(file, case, recipe, batch):
+    """max_memory_allocated of an H200 beyond weights and states, recorded by the benchmark of whole steps; in the first
+    run weights were cast in every step and GELU's results computed again."""
+    costs = next(each["costs"] for each in json.loads((H200 / file).read_text())["cases"] if each["name"] == case)
+    first = file.startswith("first_run")
+    changes = ["engine.activation_checkpointing=gelu"] if first else []
+    planned = Planner(load(recipe, ["methods.diversedit.pairs=all", *changes]))
+    counted = planned.step(batch).whole + (planned.copies if first else 0)
+    assert counted == pytest.approx(costs["dit_fast, all pairs"]["peak_memory_bytes"], rel=0.05)
 
 
 @pytest.mark.parametrize("which", ["none", "selective", "full"])
