@@ -3,7 +3,8 @@
 `python -m tests.train.test_nothing_moved`, run at that commit, wrote `tests/data/before_seams`: shards of 4 x 4 x 12
 latents with features (the results of LAPACK and of an encoder differ between machines, so the shards are kept), the
 rows of 50 float32 steps by name, and a run folder of 20 steps, all without compiled ops. Bits are compared where the
-processor has the vector instructions that it had there, else 1e-5 and, for small sums of what cancels, 2e-5 of one.
+processor has the vector instructions that it had there, else 1e-5, and 2e-5 of one for DiverseDiT's terms, small sums
+of what cancels.
 """
 
 import json
@@ -66,7 +67,8 @@ def same(rows, name):
         if recorded["cpu"] == torch.backends.cpu.get_cpu_capability():
             assert row == wanted
         else:
-            assert row == pytest.approx(wanted, rel=1e-5, abs=2e-5)
+            cancels = {key: 2e-5 if key.startswith("diversedit/") else 1e-7 for key in wanted}
+            assert row == {key: pytest.approx(value, rel=1e-5, abs=cancels[key]) for key, value in wanted.items()}
 
 
 @pytest.fixture(autouse=True)
