@@ -29,6 +29,9 @@ torch.cuda.get_device_properties = lambda *_, **__: SimpleNamespace(
     multi_processor_count=3, major=8, minor=0, shared_memory_per_block_optin=163 << 10
 )
 long_skip_tiles.family = lambda _: 90
+# A product that hands out its sums wider than its factors is the GPU's; tensors here only pretend to be on one.
+_mm = torch.mm
+torch.mm = lambda a, b, out_dtype=None: _mm(a, b) if out_dtype is None else _mm(a.to(out_dtype), b.to(out_dtype))
 
 # Buffers behind a ticket, by kernel. test_aot.py reads their order of memory off the PTX instead.
 TICKETS = {"cosines": ("partials", "ticket")}

@@ -198,7 +198,7 @@ def test_the_activation_is_kept_or_computed_again(kernel):
 
 
 @pytest.mark.parametrize("context", [contextlib.nullcontext, activation_again])
-def test_a_block_computes_no_more_activations_than_it_says(context):
+def test_a_block_as_trained_computes_no_more_activations_than_it_says(context):
     """As trained, where its halves are one node each: the forward's own and, for memory, the backward's."""
     block = Block(16, 2)
     make_shadows(block, list(block.parameters()))
