@@ -20,7 +20,7 @@ def folder(version: str) -> Path:
     """Where a version lies; installs it if it is absent. Raises CalledProcessError if pip cannot; a test that is no
     proof to be made (PROVE) is skipped then outside of CI, as on a GPU machine without a network."""
     target = ROOT / ".cache" / f"triton-{version}"
-    if not (target / "triton").is_dir():
+    if not _serves(target):
         # Under another name until complete, so that an interrupted install is not taken for a version.
         partial = target.with_name(f"{target.name}.{os.getpid()}")
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(partial)]
@@ -30,13 +30,21 @@ def folder(version: str) -> Path:
 
             pytest.skip(f"pip cannot install triton=={version}; put it into {target}")
         done.check_returncode()
+        if target.is_dir() and not _serves(target):
+            shutil.rmtree(target, ignore_errors=True)  # by another Python, or by another process right now
         try:
             partial.rename(target)
         except OSError:  # another test process was faster; a folder that is there and not empty is whole
-            if not (target / "triton").is_dir():
+            if not _serves(target):
                 raise
             shutil.rmtree(partial)
     return target
+
+
+def _serves(target: Path) -> bool:
+    """Whether Triton lies there, built for the running Python: an extension module serves no other."""
+    tag = f"-cp{sys.version_info.major}{sys.version_info.minor}-"
+    return any(tag in wheel.read_text() for wheel in target.glob("triton-*.dist-info/WHEEL"))
 
 
 if __name__ == "__main__":
