@@ -1,18 +1,15 @@
 """The MLP of a transformer block, `fc2(gelu(fc1(x)))` with the tanh form of GELU.
 
 With h = fc1(x), a = gelu(h) and g the gradient of the result, the backward needs a for dW2 = g^T a and h for
-dh = (g W2) gelu'(h). "gemm" makes dh in a pass behind the library's product, "triton" in the epilogue of its own
-one, where types and widths suit its tiles. Both keep h and a, as autograd does. The CPU's "cpp" (`gelu_cpp.py`) and
-"recompute" keep h alone and compute a again. In bytes per element of x, for inputs of 16 bits and a hidden tensor four
-times as wide, this moves 36 forward, and backward 66 by "gemm" (what torch.compile comes to), 50 by "triton" and 74 by
-"cpp". Inside `activation_again` all compute it again, for memory. "triton" moves least and is not what CUDA takes: its
-product is slower than the library's by more than the pass costs.
+dh = (g W2) gelu'(h). "triton" makes dh in a pass behind the library's product and keeps h and a, as autograd does. The
+CPU's "cpp" (`gelu_cpp.py`) and "recompute" keep h alone and compute a again. In bytes per element of x, for inputs of
+16 bits and a hidden tensor four times as wide, this moves 36 forward, and backward 66 by "triton" (what torch.compile
+comes to) and 74 by "cpp". Inside `activation_again` all compute it again, for memory.
 Without gradients nothing is kept, and on CUDA the GELU runs in the epilogue of the first product (the CPU's version of
 that function has the erf form and is never used).
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,14 +38,12 @@ def _refuses(x: Tensor) -> Sequence[str]:
 OP = Op(
     "gelu_mlp",
     "x[..., D] fc1_weight[F, D] fc1_bias[F] fc2_weight[E, F] fc2_bias[E]",
-    # An H200, 8192 rows, 1152 and 4608 wide, ms: the library's product 0.125 and the pass 0.079, product to gradient in
-    # one 0.267 and, with smaller tiles, 0.308; the backward whole 0.592 and 0.692. Not measured on sm_80.
-    dataclasses.replace(triton(_refuses), name="gemm"),
+    # An H200, 8192 rows, 1152 and 4608 wide, ms: the library's product 0.125 and the pass 0.079; a product of our own
+    # that ended in the gradient, and so spared a write and a read of it, 0.267.
+    triton(_refuses),
     Implementation("cpp", ("cpu",), _C.unavailable, refuses=odd_dtypes),
-    triton(_refuses, automatic=()),
     Implementation("recompute", (), lambda: None, automatic=()),
 )
-_KEEP = ("gemm", "triton")  # the activation, too
 _again = False
 
 
@@ -66,7 +61,7 @@ def activation_again() -> Iterator[None]:
 
 def kept_for_backward(chosen: str) -> int:
     """Of the hidden tensor and the activation, how many a forward pass by this implementation keeps."""
-    return 2 if chosen in _KEEP and not _again else 1
+    return 2 if chosen == "triton" and not _again else 1
 
 
 def gelu_mlp(
@@ -76,10 +71,9 @@ def gelu_mlp(
 
     x: [..., D]; fc1_weight: [F, D]; fc1_bias: [F]; fc2_weight: [E, F]; fc2_bias: [E]. Returns [..., E]. Products run in
     the dtype that the four parameters share, to which x is cast, or in autocast's. backend: "torch" (plain autograd),
-    "gemm" (on CUDA: the library's products and a kernel for GELU's gradient), "triton" (that gradient in the product
-    before it, where its tiles suit; on request), "cpp" (csrc's GELU, on the CPU three to four times as fast as torch's,
-    and oneDNN's products), "recompute" (torch's operators; on request). "gemm" and "triton" keep x, h and a for the
-    backward, the last two x and h.
+    "triton" (on CUDA: the library's products and a kernel for GELU's gradient), "cpp" (csrc's GELU, on the CPU three to
+    four times as fast as torch's, and oneDNN's products), "recompute" (torch's operators; on request). "triton" keeps
+    x, h and a for the backward, the last two x and h.
     All but "torch" differentiate in forward mode and, once, in reverse mode, of the result or of its forward-mode
     derivative; "torch" any number of times.
     Raises UserError for shapes, dtypes or devices that do not fit, ConfigError for a backend that is unknown or cannot
@@ -124,14 +118,11 @@ def _gelu_backward(
     hidden, empty = hidden.contiguous(), hidden.new_empty(0)
     activation: Tensor | None = None
     grad_bias: Tensor | None
-    if backend in _KEEP and hidden.numel():
+    if backend == "triton" and hidden.numel():
         from dit_fast.kernels import gelu as kernel
 
-        if backend == "triton" and grad.shape[1] and kernel.takes_product(hidden, weight):
-            grad_hidden, grad_bias = kernel.product(hidden, grad, weight, want_bias)
-        else:
-            grad = (grad @ weight).contiguous()
-            grad_hidden, grad_bias = kernel.backward(hidden, grad, want_bias, grad)
+        grad = (grad @ weight).contiguous()
+        grad_hidden, grad_bias = kernel.backward(hidden, grad, want_bias, grad)
         activation = _gelu(hidden, backend) if want_activation else None
     elif backend == "cpp" and hidden.numel():
         grad_hidden = _input_gradient(grad, weight, backend).contiguous()

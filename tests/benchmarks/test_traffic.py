@@ -29,8 +29,7 @@ LIMITS = {
     ("long_skip", BF16, "triton"): (6, 24),
     ("long_skip", FP32, "gemm"): (24, 44),
     ("long_skip", BF16, "gemm"): (14, 30),
-    ("gelu_mlp", BF16, "triton"): (36, 50),
-    ("gelu_mlp", BF16, "gemm"): (36, 66),
+    ("gelu_mlp", BF16, "triton"): (36, 66),
     ("repa_cosine", FP32, "triton"): (8, 16),
     ("qk_norm", BF16, "triton"): (8, 16),
 }
