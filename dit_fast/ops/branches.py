@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dit_fast import backend
-from dit_fast.ops import adaln, long_skip_rows
+from dit_fast.ops import adaln, gelu_cpp, long_skip_rows
 from dit_fast.ops._op import guarded, remember
 from dit_fast.ops._register import is_elsewhere, is_watched, lies_plain
 from dit_fast.ops.gelu_mlp import OP as MLP
-from dit_fast.ops.gelu_mlp import _GeluMlp, kept_for_backward
-from dit_fast.ops.linear import PartialSums, joined_sum, product, sum_of_rows
+from dit_fast.ops.gelu_mlp import _gelu, _gelu_backward, _input_gradient, _linear, kept_for_backward
+from dit_fast.ops.linear import SUMS, PartialSums, joined_sum, product, sum_of_rows
 from dit_fast.ops.long_skip import OP as SKIP
 from dit_fast.ops.row_statistics import RowStatistics, known
 
@@ -46,6 +46,7 @@ class Plan(NamedTuple):
     chosen: str
     norms: Any
     mlp: str  # implementation of gelu_mlp
+    sums: str  # and of sums over rows
     rms: bool
     dtype: torch.dtype  # of the products
 
@@ -106,7 +107,7 @@ def _choose(key: Any, x: Tensor, parts: Sequence[Tensor | None], norm: str, dtyp
     name = chosen.pop()
     made: Plan | None = None
     if not chosen and "torch" not in (name, mlp) and x.numel():
-        made = Plan(name, adaln._runner(name), mlp, norm == "rms", dtype)
+        made = Plan(name, adaln._runner(name), mlp, SUMS.choose("auto", x.device), norm == "rms", dtype)
     remember(_PLANS, key, made)
     return made
 
@@ -236,7 +237,7 @@ class _Reads(torch.autograd.Function):
                 parts = [torch.stack(parts, 2)]
         else:
             parts = [grads[0]]
-        grad, grad_bias = joined_sum([part.reshape(len(rows), -1) for part in parts], ctx.own)
+        grad, grad_bias = joined_sum([part.reshape(rows.shape[0], -1) for part in parts], ctx.own, plan.sums)
         grad_rows, grad_weight = torch.mm(grad, shadow).view(x.shape), product(grad.t(), rows, ctx.own)
         given = (above, grad_rows, x, None, None, scale, mean, variance, EPS, plan.rms, ctx.shifted, x.dtype, None)
         grad_x, _, _, grad_shift, grad_scale = _of_norm(plan, given, ctx.vectors, ctx.home)
@@ -258,13 +259,12 @@ class _Joins(torch.autograd.Function):
         x_new, modulated, mean, variance = norms.forward(
             x, branch, gate, shift, scale, EPS, plan.rms, None, plan.dtype, True
         )
-        ctx.mlp = mlp = _Part()
-        rows: Any = (modulated.view(-1, width), fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-        given = (*rows, first.shadow, first.bias_shadow, second.shadow, second.bias_shadow)
-        given = (*given, kept_for_backward(plan.mlp), plan.mlp)
-        kept: Any = _GeluMlp.forward(*given)
-        _GeluMlp.setup_context(mlp, given, kept)
-        mixed = kept[0].view(x.shape)
+        rows = modulated.view(-1, width)
+        hidden = _linear(rows, first.shadow, first.bias_shadow, plan.mlp)
+        activation: Any = _gelu(hidden, plan.mlp)
+        mixed = _linear(activation, second.shadow, second.bias_shadow, plan.mlp).view(x.shape)
+        if kept_for_backward(plan.mlp) < 2:
+            activation = None
         out, _, *measured = norms.forward(x_new, mixed, gate_m, None, None, EPS, plan.rms, None, x.dtype, True)
         ctx.plan, ctx.own, ctx.shape, ctx.shifted = plan, weight.dtype, y.shape, shift is not None
         ctx.vectors = (gate.dtype, scale.dtype if shift is None else shift.dtype, scale.dtype)
@@ -273,14 +273,16 @@ class _Joins(torch.autograd.Function):
         ctx.last = home and (home[0], home[1] + 2 + ctx.shifted)
         ctx.mark_non_differentiable(*measured)
         ctx.set_materialize_grads(False)
-        saved, mlp.saved_tensors = mlp.saved_tensors, ()
-        ctx.save_for_backward(attended, layer.shadow, branch, gate, scale, x_new, mean, variance, mixed, gate_m, *saved)
+        of_norms, of_mlp = (branch, gate, scale, x_new, mean, variance, mixed, gate_m), (rows, hidden, activation)
+        ctx.save_for_backward(*of_norms, attended, *of_mlp, layer.shadow, first.shadow, second.shadow)
         return out, measured[0], measured[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        saved, plan, mlp = ctx.saved_tensors, ctx.plan, ctx.mlp
-        attended, shadow, branch, gate, scale, x_new, mean, variance, mixed, gate_m = saved[:10]
+        branch, gate, scale, x_new, mean, variance, mixed, gate_m, attended, *of_mlp, shadow, first, second = (
+            ctx.saved_tensors
+        )
+        plan, own = ctx.plan, ctx.own
         found: Any = grad
         if (tap := ctx.tap) and tap.active:
             found = tap.gradients(grad, mixed, gate_m, plan.chosen, ctx.last)
@@ -291,17 +293,15 @@ class _Joins(torch.autograd.Function):
             made = _of_norm(plan, (found, *gate_alone), (gate_m.dtype,) * 3, ctx.last)
             found = found, *made[1:3]
         above, grad_mixed, grad_gate_m = found
-        mlp.saved_tensors = saved[10:]
-        of_mlp: Any = _GeluMlp.backward(mlp, grad_mixed.view(-1, x_new.shape[-1]), None)[:5]
-        mlp.saved_tensors = ()
-        given: Any = (above, of_mlp[0].view(x_new.shape), x_new, branch, gate, scale, mean, variance, EPS, plan.rms)
+        grad_rows, of_mlp = _through_mlp(grad_mixed.view(-1, x_new.shape[-1]), of_mlp, first, second, plan, own)
+        given: Any = (above, grad_rows.view(x_new.shape), x_new, branch, gate, scale, mean, variance, EPS, plan.rms)
         given = (*given, ctx.shifted, x_new.dtype, branch.dtype)
         grad_x, grad_branch, grad_gate, grad_shift, grad_scale = _of_norm(plan, given, ctx.vectors, ctx.home)
         rows = grad_branch.view(attended.shape)
         grad_y = torch.mm(rows, shadow).view(ctx.shape)
-        grad_weight, grad_bias = product(rows.t(), attended, ctx.own), sum_of_rows(rows, ctx.own)
+        grad_weight, grad_bias = product(rows.t(), attended, own), sum_of_rows(rows, own, plan.sums)
         of_inputs = (grad_x, grad_y, grad_gate, grad_shift, grad_scale, grad_gate_m)
-        return *of_inputs, grad_weight, grad_bias, *of_mlp[1:], None, None, None
+        return *of_inputs, grad_weight, grad_bias, *of_mlp, None, None, None
 
 
 def _of_norm(plan: Plan, given: Sequence[Any], vectors: tuple[torch.dtype, ...], home: Home) -> tuple[Any, ...]:
@@ -313,23 +313,16 @@ def _of_norm(plan: Plan, given: Sequence[Any], vectors: tuple[torch.dtype, ...],
     return grad_x, grad_y, None, None, None
 
 
-class _Part:
-    """Stands for the context of a Function that runs inside another one."""
-
-    needs_input_grad = (True,) * 5
-    saved_tensors: tuple[Tensor, ...] = ()
-
-    def save_for_backward(self, *tensors: Tensor) -> None:
-        self.saved_tensors = tensors
-
-    def save_for_forward(self, *tensors: Tensor) -> None:
-        pass
-
-    def mark_non_differentiable(self, *tensors: Tensor) -> None:
-        pass
-
-    def set_materialize_grads(self, value: bool) -> None:
-        pass
+def _through_mlp(
+    grad: Tensor, saved: Sequence[Any], first: Tensor, second: Tensor, plan: Plan, own: torch.dtype
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradients of the MLP's rows and of its four parameters, from that of its result; first, second: shadows."""
+    rows, hidden, activation = saved
+    made, grad_hidden, sums = _gelu_backward(hidden, grad, second, activation is None, True, plan.mlp)
+    activation = made if activation is None else activation
+    parameters = [product(grad_hidden.t(), rows, own), sums.to(own), product(grad.t(), activation, own)]
+    sums = gelu_cpp.column_sums(grad).to(own) if plan.mlp == "cpp" else sum_of_rows(grad, own, plan.sums)
+    return _input_gradient(grad_hidden, first, plan.mlp), [*parameters, sums]
 
 
 def _node(function: Any) -> Any:

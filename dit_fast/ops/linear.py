@@ -167,25 +167,31 @@ def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a, b, out_dtype=dtype)
 
 
-def sum_of_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+def sum_of_rows(x: Tensor, dtype: torch.dtype, chosen: str | None = None) -> Tensor:
     """The sum over the rows of x [M, N], in `dtype`."""
-    return joined_sum([x], dtype)[1]
+    return joined_sum([x], dtype, chosen)[1]
 
 
-def joined_sum(parts: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Parts [M, W] side by side and the sum over their rows, in `dtype`; on CUDA in one pass over them."""
-    x = parts[0]
-    if torch.is_grad_enabled() or transformed() or (chosen := SUMS.choose("auto", x.device)) == "torch":
-        joined = x if len(parts) == 1 else torch.cat(list(parts), 1)
+def joined_sum(parts: list[Tensor], dtype: torch.dtype, chosen: str | None = None) -> tuple[Tensor, Tensor]:
+    """Parts [M, W] side by side and the sum over their rows, in `dtype`; on CUDA in one pass over them.
+
+    chosen: the implementation, by who knows it and that nobody looks on.
+    """
+    x, run = parts[0], _joined_sum
+    if chosen is None:
+        chosen = "torch" if torch.is_grad_enabled() or transformed() else SUMS.choose("auto", x.device)
+        run = joined_sum_op
+    if chosen == "torch":
+        joined = x if len(parts) == 1 else torch.cat(parts, 1)
         return joined, joined.sum(0, dtype=dtype) if dtype is x.dtype or widens(x) else joined.sum(0).to(dtype)
-    joined, sums = joined_sum_op(list(parts), chosen)
-    return x if len(parts) == 1 else joined, sums.to(dtype)
+    joined, sums = run(parts, chosen)
+    return x if len(parts) == 1 else joined, sums if sums.dtype is dtype else sums.to(dtype)
 
 
 def _joined_sum(parts: list[Tensor], backend: str) -> tuple[Tensor, Tensor]:
     """Of one part, nothing and its sum: a result may not be an argument."""
     x, one = parts[0], len(parts) == 1
-    if backend == "triton" and len(x) >= FEWEST_ROWS:
+    if backend == "triton" and x.shape[0] >= FEWEST_ROWS:
         from dit_fast.kernels import ordered_sum as kernel
 
         if kernel.takes(parts):
