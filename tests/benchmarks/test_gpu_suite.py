@@ -238,6 +238,16 @@ def test_the_gate_of_steps_runs_all_tests_that_steps_ask_for(tmp_path):
     assert wanted <= run
 
 
+def test_the_record_of_a_part_of_the_gates_tests_does_not_stand_for_them(tmp_path):
+    """As that of a stage of small shapes, which runs the files for every device alone."""
+    stage = Stage(_parser().parse_args(["--stage", "decide"]), tmp_path, tmp_path)
+    files = [file for file in stage._gate()[0].command(1.0) if file.startswith("tests/")]
+    for covered in (files[:1], files):
+        cases = "".join(f'<testcase classname="{file[:-3].replace("/", ".")}" name="test"/>' for file in covered)
+        (tmp_path / f"{stage._gate()[0].slug}.xml").write_text(f"<testsuite>{cases}</testsuite>")
+        assert (stage._gate()[0].absent is not None) == (covered == files)
+
+
 def test_gcc_and_the_header_come_first(monkeypatch, tmp_path, capsys):
     machine.check_toolchain()
     monkeypatch.setattr(machine.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
