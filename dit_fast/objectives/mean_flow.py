@@ -62,7 +62,7 @@ def mean_flow_losses(
     for each, and loss is the image's); y [N] int64; t, r [N] in [0, 1], r <= t.
     omega, kappa: guidance within the target, v -> omega v + (1 - omega - kappa) v_null + kappa v_label, where the two
     are the network's at r = t and carry no gradient, while interval[0] <= t <= interval[1]; the scale that comes out is
-    omega / (1 - kappa). omega None: none. dropped: bool [N], rows whose label was dropped: they keep v. null_label:
+    omega / (1 - kappa). omega None: none. dropped: bool [N], samples that learn with the null label and v. null_label:
     `model.null_label` where not given.
     prediction "x": the network gives clean data, from which u = (z - output) / max(t, t_eps).
     loss = mean of error / stop(error + norm_eps)^norm_p. Differentiable in the model's parameters once.
@@ -82,6 +82,8 @@ def mean_flow_losses(
     if omega is not None and (omega, kappa) != (1, 0):
         null = torch.full_like(y, trained_null_label(model, null_label))
         velocity = guided_velocity(network, velocity, z, t, y, null, omega, kappa, interval, dropped)
+    if dropped is not None:
+        y = torch.where(dropped.bool(), trained_null_label(model, null_label), y)
     u, _ = split(network(z, torch.stack((t, r), 1), y))
     dudt = total_derivative(network, z, velocity, t, r, y)
     error = squared_error(u, dudt, velocity, t, r)
@@ -154,8 +156,8 @@ def trained_null_label(model: object, given: int | None) -> int:
     label = getattr(model, "null_label", -1) if given is None else given
     if label < 0:
         raise UserError(
-            f"omega needs a model with a trained null label; this {type(model).__name__} has none; give null_label= or "
-            "omega=None"
+            f"omega and dropped need a model with a trained null label; this {type(model).__name__} has none; give "
+            "null_label=, or neither"
         )
     return label
 

@@ -57,6 +57,20 @@ def test_losses_are_those_of_the_plain_function(tree):
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
+@pytest.mark.parametrize("omega", [None, 2.0])
+def test_dropped_samples_learn_with_the_null_label(omega):
+    """Whatever label they come with, and without guidance too; they keep the data's velocity."""
+    model, x, noise = small(), clean(), torch.sin(3 * clean())
+    t, dropped = torch.linspace(0.2, 0.9, 6, dtype=torch.float64), torch.arange(6) % 2 == 0
+    found = mean_flow_losses(model, x, Y % 5, t, t / 2, noise, omega, dropped=dropped)
+    null = mean_flow_losses(model, x, torch.full_like(Y, 5), t, t / 2, noise)
+    kept = mean_flow_losses(model, x, Y % 5, t, t / 2, noise, omega)
+    for ours, free, labelled in zip(found[:3], null[:3], kept[:3], strict=True):
+        inside = dropped.reshape(-1, *[1] * (ours.dim() - 1))
+        torch.testing.assert_close(ours, torch.where(inside, free, labelled))
+        assert not torch.equal(free[dropped], labelled[dropped])
+
+
 def test_at_an_earlier_time_no_interval_begins_after_its_end():
     context, shift = run(small(), clean()), torch.tensor([0.0, 0.9, 0.05, 0.1, 0.2, 1.0])
     noised, times = context.earlier(shift)

@@ -35,16 +35,15 @@ def test_guided_losses_of_a_small_network(name, prediction, kind):
     given = {key: value.double() for key, value in reference.group("in/").items()}
     first, second = (torch.sigmoid(given[key] + meta["mu"]) for key in ("time_normals", "time_normals_2"))
     t, r = (first, first) if kind == "fm" else (torch.maximum(first, second), torch.minimum(first, second))
-    dropped, null = given["dropped"].bool(), meta["num_classes"]
     losses = mean_flow_losses(
         small_network(weights, meta["skip"][prediction]),
         given["x"],
-        torch.where(dropped, null, reference.tensor("in/y")),
+        reference.tensor("in/y"),
         t,
         r,
         given["noise"],
-        dropped=dropped,
-        null_label=null,
+        dropped=reference.tensor("in/dropped").bool(),
+        null_label=meta["num_classes"],
         prediction=prediction,
         **{key: meta[key] for key in ("omega", "kappa", "interval", "t_eps", "norm_p", "norm_eps")},
     )
