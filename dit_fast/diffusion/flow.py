@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dit_fast.diffusion.paths import Path, as_path
 from dit_fast.diffusion.times import TimeSampler, uniform
+from dit_fast.errors import UserError
 from dit_fast.models import Output, split
 from dit_fast.tree import image
 
@@ -36,6 +37,11 @@ def flow_loss(
 
 
 def velocity_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over all but the first dimension, [N], in at least float32."""
+    """Mean squared error over all but the first dimension, [N], in at least float32.
+
+    Raises UserError for two shapes: broadcast, they would give another mean without a word.
+    """
+    if prediction.shape != target.shape:
+        raise UserError(f"the model returned {list(prediction.shape)}; it must be like its target {list(target.shape)}")
     wide = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
     return (prediction.to(wide) - target.to(wide)).square().flatten(1).mean(1)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dit_fast.diffusion import SOLVERS, Path, logit_normal
+from dit_fast.diffusion.guidance import described, shapes_of
 from dit_fast.diffusion.paths import along
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.models import Backbone, Output, Taps, split
@@ -74,9 +75,7 @@ def mean_flow_losses(
     z = each(lambda data, eps: Path("linear").interpolate(data, eps, t)[0], x, noise)
     if prediction == "x":
         velocity = each(lambda a, data: (a - data) / along(t.clamp(min=t_eps), a), z, x)
-        network: Network = lambda z, times, y: each(  # noqa: E731
-            lambda a, output: (a - output) / along(times[:, 0].clamp(min=t_eps), a), z, split(model(z, times, y))[0]
-        )
+        network = _velocity_of_x(model, t_eps)
     else:
         velocity, network = each(torch.sub, noise, x), model
     if omega is not None and (omega, kappa) != (1, 0):
@@ -116,7 +115,10 @@ def guided_velocity(
 
 @torch.no_grad()
 def total_derivative(network: Network, z: Tree, velocity: Tree, t: Tensor, r: Tensor, y: Tree) -> Tree:
-    """du/dt along (velocity, 1, 0) in (z, t, r): one pass in forward mode, without gradients."""
+    """du/dt along (velocity, 1, 0) in (z, t, r): one pass in forward mode, without gradients. Raises UserError for a
+    velocity that is not like z.
+    """
+    _check_like(velocity, z)
 
     def u(z: Tree, t: Tensor, r: Tensor) -> Tree:
         return split(network(z, torch.stack((t, r), 1), y))[0]
@@ -127,7 +129,10 @@ def total_derivative(network: Network, z: Tree, velocity: Tree, t: Tensor, r: Te
 
 
 def squared_error(u: Tree, dudt: Tree, velocity: Tree, t: Tensor, r: Tensor) -> Tree:
-    """Sum over all but the first dimension of (u - (velocity - (t - r) du/dt))^2, [N] in at least float32."""
+    """Sum over all but the first dimension of (u - (velocity - (t - r) du/dt))^2, [N] in at least float32. Raises
+    UserError for two shapes.
+    """
+    _check_like(u, velocity)
     span = (t - r).clamp(0, 1)
 
     def of(u: Tensor, dudt: Tensor, velocity: Tensor) -> Tensor:
@@ -136,6 +141,21 @@ def squared_error(u: Tree, dudt: Tree, velocity: Tree, t: Tensor, r: Tensor) -> 
         return (u.to(wide) - target.detach()).square().flatten(1).sum(1)
 
     return each(of, u, dudt, velocity)
+
+
+def _velocity_of_x(model: Network, t_eps: float) -> Network:
+    def network(z: Tree, times: Tensor, y: Tree) -> Tree:
+        output, _ = split(model(z, times, y))
+        _check_like(output, z)
+        return each(lambda a, data: (a - data) / along(times[:, 0].clamp(min=t_eps), a), z, output)
+
+    return network
+
+
+def _check_like(output: Tree, z: Tree) -> None:
+    """Broadcast, another shape would give another loss without a word."""
+    if shapes_of(output) != shapes_of(z):
+        raise UserError(f"the model returned {described(output)}; it must be like {described(z)}")
 
 
 def normalised(error: Tensor, norm_p: float, norm_eps: float) -> Tensor:

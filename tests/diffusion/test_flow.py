@@ -112,6 +112,12 @@ def test_loss_is_the_mean_squared_error_per_sample(path):
     assert_close(loss, ((0.3 * x_t - v) ** 2).mean((1, 2, 3)), 1e-12)
 
 
+def test_a_prediction_of_another_shape_is_not_broadcast():
+    x, y = random(3, 2, 4, 4), torch.arange(3)
+    with pytest.raises(UserError, match=r"returned \[3, 1, 4, 4\]; it must be like its target \[3, 2, 4, 4\]"):
+        flow_loss(lambda x_t, t, y: x_t[:, :1], x, y)
+
+
 def test_loss_draws_time_and_noise_from_the_generator():
     x, y = random(4, 2, 3, 3, dtype=torch.float32), torch.zeros(4, dtype=torch.int64)
     losses = [

@@ -196,6 +196,8 @@ def test_what_it_cannot_train_is_refused():
     )
     assert "a network that returns (u, v); use velocity='boundary'" in losses(small())
     assert "velocity" in losses(told, velocity="both")
+    for outputs in (lambda z: (z[:, :1], z), lambda z: (z, z[:, :1])):
+        assert "it must be like" in losses(lambda z, t, y, outputs=outputs: outputs(z))
     assert losses(told, omega=0.0) == "omega=0.0 must be a finite number, above 0"
     assert "t_min must be a number or a tensor [6]" in losses(told, t_min=torch.zeros(2))
     assert "give null_label=" in losses(small(label_dropout=0.0, velocity_head=True), omega=2.0)

@@ -114,6 +114,9 @@ def test_what_it_cannot_train_is_refused():
         mean_flow_losses(small(), clean(), Y, half, half, clean(), omega=2.0, dropped=Y[:1] == 0)
     with pytest.raises(UserError, match="a tree without an image"):
         mean_flow_losses(small(), {"token": half}, Y, half, half, {"token": half})
+    for prediction in ("velocity", "x"):
+        with pytest.raises(UserError, match=r"returned torch.float64 \[6, 1, 8, 8\]; it must be like .*\[6, 2, 8, 8\]"):
+            mean_flow_losses(lambda z, t, y: z[:, :1], clean(), Y, half, half, clean(), prediction=prediction)
 
 
 def test_a_guided_target_of_scale_one_needs_no_null_label():
