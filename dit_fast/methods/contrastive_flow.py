@@ -44,13 +44,16 @@ def contrastive_flow_losses(
     prediction, target: [N, ...]. negative_index: int64 [N], whose target each sample is pushed away from
     (`draw_partners`). keep: bool [N], the samples that are contrasted; the others count 0 and those are multiplied by
     N / (their number), so that the mean over N is a mean over them. None: all. No sample left: 0.
-    Source: paper, Eq. 6; published code, `triplet_loss.py`. Raises UserError for shapes that do not fit.
+    Source: paper, Eq. 6; published code, `triplet_loss.py`. Raises UserError for shapes that do not fit, and indices of
+    no sample (on a GPU, where that would wait for the device, they are not looked at).
     """
     if prediction.shape != target.shape:
         raise UserError(f"prediction {list(prediction.shape)} and target {list(target.shape)} must be of one shape")
     for name, index, kind in (("negative_index", negative_index, torch.int64), ("keep", keep, torch.bool)):
         if index is not None and (index.shape != prediction.shape[:1] or index.dtype != kind):
             raise UserError(f"{name} must be {kind} [{len(prediction)}], not {index.dtype} {list(index.shape)}")
+    if negative_index.device.type == "cpu" and bool(((negative_index < 0) | (negative_index >= len(target))).any()):
+        raise UserError(f"negative_index must lie in 0 .. {len(target) - 1}, the samples of this batch")
     target = target.detach()
     flow, contrast = velocity_error(prediction, target), velocity_error(prediction, target[negative_index])
     contrast = contrast if keep is None else only(contrast, keep)
@@ -59,7 +62,7 @@ def contrastive_flow_losses(
 
 def only(errors: Tensor, keep: Tensor) -> Tensor:
     """errors [N] of the samples to keep (bool [N]), times N / (their number); 0 for the others."""
-    return torch.where(keep, errors, 0) * (len(errors) / keep.sum().clamp(min=1))
+    return torch.where(keep, errors, 0) * (len(errors) / keep.sum().clamp(min=1).to(errors.dtype))
 
 
 def draw_partners(key: Key) -> Tensor:

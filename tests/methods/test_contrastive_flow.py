@@ -37,6 +37,15 @@ def test_losses_and_gradients_of_the_published_code(name, form):
         assert_close(state[key].grad, gradient, 2e-6)
 
 
+def test_those_contrasted_stand_for_all_in_the_precision_of_the_errors():
+    """5/3 of float32 is off by 5e-8."""
+    prediction, target = torch.linspace(-1, 1, 10, dtype=torch.float64).reshape(2, 5, 1)
+    index, keep = torch.arange(4, -1, -1), torch.tensor([True, False, True, False, True])
+    found = contrastive_flow_losses(prediction, target, index, keep=keep)
+    wanted = (prediction - target[index]).square().squeeze(1) * keep * 5 / 3
+    torch.testing.assert_close(found.contrast, wanted, rtol=1e-14, atol=0)
+
+
 def test_no_label_left_is_no_contrast():
     prediction, target = torch.ones(3, 2, 4, 4, requires_grad=True), torch.zeros(3, 2, 4, 4, requires_grad=True)
     found = contrastive_flow_losses(prediction, target, torch.tensor([1, 2, 0]), keep=torch.zeros(3, dtype=torch.bool))
@@ -88,6 +97,8 @@ def test_what_cannot_be_meant_is_refused():
         ((x, x[:1], index), "must be of one shape"),
         ((x, x, index[:1]), "negative_index must be torch.int64 [2], not torch.int64 [1]"),
         ((x, x, index.float()), "negative_index must be"),
+        ((x, x, index - 1), "negative_index must lie in 0 .. 1"),
+        ((x, x, index + 1), "negative_index must lie in 0 .. 1"),
         ((x, x, index, 0.1, index), "keep must be torch.bool [2]"),
     ):
         assert message in refused(contrastive_flow_losses, *given)
