@@ -35,7 +35,7 @@ def attention_loss(
     in at least float32; the teacher's get no gradient. Source: HASTE, Eq. 7, and its published code (heads: 12).
     Raises UserError for layers or shapes that do not fit, and for heads that one side does not have.
     """
-    if not student_logits or len(student_logits) != len(teacher_logits):
+    if len(student_logits) == 0 or len(student_logits) != len(teacher_logits):
         raise UserError(
             f"attention_loss pairs layers, at least one: not {len(student_logits)} with {len(teacher_logits)}"
         )

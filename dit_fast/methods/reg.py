@@ -52,7 +52,7 @@ def reg_losses(
     """
     if not hasattr(model, "projectors"):
         raise ConfigError("reg_losses needs a model with its alignment head, `projectors`; `load_official` gives one")
-    path, block, target = as_path(path), encoder_depth - 1, target.detach()
+    path, block, target = as_path(path), model.block(encoder_depth, "encoder_depth"), target.detach()
     noised, velocity = path.interpolate(x, noise, t)
     noised_token, token_velocity = path.interpolate(target[:, 0], class_noise, t)
     whole, features = model({"image": noised, "class_token": noised_token}, t, y, taps=(block,))

@@ -5,6 +5,7 @@ a new model whose features follow those of the frozen first. Each acts on the sa
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path as Folder
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dit_fast.data import DatasetInfo
 from dit_fast.diffusion import Path, velocity_error
+from dit_fast.diffusion.guidance import is_number
 from dit_fast.diffusion.paths import as_path
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.methods.base import Load, Method, Term
@@ -62,6 +64,8 @@ def self_transcendence_loss(
     """
     if not hasattr(model, "projectors"):
         raise ConfigError("self_transcendence_loss needs a model with a head, `projectors`; `load_official` gives one")
+    if not is_number(guidance) or not math.isfinite(guidance):
+        raise UserError(f"guidance={guidance!r} must be a finite number; 1 = the features of the label")
     block, last = model.block(student_depth, "student_depth"), teacher.block(teacher_depth, "teacher_depth")
     noised, velocity = as_path(path).interpolate(x, noise, t)
     output, features = model(noised, t, y, taps=(block,))
@@ -96,9 +100,9 @@ def masked_mean(losses: Tensor, t: Tensor, t_range: tuple[float, float], mask: M
 
     mask "published": mean(losses) * mean(inside), since the published code multiplies [N] by [N, 1, 1, 1].
     """
+    if len(t_range) != 2 or not t_range[0] <= t_range[1]:
+        raise UserError(f"t_range={t_range} must be (smallest, largest) t that counts, in order")
     low, high = t_range
-    if not low <= high:
-        raise UserError(f"t_range={t_range} runs backwards; give (smallest, largest) t that counts")
     inside = ((t >= low) & (t <= high)).to(losses.dtype)
     check_choice("mask", mask, Mask)
     return (losses * inside).mean() if mask == "per_sample" else losses.mean() * inside.mean()

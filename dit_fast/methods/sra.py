@@ -80,9 +80,9 @@ def sra_loss(
     if not hasattr(model, "ap_head"):
         raise ConfigError("sra_loss needs a model with its alignment head, `ap_head`; `load_official` gives one")
     block, last = model.block(student_depth, "student_depth"), teacher.block(teacher_depth, "teacher_depth")
-    path, earlier = as_path(path), (t - shift).clamp(0, 1)
-    if earlier.shape != t.shape:
+    if shift.shape != t.shape:
         raise UserError(f"sra_loss needs a shift of shape {list(t.shape)}, not {list(shift.shape)}")
+    path, earlier = as_path(path), (t - shift).clamp(0, 1)
     noised, velocity = path.interpolate(x, noise, t)
     output, features = model(noised, t, y, taps=(block,))
     with torch.no_grad():

@@ -207,9 +207,12 @@ def improved_mean_flow_sample(
 
     omega, t_min, t_max: guidance and its interval, which the model is told; numbers or [N]. omega None: labels alone,
     for a model that is told none. The same as `sample(sampler="mean_flow")` with y = {"label", "omega", "t_min",
-    "t_max"}.
+    "t_max"}. Raises UserError as that does, and for an omega that is not above 0.
     """
-    given: Tree = y if omega is None else guidance_conditions(y, omega, t_min, t_max)
+    given: Tree = y
+    if omega is not None:
+        told, labels = {"omega": omega, "t_min": t_min, "t_max": t_max}, torch.zeros_like(y, dtype=torch.float64)
+        given = guidance_conditions(y, **{name: _each_sample(name, value, labels) for name, value in told.items()})
     return sample(model, start, given, "mean_flow", num_steps)
 
 

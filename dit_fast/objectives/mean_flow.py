@@ -10,6 +10,7 @@ pass for both, with gradients through the duals, takes 0.89 of the time and 3.3 
 benchmarks/results/cpu/mean_flow.json), because attention with a tangent keeps its N x H x T x T weights.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -71,6 +72,9 @@ def mean_flow_losses(
     """
     check_times("mean_flow_losses", y, t, r, dropped)
     check_choice("prediction", prediction, Literal["velocity", "x"])
+    _check_guidance(omega, kappa, interval)
+    if not t_eps > 0:
+        raise UserError(f"t_eps={t_eps} must be positive: it divides next to the data")
     image(x)
     z = each(lambda data, eps: Path("linear").interpolate(data, eps, t)[0], x, noise)
     if prediction == "x":
@@ -159,7 +163,12 @@ def _check_like(output: Tree, z: Tree) -> None:
 
 
 def normalised(error: Tensor, norm_p: float, norm_eps: float) -> Tensor:
-    """error / stop(error + norm_eps)^norm_p, [N]; with norm_p 1 it is near 1, only its gradient tells."""
+    """error / stop(error + norm_eps)^norm_p, [N]; with norm_p 1 it is near 1, only its gradient tells.
+
+    Raises UserError for a norm_p that is not finite and a negative norm_eps.
+    """
+    if not math.isfinite(norm_p) or not 0 <= norm_eps < math.inf:
+        raise UserError(f"norm_p={norm_p} must be finite, norm_eps={norm_eps} 0 or more")
     return error / (error.detach() + norm_eps) ** norm_p
 
 
@@ -169,6 +178,14 @@ def check_times(function: str, y: Tensor, t: Tensor, r: Tensor, dropped: Tensor 
         raise UserError(f"{function} needs t and r of shape [{len(y)}], not {list(t.shape)} and {list(r.shape)}")
     if dropped is not None and dropped.shape != t.shape:
         raise UserError(f"dropped must be bool {list(t.shape)}, one for each sample, not {list(dropped.shape)}")
+
+
+def _check_guidance(omega: float | None, kappa: float, interval: tuple[float, float]) -> None:
+    for name, scale in (("omega", 1.0 if omega is None else omega), ("kappa", kappa)):
+        if not math.isfinite(scale):
+            raise UserError(f"{name}={scale} must be a finite number")
+    if len(interval) != 2 or not interval[0] <= interval[1]:
+        raise UserError(f"interval={interval} must be (smallest, largest) t with a guided target, in order")
 
 
 def trained_null_label(model: object, given: int | None) -> int:

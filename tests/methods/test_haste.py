@@ -99,6 +99,8 @@ def test_layers_are_paired():
         haste.attention_loss([], [])
     with pytest.raises(UserError, match="not 1 with 2"):
         haste.attention_loss([torch.zeros(1, 1, 2, 2)], [torch.zeros(1, 1, 2, 2)] * 2)
+    with pytest.raises(UserError, match=r"must be \[B, H, Q, K\]"):
+        haste.attention_loss(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))
 
 
 SIZES = {"input_size": 4, "in_channels": 12, "hidden_size": 32, "depth": 3, "num_heads": 2, "num_classes": 3}

@@ -170,8 +170,11 @@ def test_depths_count_from_one_and_a_range_runs_forwards():
     for depths, message in (((0, 1), "student_depth=0 is not one"), ((1, 9), "teacher_depth=9 is not one")):
         with pytest.raises(ConfigError, match=message):
             self_transcendence_loss(model, teacher, *[None] * 4, *depths, 1.0, (0, 1))
-    with pytest.raises(UserError, match=r"t_range=\(0\.7, 0\.4\) runs backwards"):
-        masked_mean(torch.ones(2), torch.ones(2), (0.7, 0.4), "per_sample")
+    for backwards in ((0.7, 0.4), (0.4, 0.5, 0.7)):
+        with pytest.raises(UserError, match=rf"t_range=\({str(backwards)[1:-1]}\) must be \(smallest, largest\)"):
+            masked_mean(torch.ones(2), torch.ones(2), backwards, "per_sample")
+    with pytest.raises(UserError, match="guidance=nan must be a finite number"):
+        self_transcendence_loss(model, teacher, *[None] * 4, 1, 1, float("nan"), (0, 1))
 
 
 # Whole runs

@@ -96,6 +96,7 @@ def test_what_does_not_fit_is_refused():
         (lambda: sra_loss(model, model, *given, t / 2, 0, 2), "student_depth=0 is not one of this model's blocks 1..4"),
         (lambda: sra_loss(model, model, *given, t / 2, 1, 5), "teacher_depth=5 is not one of"),
         (lambda: sra_loss(model, model, *given, (t / 2)[:, None], 1, 2), r"a shift of shape \[3\], not \[3, 1\]"),
+        (lambda: sra_loss(model, model, *given, t[:1] / 2, 1, 2), r"a shift of shape \[3\], not \[1\]"),
         (lambda: alignment(x[0], x[0], "l2"), "unknown distance 'l2'; valid: cosine, smooth_l1"),
         (lambda: alignment(x[0], x[0], axis="token"), "unknown axis 'token'; valid: channels, tokens"),
         (lambda: alignment(x[0], x[0, :, :, :1], "smooth_l1"), "give one shape"),

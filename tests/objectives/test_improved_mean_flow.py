@@ -202,6 +202,8 @@ def test_what_it_cannot_train_is_refused():
     assert "t_min must be a number or a tensor [6]" in losses(told, t_min=torch.zeros(2))
     assert "give null_label=" in losses(small(label_dropout=0.0, velocity_head=True), omega=2.0)
     assert "dropped must be bool [6]" in losses(told, dropped=DROPPED[:1])
+    for omega, message in ((0.0, "omega=0.0 must be"), (torch.ones(2), "omega must be a number or a tensor [6]")):
+        assert message in refused(improved_mean_flow_sample, told, clean(), Y, omega=omega)
     assert "a maximum above 0" in refused(guidance_scale, T, maximum=0.0)
     assert "data_proportion=2 must lie in [0, 1]" in refused(interval_times, T, R, data_proportion=2)
     assert "needs normals [N] twice" in refused(interval_times, T, R[:1])

@@ -114,6 +114,15 @@ def test_what_it_cannot_train_is_refused():
         mean_flow_losses(small(), clean(), Y, half, half, clean(), omega=2.0, dropped=Y[:1] == 0)
     with pytest.raises(UserError, match="a tree without an image"):
         mean_flow_losses(small(), {"token": half}, Y, half, half, {"token": half})
+    for option, message in (
+        ({"interval": (0.6, 0.5)}, r"interval=\(0\.6, 0\.5\) must be \(smallest, largest\)"),
+        ({"omega": float("nan")}, "omega=nan must be a finite number"),
+        ({"omega": 2.0, "kappa": float("inf")}, "kappa=inf must be a finite number"),
+        ({"prediction": "x", "t_eps": 0.0}, r"t_eps=0\.0 must be positive"),
+        ({"norm_eps": -1.0}, r"norm_eps=-1\.0 0 or more"),
+    ):
+        with pytest.raises(UserError, match=message):
+            mean_flow_losses(small(), clean(), Y, half, half, clean(), **option)
     for prediction in ("velocity", "x"):
         with pytest.raises(UserError, match=r"returned torch.float64 \[6, 1, 8, 8\]; it must be like .*\[6, 2, 8, 8\]"):
             mean_flow_losses(lambda z, t, y: z[:, :1], clean(), Y, half, half, clean(), prediction=prediction)
