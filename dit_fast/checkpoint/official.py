@@ -134,8 +134,10 @@ def export_official(model: nn.Module, family: str | None = None) -> dict[str, Te
     gives back the source's bits, key order and dtypes. A model of ours exported as "sit" or "lightningdit" gets the
     reversed time and sign folded into its weights (exact up to rounding), as "sit" also an 8-channel style head
     whose second half is zero.
-    Raises CheckpointError if the family cannot hold the model, naming the key.
+    Raises CheckpointError if the family cannot hold the model, naming the key, and for what is no model of ours.
     """
+    if not isinstance(model, Backbone):
+        raise CheckpointError(f"a {type(model).__name__} is no model of dit_fast.models; pass the model that it wraps")
     sit = cast(SiT, model)
     source: Origin | None = getattr(model, "official_source", None)
     if family is None:

@@ -53,6 +53,8 @@ def convert(
     c = _terms(path, times, dtype)
     if {source, target} == {"score", "noise"}:
         return value / -c.sigma if source == "noise" else value * -c.sigma
+    if target == "x" and source != "velocity":  # without sigma', which is infinite at t = 0 on vp, where x is x_t
+        return (x_t - c.sigma * (value if source == "noise" else value * -c.sigma)) / c.alpha
     late = c
     if t_eps and "x" in (source, target):
         late = _terms(path, times.clamp(min=t_eps) if isinstance(times, Tensor) else max(times, t_eps), dtype)

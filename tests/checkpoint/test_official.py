@@ -142,6 +142,11 @@ def test_lightningdit_in_and_out_with_its_switches_and_our_time(tmp_path, switch
     assert_same_state(export_official(read), export_official(model))
 
 
+def test_a_wrapped_model_is_no_model_of_ours():
+    with pytest.raises(CheckpointError, match="a DataParallel is no model of dit_fast"):
+        export_official(torch.nn.DataParallel(build_model("SiT-S/2", **SIZES)))
+
+
 def test_lightningdit_belongs_to_its_own_family_alone():
     model = build_model("LightningDiT-B/2", **SIZES)
     for family in ("repa", "sit"):

@@ -49,11 +49,16 @@ def test_conversions_are_finite_to_the_ends_of_the_published_ranges(path):
 
 
 def test_vp_is_exact_next_to_the_data():
-    """Its velocity from a score and its diffusion stay finite where sigma' does not."""
+    """Its velocity from a score, x from a score or noise and its diffusion stay finite where sigma' does not."""
     t = torch.tensor([0.0, 1e-12], dtype=torch.float64)
     assert_close(diffusion_coefficient("sbdm", t, "vp"), torch.full((2,), 0.05, dtype=torch.float64), 1e-9)
     velocity = convert(torch.ones(2, 1), torch.full((2, 1), 3.0), t, "vp", "score", "velocity")
     assert_close(velocity, torch.full((2, 1), -0.05 * 3 - 0.05), 1e-6)
+    x_t, values = known("vp", t)
+    for source in ("score", "noise"):
+        assert_close(
+            convert(values[source].nan_to_num(posinf=0, neginf=0), x_t, t, "vp", source, "x"), values["x"], 1e-9
+        )
     assert Path("vp").coefficients(t).sigma[1].item() == pytest.approx(math.sqrt(0.1e-12), rel=1e-9)
     assert Path("vp").coefficients(0.0)[:2] == (1, 0)
 
