@@ -68,7 +68,8 @@ def load_official(
     (samplers "ddpm", "ddim"). `sample` guides three channels of "sit", "lightningdit" and "dit" models by default, as
     the released samplers do. "reg" models take and return {"image", "class_token"}, "mean_flow" models take t [N, 2].
     Alignment heads come as `model.projectors`, SRA's as `model.ap_head`. A "repa_e" model takes latents normalised by
-    the running statistics of its `model.bn`; their autoencoder is no part of "model" or "ema" in the file.
+    `model.bn.running` (`model.bn` itself takes the batch's statistics, in eval mode too, and moves the running ones);
+    their autoencoder is no part of "model" or "ema" in the file.
     Sizes are read off the shapes. num_heads is read off the query norm or the rotary tables where there are any, else
     off the file's header or arguments; it defaults to head width 64 (72 at width 1152), which is logged.
     num_classes: rows of the label table without the null label's; default: what the file's header or arguments say,
