@@ -8,20 +8,24 @@ no multiples of 16 take another kernel, and the ordinary way; so does everything
 interpreter and with a version of Triton whose C function is not known here (`ordinary_launches`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial, reduce
 from operator import or_
+from threading import get_ident
 from typing import Any
 
 import triton
 from torch import Tensor
 from triton.runtime import driver
+from triton.runtime.jit import KernelInterface
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_fast.kernels import ordinary_launches
 
 ALIGNMENT = 16  # bytes; what Triton specialises a pointer for
 KEPT = 4096
+_note: Callable[..., None] | None = None  # hears of launches: `listening`
 _new = object.__new__  # of a descriptor whose shape and strides were checked when their signature came first
 
 
@@ -58,33 +62,61 @@ def launcher(
     bytes. tiles: of the first tensors, which the kernel takes as descriptors of tiles of these sizes.
     """
     direct: Callable[[list[Any]], None] | None = None
-    runtime = triton.knobs.runtime
+    run = partial(kernel.run, grid=grid, warmup=False)
     known: list[dict[str, Any]] = []  # of the descriptors, all but the tensors
 
     def launch(*tensors: Tensor) -> None:
         nonlocal direct
         arguments: list[Any] = [tensor.data_ptr() for tensor in tensors]
         aligned = not reduce(or_, arguments) % ALIGNMENT
-        if (
-            aligned
-            and direct is not None
-            and not (_calls(runtime.launch_enter_hook) or _calls(runtime.launch_exit_hook))
-        ):
+        if aligned and direct is not None and not hooked():
+            if _note is not None:
+                _note(launch, None if known else direct, tensors)
             for place, fields in enumerate(known):
                 arguments[place] = described = _new(TensorDescriptor)
                 described.__dict__ = fields | {"base": tensors[place]}
             direct(arguments)
             return
+        if _note is not None:
+            _note(launch, None, tensors)
         given: list[Any] = list(tensors)
         for place, tile in enumerate(tiles):
             given[place] = TensorDescriptor(given[place], [*given[place].shape], [*given[place].stride()], [*tile])
         if aligned:
             known[:] = [{**vars(each), "base": None} for each in given[: len(tiles)]]
-            direct = _direct(kernel, kernel[grid](*given, *numbers, **constants), grid, numbers, constants)
+            direct = _direct(kernel, run(*given, *numbers, **constants), grid, numbers, constants)
         else:
-            kernel[grid](*given, *numbers, **{**constants, **(unaligned or {})})
+            run(*given, *numbers, **{**constants, **(unaligned or {})})
 
     return launch
+
+
+def hooked() -> bool:
+    """Whether something, a profiler for one, hangs on Triton's launches."""
+    runtime = triton.knobs.runtime
+    return bool(_calls(runtime.launch_enter_hook) or _calls(runtime.launch_exit_hook))
+
+
+@contextmanager
+def listening(note: Callable[..., None]) -> Iterator[None]:
+    """Inside, note(launch, direct, tensors) hears of this thread's launches: `launch` is what `launcher` made, `direct`
+    what takes the tensors' addresses in its place, or None; launch is None for a kernel that is launched otherwise."""
+    global _note
+    here, item = get_ident(), KernelInterface.__getitem__
+
+    def heard(*given: Any) -> None:
+        if get_ident() == here:
+            note(*given)
+
+    def otherwise(kernel: Any, grid: Any) -> Any:
+        heard(None, None, ())
+        return item(kernel, grid)
+
+    _note, KernelInterface.__getitem__ = heard, otherwise
+    try:
+        yield
+    finally:
+        _note, KernelInterface.__getitem__ = None, item
 
 
 def _calls(hook: Any) -> Any:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dit_fast.nn.linear import initialised, linear_flops
-from dit_fast.ops import RowStatistics, branches, long_skip
+from dit_fast.ops import RowStatistics, long_skip
 from dit_fast.ops.long_skip import Folded
+from dit_fast.ops.long_skip_node import fuses
 
 
 def keep_folded(model: nn.Module, trained: Iterable[Tensor]) -> None:
@@ -62,7 +63,7 @@ class SkipNorm(nn.LayerNorm):
         """x, skip: [N, T, D], with their row statistics if known; returns what replaces x, [N, T, D], in out_dtype, by
         default that of the map."""
         parameters = (self.weight, self.bias, projection.linear.weight, projection.linear.bias)
-        y = branches.fuses(x, skip, parameters, self.eps, x_stats, skip_stats, out_dtype)
+        y = fuses(x, skip, parameters, self.eps, x_stats, skip_stats, out_dtype)
         if y is not None:
             return y
         return long_skip(x, skip, *parameters, self.eps, x_stats=x_stats, skip_stats=skip_stats, out_dtype=out_dtype)

@@ -102,13 +102,16 @@ def goes_straight(args: Sequence[Any]) -> bool:
 
 
 _keys_of, _bits = torch._C._dispatch_keys, torch._C.DispatchKeySet.raw_repr
-_LEFT_OUT = functools.reduce(
-    int.__or__,
-    (
-        _bits(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)))
-        for name in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView")
-    ),
-)
+
+
+def _joint(*names: str) -> int:
+    keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names)
+    return functools.reduce(int.__or__, map(_bits, keys))
+
+
+_ABOVE = _joint("AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA")
+_LEFT_OUT = _ABOVE | _joint("CPU", "CUDA", "ADInplaceOrView")
+ABOVE = torch._C.DispatchKeySet.from_raw_repr(_ABOVE)  # what an op has behind it when it reaches its implementation
 
 
 def lies_plain(tensor: Tensor) -> bool:

@@ -35,6 +35,7 @@ from dit_fast.errors import UserError
 from dit_fast.ops import adaln_cpp
 from dit_fast.ops._op import FLOATS, FUSED, Op, check_norm, differentiable, odd_dtypes, triton, wide
 from dit_fast.ops._register import define
+from dit_fast.ops.diversity_descent import tap_backward_op
 from dit_fast.ops.layer_norm import layer_norm, rms_norm
 from dit_fast.ops.row_statistics import RowStatistics, known, row_statistics
 
@@ -354,11 +355,11 @@ class _AdaLN(torch.autograd.Function):
         grad_x_new, grad_out = grad_x_new if ctx.writes else None, grad_out if normalises else None
         tap = getattr(ctx, "tap", None)
         if tap is not None and tap.active:
-            found = tap.gradients(grad_x_new, *saved[1:3], ctx.backend)
-            if not isinstance(found, Tensor):
+            added, grad_x_new = tap.parts(grad_x_new, ctx.backend)
+            if added is not None:
+                found = tap_backward_op(added, grad_x_new, *saved[1:3], ctx.backend)
                 pairs = zip(found, ctx.needs_input_grad[:3], strict=True)
                 return *(grad if needed else None for grad, needed in pairs), *(None,) * 10
-            grad_x_new = found
         if grad_out is None and (grad_x_new is None or not y_given):
             return grad_x_new, *(None,) * 12
         forms = (ctx.eps, ctx.rms, ctx.shifted)

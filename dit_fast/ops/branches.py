@@ -1,8 +1,7 @@
-"""A transformer block's halves, each as one node of autograd's graph, checked once for both, and the long skip.
+"""A transformer block's halves, each as one node of autograd's graph, checked once for both.
 
     reads    x, qkv = x, W (norm(x) (1 + scale) + shift) + b            into queries, keys and values
     joins    x' = x + gate (W y + b),   x'' = x' + gate' mlp(norm(x') (1 + scale') + shift')
-    fuses    x' = W norm(x, skip) + b
 
 A block of ops has a check, a choice, a node and a dozen Python calls for each of six of them, in both directions; those
 take longer than the device at 32 samples. The launches here are the ops' own, in the same order: the same bits. The
@@ -10,21 +9,23 @@ ops are the definition, and what runs wherever someone looks on (`plan`).
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from dit_fast import backend
-from dit_fast.ops import adaln, gelu_cpp, long_skip_rows
+from dit_fast.ops import adaln, gelu_cpp
 from dit_fast.ops._op import guarded, remember
 from dit_fast.ops._register import is_elsewhere, is_watched, lies_plain
+from dit_fast.ops.diversity_descent import through_gate
 from dit_fast.ops.gelu_mlp import OP as MLP
 from dit_fast.ops.gelu_mlp import _gelu, _gelu_backward, _input_gradient, _linear, kept_for_backward
 from dit_fast.ops.linear import SUMS, PartialSums, joined_sum, product, sum_of_rows
-from dit_fast.ops.long_skip import OP as SKIP
-from dit_fast.ops.row_statistics import RowStatistics, known
+from dit_fast.ops.row_statistics import known
+from dit_fast.ops.traced import traced
 
 EPS = 1e-6
 _REFUSAL = "a transformer block: no second derivative here; for one use dit_fast.backend.force('torch')"
@@ -40,15 +41,21 @@ class Layer(NamedTuple):
     bias_shadow: Tensor
 
 
-class Plan(NamedTuple):
-    """What is decided about blocks of one signature. norms: module with the adaLN kernels' forward and backward."""
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What is decided about blocks of one signature, which it stands for among `traced`'s facts."""
 
     chosen: str
-    norms: Any
+    norms: Any  # module with the adaLN kernels' forward and backward
     mlp: str  # implementation of gelu_mlp
     sums: str  # and of sums over rows
     rms: bool
     dtype: torch.dtype  # of the products
+
+    def run(self, function: Any, facts: tuple[Any, ...], told: Sequence[Tensor | None], *others: Any) -> Any:
+        if self.chosen == "triton":
+            return traced(function, facts, told, *others)
+        return function(*facts, *told, *others)
 
 
 _PLANS: dict[Any, Plan | None] = {}
@@ -61,7 +68,7 @@ def plan(x: Tensor, parts: Sequence[Tensor | None], layers: Sequence[Layer], nor
     where something has no gradient, where a second derivative, a tangent, the compiler, a mode or a tensor of another
     class is about, and for what the kernels do not take. Raises what the ops raise.
     """
-    dtype = _dtype_alone(x)
+    dtype = dtype_alone(x)
     if dtype is None:
         return None
     found: list[Any] = [backend.forced(), dtype, norm, x.device]
@@ -75,13 +82,14 @@ def plan(x: Tensor, parts: Sequence[Tensor | None], layers: Sequence[Layer], nor
     for layer in layers:
         if layer.shadow.dtype is not dtype or not (layer.weight.requires_grad and layer.bias.requires_grad):
             return None
+        found.append(layer.shadow.shape)
     key = tuple(found)
     if key in _PLANS:
         return _PLANS[key]
     return _choose(key, x, parts, norm, dtype)
 
 
-def _dtype_alone(x: Tensor) -> torch.dtype | None:
+def dtype_alone(x: Tensor) -> torch.dtype | None:
     """Autocast's dtype; None where it is off or someone looks on."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or not torch.is_grad_enabled() or is_watched():
@@ -144,78 +152,16 @@ def joins(
     return _joins(x, y, gate, shift, scale, gate_m, *parameters, plan, (layer, first, second), home)
 
 
-_FUSES: dict[Any, bool] = {}
-
-
-def fuses(
-    x: Tensor, skip: Tensor, parameters: tuple[Tensor, Tensor, Tensor, Tensor], eps: float,
-    x_stats: RowStatistics | None, skip_stats: RowStatistics | None, out_dtype: torch.dtype | None,
-) -> Tensor | None:  # fmt: skip
-    """`long_skip` by "triton" with known statistics and with weights that are kept folded; None: by the op, which runs
-    otherwise, and where `plan` says so."""
-    folded: Any = getattr(parameters[2], "folded", None)
-    if folded is None or x_stats is None or skip_stats is None or (dtype := _dtype_alone(x)) is None:
-        return None
-    found: list[Any] = [backend.forced(), dtype, out_dtype, eps, x.device, parameters[2].shape]
-    for tensor in (x, skip):
-        if not tensor.requires_grad or not lies_plain(tensor) or tensor.data_ptr() % 16:
-            return None
-        found += (tensor.shape, tensor.stride(), tensor.dtype)
-    if not all(parameter.requires_grad for parameter in parameters):
-        return None
-    key = tuple(found)
-    takes = _FUSES.get(key)
-    if takes is None:
-        named = zip(("norm_weight", "norm_bias", "weight", "bias"), parameters, strict=True)
-        SKIP.check("auto", eps, x=x, skip=skip, **dict(named))
-        takes = SKIP.choose("auto", x.device, x, skip, *parameters) == "triton" and x.numel() > 0
-        remember(_FUSES, key, takes := takes and x.is_contiguous() and skip.is_contiguous())
-    folds = folded.read(parameters, dtype, "triton") if takes else (None,)
-    if folds[0] is None:
-        return None
-    moments = (known("long_skip", "x_stats", x_stats, x), known("long_skip", "skip_stats", skip_stats, skip))
-    return _fuses(x, skip, *parameters, moments, folds, eps, dtype, out_dtype or dtype)
-
-
-class _Fuses(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, skip: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor,
-        moments: Any, folds: tuple[Tensor, ...], eps: float, dtype: torch.dtype, out_dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
-        given = (x.view(-1, x.shape[-1]), skip.view(-1, x.shape[-1]), norm_weight, norm_bias, weight, bias)
-        stats = [part.reshape(-1) for pair in moments for part in pair]
-        y, mean, rstd = long_skip_rows.forward(*given, stats, eps, dtype, out_dtype, "triton", folds)
-        ctx.dtype = dtype
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(y, mean, rstd, *given, *folds)
-        return y.view(x.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 11
-        saved, rows = ctx.saved_tensors, grad.reshape(-1, grad.shape[-1])
-        given: Any = (rows, *saved[:9], ctx.dtype, "triton", [True] * 6, saved[9:])
-        made = long_skip_rows.backward(*given)
-        return made[0].view(grad.shape), made[1].view(grad.shape), *made[2:], *(None,) * 5
-
-
 class _Reads(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, shift: Tensor | None, scale: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None,
         variance: Tensor | None, plan: Plan, layer: Layer, heads: int, home: Home,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        stats = None if mean is None or variance is None else (mean, variance)
-        forms = (EPS, plan.rms, stats, plan.dtype, stats is None)
-        _, modulated, *measured = plan.norms.forward(x, None, None, shift, scale, *forms)
-        mean, variance = measured if stats is None else stats
-        rows = modulated.view(-1, x.shape[-1])
-        qkv = torch.addmm(layer.bias_shadow, rows, layer.shadow.t())
-        ctx.plan, ctx.shifted, ctx.heads, ctx.home = plan, shift is not None, heads, home
-        ctx.vectors = (scale.dtype, scale.dtype if shift is None else shift.dtype, scale.dtype)
-        ctx.own = weight.dtype
+        given = (x, shift, scale, layer.shadow, layer.bias_shadow)
+        qkv, rows, mean, variance = plan.run(_read, (plan,), given, mean, variance)
+        vectors = (scale.dtype, scale.dtype if shift is None else shift.dtype, scale.dtype)
+        ctx.facts, ctx.home = (plan, weight.dtype, vectors, shift is not None, heads), home
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, scale, mean, variance, rows, layer.shadow)
         batch, tokens, _ = x.shape
@@ -226,22 +172,42 @@ class _Reads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, above: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, scale, mean, variance, rows, shadow = ctx.saved_tensors
-        plan, none = ctx.plan, (None,) * 6
         if all(grad is None for grad in grads):
-            return above, *(None,) * 4, *none
-        if ctx.heads:
-            shape = next(grad.transpose(1, 2).shape for grad in grads if grad is not None)
-            parts = [rows.new_zeros(shape) if grad is None else grad.transpose(1, 2) for grad in grads]
-            if not all(part.is_contiguous() for part in parts):
-                parts = [torch.stack(parts, 2)]
-        else:
-            parts = [grads[0]]
-        grad, grad_bias = joined_sum([part.reshape(rows.shape[0], -1) for part in parts], ctx.own, plan.sums)
-        grad_rows, grad_weight = torch.mm(grad, shadow).view(x.shape), product(grad.t(), rows, ctx.own)
-        given = (above, grad_rows, x, None, None, scale, mean, variance, EPS, plan.rms, ctx.shifted, x.dtype, None)
-        grad_x, _, _, grad_shift, grad_scale = _of_norm(plan, given, ctx.vectors, ctx.home)
-        return grad_x, grad_shift, grad_scale, grad_weight, grad_bias, *none
+            return above, *(None,) * 10
+        facts = (*ctx.facts, ctx.home is not None)
+        made = ctx.facts[0].run(_read_back, facts, ctx.saved_tensors, above, *grads)
+        grad_x, grad_weight, grad_bias, *vectors = made
+        _, grad_shift, grad_scale = _left(ctx.home, vectors)
+        return grad_x, grad_shift, grad_scale, grad_weight, grad_bias, *(None,) * 6
+
+
+def _read(
+    plan: Plan, x: Tensor, shift: Tensor | None, scale: Tensor, shadow: Tensor, bias_shadow: Tensor,
+    mean: Tensor | None, variance: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    stats = None if mean is None or variance is None else (mean.contiguous(), variance.contiguous())
+    forms = (EPS, plan.rms, stats, plan.dtype, stats is None)
+    _, modulated, *measured = plan.norms.forward(x, None, None, shift, scale, *forms)
+    rows = modulated.view(-1, x.shape[-1])
+    return torch.addmm(bias_shadow, rows, shadow.t()), rows, *(stats or measured)
+
+
+def _read_back(
+    plan: Plan, own: torch.dtype, vectors: Any, shifted: bool, heads: int, at_home: bool, x: Tensor, scale: Tensor,
+    mean: Tensor, variance: Tensor, rows: Tensor, shadow: Tensor, above: Tensor | None, *grads: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    if heads:
+        shape = next(grad.transpose(1, 2).shape for grad in grads if grad is not None)
+        parts = [rows.new_zeros(shape) if grad is None else grad.transpose(1, 2) for grad in grads]
+        if not all(part.is_contiguous() for part in parts):
+            parts = [torch.stack(parts, 2)]
+    else:
+        parts = [cast(Tensor, grads[0])]
+    grad, grad_bias = joined_sum([part.reshape(rows.shape[0], -1) for part in parts], own, plan.sums)
+    grad_rows, grad_weight = torch.mm(grad, shadow).view(x.shape), product(grad.t(), rows, own)
+    given = (above, grad_rows, x, None, None, scale, mean, variance, EPS, plan.rms, shifted, x.dtype, None)
+    grad_x, _, *of_vectors = _of_norm(plan, given, vectors, at_home)
+    return grad_x, grad_weight, grad_bias, *of_vectors
 
 
 class _Joins(torch.autograd.Function):
@@ -253,64 +219,91 @@ class _Joins(torch.autograd.Function):
         weight: Tensor, bias: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor,
         plan: Plan, layers: tuple[Layer, Layer, Layer], home: Home,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        norms, (layer, first, second), width = plan.norms, layers, x.shape[-1]
-        attended = y.reshape(-1, width)
-        branch = torch.addmm(layer.bias_shadow, attended, layer.shadow.t()).view(x.shape)
-        x_new, modulated, mean, variance = norms.forward(
-            x, branch, gate, shift, scale, EPS, plan.rms, None, plan.dtype, True
+        layer, first, second = layers
+        keep = kept_for_backward(plan.mlp) > 1
+        given = (x, gate, shift, scale, gate_m, *layer[2:], *first[2:], *second[2:])
+        out, *measured, mixed, attended, branch, x_new, mean, variance, rows, hidden, activation = plan.run(
+            _join, (plan, keep), given, y
         )
-        rows = modulated.view(-1, width)
-        hidden = _linear(rows, first.shadow, first.bias_shadow, plan.mlp)
-        activation: Any = _gelu(hidden, plan.mlp)
-        mixed = _linear(activation, second.shadow, second.bias_shadow, plan.mlp).view(x.shape)
-        if kept_for_backward(plan.mlp) < 2:
-            activation = None
-        out, _, *measured = norms.forward(x_new, mixed, gate_m, None, None, EPS, plan.rms, None, x.dtype, True)
-        ctx.plan, ctx.own, ctx.shape, ctx.shifted = plan, weight.dtype, y.shape, shift is not None
-        ctx.vectors = (gate.dtype, scale.dtype if shift is None else shift.dtype, scale.dtype)
-        ctx.tap, ctx.home = None, home
+        shifted = shift is not None
+        vectors = (gate.dtype, scale.dtype if shift is None else shift.dtype, scale.dtype)
+        ctx.facts, ctx.tap, ctx.home = (plan, weight.dtype, vectors, shifted, keep, y.shape), None, home
         # The gate, what it has beside it, and the second gate, whose own number comes after those.
-        ctx.last = home and (home[0], home[1] + 2 + ctx.shifted)
+        ctx.last = home and (home[0], home[1] + 2 + shifted)
         ctx.mark_non_differentiable(*measured)
         ctx.set_materialize_grads(False)
-        of_norms, of_mlp = (branch, gate, scale, x_new, mean, variance, mixed, gate_m), (rows, hidden, activation)
-        ctx.save_for_backward(*of_norms, attended, *of_mlp, layer.shadow, first.shadow, second.shadow)
+        saved = (mixed, gate_m, branch, gate, scale, x_new, mean, variance, rows, hidden, activation)
+        ctx.save_for_backward(attended, *saved, layer.shadow, first.shadow, second.shadow)
         return out, measured[0], measured[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        branch, gate, scale, x_new, mean, variance, mixed, gate_m, attended, *of_mlp, shadow, first, second = (
-            ctx.saved_tensors
-        )
-        plan, own = ctx.plan, ctx.own
-        found: Any = grad
+        attended, *saved = ctx.saved_tensors
+        plan, added = ctx.facts[0], None
         if (tap := ctx.tap) and tap.active:
-            found = tap.gradients(grad, mixed, gate_m, plan.chosen, ctx.last)
-        if found is None:
+            added, grad = tap.parts(grad, plan.chosen)
+        if grad is None:
             return (None,) * 15
-        if isinstance(found, Tensor):
-            gate_alone = (None, None, mixed, gate_m, None, None, None, EPS, plan.rms, False, x_new.dtype, mixed.dtype)
-            made = _of_norm(plan, (found, *gate_alone), (gate_m.dtype,) * 3, ctx.last)
-            found = found, *made[1:3]
-        above, grad_mixed, grad_gate_m = found
-        grad_rows, of_mlp = _through_mlp(grad_mixed.view(-1, x_new.shape[-1]), of_mlp, first, second, plan, own)
-        given: Any = (above, grad_rows.view(x_new.shape), x_new, branch, gate, scale, mean, variance, EPS, plan.rms)
-        given = (*given, ctx.shifted, x_new.dtype, branch.dtype)
-        grad_x, grad_branch, grad_gate, grad_shift, grad_scale = _of_norm(plan, given, ctx.vectors, ctx.home)
-        rows = grad_branch.view(attended.shape)
-        grad_y = torch.mm(rows, shadow).view(ctx.shape)
-        grad_weight, grad_bias = product(rows.t(), attended, own), sum_of_rows(rows, own, plan.sums)
+        facts = (*ctx.facts, ctx.home is not None)
+        made = plan.run(_join_back, facts, saved, attended, added, grad)
+        grad_x, grad_y, grad_weight, grad_bias, *of_mlp = made[:8]
+        grad_gate_m, (grad_gate, grad_shift, grad_scale) = _left(ctx.last, made[8:9])[0], _left(ctx.home, made[9:])
         of_inputs = (grad_x, grad_y, grad_gate, grad_shift, grad_scale, grad_gate_m)
         return *of_inputs, grad_weight, grad_bias, *of_mlp, None, None, None
 
 
-def _of_norm(plan: Plan, given: Sequence[Any], vectors: tuple[torch.dtype, ...], home: Home) -> tuple[Any, ...]:
-    """The norm's five gradients; None for those of vectors that are left at home."""
+def _join(
+    plan: Plan, keep: bool, x: Tensor, gate: Tensor, shift: Tensor | None, scale: Tensor, gate_m: Tensor,
+    shadow: Tensor, bias_shadow: Tensor, first: Tensor, first_bias: Tensor, second: Tensor, second_bias: Tensor,
+    y: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    norms, width = plan.norms, x.shape[-1]
+    attended = y.reshape(-1, width)
+    branch = torch.addmm(bias_shadow, attended, shadow.t()).view(x.shape)
+    x_new, modulated, *stats = norms.forward(x, branch, gate, shift, scale, EPS, plan.rms, None, plan.dtype, True)
+    rows = modulated.view(-1, width)
+    hidden = _linear(rows, first, first_bias, plan.mlp)
+    activation = _gelu(hidden, plan.mlp)
+    mixed = _linear(activation, second, second_bias, plan.mlp).view(x.shape)
+    out, _, *measured = norms.forward(x_new, mixed, gate_m, None, None, EPS, plan.rms, None, x.dtype, True)
+    return out, *measured, mixed, attended, branch, x_new, *stats, rows, hidden, activation if keep else None
+
+
+def _join_back(
+    plan: Plan, own: torch.dtype, vectors: Any, shifted: bool, keep: bool, shape: Any, at_home: bool, mixed: Tensor,
+    gate_m: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, x_new: Tensor, mean: Tensor, variance: Tensor,
+    rows: Tensor, hidden: Tensor, activation: Tensor | None, shadow: Tensor, first: Tensor, second: Tensor,
+    attended: Tensor, added: Tensor | None, grad: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """added: the diversity loss's own gradient of the result, for the kernel that has the second gate's with it."""
+    above: Any = grad
+    if added is None:
+        given: Any = (grad, None, None, mixed, gate_m, None, None, None, EPS, plan.rms, False, x_new.dtype, mixed.dtype)
+        _, grad_mixed, of_gate_m, *_ = _of_norm(plan, given, (gate_m.dtype,) * 3, at_home)
+    else:
+        above, grad_mixed, of_gate_m = through_gate(added, grad, mixed, gate_m, at_home)
+    kept = (rows, hidden, activation)
+    grad_rows, of_mlp = _through_mlp(grad_mixed.view(-1, x_new.shape[-1]), kept, first, second, plan, own)
+    given = (above, grad_rows.view(x_new.shape), x_new, branch, gate, scale, mean, variance, EPS, plan.rms)
+    given = (*given, shifted, x_new.dtype, branch.dtype)
+    grad_x, grad_branch, *of_vectors = _of_norm(plan, given, vectors, at_home)
+    grad_rows = grad_branch.view(attended.shape)
+    grad_y = torch.mm(grad_rows, shadow).view(shape)
+    grad_weight, grad_bias = product(grad_rows.t(), attended, own), sum_of_rows(grad_rows, own, plan.sums)
+    return grad_x, grad_y, grad_weight, grad_bias, *of_mlp, of_gate_m, *of_vectors
+
+
+def _of_norm(plan: Plan, given: Sequence[Any], vectors: Any, at_home: bool) -> tuple[Any, ...]:
+    """The norm's gradients of its two streams, then those of its three vectors, or at home their partial sums."""
+    return tuple(plan.norms.differentiate(*given) if at_home else plan.norms.backward(*given, vectors))
+
+
+def _left(home: Home, found: Sequence[Any]) -> Sequence[Any]:
+    """Three vectors' gradients; none where their partial sums are left at home."""
     if home is None:
-        return tuple(plan.norms.backward(*given, vectors))
-    grad_x, grad_y, partials = plan.norms.differentiate(*given)
-    home[0].leave(home[1], partials)
-    return grad_x, grad_y, None, None, None
+        return found
+    home[0].leave(home[1], found[0])
+    return None, None, None
 
 
 def _through_mlp(
@@ -325,9 +318,9 @@ def _through_mlp(
     return _input_gradient(grad_hidden, first, plan.mlp), [*parameters, sums]
 
 
-def _node(function: Any) -> Any:
+def node(function: Any, refusal: str) -> Any:
     """Its apply, without torch's look at the signature of forward."""
-    run = guarded(function.backward, _REFUSAL)
+    run = guarded(function.backward, refusal)
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # what is left at home would not meet the refusal
@@ -338,4 +331,4 @@ def _node(function: Any) -> Any:
     return super(torch.autograd.Function, function).apply
 
 
-_reads, _joins, _fuses = _node(_Reads), _node(_Joins), _node(_Fuses)
+_reads, _joins = node(_Reads, _REFUSAL), node(_Joins, _REFUSAL)

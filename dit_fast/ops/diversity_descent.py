@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from dit_fast.ops._op import rows, wide
-from dit_fast.ops._register import define, goes_straight
+from dit_fast.ops._register import define
 from dit_fast.ops.diversity_op import backward_op
-from dit_fast.ops.linear import PartialSums
 
 
 def _tap_backward(
@@ -38,20 +37,12 @@ tap_backward_op = define(
 )
 
 
-def through_gate(
-    added: Tensor, above: Tensor, y: Tensor, gate: Tensor, home: tuple[PartialSums, int] | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of stream, branch and gate of x + gate * y, whose own gradient is added + above; "triton" alone.
-
-    home: where that of the gate may be left as partial sums, with its number there; it is None then.
-    """
-    if home is None or not goes_straight((added, above, y, gate)):
-        return tap_backward_op(added, above, y, gate, "triton")
+def through_gate(added: Tensor, above: Tensor, y: Tensor, gate: Tensor, at_home: bool) -> tuple[Tensor, ...]:
+    """Gradients of stream, branch and gate of x + gate * y, whose own gradient is added + above; at home partial sums
+    of the gate's. "triton" alone, where nobody looks on."""
     from dit_fast.kernels import diversity_taps as kernel
 
-    grad_x, grad_y, partials = kernel.differentiate(added, rows(above), rows(y), rows(gate))
-    home[0].leave(home[1], partials)
-    return grad_x, grad_y, None
+    return (kernel.differentiate if at_home else kernel.backward)(added, rows(above), rows(y), rows(gate))
 
 
 class Descent:

@@ -47,9 +47,8 @@ from dit_fast.ops.diversity import (
     loss_from_sums,
     sums_of,
 )
-from dit_fast.ops.diversity_descent import Descent, through_gate
+from dit_fast.ops.diversity_descent import Descent
 from dit_fast.ops.diversity_op import OP, forward_op
-from dit_fast.ops.linear import PartialSums
 from dit_fast.ops.row_statistics import RowStatistics
 
 _INSTEAD = 'diversity_loss(outputs, backend="torch")'
@@ -90,17 +89,13 @@ class Joint:
         descent = self._shared.descent
         return descent is not None and descent.task == torch._C._current_graph_task_id()
 
-    def gradients(
-        self, above: Tensor | None, y: Tensor, gate: Tensor, backend: str, home: tuple[PartialSums, int] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None] | Tensor:
-        """The gate's own gradients, from one launch, or the gradient of its result with the loss's added to it.
-
-        home: where that of `gate` may be left as partial sums, with its number there; it is None then.
-        """
+    def parts(self, above: Tensor | None, backend: str) -> tuple[Tensor | None, Tensor | None]:
+        """What the loss adds to the gradient of the gate's result, for the one launch that has the gate's with it, and
+        that gradient `above`; elsewhere None and their sum."""
         descent = self._shared.used()
         if descent.backend == backend == "triton" and above is not None:
-            return through_gate(descent.of(self._index), above, y, gate, home)
-        return descent.added(self._index, above)
+            return descent.of(self._index), above
+        return None, descent.added(self._index, above)
 
 
 class Tap(torch.autograd.Function):

@@ -17,8 +17,8 @@ from dit_fast.kernels import (
     long_skip_tiles,
     row_statistics,
 )
-from dit_fast.ops import branches
 from dit_fast.ops.long_skip import Folded
+from dit_fast.ops.long_skip_node import fuses
 from dit_fast.ops.long_skip_rows import project
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -405,7 +405,7 @@ def test_one_node_as_trained_has_the_bits_of_the_op(skip_dtype):
     parameters[2].folded = Folded(*parameters)
     above = torch.randn(2, 6, 32)
     with force("triton"), torch.autocast("cpu", BF16):
-        one = branches.fuses(*halves, parameters, EPS, *stats, FP32)
+        one = fuses(*halves, parameters, EPS, *stats, FP32)
         op = ops.long_skip(*halves, *parameters, EPS, x_stats=stats[0], skip_stats=stats[1], out_dtype=FP32)
     assert type(one.grad_fn).__name__ == "_FusesBackward"
     assert torch.equal(one, op)
@@ -419,7 +419,7 @@ def test_no_node_as_trained_where_the_op_must_run():
     x, skip = (each.view(2, 6, 32).requires_grad_() for each in (problem.x, problem.skip))
     parameters = tuple(map(torch.nn.Parameter, (problem.gamma, problem.beta, problem.weight, problem.bias)))
     stats = [ops.row_statistics(half) for half in (x, skip)]
-    run = lambda x, *options: branches.fuses(x, skip, parameters, EPS, *stats, FP32)  # noqa: E731
+    run = lambda x, *options: fuses(x, skip, parameters, EPS, *stats, FP32)  # noqa: E731
     with force("triton"), torch.autocast("cpu", BF16):
         assert run(x) is None, "nothing is kept folded"
         parameters[2].folded = Folded(*parameters)

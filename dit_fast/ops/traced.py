@@ -1,0 +1,265 @@
+"""Functions of tensors that run again as the list of what they launched.
+
+What half of a transformer block does follows from shapes, strides and dtypes: products, kernels, empty tensors, views.
+The rest of its Python, look-ups by signature, choices and views of views, comes out the same every time, and takes
+longer than the device. `traced` lets a function run twice, takes down the second time what reaches torch's dispatcher
+and Triton, and writes Python of it, which runs from then on; Inductor's wrappers look like this:
+
+    v1 = empty((8192, 1152), (1152, 1), c2)
+    c3([a_x0, a_x1, a_v1])                      # a kernel, by addresses
+    v2 = addmm(x4, v1, w5)
+    del v1
+
+The launches are the same, in the same order, with the same arguments but for addresses; no tensor lives longer. Views
+that only lead to another view or to an address are left out.
+"""
+
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dit_fast.ops._op import remember
+from dit_fast.ops._register import ABOVE
+
+aten = torch.ops.aten
+_inductor: Any = torch._C._dynamo.guards  # a third of the time of torch.empty
+_ALIGNMENT = 16  # bytes; kernels were compiled for addresses that are multiples of it
+_EMPTY = {
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.empty_strided.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+}
+# Python's functions for these cost a third of the calls of torch.ops.
+_QUICK = {
+    aten.addmm.default: torch.addmm,
+    aten.as_strided.default: torch.as_strided,
+    aten.gelu.default: torch._C._nn.gelu,
+    aten.mm.default: torch.mm,
+    aten.mm.dtype: torch.mm,
+}
+_PROGRAMS: dict[Any, Any] = {}  # None once a function ran, then its program, or the reason why it has none
+
+
+def traced(function: Any, facts: tuple[Any, ...], told: Sequence[Tensor | None], *others: Tensor | None) -> Any:
+    """`function(*facts, *told, *others)`, from the third call of a kind on as the list of what the second one did.
+
+    Of a kind are calls with equal facts and with others of equal shapes, strides and dtypes. facts: all that the
+    function goes by beside its tensors, hashable; they also settle the device, and shapes, strides and dtypes of those
+    that are told.
+    function: without derivatives, in-place writes to its arguments or looks at values; a side effect would come twice
+    only. What cannot be written down runs as it is, as does the call with an address that is no multiple of 16 bytes,
+    and all calls while something hangs on Triton's launches.
+    """
+    kind: list[Any] = [function, facts]
+    for tensor in others:
+        kind += (None,) if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
+    key, given = tuple(kind), (*told, *others)
+    program = _PROGRAMS.get(key, key)
+    if type(program) is FunctionType:
+        with torch._C._ExcludeDispatchKeyGuard(ABOVE):
+            results = program(*given)
+        return function(*facts, *given) if results is None else results
+    if program is not None:
+        if program is key:
+            remember(_PROGRAMS, key, None)
+        return function(*facts, *given)
+    results, _PROGRAMS[key] = _Trace(given).run(lambda: function(*facts, *given))
+    return results
+
+
+class _Refused(Exception):
+    """Why a function has no program."""
+
+
+class _Line(NamedTuple):
+    """A line of the program, the names that it makes and those that it reads. kept: whether or not these are read."""
+
+    text: str
+    makes: Sequence[str]
+    reads: set[str]
+    kept: bool = True
+
+
+class _Trace(TorchDispatchMode):
+    """Names: x0 are arguments, v1 what operators made, w2 views of either, c3 constants, a_x0 addresses."""
+
+    def __init__(self, arguments: Sequence[Tensor | None]):
+        super().__init__()
+        self._arguments = [f"x{place}" for place in range(len(arguments))]
+        self._owners: dict[str, Tensor] = {}
+        self._known: dict[int, tuple[str, Tensor]] = {}  # by id: the owner of its memory, and itself, which so stays
+        self._views: dict[Any, str] = {}
+        self._lines: list[_Line] = []
+        self._count = 0
+        self._reason: str | None = None
+        self._space: dict[str, Any] = {"as_strided": torch.as_strided, "again": _inductor._reinterpret_tensor}
+        for name, tensor in zip(self._arguments, arguments, strict=True):
+            if tensor is not None and id(tensor) not in self._known:
+                self._own(name, tensor)
+
+    def run(self, call: Callable[[], Sequence[Tensor | None]]) -> tuple[Sequence[Tensor | None], Any]:
+        """The call's results, and its program or the reason why it has none."""
+        from dit_fast.kernels import launch
+
+        with launch.listening(self._launched), self:
+            results = call()
+        try:
+            program = self._program(results, launch.hooked)
+        except _Refused as reason:
+            return results, str(reason)
+        return results, program
+
+    def _refuse(self, reason: str) -> None:
+        self._reason = self._reason or reason
+
+    def _name(self, letter: str) -> str:
+        self._count += 1
+        return f"{letter}{self._count}"
+
+    def _constant(self, value: Any) -> str:
+        name = self._name("c")
+        self._space[name] = value
+        return name
+
+    def _own(self, name: str, tensor: Tensor) -> str:
+        self._owners[name], self._known[id(tensor)] = tensor, (name, tensor)
+        return name
+
+    def _owner(self, tensor: Tensor) -> str:
+        found = self._known.get(id(tensor))
+        if found is None:
+            self._refuse("it reads a tensor that it was not given")
+            return "None"
+        return found[0]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        results = func(*args, **kwargs)
+        made = results if isinstance(results, tuple | list) else (results,)
+        if func.namespace != "aten" or not made or not all(isinstance(each, Tensor) for each in made):
+            self._refuse(f"it calls {func}")  # whose launches would be seen twice, or whose result Python reads
+            return results
+        if func in _EMPTY:
+            self._lines.append(self._empty(results))
+            return results
+        given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+        if any(each is other for each in made for other in given):  # written into
+            reads: set[str] = set()
+            self._lines.append(_Line(self._call(func, args, kwargs, reads), (), reads))
+        elif given and all(_memory(each) == _memory(given[0]) for each in made):
+            owner = self._owner(given[0])
+            self._known |= {id(each): (owner, each) for each in made}
+        else:
+            reads = set()
+            call = self._call(func, args, kwargs, reads)
+            names = [self._own(self._name("v"), each) for each in made]
+            left = names[0] if isinstance(results, Tensor) else ", ".join(names) + ","
+            self._lines.append(_Line(f"{left} = {call}", names, reads))
+        return results
+
+    def _empty(self, tensor: Tensor) -> _Line:
+        name, kind = self._own(self._name("v"), tensor), tensor.device.type
+        self._space["empty"] = _inductor._empty_strided_cuda if kind == "cuda" else _inductor._empty_strided_cpu
+        if kind not in ("cpu", "cuda"):
+            self._refuse(f"it makes a tensor on {kind}")
+        sizes = f"{tuple(tensor.shape)}, {tensor.stride()}, {self._constant(tensor.dtype)}"
+        return _Line(f"{name} = empty({sizes})", (name,), set(), kept=False)
+
+    def _call(self, func: Any, args: Any, kwargs: Any, reads: set[str]) -> str:
+        if func is aten._to_copy.default and list(kwargs) == ["dtype"]:
+            return f"{self._text(args[0], reads)}.to({self._constant(kwargs['dtype'])})"
+        parts = [self._text(each, reads) for each in args]
+        parts += [f"{name}={self._text(each, reads)}" for name, each in kwargs.items()]
+        return f"{self._constant(_QUICK.get(func, func))}({', '.join(parts)})"
+
+    def _text(self, value: Any, reads: set[str]) -> str:
+        if isinstance(value, Tensor):
+            return self._tensor(value, reads)
+        if isinstance(value, tuple | list):
+            return f"[{', '.join(self._text(each, reads) for each in value)}]"
+        return repr(value) if value is None or isinstance(value, int) else self._constant(value)
+
+    def _tensor(self, tensor: Tensor, reads: set[str]) -> str:
+        """Its name, after the line that makes it where it is a view."""
+        name = self._owner(tensor)
+        owner = self._owners.get(name, tensor)
+        reads.add(name)
+        start = tensor.storage_offset() - owner.storage_offset()
+        if tensor is owner or (name[0] == "v" and _form(tensor) == _form(owner) and not start):
+            return name
+        if tensor.dtype != owner.dtype:
+            self._refuse("it reads memory as another dtype")
+        key = (name, _form(tensor), start)
+        if key not in self._views:
+            self._views[key] = view = self._name("w")
+            sizes = f"{name}, {tuple(tensor.shape)}, {tensor.stride()}"
+            # An argument may lie anywhere in its memory; a tensor made here begins it.
+            call = f"again({sizes}, {start})" if start else f"as_strided({sizes})"
+            self._lines.append(_Line(f"{view} = {call}", (view,), {name}))
+        reads.add(self._views[key])
+        return self._views[key]
+
+    def _launched(self, launch: Any, direct: Any, tensors: Sequence[Tensor]) -> None:
+        if launch is None:
+            self._refuse("it launches a kernel without a launcher")
+        reads: set[str] = set()
+        parts = []
+        for tensor in tensors:
+            name = self._owner(tensor)
+            owner = self._owners.get(name, tensor)
+            start = _start(tensor) - _start(owner)
+            if start % _ALIGNMENT:
+                self._refuse("a kernel takes an address that is no multiple of 16 bytes")
+            reads |= {name, f"a_{name}"}
+            parts.append(f"a_{name} + {start}" if start else f"a_{name}")
+        if direct is None:
+            text = f"{self._constant(launch)}({', '.join(self._tensor(each, reads) for each in tensors)})"
+        else:
+            text = f"{self._constant(direct)}([{', '.join(parts)}])"
+        self._lines.append(_Line(text, (), reads))
+
+    def _program(self, results: Sequence[Tensor | None], hooked: Callable[[], bool]) -> Callable[..., Any]:
+        reads: set[str] = set()
+        ends = [self._text(each, reads) for each in results]
+        if self._reason:
+            raise _Refused(self._reason)
+        lines = [*self._lines, _Line(f"return {', '.join(ends)},", (), reads)]
+        read = {name for line in lines for name in line.reads}
+        lines = [
+            line for line in lines if not line.makes or not read.isdisjoint(line.makes) or " = empty(" not in line.text
+        ]
+        addresses = [f"a_{name}" for name in self._arguments if f"a_{name}" in read]
+        text = [f"def program({', '.join(self._arguments)}):"]
+        text += [f"{each} = {each[2:]}.data_ptr()" for each in addresses]
+        odd = f" or ({' | '.join(addresses)}) % {_ALIGNMENT}" if addresses else ""
+        text.append(f"if hooked(){odd}: return None")
+        last = {name: place for place, line in enumerate(lines) for name in (*line.makes, *line.reads)}
+        for place, line in enumerate(lines):
+            text.append(line.text)
+            text += [f"a_{name} = {name}.data_ptr()" for name in line.makes if f"a_{name}" in read]
+            over = [name for name in sorted({*line.makes, *line.reads}) if name[0] in "vw" and last[name] == place]
+            if over and place + 1 < len(lines):
+                text.append(f"del {', '.join(over)}")
+        space = self._space | {"hooked": hooked}
+        exec("\n    ".join(text), space)
+        program: Callable[..., Any] = space["program"]
+        program.__doc__ = "\n".join(text)
+        return program
+
+
+def _memory(tensor: Tensor) -> Any:
+    return tensor.untyped_storage()._cdata
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride()
+
+
+def _start(tensor: Tensor) -> Any:
+    return tensor.storage_offset() * tensor.element_size()
