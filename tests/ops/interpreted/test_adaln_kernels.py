@@ -10,7 +10,15 @@ from dit_fast.kernels import adaln_gradients, tuning
 from dit_fast.kernels.launch import Kept, launcher
 from dit_fast.nn.block import Block
 from dit_fast.nn.linear import make_shadows
-from dit_fast.ops import adaln, gate_residual, gate_residual_modulate, layer_norm_modulate, linear
+from dit_fast.ops import (
+    adaln,
+    branches,
+    gate_residual,
+    gate_residual_modulate,
+    layer_norm_modulate,
+    linear,
+    traced,
+)
 from dit_fast.ops.diversity_taps import DiversityTaps
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -408,6 +416,17 @@ def test_partial_sums_that_blocks_leave_as_trained_give_the_same_bits(blocks, ta
     theirs = gradients_of(blocks, tapped)
     assert len(added) == 1
     assert all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.parametrize("tapped", [False, True])
+def test_blocks_from_a_trace_as_trained_have_the_same_bits(blocks, tapped, monkeypatch):
+    """The first block runs, the second is taken down, the third runs from it."""
+    ours = [gradients_of(blocks, tapped) for _ in range(2)][-1]
+    found = [program for kind, program in traced._PROGRAMS.items() if kind[0].__module__ == branches.__name__]
+    assert len(found) >= 4
+    assert all(callable(program) for program in found), found
+    monkeypatch.setattr(branches, "traced", lambda function, facts, told, *others: function(*facts, *told, *others))
+    assert all(map(torch.equal, ours, gradients_of(blocks, tapped)))
 
 
 def test_whoever_looks_at_a_part_as_trained_sees_its_gradient(blocks):
