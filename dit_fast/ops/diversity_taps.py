@@ -29,6 +29,7 @@ Put taps outside of activation checkpoints: a recomputed block must not register
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -39,6 +40,7 @@ from dit_fast.errors import UserError
 from dit_fast.ops import diversity_op
 from dit_fast.ops._op import differentiable, require_tensor
 from dit_fast.ops.diversity import (
+    SENT,
     DiversityLoss,
     DiversityStats,
     Sums,
@@ -265,8 +267,14 @@ class DiversityTaps:
     ) -> DiversityLoss:
         """`diversity_loss` of the tapped outputs; same arguments, values, gradients and errors."""
         chosen = check_options(pairs, self._count, variant, scope)
-        joined = Counter(block for pair in chosen for block in set(pair))
-        return loss_from_sums(self._sum(max((0, *joined.values()))), chosen, variant, scope)
+        most = 0 if self._outputs else _most_joined(chosen)
+        return loss_from_sums(self._sum(most), chosen, variant, scope)
+
+
+@lru_cache(SENT)
+def _most_joined(pairs: tuple[tuple[int, int], ...]) -> int:
+    joined = Counter(block for pair in pairs for block in set(pair))
+    return max((0, *joined.values()))
 
 
 def diversity_tap(x: Tensor, backend: str = "auto") -> tuple[Tensor, DiversityStats]:
