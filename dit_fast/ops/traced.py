@@ -51,11 +51,11 @@ def traced(function: Any, facts: tuple[Any, ...], told: Sequence[Tensor | None],
     """`function(*facts, *told, *others)`, from the third call of a kind on as the list of what the second one did.
 
     Of a kind are calls with equal facts and with others of equal shapes, strides and dtypes. facts: all that the
-    function goes by beside its tensors, hashable; they also settle the device, and shapes, strides and dtypes of those
-    that are told.
+    function goes by beside its tensors, hashable; they also settle the device, and the shapes of those that are told.
     function: without derivatives, in-place writes to its arguments or looks at values; a side effect would come twice
-    only. What cannot be written down runs as it is, as does the call with an address that is no multiple of 16 bytes,
-    and all calls while something hangs on Triton's launches.
+    only. It runs as it is where it cannot be written down, while something hangs on Triton's launches, with an address
+    that is no multiple of 16 bytes, and where one that is told has other strides or another dtype than when it was
+    written down: hooks on saved tensors hand out what they like.
     """
     kind: list[Any] = [function, facts]
     for tensor in others:
@@ -70,7 +70,7 @@ def traced(function: Any, facts: tuple[Any, ...], told: Sequence[Tensor | None],
         if program is key:
             remember(_PROGRAMS, key, None)
         return function(*facts, *given)
-    results, _PROGRAMS[key] = _Trace(given).run(lambda: function(*facts, *given))
+    results, _PROGRAMS[key] = _Trace(given, len(told)).run(lambda: function(*facts, *given))
     return results
 
 
@@ -90,8 +90,9 @@ class _Line(NamedTuple):
 class _Trace(TorchDispatchMode):
     """Names: x0 are arguments, v1 what operators made, w2 views of either, c3 constants, a_x0 addresses."""
 
-    def __init__(self, arguments: Sequence[Tensor | None]):
+    def __init__(self, arguments: Sequence[Tensor | None], told: int):
         super().__init__()
+        self._told = arguments[:told]
         self._arguments = [f"x{place}" for place in range(len(arguments))]
         self._owners: dict[str, Tensor] = {}
         self._known: dict[int, tuple[str, Tensor]] = {}  # by id: the owner of its memory, and itself, which so stays
@@ -238,8 +239,12 @@ class _Trace(TorchDispatchMode):
         addresses = [f"a_{name}" for name in self._arguments if f"a_{name}" in read]
         text = [f"def program({', '.join(self._arguments)}):"]
         text += [f"{each} = {each[2:]}.data_ptr()" for each in addresses]
-        odd = f" or ({' | '.join(addresses)}) % {_ALIGNMENT}" if addresses else ""
-        text.append(f"if hooked(){odd}: return None")
+        odd = ["hooked()", *([f"({' | '.join(addresses)}) % {_ALIGNMENT}"] if addresses else [])]
+        for name, tensor in zip(self._arguments, self._told, strict=False):
+            if tensor is not None:
+                dtype = self._constant(tensor.dtype)
+                odd.append(f"{name}.stride() != {tensor.stride()} or {name}.dtype is not {dtype}")
+        text.append(f"if {' or '.join(odd)}: return None")
         last = {name: place for place, line in enumerate(lines) for name in (*line.makes, *line.reads)}
         for place, line in enumerate(lines):
             text.append(line.text)

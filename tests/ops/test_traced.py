@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_fast import kernels
@@ -145,6 +146,17 @@ def test_an_odd_address_runs_the_function(launches):
     assert launches.direct == before
 
 
+def test_what_is_told_is_looked_at(launches):
+    """Hooks on saved tensors give a backward tensors of strides of their own."""
+
+    def by_strides(x):
+        return (x.contiguous() if x.stride(0) == 1 else x.clone(),)
+
+    x = torch.randn(4, 5)
+    for made in (x, x, x, x.t().contiguous().t(), x.double()):
+        assert torch.equal(traced(by_strides, (), (made,))[0], made)
+
+
 OUTSIDE = torch.randn(3)
 
 
@@ -209,6 +221,33 @@ def test_autocast_has_its_say_once(launches):
     assert ran == 2
     assert [each.dtype for each in results[-1]] == [torch.float32, torch.bfloat16]
     assert all(map(torch.equal, results[-1], results[0]))
+
+
+def test_quick_functions_reach_the_operators_that_they_stand_for():
+    """With arguments as the dispatcher hands them out; products of another dtype are CUDA's alone."""
+    seen, aten = [], torch.ops.aten
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode():
+        a, bias = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((4, 4), 4))
+        given = {
+            aten.addmm.default: ((bias, a, a), {}),
+            aten.cat.default: (([a, a], 1), {}),
+            aten.gelu.default: ((a,), {"approximate": "tanh"}),
+            aten.mm.default: ((a, a), {}),
+            aten.mm.dtype: ((a, a, torch.float32), {}),
+            aten.sum.dim_IntList: ((a, [0]), {"dtype": torch.float32}),
+        }
+        assert given.keys() == module._QUICK.keys()
+        for func, (args, kwargs) in given.items():
+            with Look():
+                module._QUICK[func](*args, **kwargs)
+            assert [each for each in seen if each.namespace == "aten"] == [func]
+            seen.clear()
 
 
 def test_nothing_lives_longer_than_it_is_read(launches):
