@@ -102,7 +102,7 @@ def listening(note: Callable[..., None]) -> Iterator[None]:
     """Inside, note(launch, direct, tensors) hears of this thread's launches: `launch` is what `launcher` made, `direct`
     what takes the tensors' addresses in its place, or None; launch is None for a kernel that is launched otherwise."""
     global _note
-    here, item = get_ident(), KernelInterface.__getitem__
+    here, ordinary = get_ident(), KernelInterface.__getitem__
 
     def heard(*given: Any) -> None:
         if get_ident() == here:
@@ -110,13 +110,13 @@ def listening(note: Callable[..., None]) -> Iterator[None]:
 
     def otherwise(kernel: Any, grid: Any) -> Any:
         heard(None, None, ())
-        return item(kernel, grid)
+        return ordinary(kernel, grid)
 
     _note, KernelInterface.__getitem__ = heard, otherwise
     try:
         yield
     finally:
-        _note, KernelInterface.__getitem__ = None, item
+        _note, KernelInterface.__getitem__ = None, ordinary
 
 
 def _calls(hook: Any) -> Any:
