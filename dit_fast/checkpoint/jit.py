@@ -34,7 +34,9 @@ def _empty(state: Mapping[str, Tensor], known: Known) -> JiT:
         in_context_len=length,
         in_context_start=known.in_context_start or 0,
     )
-    return with_labels(JiT(config), null_row)
+    model = with_labels(JiT(config), null_row)
+    model.prediction = "x"  # of the published weights; a network of that form may be trained for another
+    return model
 
 
 _GROUPS = ("pos_embed", "in_context_posemb", "t_embedder", "y_embedder", "x_embedder", "blocks", "final_layer")

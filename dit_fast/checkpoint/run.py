@@ -89,7 +89,9 @@ def load_run(path: str | Path, weights: Literal["ema", "model"] = "ema") -> Load
     checkpoint.require(weights, own)
     model.load_state_dict({name: tensor for name, tensor in tensors.items() if name in own})
     state["weights_sha256"] = checkpoint.digest(weights)
-    return LoadedRun(model.eval(), config, state, own_autoencoder(state.get("autoencoder"), tensors))
+    run = LoadedRun(model.eval(), config, state, own_autoencoder(state.get("autoencoder"), tensors))
+    model.prediction = run.objective.prediction
+    return run
 
 
 def own_autoencoder(config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> Autoencoder | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_fast.diffusion.checks import check_dense, check_labels, predicted_by
 from dit_fast.diffusion.conversions import Diffusion, Prediction
 from dit_fast.diffusion.ddpm import Noise, spaced_steps
 from dit_fast.diffusion.grids import time_grid
@@ -64,7 +65,7 @@ def sample(
     class_token_cfg_scale: float | None = None,
     draws: Sequence[Tree] | Tensor | None = None,
     field: Callable[[Any, Any, Guidance], Field] | None = None,
-    prediction: Prediction = "velocity",
+    prediction: Prediction | None = None,
     null_label: int | None = None,
     time_range: Sequence[float] | None = None,
     times: Sequence[float] | Tensor | None = None,
@@ -99,7 +100,9 @@ def sample(
     "ddpm", ancestral, and "ddim" without noise, in num_steps of its 1000 steps; guidance is that of the noise, its
     interval one of t / 1000.
     path, prediction: what the model was trained on, and what it returns: "velocity", "score", "noise", or "x", whose
-    velocity is (x_t - x) / max(t, t_eps) on the linear path; a mean velocity may be given as x too.
+    velocity is (x_t - x) / max(t, t_eps) on the linear path; a mean velocity may be given as x too. By default what
+    `model.prediction` says ("velocity" where it says nothing). "mean_flow" knows the linear path alone, "ddpm" and
+    "ddim" the noise of their own steps.
 
     Times: num_steps equal steps (SDE: num_steps - 1 noisy ones, and a last one) through time_range = (from, to), from
     noise to data, by default (1, 0), or inside of it where the velocity is infinite at an end
@@ -137,10 +140,11 @@ def sample(
     dopri5, whose steps depend on all rows of a batch, then computes one row at a time. Otherwise all N rows are one
     batch.
 
-    Raises UserError for an unknown sampler or path, an option that the sampler does not take, a number out of range,
-    times at which the velocity is infinite, guidance of a model without a null label, labels that the model does not
-    have (where it says num_classes; its null label is one it has), a sampler for another kind of model, noise that is
-    not finite, shapes that do not fit, several or no sources of randomness where one is needed, and repeated indices.
+    Raises UserError for an unknown sampler or path, an option (or a path) that the sampler does not take, a number out
+    of range, another prediction than the model's own, times at which the velocity is infinite, guidance of a model
+    without a null label, labels that the model does not have (where it says num_classes; its null label is one it has),
+    a sampler for another kind of model, noise that is not finite, shapes that do not fit, several or no sources of
+    randomness where one is needed, and repeated indices.
     """
     given = {
         "diffusion": diffusion,
@@ -163,11 +167,12 @@ def sample(
     if not isinstance(generator, torch.Generator | None):
         raise UserError(f"generator must be a torch.Generator, not {described(generator)}")
     check_fits(sampler, model)
+    path, prediction = as_path(path), predicted_by(model, prediction)
+    check_used(sampler, path, prediction)
     if null_label is not None:
         check_whole("null_label", null_label, 0, 2**31 - 1)
     if not is_number(t_eps) or not 0 <= t_eps < 1:
         raise UserError(f"t_eps={t_eps!r} must be a time in [0, 1)")
-    path = as_path(path)
     grid = time_grid(solver, num_steps, path, prediction, options, time_range, times, time_shift)
     if solver.noisy and draws is not None:
         _check_draws(draws, noise, len(grid) - 1)
@@ -285,6 +290,19 @@ def check_fits(sampler: str, model: object) -> None:
         raise UserError(f"sampler '{sampler}' does not fit {KINDS[gives]}; use {fitting}")
 
 
+def check_used(sampler: str, path: Path, prediction: Prediction) -> None:
+    """Raises UserError for a path and a prediction that a solver would not use; the defaults of `sample` pass."""
+    follows = SOLVERS[sampler].follows
+    if follows == "mean_velocity" and path.name != "linear":
+        raise UserError(f"sampler '{sampler}' is for mean velocities on the linear path, not '{path.name}'; drop path=")
+    if follows != "noise":
+        return
+    if path.name not in ("linear", "vp"):  # its steps are some of vp's
+        raise UserError(f"sampler '{sampler}' has DDPM's own steps, not the {path.name} path; drop path=")
+    if prediction not in ("velocity", "noise"):
+        raise UserError(f"sampler '{sampler}' is for a model that predicts noise, not '{prediction}'; drop prediction=")
+
+
 def check_whole(name: str, value: object, least: int, most: int) -> None:
     """Raises UserError unless the value is a whole number in [least, most]."""
     if not isinstance(value, Integral) or isinstance(value, bool) or not least <= int(value) <= most:
@@ -299,18 +317,13 @@ def _check_noise(noise: Tree) -> int:
         raise UserError(f"noise must be a floating point tensor [N, C, ...], not {described(noise)}")
     for name, leaf in named.items():
         leaf_stream(name, Stream.SAMPLER)
-        _check_dense("noise", leaf)
+        check_dense("noise", leaf)
         if not (finite := leaf.flatten(1).isfinite().all(1)).all():
             raise UserError(f"noise row {int(finite.logical_not().nonzero()[0])} holds NaN or Inf")
     counts = {len(leaf) for leaf in named.values()}
     if len(counts) > 1:
         raise UserError(f"the leaves of noise must have equally many rows, not {described(noise)}")
     return counts.pop()
-
-
-def _check_dense(name: str, tensor: Tensor) -> None:
-    if tensor.is_meta or tensor.layout != torch.strided:
-        raise UserError(f"{name} must be a dense tensor with values, not {tensor.layout} on {tensor.device}")
 
 
 def _check_draws(draws: object, noise: Tree, count: int) -> None:
@@ -323,7 +336,7 @@ def _conditions(model: object, y: Tensor | Mapping[str, Tensor | float], count: 
     """y with a tensor [N] for each number. Raises UserError for what is no label of this model, and for shapes."""
     given = y if isinstance(y, Mapping) else {"label": y}
     labels: Any = given.get("label")
-    _check_labels(model, labels, count)
+    check_labels(model, labels, count, wait=True)
     told: dict[str, Tensor] = {}
     for name, value in given.items():
         if not isinstance(value, Tensor) and is_number(value) and math.isfinite(value):
@@ -332,19 +345,6 @@ def _conditions(model: object, y: Tensor | Mapping[str, Tensor | float], count: 
             raise UserError(f"y['{name}'] must be a finite number or floats [{count}], not {described(value)}")
         told[name] = value.to(labels.device)
     return told if isinstance(y, Mapping) else told["label"]
-
-
-def _check_labels(model: object, y: object, count: int) -> None:
-    if not isinstance(y, Tensor) or y.shape != (count,) or y.dtype not in (torch.int64, torch.int32):
-        raise UserError(f"labels y must be int64 [{count}], one for each row of noise, not {described(y)}")
-    _check_dense("y", y)
-    classes = getattr(model, "num_classes", None)
-    if not isinstance(classes, int):
-        return
-    bad = ((y < 0) | (y > max(classes - 1, getattr(model, "null_label", -1)))).nonzero()
-    if len(bad):
-        row = int(bad[0])
-        raise UserError(f"y[{row}] = {int(y[row])} is no label of this model; its labels are 0..{classes - 1}")
 
 
 def _from_generator(generator: torch.Generator | None, state: Tree, dtype: torch.dtype) -> Draw:

@@ -100,7 +100,8 @@ class Backbone(nn.Module, ABC):
     learns_variance: a model of DDPM: t is a whole step, and the image of the output has 2C channels, the noise and the
     variance's logits. outputs: 2 where `forward` returns a tuple, the output and a second one of the form of x.
     guidance_condition: whether it is told its guidance. guides_noise: whether the released sampler of its weights
-    guides at t = 1 where an interval without its ends has that as its upper one.
+    guides at t = 1 where an interval without its ends has that as its upper one. prediction: what its weights were
+    trained to give, as far as that is known: one of `diffusion.conversions.Prediction`; None where it is not.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -122,6 +123,7 @@ class Backbone(nn.Module, ABC):
     outputs: int = 1
     guidance_condition: bool = False
     guides_noise: bool = True
+    prediction: str | None = None
 
     blocks: nn.ModuleList
     projectors: nn.ModuleList  # once there is one

@@ -145,6 +145,8 @@ def test_a_keyed_image_is_the_same_in_any_batch():
         ({"num_steps": 1001}, "num_steps=1001 must lie from 2 to 1000"),
         ({"times": [0.9, 0.0]}, "sampler 'ddim' takes num_steps of the 1000 whole steps; drop times="),
         ({"time_shift": 2.0}, "drop time_shift="),
+        ({"path": "cosine"}, "sampler 'ddim' has DDPM's own steps, not the cosine path; drop path="),
+        ({"prediction": "x"}, "for a model that predicts noise, not 'x'; drop prediction="),
         ({"last_step": "mean"}, "sampler 'ddim' takes no last_step; drop it$"),
         ({"model": lambda x, t, y: x}, r"it must be the noise and the logits of a variance"),
         ({"model": points, "cfg_scale": 2.0}, "give null_label="),

@@ -329,6 +329,7 @@ def test_mean_flow_gives_the_model_both_times():
         ({"time_range": (1, 0.5, 0)}, r"time_range must be two times, \(from, to\)"),
         ({"time_shift": 0}, "time_shift=0 must be a finite number above 0"),
         ({"time_shift": float("inf")}, "time_shift=inf"),
+        ({"sampler": "mean_flow", "model": Exact(), "path": "cosine"}, "on the linear path, not 'cosine'; drop path="),
         ({"prediction": "epsilon"}, "unknown prediction 'epsilon'; valid: velocity, score, noise, x"),
         (
             {"prediction": "noise", "time_range": (1, 0)},

@@ -5,7 +5,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from dit_fast.checkpoint import export_official, load_official, save_official
-from dit_fast.errors import CheckpointError, ConfigError
+from dit_fast.diffusion import sample
+from dit_fast.errors import CheckpointError, ConfigError, UserError
 from dit_fast.models import Taps, build_model
 from dit_fast.models.jit import JiT
 from tests.helpers.cases import loop_over
@@ -150,3 +151,11 @@ def test_a_model_of_ours_goes_out_in_the_published_order():
     again = load_official(export_official(model), "jit", in_context_start=1)
     assert_same_state(export_official(again), export_official(model))
     assert torch.equal(again(*inputs_for(model)), model(*inputs_for(model)))
+
+
+def test_a_model_with_published_weights_says_that_it_predicts_x():
+    model = load_official(golden("jit_small").group("state/"), "jit", in_context_start=1)
+    x, _, y = inputs_for(model)
+    assert torch.equal(sample(model, x, y, num_steps=2), sample(model, x, y, num_steps=2, prediction="x"))
+    with pytest.raises(UserError, match="this JiT predicts 'x', not 'velocity'; give prediction='x' where"):
+        sample(model, x, y, num_steps=2, prediction="velocity")

@@ -125,6 +125,7 @@ def test_a_run_that_predicts_noise_on_vp_draws_finite_images(place, tmp_path):
     ]  # fmt: skip
     assert train(load("quickstart", changes), single()) == 2
     assert len(list(tmp_path.glob("samples/*.png"))) == 1
+    assert load_run(tmp_path).model.prediction == "noise"  # so that `sample` knows it, too
     for sampler in ("heun", "heun2", "rk4", "sde", "sde_heun"):
         samples = sample_run(tmp_path, per_class=1, sampler=sampler)
         assert samples.images.shape == (3, 32, 32, 3)
