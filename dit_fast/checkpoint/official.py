@@ -108,6 +108,10 @@ def load_official(
             model = (FAMILIES[family].empty if family in FAMILIES else partial(_empty_model, family))(state, known)
     except ConfigError as error:
         raise CheckpointError(f"the checkpoint's shapes and num_heads make no model: {error}") from error
+    if encoder_depth is not None and not 1 <= (known.encoder_depth or 0) <= model.depth:
+        raise CheckpointError(f"encoder_depth={encoder_depth} is not one of the checkpoint's blocks 1..{model.depth}")
+    if in_context_start is not None and family != "jit":
+        raise CheckpointError(f"in_context_start={in_context_start} is for family 'jit', not '{family}'; drop it")
     if known.assumed:
         taken = " and ".join(known.assumed)
         logger.warning("the checkpoint does not say, so %s; pass other values if that is wrong", taken)

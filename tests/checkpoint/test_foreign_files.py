@@ -32,6 +32,12 @@ def test_legacy_and_wrapped_names():
         load_official(legacy, "repa", num_heads=4, encoder_depth=1)
     with pytest.raises(CheckpointError, match=r"missing key 'blocks\.2"):
         load_official(legacy, "repa", num_heads=4, encoder_depth=3)
+    for call, message in (
+        ({"family": "repa", "encoder_depth": 99}, r"encoder_depth=99 is not one of the checkpoint's blocks 1\.\.4"),
+        ({"family": "repa", "in_context_start": 1}, "in_context_start=1 is for family 'jit', not 'repa'; drop it"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load_official(state, num_heads=4, **call)
     for outer, inner in (
         ("module._orig_mod.", "_orig_mod."),
         ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.module."),
