@@ -37,7 +37,8 @@ def adaptive_weight(
 
     "paper" (Sec. 3.2, and the code): 1 above `high`, (loss - low) / high above `low`, else 0; it jumps at `high`.
     "continuous": clip((loss - low) / (high - low), 0, 1). detach=False lets gradients flow through the weight, as in
-    the published trainer. Raises UserError for an unknown form or unless 0 <= low < high.
+    the published trainer. That of a NaN is NaN, as is `diversity_loss` of features with one; the published code takes
+    both for 0, which hides a training that diverges. Raises UserError for an unknown form or unless 0 <= low < high.
     """
     if form not in ("paper", "continuous"):
         raise UserError(f"unknown form '{form}' of the adaptive weight; valid: paper, continuous")
@@ -46,7 +47,7 @@ def adaptive_weight(
     loss = loss.detach() if detach else loss
     if form == "continuous":
         return ((loss - low) / (high - low)).clamp(0, 1)
-    ramp = torch.where(loss > low, (loss - low) / high, torch.zeros_like(loss))
+    ramp = torch.where(loss <= low, torch.zeros_like(loss), (loss - low) / high)  # NaN is not below
     return torch.where(loss > high, torch.ones_like(loss), ramp)
 
 

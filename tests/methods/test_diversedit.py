@@ -108,6 +108,7 @@ def test_adaptive_weight(value, weight, multiplier, continuous):
         (w * loss).backward()
         assert loss.grad.item() == pytest.approx(slope, abs=1e-12)
     loss = torch.tensor(value, dtype=torch.float64)
+    assert all(adaptive_weight(loss * torch.nan, form=form).isnan() for form in ("paper", "continuous"))
     assert adaptive_weight(loss, form="continuous").item() == pytest.approx(continuous, abs=1e-12)
 
 
