@@ -17,7 +17,7 @@ from dit_fast.tree import Tree, image, label
 
 
 def readable(values: Tensor) -> bool:
-    """Whether a look at the values of a tensor costs a training step nothing."""
+    """Whether a look at the values of a tensor is possible, and waits for no device."""
     plain = type(values) in (Tensor, nn.Parameter) and values.layout == torch.strided and values.device.type == "cpu"
     return plain and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
@@ -27,7 +27,7 @@ def check_batch(model: object, x: Tree, y: Tree, t: Tensor, prediction: Predicti
     such a prediction.
     """
     count = len(image(x))
-    check_labels(model, y if y is None else label(y), count)
+    check_labels(model, label(y) if isinstance(y, dict) else y, count)
     check_unit("t", t, count)
     predicted_by(model, prediction)
 
@@ -59,7 +59,7 @@ def check_dense(name: str, tensor: Tensor) -> None:
 def check_unit(name: str, t: Tensor, count: int) -> None:
     """Raises UserError unless t is floats [count], times from 0 to 1."""
     if not isinstance(t, Tensor) or t.shape != (count,) or not t.is_floating_point():
-        raise UserError(f"{name} must be floats [{count}], a time for each sample, so t [N], not {described(t)}")
+        raise UserError(f"{name} must be floats [{count}], one time for each sample, not {described(t)}")
     if readable(t) and len(bad := (~((t >= -ROUNDING) & (t <= 1 + ROUNDING))).nonzero()):
         row = int(bad[0])
         raise UserError(f"{name}[{row}] = {float(t[row]):g}; a time lies in [0, 1] (0 is data, 1 is noise)")

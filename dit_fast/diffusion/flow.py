@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dit_fast.diffusion.checks import check_batch
 from dit_fast.diffusion.paths import Path, as_path
 from dit_fast.diffusion.times import TimeSampler, uniform
 from dit_fast.errors import UserError
@@ -25,11 +26,13 @@ def flow_loss(
     """Mean over C, H, W of (model(x_t, t, y) - v)^2 as float32 [N] (float64 for float64 inputs).
 
     x: latents [N, C, H, W]; y: labels [N]. t [N] and noise (shape of x) are drawn where not given, t first: from
-    `times` (uniform by default) and the standard normal, with `generator` or torch's own.
+    `times` (uniform by default) and the standard normal, with `generator` or torch's own. Raises UserError as
+    `check_batch`, and for shapes.
     """
     device = x.device if generator is None else generator.device
     if t is None:
         t = (times or uniform()).sample(len(x), generator, x.device)
+    check_batch(model, x, y, t)
     if noise is None:
         noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
     noised, target = as_path(path).interpolate(x, noise, t)

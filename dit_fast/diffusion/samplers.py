@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_fast.diffusion.checks import check_dense, check_labels, predicted_by
+from dit_fast.diffusion.checks import check_dense, check_labels, check_order, predicted_by
 from dit_fast.diffusion.conversions import Diffusion, Prediction
 from dit_fast.diffusion.ddpm import Noise, spaced_steps
 from dit_fast.diffusion.grids import time_grid
@@ -344,6 +344,8 @@ def _conditions(model: object, y: Tensor | Mapping[str, Tensor | float], count: 
         if not isinstance(value, Tensor) or value.shape != (count,) or value.is_floating_point() == (name == "label"):
             raise UserError(f"y['{name}'] must be a finite number or floats [{count}], not {described(value)}")
         told[name] = value.to(labels.device)
+    if {"t_min", "t_max"} <= told.keys():
+        check_order(("t_min", told["t_min"]), ("t_max", told["t_max"]))
     return told if isinstance(y, Mapping) else told["label"]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dit_fast.data import DatasetInfo
 from dit_fast.diffusion import velocity_error
+from dit_fast.diffusion.checks import readable
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.methods.base import Method, Term
 from dit_fast.models import Backbone
@@ -52,7 +53,7 @@ def contrastive_flow_losses(
     for name, index, kind in (("negative_index", negative_index, torch.int64), ("keep", keep, torch.bool)):
         if index is not None and (index.shape != prediction.shape[:1] or index.dtype != kind):
             raise UserError(f"{name} must be {kind} [{len(prediction)}], not {index.dtype} {list(index.shape)}")
-    if negative_index.device.type == "cpu" and bool(((negative_index < 0) | (negative_index >= len(target))).any()):
+    if readable(negative_index) and bool(((negative_index < 0) | (negative_index >= len(target))).any()):
         raise UserError(f"negative_index must lie in 0 .. {len(target) - 1}, the samples of this batch")
     target = target.detach()
     flow, contrast = velocity_error(prediction, target), velocity_error(prediction, target[negative_index])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dit_fast.data import DatasetInfo
 from dit_fast.diffusion import Path, velocity_error
+from dit_fast.diffusion.checks import check_batch
 from dit_fast.diffusion.paths import as_path
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.methods.base import Method, Term
@@ -39,8 +40,10 @@ def internal_guidance_losses(
     """Both losses of model(x_t, t, y) -> (v, v_aux), against one target; the published total is flow + 0.5 auxiliary.
 
     x, noise [N, C, H, W]; y [N] int64; t [N] in [0, 1]. Means over C, H, W in at least float32; nothing is detached.
-    Source: the published code, `loss.py`. Raises UserError for a model that returns no second velocity.
+    Source: the published code, `loss.py`. Raises UserError as `check_batch`, and for a model that
+    returns no second velocity.
     """
+    check_batch(model, x, y, t)
     noised, velocity = as_path(path).interpolate(x, noise, t)
     first, second = split(model(noised, t, y))
     if second is None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dit_fast.data import DatasetInfo
 from dit_fast.diffusion import Path, velocity_error
+from dit_fast.diffusion.checks import check_batch
 from dit_fast.diffusion.paths import as_path
 from dit_fast.errors import ConfigError
 from dit_fast.methods.base import Term
@@ -52,6 +53,7 @@ def reg_losses(
     """
     if not hasattr(model, "projectors"):
         raise ConfigError("reg_losses needs a model with its alignment head, `projectors`; `load_official` gives one")
+    check_batch(model, x, y, t)
     path, block, target = as_path(path), model.block(encoder_depth, "encoder_depth"), target.detach()
     noised, velocity = path.interpolate(x, noise, t)
     noised_token, token_velocity = path.interpolate(target[:, 0], class_noise, t)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from dit_fast.data import DatasetInfo
 from dit_fast.diffusion import Path, velocity_error
+from dit_fast.diffusion.checks import check_batch
 from dit_fast.diffusion.paths import as_path
 from dit_fast.errors import ConfigError, UserError
 from dit_fast.methods.base import Method, Term
@@ -80,6 +81,7 @@ def sra_loss(
     if not hasattr(model, "ap_head"):
         raise ConfigError("sra_loss needs a model with its alignment head, `ap_head`; `load_official` gives one")
     block, last = model.block(student_depth, "student_depth"), teacher.block(teacher_depth, "teacher_depth")
+    check_batch(model, x, y, t)
     if shift.shape != t.shape:
         raise UserError(f"sra_loss needs a shift of shape {list(t.shape)}, not {list(shift.shape)}")
     path, earlier = as_path(path), (t - shift).clamp(0, 1)

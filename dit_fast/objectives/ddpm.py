@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dit_fast.diffusion import SOLVERS, Guidance, Path
+from dit_fast.diffusion.checks import check_labels, readable
 from dit_fast.diffusion.ddpm import STEPS, Noise, log_variance, noise_and_logits, tables
 from dit_fast.diffusion.paths import along
 from dit_fast.diffusion.solvers import Field
@@ -44,11 +45,13 @@ def ddpm_losses(model: Network, x: Tensor, y: Tensor, t: Tensor, noise: Tensor) 
 
     x, noise: [N, C, H, W]; y: labels [N]; t: int64 [N] in 0 .. 999. In at least float32, float64 for float64 inputs.
     Source: 2102.09672, Eq. 16 with a weight of 1, as in DiT's code. Raises UserError for times that are not whole
-    steps (on a GPU, where that would wait for the device, their range is not looked at) and shapes that do not fit.
+    steps, labels that the model does not have (values on a GPU, for which a look would wait, are not looked at), and
+    shapes that do not fit.
     """
     sound = isinstance(t, Tensor) and t.shape == (len(x),) and t.dtype in (torch.int64, torch.int32)
-    if not sound or (t.device.type == "cpu" and bool(((t < 0) | (t >= STEPS)).any())):
+    if not sound or (readable(t) and bool(((t < 0) | (t >= STEPS)).any())):
         raise UserError(f"ddpm_losses needs times t of shape [{len(x)}], int64 in 0 .. {STEPS - 1}")
+    check_labels(model, y, len(x))
     if x.shape != noise.shape:
         raise UserError(f"x and noise must be of one shape [N, C, H, W], not {list(x.shape)} and {list(noise.shape)}")
     return losses_of(split(model(noised(x, noise, t), t, y))[0], x, t, noise)

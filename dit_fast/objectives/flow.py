@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dit_fast.diffusion import SOLVERS, Path, time_sampler, velocity_error
+from dit_fast.diffusion.checks import check_batch
 from dit_fast.diffusion.conversions import Prediction, Weighting, error_weight, train_range, training_pair
 from dit_fast.diffusion.guidance import described
 from dit_fast.diffusion.paths import PathName
@@ -39,9 +40,10 @@ def flow_losses(
 
     x, noise [N, C, H, W]; y int64 [N]; t [N] from 0 (data) to 1 (noise). The target is dx_t/dt, -noise / sigma, noise
     or x, by `prediction`. w: `conversions.error_weight`, for x with its t_eps; that of a velocity is 1 whatever the
-    weighting, as in SiT's code. Infinite outside of `conversions.train_range`. Raises UserError for shapes and unknown
-    names.
+    weighting, as in SiT's code. Infinite outside of `conversions.train_range`. Raises UserError as
+    `check_batch`, for shapes and for unknown names.
     """
+    check_batch(model, x, y, t, prediction)
     x_t, target = training_pair(x, noise, t, path, prediction)
     output, _ = split(model(x_t, t, y))
     if not isinstance(output, Tensor) or output.shape != x.shape:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dit_fast.diffusion import Path, logit_normal, sample
+from dit_fast.diffusion.checks import check_order, readable
 from dit_fast.diffusion.guidance import is_number
 from dit_fast.diffusion.paths import along
 from dit_fast.errors import ConfigError, UserError
@@ -28,7 +29,7 @@ from dit_fast.objectives.base import Context, noise_for
 from dit_fast.objectives.mean_flow import (
     MeanVelocity,
     Network,
-    check_times,
+    check_samples,
     normalised,
     squared_error,
     total_derivative,
@@ -37,7 +38,7 @@ from dit_fast.objectives.mean_flow import (
 from dit_fast.ops.draws import Key
 from dit_fast.options import check_choice, setting
 from dit_fast.philox import Stream
-from dit_fast.tree import Tree, each, image, leaves
+from dit_fast.tree import Tree, each, leaves
 
 Number = float | Tensor  # one for all samples, or [N]
 
@@ -84,15 +85,19 @@ def improved_mean_flow_losses(
     interval with guidance. dropped: bool [N], samples that learn with the null label and the data's velocity; as
     published, their du/dt follows the velocity of the label that they had. null_label: by default `model.null_label`.
     loss = error / stop(error + norm_eps)^norm_p, with the head's on top. No gradient flows through velocity, target
-    and du/dt. Source: Alg. 1 and 2 of the paper, and its code. Raises UserError for shapes and options that do not fit.
+    and du/dt. Source: Alg. 1 and 2 of the paper, and its code. Raises UserError for shapes, labels, times and options
+    that do not fit (values of tensors are looked at on a CPU alone).
     """
     check_choice("velocity", velocity, Literal["head", "boundary"])
-    check_times("improved_mean_flow_losses", y, t, r, dropped)
-    image(x)
+    check_samples(model, x, y, t, r, dropped)
     head, guides = velocity == "head", omega is not None and not (is_number(omega) and omega == 1)
     scale = _each_sample("omega", 1.0 if omega is None else omega, t)
     low, high = _each_sample("t_min", t_min, t), _each_sample("t_max", t_max, t)
+    check_order(("t_min", low), ("t_max", high))
     told = getattr(getattr(model, "config", None), "guidance_condition", head)
+    for name, bound, end in (("t_min", t_min, 0), ("t_max", t_max, 1)):
+        if omega is None and not told and not (is_number(bound) and bound == end):
+            raise UserError(f"{name} is of guidance, omega is None and the model is told none; give omega=, or drop it")
     null = None if not guides and dropped is None else torch.full_like(y, trained_null_label(model, null_label))
     z, data = (each(lambda a, b, k=k: Path("linear").interpolate(a, b, t)[k], x, noise) for k in (0, 1))
 
@@ -224,6 +229,8 @@ def _each_sample(name: str, value: Number, t: Tensor) -> Tensor:
         return torch.full_like(t, value)
     if not isinstance(value, Tensor) or value.shape not in (t.shape, ()):
         raise UserError(f"{name} must be a number or a tensor {list(t.shape)}, one for each sample")
+    if readable(value) and not bool((value.isfinite() & ((value > 0) | (name != "omega"))).all()):
+        raise UserError(f"{name} must hold finite numbers" + ", above 0" * (name == "omega"))
     return value.to(torch.promote_types(t.dtype, value.dtype)).expand(t.shape)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dit_fast.diffusion import SOLVERS, Path, logit_normal
+from dit_fast.diffusion.checks import check_labels, check_order, check_unit, predicted_by
 from dit_fast.diffusion.guidance import described, shapes_of
 from dit_fast.diffusion.paths import along
 from dit_fast.errors import ConfigError, UserError
@@ -68,14 +69,14 @@ def mean_flow_losses(
     `model.null_label` where not given.
     prediction "x": the network gives clean data, from which u = (z - output) / max(t, t_eps).
     loss = mean of error / stop(error + norm_eps)^norm_p. Differentiable in the model's parameters once.
-    Source: Alg. 1 and Eq. 21 of the paper. Raises UserError for shapes and options that do not fit.
+    Source: Alg. 1 and Eq. 21 of the paper. Raises UserError for shapes, labels, times and options that do not fit, also
+    for a kappa or an interval without omega (values of tensors are looked at on a CPU alone).
     """
-    check_times("mean_flow_losses", y, t, r, dropped)
     check_choice("prediction", prediction, Literal["velocity", "x"])
+    check_samples(model, x, y, t, r, dropped, prediction)
     _check_guidance(omega, kappa, interval)
     if not t_eps > 0:
         raise UserError(f"t_eps={t_eps} must be positive: it divides next to the data")
-    image(x)
     z = each(lambda data, eps: Path("linear").interpolate(data, eps, t)[0], x, noise)
     if prediction == "x":
         velocity = each(lambda a, data: (a - data) / along(t.clamp(min=t_eps), a), z, x)
@@ -172,10 +173,16 @@ def normalised(error: Tensor, norm_p: float, norm_eps: float) -> Tensor:
     return error / (error.detach() + norm_eps) ** norm_p
 
 
-def check_times(function: str, y: Tensor, t: Tensor, r: Tensor, dropped: Tensor | None) -> None:
-    """Raises UserError unless t and r are [N] for labels y [N], and dropped too where it is given."""
-    if t.shape != (len(y),) or r.shape != t.shape:
-        raise UserError(f"{function} needs t and r of shape [{len(y)}], not {list(t.shape)} and {list(r.shape)}")
+def check_samples(
+    model: object, x: Tree, y: Tensor, t: Tensor, r: Tensor, dropped: Tensor | None, prediction: str = "velocity"
+) -> None:
+    """Raises UserError unless labels y, times r <= t and, where it is given, dropped are [N] for x [N, ...]."""
+    count = len(image(x))
+    check_labels(model, y, count)
+    for name, times in (("t", t), ("r", r)):
+        check_unit(name, times, count)
+    check_order(("r", r), ("t", t))
+    predicted_by(model, prediction)
     if dropped is not None and dropped.shape != t.shape:
         raise UserError(f"dropped must be bool {list(t.shape)}, one for each sample, not {list(dropped.shape)}")
 
@@ -186,6 +193,9 @@ def _check_guidance(omega: float | None, kappa: float, interval: tuple[float, fl
             raise UserError(f"{name}={scale} must be a finite number")
     if len(interval) != 2 or not interval[0] <= interval[1]:
         raise UserError(f"interval={interval} must be (smallest, largest) t with a guided target, in order")
+    for name, value, off in (("kappa", kappa, 0), ("interval", tuple(interval), (0, 1))):
+        if omega is None and value != off:
+            raise UserError(f"{name}={value} is of a guided target, and omega is None; give omega=, or drop {name}=")
 
 
 def trained_null_label(model: object, given: int | None) -> int:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dit_fast.diffusion import velocity_error
+from dit_fast.diffusion.checks import check_batch
 from dit_fast.diffusion.conversions import convert, error_weight, training_pair
 from dit_fast.errors import UserError
 from dit_fast.models import Output, split
@@ -37,10 +38,12 @@ def x_prediction_losses(
 ) -> XPredictionLosses:
     """Of model(z, t, y) -> clean data; x, noise [N, C, H, W], y int64 [N], t [N] from 0 (data) to 1 (noise).
 
-    loss: mean over C, H, W in at least float32. Raises UserError for a t_eps that is not positive, and for shapes.
+    loss: mean over C, H, W in at least float32. Raises UserError as `check_batch`, for shapes, and
+    for a t_eps that is not positive.
     """
     if not t_eps > 0:
         raise UserError(f"t_eps={t_eps} must be positive: it divides next to the data")
+    check_batch(model, x, y, t, "x")
     z, clean = training_pair(x, noise_scale * noise, t, prediction="x")
     output = image(split(model(z, t, y))[0])
     error = velocity_error(output, clean)

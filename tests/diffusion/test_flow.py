@@ -17,6 +17,19 @@ def random(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+class Three:
+    """Of three labels and a null label."""
+
+    num_classes, null_label = 3, 3
+
+    def __call__(self, x, t, y):
+        return 0.3 * x
+
+
+class Predicts(Three):
+    prediction = "x"
+
+
 @loop_over("name", ["linear", "cosine", "vp"])
 def test_velocity_is_the_derivative_of_the_path(name):
     path, x, noise = Path(name), random(3, 4, 5, 5), random(3, 4, 5, 5, seed=1)
@@ -116,6 +129,31 @@ def test_a_prediction_of_another_shape_is_not_broadcast():
     x, y = random(3, 2, 4, 4), torch.arange(3)
     with pytest.raises(UserError, match=r"returned \[3, 1, 4, 4\]; it must be like its target \[3, 2, 4, 4\]"):
         flow_loss(lambda x_t, t, y: x_t[:, :1], x, y)
+
+
+@loop_over(
+    ("change", "message"),
+    [
+        ({"y": torch.tensor([0, 9, 4])}, r"y\[1\] = 9 is no label of this model; its labels are 0\.\.2"),
+        ({"y": torch.arange(2)}, r"y must be int64 \[3\], one for each sample, not torch.int64 \[2\]"),
+        ({"y": [0, 1, 2]}, r"y must be int64 \[3\], one for each sample, not a list"),
+        ({"t": torch.tensor([0.0, 1.0, float("nan")])}, r"t\[2\] = nan; a time lies in \[0, 1\]"),
+        ({"model": Predicts()}, "this Predicts predicts 'x', not 'velocity'; give prediction='x'"),
+    ],
+)
+def test_what_the_plain_function_refuses(change, message):
+    given = {"model": Three(), "x": random(3, 2, 4, 4), "y": torch.tensor([0, 2, 3]), "t": None, **change}
+    with pytest.raises(UserError, match=message):
+        flow_loss(**given)
+
+
+def test_labels_are_looked_at_on_a_cpu_alone_and_not_where_they_are_traced():
+    """A look at those of a device would wait for it; 3 is the null label."""
+    x, t = random(3, 2, 4, 4), torch.ones(3)
+    assert flow_loss(Three(), x, torch.tensor([0, 2, 3]), t).shape == (3,)
+    assert flow_loss(Three(), x.to("meta"), torch.tensor([0, 9, 4], device="meta"), t.to("meta")).shape == (3,)
+    traced = torch.compile(lambda y: flow_loss(Three(), x, y, t, x), fullgraph=True, backend="eager")
+    assert traced(torch.tensor([0, 9, 4])).shape == (3,)
 
 
 def test_loss_draws_time_and_noise_from_the_generator():

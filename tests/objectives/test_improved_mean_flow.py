@@ -192,7 +192,7 @@ def test_what_it_cannot_train_is_refused():
         with pytest.raises(ConfigError, match=f"objective=mean_flow has no use for model.{option}"):
             MeanFlow(MeanFlow.Config(), small(**{option: True}))
     losses = lambda model, **options: refused(  # noqa: E731
-        improved_mean_flow_losses, model, clean(), Y, T, R, clean(), **options
+        improved_mean_flow_losses, model, **{"x": clean(), "y": Y, "t": T, "r": R, "noise": clean(), **options}
     )
     assert "a network that returns (u, v); use velocity='boundary'" in losses(small())
     assert "velocity" in losses(told, velocity="both")
@@ -200,7 +200,11 @@ def test_what_it_cannot_train_is_refused():
         assert "it must be like" in losses(lambda z, t, y, outputs=outputs: outputs(z))
     assert losses(told, omega=0.0) == "omega=0.0 must be a finite number, above 0"
     assert "t_min must be a number or a tensor [6]" in losses(told, t_min=torch.zeros(2))
-    assert "give null_label=" in losses(small(label_dropout=0.0, velocity_head=True), omega=2.0)
+    assert losses(told, t_min=0.7, t_max=0.2) == "t_min[0] = 0.7 lies above t_max[0] = 0.2; swap them"
+    assert "swap them" in refused(improved_mean_flow_sample, told, clean(), Y, omega=2.0, t_min=0.7, t_max=0.2)
+    assert "omega must hold finite numbers, above 0" in losses(told, omega=0 * T)
+    assert "t_max is of guidance" in losses(small(), velocity="boundary", t_max=0.5)
+    assert "give null_label=" in losses(small(label_dropout=0.0, velocity_head=True), omega=2.0, y=Y % 5)
     assert "dropped must be bool [6]" in losses(told, dropped=DROPPED[:1])
     for omega, message in ((0.0, "omega=0.0 must be"), (torch.ones(2), "omega must be a number or a tensor [6]")):
         assert message in refused(improved_mean_flow_sample, told, clean(), Y, omega=omega)

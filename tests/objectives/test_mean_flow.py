@@ -105,8 +105,8 @@ def test_what_it_cannot_train_is_refused():
         MeanFlow.Config(guidance_low=0.6, guidance_high=0.5)
     half = torch.full((6,), 0.5, dtype=torch.float64)
     with pytest.raises(UserError, match="give null_label="):
-        mean_flow_losses(small(label_dropout=0.0), clean(), Y, half, half, clean(), omega=2.0)
-    with pytest.raises(UserError, match=r"t and r of shape \[6\]"):
+        mean_flow_losses(small(label_dropout=0.0), clean(), Y % 5, half, half, clean(), omega=2.0)
+    with pytest.raises(UserError, match=r"r must be floats \[6\], one time for each sample"):
         mean_flow_losses(small(), clean(), Y, half, half[:, None], clean())
     with pytest.raises(UserError, match="x and noise of one shape"):
         mean_flow_losses(small(), clean(), Y, half, half, clean()[:1])
@@ -119,10 +119,15 @@ def test_what_it_cannot_train_is_refused():
         ({"omega": float("nan")}, "omega=nan must be a finite number"),
         ({"omega": 2.0, "kappa": float("inf")}, "kappa=inf must be a finite number"),
         ({"prediction": "x", "t_eps": 0.0}, r"t_eps=0\.0 must be positive"),
+        ({"kappa": 0.5}, r"kappa=0\.5 is of a guided target, and omega is None; give omega="),
+        ({"interval": (0.2, 0.7)}, r"interval=\(0\.2, 0\.7\) is of a guided target"),
+        ({"t": half + 1}, r"t\[0\] = 1\.5; a time lies in \[0, 1\]"),
+        ({"r": half + 0.25}, r"r\[0\] = 0\.75 lies above t\[0\] = 0\.5; swap them"),
+        ({"y": Y + 6}, r"y\[0\] = .* is no label of this model"),
         ({"norm_eps": -1.0}, r"norm_eps=-1\.0 0 or more"),
     ):
         with pytest.raises(UserError, match=message):
-            mean_flow_losses(small(), clean(), Y, half, half, clean(), **option)
+            mean_flow_losses(small(), **{"x": clean(), "y": Y, "t": half, "r": half, "noise": clean(), **option})
     for prediction in ("velocity", "x"):
         with pytest.raises(UserError, match=r"returned torch.float64 \[6, 1, 8, 8\]; it must be like .*\[6, 2, 8, 8\]"):
             mean_flow_losses(lambda z, t, y: z[:, :1], clean(), Y, half, half, clean(), prediction=prediction)
@@ -130,5 +135,5 @@ def test_what_it_cannot_train_is_refused():
 
 def test_a_guided_target_of_scale_one_needs_no_null_label():
     model, half = small(label_dropout=0.0), torch.full((6,), 0.5, dtype=torch.float64)
-    plain, guided = (mean_flow_losses(model, clean(), Y, half, half / 2, clean(), omega) for omega in (None, 1.0))
+    plain, guided = (mean_flow_losses(model, clean(), Y % 5, half, half / 2, clean(), omega) for omega in (None, 1.0))
     assert torch.equal(plain.squared_error, guided.squared_error)

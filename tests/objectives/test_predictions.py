@@ -127,7 +127,12 @@ ONE, TIME = torch.ones(4, 3, 2, 2), torch.ones(4)
         (lambda: flow_losses(output, ONE, Y, TIME, ONE, prediction="eps"), "prediction 'eps'.*score, noise, x"),
         (lambda: flow_losses(output, ONE, Y, TIME, ONE, "linear", "noise", "snr"), "weighting 'snr'.*likelihood"),
         (lambda: flow_losses(lambda x, t, y: x[:, :1], ONE, Y, TIME, ONE), r"returned .*\[4, 1, 2, 2\]"),
-        (lambda: flow_losses(output, ONE, Y, TIME[:2], ONE), r"t \[N\], not"),
+        (lambda: flow_losses(output, ONE, Y, TIME[:2], ONE), r"t must be floats \[4\], one time for each sample"),
+        (lambda: flow_losses(output, ONE, Y, TIME * 2, ONE), r"t\[0\] = 2; a time lies in \[0, 1\]"),
+        (
+            lambda: flow_losses(output, ONE, Y[:3], TIME, ONE),
+            r"y must be int64 \[4\], .* \[3\]",
+        ),
         (lambda: x_prediction_losses(output, ONE, Y, TIME, ONE, t_eps=0.0), "t_eps=0.0 must be positive"),
     ],
 )
