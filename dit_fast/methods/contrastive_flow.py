@@ -3,6 +3,7 @@
 loss = |f - v|^2 - weight |f - v_j|^2,       j uniform among the other samples of the micro-batch
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -50,6 +51,8 @@ def contrastive_flow_losses(
     """
     if prediction.shape != target.shape:
         raise UserError(f"prediction {list(prediction.shape)} and target {list(target.shape)} must be of one shape")
+    if not math.isfinite(weight):
+        raise UserError(f"weight={weight} must be a finite number (paper: {WEIGHT})")
     for name, index, kind in (("negative_index", negative_index, torch.int64), ("keep", keep, torch.bool)):
         if index is not None and (index.shape != prediction.shape[:1] or index.dtype != kind):
             raise UserError(f"{name} must be {kind} [{len(prediction)}], not {index.dtype} {list(index.shape)}")

@@ -6,6 +6,7 @@ Below t_eps, (z - x) / d is not the velocity of the path. A run has it as `objec
 objective.weighting=velocity`.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -39,8 +40,10 @@ def x_prediction_losses(
     """Of model(z, t, y) -> clean data; x, noise [N, C, H, W], y int64 [N], t [N] from 0 (data) to 1 (noise).
 
     loss: mean over C, H, W in at least float32. Raises UserError as `check_batch`, for shapes, and
-    for a t_eps that is not positive.
+    for a t_eps or a noise_scale that is not positive.
     """
+    if not 0 < noise_scale < math.inf:
+        raise UserError(f"noise_scale={noise_scale} must be a finite number above 0")
     if not t_eps > 0:
         raise UserError(f"t_eps={t_eps} must be positive: it divides next to the data")
     check_batch(model, x, y, t, "x")

@@ -99,6 +99,7 @@ def test_what_cannot_be_meant_is_refused():
         ((x, x, index.float()), "negative_index must be"),
         ((x, x, index - 1), "negative_index must lie in 0 .. 1"),
         ((x, x, index + 1), "negative_index must lie in 0 .. 1"),
+        ((x, x, index, float("nan")), "weight=nan must be a finite number (paper: 0.05)"),
         ((x, x, index, 0.1, index), "keep must be torch.bool [2]"),
     ):
         assert message in refused(contrastive_flow_losses, *given)

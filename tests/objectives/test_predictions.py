@@ -134,6 +134,7 @@ ONE, TIME = torch.ones(4, 3, 2, 2), torch.ones(4)
             r"y must be int64 \[4\], .* \[3\]",
         ),
         (lambda: x_prediction_losses(output, ONE, Y, TIME, ONE, t_eps=0.0), "t_eps=0.0 must be positive"),
+        (lambda: x_prediction_losses(output, ONE, Y, TIME, ONE, noise_scale=float("nan")), "noise_scale=nan must"),
     ],
 )
 def test_bad_arguments_are_named(call, message):
