@@ -107,6 +107,17 @@ def test_arguments_of_another_kind_are_another_function(launches):
     assert torch.equal(traced(lambda add, x: (x + add,), (1,), (), x)[0], x + 1)
 
 
+def test_one_tensor_in_two_places_is_not_taken_down(launches):
+    """Next time they may be two."""
+    x, y = torch.randn(3), torch.randn(3)
+    for first, second in ((x, x), (x, x), (x, x), (x, y), (x, y), (x, x)):
+        assert torch.equal(traced(difference, (), (), first, second)[0], first - second)
+
+
+def difference(x, y):
+    return (x - y,)
+
+
 def test_an_argument_may_lie_anywhere_in_its_memory(launches):
     buffer = torch.randn(100)
     for start in (0, 4, 48, 7):
