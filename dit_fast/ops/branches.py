@@ -259,13 +259,17 @@ def _join(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     norms, width = plan.norms, x.shape[-1]
     attended = y.reshape(-1, width)
-    branch = torch.addmm(bias_shadow, attended, shadow.t()).view(x.shape)
-    x_new, modulated, *stats = norms.forward(x, branch, gate, shift, scale, EPS, plan.rms, None, plan.dtype, True)
+    branch = torch.addmm(bias_shadow, attended, shadow.t())
+    x_new, modulated, *stats = norms.forward(
+        x, branch.view(x.shape), gate, shift, scale, EPS, plan.rms, None, plan.dtype, True
+    )
     rows = modulated.view(-1, width)
     hidden = _linear(rows, first, first_bias, plan.mlp)
     activation = _gelu(hidden, plan.mlp)
-    mixed = _linear(activation, second, second_bias, plan.mlp).view(x.shape)
-    out, _, *measured = norms.forward(x_new, mixed, gate_m, None, None, EPS, plan.rms, None, x.dtype, True)
+    mixed = _linear(activation, second, second_bias, plan.mlp)
+    out, _, *measured = norms.forward(
+        x_new, mixed.view(x.shape), gate_m, None, None, EPS, plan.rms, None, x.dtype, True
+    )
     return out, *measured, mixed, attended, branch, x_new, *stats, rows, hidden, activation if keep else None
 
 
@@ -277,6 +281,7 @@ def _join_back(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """added: the diversity loss's own gradient of the result, for the kernel that has the second gate's with it."""
     above: Any = grad
+    branch, mixed = branch.view(x_new.shape), mixed.view(x_new.shape)  # of what a trace needs no tensor for
     if added is None:
         given: Any = (grad, None, None, mixed, gate_m, None, None, None, EPS, plan.rms, False, x_new.dtype, mixed.dtype)
         _, grad_mixed, of_gate_m, *_ = _of_norm(plan, given, (gate_m.dtype,) * 3, at_home)
