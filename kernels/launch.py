@@ -9,7 +9,7 @@ interpreter and with a version of Triton whose C function is not known here (`or
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial, reduce
 from operator import or_
 from threading import get_ident
@@ -17,6 +17,7 @@ from typing import Any
 
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -82,11 +83,13 @@ def launcher(
         given: list[Any] = list(tensors)
         for place, tile in enumerate(tiles):
             given[place] = TensorDescriptor(given[place], [*given[place].shape], [*given[place].stride()], [*tile])
-        if aligned:
-            known[:] = [{**vars(each), "base": None} for each in given[: len(tiles)]]
-            direct = _direct(kernel, run(*given, *numbers, **constants), grid, numbers, constants)
-        else:
-            run(*given, *numbers, **{**constants, **(unaligned or {})})
+        # The interpreter's own operators are none of who listens.
+        with nullcontext() if _note is None else _disable_current_modes():
+            if aligned:
+                known[:] = [{**vars(each), "base": None} for each in given[: len(tiles)]]
+                direct = _direct(kernel, run(*given, *numbers, **constants), grid, numbers, constants)
+            else:
+                run(*given, *numbers, **{**constants, **(unaligned or {})})
 
     return launch
 

@@ -14,13 +14,16 @@ The launches are the same, in the same order, with the same arguments but for ad
 that only lead to another view or to an address are left out.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, overrides
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dit_fast.ops._op import remember
 from dit_fast.ops._register import ABOVE
@@ -43,6 +46,7 @@ _QUICK = {
     aten.mm.dtype: torch.mm,
     aten.sum.dim_IntList: torch.sum,
 }
+_RECORDING = threading.Lock()  # one thread listens to launches; another's call comes again
 _PROGRAMS: dict[Any, Any] = {}  # None once a function ran, then its program, or the reason why it has none
 
 
@@ -67,12 +71,25 @@ def traced(function: Any, facts: tuple[Any, ...], told: Sequence[Tensor | None],
         return function(*facts, *given) if results is None else results
     if program is key:
         remember(_PROGRAMS, key, None)
-    elif program is None:
-        present = [id(each) for each in given if each is not None]
-        if len(set(present)) == len(present):  # of one tensor in two places, a program would not know which is read
+    elif program is None and _can_be_taken_down(given) and _RECORDING.acquire(blocking=False):
+        try:
             results, _PROGRAMS[key] = _Trace(given, len(told)).run(lambda: function(*facts, *given))
-            return results
+        finally:
+            _RECORDING.release()
+        return results
     return function(*facts, *given)
+
+
+def _can_be_taken_down(given: Sequence[Tensor | None]) -> bool:
+    """Whether what this call does is what others of its kind do. Of one tensor in two places a program would not know
+    which is read; odd addresses take other kernels; a mode of torch functions may change what is called."""
+    present = [each for each in given if each is not None]
+    modes = overrides._get_current_function_mode_stack()
+    return (
+        len({id(each) for each in present}) == len(present)
+        and not any(each.data_ptr() % _ALIGNMENT for each in present)
+        and all(isinstance(mode, DeviceContext) for mode in modes)
+    )
 
 
 class _Refused(Exception):
@@ -88,15 +105,21 @@ class _Line(NamedTuple):
     kept: bool = True
 
 
+class _Owner(NamedTuple):
+    form: tuple[Any, ...]
+    start: Any
+    dtype: torch.dtype
+
+
 class _Trace(TorchDispatchMode):
     """Names: x0 are arguments, v1 what operators made, w2 views of either, c3 constants, a_x0 addresses."""
 
     def __init__(self, arguments: Sequence[Tensor | None], told: int):
         super().__init__()
-        self._told = arguments[:told]
+        self._given, self._told = arguments, arguments[:told]
         self._arguments = [f"x{place}" for place in range(len(arguments))]
-        self._owners: dict[str, Tensor] = {}
-        self._known: dict[int, tuple[str, Tensor]] = {}  # by id: the owner of its memory, and itself, which so stays
+        self._owners: dict[str, _Owner] = {}
+        self._known: Any = WeakTensorKeyDictionary()  # the owner of its memory; no tensor lives longer for being known
         self._views: dict[Any, str] = {}
         self._lines: list[_Line] = []
         self._count = 0
@@ -131,18 +154,19 @@ class _Trace(TorchDispatchMode):
         return name
 
     def _own(self, name: str, tensor: Tensor) -> str:
-        self._owners[name], self._known[id(tensor)] = tensor, (name, tensor)
+        self._owners[name], self._known[tensor] = _Owner(_form(tensor), _start(tensor), tensor.dtype), name
         return name
 
     def _owner(self, tensor: Tensor) -> str:
-        found = self._known.get(id(tensor))
+        found: str | None = self._known.get(tensor)
         if found is None:
             self._refuse("it reads a tensor that it was not given")
-            return "None"
-        return found[0]
+        return found or "None"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+        forms = [_form(each) for each in given]
         results = func(*args, **kwargs)
         made = results if isinstance(results, tuple | list) else (results,)
         if func.namespace != "aten" or not made or not all(isinstance(each, Tensor) for each in made):
@@ -151,13 +175,15 @@ class _Trace(TorchDispatchMode):
         if func in _EMPTY:
             self._lines.append(self._empty(results))
             return results
-        given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
         if any(each is other for each in made for other in given):  # written into
+            if forms != [_form(each) for each in given]:
+                self._refuse(f"{func} changes a shape")
             reads: set[str] = set()
             self._lines.append(_Line(self._call(func, args, kwargs, reads), (), reads))
         elif given and all(_memory(each) == _memory(given[0]) for each in made):
             owner = self._owner(given[0])
-            self._known |= {id(each): (owner, each) for each in made}
+            for each in made:
+                self._known[each] = owner
         else:
             reads = set()
             call = self._call(func, args, kwargs, reads)
@@ -174,7 +200,7 @@ class _Trace(TorchDispatchMode):
 
     def _call(self, func: Any, args: Any, kwargs: Any, reads: set[str]) -> str:
         if func is aten._to_copy.default and list(kwargs) == ["dtype"]:
-            return f"{self._text(args[0], reads)}.to({self._constant(kwargs['dtype'])})"
+            return f"{self._text(args[0], reads)}.to({self._constant(kwargs['dtype'])}, copy=True)"
         parts = [self._text(each, reads) for each in args]
         parts += [f"{name}={self._text(each, reads)}" for name, each in kwargs.items()]
         return f"{self._constant(_QUICK.get(func, func))}({', '.join(parts)})"
@@ -189,13 +215,13 @@ class _Trace(TorchDispatchMode):
     def _tensor(self, tensor: Tensor, reads: set[str]) -> str:
         """Its name, after the line that makes it where it is a view."""
         name = self._owner(tensor)
-        owner = self._owners.get(name, tensor)
+        form, at, dtype = self._owners.get(name) or _Owner(_form(tensor), _start(tensor), tensor.dtype)
         reads.add(name)
-        start = tensor.storage_offset() - owner.storage_offset()
-        if tensor is owner or (name[0] == "v" and _form(tensor) == _form(owner) and not start):
-            return name
-        if tensor.dtype != owner.dtype:
+        if tensor.dtype != dtype:
             self._refuse("it reads memory as another dtype")
+        start = (_start(tensor) - at) // tensor.element_size()
+        if any(tensor is each for each in self._given) or (name[0] == "v" and _form(tensor) == form and not start):
+            return name
         key = (name, _form(tensor), start)
         if key not in self._views:
             self._views[key] = view = self._name("w")
@@ -212,8 +238,7 @@ class _Trace(TorchDispatchMode):
         parts = []
         for tensor in tensors:
             name = self._owner(tensor)
-            owner = self._owners.get(name, tensor)
-            start = _start(tensor) - _start(owner)
+            start = _start(tensor) - self._owners[name].start if name in self._owners else 0
             if start % _ALIGNMENT:
                 self._refuse("a kernel takes an address that is no multiple of 16 bytes")
             reads |= {name, f"a_{name}"}

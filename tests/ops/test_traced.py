@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 import weakref
+from threading import Thread
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_fast import kernels
@@ -112,6 +114,58 @@ def test_one_tensor_in_two_places_is_not_taken_down(launches):
     x, y = torch.randn(3), torch.randn(3)
     for first, second in ((x, x), (x, x), (x, x), (x, y), (x, y), (x, x)):
         assert torch.equal(traced(difference, (), (), first, second)[0], first - second)
+
+
+def programs():
+    return [program for program in module._PROGRAMS.values() if callable(program)]
+
+
+def test_an_odd_address_is_not_taken_down(launches):
+    """It may have been copied for its sake."""
+    odd, even = torch.randn(49)[1:].view(3, 16), torch.randn(3, 16)
+    for x, taken in ((odd, 0), (odd, 0), (even, 1), (even, 1)):
+        assert torch.equal(traced(moved, (launches,), (), x)[1], x[1])
+        assert len(programs()) == taken
+
+
+def test_what_a_mode_of_functions_changes_is_not_taken_down(launches):
+    class Doubled(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            return 2 * result if func is torch.exp else result
+
+    def exponential(x):
+        return (torch.exp(x),)
+
+    x = torch.randn(3)
+    with Doubled():
+        for _ in range(3):
+            assert torch.equal(traced(exponential, (), (), x)[0], 2 * x.exp())
+    for taken in (1, 1):
+        with torch.device("cpu"):  # a mode as well, which changes nothing here
+            assert torch.equal(traced(exponential, (), (), x)[0], x.exp())
+        assert len(programs()) == taken
+
+
+def test_one_thread_at_a_time_listens(launches):
+    found = []
+
+    def second(x):
+        return (x + 1,)
+
+    def first(x):
+        thread = Thread(target=lambda: found.extend(traced(second, (), (), x)[0] for _ in range(3)))
+        thread.start()
+        thread.join()
+        return (x * 2,)
+
+    x = torch.randn(3)
+    traced(first, (), (), x)
+    module._PROGRAMS.clear()
+    for _ in range(2):
+        assert torch.equal(traced(first, (), (), x)[0], x * 2)
+    assert all(torch.equal(each, x + 1) for each in found)
+    assert not refusals()
 
 
 def difference(x, y):
@@ -259,6 +313,21 @@ def test_quick_functions_reach_the_operators_that_they_stand_for():
                 module._QUICK[func](*args, **kwargs)
             assert [each for each in seen if each.namespace == "aten"] == [func]
             seen.clear()
+
+
+def test_nothing_lives_longer_for_being_taken_down(launches):
+    alive = []
+
+    def chain(x):
+        first = x @ x
+        gone = weakref.ref(first)
+        second = first + 1
+        del first
+        alive.append(gone() is not None)
+        return (second,)
+
+    calls_of(chain, torch.randn(4, 4))
+    assert alive == [False, False]
 
 
 def test_nothing_lives_longer_than_it_is_read(launches):
