@@ -6,7 +6,7 @@ Everything that a step does before the device works is run as it is: the trainer
 torch's dispatcher, Triton's launch. Tensors lie on the CPU and are so small that their arithmetic hardly counts;
 kernels end at a null driver (`null_driver.py`, which says what is not counted). Ours and the step as published
 alternate in one process, each with SiT of 12 or 28 blocks, long skips, bf16 autocast and the diversity loss, on one
-thread.
+thread. "untraced" is ours with the Python of blocks and long skips run each time (`dit_fast/ops/traced.py`).
 
 Times are of the thread's CPU, which a busy machine hardly changes, and medians. A call of an op is also given in
 clones: the time of `clone()` of a small tensor, the cheapest call that torch can launch, taken in the same rounds.
@@ -99,13 +99,14 @@ def text(result: dict[str, Any]) -> str:
             lines.append(f"{case['blocks']} blocks, {side:10} {times} ms, launches {case[side]['launches']}")
             alone = ", ".join(f"{part} {ms:.1f}" for part, ms in case[side]["alone_ms"].items())
             lines.append(f"{'':22} alone: {alone} ms")
-        lines.append(f"{case['blocks']} blocks, ours / published: {case['ratio']:.2f} of the host's time")
+        ratios = f"{case['ratio']:.2f}, without traces {case['ratio_untraced']:.2f}"
+        lines.append(f"{case['blocks']} blocks, ours / published: {ratios} of the host's time")
     return "\n".join(lines)
 
 
 def step(blocks: int, rounds: int) -> dict[str, Any]:
     """Times of both sides' parts of a step in ms, launches by name, and the ratio of the whole."""
-    sides: dict[str, _Side] = {"published": _Published(blocks), "ours": _Ours(blocks)}
+    sides: dict[str, _Side] = {"published": _Published(blocks), "ours": _Ours(blocks), "untraced": _Untraced(blocks)}
     for side in sides.values():
         for number in range(3):
             side.run(number)
@@ -118,7 +119,8 @@ def step(blocks: int, rounds: int) -> dict[str, Any]:
     from dit_fast.benchmarks import host_alone
 
     entry: dict[str, Any] = {"blocks": blocks}
-    for name, side in sides.items():
+    for name in ("published", "ours"):
+        side = sides[name]
         launched = launches(partial(side.run, 3 + rounds))
         calls: list[host_alone.Call] = []
         launches(partial(side.run, 4 + rounds), calls)  # which keeps gradients alive, so that autograd copies some
@@ -130,8 +132,10 @@ def step(blocks: int, rounds: int) -> dict[str, Any]:
             "launches": sum(launched.values()),
             "launches_by_name": dict(launched.most_common()),
         }
-    ratios = [ours / published for ours, published in zip(*(taken[name]["step"] for name in ("ours", "published")))]  # noqa: B905
-    entry["ratio"] = statistics.median(ratios)
+    entry["untraced"] = {"ms": {part: statistics.median(times) for part, times in taken["untraced"].items()}}
+    for key, name in (("ratio", "ours"), ("ratio_untraced", "untraced")):
+        rounds_of = zip(taken[name]["step"], taken["published"]["step"], strict=True)
+        entry[key] = statistics.median(own / published for own, published in rounds_of)
     return entry
 
 
@@ -224,6 +228,20 @@ class _Ours(_Side):
         with self.marks:
             self.engine.train_step([self.batches[number % 4]], number, self.rate)
         return self.marks.parts()
+
+
+class _Untraced(_Ours):
+    def run(self, number: int) -> dict[str, float]:
+        from dit_fast.ops import branches, long_skip_node, traced
+
+        def plain(function: Any, facts: Any, told: Any, *others: Any) -> Any:
+            return function(*facts, *told, *others)
+
+        try:
+            branches.traced = long_skip_node.traced = plain
+            return super().run(number)
+        finally:
+            branches.traced = long_skip_node.traced = traced.traced
 
 
 class _Marks:

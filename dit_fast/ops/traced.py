@@ -14,6 +14,7 @@ The launches are the same, in the same order, with the same arguments but for ad
 that only lead to another view or to an address are left out.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from types import FunctionType
@@ -28,6 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dit_fast.ops._op import remember
 from dit_fast.ops._register import ABOVE
 
+logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 _ALIGNMENT = 16  # bytes; kernels were compiled for addresses that are multiples of it
 _EMPTY = {
@@ -73,7 +75,9 @@ def traced(function: Any, facts: tuple[Any, ...], told: Sequence[Tensor | None],
         remember(_PROGRAMS, key, None)
     elif program is None and _can_be_taken_down(given) and _RECORDING.acquire(blocking=False):
         try:
-            results, _PROGRAMS[key] = _Trace(given, len(told)).run(lambda: function(*facts, *given))
+            results, _PROGRAMS[key] = _Trace(function.__qualname__, given, len(told)).run(
+                lambda: function(*facts, *given)
+            )
         finally:
             _RECORDING.release()
         return results
@@ -106,6 +110,8 @@ class _Line(NamedTuple):
 
 
 class _Owner(NamedTuple):
+    """Of an argument or of what an operator made: shape and strides, first byte in its memory, dtype."""
+
     form: tuple[Any, ...]
     start: Any
     dtype: torch.dtype
@@ -114,8 +120,9 @@ class _Owner(NamedTuple):
 class _Trace(TorchDispatchMode):
     """Names: x0 are arguments, v1 what operators made, w2 views of either, c3 constants, a_x0 addresses."""
 
-    def __init__(self, arguments: Sequence[Tensor | None], told: int):
+    def __init__(self, name: str, arguments: Sequence[Tensor | None], told: int):
         super().__init__()
+        self._name_of_function = name
         self._given, self._told = arguments, arguments[:told]
         self._arguments = [f"x{place}" for place in range(len(arguments))]
         self._owners: dict[str, _Owner] = {}
@@ -138,6 +145,7 @@ class _Trace(TorchDispatchMode):
         try:
             program = self._program(results, launch.hooked)
         except _Refused as reason:
+            logger.warning("%s keeps its Python, which takes longer: %s", self._name_of_function, reason)
             return results, str(reason)
         return results, program
 

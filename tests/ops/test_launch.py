@@ -1,12 +1,9 @@
 """The short way to a kernel hands Triton's C function what the ordinary way does, with either version of Triton."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
-from tests.ops.install_triton import ROOT, VERSIONS, folder
+from tests.helpers.triton_scripts import run_compiling
+from tests.ops.install_triton import VERSIONS
 
 SCRIPT = """
 from dit_fast.benchmarks import null_driver
@@ -93,7 +90,4 @@ assert call() == 1 and call() == 1
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_second_launch_is_the_first_without_triton_s_python(version):
-    environment = os.environ | {"PYTHONPATH": str(folder(version))}
-    environment.pop("TRITON_INTERPRET", None)
-    result = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_compiling(SCRIPT, version)

@@ -3,9 +3,6 @@ kind is taken down. "Kernels" here move memory by address, as those of Triton wo
 
 import contextlib
 import ctypes
-import os
-import subprocess
-import sys
 import weakref
 from threading import Thread
 
@@ -19,7 +16,8 @@ from dit_fast import kernels
 from dit_fast.ops import traced as module
 from dit_fast.ops.linear import joined_sum_op
 from dit_fast.ops.traced import traced
-from tests.ops.install_triton import ROOT, VERSIONS, folder
+from tests.helpers.triton_scripts import run_compiling
+from tests.ops.install_triton import VERSIONS
 
 
 class Launches:
@@ -264,12 +262,15 @@ def launches_on_an_odd_place(x):
     ],
     ids=lambda each: getattr(each, "__name__", ""),
 )
-def test_what_cannot_be_taken_down_runs_as_it_is(function, reason, launches):
+def test_what_cannot_be_taken_down_runs_as_it_is(function, reason, launches, caplog):
     for number in range(4):
         x = torch.randn(7, 3) if number % 2 else -torch.randn(7, 3).abs()
         assert torch.equal(traced(function, (), (), x)[0], function(x)[0])
     (refusal,) = refusals()
     assert reason in refusal
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{function.__qualname__} keeps its Python, which takes longer: {refusal}"
+    ]
 
 
 def test_autocast_has_its_say_once(launches):
@@ -386,7 +387,4 @@ assert first == last, [pair for pair in zip(first, last) if pair[0] != pair[1]][
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_step_launches_what_it_launched_before_it_was_taken_down(version):
-    environment = os.environ | {"PYTHONPATH": str(folder(version))}
-    environment.pop("TRITON_INTERPRET", None)
-    result = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_compiling(SCRIPT, version)
