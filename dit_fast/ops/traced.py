@@ -75,11 +75,11 @@ def traced(function: Any, facts: tuple[Any, ...], told: Sequence[Tensor | None],
         remember(_PROGRAMS, key, None)
     elif program is None and _can_be_taken_down(given) and _RECORDING.acquire(blocking=False):
         try:
-            results, _PROGRAMS[key] = _Trace(function.__qualname__, given, len(told)).run(
-                lambda: function(*facts, *given)
-            )
+            results, _PROGRAMS[key] = _Trace(given, len(told)).run(lambda: function(*facts, *given))
         finally:
             _RECORDING.release()
+        if isinstance(_PROGRAMS[key], str):
+            logger.warning("%s keeps its Python, which takes longer: %s", function.__qualname__, _PROGRAMS[key])
         return results
     return function(*facts, *given)
 
@@ -120,9 +120,8 @@ class _Owner(NamedTuple):
 class _Trace(TorchDispatchMode):
     """Names: x0 are arguments, v1 what operators made, w2 views of either, c3 constants, a_x0 addresses."""
 
-    def __init__(self, name: str, arguments: Sequence[Tensor | None], told: int):
+    def __init__(self, arguments: Sequence[Tensor | None], told: int):
         super().__init__()
-        self._name_of_function = name
         self._given, self._told = arguments, arguments[:told]
         self._arguments = [f"x{place}" for place in range(len(arguments))]
         self._owners: dict[str, _Owner] = {}
@@ -145,7 +144,6 @@ class _Trace(TorchDispatchMode):
         try:
             program = self._program(results, launch.hooked)
         except _Refused as reason:
-            logger.warning("%s keeps its Python, which takes longer: %s", self._name_of_function, reason)
             return results, str(reason)
         return results, program
 
