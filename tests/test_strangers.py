@@ -172,8 +172,9 @@ def test_the_sources_open_no_such_door():
     for room in ROOMS:
         for path in sorted((PACKAGE / room).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Call) and (said := _said(node)):
-                    found.append(f"{path.relative_to(PACKAGE)}:{node.lineno}: {said}")
+                where = str(path.relative_to(PACKAGE))
+                if isinstance(node, ast.Call) and (said := _said(node)) and OWN_TEXT.get(where) != said:
+                    found.append(f"{where}:{node.lineno}: {said}")
     assert not found, "\n".join(found)
 
 
