@@ -9,9 +9,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dit_fast.diffusion.conversions import Prediction
+from dit_fast.diffusion.conversions import T_EPS, Prediction
 from dit_fast.diffusion.grids import ROUNDING
-from dit_fast.diffusion.guidance import described
+from dit_fast.diffusion.guidance import described, is_number
 from dit_fast.errors import UserError
 from dit_fast.tree import Tree, image, label
 
@@ -72,6 +72,16 @@ def check_order(low: tuple[str, Tensor], high: tuple[str, Tensor]) -> None:
         row = int(bad[0])
         values = f"{name}[{row}] = {float(below[row]):g} lies above {other}[{row}] = {float(above[row]):g}"
         raise UserError(f"{values}; swap them")
+
+
+def check_t_eps(t_eps: object, used: bool) -> None:
+    """Raises UserError for what is no time between 0 and 1, and, if nothing uses it, for another than the default."""
+    if not is_number(t_eps) or not 0 < t_eps < 1:  # type: ignore[operator]
+        raise UserError(f"t_eps={t_eps!r} must be a time in (0, 1): it divides next to the data")
+    if not used and t_eps != T_EPS:
+        raise UserError(
+            f"t_eps={t_eps} has no effect here: it is of a velocity that is made from a prediction of x; drop t_eps="
+        )
 
 
 def predicted_by(model: object, given: Prediction | str | None = None) -> Prediction:

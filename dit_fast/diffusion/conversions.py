@@ -20,6 +20,7 @@ from dit_fast.options import check_choice
 Prediction = Literal["velocity", "score", "noise", "x"]
 Weighting = Literal["none", "velocity", "likelihood"]
 Diffusion = Literal["constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing"]
+T_EPS = 0.05  # of JiT
 LARGEST = 1e9  # of what stands for a number that the path makes infinite, which rounding may hide
 
 
@@ -37,7 +38,7 @@ def convert(
     In the common dtype of value and x_t, at least float32; coefficients are computed in the widest dtype given.
     t_eps: between x and velocity the coefficients are those at max(t, t_eps), on the linear path v = (x_t - x) / max(t,
     t_eps) (JiT, arXiv 2511.13720). Infinite where the path makes it so: `field_range`. Raises UserError for an unknown
-    path, source or target, and for shapes that do not fit.
+    path, source or target, for shapes that do not fit, and for a t_eps that is no time.
     """
     path = as_path(path)
     for name, what in (("source", source), ("target", target)):
@@ -57,7 +58,7 @@ def convert(
         return (x_t - c.sigma * (value if source == "noise" else value * -c.sigma)) / c.alpha
     late = c
     if t_eps and "x" in (source, target):
-        late = _terms(path, times.clamp(min=t_eps) if isinstance(times, Tensor) else max(times, t_eps), dtype)
+        late = _terms(path, _late(times, t_eps), dtype)
     velocity = value
     if source == "noise":
         velocity = (c.d_alpha * x_t + c.d * value) / c.alpha
@@ -101,21 +102,21 @@ def error_weight(
     path: Path | str = "linear",
     prediction: Prediction | str = "velocity",
     weighting: Weighting | str = "none",
-    t_eps: float = 0.05,
+    t_eps: float = T_EPS,
 ) -> Tensor:
     """w(t) [N] of a prediction's squared error, in t's dtype.
 
     "none": 1; sigma^2 for a score, whose error is then that of the noise. "velocity": what makes it the error of the
     velocity, (D / alpha)^2 for noise, (sigma D / alpha)^2 for a score, (D / sigma)^2 for x with t at least t_eps.
     "likelihood": the latter divided by sigma D / alpha. A velocity has 1, whatever the weighting, as in SiT's code.
-    Raises UserError for unknown names.
+    Raises UserError for unknown names, and for a t_eps that is no time.
     """
     path = as_path(path)
     check_choice("prediction", prediction, Prediction)
     check_choice("weighting", weighting, Weighting)
     if prediction == "velocity" or (weighting == "none" and prediction != "score"):
         return torch.ones_like(t)
-    c = _terms(path, t.clamp(min=t_eps) if prediction == "x" else t, t.dtype)
+    c = _terms(path, _late(t, t_eps) if prediction == "x" else t, t.dtype)
     if weighting == "none":
         return c.sigma.square()
     gain = {"noise": c.d / c.alpha, "score": c.sigma_d / c.alpha, "x": c.d / c.sigma}[prediction]
@@ -167,6 +168,13 @@ def _range(path: Path | str, prediction: Prediction | str, vp_end: float) -> tup
     if path.name == "vp":  # sigma' is infinite at 0; alpha is positive at 1
         return 1.0, vp_end
     return (1.0, 0.0) if prediction == "velocity" else (0.999, 0.001)
+
+
+def _late(t: Tensor | float, t_eps: float) -> Tensor | float:
+    """t, at least t_eps. Raises UserError for one that is no time below 1."""
+    if not 0 <= t_eps < 1:
+        raise UserError(f"t_eps={t_eps} must be a time in [0, 1)")
+    return t.clamp(min=t_eps) if isinstance(t, Tensor) else max(t, t_eps)
 
 
 def _beside(t: Tensor, like: Tensor) -> Tensor:

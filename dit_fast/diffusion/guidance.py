@@ -14,7 +14,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from dit_fast.diffusion.conversions import Prediction, convert, field_range, finite_at
+from dit_fast.diffusion.conversions import T_EPS, Prediction, convert, field_range, finite_at
 from dit_fast.diffusion.paths import Path, as_path
 from dit_fast.errors import UserError
 from dit_fast.models import Output, split
@@ -177,7 +177,7 @@ class Velocity(Guided):
         times: int = 1,
         prediction: Prediction = "velocity",
         path: Path | str = "linear",
-        t_eps: float = 0.05,
+        t_eps: float = T_EPS,
         null_label: int | None = None,
     ):
         super().__init__(model, y, guidance, null_label)

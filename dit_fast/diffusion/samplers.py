@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_fast.diffusion.checks import check_dense, check_labels, check_order, predicted_by
-from dit_fast.diffusion.conversions import Diffusion, Prediction
+from dit_fast.diffusion.checks import check_dense, check_labels, check_order, check_t_eps, predicted_by
+from dit_fast.diffusion.conversions import T_EPS, Diffusion, Prediction
 from dit_fast.diffusion.ddpm import Noise, spaced_steps
 from dit_fast.diffusion.grids import time_grid
 from dit_fast.diffusion.guidance import Bounds, Channels, Decision, Guidance, Velocity, described, is_number, shapes_of
@@ -76,7 +76,7 @@ def sample(
     last_step_size: float | None = None,
     atol: float | None = None,
     rtol: float | None = None,
-    t_eps: float = 0.05,
+    t_eps: float = T_EPS,
     guidance_bounds: Bounds = "inclusive",
     heun_guidance: Decision = "first",
     ig_scale: float = 1.0,
@@ -171,8 +171,8 @@ def sample(
     check_used(sampler, path, prediction)
     if null_label is not None:
         check_whole("null_label", null_label, 0, 2**31 - 1)
-    if not is_number(t_eps) or not 0 <= t_eps < 1:
-        raise UserError(f"t_eps={t_eps!r} must be a time in [0, 1)")
+    if t_eps != 0:  # a range of times may leave out t = 0
+        check_t_eps(t_eps, prediction == "x" and field is None)
     grid = time_grid(solver, num_steps, path, prediction, options, time_range, times, time_shift)
     if solver.noisy and draws is not None:
         _check_draws(draws, noise, len(grid) - 1)

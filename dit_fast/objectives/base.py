@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from dit_fast.diffusion import Guidance, Path, Solver, velocity_error
-from dit_fast.diffusion.conversions import Prediction, training_pair
+from dit_fast.diffusion.conversions import T_EPS, Prediction, training_pair
 from dit_fast.diffusion.guidance import Velocity
 from dit_fast.diffusion.solvers import Field
 from dit_fast.errors import ConfigError
@@ -108,7 +108,7 @@ class Objective(ABC):
     solvers: ClassVar[Mapping[str, Solver]]
     path: Path
     prediction: Prediction = "velocity"
-    t_eps: float = 0.05
+    t_eps: float = T_EPS
     time_shift: float = 1.0
 
     @abstractmethod

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dit_fast.diffusion import SOLVERS, Path, time_sampler, velocity_error
-from dit_fast.diffusion.checks import check_batch
-from dit_fast.diffusion.conversions import Prediction, Weighting, error_weight, train_range, training_pair
+from dit_fast.diffusion.checks import check_batch, check_t_eps
+from dit_fast.diffusion.conversions import T_EPS, Prediction, Weighting, error_weight, train_range, training_pair
 from dit_fast.diffusion.guidance import described
 from dit_fast.diffusion.paths import PathName
 from dit_fast.diffusion.times import dimension_shift, shift_times
@@ -34,16 +34,17 @@ def flow_losses(
     path: Path | str = "linear",
     prediction: Prediction | str = "velocity",
     weighting: Weighting | str = "none",
-    t_eps: float = 0.05,
+    t_eps: float = T_EPS,
 ) -> Tensor:
     """w(t) times the mean over C, H, W of (model(x_t, t, y) - target)^2, [N] in at least float32.
 
     x, noise [N, C, H, W]; y int64 [N]; t [N] from 0 (data) to 1 (noise). The target is dx_t/dt, -noise / sigma, noise
     or x, by `prediction`. w: `conversions.error_weight`, for x with its t_eps; that of a velocity is 1 whatever the
     weighting, as in SiT's code. Infinite outside of `conversions.train_range`. Raises UserError as
-    `check_batch`, for shapes and for unknown names.
+    `check_batch`, for shapes, for unknown names and for a t_eps out of range or without effect.
     """
     check_batch(model, x, y, t, prediction)
+    check_t_eps(t_eps, prediction == "x" and weighting != "none")
     x_t, target = training_pair(x, noise, t, path, prediction)
     output, _ = split(model(x_t, t, y))
     if not isinstance(output, Tensor) or output.shape != x.shape:
@@ -86,7 +87,7 @@ class Flow(Objective):
         path: PathName = setting("linear", "Interpolation between latents and noise")
         prediction: Prediction = setting("velocity", "What the model gives; velocities of samplers are made from it")
         weighting: Weighting = setting("none", "Weight over t of a score's, a noise's or x's error")
-        t_eps: float = setting(0.05, "Least t by which a prediction of x is turned into a velocity", "(0, 1]")
+        t_eps: float = setting(T_EPS, "Least t by which a prediction of x is turned into a velocity", "(0, 1)")
         cosine_weight: float = setting(0.0, "Weight of 1 - cosine over channels of the image's velocity", "[0, 1e6]")
         time: Literal["uniform", "lognormal", "logit_normal"] = setting("uniform", "Distribution of t")
         time_mean: float = setting(0.0, "Mean before the sigmoid (logit_normal)", "[-100, 100]")
@@ -105,6 +106,11 @@ class Flow(Objective):
                 raise ConfigError(
                     f"objective.cosine_weight={self.cosine_weight} is for a velocity, not for objective.prediction="
                     f"{self.prediction}; set objective.cosine_weight=0"
+                )
+            if self.prediction != "x" and self.t_eps != T_EPS:
+                raise ConfigError(
+                    f"objective.t_eps={self.t_eps} is for a prediction of x, not for objective.prediction="
+                    f"{self.prediction}; set objective.t_eps={T_EPS}, or objective.prediction=x"
                 )
             if self.path == "vp" and self.time == "lognormal":
                 raise ConfigError(

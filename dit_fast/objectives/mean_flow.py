@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from dit_fast.diffusion import SOLVERS, Path, logit_normal
-from dit_fast.diffusion.checks import check_labels, check_order, check_unit, predicted_by
+from dit_fast.diffusion.checks import check_labels, check_order, check_t_eps, check_unit, predicted_by
+from dit_fast.diffusion.conversions import T_EPS
 from dit_fast.diffusion.guidance import described, shapes_of
 from dit_fast.diffusion.paths import along
 from dit_fast.errors import ConfigError, UserError
@@ -55,7 +56,7 @@ def mean_flow_losses(
     dropped: Tensor | None = None,
     null_label: int | None = None,
     prediction: Literal["velocity", "x"] = "velocity",
-    t_eps: float = 0.05,
+    t_eps: float = T_EPS,
     norm_p: float = 1.0,
     norm_eps: float = 0.01,
 ) -> MeanFlowLosses:
@@ -75,8 +76,7 @@ def mean_flow_losses(
     check_choice("prediction", prediction, Literal["velocity", "x"])
     check_samples(model, x, y, t, r, dropped, prediction)
     _check_guidance(omega, kappa, interval)
-    if not t_eps > 0:
-        raise UserError(f"t_eps={t_eps} must be positive: it divides next to the data")
+    check_t_eps(t_eps, prediction == "x")
     z = each(lambda data, eps: Path("linear").interpolate(data, eps, t)[0], x, noise)
     if prediction == "x":
         velocity = each(lambda a, data: (a - data) / along(t.clamp(min=t_eps), a), z, x)

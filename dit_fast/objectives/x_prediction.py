@@ -13,8 +13,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dit_fast.diffusion import velocity_error
-from dit_fast.diffusion.checks import check_batch
-from dit_fast.diffusion.conversions import convert, error_weight, training_pair
+from dit_fast.diffusion.checks import check_batch, check_t_eps
+from dit_fast.diffusion.conversions import T_EPS, convert, error_weight, training_pair
 from dit_fast.errors import UserError
 from dit_fast.models import Output, split
 from dit_fast.tree import image
@@ -35,17 +35,16 @@ def x_prediction_losses(
     t: Tensor,
     noise: Tensor,
     noise_scale: float = 1.0,
-    t_eps: float = 0.05,
+    t_eps: float = T_EPS,
 ) -> XPredictionLosses:
     """Of model(z, t, y) -> clean data; x, noise [N, C, H, W], y int64 [N], t [N] from 0 (data) to 1 (noise).
 
-    loss: mean over C, H, W in at least float32. Raises UserError as `check_batch`, for shapes, and
-    for a t_eps or a noise_scale that is not positive.
+    loss: mean over C, H, W in at least float32. Raises UserError as `check_batch`, for shapes, for a
+    noise_scale that is not positive and for a t_eps that is not between 0 and 1.
     """
     if not 0 < noise_scale < math.inf:
         raise UserError(f"noise_scale={noise_scale} must be a finite number above 0")
-    if not t_eps > 0:
-        raise UserError(f"t_eps={t_eps} must be positive: it divides next to the data")
+    check_t_eps(t_eps, used=True)
     check_batch(model, x, y, t, "x")
     z, clean = training_pair(x, noise_scale * noise, t, prediction="x")
     output = image(split(model(z, t, y))[0])

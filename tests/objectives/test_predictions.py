@@ -33,10 +33,11 @@ def output(x_t, t, y):
 def test_weighted_by_velocity_a_loss_is_that_of_the_velocity(path, prediction):
     x, noise = clean("image").double(), KEY.normal(Stream.NOISE, (3, 8, 8)).double()
     x_t, velocity = Path(path).interpolate(x, noise, T)
-    ours = flow_losses(output, x, Y, T, noise, path, prediction, "velocity", t_eps=0.01)
-    made = convert(output(x_t, T, Y), x_t, T, path, prediction, "velocity", t_eps=0.01)
+    late = {"t_eps": 0.01} if prediction == "x" else {}
+    ours = flow_losses(output, x, Y, T, noise, path, prediction, "velocity", **late)
+    made = convert(output(x_t, T, Y), x_t, T, path, prediction, "velocity", **late)
     assert_close(ours, velocity_error(made, velocity), 1e-9)
-    likelihood = flow_losses(output, x, Y, T, noise, path, prediction, "likelihood", t_eps=0.01)
+    likelihood = flow_losses(output, x, Y, T, noise, path, prediction, "likelihood", **late)
     c = Path(path).coefficients(T)
     half_variance = c.sigma * (c.d_sigma - c.d_alpha * c.sigma / c.alpha)  # d(sigma^2)/dt / 2 of the forward process
     assert_close(likelihood, ours if prediction == "velocity" else ours / half_variance, 1e-9)
@@ -81,7 +82,8 @@ def test_samplers_follow_the_velocity_made_from_the_prediction(path, prediction)
 
     model.times, model.learns_variance = 1, False
     first, last = (Path(path).coefficients(t) for t in (0.99, 0.02))
-    objective = Flow(Flow.Config(path=path, prediction=prediction, t_eps=0.01), model)
+    late = {"t_eps": 0.01} if prediction == "x" else {}
+    objective = Flow(Flow.Config(path=path, prediction=prediction, **late), model)
     options = {"path": path, "prediction": prediction, "field": objective.field, "time_range": (0.99, 0.02)}
     found = sample(model, start, Y, "rk4", 60, **options)
     assert_close(found, last.alpha * x + last.sigma / first.sigma * (start - first.alpha * x), 1e-4)
@@ -110,6 +112,7 @@ def test_times_keep_to_the_published_ranges():
             {"weighting": "velocity"},
             "objective.weighting=velocity.*velocity has no weight",
         ),
+        ({"prediction": "noise", "t_eps": 0.1}, "objective.t_eps=0.1 is for a prediction of x, not for .*=noise"),
         ({"path": "vp", "prediction": "noise", "time": "lognormal"}, "objective.time=lognormal.*not for vp"),
     ],
 )
@@ -133,7 +136,17 @@ ONE, TIME = torch.ones(4, 3, 2, 2), torch.ones(4)
             lambda: flow_losses(output, ONE, Y[:3], TIME, ONE),
             r"y must be int64 \[4\], .* \[3\]",
         ),
-        (lambda: x_prediction_losses(output, ONE, Y, TIME, ONE, t_eps=0.0), "t_eps=0.0 must be positive"),
+        *[
+            (
+                lambda eps=eps: flow_losses(output, ONE, Y, TIME, ONE, "linear", "x", "velocity", eps),
+                f"t_eps={eps} must",
+            )
+            for eps in (-0.1, 0.0, 1.0, float("nan"), float("inf"))
+        ],
+        (lambda: flow_losses(output, ONE, Y, TIME, ONE, t_eps=0.1), "t_eps=0.1 has no effect here"),
+        (lambda: flow_losses(output, ONE, Y, TIME, ONE, "linear", "x", t_eps=0.1), "t_eps=0.1 has no effect here"),
+        (lambda: convert(ONE, ONE, TIME, source="x", t_eps=float("nan")), "t_eps=nan must be a time"),
+        (lambda: x_prediction_losses(output, ONE, Y, TIME, ONE, t_eps=1.5), "t_eps=1.5 must be a time"),
         (lambda: x_prediction_losses(output, ONE, Y, TIME, ONE, noise_scale=float("nan")), "noise_scale=nan must"),
     ],
 )
