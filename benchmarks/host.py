@@ -226,8 +226,8 @@ class _Untraced(_Ours):
     def run(self, number: int) -> dict[str, float]:
         from dit_fast.ops import branches, long_skip_node, traced
 
-        def plain(function: Any, facts: Any, told: Any, *others: Any) -> Any:
-            return function(*facts, *told, *others)
+        def plain(function: Any, facts: Any, *given: Any) -> Any:
+            return function(*facts, *given)
 
         try:
             branches.traced = long_skip_node.traced = plain

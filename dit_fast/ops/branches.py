@@ -18,7 +18,8 @@ from torch.autograd import forward_ad
 
 from dit_fast import backend
 from dit_fast.ops import adaln, gelu_cpp
-from dit_fast.ops._op import guarded, remember
+from dit_fast.ops._kinds import Kinds
+from dit_fast.ops._op import guarded
 from dit_fast.ops._register import is_elsewhere, is_watched, lies_plain
 from dit_fast.ops.diversity_descent import through_gate
 from dit_fast.ops.gelu_mlp import OP as MLP
@@ -52,13 +53,11 @@ class Plan:
     rms: bool
     dtype: torch.dtype  # of the products
 
-    def run(self, function: Any, facts: tuple[Any, ...], told: Sequence[Tensor | None], *others: Any) -> Any:
-        if self.chosen == "triton":
-            return traced(function, facts, told, *others)
-        return function(*facts, *told, *others)
+    def run(self, function: Any, facts: tuple[Any, ...], *given: Tensor | None) -> Any:
+        return traced(function, facts, *given) if self.chosen == "triton" else function(*facts, *given)
 
 
-_PLANS: dict[Any, Plan | None] = {}
+_PLANS = Kinds()  # False: op by op
 
 
 def plan(x: Tensor, parts: Sequence[Tensor | None], layers: Sequence[Layer], norm: str) -> Plan | None:
@@ -71,22 +70,14 @@ def plan(x: Tensor, parts: Sequence[Tensor | None], layers: Sequence[Layer], nor
     dtype = dtype_alone(x)
     if dtype is None:
         return None
-    found: list[Any] = [backend.forced(), dtype, norm, x.device]
-    for tensor in (x, *parts):
-        if tensor is None:
-            found.append(None)
-            continue
-        if not tensor.requires_grad or not lies_plain(tensor):
-            return None
-        found += (tensor.shape, tensor.stride(), tensor.dtype)
+    tensors = [each for each in (x, *parts) if each is not None]
     for layer in layers:
-        if layer.shadow.dtype is not dtype or not (layer.weight.requires_grad and layer.bias.requires_grad):
-            return None
-        found.append(layer.shadow.shape)
-    key = tuple(found)
-    if key in _PLANS:
-        return _PLANS[key]
-    return _choose(key, x, parts, norm, dtype)
+        tensors += layer
+    key = (backend.forced(), dtype, norm, len(tensors))
+    found = _PLANS.find(key, tensors)
+    if found is None:
+        found = _PLANS.keep(key, tensors, _choose(x, parts, layers, norm, dtype) or False)
+    return found or None
 
 
 def dtype_alone(x: Tensor) -> torch.dtype | None:
@@ -99,7 +90,15 @@ def dtype_alone(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
-def _choose(key: Any, x: Tensor, parts: Sequence[Tensor | None], norm: str, dtype: torch.dtype) -> Plan | None:
+def _choose(
+    x: Tensor, parts: Sequence[Tensor | None], layers: Sequence[Layer], norm: str, dtype: torch.dtype
+) -> Plan | None:
+    trained = [each for each in (x, *parts) if each is not None]
+    if not all(each.requires_grad and lies_plain(each) for each in trained):
+        return None
+    for layer in layers:
+        if layer.shadow.dtype is not dtype or not (layer.weight.requires_grad and layer.bias.requires_grad):
+            return None
     shift, scale, gate, shift_m, scale_m, gate_m = parts
     branch = x.new_empty(x.shape, dtype=dtype)
     chosen = set()
@@ -113,11 +112,9 @@ def _choose(key: Any, x: Tensor, parts: Sequence[Tensor | None], norm: str, dtyp
         chosen.add(op.choose("auto", x.device, x, y, *each, dtype if each[2] is not None else x.dtype))
     mlp = MLP.choose("auto", x.device, branch)
     name = chosen.pop()
-    made: Plan | None = None
-    if not chosen and "torch" not in (name, mlp) and x.numel():
-        made = Plan(name, adaln._runner(name), mlp, SUMS.choose("auto", x.device), norm == "rms", dtype)
-    remember(_PLANS, key, made)
-    return made
+    if chosen or "torch" in (name, mlp) or not x.numel():
+        return None
+    return Plan(name, adaln._runner(name), mlp, SUMS.choose("auto", x.device), norm == "rms", dtype)
 
 
 def home_of(plan: Plan, modulation: Any, parts: Sequence[Tensor | None]) -> Home:
@@ -159,7 +156,7 @@ class _Reads(torch.autograd.Function):
         variance: Tensor | None, plan: Plan, layer: Layer, heads: int, home: Home,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         given = (x, shift, scale, layer.shadow, layer.bias_shadow)
-        qkv, rows, mean, variance = plan.run(_read, (plan,), given, mean, variance)
+        qkv, rows, mean, variance = plan.run(_read, (plan,), *given, mean, variance)
         vectors = (scale.dtype, scale.dtype if shift is None else shift.dtype, scale.dtype)
         ctx.facts, ctx.home = (plan, weight.dtype, vectors, shift is not None, heads), home
         ctx.set_materialize_grads(False)
@@ -175,7 +172,7 @@ class _Reads(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return above, *(None,) * 10
         facts = (*ctx.facts, ctx.home is not None)
-        made = ctx.facts[0].run(_read_back, facts, ctx.saved_tensors, above, *grads)
+        made = ctx.facts[0].run(_read_back, facts, *ctx.saved_tensors, above, *grads)
         grad_x, grad_weight, grad_bias, *vectors = made
         _, grad_shift, grad_scale = _left(ctx.home, vectors)
         return grad_x, grad_shift, grad_scale, grad_weight, grad_bias, *(None,) * 6
@@ -223,7 +220,7 @@ class _Joins(torch.autograd.Function):
         keep = kept_for_backward(plan.mlp) > 1
         given = (x, gate, shift, scale, gate_m, *layer[2:], *first[2:], *second[2:])
         out, *measured, mixed, attended, branch, x_new, mean, variance, rows, hidden, activation = plan.run(
-            _join, (plan, keep), given, y
+            _join, (plan, keep), *given, y
         )
         shifted = shift is not None
         vectors = (gate.dtype, scale.dtype if shift is None else shift.dtype, scale.dtype)
@@ -245,7 +242,7 @@ class _Joins(torch.autograd.Function):
         if grad is None:
             return (None,) * 15
         facts = (*ctx.facts, ctx.home is not None)
-        made = plan.run(_join_back, facts, saved, attended, added, grad)
+        made = plan.run(_join_back, facts, *saved, attended, added, grad)
         grad_x, grad_y, grad_weight, grad_bias, *of_mlp = made[:8]
         grad_gate_m, (grad_gate, grad_shift, grad_scale) = _left(ctx.last, made[8:9])[0], _left(ctx.home, made[9:])
         of_inputs = (grad_x, grad_y, grad_gate, grad_shift, grad_scale, grad_gate_m)

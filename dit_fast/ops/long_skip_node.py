@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dit_fast import backend
 from dit_fast.ops import long_skip_rows
-from dit_fast.ops._op import remember
+from dit_fast.ops._kinds import Kinds
 from dit_fast.ops._register import lies_plain
 from dit_fast.ops.branches import dtype_alone, node
 from dit_fast.ops.long_skip import OP
@@ -16,7 +16,7 @@ from dit_fast.ops.row_statistics import RowStatistics, known
 from dit_fast.ops.traced import traced
 
 _REFUSAL = "long_skip: no second derivative here; for one use dit_fast.backend.force('torch')"
-_FUSES: dict[Any, Any] = {}  # False, or what stands for the signature among `traced`'s facts
+_FUSES = Kinds()  # False, or what stands for the signature among `traced`'s facts
 
 
 def fuses(
@@ -28,27 +28,27 @@ def fuses(
     folded: Any = getattr(parameters[2], "folded", None)
     if folded is None or x_stats is None or skip_stats is None or (dtype := dtype_alone(x)) is None:
         return None
-    found: list[Any] = [backend.forced(), dtype, out_dtype, eps, x.device]
-    for tensor in (x, skip, *parameters):
-        if not tensor.requires_grad or not lies_plain(tensor):
-            return None
-        found += (tensor.shape, tensor.stride(), tensor.dtype)
     if (x.data_ptr() | skip.data_ptr()) % 16:
         return None
-    key = tuple(found)
-    takes = _FUSES.get(key)
+    key, tensors = (backend.forced(), dtype, out_dtype, eps), (x, skip, *parameters)
+    takes = _FUSES.find(key, tensors)
     if takes is None:
-        named = zip(("norm_weight", "norm_bias", "weight", "bias"), parameters, strict=True)
-        OP.check("auto", eps, x=x, skip=skip, **dict(named))
-        takes = OP.choose("auto", x.device, x, skip, *parameters) == "triton" and x.numel() > 0
-        takes = object() if takes and x.is_contiguous() and skip.is_contiguous() else False
-        remember(_FUSES, key, takes)
+        takes = _FUSES.keep(key, tensors, _is_taken(x, skip, parameters, eps) and object())
     folds = folded.read(parameters, dtype, "triton") if takes else (None,)
     if folds[0] is None:
         return None
     given: Any = known("long_skip", "x_stats", x_stats, x), known("long_skip", "skip_stats", skip_stats, skip)
     moments = [part for pair in given for part in pair]
     return _fuses(x, skip, *parameters, moments, folds, takes, eps, dtype, out_dtype or dtype)
+
+
+def _is_taken(x: Tensor, skip: Tensor, parameters: Sequence[Tensor], eps: float) -> bool:
+    if not all(each.requires_grad and lies_plain(each) for each in (x, skip, *parameters)):
+        return False
+    named = zip(("norm_weight", "norm_bias", "weight", "bias"), parameters, strict=True)
+    OP.check("auto", eps, x=x, skip=skip, **dict(named))
+    takes = OP.choose("auto", x.device, x, skip, *parameters) == "triton" and x.numel() > 0
+    return takes and x.is_contiguous() and skip.is_contiguous()
 
 
 class _Fuses(torch.autograd.Function):
@@ -58,7 +58,7 @@ class _Fuses(torch.autograd.Function):
         moments: Sequence[Tensor], folds: Sequence[Tensor], *facts: Any,
     ) -> Tensor:  # fmt: skip
         given = (x, skip, norm_weight, norm_bias, weight, bias)
-        out, y, mean, rstd = traced(_fuse, facts, (*given, *folds), *moments)
+        out, y, mean, rstd = traced(_fuse, facts, *given, *folds, *moments)
         ctx.facts = facts
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(y, mean, rstd, *given, *folds)
@@ -68,7 +68,7 @@ class _Fuses(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 12
-        return *traced(_fuse_back, ctx.facts, ctx.saved_tensors, grad), *(None,) * 6
+        return *traced(_fuse_back, ctx.facts, *ctx.saved_tensors, grad), *(None,) * 6
 
 
 def _fuse(_: Any, eps: float, dtype: torch.dtype, out_dtype: torch.dtype, *given: Any) -> tuple[Tensor, ...]:

@@ -26,7 +26,7 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dit_fast.ops._op import remember
+from dit_fast.ops._kinds import Kinds
 from dit_fast.ops._register import ABOVE
 
 logger = logging.getLogger(__name__)
@@ -49,49 +49,46 @@ _QUICK = {
     aten.sum.dim_IntList: torch.sum,
 }
 _RECORDING = threading.Lock()  # one thread listens to launches; another's call comes again
-_PROGRAMS: dict[Any, Any] = {}  # None once a function ran, then its program, or the reason why it has none
+_ONCE = object()
+_PROGRAMS = Kinds()  # _ONCE where a function ran, then its program, or the reason why it has none
 
 
-def traced(function: Any, facts: tuple[Any, ...], told: Sequence[Tensor | None], *others: Tensor | None) -> Any:
-    """`function(*facts, *told, *others)`, from the third call of a kind on as the list of what the second one did.
+def traced(function: Any, facts: tuple[Any, ...], *given: Tensor | None) -> Any:
+    """`function(*facts, *given)`, from the third call of a kind on as the list of what the second one did.
 
-    Of a kind are calls with equal facts and with others of equal shapes, strides and dtypes. facts: all that the
-    function goes by beside its tensors, hashable; they also settle the device, and the shapes of those that are told.
-    function: without derivatives, in-place writes to its arguments or looks at values; a side effect would come twice
-    only. It runs as it is where it cannot be written down, while something hangs on Triton's launches, with an address
-    that is no multiple of 16 bytes, and where one that is told has other strides or another dtype than when it was
-    written down: hooks on saved tensors hand out what they like.
+    Of a kind are calls with equal facts and with tensors that are alike (`Kinds`). facts: all that the function goes by
+    beside its tensors, hashable. function: without derivatives, in-place writes to its arguments or looks at values; a
+    side effect would come twice only. It runs as it is where it cannot be written down, while something hangs on
+    Triton's launches, and with an address that is no multiple of 16 bytes.
     """
-    kind: list[Any] = [function, facts]
-    for tensor in others:
-        kind += (None,) if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
-    key, given = tuple(kind), (*told, *others)
-    program = _PROGRAMS.get(key, key)
+    present = [each for each in given if each is not None]
+    key = (function, facts, None if len(present) == len(given) else tuple([each is None for each in given]))
+    program = _PROGRAMS.find(key, present)
     if type(program) is FunctionType:
         with torch._C._ExcludeDispatchKeyGuard(ABOVE):
             results = program(*given)
         return function(*facts, *given) if results is None else results
-    if program is key:
-        remember(_PROGRAMS, key, None)
-    elif program is None and _can_be_taken_down(given) and _RECORDING.acquire(blocking=False):
+    if program is None:
+        _PROGRAMS.keep(key, present, _ONCE)
+    elif program is _ONCE and _can_be_taken_down(present) and _RECORDING.acquire(blocking=False):
         try:
-            results, _PROGRAMS[key] = _Trace(given, len(told)).run(lambda: function(*facts, *given))
+            results, program = _Trace(given).run(lambda: function(*facts, *given))
+            _PROGRAMS.keep(key, present, program)
         finally:
             _RECORDING.release()
-        if isinstance(_PROGRAMS[key], str):
-            logger.warning("%s keeps its Python, which takes longer: %s", function.__qualname__, _PROGRAMS[key])
+        if isinstance(program, str):
+            logger.warning("%s keeps its Python, which takes longer: %s", function.__qualname__, program)
         return results
     return function(*facts, *given)
 
 
-def _can_be_taken_down(given: Sequence[Tensor | None]) -> bool:
+def _can_be_taken_down(given: Sequence[Tensor]) -> bool:
     """Whether what this call does is what others of its kind do. Of one tensor in two places a program would not know
     which is read; odd addresses take other kernels; a mode of torch functions may change what is called."""
-    present = [each for each in given if each is not None]
     modes = overrides._get_current_function_mode_stack()
     return (
-        len({id(each) for each in present}) == len(present)
-        and not any(each.data_ptr() % _ALIGNMENT for each in present)
+        len({id(each) for each in given}) == len(given)
+        and not any(each.data_ptr() % _ALIGNMENT for each in given)
         and all(isinstance(mode, DeviceContext) for mode in modes)
     )
 
@@ -120,9 +117,9 @@ class _Owner(NamedTuple):
 class _Trace(TorchDispatchMode):
     """Names: x0 are arguments, v1 what operators made, w2 views of either, c3 constants, a_x0 addresses."""
 
-    def __init__(self, arguments: Sequence[Tensor | None], told: int):
+    def __init__(self, arguments: Sequence[Tensor | None]):
         super().__init__()
-        self._given, self._told = arguments, arguments[:told]
+        self._given = arguments
         self._arguments = [f"x{place}" for place in range(len(arguments))]
         self._owners: dict[str, _Owner] = {}
         self._known: Any = WeakTensorKeyDictionary()  # the owner of its memory; no tensor lives longer for being known
@@ -130,7 +127,7 @@ class _Trace(TorchDispatchMode):
         self._lines: list[_Line] = []
         self._count = 0
         self._reason: str | None = None
-        self._space: dict[str, Any] = {"as_strided": torch.as_strided, "part": _part}
+        self._space: dict[str, Any] = {"part": torch._C._dynamo.guards._reinterpret_tensor}
         for name, tensor in zip(self._arguments, arguments, strict=True):
             if tensor is not None:
                 self._own(name, tensor)
@@ -231,9 +228,8 @@ class _Trace(TorchDispatchMode):
         key = (name, _form(tensor), start)
         if key not in self._views:
             self._views[key] = view = self._name("w")
-            sizes = f"{name}, {tuple(tensor.shape)}, {tensor.stride()}"
-            call = f"part({sizes}, {start})" if start else f"as_strided({sizes})"
-            self._lines.append(_Line(f"{view} = {call}", (view,), {name}))
+            sizes = f"{tuple(tensor.shape)}, {tensor.stride()}"  # and elements from the owner's first one on
+            self._lines.append(_Line(f"{view} = part({name}, {sizes}, {start})", (view,), {name}))
         reads.add(self._views[key])
         return self._views[key]
 
@@ -266,12 +262,8 @@ class _Trace(TorchDispatchMode):
         addresses = [f"a_{name}" for name in self._arguments if f"a_{name}" in read]
         text = [f"def program({', '.join(self._arguments)}):"]
         text += [f"{each} = {each[2:]}.data_ptr()" for each in addresses]
-        odd = ["hooked()", *([f"({' | '.join(addresses)}) % {_ALIGNMENT}"] if addresses else [])]
-        for name, tensor in zip(self._arguments, self._told, strict=False):
-            if tensor is not None:
-                dtype = self._constant(tensor.dtype)
-                odd.append(f"{name}.stride() != {tensor.stride()} or {name}.dtype is not {dtype}")
-        text.append(f"if {' or '.join(odd)}: return None")
+        odd = f" or ({' | '.join(addresses)}) % {_ALIGNMENT}" if addresses else ""
+        text.append(f"if hooked(){odd}: return None")
         last = {name: place for place, line in enumerate(lines) for name in (*line.makes, *line.reads)}
         for place, line in enumerate(lines):
             text.append(line.text)
@@ -291,11 +283,6 @@ def _maker_on(device: torch.device) -> Any:
     has what Inductor's programs use."""
     quick = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)
     return quick or (lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device))
-
-
-def _part(tensor: Tensor, shape: Sequence[int], strides: Sequence[int], start: int) -> Tensor:
-    """From so many elements on behind the tensor's first one; an argument may lie anywhere in its memory."""
-    return torch.as_strided(tensor, shape, strides, tensor.storage_offset() + start)
 
 
 def _memory(tensor: Tensor) -> Any:

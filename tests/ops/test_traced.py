@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_fast import kernels
 from dit_fast.ops import traced as module
+from dit_fast.ops._kinds import Kinds
 from dit_fast.ops.linear import joined_sum_op
 from dit_fast.ops.traced import traced
 from tests.helpers.triton_scripts import run_compiling
@@ -51,7 +52,7 @@ class Launches:
 def launches(monkeypatch):
     stand_in = Launches()
     monkeypatch.setattr(kernels, "launch", stand_in, raising=False)
-    monkeypatch.setattr(module, "_PROGRAMS", {})
+    monkeypatch.setattr(module, "_PROGRAMS", Kinds())
     return stand_in
 
 
@@ -63,11 +64,11 @@ def calls_of(function, *given, facts=(), times=4):
         ran.append(1)
         return function(*arguments)
 
-    return [traced(counted, facts, (), *given) for _ in range(times)], len(ran)
+    return [traced(counted, facts, *given) for _ in range(times)], len(ran)
 
 
 def refusals():
-    return [program for program in module._PROGRAMS.values() if isinstance(program, str)]
+    return [program for _, program in module._PROGRAMS.items() if isinstance(program, str)]
 
 
 def half(x, weight, nothing, bias):
@@ -101,28 +102,28 @@ def test_arguments_of_another_kind_are_another_function(launches):
     for x in (torch.randn(2, 3), torch.randn(3, 2), torch.randn(3, 2).t(), torch.randn(2, 3).double()):
         for number in range(3):
             fresh = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x * number)
-            (made,) = traced(shape_matters, (), (), fresh)
+            (made,) = traced(shape_matters, (), fresh)
             assert torch.equal(made, fresh.reshape(-1) + len(fresh))
     assert len(ran) == 2 * 4
-    assert torch.equal(traced(lambda add, x: (x + add,), (1,), (), x)[0], x + 1)
+    assert torch.equal(traced(lambda add, x: (x + add,), (1,), x)[0], x + 1)
 
 
 def test_one_tensor_in_two_places_is_not_taken_down(launches):
     """Next time they may be two."""
     x, y = torch.randn(3), torch.randn(3)
     for first, second in ((x, x), (x, x), (x, x), (x, y), (x, y), (x, x)):
-        assert torch.equal(traced(difference, (), (), first, second)[0], first - second)
+        assert torch.equal(traced(difference, (), first, second)[0], first - second)
 
 
 def programs():
-    return [program for program in module._PROGRAMS.values() if callable(program)]
+    return [program for _, program in module._PROGRAMS.items() if callable(program)]
 
 
 def test_an_odd_address_is_not_taken_down(launches):
     """It may have been copied for its sake."""
     odd, even = torch.randn(49)[1:].view(3, 16), torch.randn(3, 16)
     for x, taken in ((odd, 0), (odd, 0), (even, 1), (even, 1)):
-        assert torch.equal(traced(moved, (launches,), (), x)[1], x[1])
+        assert torch.equal(traced(moved, (launches,), x)[1], x[1])
         assert len(programs()) == taken
 
 
@@ -138,10 +139,10 @@ def test_what_a_mode_of_functions_changes_is_not_taken_down(launches):
     x = torch.randn(3)
     with Doubled():
         for _ in range(3):
-            assert torch.equal(traced(exponential, (), (), x)[0], 2 * x.exp())
+            assert torch.equal(traced(exponential, (), x)[0], 2 * x.exp())
     for taken in (1, 1):
         with torch.device("cpu"):  # a mode as well, which changes nothing here
-            assert torch.equal(traced(exponential, (), (), x)[0], x.exp())
+            assert torch.equal(traced(exponential, (), x)[0], x.exp())
         assert len(programs()) == taken
 
 
@@ -152,16 +153,16 @@ def test_one_thread_at_a_time_listens(launches):
         return (x + 1,)
 
     def first(x):
-        thread = Thread(target=lambda: found.extend(traced(second, (), (), x)[0] for _ in range(3)))
+        thread = Thread(target=lambda: found.extend(traced(second, (), x)[0] for _ in range(3)))
         thread.start()
         thread.join()
         return (x * 2,)
 
     x = torch.randn(3)
-    traced(first, (), (), x)
-    module._PROGRAMS.clear()
+    traced(first, (), x)
+    module._PROGRAMS = Kinds()
     for _ in range(2):
-        assert torch.equal(traced(first, (), (), x)[0], x * 2)
+        assert torch.equal(traced(first, (), x)[0], x * 2)
     assert all(torch.equal(each, x + 1) for each in found)
     assert not refusals()
 
@@ -173,7 +174,7 @@ def difference(x, y):
 def test_an_argument_may_lie_anywhere_in_its_memory(launches):
     buffer = torch.randn(100)
     for start in (0, 4, 48, 7):
-        (made,) = traced(last_row, (), (), buffer[start : start + 12].view(3, 4))
+        (made,) = traced(last_row, (), buffer[start : start + 12].view(3, 4))
         assert torch.equal(made, buffer[start + 8 : start + 12] * 2)
     assert not refusals()
 
@@ -192,7 +193,7 @@ def moved(launches, x):
 def test_kernels_get_the_addresses_of_this_call(launches):
     for number in range(5):
         x = torch.randn(3, 16)
-        made = traced(moved, (launches,), (), x)
+        made = traced(moved, (launches,), x)
         assert all(torch.equal(each, x[1]) for each in made)
         assert launches.direct == 2 * max(0, number - 1)
 
@@ -200,12 +201,12 @@ def test_kernels_get_the_addresses_of_this_call(launches):
 def test_an_odd_address_runs_the_function(launches):
     """And so does every call while something hangs on launches."""
     for _ in range(3):
-        traced(moved, (launches,), (), torch.randn(3, 16))
+        traced(moved, (launches,), torch.randn(3, 16))
     before = launches.direct
     x = torch.randn(49)[1:].view(3, 16)
-    assert torch.equal(traced(moved, (launches,), (), x)[1], x[1])
+    assert torch.equal(traced(moved, (launches,), x)[1], x[1])
     launches.hooks = True
-    traced(moved, (launches,), (), torch.randn(3, 16))
+    traced(moved, (launches,), torch.randn(3, 16))
     assert launches.direct == before
 
 
@@ -217,7 +218,7 @@ def test_what_is_told_is_looked_at(launches):
 
     x = torch.randn(4, 5)
     for made in (x, x, x, x.t().contiguous().t(), x.double()):
-        assert torch.equal(traced(by_strides, (), (made,))[0], made)
+        assert torch.equal(traced(by_strides, (), made)[0], made)
 
 
 OUTSIDE = torch.randn(3)
@@ -265,7 +266,7 @@ def launches_on_an_odd_place(x):
 def test_what_cannot_be_taken_down_runs_as_it_is(function, reason, launches, caplog):
     for number in range(4):
         x = torch.randn(7, 3) if number % 2 else -torch.randn(7, 3).abs()
-        assert torch.equal(traced(function, (), (), x)[0], function(x)[0])
+        assert torch.equal(traced(function, (), x)[0], function(x)[0])
     (refusal,) = refusals()
     assert reason in refusal
     assert [record.getMessage() for record in caplog.records] == [
@@ -349,9 +350,9 @@ def test_nothing_lives_longer_than_it_is_read(launches):
             return result
 
     for _ in range(2):
-        traced(chain, (), (), x)
+        traced(chain, (), x)
     with Look():
-        traced(chain, (), (), x)
+        traced(chain, (), x)
     assert len(made) == 5, "mm, t, add, exp, sum"
     assert max(alive) <= 2, alive
 
@@ -377,8 +378,8 @@ def flat(values):
         elif not hasattr(value, "calls") and type(value).__name__ not in ("LazyDict", "NoneType"):
             yield "an address" if hasattr(value, "data_ptr") or isinstance(value, int) and value > 1 << 32 else value
 
-programs = list(traced._PROGRAMS.values())
-assert len(programs) > 6 and not any(isinstance(each, str) or each is None for each in programs), programs
+programs = [program for _, program in traced._PROGRAMS.items()]
+assert len(programs) > 6 and all(map(callable, programs)), programs
 first, last = ([list(flat(arguments)) for arguments in steps[number]] for number in (1, 5))
 assert len(first) > 80, len(first)
 assert first == last, [pair for pair in zip(first, last) if pair[0] != pair[1]][:3]

@@ -425,7 +425,7 @@ def test_blocks_from_a_trace_as_trained_have_the_same_bits(blocks, tapped, monke
     found = [program for kind, program in traced._PROGRAMS.items() if kind[0].__module__ == branches.__name__]
     assert len(found) >= 4
     assert all(callable(program) for program in found), found
-    monkeypatch.setattr(branches, "traced", lambda function, facts, told, *others: function(*facts, *told, *others))
+    monkeypatch.setattr(branches, "traced", lambda function, facts, *given: function(*facts, *given))
     assert all(map(torch.equal, ours, gradients_of(blocks, tapped)))
 
 
