@@ -39,6 +39,7 @@ from dit_fast.kernels import unavailable as unavailable
 from dit_fast.kernels.aot import AotCase
 from dit_fast.kernels.diversity_gradients import gradients, projections
 from dit_fast.kernels.diversity_sums import block_sums, token_cosines
+from dit_fast.kernels.launch import Kept, launcher, signature
 from dit_fast.kernels.ordered_sum import ordered_sum
 from dit_fast.kernels.rows import MAX_CHUNKS, TYPES, types_of
 from dit_fast.kernels.tables import address_table, is_aligned
@@ -50,6 +51,7 @@ STEP = {"fp32": 2, "bf16": 4, "fp16": 4, "mixed": 4}  # tokens whose rows are in
 STRIP = {"bf16": 128, "fp16": 128, "fp32": 32, "mixed": 32}  # channels per product in a Gram matrix
 GRADIENT_TOKENS = 64
 PROJECTION_TOKENS = 8
+_LAUNCHES = Kept()
 
 
 class Config(NamedTuple):
@@ -163,10 +165,9 @@ def forward(features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     inverse_norms = torch.empty(blocks, tokens, dtype=torch.float32, device=device)
     chunks = triton.cdiv(tokens, CHUNK)
     partials = torch.empty(chunks, 3 * blocks * width, dtype=torch.float32, device=device)
-    block_sums[(blocks, chunks)](
-        addresses, strides, partials, inverse_norms, tokens, *plan.masks,
-        **plan.constants, **_block_options(width, plan.kind), enable_fp_fusion=True,
-    )  # fmt: skip
+    constants = plan.constants | _block_options(width, plan.kind)
+    given = (addresses, strides, partials, inverse_norms)
+    _launch(block_sums, (blocks, chunks), given, (tokens, *plan.masks), constants)
     statistics = ordered_sum(partials).view(3, blocks, width)
 
     cosines = _cosines(features, inverse_norms)
@@ -178,11 +179,20 @@ def _cosines(features: list[Tensor], inverse_norms: Tensor) -> Tensor:
     plan, blocks, tokens = _plan(features, features), len(features), features[0].shape[0]
     options = _cosine_options(blocks, plan.kind, plan.config)
     out = torch.empty(tokens, blocks, blocks, dtype=torch.float32, device=features[0].device)
-    token_cosines[(triton.cdiv(tokens, options["TOKENS"]),)](
-        *address_table(features), inverse_norms, out, tokens, *plan.masks,
-        **plan.constants, **options, enable_fp_fusion=True,
-    )  # fmt: skip
+    given = (*address_table(features), inverse_norms, out)
+    grid = (triton.cdiv(tokens, options["TOKENS"]),)
+    _launch(token_cosines, grid, given, (tokens, *plan.masks), plan.constants | options)
     return out
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], given: Sequence[Tensor], numbers: tuple[int, ...], constants: dict[str, Any]
+) -> None:
+    key = (kernel.__name__, grid, numbers, *constants.values(), signature(*given))
+    launch = _LAUNCHES.get(key)
+    if launch is None:
+        launch = _LAUNCHES.keep(key, launcher(kernel, grid, numbers, constants | {"enable_fp_fusion": True}))
+    launch(*given)
 
 
 def backward(
@@ -213,14 +223,13 @@ def backward(
     plan, tables = _plan(features, touched), address_table(touched)
     mask = sum(1 << k for k in wanted)
     scales = torch.empty(tokens, 2, blocks, dtype=torch.float32, device=inverse_norms.device)
-    projections[(triton.cdiv(tokens, PROJECTION_TOKENS),)](
-        _cosines(features, inverse_norms), inverse_norms, grad_pair_sums, scales, tokens, mask,
-        BLOCKS=blocks, **_projection_options(blocks), enable_fp_fusion=True,
-    )  # fmt: skip
-    gradients[(triton.cdiv(width, plan.config.gradient_strip), triton.cdiv(tokens, GRADIENT_TOKENS))](
-        *tables, scales, grad_statistics, grad_pair_sums, tokens, mask, *plan.masks,
-        **plan.constants, **_gradient_options(blocks, plan.config, bool(upstream)), enable_fp_fusion=True,
-    )  # fmt: skip
+    given = (_cosines(features, inverse_norms), inverse_norms, grad_pair_sums, scales)
+    constants: dict[str, Any] = {"BLOCKS": blocks, **_projection_options(blocks)}
+    _launch(projections, (triton.cdiv(tokens, PROJECTION_TOKENS),), given, (tokens, mask), constants)
+    constants = plan.constants | _gradient_options(blocks, plan.config, bool(upstream))
+    grid = (triton.cdiv(width, plan.config.gradient_strip), triton.cdiv(tokens, GRADIENT_TOKENS))
+    given = (*tables, scales, grad_statistics, grad_pair_sums)
+    _launch(gradients, grid, given, (tokens, mask, *plan.masks), constants)
     return grads
 
 

@@ -11,6 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import repeat
+from operator import is_not
 from typing import Any, cast
 
 import torch
@@ -160,10 +162,16 @@ class Engine(ABC):
 
     def _gradients(self) -> list[list[Tensor]]:
         """This rank's share of the gradient, by parameter group; missing ones become zeros."""
-        for _, parameter in self._named:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        return [[parameter.grad for parameter in group["params"]] for group in self._optimizer.param_groups]
+        found = []
+        for group in self._optimizer.param_groups:
+            own = [parameter.grad for parameter in group["params"]]
+            if not all(map(is_not, own, repeat(None))):
+                for parameter in group["params"]:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                own = [parameter.grad for parameter in group["params"]]
+            found.append(own)
+        return found
 
     def _over_ranks(self, norms: list[Tensor]) -> Tensor:
         """Norms of shares to norms of the whole."""
@@ -317,7 +325,8 @@ class SingleEngine(Engine):
 
     def _step(self) -> None:
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        for _, parameter in self._named:  # the optimizer's own loop takes four times as long
+            parameter.grad = None
         self._clean = True
 
 

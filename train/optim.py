@@ -5,8 +5,9 @@ communication. It is kept in float32: in bfloat16 a decay of 0.9999 would vanish
 """
 
 from collections.abc import Callable, Iterable
+from itertools import repeat
 from operator import is_not
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ class AdamWEMA(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "ema_decay": ema_decay}
         super().__init__(params, {**defaults, "factor": None})
         self.applied: Tensor | None = None
-        self._held: dict[int, tuple[Any, list[Tensor], States]] = {}  # by group: of which state and parameters
+        self._held: dict[int, _Held] = {}  # by group
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -62,27 +63,47 @@ class AdamWEMA(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             moved = group["params"]
             gradients = [parameter.grad for parameter in moved]
-            if any(gradient is None for gradient in gradients):
+            if not all(map(is_not, gradients, repeat(None))):
                 moved = [parameter for parameter in moved if parameter.grad is not None]
                 gradients = [parameter.grad for parameter in moved]
             if moved:
-                none = torch.empty(0, dtype=torch.bfloat16, device=moved[0].device)
-                shadows = [getattr(parameter, "shadow", none) for parameter in moved]
-                told, states = {name: group[name] for name in rules}, self._states(index, moved)
-                adamw(moved, gradients, states, applied=self.applied, shadows=shadows, **told)
-                shadows_written(moved)
-        refold(parameter for group in self.param_groups for parameter in group["params"])
+                held = self._hold(index, moved)
+                told = {name: group[name] for name in rules}
+                adamw(moved, gradients, held.states, applied=self.applied, shadows=held.shadows, **told)
+                shadows_written(held.shadowed)
+        for held in self._held.values():
+            refold(held.folded)
 
-    def _states(self, index: int, parameters: list[Tensor]) -> States:
+    def _hold(self, index: int, parameters: list[Tensor]) -> "_Held":
         """Made anew where other parameters have a gradient, and after `load_state_dict`, which replaces `state`."""
-        state, known, states = self._held.get(index) or (None, [], None)
-        same = len(known) == len(parameters) and not any(map(is_not, known, parameters))
-        if states is None or state is not self.state or not same:
+        held = self._held.get(index)
+        same = held is not None and held.state is self.state and len(held.parameters) == len(parameters)
+        if held is None or not same or any(map(is_not, held.parameters, parameters)):
             init_states(self, parameters)
-            held = [self.state[parameter] for parameter in parameters]
-            states = States(*([each[name] for each in held] for name in (*STATES, "step")))
-            self._held[index] = self.state, [*parameters], states
-        return states
+            every = [self.state[parameter] for parameter in parameters]
+            states = States(*([each[name] for each in every] for name in (*STATES, "step")))
+            none = torch.empty(0, dtype=torch.bfloat16, device=parameters[0].device)
+            held = self._held[index] = _Held(
+                self.state,
+                [*parameters],
+                states,
+                [getattr(parameter, "shadow", none) for parameter in parameters],
+                [parameter for parameter in parameters if hasattr(parameter, "shadow")],
+                [parameter for parameter in parameters if hasattr(parameter, "folded")],
+            )
+        return held
+
+
+class _Held(NamedTuple):
+    """What steps find again for the parameters of a group that have a gradient. Shadows and folded weights that come
+    later, or are replaced, are written by who reads them."""
+
+    state: Any
+    parameters: list[Tensor]
+    states: States
+    shadows: list[Tensor]
+    shadowed: list[Tensor]
+    folded: list[Tensor]
 
 
 def with_ema(base: type[torch.optim.Optimizer]) -> type[Any]:

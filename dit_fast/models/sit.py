@@ -207,12 +207,12 @@ class SiT(Backbone):
         second: Tree | None = None
         wiring = self.config.skip_wiring
         first_half = self.depth // 2 if wiring != "off" else self.depth
-        for index in range(self.depth if stop is None else stop + 1):
+        for index, block in enumerate(self.blocks):
             stream, leading = self.extended(index, stream, y), self.leading(index)
             skip = pending.pop() if index >= first_half else None
             if index < first_half and wiring == "input":
                 pending.append(stream.after(leading))
-            given = (index, stream, c, skip, index in taps.attention, modulations.get(self.blocks[index]))
+            given = (index, block, stream, c, skip, index in taps.attention, modulations.get(block))
             stream = recomputed(self.activation_checkpointing, self._stage, *given)
             if stream.heads is not None:
                 taps.heads[index] = Heads(*(part[:, :, leading:] for part in stream.heads))
@@ -224,8 +224,8 @@ class SiT(Backbone):
                 pending.append(stream.after(leading))
             if stop is None and index + 1 == self.config.auxiliary_depth:
                 second = self._decoded(self.final_layer_xr, stream.after(leading), c, modulations)
-        if stop is not None:
-            return None
+            if index == stop:
+                return None
         stream = stream.after(self.leading(self.depth - 1))
         if self.config.velocity_head:
             second = self._decoded(self.final_layer_v, stream, c, modulations)
@@ -259,19 +259,27 @@ class SiT(Backbone):
 
     def _modulations(self, c: Tensor) -> Modulations:
         """Those of all blocks and heads by one product, where their layers' shadows lie in one buffer; else none."""
-        if not hasattr(self.side_by_side()[0].weight, "shadow"):
+        layers = self.side_by_side()
+        if not hasattr(layers[0].weight, "shadow"):
             return {}
-        parts = linear_of_all(nn.functional.silu(c), self.side_by_side(), self.hidden_size)
+        parts = linear_of_all(nn.functional.silu(c), layers, self.hidden_size)
         return {} if parts is None else dict(zip(self._modulated(), parts, strict=True))
 
     def _stage(
-        self, index: int, stream: Residual, c: Tensor, skip: Residual | None, heads: bool, modulation: Any
+        self,
+        index: int,
+        block: nn.Module,
+        stream: Residual,
+        c: Tensor,
+        skip: Residual | None,
+        heads: bool,
+        modulation: Any,
     ) -> Residual:
         """One block with the fusion that belongs to it."""
         if skip is not None and self.config.skip_wiring == "input":
             stream = self._fuse(index, stream, skip)
         given = (stream.tokens, c, stream.stats, self.rotary(index), heads, modulation)
-        stream = Residual(*self.blocks[index](*given))
+        stream = Residual(*block(*given))
         if skip is not None and self.config.skip_wiring == "output":
             stream = self._fuse(index, stream, skip)._replace(heads=stream.heads)
         return stream

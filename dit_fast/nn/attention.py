@@ -110,24 +110,26 @@ class Attention(nn.Module):
         """rotary: what turns queries and keys after their norm. heads: whether those are returned too."""
         batch, tokens, width = x.shape
         mixed, own = self.attended(self.qkv(x), rotary, heads)
-        output = self.proj(mixed.reshape(batch, tokens, width))
+        rows = mixed if mixed.dim() == 3 else mixed.transpose(1, 2).reshape(batch, tokens, width)
+        output = self.proj(rows)
         return output if own is None else (output, own)
 
     def attended(self, qkv: Tensor, rotary: Rotary | None, heads: bool) -> tuple[Tensor, Heads | None]:
-        """What attention makes of the projection [N, T, 3D]: [N, T, D] or [N, T, H, d]; heads: and from what."""
+        """What attention makes of the projection [N, T, 3D]: [N, T, D] or [N, H, T, d]; heads: and from what."""
         if self.kind == "auto" and self.is_plain(rotary) and not heads and attention_cpp.takes(qkv, self.num_heads):
             return attention_cpp.attention(qkv, self.num_heads), None
         query, key, value = self._heads(qkv, rotary)
         return self.mixed(query, key, value), Heads(query, key) if heads else None
 
     def mixed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Softmax attention [N, T, H, d] of heads [N, H, T, d]."""
+        """Softmax attention of heads [N, H, T, d], like them."""
         if self.kind == "math" or (self.kind == "auto" and _plain_pays(value)) or has_tangent(value):
-            return _plain_attention(query, key, value).transpose(1, 2)
+            return _plain_attention(query, key, value)
         if self._use_flash(value):
-            return self._flash(*(part.transpose(1, 2) for part in (query, key, value)))  # type: ignore[misc]
+            given = (part.transpose(1, 2) for part in (query, key, value))
+            return self._flash(*given).transpose(1, 2)  # type: ignore[misc]
         with self._backend(value):
-            return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+            return F.scaled_dot_product_attention(query, key, value)
 
     def _heads(self, qkv: Tensor, rotary: Rotary | None) -> tuple[Tensor, ...]:
         """query, key, value [N, H, T, d], the first two normalised and turned where the model does that."""

@@ -41,6 +41,6 @@ class Kinds:
 def _alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """Whether as many tensors are like these."""
     sizes, strides = [list(each.shape) for each in tensors], [list(each.stride()) for each in tensors]
-    guards = torch._C._dynamo.guards.TensorGuards
+    guards: Any = torch._C._dynamo.guards.TensorGuards
     alike: Callable[..., bool] = guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
     return alike

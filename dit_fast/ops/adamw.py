@@ -63,7 +63,7 @@ def adamw(
     RuntimeError for other tensors that are not contiguous float32.
     """
     device = weights[0].device
-    plain = all(weight.dtype is torch.float32 and weight.is_contiguous() for weight in weights)
+    plain = {weight.dtype for weight in weights} == {torch.float32} and all(map(Tensor.is_contiguous, weights))
     chosen = backend.choose(OP, "auto", device.type) if plain else "torch"
     rules = (*betas, eps, weight_decay, ema_decay)
     if chosen in ("cpp", "cuda"):

@@ -143,8 +143,8 @@ def joins(
     plan: Plan, x: Tensor, y: Tensor, gate: Tensor, shift: Tensor | None, scale: Tensor, gate_m: Tensor,
     layer: Layer, first: Layer, second: Layer, *, home: Home = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """x'' [N, T, D] and its rows' mean and variance [N, T]; y: what attention made, [N, T, H, d]; home: of the gate and
-    of what follows it."""
+    """x'' [N, T, D] and its rows' mean and variance [N, T]; y: what attention made, [N, H, T, d] or [N, T, D]; home: of
+    the gate and of what follows it."""
     parameters = (*layer[:2], *first[:2], *second[:2])
     return _joins(x, y, gate, shift, scale, gate_m, *parameters, plan, (layer, first, second), home)
 
@@ -156,16 +156,12 @@ class _Reads(torch.autograd.Function):
         variance: Tensor | None, plan: Plan, layer: Layer, heads: int, home: Home,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         given = (x, shift, scale, layer.shadow, layer.bias_shadow)
-        qkv, rows, mean, variance = plan.run(_read, (plan,), *given, mean, variance)
+        *read, rows, mean, variance = plan.run(_read, (plan, heads), *given, mean, variance)
         vectors = (scale.dtype, scale.dtype if shift is None else shift.dtype, scale.dtype)
         ctx.facts, ctx.home = (plan, weight.dtype, vectors, shift is not None, heads), home
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, scale, mean, variance, rows, layer.shadow)
-        batch, tokens, _ = x.shape
-        if not heads:
-            return x.view_as(x), qkv.view(batch, tokens, -1)
-        query, key, value = qkv.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        return x.view_as(x), query, key, value
+        return x.view_as(x), *read
 
     @staticmethod
     def backward(ctx: Any, above: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -179,14 +175,16 @@ class _Reads(torch.autograd.Function):
 
 
 def _read(
-    plan: Plan, x: Tensor, shift: Tensor | None, scale: Tensor, shadow: Tensor, bias_shadow: Tensor,
+    plan: Plan, heads: int, x: Tensor, shift: Tensor | None, scale: Tensor, shadow: Tensor, bias_shadow: Tensor,
     mean: Tensor | None, variance: Tensor | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     stats = None if mean is None or variance is None else (mean.contiguous(), variance.contiguous())
     forms = (EPS, plan.rms, stats, plan.dtype, stats is None)
     _, modulated, *measured = plan.norms.forward(x, None, None, shift, scale, *forms)
-    rows = modulated.view(-1, x.shape[-1])
-    return torch.addmm(bias_shadow, rows, shadow.t()), rows, *(stats or measured)
+    rows, (batch, tokens, _) = modulated.view(-1, x.shape[-1]), x.shape
+    qkv = torch.addmm(bias_shadow, rows, shadow.t()).view(batch, tokens, -1)
+    read = qkv.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0) if heads else (qkv,)
+    return *read, rows, *(stats or measured)
 
 
 def _read_back(
@@ -255,7 +253,7 @@ def _join(
     y: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     norms, width = plan.norms, x.shape[-1]
-    attended = y.reshape(-1, width)
+    attended = (y.transpose(1, 2) if y.dim() == 4 else y).reshape(-1, width)
     branch = torch.addmm(bias_shadow, attended, shadow.t())
     x_new, modulated, *stats = norms.forward(
         x, branch.view(x.shape), gate, shift, scale, EPS, plan.rms, None, plan.dtype, True
@@ -290,7 +288,8 @@ def _join_back(
     given = (*given, shifted, x_new.dtype, branch.dtype)
     grad_x, grad_branch, *of_vectors = _of_norm(plan, given, vectors, at_home)
     grad_rows = grad_branch.view(attended.shape)
-    grad_y = torch.mm(grad_rows, shadow).view(shape)
+    grad_y = torch.mm(grad_rows, shadow)
+    grad_y = grad_y.view(shape[0], shape[2], shape[1], -1).transpose(1, 2) if len(shape) == 4 else grad_y.view(shape)
     grad_weight, grad_bias = product(grad_rows.t(), attended, own), sum_of_rows(grad_rows, own, plan.sums)
     return grad_x, grad_y, grad_weight, grad_bias, *of_mlp, of_gate_m, *of_vectors
 
@@ -322,11 +321,12 @@ def _through_mlp(
 
 def node(function: Any, refusal: str) -> Any:
     """Its apply, without torch's look at the signature of forward."""
-    run = guarded(function.backward, refusal)
+    plain, run = function.backward, guarded(function.backward, refusal)
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # what is left at home would not meet the refusal
-            ctx.home = ctx.last = None
+        if not torch.is_grad_enabled():
+            return plain(ctx, *grads)  # type: ignore[no-any-return]
+        ctx.home = ctx.last = None  # what is left at home would not meet the refusal
         return run(ctx, *grads)
 
     function.backward = staticmethod(backward)

@@ -127,7 +127,8 @@ class _Trace(TorchDispatchMode):
         self._lines: list[_Line] = []
         self._count = 0
         self._reason: str | None = None
-        self._space: dict[str, Any] = {"part": torch._C._dynamo.guards._reinterpret_tensor}
+        inductors: Any = torch._C._dynamo.guards
+        self._space: dict[str, Any] = {"part": inductors._reinterpret_tensor}
         for name, tensor in zip(self._arguments, arguments, strict=True):
             if tensor is not None:
                 self._own(name, tensor)

@@ -168,7 +168,8 @@ LAUNCHES = {  # shapes of what a launcher reads in wide pieces, how to call it w
 }  # fmt: skip
 
 KEPT = (
-    adaln._FORWARD, adaln_gradients._BACKWARD, qk_norm._FORWARD, qk_norm._BACKWARD, diversity_taps._PLANS
+    adaln._FORWARD, adaln_gradients._BACKWARD, qk_norm._FORWARD, qk_norm._BACKWARD, diversity_taps._PLANS,
+    diversity._LAUNCHES,
 )  # fmt: skip
 
 
