@@ -161,8 +161,8 @@ class _Side(ABC):
         self.loss = TrainingLoss(model, Flow(Flow.Config(), model), bound, seed=0, label_dropout=0.1, precision="bf16")
         self.batches = []
         for number in range(4):
-            labels, positions = torch.randint(0, 1000, (2,)), torch.arange(2 * number, 2 * number + 2)
-            self.batches.append({"moments": torch.randn(2, 2, 4, 4, 4), "label": labels, "position": positions})
+            own = {"label": torch.randint(0, 1000, (2,)), "position": torch.arange(2 * number, 2 * number + 2)}
+            self.batches.append({"moments": torch.randn(2, 2, 4, 4, 4), **own})
 
     @abstractmethod
     def run(self, number: int) -> dict[str, float]:
@@ -228,11 +228,8 @@ class _Untraced(_Ours):
     def run(self, number: int) -> dict[str, float]:
         from dit_fast.ops import branches, long_skip_node, traced
 
-        def plain(function: Any, facts: Any, *given: Any) -> Any:
-            return function(*facts, *given)
-
         try:
-            branches.traced = long_skip_node.traced = plain
+            branches.traced = long_skip_node.traced = lambda function, facts, *given: function(*facts, *given)
             return super().run(number)
         finally:
             branches.traced = long_skip_node.traced = traced.traced

@@ -223,7 +223,7 @@ def backward(
     plan, tables = _plan(features, touched), address_table(touched)
     mask = sum(1 << k for k in wanted)
     scales = torch.empty(tokens, 2, blocks, dtype=torch.float32, device=inverse_norms.device)
-    given = (_cosines(features, inverse_norms), inverse_norms, grad_pair_sums, scales)
+    given: Sequence[Tensor] = (_cosines(features, inverse_norms), inverse_norms, grad_pair_sums, scales)
     constants: dict[str, Any] = {"BLOCKS": blocks, **_projection_options(blocks)}
     _launch(projections, (triton.cdiv(tokens, PROJECTION_TOKENS),), given, (tokens, mask), constants)
     constants = plan.constants | _gradient_options(blocks, plan.config, bool(upstream))

@@ -166,10 +166,9 @@ class Engine(ABC):
         for group in self._optimizer.param_groups:
             own = [parameter.grad for parameter in group["params"]]
             if not all(map(is_not, own, repeat(None))):
-                for parameter in group["params"]:
-                    if parameter.grad is None:
-                        parameter.grad = torch.zeros_like(parameter)
-                own = [parameter.grad for parameter in group["params"]]
+                for place, parameter in enumerate(group["params"]):
+                    if own[place] is None:
+                        own[place] = parameter.grad = torch.zeros_like(parameter)
             found.append(own)
         return found
 

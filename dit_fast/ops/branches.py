@@ -325,7 +325,7 @@ def node(function: Any, refusal: str) -> Any:
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():
-            return plain(ctx, *grads)  # type: ignore[no-any-return]
+            return plain(ctx, *grads)
         ctx.home = ctx.last = None  # what is left at home would not meet the refusal
         return run(ctx, *grads)
 
