@@ -4,6 +4,7 @@ Paper and published code disagree on the pairs, the variant of the terms and whe
 is an option. Defaults: the published pairs and terms, and the weight as a weight (detached), as the paper means it.
 """
 
+import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -38,12 +39,13 @@ def adaptive_weight(
     "paper" (Sec. 3.2, and the code): 1 above `high`, (loss - low) / high above `low`, else 0; it jumps at `high`.
     "continuous": clip((loss - low) / (high - low), 0, 1). detach=False lets gradients flow through the weight, as in
     the published trainer. That of a NaN is NaN, as is `diversity_loss` of features with one; the published code takes
-    both for 0, which hides a training that diverges. Raises UserError for an unknown form or unless 0 <= low < high.
+    both for 0, which hides a training that diverges. Raises UserError for an unknown form or unless 0 <= low < high <
+    infinity.
     """
     if form not in ("paper", "continuous"):
         raise UserError(f"unknown form '{form}' of the adaptive weight; valid: paper, continuous")
-    if not 0 <= low < high:
-        raise UserError(f"the adaptive weight needs 0 <= low < high, not low={low}, high={high}")
+    if not 0 <= low < high < math.inf:
+        raise UserError(f"the adaptive weight needs finite 0 <= low < high, not low={low}, high={high}")
     loss = loss.detach() if detach else loss
     if form == "continuous":
         return ((loss - low) / (high - low)).clamp(0, 1)

@@ -134,6 +134,8 @@ def test_published_pairs_and_weight(name):
 def test_unusable_ranges_and_forms_are_named():
     with pytest.raises(UserError, match=r"low=0.5, high=0.1"):
         adaptive_weight(torch.tensor(0.3), 0.5, 0.1)
+    with pytest.raises(UserError, match=r"finite .* high=inf"):
+        adaptive_weight(torch.tensor(0.3), high=float("inf"))
     with pytest.raises(UserError, match=r"'linear'.*paper, continuous"):
         adaptive_weight(torch.tensor(0.3), form="linear")
 

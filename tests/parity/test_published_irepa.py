@@ -85,5 +85,8 @@ def test_a_model_comes_out_as_it_went_in(kernel):
 def test_targets_need_tokens():
     with pytest.raises(UserError, match=r"at least two tokens, not \[3, 1, 4\]"):
         spatial_normalize(torch.zeros(3, 1, 4))
+    for bad in ({"strength": float("nan")}, {"strength": float("inf")}, {"eps": float("nan")}, {"eps": -1.0}):
+        with pytest.raises(UserError, match=r"strength=.* must be a finite number, eps=.* 0 or more"):
+            spatial_normalize(torch.ones(1, 4, 2), **bad)
     assert spatial_normalize(torch.randn(2, 5, 4).half()).dtype == torch.float16
     assert torch.equal(spatial_normalize(torch.ones(1, 4, 2), 1.0), torch.zeros(1, 4, 2))
