@@ -36,6 +36,7 @@ from dit_fast.published import read_state
 logger = logging.getLogger("dit_fast")
 
 LABEL_DROPOUT = ("label_dropout", "class_dropout_prob", "cfg_prob")  # its names in headers and training arguments
+PATHS = {"linear": "linear", "cosine": "cosine", "gvp": "cosine", "vp": "vp"}  # by REPA's `path_type` or SiT's
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def load_official(
     their later blocks `decoder_blocks`. in_context_start: for "jit", the first block, from 0, with its tokens of the
     label, unless the file says it. A "ddt" model takes images of every size, as its entries tell none.
     weights: "ema" or "model", of a training checkpoint.
+    `model.path` is the path that the file's header or arguments name (`path_type`), which `sample` follows.
     Weights are kept in fp32, or fp64 if the source has any; `export_official` returns the source's dtypes.
     Raises CheckpointError naming the key (missing, extra, wrong shape) or the argument that is needed; ConfigError for
     a family that is not supported.
@@ -125,6 +127,7 @@ def load_official(
         if not tensor.isfinite().all():
             raise CheckpointError(f"'{name}' holds NaN or Inf; take a checkpoint from before the training diverged")
     model.load_state_dict(tensors, assign=True)
+    model.path = PATHS.get(str(facts.get("path_type")).lower())
     dtypes = {name: tensor.dtype for name, tensor in state.items()}
     cast(Any, model).official_source = Origin(family, dtypes, ordered, listed)
     return model.eval()
@@ -178,9 +181,9 @@ def save_official(
 ) -> None:
     """Writes `export_official(model, family)` as `.pt` (bare state_dict) or `.safetensors`, replacing the file at once.
 
-    A `.safetensors` file also says num_heads, num_classes, label_dropout, skip_wiring, encoder_depth and
-    in_context_start in its header, as far as the model has them, and `load_official` reads them there; about: what its
-    header says besides.
+    A `.safetensors` file also says num_heads, num_classes, label_dropout, skip_wiring, encoder_depth,
+    in_context_start and path_type in its header, as far as the model has them, and `load_official` reads them there;
+    about: what its header says besides.
     """
     path = Path(path)
     state = export_official(model, family)
@@ -196,6 +199,8 @@ def save_official(
             header = {**(about or {}), "format": "pt", **known}
             if getattr(config, "auxiliary_depth", 0):
                 header["encoder_depth"] = str(config.auxiliary_depth)
+            if cast(SiT, model).path:
+                header["path_type"] = str(cast(SiT, model).path)
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, file.name, metadata=header)
 
 

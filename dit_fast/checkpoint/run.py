@@ -90,7 +90,7 @@ def load_run(path: str | Path, weights: Literal["ema", "model"] = "ema") -> Load
     model.load_state_dict({name: tensor for name, tensor in tensors.items() if name in own})
     state["weights_sha256"] = checkpoint.digest(weights)
     run = LoadedRun(model.eval(), config, state, own_autoencoder(state.get("autoencoder"), tensors))
-    model.prediction = run.objective.prediction
+    model.prediction, model.path = run.objective.prediction, run.objective.path.name
     return run
 
 

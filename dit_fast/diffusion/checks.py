@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dit_fast.diffusion.conversions import T_EPS, Prediction
 from dit_fast.diffusion.grids import ROUNDING
 from dit_fast.diffusion.guidance import described, is_number
+from dit_fast.diffusion.paths import Path, as_path
 from dit_fast.errors import UserError
 from dit_fast.tree import Tree, image, label
 
@@ -22,13 +23,21 @@ def readable(values: Tensor) -> bool:
     return plain and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
-def check_batch(model: object, x: Tree, y: Tree, t: Tensor, prediction: Prediction | str = "velocity") -> None:
-    """Raises UserError unless x [N, ...], labels y and times t are of one N and the model knows such labels and makes
-    such a prediction.
+def check_batch(
+    model: object,
+    x: Tree,
+    y: Tree,
+    t: Tensor,
+    path: Path | str = "linear",
+    prediction: Prediction | str = "velocity",
+) -> None:
+    """Raises UserError unless x [N, ...], labels y and times t are of one N and the model knows such labels, is of this
+    path and makes such a prediction.
     """
     count = len(image(x))
     check_labels(model, label(y) if isinstance(y, dict) else y, count)
     check_unit("t", t, count)
+    path_of(model, path)
     predicted_by(model, prediction)
 
 
@@ -96,3 +105,21 @@ def predicted_by(model: object, given: Prediction | str | None = None) -> Predic
             "given, or set model.prediction where it was trained anew"
         )
     return cast(Prediction, given or own or "velocity")
+
+
+def path_of(model: object, given: Path | str | None = None) -> Path:
+    """The path that a model was trained on: what was given, else what the model says (`Backbone.path`), else linear.
+
+    Raises UserError for an unknown one, and where what was given is not what the model says. Another class's attribute
+    of that name may be anything; what is no name of a path says nothing.
+    """
+    own = getattr(model, "path", None)
+    if not isinstance(own, str) or own not in Path.NAMES:
+        own = None
+    path = as_path(given or own or "linear")
+    if own not in (None, path.name):
+        raise UserError(
+            f"this {type(model).__name__} was trained on the {own} path, not on '{path.name}'; give path='{own}' where "
+            "that can be given, or set model.path where it was trained anew"
+        )
+    return path

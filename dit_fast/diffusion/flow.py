@@ -32,7 +32,7 @@ def flow_loss(
     device = x.device if generator is None else generator.device
     if t is None:
         t = (times or uniform()).sample(len(x), generator, x.device)
-    check_batch(model, x, y, t)
+    check_batch(model, x, y, t, path)
     if noise is None:
         noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
     noised, target = as_path(path).interpolate(x, noise, t)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_fast.diffusion.checks import check_dense, check_labels, check_order, check_t_eps, predicted_by
+from dit_fast.diffusion.checks import check_dense, check_labels, check_order, check_t_eps, path_of, predicted_by
 from dit_fast.diffusion.conversions import T_EPS, Diffusion, Prediction
 from dit_fast.diffusion.ddpm import Noise, spaced_steps
 from dit_fast.diffusion.grids import time_grid
 from dit_fast.diffusion.guidance import Bounds, Channels, Decision, Guidance, Velocity, described, is_number, shapes_of
 from dit_fast.diffusion.kept import KeptCondition
-from dit_fast.diffusion.paths import Path, as_path
+from dit_fast.diffusion.paths import Path
 from dit_fast.diffusion.reverse import LastStep
 from dit_fast.diffusion.solvers import SOLVERS, Draw, Field, Follows
 from dit_fast.errors import UserError
@@ -59,7 +59,7 @@ def sample(
     generator: torch.Generator | None = None,
     seed: int | None = None,
     index: Tensor | None = None,
-    path: Path | str = "linear",
+    path: Path | str | None = None,
     chunk: int = 64,
     cfg_channels: Channels | None = None,
     class_token_cfg_scale: float | None = None,
@@ -101,8 +101,8 @@ def sample(
     interval one of t / 1000.
     path, prediction: what the model was trained on, and what it returns: "velocity", "score", "noise", or "x", whose
     velocity is (x_t - x) / max(t, t_eps) on the linear path; a mean velocity may be given as x too. By default what
-    `model.prediction` says ("velocity" where it says nothing). "mean_flow" knows the linear path alone, "ddpm" and
-    "ddim" the noise of their own steps.
+    `model.path` and `model.prediction` say ("linear", "velocity" where they say nothing). "mean_flow" knows the linear
+    path alone, "ddpm" and "ddim" the noise of their own steps.
 
     Times: num_steps equal steps (SDE: num_steps - 1 noisy ones, and a last one) through time_range = (from, to), from
     noise to data, by default (1, 0), or inside of it where the velocity is infinite at an end
@@ -141,10 +141,10 @@ def sample(
     batch.
 
     Raises UserError for an unknown sampler or path, an option (or a path) that the sampler does not take, a number out
-    of range, another prediction than the model's own, times at which the velocity is infinite, guidance of a model
-    without a null label, labels that the model does not have (where it says num_classes; its null label is one it has),
-    a sampler for another kind of model, noise that is not finite, shapes that do not fit, several or no sources of
-    randomness where one is needed, and repeated indices.
+    of range, another path or prediction than the model's own, times at which the velocity is infinite, guidance of a
+    model without a null label, labels that the model does not have (where it says num_classes; its null label is one it
+    has), a sampler for another kind of model, noise that is not finite, shapes that do not fit, several or no sources
+    of randomness where one is needed, and repeated indices.
     """
     given = {
         "diffusion": diffusion,
@@ -167,7 +167,7 @@ def sample(
     if not isinstance(generator, torch.Generator | None):
         raise UserError(f"generator must be a torch.Generator, not {described(generator)}")
     check_fits(sampler, model)
-    path, prediction = as_path(path), predicted_by(model, prediction)
+    path, prediction = path_of(model, path), predicted_by(model, prediction)
     check_used(sampler, path, prediction)
     if null_label is not None:
         check_whole("null_label", null_label, 0, 2**31 - 1)

@@ -43,7 +43,7 @@ def internal_guidance_losses(
     Source: the published code, `loss.py`. Raises UserError as `check_batch`, and for a model that
     returns no second velocity.
     """
-    check_batch(model, x, y, t)
+    check_batch(model, x, y, t, path)
     noised, velocity = as_path(path).interpolate(x, noise, t)
     first, second = split(model(noised, t, y))
     if second is None:

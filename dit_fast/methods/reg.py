@@ -53,7 +53,7 @@ def reg_losses(
     """
     if not hasattr(model, "projectors"):
         raise ConfigError("reg_losses needs a model with its alignment head, `projectors`; `load_official` gives one")
-    check_batch(model, x, y, t)
+    check_batch(model, x, y, t, path)
     path, block, target = as_path(path), model.block(encoder_depth, "encoder_depth"), target.detach()
     noised, velocity = path.interpolate(x, noise, t)
     noised_token, token_velocity = path.interpolate(target[:, 0], class_noise, t)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dit_fast.data import DatasetInfo
 from dit_fast.diffusion import Path, velocity_error
-from dit_fast.diffusion.checks import check_batch
+from dit_fast.diffusion.checks import check_batch, path_of
 from dit_fast.diffusion.guidance import is_number
 from dit_fast.diffusion.paths import as_path
 from dit_fast.errors import ConfigError, UserError
@@ -68,7 +68,8 @@ def self_transcendence_loss(
     if not is_number(guidance) or not math.isfinite(guidance):
         raise UserError(f"guidance={guidance!r} must be a finite number; 1 = the features of the label")
     block, last = model.block(student_depth, "student_depth"), teacher.block(teacher_depth, "teacher_depth")
-    check_batch(model, x, y, t)
+    check_batch(model, x, y, t, path)
+    path_of(teacher, path)
     noised, velocity = as_path(path).interpolate(x, noise, t)
     output, features = model(noised, t, y, taps=(block,))
     target = guided_features(teacher, noised, t, y, last, guidance)

@@ -81,7 +81,7 @@ def sra_loss(
     if not hasattr(model, "ap_head"):
         raise ConfigError("sra_loss needs a model with its alignment head, `ap_head`; `load_official` gives one")
     block, last = model.block(student_depth, "student_depth"), teacher.block(teacher_depth, "teacher_depth")
-    check_batch(model, x, y, t)
+    check_batch(model, x, y, t, path)
     if shift.shape != t.shape:
         raise UserError(f"sra_loss needs a shift of shape {list(t.shape)}, not {list(shift.shape)}")
     path, earlier = as_path(path), (t - shift).clamp(0, 1)

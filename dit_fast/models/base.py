@@ -101,7 +101,8 @@ class Backbone(nn.Module, ABC):
     variance's logits. outputs: 2 where `forward` returns a tuple, the output and a second one of the form of x.
     guidance_condition: whether it is told its guidance. guides_noise: whether the released sampler of its weights
     guides at t = 1 where an interval without its ends has that as its upper one. prediction: what its weights were
-    trained to give, as far as that is known: one of `diffusion.conversions.Prediction`; None where it is not.
+    trained to give, as far as that is known: one of `diffusion.conversions.Prediction`; None where it is not. path: the
+    name of the `diffusion.Path` they were trained on, None likewise.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -124,6 +125,7 @@ class Backbone(nn.Module, ABC):
     guidance_condition: bool = False
     guides_noise: bool = True
     prediction: str | None = None
+    path: str | None = None
 
     blocks: nn.ModuleList
     projectors: nn.ModuleList  # once there is one

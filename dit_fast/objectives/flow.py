@@ -43,7 +43,7 @@ def flow_losses(
     weighting, as in SiT's code. Infinite outside of `conversions.train_range`. Raises UserError as
     `check_batch`, for shapes, for unknown names and for a t_eps out of range or without effect.
     """
-    check_batch(model, x, y, t, prediction)
+    check_batch(model, x, y, t, path, prediction)
     check_t_eps(t_eps, prediction == "x" and weighting != "none")
     x_t, target = training_pair(x, noise, t, path, prediction)
     output, _ = split(model(x_t, t, y))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dit_fast.diffusion import SOLVERS, Path, logit_normal
-from dit_fast.diffusion.checks import check_labels, check_order, check_t_eps, check_unit, predicted_by
+from dit_fast.diffusion.checks import check_labels, check_order, check_t_eps, check_unit, path_of, predicted_by
 from dit_fast.diffusion.conversions import T_EPS
 from dit_fast.diffusion.guidance import described, shapes_of
 from dit_fast.diffusion.paths import along
@@ -182,6 +182,7 @@ def check_samples(
     for name, times in (("t", t), ("r", r)):
         check_unit(name, times, count)
     check_order(("r", r), ("t", t))
+    path_of(model, "linear")
     predicted_by(model, prediction)
     if dropped is not None and dropped.shape != t.shape:
         raise UserError(f"dropped must be bool {list(t.shape)}, one for each sample, not {list(dropped.shape)}")

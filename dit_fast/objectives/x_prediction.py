@@ -45,7 +45,7 @@ def x_prediction_losses(
     if not 0 < noise_scale < math.inf:
         raise UserError(f"noise_scale={noise_scale} must be a finite number above 0")
     check_t_eps(t_eps, used=True)
-    check_batch(model, x, y, t, "x")
+    check_batch(model, x, y, t, prediction="x")
     z, clean = training_pair(x, noise_scale * noise, t, prediction="x")
     output = image(split(model(z, t, y))[0])
     error = velocity_error(output, clean)

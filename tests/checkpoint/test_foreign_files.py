@@ -55,6 +55,15 @@ def _training_checkpoint():
     return {"model": model, "ema": ema, "opt": {"state": {}, "param_groups": []}, "args": args, "steps": 50_000}
 
 
+def test_a_model_says_on_which_path_it_was_trained(tmp_path):
+    content = _training_checkpoint()
+    content["args"].path_type = "GVP"
+    model = load_official(content, "repa", num_heads=4)
+    save_official(model, tmp_path / "model.safetensors")
+    assert [each.path for each in (model, load_official(tmp_path / "model.safetensors", "repa"))] == ["cosine"] * 2
+    assert load_official(_training_checkpoint(), "repa", num_heads=4).path is None
+
+
 def test_training_checkpoints_give_ema_or_model(tmp_path):
     content = _training_checkpoint()
     path = tmp_path / "0050000.pt"

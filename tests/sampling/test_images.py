@@ -13,6 +13,7 @@ from dit_fast.analysis.blocks import Inputs, study_blocks
 from dit_fast.autoencoders.pixels import from_model_space, to_model_space, to_uint8
 from dit_fast.checkpoint.run import load_run
 from dit_fast.cli import main
+from dit_fast.diffusion import flow_loss, sample
 from dit_fast.errors import UserError
 from dit_fast.models import new_model
 from dit_fast.objectives import Flow, ImprovedMeanFlow, MeanFlow
@@ -125,7 +126,14 @@ def test_a_run_that_predicts_noise_on_vp_draws_finite_images(place, tmp_path):
     ]  # fmt: skip
     assert train(load("quickstart", changes), single()) == 2
     assert len(list(tmp_path.glob("samples/*.png"))) == 1
-    assert load_run(tmp_path).model.prediction == "noise"  # so that `sample` knows it, too
+    model = load_run(tmp_path).model
+    assert (model.prediction, model.path) == ("noise", "vp")  # so that `sample` knows it, too
+    x, y = torch.randn(2, *model.shapes["image"]), torch.arange(2)
+    given = {"path": "vp", "prediction": "noise"}
+    assert torch.equal(sample(model, x, y, num_steps=2), sample(model, x, y, num_steps=2, **given))
+    for call in (lambda: sample(model, x, y, path="linear"), lambda: flow_loss(model, x, y)):
+        with pytest.raises(UserError, match="this SiT was trained on the vp path, not on 'linear'; give path='vp'"):
+            call()
     for sampler in ("heun", "heun2", "rk4", "sde", "sde_heun"):
         samples = sample_run(tmp_path, per_class=1, sampler=sampler)
         assert samples.images.shape == (3, 32, 32, 3)
