@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from safetensors.torch import save_file
@@ -23,6 +23,7 @@ from dit_fast import files
 from dit_fast.checkpoint.families import FAMILIES, NAMES, official_names
 from dit_fast.checkpoint.layout import Known, Layout, family_hint, listed_heads, read_layout, rename_legacy, with_labels
 from dit_fast.checkpoint.official_time import reversed_state, widened_state
+from dit_fast.diffusion.conversions import Prediction
 from dit_fast.errors import CheckpointError, ConfigError
 from dit_fast.methods.base import NORM, NORM_EPS
 from dit_fast.models import Backbone
@@ -79,10 +80,12 @@ def load_official(
     skip_wiring: "input" or "output", for "diversedit": both have the same keys and shapes, so it must be told.
     encoder_depth: for "ddt", the number of its encoder's blocks; for "internal_guidance", whose models return two
     velocities, the second from that block (from 1); both unless the file says it; and for old REPA files that name
-    their later blocks `decoder_blocks`. in_context_start: for "jit", the first block, from 0, with its tokens of the
-    label, unless the file says it. A "ddt" model takes images of every size, as its entries tell none.
+    their later blocks `decoder_blocks`. For all others it must be one of the blocks, and nothing depends on it.
+    in_context_start: for "jit", the first block, from 0, with its tokens of the label, unless the file says it. A "ddt"
+    model takes images of every size, as its entries tell none.
     weights: "ema" or "model", of a training checkpoint.
-    `model.path` is the path that the file's header or arguments name (`path_type`), which `sample` follows.
+    `model.path` is the path that the file's header or arguments name (`path_type`), and `model.prediction` what a
+    header says; `sample` follows both.
     Weights are kept in fp32, or fp64 if the source has any; `export_official` returns the source's dtypes.
     Raises CheckpointError naming the key (missing, extra, wrong shape) or the argument that is needed; ConfigError for
     a family that is not supported.
@@ -128,6 +131,8 @@ def load_official(
             raise CheckpointError(f"'{name}' holds NaN or Inf; take a checkpoint from before the training diverged")
     model.load_state_dict(tensors, assign=True)
     model.path = PATHS.get(str(facts.get("path_type")).lower())
+    if not ordered and facts.get("prediction") in get_args(Prediction):  # not of arguments, which know other signs
+        model.prediction = facts["prediction"]
     dtypes = {name: tensor.dtype for name, tensor in state.items()}
     cast(Any, model).official_source = Origin(family, dtypes, ordered, listed)
     return model.eval()
@@ -182,8 +187,8 @@ def save_official(
     """Writes `export_official(model, family)` as `.pt` (bare state_dict) or `.safetensors`, replacing the file at once.
 
     A `.safetensors` file also says num_heads, num_classes, label_dropout, skip_wiring, encoder_depth,
-    in_context_start and path_type in its header, as far as the model has them, and `load_official` reads them there;
-    about: what its header says besides.
+    in_context_start, path_type and prediction in its header, as far as the model has them, and `load_official` reads
+    them there; about: what its header says besides.
     """
     path = Path(path)
     state = export_official(model, family)
@@ -199,8 +204,8 @@ def save_official(
             header = {**(about or {}), "format": "pt", **known}
             if getattr(config, "auxiliary_depth", 0):
                 header["encoder_depth"] = str(config.auxiliary_depth)
-            if cast(SiT, model).path:
-                header["path_type"] = str(cast(SiT, model).path)
+            said = {"path_type": cast(SiT, model).path, "prediction": cast(SiT, model).prediction}
+            header |= {name: value for name, value in said.items() if value}
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, file.name, metadata=header)
 
 

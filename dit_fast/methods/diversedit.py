@@ -57,6 +57,7 @@ def select_pairs(
     policy: str, num_blocks: int, encoder_depth: int | None = None, k: int = 10, seed: int = 0, step: int = 0
 ) -> list[tuple[int, int]]:
     """Pairs (i, j), i < j, of blocks counted from 0. encoder_depth: aligned block counted from 1; None: no projection.
+    Only the first two policies depend on it.
 
     "release": the published loop. With m = min(10, all pairs) it takes the first m of i = m - e - 1, ..., m + e - 1 and
     j = i + 1, ..., L - 1; without projection i starts at 0. "anchor": the aligned block (block 0 without projection)
@@ -117,7 +118,7 @@ class DiverseDiT(Method):
             10, "Blocks beside the anchor (anchor), blocks drawn anew each step (random_layers)", "[1, 1000]"
         )
         encoder_depth: int | None = setting(
-            None, "Block aligned by REPA, from 1; it only steers the pairs", "[1, 1000]"
+            None, "Block aligned by REPA, from 1; it only steers the pairs of release and anchor", "[1, 1000]"
         )
         variant: Literal["release", "paper"] = setting("release", "Terms as in the published code or as in the paper")
         weight: Literal["paper", "continuous", "constant"] = setting("paper", "How the weight follows the loss")

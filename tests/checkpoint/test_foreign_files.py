@@ -55,12 +55,14 @@ def _training_checkpoint():
     return {"model": model, "ema": ema, "opt": {"state": {}, "param_groups": []}, "args": args, "steps": 50_000}
 
 
-def test_a_model_says_on_which_path_it_was_trained(tmp_path):
+def test_a_model_says_what_it_was_trained_for(tmp_path):
     content = _training_checkpoint()
     content["args"].path_type = "GVP"
     model = load_official(content, "repa", num_heads=4)
+    model.prediction = "noise"
     save_official(model, tmp_path / "model.safetensors")
-    assert [each.path for each in (model, load_official(tmp_path / "model.safetensors", "repa"))] == ["cosine"] * 2
+    again = load_official(tmp_path / "model.safetensors", "repa")
+    assert (model.path, again.path, again.prediction) == ("cosine", "cosine", "noise")
     assert load_official(_training_checkpoint(), "repa", num_heads=4).path is None
 
 
