@@ -12,15 +12,18 @@ import argparse
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.ops.install_triton import VERSIONS, folder
 
@@ -28,6 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LOCK = Path(__file__).with_name("aot_lock.json")
 SHARED_LIMIT = {80: 166_912, 90: 232_448}  # bytes one block can have
 TARGETS = tuple(SHARED_LIMIT)
+_DIALECTS = {80: "SM80", 90: "SM90a"}  # what nvdisasm calls the code that Triton makes for them
+_INSTRUCTION_BYTES = 16
 Types = dict[str, str]  # of the numbers among a kernel's arguments
 
 # Machine instructions that the gates and a reader of the lock's diff care about.
@@ -53,8 +58,19 @@ def kernel_files() -> dict[str, Path]:
     return {".".join(place.parts): path for path, place in files.items() if "def aot_cases(" in path.read_text()}
 
 
-def compile_case(case, arch: int) -> dict:
-    """One lock entry."""
+def compile_cases(cases: Sequence[tuple[Any, int]]) -> list[dict]:
+    """The lock entry of each case for an architecture."""
+    compiled = [_compile(case, arch) for case, arch in cases]
+    codes: dict[int, list[bytes]] = {}
+    for (_, arch), (_, cubin) in zip(cases, compiled, strict=True):
+        codes.setdefault(arch, []).append(_code(cubin))
+    counts = {arch: iter(_instructions(arch, each)) for arch, each in codes.items()}
+    of = [(arch, entry) for (_, arch), (entry, _) in zip(cases, compiled, strict=True)]
+    return [{**entry, "instructions": next(counts[arch])} for arch, entry in of]
+
+
+def _compile(case: Any, arch: int) -> tuple[dict, bytes]:
+    """A lock entry without its instructions, and the machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -73,7 +89,7 @@ def compile_case(case, arch: int) -> dict:
     with contextlib.redirect_stdout(log):
         options = {"enable_fp_fusion": True, **case.options}
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return {
+    entry = {
         "kernel": f"{case.kernel.fn.__module__.rsplit('.', 1)[-1]}.{case.kernel.__name__}",
         "configuration": f"{case.configuration} "
         + " ".join(f"{name.removeprefix('num_')}={value}" for name, value in sorted(case.options.items())),
@@ -84,8 +100,8 @@ def compile_case(case, arch: int) -> dict:
         + _number(r"(\d+) bytes spill loads", log.getvalue()),
         "stack_bytes": _number(r"(\d+) bytes stack frame", log.getvalue()),
         "shared_bytes": compiled.metadata.shared,
-        "instructions": _instructions(compiled.asm["cubin"]),
     }
+    return entry, compiled.asm["cubin"]
 
 
 def _number(pattern: str, log: str) -> int:
@@ -93,20 +109,39 @@ def _number(pattern: str, log: str) -> int:
     return int(value)
 
 
-def _instructions(cubin: bytes) -> dict[str, int]:
+def _code(cubin: bytes) -> bytes:
+    """The instructions in an ELF file: its sections .text.*"""
+    (table,), (size, count, names) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<3H", cubin, 0x3A)
+    heads = [struct.unpack_from("<2I4Q", cubin, table + size * i) for i in range(count)]  # name, ..., offset, bytes
+    strings = heads[names][4]
+    return b"".join(
+        cubin[start : start + length]
+        for name, _, _, _, start, length in heads
+        if cubin.startswith(b".text.", strings + name)
+    )
+
+
+def _instructions(arch: int, codes: Sequence[bytes]) -> list[dict[str, int]]:
+    """Of each code. One start of nvdisasm reads all of them, for a start takes longer than most compilations."""
     import triton
 
     nvdisasm = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
         file.flush()
-        listing = subprocess.run([nvdisasm, "-c", file.name], capture_output=True, text=True, check=True).stdout
-    counts: Counter[str] = Counter()
-    for line in listing.splitlines():
-        if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line):
+        command = [nvdisasm, "--binary", _DIALECTS[arch], file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = iter([line for line in listing.splitlines() if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line)])
+    found = []
+    for code in codes:
+        counts: Counter[str] = Counter()
+        for line in itertools.islice(lines, len(code) // _INSTRUCTION_BYTES):
             counts["all"] += 1
             counts.update(name for name, pattern in _INSTRUCTIONS.items() if re.search(pattern, line))
-    return dict(sorted(counts.items()))
+        assert counts["all"] * _INSTRUCTION_BYTES == len(code) > 0, "nvdisasm wrote no line for some instruction"
+        found.append(dict(sorted(counts.items())))
+    assert next(lines, None) is None, "nvdisasm wrote more lines than there are instructions"
+    return found
 
 
 def gate(entry: dict, case) -> list[str]:
@@ -141,14 +176,10 @@ def _worker(modules: list[str], scripts: list[str]) -> None:
     """All entries of the Triton in this process's path, and what is wrong, as JSON on stdout."""
     from tests.ops.launches import uncovered
 
-    entries, reasons = [], []
-    for name in modules:
-        module = importlib.import_module(f"dit_fast.kernels.{name}")
-        for arch in TARGETS:
-            for case in module.aot_cases(arch):
-                entry = compile_case(case, arch)
-                entries.append(entry)
-                reasons += gate(entry, case)
+    imported = [importlib.import_module(f"dit_fast.kernels.{name}") for name in modules]
+    cases = [(case, arch) for module in imported for arch in TARGETS for case in module.aot_cases(arch)]
+    entries = compile_cases(cases)
+    reasons = [line for entry, (case, _) in zip(entries, cases, strict=True) for line in gate(entry, case)]
     reasons += uncovered(scripts)
     json.dump({"entries": entries, "reasons": reasons}, sys.stdout)
 

@@ -137,7 +137,8 @@ import importlib, sys
 from tests.ops import aot
 module = importlib.import_module(f"dit_fast.kernels.{sys.argv[1]}")
 cases = [(case, arch) for arch in aot.TARGETS for case in module.aot_cases(arch) if sys.argv[2] in case.configuration]
-sys.exit(any(aot.gate(aot.compile_case(case, arch), case) for case, arch in cases) or not cases)
+entries = aot.compile_cases(cases)
+sys.exit(any(aot.gate(entry, case) for entry, (case, _) in zip(entries, cases)) or not cases)
 """
 
 
