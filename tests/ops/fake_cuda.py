@@ -9,6 +9,7 @@ cases of aot.py are written by hand, with the types and alignments that are mean
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -47,6 +48,33 @@ def run(gpu: int, version: str, only: str = "", compiled: bool = True) -> dict[s
         check=True,
     )
     return json.loads(process.stdout)
+
+
+def _sources() -> str:
+    """A hash over what decides how the cases run; of a change of anything below these folders, tests left out."""
+    import torch
+
+    digest = hashlib.sha256(f"{sys.version} {torch.__version__}".encode())
+    for name in ("dit_fast", "kernels", "tests/ops", "tests/helpers"):
+        for path in sorted((ROOT / name).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".toml") and not path.name.startswith("test_"):
+                digest.update(f"{path.relative_to(ROOT)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _note(gpu: int, version: str) -> Path:
+    return ROOT / ".cache" / f"fake_cuda-{version}-sm_{gpu}.sha256"
+
+
+def keep(gpu: int, version: str) -> None:
+    """Notes that every case but those of "size" ran with these sources, and well."""
+    _note(gpu, version).parent.mkdir(exist_ok=True)
+    _note(gpu, version).write_text(_sources())
+
+
+def kept(gpu: int, version: str) -> bool:
+    note = _note(gpu, version)
+    return note.exists() and note.read_text() == _sources()
 
 
 def _worker(only: str, compiled: bool) -> None:

@@ -3,17 +3,39 @@
 import os
 
 import pytest
+import torch
 
 from tests.ops import fake_cuda
 from tests.ops.proofs import changed
 
 
 def test_every_case_runs_and_returns_what_its_fakes_promise():
-    found = fake_cuda.run(90, "3.6.0", compiled=False)
+    if fake_cuda.kept(*PAIRS[0]):
+        pytest.skip("these sources ran through each case when it was last compiled")
+    check_cases(fake_cuda.run(*PAIRS[0], compiled=False))
+
+
+def check_cases(found):
     assert not found["reasons"], "\n".join(found["reasons"])
     for name, launches in found["cases"].items():
         if name.startswith("step"):
             assert launches["adaln.modulate_rows"] > 4, (name, launches)
+
+
+def test_any_source_or_another_torch_makes_the_cases_run_again(tmp_path, monkeypatch):
+    (tmp_path / "dit_fast").mkdir()
+    source = tmp_path / "dit_fast/a.py"
+    source.write_text("1")
+    monkeypatch.setattr(fake_cuda, "ROOT", tmp_path)
+    assert not fake_cuda.kept(90, "3.6.0")
+    fake_cuda.keep(90, "3.6.0")
+    assert fake_cuda.kept(90, "3.6.0")
+    assert not fake_cuda.kept(80, "3.6.0")
+    source.write_text("2")
+    assert not fake_cuda.kept(90, "3.6.0")
+    source.write_text("1")
+    monkeypatch.setattr(torch, "__version__", "another")
+    assert not fake_cuda.kept(90, "3.6.0")
 
 
 @pytest.mark.long
@@ -46,7 +68,10 @@ STACK = {
 def test_what_is_launched_compiles_without_stack_scratch_or_too_much_shared_memory(gpu, version):
     if os.environ.get("PROVE") != "all" and not changed():
         pytest.skip("kernels unchanged since their recorded proofs; `make test-kernels` runs it")
-    reasons = fake_cuda.run(gpu, version)["reasons"]
+    found = fake_cuda.run(gpu, version)
     known = [f": {form}" for form in STACK.get((gpu, version), ())]
-    reasons = [line for line in reasons if "of stack memory" not in line or not any(form in line for form in known)]
-    assert not reasons, "\n".join(reasons)
+    reasons = [
+        line for line in found["reasons"] if "of stack memory" not in line or not any(form in line for form in known)
+    ]
+    check_cases(found | {"reasons": reasons})
+    fake_cuda.keep(gpu, version)
