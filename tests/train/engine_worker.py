@@ -73,17 +73,13 @@ def run(scenario, world, folder):
     config = config_of(scenario)
     micro = config.engine.micro_batch or BATCH // world.size
     torch.manual_seed(0)
-    options = {
-        "input_size": 4,
-        "in_channels": 12,
-        "num_classes": 3,
-        "skip_wiring": "input",
-        **scenario.get("model", {}),
-    }
-    model = build_model("SiT-Nano/2", **options)
+    data = {"input_size": 4, "in_channels": 12, "num_classes": 3}
+    # What differs between engines does not grow with the model; their hooks cost by its modules.
+    sizes = {"hidden_size": 32, "depth": 2, "num_heads": 2, "skip_wiring": "input", "qk_norm": True}
+    model = build_model("SiT-Nano/2", **data, **sizes)
     for parameter in model.parameters():  # zero-initialised gates would leave most gradients at zero
         if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.03)
+            torch.nn.init.normal_(parameter, std=0.1)
     methods = build_methods(config.methods, model, None)
     loss = TrainingLoss(
         model,

@@ -12,18 +12,17 @@ from tests.train.test_zero import TOY, _close, _state
 
 pytestmark = pytest.mark.launch
 DDP = {"engine": "ddp"}
-SMALL = {"model": {"hidden_size": 16, "depth": 2, "num_heads": 2}}
 HALF = "half-{}/checkpoints/step_00000010"
 SCENARIOS = [
-    {"name": "ddp", "steps": 20, "micro": 2, **SMALL, **DDP},
-    *({"name": f"zero-{stage}", "steps": 20, "micro": 2, "stage": stage, **SMALL} for stage in (0, 1)),
-    {"name": "half-ddp", "steps": 10, "micro": 2, **SMALL, **DDP},
-    {"name": "half-zero", "steps": 10, "micro": 2, "stage": 3, **SMALL},
-    {"name": "ddp-to-ddp", "steps": 20, "micro": 2, "load": HALF.format("ddp"), **SMALL, **DDP},
-    {"name": "ddp-to-zero", "steps": 20, "micro": 2, "load": HALF.format("ddp"), "stage": 2, **SMALL},
-    {"name": "zero-to-ddp", "steps": 20, "micro": 2, "load": HALF.format("zero"), **SMALL, **DDP},
-    {"name": "bf16", "steps": 3, "precision": "bf16", **SMALL, **DDP},
-    {"name": "nan", "steps": 4, "poisoned": [2], **SMALL, **DDP},
+    {"name": "ddp", "steps": 20, "micro": 2, **DDP},
+    *({"name": f"zero-{stage}", "steps": 20, "micro": 2, "stage": stage} for stage in (0, 1)),
+    {"name": "half-ddp", "steps": 10, "micro": 2, **DDP},
+    {"name": "half-zero", "steps": 10, "micro": 2, "stage": 3},
+    {"name": "ddp-to-ddp", "steps": 20, "micro": 2, "load": HALF.format("ddp"), **DDP},
+    {"name": "ddp-to-zero", "steps": 20, "micro": 2, "load": HALF.format("ddp"), "stage": 2},
+    {"name": "zero-to-ddp", "steps": 20, "micro": 2, "load": HALF.format("zero"), **DDP},
+    {"name": "bf16", "steps": 3, "precision": "bf16", **DDP},
+    {"name": "nan", "steps": 4, "poisoned": [2], **DDP},
     {"name": "toy", "steps": 5, "micro": 2, **TOY, **DDP},
 ]
 ALONE = [{"name": "toy-alone", "steps": 5, "micro": 4, **TOY}]

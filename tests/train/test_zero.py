@@ -12,8 +12,7 @@ from tests.helpers.toy_runs import tensors
 
 STAGES = (0, 1, 2, 3)
 # A teacher that keeps half of itself: whether it follows the weights shows at once.
-SRA = {"methods": {"sra": {"student_depth": 2, "teacher_depth": 5, "decay": 0.5, "distance": "smooth_l1"}}}
-QK = {"qk_norm": True}
+SRA = {"methods": {"sra": {"student_depth": 1, "teacher_depth": 2, "decay": 0.5, "distance": "smooth_l1"}}}
 TOY = {"toy": {"steps_of_b": [0]}, "poisoned": [3]}
 SECOND = "toy-{}/checkpoints/step_00000002"
 READS = {"plain": {}, "compiled": {"compile": True}}
@@ -35,9 +34,9 @@ TWO_RANKS = [
     ),
     {"name": "sra-start", "stage": 3, "steps": 0, **SRA},
     *({"name": f"sra-{stage}", "stage": stage, "steps": 4, "micro": 2, "poisoned": [3], **SRA} for stage in STAGES),
-    *({"name": f"reads-{name}", "stage": 3, "steps": 3, "model": QK, **how} for name, how in READS.items()),
+    *({"name": f"reads-{name}", "stage": 3, "steps": 3, **how} for name, how in READS.items()),
     *(
-        {"name": f"{which}-{stage}", "stage": stage, "steps": 3, "model": QK, "recompute": which, "compile": stage == 2}
+        {"name": f"{which}-{stage}", "stage": stage, "steps": 3, "recompute": which, "compile": stage == 2}
         for stage in STAGES[:3]
         for which in ("selective", "full")
     ),
@@ -62,7 +61,7 @@ AFTER = [
     {"name": "toy-single-on", "steps": 5, "micro": 4, "load": SECOND.format("single"), **TOY},
     {"name": "sra-single", "steps": 4, "poisoned": [3], **SRA},
     {"name": "sra-before", "steps": 3, **SRA},
-    {"name": "reads-single", "steps": 3, "model": QK},
+    {"name": "reads-single", "steps": 3},
     {"name": "2-ranks-to-one", "steps": 6, "load": "half-1/checkpoints/step_00000003"},
     {"name": "3-sharded-to-one", "steps": 6, "load": "half-3/checkpoints/step_00000003"},
 ]
