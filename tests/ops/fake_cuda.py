@@ -55,7 +55,7 @@ def _sources() -> str:
     import torch
 
     digest = hashlib.sha256(f"{sys.version} {torch.__version__}".encode())
-    for name in ("dit_fast", "kernels", "tests/ops", "tests/helpers"):
+    for name in ("dit_fast", "kernels", "train", "benchmarks", "tests/ops", "tests/helpers"):  # links are not followed
         for path in sorted((ROOT / name).rglob("*")):
             if path.suffix in (".py", ".cpp", ".toml") and not path.name.startswith("test_"):
                 digest.update(f"{path.relative_to(ROOT)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())

@@ -22,9 +22,11 @@ def check_cases(found):
             assert launches["adaln.modulate_rows"] > 4, (name, launches)
 
 
-def test_any_source_or_another_torch_makes_the_cases_run_again(tmp_path, monkeypatch):
-    (tmp_path / "dit_fast").mkdir()
-    source = tmp_path / "dit_fast/a.py"
+@pytest.mark.parametrize("room", ["dit_fast", "train"])
+def test_any_source_or_another_torch_makes_the_cases_run_again(room, tmp_path, monkeypatch):
+    """`dit_fast/train` is a link to the latter."""
+    source = tmp_path / room / "a.py"
+    source.parent.mkdir()
     source.write_text("1")
     monkeypatch.setattr(fake_cuda, "ROOT", tmp_path)
     assert not fake_cuda.kept(90, "3.6.0")
