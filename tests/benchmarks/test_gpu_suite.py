@@ -113,7 +113,12 @@ def alive(pid):
 
 
 @pytest.mark.parametrize(
-    ("stage", "number"), [("correct", signal.SIGKILL), *((stage, signal.SIGTERM) for stage in STAGES)]
+    ("stage", "number"),
+    [
+        ("correct", signal.SIGKILL),
+        ("tune", signal.SIGTERM),  # the stages differ in their parts alone
+        *(pytest.param(stage, signal.SIGTERM, marks=pytest.mark.long) for stage in STAGES if stage != "tune"),
+    ],
 )
 def test_a_stage_that_is_killed_leaves_a_whole_tar_and_no_process(stage, number, tmp_path):
     """Its small form, killed while its second part runs."""

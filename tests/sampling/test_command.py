@@ -189,7 +189,7 @@ def test_ranks_share_a_folder(place, tmp_path, monkeypatch):
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_processes_that_were_killed_give_the_same_set(place, tmp_path, size):
     """SIGKILL in the middle, then once more with the same command."""
     fixed = ["sample", str(place / "diverse"), "--num-steps", "4", "--batch", "1", "--count", "24"]

@@ -1,4 +1,4 @@
-"""Four cells of the matrix of methods and pairs, drawn with a seed; `make matrix` tries all of them."""
+"""Two cells of the matrix of methods and pairs, drawn with a seed; `make matrix` tries all of them."""
 
 import json
 
@@ -9,11 +9,11 @@ from tests.helpers.no_gpu import no_gpu  # noqa: F401
 
 
 @pytest.mark.launch
-def test_four_cells_survive_a_kill_with_equal_bits(capsys):
-    assert matrix.main(["--count", "4", "--seed", "3"]) == 0, capsys.readouterr().out
+def test_two_cells_survive_a_kill_with_equal_bits(capsys):
+    assert matrix.main(["--count", "2", "--seed", "3"]) == 0, capsys.readouterr().out
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["trained"] + found["refused"] == 4
-    assert found["trained"] >= 2
+    assert found["trained"] + found["refused"] == 2
+    assert found["trained"] >= 1
 
 
 def test_cells_recorded_before_keep_their_commit_and_others_are_told_as_not_run():
