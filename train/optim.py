@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dit_fast.errors import ConfigError
 from dit_fast.ops.adamw import States, adamw
-from dit_fast.ops.linear import shadows_written
 from dit_fast.ops.long_skip import refold
 from dit_fast.runs import OptimizerConfig
 
@@ -70,7 +69,8 @@ class AdamWEMA(torch.optim.Optimizer):
                 held = self._hold(index, moved)
                 told = {name: group[name] for name in rules}
                 adamw(moved, gradients, held.states, applied=self.applied, shadows=held.shadows, **told)
-                shadows_written(held.shadowed)
+                for shadow, parameter in held.written:
+                    shadow.of_version = parameter._version
         for held in self._held.values():
             refold(held.folded)
 
@@ -83,26 +83,22 @@ class AdamWEMA(torch.optim.Optimizer):
             every = [self.state[parameter] for parameter in parameters]
             states = States(*([each[name] for each in every] for name in (*STATES, "step")))
             none = torch.empty(0, dtype=torch.bfloat16, device=parameters[0].device)
-            held = self._held[index] = _Held(
-                self.state,
-                [*parameters],
-                states,
-                [getattr(parameter, "shadow", none) for parameter in parameters],
-                [parameter for parameter in parameters if hasattr(parameter, "shadow")],
-                [parameter for parameter in parameters if hasattr(parameter, "folded")],
-            )
+            shadows: list[Any] = [getattr(parameter, "shadow", none) for parameter in parameters]
+            written = [pair for pair in zip(shadows, parameters, strict=True) if pair[0] is not none]
+            folded = [parameter for parameter in parameters if hasattr(parameter, "folded")]
+            held = self._held[index] = _Held(self.state, [*parameters], states, shadows, written, folded)
         return held
 
 
 class _Held(NamedTuple):
     """What steps find again for the parameters of a group that have a gradient. Shadows and folded weights that come
-    later, or are replaced, are written by who reads them."""
+    later, or in the place of these, are written by who reads them."""
 
     state: Any
     parameters: list[Tensor]
     states: States
     shadows: list[Tensor]
-    shadowed: list[Tensor]
+    written: list[tuple[Any, Tensor]]  # shadow and parameter
     folded: list[Tensor]
 
 

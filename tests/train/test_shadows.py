@@ -13,6 +13,7 @@ from dit_fast.models.sit import SiT
 from dit_fast.nn.linear import Linear
 from dit_fast.objectives import Flow
 from dit_fast.ops import long_skip, long_skip_rows
+from dit_fast.ops.linear import shadow_of
 from dit_fast.runs import TrainConfig, changed
 from dit_fast.train.engine import SingleEngine
 from dit_fast.train.loss import TrainingLoss
@@ -53,6 +54,18 @@ def test_curves_are_those_of_autocast_bit_for_bit(monkeypatch):
     assert losses(with_shadows) == losses(without)
     pairs = zip(with_shadows.model.named_parameters(), without.model.parameters(), strict=True)
     assert [name for (name, mine), other in pairs if not torch.equal(mine, other)] == []
+
+
+def test_a_shadow_that_came_after_the_first_step_is_written_where_it_is_read():
+    """The optimizer goes on writing the one that it found first."""
+    made = engine()
+    losses(made, 1)
+    parameter = made.model.blocks[0].mlp.fc1.weight
+    parameter.shadow = later = parameter.detach().bfloat16()
+    later.of_version = parameter._version
+    losses(made, 2)
+    assert shadow_of(parameter, torch.bfloat16) is later
+    assert torch.equal(later, parameter.detach().bfloat16())
 
 
 def test_shadows_follow_the_weights_and_copies_of_a_model_have_none():
