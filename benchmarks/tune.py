@@ -174,7 +174,7 @@ def _attention(device: Any, small: bool, more: int) -> Iterator[Sweep]:
         batch = 2 if small else 32
         attention = Attention(heads * width, heads)
         qkv = torch.randn(batch, tokens + more, 3, heads, width, device=device, dtype=dtype).requires_grad_()
-        upstream = torch.randn(batch, tokens + more, heads, width, device=device, dtype=dtype)
+        upstream = torch.randn(batch, tokens + more, heads, width, device=device, dtype=dtype).transpose(1, 2)
 
         def run(attention: Any = attention, qkv: Any = qkv, upstream: Any = upstream) -> Sequence[Any]:
             parts = [part.transpose(1, 2) for part in qkv.unbind(2)]

@@ -187,7 +187,7 @@ def test_threads_that_wait_for_a_server_end_with_their_loader(built, tmp_path, f
         later = [dataset.info.shards[shard] for shard in plan.group(plan.group(0).stop).shards]
         server.faults = {shard.name: [fault] * 99 for shard in later}
         if end == "error":
-            server.faults[later[0].name] = [404]
+            server.faults[later[0].name] = [404] * 99  # whichever thread asks, and however often
         sizes = {"global_batch": 4, "micro_batch": 4, "rank": 0, "world_size": 1, "start": 0}
         loader = build_loader(dataset, plan, **sizes, num_workers=2, cache=cache)
         next(loader)
