@@ -39,7 +39,7 @@ class Alignment(Method):
 
         name: ClassVar[str]
         encoder_depth: int = setting(8, "Aligned block, from 1 (published: 8 for L and XL, 4 or 5 for B)", "[1, 1000]")
-        projector_width: int = setting(2048, "Hidden width of the projector", "[1, 65536]")
+        projector_width: int = setting(2048, "Hidden width of the projector, a convolution apart", "[1, 65536]")
         weight: float = setting(0.5, "Weight of the term", "[0, 1e6]")
         fields: tuple[str, ...] = setting(FEATURES, "Fields of the shards with the targets, one for each encoder")
         encoders: tuple[str, ...] = setting(

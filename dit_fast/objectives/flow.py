@@ -112,6 +112,11 @@ class Flow(Objective):
                     f"objective.t_eps={self.t_eps} is for a prediction of x, not for objective.prediction="
                     f"{self.prediction}; set objective.t_eps={T_EPS}, or objective.prediction=x"
                 )
+            if self.time != "logit_normal" and (self.time_mean, self.time_std) != (0.0, 1.0):
+                raise ConfigError(
+                    f"objective.time_mean={self.time_mean} and time_std={self.time_std} are of objective.time="
+                    f"logit_normal, not of {self.time}; set objective.time_mean=0 objective.time_std=1, or that time"
+                )
             if self.path == "vp" and self.time == "lognormal":
                 raise ConfigError(
                     "objective.time=lognormal is published for the paths linear and cosine, not for vp; set "

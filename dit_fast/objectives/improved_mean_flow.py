@@ -266,7 +266,12 @@ class ImprovedMeanFlow(MeanVelocity):
                 "objective.omega, guidance_low and guidance_high are for a model that is told none; drop them, or "
                 "set model.guidance_condition=false"
             )
-        self.guided = self.told or config.omega != 1
+        if not self.told and (config.beta, config.maximum) != (1.0, 7.0):
+            raise ConfigError(
+                f"objective.beta={config.beta} and maximum={config.maximum} are for a model that is told its guidance; "
+                "set objective.beta=1 objective.maximum=7, or model.guidance_condition=true"
+            )
+        self.set_guided(self.told or config.omega != 1)
         if self.guided and model.null_label < 0:
             raise ConfigError(
                 "objective=improved_mean_flow guides its target with a null label, and model.label_dropout=0 trains "

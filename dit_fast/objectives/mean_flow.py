@@ -233,6 +233,11 @@ class MeanVelocity(Objective):
         def __post_init__(self) -> None:
             if self.guidance_low > self.guidance_high:
                 raise ConfigError("objective.guidance_low lies above objective.guidance_high; swap them")
+            if not self.norm_p and self.norm_eps != 0.01:
+                raise ConfigError(
+                    f"objective.norm_eps={self.norm_eps} is of a normalised error, and objective.norm_p=0 has none; "
+                    "set objective.norm_eps=0.01, or another norm_p"
+                )
 
     def __init__(self, config: Any, model: Backbone):
         """Raises ConfigError for a model with one time or a learned variance."""
@@ -241,6 +246,15 @@ class MeanVelocity(Objective):
         self.times = logit_normal(config.time_mean, config.time_std)
         if model.times != 2:
             raise ConfigError(f"objective={self.name} needs a model of two times; set model.times=2")
+
+    def set_guided(self, guided: bool) -> None:
+        """Raises ConfigError for bounds of a guidance that there is not."""
+        self.guided, low, high = guided, self.config.guidance_low, self.config.guidance_high
+        if not guided and (low, high) != (0.0, 1.0):
+            raise ConfigError(
+                f"objective.guidance_low={low} and guidance_high={high} are of a guided target, and this one is not; "
+                "set objective.guidance_low=0 objective.guidance_high=1, or an omega"
+            )
 
     def earlier(self, times: Tensor, shift: Tensor) -> Tensor:
         """t as in flow matching; r stays where it does not lie later."""
@@ -279,7 +293,7 @@ class MeanFlow(MeanVelocity):
         its guidance or has a second head that only improved mean flow trains.
         """
         super().__init__(config, model)
-        self.guided = (config.omega, config.kappa) != (1.0, 0.0)
+        self.set_guided((config.omega, config.kappa) != (1.0, 0.0))
         for option in ("velocity_head", "guidance_condition"):
             if getattr(model.config, option, False):
                 raise ConfigError(

@@ -183,6 +183,8 @@ def test_what_it_cannot_train_is_refused():
         (small(label_dropout=0.0), {"omega": 2.0}, r"model\.label_dropout=0 trains none"),
         (small(label_dropout=0.0, guidance_condition=True), {}, r"model\.label_dropout=0 trains none"),
         (told, {"omega": 2.0}, r"set model\.guidance_condition=false"),
+        (small(), {"guidance_high": 0.5}, r"guidance_high=0\.5 are of a guided target"),
+        (small(), {"maximum": 3.0}, r"objective\.maximum=7, or model\.guidance_condition=true"),
     ):
         with pytest.raises(ConfigError, match=message):
             run(model, clean(), **config)

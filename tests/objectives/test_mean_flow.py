@@ -103,6 +103,10 @@ def test_what_it_cannot_train_is_refused():
         run(small(label_dropout=0.0), clean())
     with pytest.raises(ConfigError, match="swap them"):
         MeanFlow.Config(guidance_low=0.6, guidance_high=0.5)
+    with pytest.raises(ConfigError, match=r"norm_eps=0\.1 is of a normalised error"):
+        MeanFlow.Config(norm_p=0.0, norm_eps=0.1)
+    with pytest.raises(ConfigError, match=r"guidance_low=0\.2 and guidance_high=1\.0 are of a guided target"):
+        run(small(), clean(), omega=1.0, kappa=0.0, guidance_low=0.2)
     half = torch.full((6,), 0.5, dtype=torch.float64)
     with pytest.raises(UserError, match="give null_label="):
         mean_flow_losses(small(label_dropout=0.0), clean(), Y % 5, half, half, clean(), omega=2.0)

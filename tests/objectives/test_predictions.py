@@ -114,6 +114,10 @@ def test_times_keep_to_the_published_ranges():
         ),
         ({"prediction": "noise", "t_eps": 0.1}, "objective.t_eps=0.1 is for a prediction of x, not for .*=noise"),
         ({"path": "vp", "prediction": "noise", "time": "lognormal"}, "objective.time=lognormal.*not for vp"),
+        (
+            {"time_std": 0.8},
+            "objective.time_mean=0.0 and time_std=0.8 are of objective.time=logit_normal, not of uniform",
+        ),
     ],
 )
 def test_void_combinations_are_refused(config, message):
