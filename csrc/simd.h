@@ -66,6 +66,7 @@ constexpr int kQuads = kLanes / 4;
 struct Vec {
   static constexpr int kGramRows = 2;
   static constexpr int kMixColumns = 1;
+  static constexpr int kTileRows = 4;
   Quad part[kQuads];
 
   static inline Vec set(float value) {
@@ -193,6 +194,7 @@ namespace avx2 {
 struct Vec {
   static constexpr int kGramRows = 2;
   static constexpr int kMixColumns = 1;
+  static constexpr int kTileRows = 6;
   __m256 low, high;
 
   static inline Vec set(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
@@ -276,6 +278,7 @@ namespace avx512 {
 struct Vec {
   static constexpr int kGramRows = 4;
   static constexpr int kMixColumns = 4;
+  static constexpr int kTileRows = 8;
   __m512 all;
 
   static inline Vec set(float value) { return {_mm512_set1_ps(value)}; }

@@ -249,7 +249,8 @@ REGISTERED = {
     "repa_cosine_forward": lambda: (new(5, 8), new(5, 8), "torch"),
     "repa_cosine_backward": lambda: (new(), new(5, 8), new(5, 8), new(3, 5), [True, True], "torch"),
     "row_statistics": lambda: (new(5, 8), "torch"),
-    # These two have no other form; last, since a machine without the library skips them.
+    # These three have no other form; last, since a machine without the library skips them.
     "column_sums": lambda: (compiled(new(5, 8)),),
     "gelu": lambda: (compiled(new(5, 8)),),
+    "product": lambda: (compiled(new(5, 8)), new(8, 16), new(16)),
 }  # fmt: skip
