@@ -20,6 +20,7 @@ namespace dit_fast::attention {
 using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 64;  // queries whose weights are in memory at once: part of the definition
+constexpr int64_t kLine = 64;   // bytes that a cache fetches at once
 
 // One head of one sample; strides are in elements from token to token.
 struct Head {
