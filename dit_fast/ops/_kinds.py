@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_fast.ops._op import REMEMBERED
-
+REMEMBERED = 4096
 _KINDS = 32  # of one key, the last ones: they are tried in turn
 
 

@@ -20,6 +20,7 @@ from torch._functorch import eager_transforms
 from dit_fast import backend, kernels
 from dit_fast.backend import Implementation
 from dit_fast.errors import UserError
+from dit_fast.ops._kinds import REMEMBERED, Kinds
 from dit_fast.ops._register import PLAIN
 from dit_fast.ops.autocast import autocast_dtype_of
 
@@ -50,7 +51,7 @@ class Op:
     def __init__(self, name: str, shapes: str, *implementations: Implementation, nonempty: bool = False):
         self.name = name
         self._nonempty = nonempty
-        self._checked: dict[Any, object] = {}
+        self._checked = Kinds()
         self._chosen: dict[Any, str] = {}
         self._shapes: dict[str, list[tuple[str, int, Dims, tuple[torch.dtype, ...]]]] = {}
         for kind, argument, text in re.findall(r"(int64 )?(\w+)\[([^\]]*)\]", shapes):
@@ -68,11 +69,10 @@ class Op:
         tensors: by name, optional ones only where they are given; "name[3]" is one of several of one shape. sizes:
         those that are known beforehand. Returns what `choose` takes as `given`, so that it need not look again.
         """
-        key = _key(asked, eps, sizes, tensors)
-        if key is not None:
-            found = self._checked.get(key)
-            if found is not None:
-                return found
+        remembers = type(asked) is str and type(eps) is float and not torch.compiler.is_compiling()
+        key = (asked, eps, *tensors, *(sizes.values() if sizes else ()))
+        if remembers and (found := self._checked.find(key, (*tensors.values(),))) is not None:
+            return found
         sizes = {} if sizes is None else sizes
         first, device = "", None
         for name, x in tensors.items():
@@ -102,7 +102,8 @@ class Op:
         if not isinstance(eps, (int, float)) or isinstance(eps, bool) or not 0 <= eps < math.inf:
             given = eps if isinstance(eps, (int, float, str)) else type(eps).__name__
             raise UserError(f"{self.name}: eps must be a finite number >= 0, not {given!r}")
-        return None if key is None else remember(self._checked, key, object())
+        remembers = remembers and all(type(each) in PLAIN for each in tensors.values())
+        return self._checked.keep(key, (*tensors.values(),), object()) if remembers else None
 
     def choose(self, asked: str, device: torch.device, *arguments: Any, given: Any = None) -> str:
         """The implementation of this call; `arguments` are what the implementations' `refuses` look at.
@@ -118,26 +119,6 @@ class Op:
         key = (given, backend.forced(), autocast_dtype_of(kind), *scalars)
         found = self._chosen.get(key)
         return found or remember(self._chosen, key, backend.choose(self.name, asked, kind, *arguments))
-
-
-REMEMBERED = 4096
-
-
-def _key(asked: Any, eps: Any, sizes: dict[str, Any] | None, tensors: dict[str, Any]) -> tuple[Any, ...] | None:
-    """What decides about a call: of a tensor, all but its numbers and its address.
-
-    None where nothing may be remembered: under the compiler, for what is no tensor and for tensors of other classes.
-    """
-    if torch.compiler.is_compiling() or type(asked) is not str or type(eps) is not float:
-        return None
-    parts: list[Any] = [asked, eps, *tensors]
-    if sizes:
-        parts += sizes.values()
-    for x in tensors.values():
-        if type(x) not in PLAIN or x.layout is not _STRIDED:
-            return None
-        parts += (x.shape, x.stride(), x.dtype, x.device)
-    return tuple(parts)
 
 
 def remember(memory: dict[Any, Any], key: Any, value: Any) -> Any:
@@ -254,10 +235,18 @@ def differentiable(function: Any, name: str, instead: str = 'backend="torch"') -
             raise UserError(refusal)
         return rule(ctx, *tangents)
 
-    eager: Any = type(function.__name__.lstrip("_"), (function,), {"jvp": staticmethod(jvp)})
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = function.forward(*inputs)
+        function.setup_context(ctx, inputs, output)
+        return output
 
+    name = function.__name__.lstrip("_")
+    eager: Any = type(name, (function,), {"jvp": staticmethod(jvp)})
+    # Without levels of torch.func one Python call does for two.
+    apart = staticmethod(torch.autograd.Function.setup_context)
+    alone: Any = type(name, (eager,), {"forward": staticmethod(forward), "setup_context": apart})
     # torch's apply, but for its look at forward's signature: this cost 0.14 of 0.155 ms of a call of eleven arguments.
-    run = super(torch.autograd.Function, eager).apply
+    run = super(torch.autograd.Function, alone).apply
 
     def apply(*arguments: Any) -> Any:
         if torch.compiler.is_compiling():

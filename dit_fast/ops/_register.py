@@ -48,8 +48,42 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     def call(*args: Any) -> Any:
         return run(*args) if goes_straight(args) else op(*args)
 
-    call.registered, call.run = op, run  # type: ignore[attr-defined]
-    return call
+    count = _leading_tensors(op)
+    found: Any = _traced(call, run, op, count) if count else call
+    found.registered, found.run = op, run
+    return found
+
+
+def _leading_tensors(op: Any) -> int:
+    """How many tensors an op takes before all else; 0 where it takes lists of them, or writes into some."""
+    kinds = [str(each.type) for each in op._schema.arguments]
+    count = sum("Tensor" in kind for kind in kinds)
+    plain = all(kind in ("Tensor", "Optional[Tensor]") for kind in kinds[:count]) and not op._schema.is_mutable
+    return count if plain and op._schema.arguments[-1].name == "backend" else 0
+
+
+def _traced(call: Callable[..., Any], run: Callable[..., Any], op: Any, count: int) -> Callable[..., Any]:
+    """`call`, of which "triton" is a trace where nobody looks on; `count` tensors come first."""
+    from dit_fast.ops.traced import traced
+
+    facts, lists = len(op._schema.arguments) - count, "List" in str([each.type for each in op._schema.arguments])
+    alone = len(op._schema.returns) == 1 and str(op._schema.returns[0].type) == "Tensor"
+
+    def whole(*mixed: Any) -> Any:
+        args = (*mixed[facts:], *mixed[:facts])
+        results = run(*args) if _are_plain(args) else op(*args)
+        return (results,) if alone else results
+
+    whole.__qualname__ = op.name()
+
+    def traced_call(*args: Any) -> Any:
+        if args[-1] != "triton" or is_seen() or is_elsewhere(_first_tensor(args)):
+            return call(*args)
+        told = tuple([tuple(each) if type(each) is list else each for each in args[count:]]) if lists else args[count:]
+        results = traced(whole, told, *args[:count])
+        return results[0] if alone else results
+
+    return traced_call
 
 
 def _first_tensor(args: Sequence[Any]) -> Tensor:
@@ -86,11 +120,18 @@ def goes_straight(args: Sequence[Any]) -> bool:
     memory: one with its sign still to be changed (`.conj().imag`), one of zeros without memory, one of a batch of
     gradients (`is_grads_batched`).
     """
-    if is_watched() or torch.autograd._profiler_enabled():
-        return False
+    return not is_seen() and _are_plain(args)
+
+
+def is_seen() -> bool:
+    """Whether the call of an op must be seen: as it must by the profiler, too."""
+    return is_watched() or torch.autograd._profiler_enabled()
+
+
+def _are_plain(args: Sequence[Any]) -> bool:
     for arg in args:
         kind = type(arg)
-        if kind is list:
+        if kind is list or kind is tuple:
             if not all(type(each) in PLAIN and lies_plain(each) for each in arg if isinstance(each, Tensor)):
                 return False
         elif kind in PLAIN:

@@ -130,7 +130,7 @@ def _error_backward(
     positions: Tensor,
     seed: int,
     path: str,
-    needs: list[bool],
+    needs: Sequence[bool],
     backend: str,
 ) -> list[Tensor]:
     if backend == "triton":
@@ -223,7 +223,7 @@ class _Error(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 7
-        needs = list(ctx.needs_input_grad[:2])
+        needs = ctx.needs_input_grad[:2]
         return spread(error_backward_op(upstream, *ctx.saved_tensors, ctx.seed, ctx.path, needs, ctx.backend), needs, 7)
 
     @staticmethod

@@ -178,33 +178,31 @@ def _reference(
 
 def _fake_forward(
     x: Tensor, skip: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor,
-    stats: list[Tensor | None], eps: float, dtype: torch.dtype, out_dtype: torch.dtype, backend: str,
-    folds: list[Tensor],
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     mean, rstd = (x.new_empty(x.shape[:1], dtype=wide(x, skip)) for _ in range(2))
-    return x.new_empty(x.shape, dtype=out_dtype), mean, rstd
+    return x.new_empty(x.shape, dtype=rest[-2]), mean, rstd
 
 
 def _fake_backward(
     grad: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, x: Tensor, skip: Tensor, norm_weight: Tensor,
-    norm_bias: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype, backend: str, needs: list[bool],
-    folds: list[Tensor],
+    norm_bias: Tensor, weight: Tensor, bias: Tensor, *rest: Any,
 ) -> list[Tensor]:  # fmt: skip
     inputs = (x, skip, norm_weight, norm_bias, weight, bias)
-    return [tensor.new_empty(tensor.shape) for tensor, needed in zip(inputs, needs, strict=True) if needed]
+    return [tensor.new_empty(tensor.shape) for tensor, needed in zip(inputs, rest[-2], strict=True) if needed]
 
 
+_FOLDS = "Tensor? folded, Tensor? row_sums, Tensor? folded_bias"
 forward_op = define(
     "long_skip_forward(Tensor x, Tensor skip, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, "
-    "Tensor?[] stats, float eps, ScalarType dtype, ScalarType out_dtype, str backend, Tensor[] folds) "
-    "-> (Tensor, Tensor, Tensor)",
+    f"Tensor? x_mean, Tensor? x_variance, Tensor? skip_mean, Tensor? skip_variance, {_FOLDS}, "
+    "float eps, ScalarType dtype, ScalarType out_dtype, str backend) -> (Tensor, Tensor, Tensor)",
     long_skip_rows.forward,
     _fake_forward,
 )
 backward_op = define(
     "long_skip_backward(Tensor grad, Tensor y, Tensor mean, Tensor rstd, Tensor x, Tensor skip, Tensor norm_weight, "
-    "Tensor norm_bias, Tensor weight, Tensor bias, ScalarType dtype, str backend, bool[] needs, Tensor[] folds) "
-    "-> Tensor[]",
+    f"Tensor norm_bias, Tensor weight, Tensor bias, {_FOLDS}, ScalarType dtype, bool[] needs, str backend) -> Tensor[]",
     long_skip_rows.backward,
     _fake_backward,
 )
@@ -223,7 +221,7 @@ def _forward_flops(x: torch.Size, *rest: Any, **options: Any) -> int:
 
 @register_flop_formula(torch.ops.dit_fast.long_skip_backward)
 def _backward_flops(grad: torch.Size, *rest: Any, **options: Any) -> int:
-    needs = rest[11]
+    needs = rest[-2]
     halves = int(needs[0]) + int(needs[1]) + 2 * int(needs[2] or needs[4])
     return 2 * grad[0] * grad[1] ** 2 * halves
 
@@ -240,25 +238,25 @@ class _LongSkip(torch.autograd.Function):
         eps: float, dtype: torch.dtype, out_dtype: torch.dtype, backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         # No *arguments: where nothing requires a gradient, the compiler tells by their number whether there is a ctx.
-        stats = [x_mean, x_variance, skip_mean, skip_variance]
-        folds = [each for each in (folded, row_sums, folded_bias) if each is not None]
-        return forward_op(x, skip, norm_weight, norm_bias, weight, bias, stats, eps, dtype, out_dtype, backend, folds)
+        return forward_op(
+            x, skip, norm_weight, norm_bias, weight, bias, x_mean, x_variance, skip_mean, skip_variance,
+            folded, row_sums, folded_bias, eps, dtype, out_dtype, backend,
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.eps, ctx.dtype, _, ctx.backend = inputs[13:]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output, *inputs[:6], *(() if inputs[10] is None else inputs[10:13]))
+        ctx.save_for_backward(*output, *inputs[:6], *inputs[10:13])
         ctx.save_for_forward(*output, *inputs[:6])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 17
-        saved, needs = ctx.saved_tensors, list(ctx.needs_input_grad[:6])
-        grads = backward_op(grad, *saved[:9], ctx.dtype, ctx.backend, needs, [*saved[9:]])
-        return spread(grads, needs, 17)
+        needs = ctx.needs_input_grad[:6]
+        return spread(backward_op(grad, *ctx.saved_tensors, ctx.dtype, needs, ctx.backend), needs, 17)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None, None]:

@@ -74,14 +74,14 @@ class _Fuses(torch.autograd.Function):
 def _fuse(_: Any, eps: float, dtype: torch.dtype, out_dtype: torch.dtype, *given: Any) -> tuple[Tensor, ...]:
     (x, skip, *parameters), folds, moments = given[:6], given[6:9], given[9:]
     halves, stats = [half.view(-1, x.shape[-1]) for half in (x, skip)], [part.reshape(-1) for part in moments]
-    made = long_skip_rows.forward(*halves, *parameters, stats, eps, dtype, out_dtype, "triton", folds)  # type: ignore[call-arg]
+    made = long_skip_rows.forward(*halves, *parameters, *stats, *folds, eps, dtype, out_dtype, "triton")  # type: ignore[call-arg]
     return made[0].view(x.shape), *made
 
 
 def _fuse_back(_: Any, eps: float, dtype: torch.dtype, out_dtype: torch.dtype, *given: Any) -> tuple[Tensor, ...]:
     (y, mean, rstd, x, skip, *parameters), grad = given[:9], given[-1]
     grad_rows, *halves = [each.reshape(-1, x.shape[-1]) for each in (grad, x, skip)]
-    of_all: Any = (*halves, *parameters, dtype, "triton", [True] * 6, given[9:-1])
+    of_all: Any = (*halves, *parameters, *given[9:-1], dtype, (True,) * 6, "triton")
     made = long_skip_rows.backward(grad_rows, y, mean, rstd, *of_all)
     return made[0].view(x.shape), made[1].view(x.shape), *made[2:]
 

@@ -30,20 +30,26 @@ def forward(
     norm_bias: Tensor,
     weight: Tensor,
     bias: Tensor,
-    stats: list[Tensor | None],
+    x_mean: Tensor | None,
+    x_variance: Tensor | None,
+    skip_mean: Tensor | None,
+    skip_variance: Tensor | None,
+    folded: Tensor | None,
+    row_sums: Tensor | None,
+    folded_bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
     out_dtype: torch.dtype,
     backend: str,
-    folds: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [M, D] in out_dtype from products in dtype, and mean and rstd [M] of the joined rows.
 
-    stats: mean and variance of x, then of skip. folds: W', u and b' as `fold` gives them, or none.
+    Statistics may be known, and W', u and b' as `fold` gives them.
     """
     x, skip, parameters = rows(x), rows(skip), (norm_weight, norm_bias, weight, bias)
+    folds: Any = () if folded is None else (folded, row_sums, folded_bias)
     with without_autocast(x):
-        pair = (_statistics(x, *stats[:2]), _statistics(skip, *stats[2:]))
+        pair = (_statistics(x, x_mean, x_variance), _statistics(skip, skip_mean, skip_variance))
         if backend == "triton":
             from dit_fast.kernels import long_skip as kernel
             from dit_fast.kernels.row_statistics import join as join_in_one_launch
@@ -154,13 +160,17 @@ def backward(
     norm_bias: Tensor,
     weight: Tensor,
     bias: Tensor,
+    folded: Tensor | None,
+    row_sums: Tensor | None,
+    folded_bias: Tensor | None,
     dtype: torch.dtype,
+    needs: Sequence[bool],
     backend: str,
-    needs: list[bool],
-    folds: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Gradients of those of the six inputs that are needed; products in dtype, that of the forward's; folds: its."""
+    """Gradients of those of the six inputs that are needed; products in dtype, that of the forward's; W', u and b':
+    its."""
     grad, x, skip, parameters = rows(grad), rows(x), rows(skip), (norm_weight, norm_bias, weight, bias)
+    folds: Any = () if folded is None else (folded, row_sums, folded_bias)
     wide, wanted = mean.dtype, (needs[0], needs[1])
     if not (backend == "triton" and any(wanted)):  # whose first kernel converts what it reads
         grad = grad.to(dtype)
@@ -202,7 +212,7 @@ def _by_halves(
     skip: Tensor,
     parameters: tuple[Tensor, Tensor, Tensor, Tensor],
     backend: str,
-    needs: list[bool],
+    needs: Sequence[bool],
     grads: list[Tensor | None],
     folds: Sequence[Tensor],
 ) -> Tensor | None:
@@ -237,7 +247,7 @@ def _by_halves(
     return product
 
 
-def _in_one_pass(parameters: tuple[Tensor, Tensor, Tensor, Tensor], needs: list[bool]) -> bool:
+def _in_one_pass(parameters: tuple[Tensor, Tensor, Tensor, Tensor], needs: Sequence[bool]) -> bool:
     return all(needs) and all(parameter.dtype is torch.float32 for parameter in parameters)
 
 
@@ -247,7 +257,7 @@ def _parameter_gradients(
     grad_bias: Tensor | None,
     parameters: tuple[Tensor, Tensor, Tensor, Tensor],
     wide: torch.dtype,
-    needs: list[bool],
+    needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """From P [D, 2D] = dY^T zn, which is overwritten: D^2 work and one sum over the rows."""
     norm_weight, norm_bias, weight, _ = parameters  # grad_bias: where it is known, the sum of grad over the rows

@@ -134,8 +134,8 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def _forward(
-    qkv: Tensor, num_heads: int, q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None,
-    k_bias: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, norm: str, backend: str,
+    qkv: Tensor, q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, num_heads: int, eps: float, norm: str, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if backend == "triton" and qkv.numel():
         from dit_fast.kernels import qk_norm as kernel
@@ -202,7 +202,8 @@ def _empty_gradients(
     )
 
 
-def _fake_forward(qkv: Tensor, num_heads: int, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    num_heads = rest[-4]
     shape = (*qkv.shape[:2], num_heads, qkv.shape[2] // (3 * num_heads))
     return qkv.new_empty(shape), qkv.new_empty(shape)
 
@@ -216,8 +217,8 @@ def _fake_backward(
 
 
 forward_op = define(
-    "qk_norm_forward(Tensor qkv, int num_heads, Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, "
-    "Tensor? cos, Tensor? sin, float eps, str norm, str backend) -> (Tensor, Tensor)",
+    "qk_norm_forward(Tensor qkv, Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, Tensor? cos, "
+    "Tensor? sin, int num_heads, float eps, str norm, str backend) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
 )
@@ -238,7 +239,7 @@ class _QkNorm(torch.autograd.Function):
         qkv: Tensor, num_heads: int, q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None,
         k_bias: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, norm: str, backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        query, key = forward_op(qkv, num_heads, q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm, backend)
+        query, key = forward_op(qkv, q_weight, q_bias, k_weight, k_bias, cos, sin, num_heads, eps, norm, backend)
         return query, key, _heads(qkv, num_heads).select(2, 2)
 
     @staticmethod

@@ -69,7 +69,7 @@ def _torch_forward(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _torch_backward(
-    upstream: Tensor, prediction: Tensor, target: Tensor, saved: Tensor, needs: list[bool]
+    upstream: Tensor, prediction: Tensor, target: Tensor, saved: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     r, s, cosine = saved
     p, q = prediction.to(saved.dtype) * r[:, None], target.to(saved.dtype) * s[:, None]
@@ -89,7 +89,7 @@ def _forward(prediction: Tensor, target: Tensor, backend: str) -> tuple[Tensor, 
 
 
 def _backward(
-    upstream: Tensor, prediction: Tensor, target: Tensor, saved: Tensor, needs: list[bool], backend: str
+    upstream: Tensor, prediction: Tensor, target: Tensor, saved: Tensor, needs: Sequence[bool], backend: str
 ) -> list[Tensor]:
     if backend == "triton":
         from dit_fast.kernels import repa_cosine as kernel
@@ -106,7 +106,7 @@ def _fake_forward(prediction: Tensor, target: Tensor, backend: str) -> tuple[Ten
 
 
 def _fake_backward(
-    upstream: Tensor, prediction: Tensor, target: Tensor, saved: Tensor, needs: list[bool], backend: str
+    upstream: Tensor, prediction: Tensor, target: Tensor, saved: Tensor, needs: Sequence[bool], backend: str
 ) -> list[Tensor]:
     pairs = zip((prediction, target), needs, strict=True)
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x, needed in pairs if needed]
@@ -142,7 +142,7 @@ class _Cosine(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return None, None, None
-        needs = list(ctx.needs_input_grad[:2])
+        needs = ctx.needs_input_grad[:2]
         return spread(backward_op(upstream, *ctx.saved_tensors, needs, ctx.backend), needs, 3)
 
     @staticmethod

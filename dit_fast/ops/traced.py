@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dit_fast.ops._kinds import Kinds
-from dit_fast.ops._register import ABOVE
+from dit_fast.ops._register import ABOVE, PLAIN, lies_plain
 
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -69,7 +69,8 @@ def traced(function: Any, facts: tuple[Any, ...], *given: Tensor | None) -> Any:
             results = program(*given)
         return function(*facts, *given) if results is None else results
     if program is None:
-        _PROGRAMS.keep(key, present, _ONCE)
+        if all(type(each) in PLAIN and lies_plain(each) for each in present):  # others are the dispatcher's
+            _PROGRAMS.keep(key, present, _ONCE)
     elif program is _ONCE and _can_be_taken_down(present) and _RECORDING.acquire(blocking=False):
         try:
             results, program = _Trace(given).run(lambda: function(*facts, *given))

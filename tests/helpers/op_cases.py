@@ -176,14 +176,14 @@ def long_skip_parameters():
 
 def long_skip_forward():
     """Products in bf16 and a width that the kernels take."""
-    return new(5, 16), new(5, 16), *long_skip_parameters(), [None] * 4, 1e-6, BF16, F32, "gemm", []
+    return new(5, 16), new(5, 16), *long_skip_parameters(), *[None] * 7, 1e-6, BF16, F32, "gemm"
 
 
 def long_skip_backward():
     with torch.no_grad():
         saved = long_skip_forward_op(*long_skip_forward())
     saved = [x.requires_grad_() for x in saved]
-    return new(5, 16), *saved, *long_skip_forward()[:6], BF16, "gemm", [True] * 6, []
+    return new(5, 16), *saved, *long_skip_forward()[:6], *[None] * 3, BF16, [True] * 6, "gemm"
 
 
 def diversity_backward():
@@ -241,7 +241,7 @@ REGISTERED = {
     "long_skip_forward": long_skip_forward,
     "long_skip_fold": lambda: ([new(16, 32).bfloat16(), new(16), new(16)], list(long_skip_parameters()), "gemm"),
     "long_skip_backward": long_skip_backward,
-    "qk_norm_forward": lambda: (new(2, 3, 24), 2, *(new(4) for _ in range(4)), None, None, 1e-5, "layer", "torch"),
+    "qk_norm_forward": lambda: (new(2, 3, 24), *(new(4) for _ in range(4)), None, None, 2, 1e-5, "layer", "torch"),
     "qk_norm_backward": lambda: (
         *(new(2, 3, 2, 4) for _ in range(3)), new(2, 3, 24), new(4), new(4), torch.randn(3, 4), torch.randn(3, 4), 1e-5,
         "rms", False, True, True, "torch",

@@ -22,10 +22,10 @@ def test_opcheck():
         tensors = inputs((7,), 5, dtype)
         cast = torch.float64 if dtype == torch.float64 else cast
         stats = [None, None, *row_statistics(tensors[1])]
-        torch.library.opcheck(forward_op.registered, (*tensors, stats, 1e-6, cast, torch.float32, "gemm", []))
-        y, mean, rstd = forward_op(*tensors, stats, 1e-6, cast, torch.float32, "gemm", [])
+        torch.library.opcheck(forward_op.registered, (*tensors, *stats, *[None] * 3, 1e-6, cast, torch.float32, "gemm"))
+        y, mean, rstd = forward_op(*tensors, *stats, *[None] * 3, 1e-6, cast, torch.float32, "gemm")
         for needs in ([True] * 6, [False, True, True, False, False, True]):
-            given = (torch.ones_like(y), y, mean, rstd, *tensors, cast, "gemm", needs, [])
+            given = (torch.ones_like(y), y, mean, rstd, *tensors, *[None] * 3, cast, needs, "gemm")
             torch.library.opcheck(backward_op.registered, given)
 
 

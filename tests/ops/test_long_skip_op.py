@@ -131,9 +131,9 @@ def test_a_result_in_another_dtype_is_the_maps_converted(backend):
 
 def test_unneeded_gradients_are_not_computed():
     tensors = inputs((7,), 5, torch.float32)
-    y, mean, rstd = forward_op(*tensors, [None] * 4, 1e-6, torch.float32, torch.float32, "gemm", [])
+    y, mean, rstd = forward_op(*tensors, *[None] * 7, 1e-6, torch.float32, torch.float32, "gemm")
     needs = [False, True, False, False, True, False]
-    grads = backward_op(torch.ones_like(y), y, mean, rstd, *tensors, torch.float32, "gemm", needs, [])
+    grads = backward_op(torch.ones_like(y), y, mean, rstd, *tensors, *[None] * 3, torch.float32, needs, "gemm")
     assert [g.shape for g in grads] == [tensors[1].shape, tensors[4].shape]
 
 

@@ -259,7 +259,7 @@ def test_empty_batches(op):
 def test_opcheck():
     for dtype in (torch.float32, torch.bfloat16):
         qkv, *parameters = make(dtype)
-        torch.library.opcheck(forward_op.registered, (qkv, H, *parameters, None, None, EPS, "layer", "torch"))
+        torch.library.opcheck(forward_op.registered, (qkv, *parameters, None, None, H, EPS, "layer", "torch"))
         grads, turn = [x.transpose(1, 2) for x in seeds(dtype)], tables(torch.float32)
         for needs in ((True, True), (True, False), (False, True)):
             saved = (qkv, parameters[0], parameters[2])
@@ -267,7 +267,7 @@ def test_opcheck():
                 backward_op.registered, (*grads, *saved, None, None, EPS, "layer", True, *needs, "torch")
             )
             torch.library.opcheck(backward_op.registered, (*grads, *saved, *turn, EPS, "rms", False, *needs, "torch"))
-        torch.library.opcheck(forward_op.registered, (qkv, H, None, None, None, None, *turn, EPS, "none", "torch"))
+        torch.library.opcheck(forward_op.registered, (qkv, None, None, None, None, *turn, H, EPS, "none", "torch"))
         nothing = (qkv, None, None, *turn, EPS, "none", False, True, False, "torch")
         torch.library.opcheck(backward_op.registered, (*grads, *nothing))
 

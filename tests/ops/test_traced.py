@@ -379,7 +379,7 @@ def flat(values):
             yield "an address" if hasattr(value, "data_ptr") or isinstance(value, int) and value > 1 << 32 else value
 
 programs = [program for _, program in traced._PROGRAMS.items()]
-assert len(programs) > 6 and all(map(callable, programs)), programs
+assert sum(map(callable, programs)) > 12 and not any(isinstance(each, str) for each in programs), programs
 first, last = ([list(flat(arguments)) for arguments in steps[number]] for number in (1, 5))
 assert len(first) > 80, len(first)
 assert first == last, [pair for pair in zip(first, last) if pair[0] != pair[1]][:3]
