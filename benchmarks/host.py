@@ -10,10 +10,9 @@ thread. "untraced" is ours with the Python of blocks and long skips run each tim
 
 Times are of the thread's CPU, which a busy machine hardly changes, and medians. A call of an op is also given in
 clones: the time of `clone()` of a small tensor, the cheapest call that torch can launch, taken in the same rounds.
-Launches are operators that write memory, and Triton kernels; operators on lists of tensors count as one. The former are
-counted in a run of their own, which sees blocks op by op (`dit_fast/ops/branches.py`). The first op, an empty Python
-function with a gradient, is the floor of the others. The published side draws its noise from torch's generator, as
-published.
+The first two ops, Python functions with a gradient that do nothing, are the floors of the others. Launches are operators
+that write memory, and Triton kernels; operators on lists of tensors count as one. The former are counted in a run of
+their own, which sees blocks op by op (`dit_fast/ops/branches.py`). Published noise comes from torch's generator.
 
 What limits a side: "operators" is the time of torch's operators that write memory, the same calls once more by
 themselves: no formulation with these products does less here. "accumulation" is that of autograd to hand as many
@@ -304,12 +303,10 @@ def ops(rounds: int) -> dict[str, Any]:
         calls[name] = {"forward": partial(function, *tensors)}
         if results:
             calls[name]["backward"] = partial(torch.autograd.grad, results, wanted, above, retain_graph=True)
-    found: dict[str, Any] = {}
-    for name, parts in calls.items():
-        found[name] = {}
-        for part, call in parts.items():
-            found[name][part] = _against(call, small.clone, rounds, autocast=part == "forward")
-    return found
+    return {
+        name: {part: _against(call, small.clone, rounds, autocast=part == "forward") for part, call in parts.items()}
+        for name, parts in calls.items()
+    }
 
 
 def _against(call: Callable[[], Any], unit: Callable[[], Any], rounds: int, autocast: bool) -> dict[str, float]:
@@ -353,24 +350,27 @@ def _cases() -> Mapping[str, tuple[Callable[..., Any], list[Any]]]:
     skip = [new(2 * WIDTH), new(2 * WIDTH), new(WIDTH, 2 * WIDTH), new(WIDTH)]
     heads = [new(WIDTH // HEADS) for _ in range(4)]
 
-    class Empty(torch.autograd.Function):
+    class Nothing(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-            return x.view_as(x)
+        def forward(ctx: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            ctx.save_for_backward(*tensors)
+            return tuple(each.view_as(each) for each in tensors[:2])
 
         @staticmethod
-        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-            return grad
+        def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return ctx.saved_tensors
 
+    streams = [stream, branch, gate, shift, scale]
     return {
-        "an empty autograd.Function": (Empty.apply, [stream]),
+        "an empty autograd.Function": (Nothing.apply, [stream]),
+        "the same, of five tensors": (Nothing.apply, streams),
         "layer_norm_modulate": (partial(ops.layer_norm_modulate, out_dtype=torch.bfloat16), [stream, shift, scale]),
         "layer_norm_modulate, stats known": (
             partial(ops.layer_norm_modulate, stats=statistics, out_dtype=torch.bfloat16), [stream, shift, scale],
         ),
         "gate_residual, with stats": (partial(ops.gate_residual, return_stats=True), [stream, branch, gate]),
         "gate_residual_modulate": (
-            partial(ops.gate_residual_modulate, out_dtype=torch.bfloat16), [stream, branch, gate, shift, scale],
+            partial(ops.gate_residual_modulate, out_dtype=torch.bfloat16), streams,
         ),
         "qk_norm": (
             lambda qkv, *rest: ops.qk_norm(qkv, HEADS, *rest)[:2], [new(2, TOKENS, 3 * WIDTH, half=True), *heads],

@@ -2,7 +2,8 @@
 
 Registered ops are a schema, a Python function that runs the named implementation, and a fake that gives shapes without
 data. Gradients do not live there: a thin autograd.Function calls a forward op and a backward op, which costs half of
-what `torch.library.custom_op` does and compiles with fullgraph=True. Every kernel is launched inside a registered op.
+what `torch.library.custom_op` does and compiles with fullgraph=True. Every kernel is launched inside a registered op;
+one whose tensors come first, and its backend last, is traced where it runs by "triton" (`traced.py`).
 """
 
 import functools

@@ -1,9 +1,9 @@
 """Functions of tensors that run again as the list of what they launched.
 
-What half of a transformer block does follows from shapes, strides and dtypes: products, kernels, empty tensors, views.
-The rest of its Python, look-ups by signature, choices and views of views, comes out the same every time, and takes
-longer than the device. `traced` lets a function run twice, takes down the second time what reaches torch's dispatcher
-and Triton, and writes Python of it, which runs from then on; Inductor's wrappers look like this:
+What an op or half of a block does follows from shapes, strides and dtypes: products, kernels, empty tensors, views. The
+rest of its Python, look-ups by signature, choices and views of views, comes out the same every time, and takes longer
+than the device. `traced` lets a function run twice, takes down the second time what reaches torch's dispatcher and
+Triton, and writes Python of it, which runs from then on; Inductor's wrappers look like this:
 
     v1 = empty((8192, 1152), (1152, 1), c2)
     c3([a_x0, a_x1, a_v1])                      # a kernel, by addresses

@@ -34,6 +34,10 @@ def test_kernels_compute_what_they_should(family, version):
     run_interpreted(version, FOLDER / f"test_{family}_kernels.py")
 
 
+def test_ops_that_are_called_again():
+    run_interpreted("3.9.0", FOLDER / "test_traces.py")
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize("family", OP_TESTS)
 def test_ops_through_the_kernels(family):
