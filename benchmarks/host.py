@@ -10,7 +10,7 @@ thread. "untraced" is ours with the Python of blocks and long skips run each tim
 
 Times are of the thread's CPU, which a busy machine hardly changes, and medians. A call of an op is also given in
 clones: the time of `clone()` of a small tensor, the cheapest call that torch can launch, taken in the same rounds.
-The first two ops, Python functions with a gradient that do nothing, are the floors of the others. Launches are operators
+The first two ops, Python functions with a gradient that do nothing, are floors of the others. Launches are operators
 that write memory, and Triton kernels; operators on lists of tensors count as one. The former are counted in a run of
 their own, which sees blocks op by op (`dit_fast/ops/branches.py`). Published noise comes from torch's generator.
 
