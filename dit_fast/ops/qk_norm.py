@@ -69,9 +69,8 @@ def qk_norm(
     parameters = (q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm)
     if chosen == "torch":
         query, key, value = _reference(qkv, num_heads, *parameters)
-    else:
-        query, key, value = _fused(qkv, num_heads, *parameters, chosen)
-    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return _fused(qkv, num_heads, *parameters, chosen)  # type: ignore[no-any-return]
 
 
 def _given(norm: str, q_weight: Any, q_bias: Any, k_weight: Any, k_bias: Any, rotary: Any) -> dict[str, Any]:
@@ -232,7 +231,7 @@ backward_op = define(
 
 
 class _QkNorm(torch.autograd.Function):
-    """(qkv, H, q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm, backend) -> query, key, value [N, T, H, d]."""
+    """(qkv, H, q_weight, q_bias, k_weight, k_bias, cos, sin, eps, norm, backend) -> query, key, value [N, H, T, d]."""
 
     @staticmethod
     def forward(
@@ -240,7 +239,7 @@ class _QkNorm(torch.autograd.Function):
         k_bias: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float, norm: str, backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         query, key = forward_op(qkv, q_weight, q_bias, k_weight, k_bias, cos, sin, num_heads, eps, norm, backend)
-        return query, key, _heads(qkv, num_heads).select(2, 2)
+        return query.transpose(1, 2), key.transpose(1, 2), _heads(qkv, num_heads).select(2, 2).transpose(1, 2)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -256,9 +255,8 @@ class _QkNorm(torch.autograd.Function):
         needs = ctx.needs_input_grad
         grads: list[Tensor | None] = [None] * 11
         forms = (ctx.eps, ctx.norm, ctx.biased, needs[0], any(needs[2:6]))
-        grad_qkv, grad_parameters = backward_op(
-            grad_query, grad_key, grad_value, *ctx.saved_tensors, *forms, ctx.backend
-        )
+        above = grad_query.transpose(1, 2), grad_key.transpose(1, 2), grad_value.transpose(1, 2)
+        grad_qkv, grad_parameters = backward_op(*above, *ctx.saved_tensors, *forms, ctx.backend)
         grads[0] = grad_qkv if needs[0] else None
         for row, (place, dtype) in enumerate(zip(ctx.places, ctx.dtypes, strict=True)):
             grads[place] = grad_parameters[row].to(dtype) if needs[place] else None
@@ -288,7 +286,7 @@ class _QkNorm(torch.autograd.Function):
             if cos is not None:
                 result = result * _of_tokens(cos, dtype) + _turn(result) * _of_tokens(sin, dtype)
             results.append(result.to(qkv.dtype))
-        return results[0], results[1], changes[2]
+        return results[0].transpose(1, 2), results[1].transpose(1, 2), changes[2].transpose(1, 2)
 
 
 _fused = differentiable(_QkNorm, "qk_norm")

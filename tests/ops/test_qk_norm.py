@@ -32,7 +32,7 @@ def plain(qkv, *parameters):
 
 def through_op(qkv, *parameters):
     """What runs where the kernels can: here, torch behind the op."""
-    return tuple(part.transpose(1, 2) for part in _fused(qkv, H, *parameters, None, None, EPS, "layer", "torch"))
+    return _fused(qkv, H, *parameters, None, None, EPS, "layer", "torch")
 
 
 def exact(qkv, q_weight, q_bias, k_weight, k_bias):
@@ -97,9 +97,7 @@ def test_forms(form, dtype, fused):
     ours = [None if x is None else x.clone().requires_grad_() for x in (qkv, *learned)]
     wide = [None if x is None else x.double().requires_grad_() for x in (qkv, *learned)]
     if fused:
-        outputs = [
-            part.transpose(1, 2) for part in _fused(ours[0], H, *ours[1:], *(rotary or (None,) * 2), EPS, norm, "torch")
-        ]
+        outputs = _fused(ours[0], H, *ours[1:], *(rotary or (None,) * 2), EPS, norm, "torch")
     else:
         outputs = qk_norm(ours[0], H, *ours[1:], eps=EPS, norm=norm, rotary=rotary)
     pairs = [tuple(wide[i] for i in places) if wide[places[0]] is not None else None for places in ((1, 3), (2, 4))]

@@ -79,7 +79,7 @@ def compare(qkv, heads, parameters, grads, form):
     needs = (parameters[1] is not None, True, any(x is not None for x in parameters))
     backward = (*grads, qkv, parameters[0], parameters[2], *form, *needs)
     ours = [*kernel.forward(qkv, heads, *parameters, *form), *kernel.backward(*backward)]
-    eager = [*op._forward(qkv, heads, *parameters, *form, "torch"), *op._backward(*backward, "torch")]
+    eager = [*op._forward(qkv, *parameters, *form[:2], heads, *form[2:], "torch"), *op._backward(*backward, "torch")]
     for place, (each, reference) in enumerate(zip(ours, expected, strict=True)):
         if reference is None:
             assert each is None
