@@ -39,7 +39,9 @@ FORCED = "DIT_FAST_BACKEND"  # environment variable: what "auto" means for every
 _TORCH = Implementation("torch", (), lambda: None)
 _REGISTRY: dict[str, dict[str, Implementation]] = {}
 _LOGGED: set[tuple[str, str]] = set()
-_FORCED: str | None = None  # by `force`; torch.compile sees a change of it, and not one of the environment
+_FORCED: str | None = None  # by `force`
+# Every call of an op asks for the variable; where it is not set, `get` raises and catches, in 20 times this time.
+_KEY, _ENVIRONMENT = os.environ.encodekey(FORCED), os.environ._data  # type: ignore[attr-defined]
 
 
 def register(op: str, *faster: Implementation) -> None:
@@ -54,7 +56,7 @@ def ops() -> tuple[str, ...]:
 
 def forced() -> str | None:
     """The implementation that "auto" stands for, by `force` or from the environment; None: the best one."""
-    return _FORCED or os.environ.get(FORCED) or None
+    return _FORCED or (os.environ.get(FORCED) or None if _KEY in _ENVIRONMENT else None)
 
 
 @contextlib.contextmanager

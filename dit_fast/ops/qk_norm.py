@@ -70,7 +70,7 @@ def qk_norm(
     if chosen == "torch":
         query, key, value = _reference(qkv, num_heads, *parameters)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    return _fused(qkv, num_heads, *parameters, chosen)  # type: ignore[no-any-return]
+    return _fused(qkv, num_heads, *parameters, chosen)
 
 
 def _given(norm: str, q_weight: Any, q_bias: Any, k_weight: Any, k_bias: Any, rotary: Any) -> dict[str, Any]:
