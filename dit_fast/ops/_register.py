@@ -65,7 +65,7 @@ def _leading_tensors(op: Any) -> int:
 
 def _traced(call: Callable[..., Any], run: Callable[..., Any], op: Any, count: int) -> Callable[..., Any]:
     """`call`, of which "triton" is a trace where nobody looks on; `count` tensors come first."""
-    from dit_fast.ops.traced import traced
+    from dit_fast.ops import traced
 
     facts, lists = len(op._schema.arguments) - count, "List" in str([each.type for each in op._schema.arguments])
     alone = len(op._schema.returns) == 1 and str(op._schema.returns[0].type) == "Tensor"
@@ -81,7 +81,7 @@ def _traced(call: Callable[..., Any], run: Callable[..., Any], op: Any, count: i
         if args[-1] != "triton" or is_seen() or is_elsewhere(_first_tensor(args)):
             return call(*args)
         told = tuple([tuple(each) if type(each) is list else each for each in args[count:]]) if lists else args[count:]
-        results = traced(whole, told, *args[:count])
+        results = traced.traced(whole, told, *args[:count])
         return results[0] if alone else results
 
     return traced_call
