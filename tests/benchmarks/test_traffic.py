@@ -65,7 +65,7 @@ COUNT = """
 import json
 from dit_fast.benchmarks import traffic
 cases = [case for case in traffic.CASES if case.name in {names}]
-print(json.dumps([entry for case in cases for entry in traffic.entries(case, 64, 256, ("triton",))]))
+print(json.dumps([entry for case in cases for entry in traffic.entries(case, 64, 128, ("triton",))]))
 """
 
 

@@ -193,7 +193,7 @@ def test_convolution_and_spatial_normalisation(stored):
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.long), 3])  # 3 partitions what is frozen, too
 def test_two_ranks_run_frozen_encoders_of_their_own(stage, built, specs, tmp_path):
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     start = [*SMALL, "methods.repa.projector=conv", on_the_way(specs), "run.steps=2", f"engine.zero_stage={stage}"]
