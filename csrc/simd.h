@@ -67,6 +67,7 @@ struct Vec {
   static constexpr int kGramRows = 2;
   static constexpr int kMixColumns = 1;
   static constexpr int kTileRows = 4;
+  static constexpr int kRegisters = 4;
   Quad part[kQuads];
 
   static inline Vec set(float value) {
@@ -166,6 +167,11 @@ struct Vec {
     }
     return out;
   }
+  // `to` [kLanes, kLanes] is the transpose of `from`; both in rows so many floats apart.
+  static inline void transpose(const float* from, int64_t from_row, float* to, int64_t to_row) {
+    for (int i = 0; i < kLanes; ++i)
+      for (int j = 0; j < kLanes; ++j) to[i * to_row + j] = from[j * from_row + i];
+  }
   inline float sum() const {
     const Quad four = (part[0] + part[2]) + (part[1] + part[3]);
     return (four[0] + four[2]) + (four[1] + four[3]);
@@ -191,10 +197,29 @@ struct Vec {
 DIT_FAST_TARGET_AVX2
 namespace avx2 {
 
+inline void transpose_eight(const float* from, int64_t from_row, float* to, int64_t to_row) {
+  __m256 row[8], pair[8], four[8];
+  for (int i = 0; i < 8; ++i) row[i] = _mm256_loadu_ps(from + i * from_row);
+  for (int i = 0; i < 8; i += 2) {
+    pair[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
+    pair[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      four[i + 2 * j] = _mm256_shuffle_ps(pair[i + j], pair[i + j + 2], 0x44);
+      four[i + 2 * j + 1] = _mm256_shuffle_ps(pair[i + j], pair[i + j + 2], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(to + i * to_row, _mm256_permute2f128_ps(four[i], four[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * to_row, _mm256_permute2f128_ps(four[i], four[i + 4], 0x31));
+  }
+}
+
 struct Vec {
   static constexpr int kGramRows = 2;
   static constexpr int kMixColumns = 1;
   static constexpr int kTileRows = 6;
+  static constexpr int kRegisters = 8;
   __m256 low, high;
 
   static inline Vec set(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
@@ -261,6 +286,11 @@ struct Vec {
     return _mm256_and_ps(flipped, _mm256_cmp_ps(of, _mm256_setzero_ps(), _CMP_NEQ_OQ));
   }
   inline Vec times_sign(const Vec& of) const { return {signed_by(low, of.low), signed_by(high, of.high)}; }
+  static inline void transpose(const float* from, int64_t from_row, float* to, int64_t to_row) {
+    for (int i = 0; i < kLanes; i += 8)
+      for (int j = 0; j < kLanes; j += 8)
+        transpose_eight(from + j * from_row + i, from_row, to + i * to_row + j, to_row);
+  }
   inline float sum() const {
     const __m256 eight = _mm256_add_ps(low, high);
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -279,6 +309,7 @@ struct Vec {
   static constexpr int kGramRows = 4;
   static constexpr int kMixColumns = 4;
   static constexpr int kTileRows = 8;
+  static constexpr int kRegisters = 32;
   __m512 all;
 
   static inline Vec set(float value) { return {_mm512_set1_ps(value)}; }
@@ -326,6 +357,11 @@ struct Vec {
     const __m512i flipped = _mm512_xor_si512(_mm512_castps_si512(all), sign);
     const __mmask16 nonzero = _mm512_cmp_ps_mask(of.all, _mm512_setzero_ps(), _CMP_NEQ_OQ);
     return {_mm512_castsi512_ps(_mm512_maskz_mov_epi32(nonzero, flipped))};
+  }
+  static inline void transpose(const float* from, int64_t from_row, float* to, int64_t to_row) {
+    for (int i = 0; i < kLanes; i += 8)
+      for (int j = 0; j < kLanes; j += 8)
+        avx2::transpose_eight(from + j * from_row + i, from_row, to + i * to_row + j, to_row);
   }
   inline float sum() const {
     const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1));
