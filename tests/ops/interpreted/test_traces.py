@@ -66,9 +66,20 @@ def test_what_an_op_is_told_makes_another_trace(programs):
     assert len(programs()) == 2
 
 
-def test_a_tensor_that_does_not_lie_plain_is_the_dispatchers(programs):
+def test_a_tensor_that_does_not_lie_plain_is_the_dispatchers(programs, caplog):
     call, x = CALLS["row_statistics"], torch.randn(5, 8)
     for odd in (x, x, torch._neg_view(x), torch._neg_view(x), torch._neg_view(x), x):
         found, expected = call(odd, "triton"), call.run(odd.clone(), "triton")
         assert all(map(torch.equal, found, expected))
     assert len(programs()) == 1
+    assert not caplog.records, "nobody tried to take it down"
+
+
+def test_a_traced_op_is_seen_by_the_profiler(programs):
+    call, x = CALLS["row_statistics"], torch.randn(5, 8)
+    for _ in range(3):
+        call(x, "triton")
+    assert len(programs()) == 1
+    with torch.autograd.profiler.profile() as seen:
+        call(x, "triton")
+    assert "dit_fast::row_statistics" in {event.name for event in seen.function_events}
