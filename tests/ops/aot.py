@@ -172,12 +172,12 @@ def gate(entry: dict, case) -> list[str]:
     return [f"{entry['kernel']} [{entry['configuration']}] {entry['target']} {entry['triton']}: {r}" for r in reasons]
 
 
-def _worker(modules: list[str], scripts: list[str]) -> None:
+def _worker(modules: list[str], scripts: list[str], targets: Sequence[int]) -> None:
     """All entries of the Triton in this process's path, and what is wrong, as JSON on stdout."""
     from tests.ops.launches import uncovered
 
     imported = [importlib.import_module(f"dit_fast.kernels.{name}") for name in modules]
-    cases = [(case, arch) for module in imported for arch in TARGETS for case in module.aot_cases(arch)]
+    cases = [(case, arch) for module in imported for arch in targets for case in module.aot_cases(arch)]
     entries = compile_cases(cases)
     reasons = [line for entry, (case, _) in zip(entries, cases, strict=True) for line in gate(entry, case)]
     reasons += uncovered(scripts)
@@ -185,7 +185,10 @@ def _worker(modules: list[str], scripts: list[str]) -> None:
 
 
 def compile_all(
-    modules: Sequence[str], scripts: Sequence[str], versions: Sequence[str] = tuple(VERSIONS)
+    modules: Sequence[str],
+    scripts: Sequence[str],
+    versions: Sequence[str] = tuple(VERSIONS),
+    targets: Sequence[int] = TARGETS,
 ) -> tuple[list[dict], list[str]]:
     """Lock entries, sorted, and the reasons of every gate that did not pass; the versions run side by side.
 
@@ -201,6 +204,7 @@ def compile_all(
                 "OMP_NUM_THREADS": "1",
             }
             command = [sys.executable, "-m", "tests.ops.aot", "--worker", "--only", *modules, "--launched", *scripts]
+            command += ["--target", *map(str, targets)]
             workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT))
         outputs = [worker.communicate()[0] for worker in workers]
     if any(worker.returncode for worker in workers):
@@ -251,9 +255,10 @@ def main() -> int:
     )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--launched", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--target", nargs="*", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        _worker(arguments.only, arguments.launched)
+        _worker(arguments.only, arguments.launched, arguments.target)
         return 0
     scripts = [] if arguments.only else sorted(path.stem for path in LOCK.parent.glob("launched/*.py"))
     entries, reasons = compile_all(arguments.only or sorted(kernel_files()), scripts)

@@ -1,12 +1,10 @@
 """CUDA's branches on a fake GPU: every case runs, results are as their fakes promise, what is launched compiles."""
 
-import os
-
 import pytest
 import torch
 
 from tests.ops import fake_cuda
-from tests.ops.proofs import changed
+from tests.ops.proofs import skip_if_all_are_proved
 
 
 def test_every_case_runs_and_returns_what_its_fakes_promise():
@@ -68,8 +66,7 @@ STACK = {
     ],
 )
 def test_what_is_launched_compiles_without_stack_scratch_or_too_much_shared_memory(gpu, version):
-    if os.environ.get("PROVE") != "all" and not changed():
-        pytest.skip("kernels unchanged since their recorded proofs; `make test-kernels` runs it")
+    skip_if_all_are_proved()
     found = fake_cuda.run(gpu, version)
     known = [f": {form}" for form in STACK.get((gpu, version), ())]
     reasons = [
