@@ -402,9 +402,8 @@ def gradients_of(blocks, tapped, look=lambda parts: None, create_graph=False):
     return torch.autograd.grad(loss, leaves, create_graph=create_graph)
 
 
-@pytest.mark.parametrize("most", [12, 256])
-@pytest.mark.parametrize("tapped", [False, True])
-def test_partial_sums_that_blocks_leave_as_trained_give_the_same_bits(blocks, tapped, most, monkeypatch):
+@pytest.mark.parametrize(("most", "tapped"), [(12, True), (256, False)])
+def test_partial_sums_that_blocks_leave_as_trained_give_the_same_bits(blocks, most, tapped, monkeypatch):
     """Of all blocks, or of two of three."""
     added = []
     run = kernel.sum_all
