@@ -6,7 +6,7 @@ Everything that a step does before the device works is run as it is: the trainer
 torch's dispatcher, Triton's launch. Tensors lie on the CPU and are so small that their arithmetic hardly counts;
 kernels end at a null driver (`null_driver.py`, which says what is not counted). Ours and the step as published
 alternate in one process, each with SiT of 12 or 28 blocks, long skips, bf16 autocast and the diversity loss, on one
-thread. "untraced" is ours with the Python of blocks and long skips run each time (`dit_fast/ops/traced.py`).
+thread. "untraced" is ours with the Python of blocks, long skips and ops run each time (`dit_fast/ops/traced.py`).
 
 Times are of the thread's CPU, which a busy machine hardly changes, and medians. A call of an op is also given in
 clones: the time of `clone()` of a small tensor, the cheapest call that torch can launch, taken in the same rounds.

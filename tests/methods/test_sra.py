@@ -24,7 +24,10 @@ from tests.helpers.tiny_sit import inputs_for, tiny_sit
 FORMS = {"cos": "cosine", "sml1": "smooth_l1"}
 
 
-@pytest.fixture(params=golden_names("sra_"))
+NO_FILE = pytest.param("", marks=pytest.mark.skip(reason="DIT_FAST_GOLDEN names no folder with an sra file"))
+
+
+@pytest.fixture(params=golden_names("sra_") or [NO_FILE])
 def reference(request):
     return golden(request.param)
 
