@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial, reduce
 from operator import or_
 from threading import get_ident
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from torch import Tensor
@@ -26,6 +26,7 @@ from dit_fast.kernels import ordinary_launches
 
 ALIGNMENT = 16  # bytes; what Triton specialises a pointer for
 KEPT = 4096
+_runtime = triton.knobs.runtime
 _note: Callable[..., None] | None = None  # hears of launches: `listening`
 _new = object.__new__  # of a descriptor whose shape and strides were checked when their signature came first
 
@@ -62,7 +63,7 @@ def launcher(
     rest, and the options of a launch. unaligned: constants that are other ones where some address is no multiple of 16
     bytes. tiles: of the first tensors, which the kernel takes as descriptors of tiles of these sizes.
     """
-    direct: Callable[[list[Any]], None] | None = None
+    direct: Direct | None = None
     run = partial(kernel.run, grid=grid, warmup=False)
     known: list[dict[str, Any]] = []  # of the descriptors, all but the tensors
 
@@ -96,8 +97,8 @@ def launcher(
 
 def hooked() -> bool:
     """Whether something, a profiler for one, hangs on Triton's launches."""
-    runtime = triton.knobs.runtime
-    return bool(_calls(runtime.launch_enter_hook) or _calls(runtime.launch_exit_hook))
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 @contextmanager
@@ -122,10 +123,6 @@ def listening(note: Callable[..., None]) -> Iterator[None]:
         _note, KernelInterface.__getitem__ = None, ordinary
 
 
-def _calls(hook: Any) -> Any:
-    return hook if hook is None else getattr(hook, "calls", hook)
-
-
 def _direct(
     kernel: Any, compiled: Any, grid: Sequence[int], numbers: Sequence[Any], constants: Mapping[str, Any]
 ) -> Any:
@@ -138,36 +135,45 @@ def _direct(
     if type(run) is not CudaLauncher or run.global_scratch_size or run.profile_scratch_size:
         return None
     rest = (*numbers, *(constants[name] for name in kernel.arg_names if name in constants))
-    (*sizes,) = (*grid, 1, 1)[:3]
+    x, y, z = (*grid, 1, 1)[:3]
     form = _FORMS[".".join(triton.__version__.split(".")[:2])]
-    return form(run, compiled, sizes, driver.active.get_current_device(), driver.active.get_current_stream, rest)
+    middle = form(run, compiled)
+    if middle is None:
+        return None
+    where = driver.active.get_current_stream, driver.active.get_current_device()
+    return Direct(run.launch, (x, y, z), *where, middle, rest, form is _form_3_9)
 
 
-def _form_3_6(run: Any, compiled: Any, sizes: Any, device: int, stream: Callable[[int], int], rest: Any) -> Any:
-    x, y, z = sizes
-    launch, function = run.launch, compiled.function
-    fixed = (run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata, None, None, None)
+class Direct(NamedTuple):
+    """Triton's C function, and all that it is given but the stream and the addresses of the kernel's first parameters.
 
-    def direct(arguments: list[Any]) -> None:
-        launch(x, y, z, stream(device), function, *fixed, *arguments, *rest)
+    launch(*sizes, stream(device), *middle, *addresses, *rest)         or in a tuple (*addresses, *rest)
+    """
 
-    return direct
+    launch: Callable[..., None]
+    sizes: tuple[int, int, int]
+    stream: Callable[[int], int]
+    device: int
+    middle: tuple[Any, ...]
+    rest: tuple[Any, ...]
+    in_a_tuple: bool
+
+    def __call__(self, addresses: Sequence[Any]) -> None:
+        launch, sizes, stream, device, middle, rest, in_a_tuple = self
+        given = (*addresses, *rest)
+        launch(*sizes, stream(device), *middle, *((given,) if in_a_tuple else given))
 
 
-def _form_3_9(run: Any, compiled: Any, sizes: Any, device: int, stream: Callable[[int], int], rest: Any) -> Any:
+def _form_3_6(run: Any, compiled: Any) -> tuple[Any, ...]:
+    options = (run.launch_cooperative_grid, run.launch_pdl, None, None)
+    return compiled.function, *options, compiled.packed_metadata, None, None, None
+
+
+def _form_3_9(run: Any, compiled: Any) -> tuple[Any, ...] | None:
     if run.gsan_enabled:
         return None
-    x, y, z = sizes
-    launch, function = run.launch, compiled.function
-    fixed = (
-        run.launch_cooperative_grid, run.launch_pdl, compiled.packed_metadata, None, None, None, None, None,
-        run.arg_annotations, run.kernel_signature,
-    )  # fmt: skip
-
-    def direct(arguments: list[Any]) -> None:
-        launch(x, y, z, stream(device), function, *fixed, (*arguments, *rest))
-
-    return direct
+    options = (run.launch_cooperative_grid, run.launch_pdl, compiled.packed_metadata, None, None, None, None, None)
+    return compiled.function, *options, run.arg_annotations, run.kernel_signature
 
 
 _FORMS: dict[str, Callable[..., Any]] = {"3.6": _form_3_6, "3.9": _form_3_9}

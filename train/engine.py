@@ -96,7 +96,7 @@ class Engine(ABC):
             self._backward(loss, len(micro_batches))
             self._in_backward = False
             for name, value in logs.items():
-                value = value.float() / len(micro_batches)
+                value = value.float() if len(micro_batches) == 1 else value.float() / len(micro_batches)
                 sums[name] = sums[name] + value if name in sums else value
         self._checked = True
         norm, applied = self._update()

@@ -21,6 +21,7 @@ from dit_fast.nn.rotary import Rotary
 from dit_fast.ops import RowStatistics
 from dit_fast.ops.autocast import linear_dtype
 from dit_fast.ops.linear import linear_of_all
+from dit_fast.ops.row_statistics import statistics_by_kernel
 from dit_fast.options import nearest, setting, shown
 from dit_fast.tree import Tree, image, label
 
@@ -200,12 +201,13 @@ class SiT(Backbone):
         tokens = self.pos_embed + tokens
         if self.config.residual_dtype == "bf16":
             tokens = tokens.to(linear_dtype(tokens, tokens.dtype))
-        stream = Residual(tokens)
+        wiring = self.config.skip_wiring
+        # The first block reads this stream, and the last long skip once more.
+        stream = Residual(tokens, statistics_by_kernel(tokens) if wiring == "input" and stop is None else None)
         c = self._condition(t, y)
         modulations = self._modulations(c) if stop is None else {}
         pending: list[Residual] = []
         second: Tree | None = None
-        wiring = self.config.skip_wiring
         first_half = self.depth // 2 if wiring != "off" else self.depth
         for index, block in enumerate(self.blocks):
             stream, leading = self.extended(index, stream, y), self.leading(index)

@@ -161,7 +161,7 @@ class _Reads(torch.autograd.Function):
         ctx.facts, ctx.home = (plan, weight.dtype, vectors, shift is not None, heads), home
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, scale, mean, variance, rows, layer.shadow)
-        return x.view_as(x), *read
+        return x, *read
 
     @staticmethod
     def backward(ctx: Any, above: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

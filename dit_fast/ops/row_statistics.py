@@ -43,6 +43,12 @@ def row_statistics(x: Tensor, backend: str = "auto") -> RowStatistics:
     return RowStatistics(mean.view(x.shape[:-1]), variance.view(x.shape[:-1]))
 
 
+def statistics_by_kernel(x: Tensor) -> RowStatistics | None:
+    """Those of x [..., D] where one launch takes them; else None."""
+    given = OP.check("auto", x=x)
+    return None if OP.choose("auto", x.device, x, given=given) == "torch" else row_statistics(x)
+
+
 def _run(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     if backend == "triton":
         from dit_fast.kernels import row_statistics as kernel

@@ -6,7 +6,7 @@ than the device. `traced` lets a function run twice, takes down the second time 
 Triton, and writes Python of it, which runs from then on; Inductor's wrappers look like this:
 
     v1 = empty((8192, 1152), (1152, 1), c2)
-    c3([a_x0, a_x1, a_v1])                      # a kernel, by addresses
+    c3(256, 1, 1, s, c4, (a_x0, a_x1, a_v1))    # a kernel, by addresses
     v2 = addmm(x4, v1, w5)
     del v1
 
@@ -116,7 +116,10 @@ class _Owner(NamedTuple):
 
 
 class _Trace(TorchDispatchMode):
-    """Names: x0 are arguments, v1 what operators made, w2 views of either, c3 constants, a_x0 addresses."""
+    """Names: x0 are arguments, v1 what operators made, w2 views of either, c3 constants, a_x0 addresses.
+
+    An empty tensor that is read by its address and as a view of all of it is made in that view's shape.
+    """
 
     def __init__(self, arguments: Sequence[Tensor | None]):
         super().__init__()
@@ -125,6 +128,7 @@ class _Trace(TorchDispatchMode):
         self._owners: dict[str, _Owner] = {}
         self._known: Any = WeakTensorKeyDictionary()  # the owner of its memory; no tensor lives longer for being known
         self._views: dict[Any, str] = {}
+        self._empty: dict[str, str] = {}  # those that nobody has read as they are, and their dtypes
         self._lines: list[_Line] = []
         self._count = 0
         self._reason: str | None = None
@@ -178,7 +182,9 @@ class _Trace(TorchDispatchMode):
             self._refuse(f"it calls {func}")  # whose launches would be seen twice, or whose result Python reads
             return results
         if func in _EMPTY:
-            self._lines.append(self._empty(results))
+            name = self._own(self._name("v"), results)
+            self._space["empty"], self._empty[name] = _maker_on(results.device), self._constant(results.dtype)
+            self._lines.append(_Line(self._emptied(name, _form(results)), (name,), set(), kept=False))
             return results
         if any(each is other for each in made for other in given):  # written into
             if forms != [_form(each) for each in given]:
@@ -197,11 +203,8 @@ class _Trace(TorchDispatchMode):
             self._lines.append(_Line(f"{left} = {call}", names, reads))
         return results
 
-    def _empty(self, tensor: Tensor) -> _Line:
-        name = self._own(self._name("v"), tensor)
-        self._space["empty"] = _maker_on(tensor.device)
-        sizes = f"{tuple(tensor.shape)}, {tensor.stride()}, {self._constant(tensor.dtype)}"
-        return _Line(f"{name} = empty({sizes})", (name,), set(), kept=False)
+    def _emptied(self, name: str, form: tuple[Any, ...]) -> str:
+        return f"{name} = empty({tuple(form[0])}, {form[1]}, {self._empty[name]})"
 
     def _call(self, func: Any, args: Any, kwargs: Any, reads: set[str]) -> str:
         if func is aten._to_copy.default and list(kwargs) == ["dtype"]:
@@ -215,6 +218,9 @@ class _Trace(TorchDispatchMode):
             return self._tensor(value, reads)
         if isinstance(value, tuple | list):
             return f"[{', '.join(self._text(each, reads) for each in value)}]"
+        return self._value(value)
+
+    def _value(self, value: Any) -> str:
         return repr(value) if value is None or isinstance(value, int) else self._constant(value)
 
     def _tensor(self, tensor: Tensor, reads: set[str]) -> str:
@@ -226,6 +232,7 @@ class _Trace(TorchDispatchMode):
             self._refuse("it reads memory as another dtype")
         start = (_start(tensor) - at) // tensor.element_size()
         if any(tensor is each for each in self._given) or (name[0] == "v" and _form(tensor) == form and not start):
+            self._empty.pop(name, None)
             return name
         key = (name, _form(tensor), start)
         if key not in self._views:
@@ -250,8 +257,24 @@ class _Trace(TorchDispatchMode):
         if direct is None:
             text = f"{self._constant(launch)}({', '.join(self._tensor(each, reads) for each in tensors)})"
         else:
-            text = f"{self._constant(direct)}([{', '.join(parts)}])"
+            text = self._launch(direct, parts)
         self._lines.append(_Line(text, (), reads))
+
+    def _launch(self, direct: Any, addresses: Sequence[str]) -> str:
+        """`Direct` without its Python; all of a program are of one stream."""
+        self._space |= {"stream": direct.stream, "device": direct.device}
+        launch, *before = map(self._value, (direct.launch, *direct.sizes, *direct.middle))
+        given = ", ".join([*addresses, *map(self._value, direct.rest)])
+        before.insert(len(direct.sizes), "s")
+        return f"{launch}({', '.join(before)}, {f'({given},)' if direct.in_a_tuple else given})"
+
+    def _in_their_views_shapes(self, lines: Sequence[_Line]) -> list[_Line]:
+        texts: dict[str, str] = {}
+        for (name, form, start), view in self._views.items():
+            whole = name in self._empty and not start and _extent(form) == _extent(self._owners[name].form)
+            if whole and name not in texts:
+                texts |= {name: self._emptied(name, form), view: f"{view} = {name}"}
+        return [line._replace(text=texts.get("".join(line.makes), line.text)) for line in lines]
 
     def _program(self, results: Sequence[Tensor | None], hooked: Callable[[], bool]) -> Callable[..., Any]:
         reads: set[str] = set()
@@ -261,11 +284,13 @@ class _Trace(TorchDispatchMode):
         lines = [*self._lines, _Line(f"return {', '.join(ends)},", (), reads)]
         read = {name for line in lines for name in line.reads}
         lines = [line for line in lines if line.kept or not read.isdisjoint(line.makes)]
+        lines = self._in_their_views_shapes(lines)
         addresses = [f"a_{name}" for name in self._arguments if f"a_{name}" in read]
         text = [f"def program({', '.join(self._arguments)}):"]
         text += [f"{each} = {each[2:]}.data_ptr()" for each in addresses]
         odd = f" or ({' | '.join(addresses)}) % {_ALIGNMENT}" if addresses else ""
         text.append(f"if hooked(){odd}: return None")
+        text += ["s = stream(device)"] * ("stream" in self._space)
         last = {name: place for place, line in enumerate(lines) for name in (*line.makes, *line.reads)}
         for place, line in enumerate(lines):
             text.append(line.text)
@@ -293,6 +318,12 @@ def _memory(tensor: Tensor) -> Any:
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride()
+
+
+def _extent(form: tuple[Any, ...]) -> int:
+    """Elements from the first one to the last one in memory."""
+    sizes, strides = form
+    return 0 if 0 in sizes else 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
 
 
 def _start(tensor: Tensor) -> Any:

@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import weakref
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,10 +40,13 @@ class Launches:
     def copy(self, source, target):
         """Of 16 floats; both contiguous."""
 
-        def direct(addresses):
+        def launch(x, y, z, stream, function, addresses):
             self.direct += 1
-            ctypes.memmove(addresses[1], addresses[0], 64)
+            assert (x, y, z, stream, function) == (1, 2, 3, 7, None)
+            ctypes.memmove(addresses[1], addresses[0], int(16 * addresses[2]))
 
+        around = {"sizes": (1, 2, 3), "stream": lambda device: 7 + device, "device": 0, "middle": (None,)}
+        direct = SimpleNamespace(launch=launch, **around, rest=(4.0,), in_a_tuple=True)
         if self.note is not None:
             self.note(None if source.data_ptr() % 16 else self.copy, direct, (source, target))
         ctypes.memmove(target.data_ptr(), source.data_ptr(), 64)
@@ -106,6 +110,21 @@ def test_arguments_of_another_kind_are_another_function(launches):
             assert torch.equal(made, fresh.reshape(-1) + len(fresh))
     assert len(ran) == 2 * 4
     assert torch.equal(traced(lambda add, x: (x + add,), (1,), x)[0], x + 1)
+
+
+def test_an_empty_tensor_is_made_in_the_shape_of_a_view_of_all_of_it(launches):
+    def copied(form, x):
+        made = torch.empty(1, 16)
+        launches.copy(x, made)
+        return torch.as_strided(made, *form), made.view(16)[4:]
+
+    x = torch.randn(16)
+    for form, views in ((((4, 4), (1, 4)), 1), (((4, 4), (1, 1)), 2), (((15,), (1,)), 2)):
+        results, _ = calls_of(copied, x, facts=(form,))
+        assert programs()[-1].__doc__.count("part(") == views
+        for made, first in zip(results[-1], results[0], strict=True):
+            assert torch.equal(made, first)
+            assert made.stride() == first.stride()
 
 
 def test_one_tensor_in_two_places_is_not_taken_down(launches):
