@@ -159,7 +159,7 @@ def widens(x: Tensor) -> bool:
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a [M, K] @ b [K, N] in `dtype`, which is theirs or float32."""
     if dtype is a.dtype:
-        return torch.mm(a, b)
+        return torch.mm(a, b) if a.is_cuda else onednn.sum_of_products(a, b)
     return wide_product(a, b, dtype) if widens(a) else torch.mm(a, b).to(dtype)
 
 

@@ -1,8 +1,8 @@
-"""Products of many rows with a weight in float32 by csrc/product_cpu.cpp, where a processor has AVX2 and no AVX-512.
+"""Matrix products in float32 by csrc/product_cpu.cpp, where a processor has AVX2 and no AVX-512.
 
-GFLOP/s of `product` / of oneDNN's, forward, and of the gradient of x, 2048 rows, one busy core of a Zen 3, medians of
-pairs: 160 x 480 70 / 51, 66 / 60; 160 x 640 70 / 57, 73 / 67; 640 x 160 74 / 61, 62 / 52; 384 x 1152 74 / 62, 68 / 53;
-1536 x 384 59 / 57, 61 / 55. oneDNN's own kernels for AVX-512 are near that instruction set's rate.
+What pays: a weight has few rows and is packed whole, at once; the thousands of rows that it meets are read where they
+lie. The gradient of a weight is a sum over those thousands of rows: both factors are packed by blocks that stay in a
+cache, in the order in which they lie in memory. oneDNN's own kernels for AVX-512 are near that instruction set's rate.
 """
 
 import functools
@@ -24,9 +24,9 @@ def _pays() -> bool:
     return _C.unavailable() is None and _C.LEVELS[torch.ops.dit_fast_native.isa_level()] == "avx2"
 
 
-def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether `product(x, weight.t())` is to be preferred to oneDNN's, which has looked at what surrounds them."""
-    fits = x.dtype is torch.float32 and x.stride(1) == 1 and weight.shape[0] % _LANES == 0 and weight.shape[1] > 0
+def takes(a: Tensor, b: Tensor) -> bool:
+    """Whether `product(a, b)` is to be preferred to oneDNN's, which has looked at what surrounds them."""
+    fits = a.dtype is b.dtype is torch.float32 and 1 in a.stride() and b.shape[1] % _LANES == 0 and b.shape[0] > 0
     return fits and _pays()
 
 
@@ -41,7 +41,7 @@ product = define(
     _product,
     lambda a, b, bias: a.new_empty(len(a), b.shape[1]),
 )
-"""`a b + bias`: a [M, K] with contiguous rows, b [K, N], N a multiple of 16, bias [N] contiguous -> [M, N]."""
+"""`a b + bias` [M, N]: a [M, K] with contiguous rows or columns, b [K, N], N a multiple of 16, bias [N] contiguous."""
 
 
 @register_flop_formula(torch.ops.dit_fast.product)
