@@ -14,10 +14,11 @@ for these two.
 Backward. With G = dL/dC let H = G + G^T and v_k = sum_l H_kl y_l. Since dy/dx = r (I - y y^T), and r is constant where
 the norm is below the floor,
 
-    dx_k = upstream + dL/dS + dL/dA sgn(x) + 2 dL/dQ x + r_k (v_k - p_k y_k),
+    dx_k = dL/dS + dL/dA sgn(x) + 2 dL/dQ x + r_k (v_k - p_k y_k),
     p_k = v_k . y_k = sum_l H_kl (y_k . y_l), or 0 below the floor.
 
-p needs whole rows and no elementwise gradient: `projections` takes it from the cosines. What is left needs no whole
+p needs whole rows and no elementwise gradient: `projections` takes it from the cosines of the forward, K K for a token
+beside K D of features. What is left needs no whole
 row, so a program of `gradients` owns a strip of channels, and H stays in its registers over all its tokens. It reads
 only the blocks that matter: the wanted ones and those that H joins with them.
 
@@ -139,20 +140,19 @@ def _projection_options(blocks: int) -> dict[str, int]:
     return {"ROWS": _padded_rows(blocks), "TOKENS": PROJECTION_TOKENS, "num_warps": 4, "num_stages": 1}
 
 
-def _gradient_options(blocks: int, config: Config, upstream: bool) -> dict[str, int]:
+def _gradient_options(blocks: int, config: Config) -> dict[str, int]:
     return {
         "ROWS": _padded_rows(blocks),
         "UPCAST": triton.knobs.runtime.interpret,
         "STRIP": config.gradient_strip,
         "TOKENS": GRADIENT_TOKENS,
-        "UPSTREAM": upstream,
         "num_warps": config.gradient_warps,
         "num_stages": config.gradient_stages,
     }
 
 
-def forward(features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """statistics [3, K, D] (sums of x, |x|, x^2), pair_sums [K, K], inverse_norms [K, M], all float32.
+def forward(features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """statistics [3, K, D] (sums of x, |x|, x^2), pair_sums [K, K], inverse_norms [K, M], cosines [M, K, K], float32.
 
     features: K <= 32 tensors [M, D] with contiguous rows, any row stride; float32, bfloat16 or float16, which may
     differ between blocks. Two reads of every feature.
@@ -160,29 +160,21 @@ def forward(features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     features = list(features)
     plan, device = _plan(features, features), features[0].device
     blocks, (tokens, width) = len(features), features[0].shape
-    addresses, strides = address_table(features)
+    tables = address_table(features)
 
     inverse_norms = torch.empty(blocks, tokens, dtype=torch.float32, device=device)
     chunks = triton.cdiv(tokens, CHUNK)
     partials = torch.empty(chunks, 3 * blocks * width, dtype=torch.float32, device=device)
     constants = plan.constants | _block_options(width, plan.kind)
-    given = (addresses, strides, partials, inverse_norms)
+    given = (*tables, partials, inverse_norms)
     _launch(block_sums, (blocks, chunks), given, (tokens, *plan.masks), constants)
     statistics = ordered_sum(partials).view(3, blocks, width)
 
-    cosines = _cosines(features, inverse_norms)
-    return statistics, ordered_sum(cosines.flatten(1)).view(blocks, blocks), inverse_norms
-
-
-def _cosines(features: list[Tensor], inverse_norms: Tensor) -> Tensor:
-    """float32 [M, K, K] of every token."""
-    plan, blocks, tokens = _plan(features, features), len(features), features[0].shape[0]
+    cosines = torch.empty(tokens, blocks, blocks, dtype=torch.float32, device=device)
     options = _cosine_options(blocks, plan.kind, plan.config)
-    out = torch.empty(tokens, blocks, blocks, dtype=torch.float32, device=features[0].device)
-    given = (*address_table(features), inverse_norms, out)
-    grid = (triton.cdiv(tokens, options["TOKENS"]),)
+    given, grid = (*tables, inverse_norms, cosines), (triton.cdiv(tokens, options["TOKENS"]),)
     _launch(token_cosines, grid, given, (tokens, *plan.masks), plan.constants | options)
-    return out
+    return statistics, ordered_sum(cosines.flatten(1)).view(blocks, blocks), inverse_norms, cosines
 
 
 def _launch(
@@ -198,43 +190,37 @@ def _launch(
 def backward(
     features: Sequence[Tensor],
     inverse_norms: Tensor,
+    cosines: Tensor,
     grad_statistics: Tensor,
     grad_pair_sums: Tensor,
-    upstream: Sequence[Tensor],
     wanted: Sequence[int],
 ) -> list[Tensor]:
     """One gradient [M, D] per wanted block, contiguous, in the block's type.
 
-    inverse_norms [K, M] from `forward`; grad_statistics [3, K, D]; grad_pair_sums [K, K], any matrix. upstream:
-    nothing, or one tensor [M, D] per wanted block, which is added in float32 before the one rounding.
+    inverse_norms [K, M] and cosines [M, K, K] from `forward`; grad_statistics [3, K, D]; grad_pair_sums [K, K], any
+    matrix.
     """
     features = list(features)
     blocks, (tokens, width) = len(features), features[0].shape
     grads = [torch.empty(features[k].shape, dtype=features[k].dtype, device=features[k].device) for k in wanted]
-    above = [_contiguous_rows(x.to(features[k].dtype)) for k, x in zip(wanted, upstream, strict=bool(upstream))]
     grad_statistics, grad_pair_sums = grad_statistics.float().contiguous(), grad_pair_sums.float().contiguous()
 
     # Blocks that are not wanted need an entry in the tables, which is never followed.
-    results, upper = features.copy(), features.copy()
+    results = features.copy()
     for place, k in enumerate(wanted):
         results[k] = grads[place]
-        upper[k] = above[place] if above else features[k]
-    touched = features + results + (upper if above else [])
+    touched = features + results
     plan, tables = _plan(features, touched), address_table(touched)
     mask = sum(1 << k for k in wanted)
     scales = torch.empty(tokens, 2, blocks, dtype=torch.float32, device=inverse_norms.device)
-    given: Sequence[Tensor] = (_cosines(features, inverse_norms), inverse_norms, grad_pair_sums, scales)
+    given: Sequence[Tensor] = (cosines, inverse_norms, grad_pair_sums, scales)
     constants: dict[str, Any] = {"BLOCKS": blocks, **_projection_options(blocks)}
     _launch(projections, (triton.cdiv(tokens, PROJECTION_TOKENS),), given, (tokens, mask), constants)
-    constants = plan.constants | _gradient_options(blocks, plan.config, bool(upstream))
+    constants = plan.constants | _gradient_options(blocks, plan.config)
     grid = (triton.cdiv(width, plan.config.gradient_strip), triton.cdiv(tokens, GRADIENT_TOKENS))
     given = (*tables, scales, grad_statistics, grad_pair_sums)
     _launch(gradients, grid, given, (tokens, mask, *plan.masks), constants)
     return grads
-
-
-def _contiguous_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def aot_cases(arch: int) -> list[AotCase]:
@@ -250,12 +236,11 @@ def _cases(arch: int, blocks: int, width: int, kind: str) -> list[AotCase]:
         (block_sums, "", _block_options(width, kind), {"wide_stores": True}),
         (token_cosines, "", _cosine_options(blocks, kind, config), {"dots": True}),
         (projections, "", _projection_options(blocks), {"wide_loads": False}),
-        (gradients, "", _gradient_options(blocks, config, False), {"dots": True, "wide_stores": True}),
-        (gradients, " upstream", _gradient_options(blocks, config, True), {"dots": True, "wide_stores": True}),
+        (gradients, "", _gradient_options(blocks, config), {"dots": True, "wide_stores": True}),
     ]
     # The other shapes would compile the same lines again.
     if (width, kind) not in ((768, "bf16"), (1152, "mixed")):
-        plans = [plan for plan in plans if plan[0] is not projections and plan[:2] != (gradients, "")]
+        plans = [plan for plan in plans if plan[0] is not projections]
     if kind == "fp16":
         plans = [plan for plan in plans if plan[0] in (block_sums, gradients)]
     types = {"addresses": "*i64", "strides": "*i64"}

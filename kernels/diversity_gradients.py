@@ -56,9 +56,8 @@ def _mix(weights, y, TYPE: tl.constexpr, UPCAST: tl.constexpr):
 @triton.jit(do_not_specialize=("wanted", "wide_blocks", "half_blocks"))
 def gradients(addresses, strides, scales, grad_statistics, grad_pairs, tokens, wanted, wide_blocks, half_blocks,
               BLOCKS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STRIP: tl.constexpr,
-              TOKENS: tl.constexpr, UPSTREAM: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr,
-              UPCAST: tl.constexpr):  # fmt: skip
-    """dx of the wanted blocks; tables hold features, results, upstream; a program has STRIP channels, TOKENS tokens."""
+              TOKENS: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
+    """dx of the wanted blocks; tables hold features and results; a program has STRIP channels, TOKENS tokens."""
     strip = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1).to(tl.int64)
     row = tl.arange(0, ROWS)
@@ -77,9 +76,6 @@ def gradients(addresses, strides, scales, grad_statistics, grad_pairs, tokens, w
     constant = tl.load(coefficient, mask=write_here, other=0.0)
     signed = tl.load(coefficient + BLOCKS * WIDTH, mask=write_here, other=0.0)
     linear = 2.0 * tl.load(coefficient + 2 * BLOCKS * WIDTH, mask=write_here, other=0.0)
-    if UPSTREAM:
-        upstream_base = tl.load(addresses + 2 * BLOCKS + row, mask=written, other=0)
-        upstream_stride = tl.load(strides + 2 * BLOCKS + row, mask=written, other=0)
     for token in range(group * TOKENS, tl.minimum((group + 1) * TOKENS, tokens)):
         place = scales + token * 2 * BLOCKS + row
         inverse = tl.load(place, mask=needed, other=0.0)
@@ -90,8 +86,5 @@ def gradients(addresses, strides, scales, grad_statistics, grad_pairs, tokens, w
         sign = (x > 0).to(tl.float32) - (x < 0).to(tl.float32)
         grad = constant + signed * sign + (linear - slope[:, None]) * x
         grad += inverse[:, None] * _mix(weights, inverse[:, None] * x, TYPE, UPCAST)
-        if UPSTREAM:
-            above = (upstream_base + token * upstream_stride)[:, None]
-            grad += read_rows(above, channel[None, :], write_here, wide, half, TYPE, ALIGNED, True)
         address = (out_base + token * out_stride)[:, None]
         write_rows(address, channel[None, :], grad, write_here, wide, half, TYPE, ALIGNED, UPCAST)

@@ -48,11 +48,11 @@ def through_gate(added: Tensor, above: Tensor, y: Tensor, gate: Tensor, at_home:
 class Descent:
     """One backward pass of the taps: made when the statistics' gradients are known, used once for each block.
 
-    features: of all blocks, [N, T, D]; mixture: without rows where none was kept; wanted: the blocks that will ask.
+    features: of all blocks, [N, T, D]; kept: by the forward; wanted: the blocks that will ask.
     """
 
     def __init__(
-        self, backend: str, features: Sequence[Tensor], inverse_norms: Tensor, mixture: Tensor,
+        self, backend: str, features: Sequence[Tensor], inverse_norms: Tensor, kept: Tensor,
         grad_statistics: Tensor, grad_pair_sums: Tensor, wanted: list[int],
     ):  # fmt: skip
         self.task = torch._C._current_graph_task_id()
@@ -60,10 +60,10 @@ class Descent:
         # Those of blocks with odd strides are copies.
         sources = [rows(x.flatten(0, 1)) for x in features]
         if backend == "triton":
-            grads = backward_op(sources, inverse_norms, grad_statistics, grad_pair_sums, [], wanted, backend)
+            grads = backward_op(sources, inverse_norms, kept, grad_statistics, grad_pair_sums, [], wanted, backend)
             self._made = dict(zip(wanted, grads, strict=True))
-        elif len(mixture):
-            self._known = through_mixture(sources, inverse_norms, mixture, grad_statistics, grad_pair_sums)
+        elif len(kept):
+            self._known = through_mixture(sources, inverse_norms, kept, grad_statistics, grad_pair_sums)
         else:
             self._known = sources, inverse_norms, grad_statistics, [grad_pair_sums] * len(sources)
 
@@ -77,7 +77,7 @@ class Descent:
             return self.of(block) if above is None else self.of(block) + above
         upstream = [] if above is None else [above.flatten(0, 1)]
         sources, norms, statistics, pairs = self._known
-        (grad,) = backward_op(sources, norms, statistics, pairs[block], upstream, [block], self.backend)
+        (grad,) = backward_op(sources, norms, None, statistics, pairs[block], upstream, [block], self.backend)
         return grad.view(self._shape)
 
 

@@ -10,8 +10,8 @@ and the gradient of any function of them is one pass too. With G = d/d pair_sums
 
 A norm below 1e-8 counts as 1e-8, a constant: then nothing is subtracted from V.
 
-On request the forward also gives the mixture, the sum of u_k over blocks, [M, D], which "cpp" has on the way (see
-diversity_taps.py).
+What the forward keeps for the backward beside the norms: on request the mixture, the sum of u_k over blocks, [M, D],
+which "cpp" has on the way (see diversity_taps.py); by "triton" the cosines u_k . u_l of every token, [M, K, K].
 
 The fused implementations sum over fixed chunks of 256 tokens and add the chunks in order, so that the numbers depend
 neither on the number of threads nor on the size of the device.
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dit_fast import _C
 from dit_fast.backend import Implementation
+from dit_fast.errors import UserError
 from dit_fast.ops._op import FUSED, Op, differentiable, rows, triton, wide
 from dit_fast.ops._register import define
 from dit_fast.ops.autocast import without_autocast
@@ -103,7 +104,7 @@ def _torch_backward(
 
 
 def _cpp_forward(features: list[Tensor], mix: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs = _empty_outputs(features, mix)
+    outputs = _empty_outputs(features, mix, "cpp")
     torch.ops.dit_fast_native.diversity_forward(features, *outputs, _BEST_LEVEL)
     return outputs
 
@@ -123,38 +124,43 @@ def _cpp_backward(
 
 
 def _forward(features: list[Tensor], mix: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """statistics, pair_sums, inverse_norms, and what is kept. mix: whether the mixture is, by all but "triton"."""
     features = [rows(x) for x in features]
     if backend == "triton":
         from dit_fast.kernels import diversity
 
-        sums, pair_sums, norms = diversity.forward(features)
-        return sums, pair_sums, norms, _mixture(features, norms, mix)
+        return diversity.forward(features)
     return _cpp_forward(features, mix) if backend == "cpp" else _torch_forward(features, mix)
 
 
 def _backward(
     features: list[Tensor],
     inverse_norms: Tensor,
+    kept: Tensor | None,
     grad_statistics: Tensor,
     grad_pair_sums: Tensor,
     upstream: list[Tensor],
     wanted: list[int],
     backend: str,
 ) -> list[Tensor]:
+    """kept: by the forward, for "triton". upstream: nothing, or what is added to each, by all but "triton"."""
     features, upstream = [rows(x) for x in features], [rows(x) for x in upstream]
-    grads = (inverse_norms, grad_statistics, grad_pair_sums)
+    grads = (grad_statistics, grad_pair_sums)
     if backend == "triton":
         from dit_fast.kernels import diversity
 
-        return diversity.backward(features, *grads, upstream, wanted)
+        if kept is None or upstream:
+            raise UserError('diversity_backward: "triton" takes the cosines of its forward, and adds nothing')
+        return diversity.backward(features, inverse_norms, kept, *grads, wanted)
     run = _cpp_backward if backend == "cpp" else _torch_backward
-    return run(features, *grads, upstream, wanted)
+    return run(features, inverse_norms, *grads, upstream, wanted)
 
 
-def _empty_outputs(features: Sequence[Tensor], mix: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_outputs(features: Sequence[Tensor], mix: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count, (tokens, width) = len(features), features[0].shape
     new = lambda *shape: features[0].new_empty(shape, dtype=wide(*features))  # noqa: E731
-    return new(3, count, width), new(count, count), new(count, tokens), new(tokens if mix else 0, width)
+    kept = new(tokens, count, count) if backend == "triton" else new(tokens if mix else 0, width)
+    return new(3, count, width), new(count, count), new(count, tokens), kept
 
 
 def _empty_gradients(features: Sequence[Tensor], wanted: Sequence[int]) -> list[Tensor]:
@@ -164,47 +170,47 @@ def _empty_gradients(features: Sequence[Tensor], wanted: Sequence[int]) -> list[
 forward_op = define(
     "diversity_forward(Tensor[] features, bool mix, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
-    lambda features, mix, backend: _empty_outputs(features, mix),
+    _empty_outputs,
 )
 backward_op = define(
-    "diversity_backward(Tensor[] features, Tensor inverse_norms, Tensor grad_statistics, Tensor grad_pair_sums, "
-    "Tensor[] upstream, int[] wanted, str backend) -> Tensor[]",
+    "diversity_backward(Tensor[] features, Tensor inverse_norms, Tensor? kept, Tensor grad_statistics, "
+    "Tensor grad_pair_sums, Tensor[] upstream, int[] wanted, str backend) -> Tensor[]",
     _backward,
-    lambda features, norms, statistics, pairs, upstream, wanted, backend: _empty_gradients(features, wanted),
+    lambda features, norms, kept, statistics, pairs, upstream, wanted, backend: _empty_gradients(features, wanted),
 )
 
 
 class _Statistics(torch.autograd.Function):
-    """(backend, *features [M, D]) -> statistics [3, K, D], pair_sums [K, K], inverse_norms [K, M]."""
+    """(backend, *features [M, D]) -> statistics [3, K, D], pair_sums [K, K], inverse_norms [K, M], kept."""
 
     @staticmethod
-    def forward(backend: str, *features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return forward_op(list(features), False, backend)[:3]
+    def forward(backend: str, *features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return forward_op(list(features), False, backend)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.backend, *features = inputs
-        ctx.mark_non_differentiable(output[2])
+        ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[2], *features)
+        ctx.save_for_backward(*output[2:], *features)
         ctx.save_for_forward(*features)
 
     @staticmethod
     def backward(
-        ctx: Any, grad_statistics: Tensor | None, grad_pair_sums: Tensor | None, _: None
+        ctx: Any, grad_statistics: Tensor | None, grad_pair_sums: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
-        inverse_norms, *features = ctx.saved_tensors
-        grad_statistics, grad_pair_sums = with_zeros(grad_statistics, grad_pair_sums, inverse_norms, features)
+        inverse_norms, kept, *features = ctx.saved_tensors
+        grads_above = with_zeros(grad_statistics, grad_pair_sums, inverse_norms, features)
         wanted = [k for k, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
-        grads = backward_op(features, inverse_norms, grad_statistics, grad_pair_sums, [], wanted, ctx.backend)
+        grads = backward_op(features, inverse_norms, kept, *grads_above, [], wanted, ctx.backend)
         result: list[Tensor | None] = [None] * (1 + len(features))
         for k, grad in zip(wanted, grads, strict=True):
             result[1 + k] = grad
         return tuple(result)
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, Tensor, None]:
-        return *tangent(ctx.saved_tensors, tangents), None
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, Tensor, None, None]:
+        return *tangent(ctx.saved_tensors, tangents), None, None
 
 
 _fused = differentiable(_Statistics, "diversity_stats")
@@ -249,5 +255,4 @@ def statistics(backend: str, features: Sequence[Tensor]) -> tuple[Tensor, Tensor
     if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and any(x.requires_grad for x in features)):
         # The compiler runs a function without gradients directly, and fails on one with *arguments.
         return forward_op(list(features), False, backend)[:2]
-    sums, pair_sums, _ = _fused(backend, *features)
-    return sums, pair_sums
+    return _fused(backend, *features)[:2]

@@ -132,7 +132,7 @@ _tap = differentiable(Tap, "DiversityTaps", _INSTEAD)
 
 
 class Collect(torch.autograd.Function):
-    """(shared, *tokens) -> statistics [3, K, D], pair_sums [K, K], inverse_norms, mixture of the tapped features.
+    """(shared, *tokens) -> statistics [3, K, D], pair_sums [K, K], inverse_norms, what is kept of the tapped features.
 
     The token of a block that a gate wrote is that output: the statistics depend on it, and no gradient is sent.
     """
@@ -146,7 +146,7 @@ class Collect(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.shared = inputs[0]
         ctx.mark_non_differentiable(*output[2:])
-        ctx.set_materialize_grads(False)  # else autograd would fill zeros of the mixture's size
+        ctx.set_materialize_grads(False)  # else autograd would fill zeros of what is kept
         ctx.save_for_backward(*output[2:], *ctx.shared.features)
         ctx.save_for_forward(*ctx.shared.features)
 
@@ -154,11 +154,11 @@ class Collect(torch.autograd.Function):
     def backward(
         ctx: Any, grad_statistics: Tensor | None, grad_pair_sums: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
-        inverse_norms, mixture, *features = ctx.saved_tensors
+        inverse_norms, kept, *features = ctx.saved_tensors
         grads = diversity_op.with_zeros(grad_statistics, grad_pair_sums, inverse_norms, features)
         shared, needed = ctx.shared, ctx.needs_input_grad[1:]
         wanted = [index for index, tapped in enumerate(needed) if tapped]
-        shared.descent = Descent(shared.backend, features, inverse_norms, mixture, *grads, wanted)
+        shared.descent = Descent(shared.backend, features, inverse_norms, kept, *grads, wanted)
         shared.waiting = len(wanted)
         token = features[0].new_zeros(())
         sent = [tapped and index not in shared.joined for index, tapped in enumerate(needed)]

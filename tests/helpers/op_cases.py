@@ -189,7 +189,7 @@ def long_skip_backward():
 def diversity_backward():
     with torch.no_grad():
         norms = diversity_op.forward_op([new(6, 8), new(6, 8)], False, "torch")[2]
-    return [new(6, 8), new(6, 8)], norms.requires_grad_(), new(3, 2, 8), new(2, 2), [], [0, 1], "torch"
+    return [new(6, 8), new(6, 8)], norms.requires_grad_(), None, new(3, 2, 8), new(2, 2), [], [0, 1], "torch"
 
 
 def diversity_terms():

@@ -84,7 +84,7 @@ def test_statistics_and_their_gradient(backend, shape, dtype):
     norms = torch.stack(features).double().norm(dim=2)
     assert_close(inverse_norms, 1 / norms, 1e-6)
     assert_close(mixture, (torch.stack(features).double() / norms[..., None]).sum(0), 1e-6)
-    grads = backward_op(features, inverse_norms, *weights, [], list(range(shape[0])), backend)
+    grads = backward_op(features, inverse_norms, None, *weights, [], list(range(shape[0])), backend)
     rounding = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
     for grad, reference in zip(grads, expected, strict=True):
         assert grad.dtype == dtype
@@ -111,7 +111,7 @@ def test_every_output_element_is_written(monkeypatch):
     torch.ops.dit_fast_native.diversity_forward(features, *outputs, -1)
     assert all(torch.isfinite(output).all() for output in outputs)
     weights = weights_of_the_outputs(3, 21)
-    assert all(torch.isfinite(g).all() for g in backward_op(features, outputs[2], *weights, [], [2, 0], "cpp"))
+    assert all(torch.isfinite(g).all() for g in backward_op(features, outputs[2], None, *weights, [], [2, 0], "cpp"))
 
 
 @native
@@ -135,7 +135,7 @@ def test_wanted_blocks_and_the_gradient_from_above(backend):
     weights = weights_of_the_outputs(4, 20)
     inverse_norms = forward_op(features, False, backend)[2]
     expected = in_float64(features, *weights)[2]
-    grads = backward_op(features, inverse_norms, *weights, above, [3, 1], backend)
+    grads = backward_op(features, inverse_norms, None, *weights, above, [3, 1], backend)
     for grad, k, upstream in zip(grads, (3, 1), above, strict=True):
         assert (
             torch.equal(grad, (expected[k] + upstream.double()).to(torch.bfloat16))
@@ -163,8 +163,8 @@ def test_strided_mixed_and_expanded_tensors(backend):
         assert torch.equal(ours, theirs)
     expected = in_float64(features, *weights)
     assert_close(strided[1], expected[1], 1e-6)
-    grads = backward_op(features, strided[2], *weights, above, wanted, backend)
-    again = backward_op(plain, strided[2], *weights, [x.contiguous() for x in above], wanted, backend)
+    grads = backward_op(features, strided[2], None, *weights, above, wanted, backend)
+    again = backward_op(plain, strided[2], None, *weights, [x.contiguous() for x in above], wanted, backend)
     for grad, same, x in zip(grads, again, features, strict=True):
         assert torch.equal(grad, same)
         assert grad.dtype == x.dtype
@@ -194,7 +194,7 @@ def test_zero_tokens_and_tiny_norms(backend):
     assert_close(statistics, expected[0], 1e-6)
     assert_close(pair_sums, expected[1], 1e-6)
     for grad, reference in zip(
-        backward_op(features, inverse_norms, *weights, [], [0, 1, 2], backend), expected[2], strict=True
+        backward_op(features, inverse_norms, None, *weights, [], [0, 1, 2], backend), expected[2], strict=True
     ):
         assert_close(grad, reference, 1e-6)
 
@@ -281,9 +281,8 @@ def test_opcheck(backend):
     features = blocks(3, 9, 5)
     torch.library.opcheck(forward_op.registered, (features, True, backend))
     inverse_norms = forward_op(features, False, backend)[2]
-    torch.library.opcheck(
-        backward_op.registered, (features, inverse_norms, *weights_of_the_outputs(3, 5), features[:2], [2, 0], backend)
-    )
+    given = (features, inverse_norms, None, *weights_of_the_outputs(3, 5), features[:2], [2, 0], backend)
+    torch.library.opcheck(backward_op.registered, given)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])

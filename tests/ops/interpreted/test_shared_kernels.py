@@ -147,16 +147,16 @@ LAUNCHES = {  # shapes of what a launcher reads in wide pieces, how to call it w
     ),
     "diversity forward": ([ROWS] * 2, lambda *x: diversity.forward(x), (diversity, "is_aligned")),
     "diversity backward": (
-        [ROWS] * 4,
-        lambda a, b, *above: diversity.backward(
-            [a, b], torch.ones(2, 6), torch.ones(3, 2, 16), torch.ones(2, 2), above, [0, 1]
+        [ROWS] * 2,
+        lambda a, b: diversity.backward(
+            [a, b], torch.ones(2, 6), torch.ones(6, 2, 2), torch.ones(3, 2, 16), torch.ones(2, 2), [0, 1]
         ),
         (diversity, "is_aligned"),
     ),
     "diversity backward of one block": (
-        [ROWS] * 3,
-        lambda a, b, *above: diversity.backward(
-            [a, b], torch.ones(2, 6), torch.ones(3, 2, 16), torch.ones(2, 2), above, [1]
+        [ROWS] * 2,
+        lambda a, b: diversity.backward(
+            [a, b], torch.ones(2, 6), torch.ones(6, 2, 2), torch.ones(3, 2, 16), torch.ones(2, 2), [1]
         ),
         (diversity, "is_aligned"),
     ),

@@ -8,6 +8,5 @@ for blocks, width, types in ((12, 768, (torch.bfloat16,)), (28, 1152, (torch.flo
     features = [torch.zeros(48, width, dtype=types[k % len(types)]) for k in range(blocks)]
     diversity.forward(features)
     grads = (torch.zeros(3, blocks, width), torch.zeros(blocks, blocks))
-    norms = torch.ones(blocks, 48)
-    diversity.backward(features, norms, *grads, features, range(blocks))
-    diversity.backward(features, norms, *grads, [], range(blocks))
+    kept = torch.ones(blocks, 48), torch.ones(48, blocks, blocks)
+    diversity.backward(features, *kept, *grads, range(blocks))
