@@ -100,6 +100,14 @@ def test_any_strides_and_addresses():
         assert error(each, exact) < 1e-6
 
 
+def test_gradients_of_padded_features_are_not_aligned(monkeypatch):
+    answers, decide = [], diversity.is_aligned
+    monkeypatch.setattr(diversity, "is_aligned", lambda tensors: answers.append(decide(tensors)) or answers[-1])
+    features = [torch.randn(6, 20)[:, :18] for _ in range(2)]
+    diversity.backward(features, *diversity.forward(features)[2:], *make_gradients(features), [0, 1])
+    assert answers == [True, False]
+
+
 def test_some_blocks_and_a_subset_of_pairs():
     features = make(18, 64, [BF16] * 6)
     grad_statistics, pairs = make_gradients(features)
