@@ -9,10 +9,11 @@ alternate in one process, each with SiT of 12 or 28 blocks, long skips, bf16 aut
 thread. "untraced" is ours with the Python of blocks, long skips and ops run each time (`dit_fast/ops/traced.py`).
 
 Times are of the thread's CPU, which a busy machine hardly changes, and medians. A call of an op is also given in
-clones: the time of `clone()` of a small tensor, the cheapest call that torch can launch, taken in the same rounds.
-The first two ops, Python functions with a gradient that do nothing, are floors of the others. Launches are operators
-that write memory, and Triton kernels; operators on lists of tensors count as one. The former are counted in a run of
-their own, which sees blocks op by op (`dit_fast/ops/branches.py`). Published noise comes from torch's generator.
+clones: the time of `clone()` of a small tensor, the cheapest call that torch can launch, in the same rounds. Eight
+calls share a backward, as a step's do: to start one takes longer than a call. The first two ops, functions with a
+gradient that do nothing, are floors of the others. Launches are operators that write memory, and Triton kernels; those
+on lists of tensors count as one. The former are counted in a run of their own, which sees blocks op by op
+(ops/branches.py). Published noise comes from torch's generator.
 
 What limits a side: "operators" is the time of torch's operators that write memory, the same calls once more by
 themselves: no formulation with these products does less here. "accumulation" is that of autograd to hand as many
@@ -36,7 +37,7 @@ from unittest import mock
 
 DEPTHS = (12, 28)
 ROUNDS = 15
-CALLS = 200  # of an op in a round
+CALLS, AT_ONCE = 200, 8  # of an op in a round, and in one backward
 WIDTH, TOKENS, HEADS = 16, 4, 2
 GOALS = {"step": 0.5, "forward": 12, "backward": 15, "launches": 1200}
 FREE = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
@@ -293,32 +294,35 @@ def launches(work: Callable[[], Any], calls: list[Any] | None = None) -> collect
 def ops(rounds: int) -> dict[str, Any]:
     """Forward and backward of each op as training runs it, in microseconds and in clones."""
     import torch
+    from torch.utils._pytree import tree_leaves
 
     small = torch.randn(2, TOKENS, WIDTH)
     calls: dict[str, dict[str, Callable[[], Any]]] = {}
     for name, (function, tensors) in _cases().items():
         with torch.autocast("cpu", torch.bfloat16):
-            results = [each for each in _tensors(function(*tensors)) if each.grad_fn is not None]
+            made = tree_leaves([function(*tensors) for _ in range(AT_ONCE)])
+        results = [each for each in made if isinstance(each, torch.Tensor) and each.grad_fn is not None]
         wanted = [tensor for tensor in tensors if tensor.requires_grad]
         above = [torch.ones_like(each) for each in results]
         calls[name] = {"forward": partial(function, *tensors)}
         if results:
             calls[name]["backward"] = partial(torch.autograd.grad, results, wanted, above, retain_graph=True)
     return {
-        name: {part: _against(call, small.clone, rounds, autocast=part == "forward") for part, call in parts.items()}
+        name: {part: _against(call, small.clone, rounds, part == "backward") for part, call in parts.items()}
         for name, parts in calls.items()
     }
 
 
-def _against(call: Callable[[], Any], unit: Callable[[], Any], rounds: int, autocast: bool) -> dict[str, float]:
+def _against(call: Callable[[], Any], unit: Callable[[], Any], rounds: int, backward: bool) -> dict[str, float]:
     import torch
 
     taken, units, ratios = [], [], []
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), _without_collector():
+    at_once = AT_ONCE if backward else 1
+    with torch.autocast("cpu", torch.bfloat16, enabled=not backward), _without_collector():
         for each in (call, unit):
-            _seconds(each)
+            _seconds(each, CALLS)
         for _ in range(rounds):
-            own, one = _seconds(call), _seconds(unit)
+            own, one = _seconds(call, CALLS // at_once) / at_once, _seconds(unit, CALLS)
             taken.append(own)
             units.append(one)
             ratios.append(own / one)
@@ -326,11 +330,11 @@ def _against(call: Callable[[], Any], unit: Callable[[], Any], rounds: int, auto
     return {"us": 1e6 * median(taken), "clones": median(ratios), "clone_us": 1e6 * median(units)}
 
 
-def _seconds(call: Callable[[], Any]) -> float:
+def _seconds(call: Callable[[], Any], times: int) -> float:
     start = time.thread_time()
-    for _ in range(CALLS):
+    for _ in range(times):
         call()
-    return (time.thread_time() - start) / CALLS
+    return (time.thread_time() - start) / times
 
 
 def _cases() -> Mapping[str, tuple[Callable[..., Any], list[Any]]]:
@@ -384,16 +388,6 @@ def _cases() -> Mapping[str, tuple[Callable[..., Any], list[Any]]]:
         "row_statistics": (ops.row_statistics, [stream.detach()]),
         "diversity_loss, 4 blocks": (lambda *x: ops.diversity_loss(x).total, [new(2, TOKENS, WIDTH) for _ in range(4)]),
     }  # fmt: skip
-
-
-def _tensors(result: Any) -> Iterator[Any]:
-    import torch
-
-    if isinstance(result, torch.Tensor):
-        yield result
-    elif isinstance(result, tuple | list):
-        for each in result:
-            yield from _tensors(each)
 
 
 if __name__ == "__main__":
