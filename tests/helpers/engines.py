@@ -1,9 +1,8 @@
 """Starts `tests/train/engine_worker.py` as a plain process or as ranks, and reads what it wrote."""
 
 import json
-import subprocess
-import sys
 
+from tests.helpers.started import Started
 from tests.helpers.toy_runs import ROOT, environment, free_port
 
 
@@ -11,24 +10,20 @@ def run_engines(out, folder, scenarios, ranks=0, timeout=400):
     """Results by the names of the scenarios, from one start. ranks: 0 is one process without DeepSpeed."""
     listing = out.with_suffix(".scenarios.json")
     listing.write_text(json.dumps(scenarios))
-    command = [sys.executable, "-m", "tests.train.engine_worker", str(out), str(folder), str(listing)]
+    words = ["-m", "tests.train.engine_worker", out, folder, listing]
     for attempt in ("first", "second"):
         port = str(free_port())
         meet = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **meet} for rank in range(ranks)]
-        started = [
-            subprocess.Popen(
-                command, env=environment(**place), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-            for place in places or [{}]
-        ]
+        log = out.with_suffix(f".{attempt}.log")
+        started = [Started(words, environment(**place), log, ROOT) for place in places or [{}]]
         try:
-            texts = [process.communicate(timeout=timeout)[0] for process in started]
+            codes = [process.wait(timeout) for process in started]
         finally:
             for process in started:
                 process.kill()
         if out.exists():  # a rank may abort in gloo's teardown after its work is done
             return json.loads(out.read_text())
-        if attempt == "second" or not any(process.returncode == -6 for process in started):
-            raise AssertionError("\n".join(texts))
+        if attempt == "second" or -6 not in codes:
+            raise AssertionError(log.read_text())
     raise AssertionError

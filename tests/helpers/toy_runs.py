@@ -4,14 +4,13 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
 from dit_fast.preparation.build import build_shards
+from tests.helpers.started import Started
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ("ant", "bee", "cat")
@@ -68,30 +67,19 @@ class Ranks:
     A context: whatever still lives at its end is killed.
     """
 
-    def __init__(self, command, log, size=2, program=("-m", "dit_fast.train"), **changes):
-        port = str(free_port())
+    def __init__(self, command, log, size=2, program=("-m", "dit_fast.train")):
         self.log = log
-        self._file = log.open("ab")
+        place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        numbers = map(str, range(size))
         self.processes = [
-            subprocess.Popen(
-                [sys.executable, *program, *command],
-                env=environment(
-                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
-                    MASTER_PORT=port, **changes,
-                ),
-                stdout=self._file,
-                stderr=self._file,
-                cwd="/",
-            )
-            for rank in range(size)
-        ]  # fmt: skip
+            Started([*program, *command], environment(RANK=rank, LOCAL_RANK=rank, **place), log) for rank in numbers
+        ]
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
         self.kill()
-        self._file.close()
 
     def kill(self):
         for process in self.processes:

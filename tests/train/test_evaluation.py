@@ -2,9 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -18,7 +15,7 @@ from dit_fast.train.loop import train
 from dit_fast.world import single
 from tests.helpers.encoder_weights import toy_encoder
 from tests.helpers.no_gpu import no_gpu  # noqa: F401
-from tests.helpers.toy_runs import environment, free_port
+from tests.helpers.toy_runs import Ranks
 
 CLOCK = ("seconds", "samples_per_s", "mfu")
 
@@ -65,16 +62,12 @@ def test_the_curve_of_training_does_not_move(shards, tmp_path):
 def test_two_ranks_measure_what_one_does(shards, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = tmp_path / "run"
-    done = subprocess.run(
-        [
-            Path(sys.executable).with_name("torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port()),
-            "-m", "dit_fast.train",
-            "quickstart", f"data.path={shards}", f"run.dir={run}", "run.steps=2", "run.log_every=1",
-            "run.checkpoint_every=0", "engine.global_batch=8", "preview.every=0", *measured(every=2),
-        ],
-        env=environment(), capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    command_line = [
+        "quickstart", f"data.path={shards}", f"run.dir={run}", "run.steps=2", "run.log_every=1",
+        "run.checkpoint_every=0", "engine.global_batch=8", "preview.every=0", *measured(every=2),
+    ]  # fmt: skip
+    with Ranks(command_line, tmp_path / "log") as ranks:
+        assert ranks.wait() == [0, 0], ranks.text()[-2000:]
     (two,) = read_evaluations(run)
     options = ["--network", f"dinov2-vit-b:{toy_encoder()}", "--count", "12", "--num-steps", "1", "--batch", "5"]
     assert command(["evaluate", str(run), *options, "--cfg-scale", "1", "-o", str(tmp_path / "out")]) == 0

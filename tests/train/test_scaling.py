@@ -19,7 +19,6 @@ from dit_fast.train.memory import Planner
 from tests.helpers.no_gpu import no_gpu  # noqa: F401
 from tests.helpers.toy_runs import ROOT, Ranks
 
-PATH = {"PYTHONPATH": str(ROOT)}
 PAGE, PICTURE = ROOT / "docs/scaling.md", ROOT / "docs/scaling.png"
 ENCODER = 12 * 257 * (24 * 768**2 + 4 * 257 * 768)  # FLOPs of DINOv2-B's blocks on one image, forward
 PUBLISHED = {  # images/s of one GPU: recipe, samples of each GPU, GPU, FLOPs of a sample beside the model's
@@ -32,7 +31,7 @@ ALL = (8, 16, 32, 64, 128, 256, 512, 1024)
 @pytest.mark.launch
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_the_plans_bytes_are_those_of_traced_ranks(tmp_path, ranks):
-    with Ranks([tmp_path / "out.json"], tmp_path / "log", ranks, ("-m", "tests.train.traffic_worker"), **PATH) as job:
+    with Ranks([tmp_path / "out.json"], tmp_path / "log", ranks, ("-m", "tests.train.traffic_worker")) as job:
         assert job.wait(500) == [0] * ranks, job.text()[-3000:]
     traced = json.loads((tmp_path / "out.json").read_text())
     assert len(traced) == 10
