@@ -282,7 +282,7 @@ BENCHMARK: Benchmark[StepCase] = Benchmark(
     ("tests/ops/test_diversity*.py", "tests/ops/test_adaln*.py", "tests/ops/test_long_skip*.py",
      "tests/methods/test_diversedit.py", "tests/models/test_training_curve.py", "tests/train/test_optim.py",
      "tests/train/test_loss.py", "tests/ops/test_linear.py", "tests/ops/test_attention_native.py",
-     "tests/ops/test_gelu_native.py"),
+     "tests/ops/test_gelu_native.py", "tests/ops/test_product_native.py"),
     step_cases,
     {
         "cpu": (
