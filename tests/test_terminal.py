@@ -154,3 +154,8 @@ def test_messages_that_cannot_be_written_are_lost_and_the_work_goes_on():
     code = "sys.stdin.read(); [print('step', file=sys.stderr, flush=True) for _ in range(9)]; print('done')"
     done = shell('{ { sleep 0.2; } | "$@" 2>&1 >&3 | true; } 3>&1', code)
     assert (done.stdout, done.stderr) == ("done\n", "")
+
+
+def test_a_place_that_export_cannot_write_names_its_own_argument(capsys):
+    assert cli.main(["export", "ops", "/proc/absent/ops"]) == 2
+    assert "; name another OUT" in capsys.readouterr().err

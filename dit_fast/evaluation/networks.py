@@ -63,7 +63,10 @@ def load_network(spec: str, device: torch.device) -> Network:
             raise ConfigError(f"--network {kind} needs Inception's weights; give {kind}:FILE, or --network {PACKAGED}")
         return InceptionFeatures(Path(path), "adm" if kind == "adm" else "torch-fidelity", device)
     # the encoder's map of stride 32 is its last one
-    encoder = load_encoder(f"{PACKAGED}:32" if spec == PACKAGED else spec)
+    try:
+        encoder = load_encoder(f"{PACKAGED}:32" if spec == PACKAGED else spec)
+    except ConfigError as error:
+        raise ConfigError(f"network '{spec}': {error}; also adm:FILE, torch-fidelity:FILE") from None
     return EncoderFeatures(kind, encoder, device)
 
 

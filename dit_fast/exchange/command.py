@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+ELSEWHERE = "name another OUT"
+
 
 def add_commands(subparsers: Any) -> None:
     """Adds the command; it sets `run`, a function of the parsed options."""
@@ -38,9 +40,9 @@ def _export(options: argparse.Namespace) -> int:
             raise UserError(f"{flag} is for {kind}, and {out} is {'a file' if out.suffix else 'a folder'}; drop it")
     if out.suffix and out.exists():
         raise UserError(f"{out}: exists already; name a new file")
-    check_writable(out.parent)
+    check_writable(out.parent, ELSEWHERE)
     run = load_run(options.folder, weights=options.weights)
-    with writing(out):
+    with writing(out, ELSEWHERE):
         if out.suffix:
             save_official(run.model, out, options.family, header(run))
             print(out)
@@ -58,7 +60,7 @@ def _export_ops(options: argparse.Namespace) -> int:
 
     if options.family or options.data:
         raise UserError("--family and --data are for runs; `export ops` takes a folder alone")
-    check_writable(options.out.parent)
-    with writing(options.out):
+    check_writable(options.out.parent, ELSEWHERE)
+    with writing(options.out, ELSEWHERE):
         print(f"{options.out} ({write_kernels(options.out)} modules)")
     return 0

@@ -309,6 +309,9 @@ def open_source(
             return FolderSource(location, out=out, exif=exif, progress=progress)
         if location.suffix.lower() == ".npz" and location.is_file():
             return ArraySource(location)
+        absent = not location.exists()
     except OSError as error:
         raise DataError(f"{shown(location)}: cannot be read ({reason(error)})") from None
+    if absent:
+        raise DataError(f"{shown(location)}: no such file or folder; give a folder of class folders or an .npz file")
     raise DataError(f"{shown(location)}: neither a folder of class folders nor an .npz file with images and labels")

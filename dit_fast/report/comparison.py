@@ -96,7 +96,9 @@ def compare(
         raise UserError(f"--margin {margin}: is a share of the mean, e.g. {MARGIN}")
     runs = {folder: read_config(folder / "config.json") for folder in _expanded(folders)}
     if len(runs) < 2:
-        raise UserError("compare needs two runs or more")
+        raise UserError(
+            f"compare needs two runs or more, and {next(iter(runs))} is the only one; name another beside it"
+        )
     names, other = _grouped(runs, by)
     measured = {folder: _measured(folder) for folder in runs}
     found = []

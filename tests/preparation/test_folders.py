@@ -108,7 +108,7 @@ def test_a_class_without_images_is_refused_by_name(tree):
     (tree / "notes" / "x.txt").write_text("x")
     refused(tree, r"no images in class folder 'notes' \(1 such\)")
     refused(tree / "notes", "no images in class folders")
-    refused(tree / "absent", "neither a folder")
+    refused(tree / "absent", "no such file or folder")
     refused("", "empty path")
 
 
@@ -166,3 +166,9 @@ def test_a_file_that_cannot_be_read_names_itself(tree, monkeypatch):
 
     monkeypatch.setattr(hashlib, "file_digest", fail)
     refused(tree, r"a/x/9.png: cannot be read \(Input/output error\)")
+
+
+@pytest.mark.parametrize("name", ["absent", "absent.npz"])
+def test_a_source_that_is_not_there_is_not_called_one_of_another_form(tmp_path, name):
+    with pytest.raises(DataError, match=f"{name}: no such file or folder; give"):
+        open_source(tmp_path / name)

@@ -104,7 +104,7 @@ def test_an_evaluation_that_fails_is_a_warning(shards, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"network": "vgg"}, "evaluation: unknown encoder 'vgg'"),
+        ({"network": "vgg"}, "evaluation: network 'vgg': unknown encoder 'vgg'"),
         ({"sampler": "ddpm", "num_steps": 4}, "evaluation: sampler 'ddpm' does not fit"),
         ({"reference": "absent"}, "evaluation: absent: no such file"),
     ],

@@ -176,6 +176,13 @@ def test_clock_does_not_count_time_away(monkeypatch):
     assert clock.rate(10) == 10 / 2
 
 
+def test_ceiling_of_bf16_on_a_cpu_tries_fp32_too(monkeypatch):
+    seen, random = [], torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *size, dtype, **rest: seen.append(dtype) or random(4, 4, dtype=dtype))
+    matmul_ceiling(torch.device("cpu"), "bf16")
+    assert set(seen) == {torch.bfloat16, torch.float32}
+
+
 def test_ceiling_is_a_rate():
     assert 1e8 < matmul_ceiling(torch.device("cpu"), "fp32") < 1e15
 
