@@ -175,10 +175,11 @@ def test_supports_names_what_it_refuses():
 def test_statistics(name):
     features = make(*CASES[name])
     expected = (*exact_statistics(features), exact_cosines(features))
-    for ours, exact in zip(diversity.forward(features), expected, strict=True):
+    # A token's own cosines keep what the sums over tokens average out.
+    for ours, exact, limit in zip(diversity.forward(features), expected, (1e-6, 1e-6, 1e-6, 2e-6), strict=True):
         assert ours.dtype == FP32
         assert ours.shape == exact.shape
-        assert error(ours, exact) < 1e-6
+        assert error(ours, exact) < limit
 
 
 @pytest.mark.parametrize("types", [[FP32] * 5, [BF16, FP32] * 3])
