@@ -44,6 +44,7 @@ def _export(options: argparse.Namespace) -> int:
     run = load_run(options.folder, weights=options.weights)
     with writing(out, ELSEWHERE):
         if out.suffix:
+            out.parent.mkdir(parents=True, exist_ok=True)
             save_official(run.model, out, options.family, header(run))
             print(out)
         else:

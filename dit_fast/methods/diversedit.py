@@ -115,7 +115,7 @@ class DiverseDiT(Method):
         name: ClassVar[str] = "diversedit"
         pairs: Literal["release", "anchor", "random_layers", "all"] = setting("release", "Which pairs of blocks")
         k: int = setting(
-            10, "Blocks beside the anchor (anchor), blocks drawn anew each step (random_layers)", "[1, 1000]"
+            10, "Blocks beside the anchor (anchor) or drawn anew each step (random_layers); at most all", "[1, 1000]"
         )
         encoder_depth: int | None = setting(
             None, "Block aligned by REPA, from 1; it only steers the pairs of release and anchor", "[1, 1000]"

@@ -129,7 +129,7 @@ def test_a_run_is_exported_by_one_command(place, tmp_path, capsys):
 def test_a_file_says_what_it_is(place, tmp_path, capsys):
     from safetensors import safe_open
 
-    out = tmp_path / "model.safetensors"
+    out = tmp_path / "new" / "model.safetensors"
     assert main(["export", str(place / "plain"), str(out), "--family", "repa"]) == 0
     with safe_open(out, "pt") as file:
         about = file.metadata()
