@@ -26,6 +26,10 @@ class Parser(argparse.ArgumentParser):
 
     fill: Callable[["Parser"], None] | None = None
 
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.register("action", "parsers", _Commands)
+
     def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
         fill, self.fill = self.fill, None
         if fill is not None:
@@ -34,6 +38,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(Status.USER, f"dit-fast: error: {one_line(message)}; see `{self.prog} --help`\n")
+
+
+class _Commands(argparse._SubParsersAction):
+    """Lets a command itself refuse what it does not know; argparse leaves that to the parser above it, and its help."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        super().__call__(parser, namespace, values, option_string)
+        if unknown := getattr(namespace, "_unrecognized_args", None):
+            self.choices[values[0]].error(f"unrecognized arguments: {' '.join(unknown)}")
 
 
 def run(

@@ -159,3 +159,12 @@ def test_messages_that_cannot_be_written_are_lost_and_the_work_goes_on():
 def test_a_place_that_export_cannot_write_names_its_own_argument(capsys):
     assert cli.main(["export", "ops", "/proc/absent/ops"]) == 2
     assert "; name another OUT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["sample", "shards verify"])
+def test_a_command_refuses_an_unknown_option_by_its_own_help(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([*command.split(), "RUN", "--fro"])
+    assert capsys.readouterr().err == (
+        f"dit-fast: error: unrecognized arguments: --fro; see `dit-fast {command} --help`\n"
+    )
