@@ -33,7 +33,7 @@ FAMILIES = ("adaln", "diversity", "flow", "gelu_mlp", "long_skip", "qk_norm", "r
 TRAINING = ("tests/methods/test_diversedit.py", "tests/models/test_training_curve.py", "tests/train/test_optim.py",
             "tests/train/test_loss.py", "tests/train/test_graph.py", "tests/models/test_paths_devices.py",
             "tests/ops/test_linear.py", "tests/ops/test_attention_native.py",
-            "tests/ops/test_gelu_native.py")  # fmt: skip
+            "tests/ops/test_gelu_native.py", "tests/ops/test_product_native.py")  # fmt: skip
 
 
 class Stage:
