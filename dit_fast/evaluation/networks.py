@@ -66,7 +66,7 @@ def load_network(spec: str, device: torch.device) -> Network:
     try:
         encoder = load_encoder(f"{PACKAGED}:32" if spec == PACKAGED else spec)
     except ConfigError as error:
-        raise ConfigError(f"network '{spec}': {error}; also adm:FILE, torch-fidelity:FILE") from None
+        raise ConfigError(f"network '{spec}': {error}; other networks: adm:FILE, torch-fidelity:FILE") from None
     return EncoderFeatures(kind, encoder, device)
 
 

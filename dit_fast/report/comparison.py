@@ -96,9 +96,8 @@ def compare(
         raise UserError(f"--margin {margin}: is a share of the mean, e.g. {MARGIN}")
     runs = {folder: read_config(folder / "config.json") for folder in _expanded(folders)}
     if len(runs) < 2:
-        raise UserError(
-            f"compare needs two runs or more, and {next(iter(runs))} is the only one; name another beside it"
-        )
+        alone = ", ".join(map(str, runs)) or "none"
+        raise UserError(f"compare needs two runs or more, and got {alone}; name another beside it")
     names, other = _grouped(runs, by)
     measured = {folder: _measured(folder) for folder in runs}
     found = []

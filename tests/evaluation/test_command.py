@@ -255,7 +255,7 @@ def test_the_step_at_which_a_curve_reached_a_value(run, network, capsys):
         (["--network", "adm"], "adm needs Inception's weights"),
         (["--network", "adm:absent.pb"], "absent.pb: no such file"),
         (["--network", "vgg"], "network 'vgg': unknown encoder 'vgg'"),
-        (["--network", "inception"], "also adm:FILE, torch-fidelity:FILE"),
+        (["--network", "inception"], "other networks: adm:FILE, torch-fidelity:FILE"),
         (["--cfg-scale", "3:1:1"], "must ascend"),
         (["--cfg-scale", "a"], "FIRST:LAST:STEP"),
         (["--reference", "absent"], "absent: no such file or folder"),

@@ -5,9 +5,11 @@ import torch
 
 from dit_fast import _C
 from dit_fast.models import Taps, build_model
+from dit_fast.models import sit as sit_file
 from dit_fast.nn import block as block_file
 from dit_fast.nn.block import Block
-from dit_fast.ops import row_statistics
+from dit_fast.nn.long_skip import SkipNorm
+from dit_fast.ops import RowStatistics, row_statistics
 from dit_fast.ops.autocast import linear_dtype
 from tests.helpers.golden import assert_close
 
@@ -71,6 +73,23 @@ def test_long_skips_and_norms_believe_them(monkeypatch):
     stats = row_statistics(x)
     assert_close(made(x, c, stats)[0], made(x, c)[0], 1e-5)
     assert not torch.equal(made(x, c, stats._replace(mean=stats.mean + 1))[0], made(x, c)[0])
+
+
+@needs_library
+def test_those_of_the_first_stream_serve_the_first_block_and_the_last_long_skip(monkeypatch):
+    """Taken where a kernel does it; here by the reference. A wrong promise to either shows."""
+    without, _ = run(model("input"))
+    skips = []
+    forward = SkipNorm.forward
+    monkeypatch.setattr(SkipNorm, "forward", lambda *given: skips.append(given[5]) or forward(*given))
+    monkeypatch.setattr(sit_file, "statistics_by_kernel", lambda x: row_statistics(x, "torch"))
+    with_stats, _ = run(model("input"))
+    assert all(stats is not None for stats in skips)
+    for ours, expected in zip(with_stats, without, strict=True):
+        assert_close(ours, expected, 1e-5)
+    wrong = lambda x: RowStatistics(row_statistics(x, "torch").mean + 1, row_statistics(x, "torch").variance)  # noqa: E731
+    monkeypatch.setattr(sit_file, "statistics_by_kernel", wrong)
+    assert not torch.allclose(run(model("input"))[0][0], without[0], rtol=1e-3)
 
 
 @pytest.mark.parametrize("residual", ["fp32", "autocast"])

@@ -116,8 +116,9 @@ def test_what_is_refused(make, tmp_path):
         compare([a, c], by=["method"])
     with pytest.raises(UserError, match="equal seeds and configurations"):
         compare([a, make("c", (2.0,))])
-    with pytest.raises(UserError, match=r"needs two runs or more, and .* is the only one"):
-        compare([tmp_path / "a"])
+    for given, named in (([tmp_path / "a"], "/a"), ([], "none")):
+        with pytest.raises(UserError, match=f"needs two runs or more, and got .*{named}; name another"):
+            compare(given)
     with pytest.raises(UserError, match="named twice"):
         compare([a, a])
     with pytest.raises(UserError, match=r"--by optimiser\.lr: no run has this key; did you mean 'optimizer\.lr'"):
