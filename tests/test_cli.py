@@ -43,3 +43,14 @@ def test_idle_threads_sleep_unless_told_otherwise(chosen, command, policy):
     environment |= {"OMP_WAIT_POLICY": chosen} if chosen else {}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == str(policy), done.stderr
+
+
+def test_a_trainer_sets_what_torch_reads_when_imported():
+    code = (
+        "import os, sys\nfrom dit_fast.train import __main__ as trainer\ntrainer.terminal.run = lambda *_, **__: 0\n"
+        "trainer.main([])\nassert 'torch' not in sys.modules\n"
+        "print({name: os.environ[name] for name in trainer.FOR_TORCH} == trainer.FOR_TORCH)"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCH_")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "True", done.stderr

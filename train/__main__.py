@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dit_fast")
 
+FOR_TORCH = {  # read when it is imported, unless the user has set them
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # else a stack trace for each connection that breaks; the error is caught and named
+    "TORCH_FR_BUFFER_SIZE": "200",  # of the flight recorder: which collective is under way
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one process of a training run and returns its exit status (`errors.Status`).
@@ -24,9 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch is imported only when the launcher is watched and errors are caught.
     """
     leash.arm()
-    # torch's C++ prints a stack trace for every connection that breaks; the error itself is caught and named
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "200")  # of the flight recorder: which collective is under way
+    for name, value in FOR_TORCH.items():
+        os.environ.setdefault(name, value)
     rank = os.environ.get("RANK", "0")
     return terminal.run(
         _work,

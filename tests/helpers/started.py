@@ -1,6 +1,6 @@
 """`python PROGRAM ARGUMENTS` without the seconds that torch and DeepSpeed take to import: forked from one process of
-each test process, which has imported them and done nothing else. What a command does before its imports, and the end of
-its interpreter, are left to the tests that start it through a launcher.
+each test process, which has imported them, with a trainer's variables, and done nothing else. What a command does
+before its imports, and the end of its interpreter, are left to the tests that start it through a launcher.
 """
 
 import multiprocessing
@@ -9,6 +9,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import torch
 
@@ -21,8 +22,11 @@ class Started:
     """A process with the part of `subprocess.Popen` that tests use. words: as after `python`; log: of both streams."""
 
     def __init__(self, words, environment, log, cwd="/"):
+        from dit_fast.train.__main__ import FOR_TORCH  # not at the top: `-m dit_fast.train` is to import it first
+
         self._process = _server.Process(target=_run, args=([str(word) for word in words], environment, str(log), cwd))
-        self._process.start()
+        with mock.patch.dict(os.environ, FOR_TORCH):  # for the process that this one is forked from, if it starts now
+            self._process.start()
         self.pid = self._process.pid
 
     def poll(self):
