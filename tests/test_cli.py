@@ -54,3 +54,8 @@ def test_a_trainer_sets_what_torch_reads_when_imported():
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCH_")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "True", done.stderr
+
+
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "dit_fast", "--version"], capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("dit_fast "), done.stderr
