@@ -37,6 +37,7 @@ FLOORS = [
     {"benchmarks"},  # of the training step too
     {"info"},
     {"cli"},
+    {"__main__"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 REMOTE = {"dit_fast/data/remote.py"}
