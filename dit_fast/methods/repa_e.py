@@ -47,7 +47,7 @@ from dit_fast.ops.draws import Key
 from dit_fast.options import setting
 from dit_fast.philox import Stream
 from dit_fast.published import read_state
-from dit_fast.tree import Tree, leaves, like
+from dit_fast.tree import Tree, leaves, like, relabelled
 
 MOMENTUM = 0.1  # of the batch norm
 DISCRIMINATOR = "discriminator"
@@ -206,12 +206,15 @@ class REPAE(Alignment):
         return {f"{self.name}/{name}": term for name, term in found.items()}
 
     def _frozen(self, context: Context, encoded: Encoded) -> Term:
-        """The alignment of latents with a gradient, by the parameters without one, at the same times and noise."""
+        """The alignment of latents with a gradient, by the parameters without one, at the same times and noise.
+
+        With all labels: the published pass is one in eval mode, which drops none.
+        """
         _share(self.trunk, context.model)
         taps = Taps({self.block})
         clean = like(context.x, {**leaves(context.x), "image": encoded.normalised})
         noised, _ = context.objective.interpolate(clean, context.noise, context.t)
-        self.trunk(noised, context.times, context.y, taps, stop=self.block)
+        self.trunk(noised, context.times, relabelled(context.y, context.batch["label"]), taps, stop=self.block)
         heads = [lambda tokens, head=head: functional_call(head, _detached(head), (tokens,)) for head in self.heads]
         return self._aligned(context, taps.features[self.block], heads)
 
