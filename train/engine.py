@@ -25,7 +25,7 @@ from dit_fast.ops.linear import renew_shadows
 from dit_fast.ops.long_skip import refold
 from dit_fast.runs import TrainConfig
 from dit_fast.train.graph import GraphedStep, Graphs
-from dit_fast.train.optim import AdamWEMA, applied_steps, build_optimizer, init_states, set_applied_steps
+from dit_fast.train.optim import AdamWEMA, applied_steps, build_optimizer, init_states, rate_shares, set_applied_steps
 from dit_fast.world import World
 
 Batch = Mapping[str, Tensor]
@@ -62,8 +62,7 @@ class Engine(ABC):
         for parameter in apart.values():
             raise ConfigError(f"a group of the optimizer holds {self._label(parameter)}; register it on the model")
         self._optimizer = build_optimizer(config.optimizer, [{"params": rest}, *groups], world.device.type)
-        base = config.optimizer.lr
-        self._lr_shares = [group["lr"] / base if base else 1.0 for group in self._optimizer.param_groups]
+        self._lr_shares = rate_shares(self._optimizer, config.optimizer.lr)
         self._buffers = Buffers(loss)
         self._checked = self._in_backward = False
         self._hooks: list[Any] = [each.register_post_accumulate_grad_hook(self._accumulated) for _, each in self._named]

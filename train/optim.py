@@ -27,6 +27,20 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
     return config.lr * (step + 1) / config.warmup_steps
 
 
+def rate_shares(optimizer: torch.optim.Optimizer, base: float) -> list[float]:
+    """The rate of each group over that of the schedule, `base`, which all follow in proportion.
+
+    Raises ConfigError where the schedule's is 0, so that they would all stand still, and a group has one of its own.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    if base == 0 and any(rates):
+        raise ConfigError(
+            f"optimizer.lr=0 stops also what has a learning rate of its own ({max(rates):g}), since that follows its "
+            "schedule; set a small one, optimizer.lr=1e-12"
+        )
+    return [rate / base if base else 1.0 for rate in rates]
+
+
 class AdamWEMA(torch.optim.Optimizer):
     """AdamW with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101) and an EMA of the updated weights.
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dit_fast.errors import ConfigError
-from dit_fast.runs import EngineConfig, TrainConfig
+from dit_fast.runs import EngineConfig, OptimizerConfig, TrainConfig
 from dit_fast.train.engine import SingleEngine
 from dit_fast.train.prepare import check_stage
 from dit_fast.world import World
@@ -89,6 +89,16 @@ def test_a_group_holds_parameters_of_the_model():
     world, group = World(0, 1, torch.device("cpu")), {"params": list(nn.Linear(2, 3).parameters())}
     with pytest.raises(ConfigError, match=r"holds the parameter 'outside of the model' \[3, 2\]; register it"):
         SingleEngine(Loss(lambda model, x: x.mean()), TrainConfig(), world, [group])
+
+
+def test_a_schedule_of_rate_zero_refuses_a_group_with_a_rate_of_its_own():
+    """In proportion to 0 its rate would be 0, in silence."""
+    loss, world = Loss(lambda model, x: model["b"](x).mean(), b=nn.Linear(2, 2)), World(0, 1, torch.device("cpu"))
+    still = TrainConfig(optimizer=OptimizerConfig(lr=0.0))
+    group = {"params": list(loss.model["b"].parameters()), "lr": 1e-3}
+    with pytest.raises(ConfigError, match=r"optimizer\.lr=0 stops also what has .* \(0\.001\)"):
+        SingleEngine(loss, still, world, [group])
+    SingleEngine(loss, still, world, [{**group, "lr": 0.0}])
 
 
 def test_gradients_of_inputs_and_frozen_modules_are_no_parameters():
