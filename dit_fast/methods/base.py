@@ -7,7 +7,7 @@ the blocks that they ask for, and adds `weight * value` of their terms to the ob
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from dit_fast.data import DatasetInfo
+from dit_fast.errors import ConfigError
 from dit_fast.models.base import Backbone, Collector
 from dit_fast.objectives import Context
 from dit_fast.ops.draws import Key
@@ -72,6 +73,18 @@ class Panel:
 def active(step: int, stop_step: int) -> bool:
     """Whether a method's terms count in this optimizer step, from 0: before stop_step, and always where that is 0."""
     return not stop_step or step < stop_step
+
+
+def refuse_unread(config: Any, option: str, choice: str, *readers: str) -> None:
+    """Raises ConfigError where an option is set that only these values of `choice` read, and that has another."""
+    default = next(item.default for item in fields(config) if item.name == option)
+    value, chosen, prefix = getattr(config, option), getattr(config, choice), f"methods.{config.name}"
+    if value != default and chosen not in readers:
+        default, value = (str(x).lower() if isinstance(x, bool) else x for x in (default, value))
+        raise ConfigError(
+            f"{prefix}.{option}={value} is not read with {prefix}.{choice}={chosen}, but with {' or '.join(readers)}; "
+            f"set {prefix}.{option}={default}, or {prefix}.{choice}={readers[0]}"
+        )
 
 
 class Method(ABC):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dit_fast.data import DatasetInfo
 from dit_fast.errors import ConfigError, UserError
-from dit_fast.methods.base import Method, Term
+from dit_fast.methods.base import Method, Term, refuse_unread
 from dit_fast.models import Backbone
 from dit_fast.objectives import Context
 from dit_fast.ops.autocast import without_autocast
@@ -137,6 +137,8 @@ class Dispersive(Method):
 
     def __init__(self, config: Any, model: Backbone, data: DatasetInfo):
         super().__init__(config, model, data)
+        refuse_unread(config, "tau", "variant", "infonce_l2", "infonce_cosine")
+        refuse_unread(config, "margin", "variant", "hinge")
         depth = max(1, model.depth // 4) if config.depth is None else config.depth
         self.block = model.block(depth, "methods.dispersive.depth")
         self.blocks = frozenset({self.block})

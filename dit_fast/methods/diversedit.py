@@ -16,7 +16,7 @@ from torch import Tensor
 from dit_fast import philox
 from dit_fast.data import DatasetInfo
 from dit_fast.errors import ConfigError, UserError
-from dit_fast.methods.base import Logged, Method, Panel, Term
+from dit_fast.methods.base import Logged, Method, Panel, Term, refuse_unread
 from dit_fast.models import Backbone
 from dit_fast.objectives import Context
 from dit_fast.ops import DiversityTaps
@@ -135,6 +135,9 @@ class DiverseDiT(Method):
     def __init__(self, config: Any, model: Backbone, data: DatasetInfo):
         """Reads all blocks, or only those in the pairs where nothing else counts (variant "paper", pairs that stay)."""
         super().__init__(config, model, data)
+        refuse_unread(config, "k", "pairs", "random_layers", "anchor")
+        refuse_unread(config, "weight_constant", "weight", "constant")
+        refuse_unread(config, "detach_weight", "weight", "paper", "continuous")
         self.depth, self.redrawn = model.depth, config.pairs == "random_layers"
         pairs = self._pairs(0, 0)
         few = config.variant == "paper" and not self.redrawn

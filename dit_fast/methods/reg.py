@@ -90,6 +90,11 @@ class REG(Alignment):
             raise ConfigError(
                 "reg denoises the class token of one encoder; give methods.reg.fields or encoders one entry"
             )
+        if config.encoders and config.class_token_field != "class_token":
+            raise ConfigError(
+                f"methods.reg.class_token_field={config.class_token_field} is not read beside methods.reg.encoders, "
+                "which make all targets; drop one of them"
+            )
         self.bind(model, data, config.class_token_field)
         width, (aligned,) = self.targets.class_width, self.targets.widths
         if model.class_token != width:

@@ -16,7 +16,7 @@ from dit_fast.diffusion import Path, velocity_error
 from dit_fast.diffusion.checks import check_batch
 from dit_fast.diffusion.paths import as_path
 from dit_fast.errors import ConfigError, UserError
-from dit_fast.methods.base import Method, Term
+from dit_fast.methods.base import Method, Term, refuse_unread
 from dit_fast.models import Backbone, Taps, split
 from dit_fast.nn.projector import SelfProjector
 from dit_fast.objectives import Context
@@ -128,6 +128,12 @@ class SRA(Method):
     def __init__(self, config: Any, model: Backbone, data: DatasetInfo):
         """Adds the head and copies the teacher. Raises ConfigError for a block that the model does not have."""
         super().__init__(config, model, data)
+        refuse_unread(config, "axis", "distance", "cosine")
+        if config.weight_knee and not config.weight_decade:
+            raise ConfigError(
+                f"methods.sra.weight_knee={config.weight_knee}: the weight stays as it is with weight_decade=0; set "
+                "methods.sra.weight_decade to the steps in which it falls to a tenth, or weight_knee=0"
+            )
         self.block = model.block(config.student_depth, "methods.sra.student_depth")
         self.last = model.block(config.teacher_depth, "methods.sra.teacher_depth")
         self.blocks = frozenset({self.block})

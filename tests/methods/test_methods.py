@@ -188,3 +188,34 @@ def test_two_methods_cannot_add_a_module_of_one_name():
 def test_configs_mirror_their_methods():
     for name, method in METHODS.items():
         assert method.name == method.Config.name == method.Config().name == name
+
+
+@loop_over(
+    ("name", "options", "told"),
+    [
+        ("diversedit", {"pairs": "all", "k": 5}, "k=5 is not read with methods.diversedit.pairs=all, but with"),
+        (
+            "diversedit",
+            {"weight_constant": 0.5},
+            "set methods.diversedit.weight_constant=0.001, or methods.diversedit.",
+        ),
+        ("diversedit", {"weight": "constant", "detach_weight": False}, "detach_weight=false is not read with"),
+        ("dispersive", {"variant": "hinge", "tau": 1.0}, "tau=1.0 is not read with methods.dispersive.variant=hinge"),
+        ("dispersive", {"margin": 2.0}, "or methods.dispersive.variant=hinge"),
+        ("sra", {"teacher_depth": 8, "distance": "smooth_l1", "axis": "tokens"}, "axis=tokens is not read with"),
+        (
+            "sra",
+            {"teacher_depth": 8, "weight_knee": 9},
+            "weight_knee=9: the weight stays as it is with weight_decade=0",
+        ),
+        ("reg", {"encoders": ("dino-vit-b:x",), "class_token_field": "y"}, "class_token_field=y is not read beside"),
+    ],
+)
+def test_an_option_that_nothing_reads_is_refused(name, options, told):
+    """It would change nothing, in silence. The others of the case are no fault."""
+    model, config = tiny_sit(depth=12), METHODS[name].Config
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        build_methods([config(**options)], model, INFO)
+    *others, _ = options
+    if name != "reg":  # whose encoder is not there
+        build_methods([config(**{option: options[option] for option in others})], model, INFO)

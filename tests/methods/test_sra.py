@@ -172,7 +172,8 @@ def test_the_teacher_moves_by_applied_updates_alone():
 @pytest.mark.parametrize("distance", ["cosine", "smooth_l1"])
 @pytest.mark.parametrize("wiring", ["off", "output"])
 def test_a_step_gives_the_term_of_the_plain_function(distance, wiring):
-    model, method, loss = bound(tiny_sit(skip_wiring=wiring), distance=distance, axis="tokens", t_max=0.6, weight=0.3)
+    axis = "tokens" if distance == "cosine" else "channels"
+    model, method, loss = bound(tiny_sit(skip_wiring=wiring), distance=distance, axis=axis, t_max=0.6, weight=0.3)
     for tensor in method.tensors().values():
         tensor.mul_(1.1)  # a teacher of its own
     batch, seen = a_batch(model), []
@@ -182,7 +183,7 @@ def test_a_step_gives_the_term_of_the_plain_function(distance, wiring):
     (context,) = seen
     shift = 0.6 * Key(3, batch["position"]).uniform(SHIFT_STREAM, ())
     expected = sra_loss(
-        model, method.teacher, context.x, batch["label"], context.t, context.noise, shift, 2, 3, distance, "tokens"
+        model, method.teacher, context.x, batch["label"], context.t, context.noise, shift, 2, 3, distance, axis
     )
     assert_close(logs["sra/alignment"], expected.alignment, 1e-6)
     assert_close(total, expected.flow.mean() + 0.3 * expected.alignment, 1e-6)
