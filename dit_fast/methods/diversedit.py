@@ -63,8 +63,12 @@ def select_pairs(
     j = i + 1, ..., L - 1; without projection i starts at 0. "anchor": the aligned block (block 0 without projection)
     and k others, following ones first. "random_layers": all pairs among k blocks drawn anew for each (seed, step).
     Raises ConfigError for an unknown policy, and where "release" would count from the last block backwards (the
-    published code then pairs wrong blocks) or finds no pair.
+    published code then pairs wrong blocks) or finds no pair. Where there is one block, no policy has a pair.
     """
+    if num_blocks < 2:
+        raise ConfigError(
+            "diversedit compares blocks, and the model has one; take it out of methods, or set model.depth=2"
+        )
     blocks = range(num_blocks)
     everything = [(i, j) for i in blocks for j in blocks if i < j]
     if policy == "all":

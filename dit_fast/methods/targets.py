@@ -58,7 +58,7 @@ class Targets:
             self.features, self.class_token = tuple(stored), class_token
             self.fields = (*stored, *([class_token] if class_token else []))
             self.widths = [_width(owner, name, data.field(name).shape, model) for name in stored]
-            self.class_width = data.field(class_token).shape[-1] if class_token else 0
+            self.class_width = _class_width(owner, class_token, data.field(class_token).shape) if class_token else 0
         self.digests: Mapping[str, str] = {
             f"encoders.{number}": encoder.identity.rpartition(":")[2] for number, encoder in enumerate(self.encoders)
         }
@@ -95,6 +95,14 @@ class Targets:
 def pixels(batch: Mapping[str, Tensor]) -> Tensor:
     """The batch's images as encoders take them: float32 [N, 3, S, S] in [-1, 1]."""
     return batch[IMAGE].float() / 127.5 - 1
+
+
+def _class_width(owner: str, name: str, shape: tuple[int, ...]) -> int:
+    if len(shape) != 1:
+        raise ConfigError(
+            f"methods.{owner}.class_token_field: '{name}' holds {list(shape)} per image, not a token [Z]; name another"
+        )
+    return shape[0]
 
 
 def _width(owner: str, name: str, shape: tuple[int, ...], model: Backbone) -> int:

@@ -78,6 +78,7 @@ def test_random_layers_are_redrawn_each_step_and_repeat():
         (("ancor", 12, 5), "'ancor'.*release, anchor, random_layers, all"),
         (("random_layers", 12, None, 1), "k=1"),
         (("anchor", 12, None, 0), "k=0"),
+        (("all", 1), "compares blocks, and the model has one"),
     ],
 )
 def test_bad_pair_policies_are_named(arguments, message):

@@ -159,6 +159,7 @@ def test_reg_makes_its_class_token_on_the_way(built, stored, specs):
         (REPA.Config(fields=("features_c",), encoders=("SPEC",), encoder_depth=2), {}, "fields=features_c is not read"),
         (REG.Config(encoders=("SPEC", "SPEC"), encoder_depth=2), {}, "reg denoises the class token of one encoder"),
         (REG.Config(encoders=("SPEC",), encoder_depth=2), {"class_token": 3}, "set model.class_token=128"),
+        (REG.Config(class_token_field="features", encoder_depth=2), {"class_token": 3}, "'features' holds .4, 1"),
     ],
 )  # fmt: skip
 def test_what_cannot_run_is_refused_before_the_first_step(config, sizes, message, stored, specs):
