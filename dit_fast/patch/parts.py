@@ -43,6 +43,8 @@ def changed(module: Any, parts: tuple[Part, ...]) -> str | None:
     """What is not as it was proven, or None. Runs at every call, so it only looks things up."""
     if _has_any_global_hook():
         return "hooks on all modules are set, and would not run on those that the op bypasses"
+    if torch.jit.is_tracing():
+        return "torch.jit is tracing it, which cannot record the op"
     for path, steps, kind, attributes, parameters in parts:
         part = module
         for step in steps:
@@ -137,9 +139,14 @@ def norm_kind(norm: Any) -> str:
     return "rms" if simple and not isinstance(norm, nn.LayerNorm) else ""
 
 
+def is_dense(x: Any) -> bool:
+    """Whether x is a tensor as the ops read it: no nested one, no sparse one."""
+    return isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
+
+
 def is_tokens(x: Any, *vectors: Any) -> bool:
     """Whether x is [N, T, D] and each of vectors [N, any]."""
-    if not isinstance(x, Tensor) or x.dim() != 3:
+    if not is_dense(x) or x.dim() != 3:
         return False
     return all(isinstance(c, Tensor) and c.dim() == 2 and c.shape[0] == x.shape[0] for c in vectors)
 

@@ -123,7 +123,8 @@ def _likeness(candidate: Candidate) -> Any:
     for path, module in candidate.module.named_modules():
         plain = dict(plain_attributes(module))
         rows += [path, type(module), *sorted(plain.items())]
-        rows += [(name, id(value)) for name, value in vars(module).items() if name not in {*plain, *_MANAGED}]
+        alike = {*plain, *_MANAGED, *(() if foreign_forward(module) else ("forward",))}  # ours is taken off the copy
+        rows += [(name, id(value)) for name, value in vars(module).items() if name not in alike]
         rows += [(name, id(value)) for name, value in module._buffers.items()]
         for name, value in module._parameters.items():
             rows.append(name)

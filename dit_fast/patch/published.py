@@ -11,6 +11,7 @@ from dit_fast.nn.norm import folded
 from dit_fast.ops import gate_residual, gate_residual_modulate, gelu_mlp, layer_norm_modulate, qk_norm
 from dit_fast.patch.parts import (
     dropout_reasons,
+    is_dense,
     is_tokens,
     linear_reasons,
     modulated_dtype,
@@ -82,9 +83,9 @@ def _takes(module: nn.Module, name: str) -> bool:
 
 
 def two_maps(x: Tensor, fc1: Any, fc2: Any, backend: str) -> Tensor:
-    """fc2(gelu(fc1(x))), or NotImplemented where its dtypes are several."""
+    """fc2(gelu(fc1(x))), or NotImplemented where x is no dense tensor or its dtypes are several."""
     parameters = (fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-    return gelu_mlp(x, *parameters, backend) if one_dtype(x, *parameters) else NotImplemented
+    return gelu_mlp(x, *parameters, backend) if is_dense(x) and one_dtype(x, *parameters) else NotImplemented
 
 
 def _block(path: str, module: Any, backend: str) -> Candidate:

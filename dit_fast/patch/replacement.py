@@ -189,5 +189,5 @@ def _shown(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> str:
 
 def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"{value.dtype} {list(value.shape)}"
+        return f"{value.dtype} {'nested' if value.is_nested else list(value.shape)}"
     return "None" if value is None else type(value).__name__

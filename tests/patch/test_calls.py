@@ -122,6 +122,27 @@ def test_a_call_that_the_class_refuses_gets_its_own_error():
                 one(*positional, **named)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_ragged_tokens_get_the_classs_own_forward():
+    tokens = torch.nested.nested_tensor([X[0], X[1, :3]], layout=torch.jagged)
+    for build, more in ((lambda: Mlp(D), ()), (lambda: FinalLayer(D, 8), (C,))):
+        module, twin = _single(build())
+        torch.testing.assert_close(module(tokens, *more).values(), twin(tokens, *more).values())
+    module, twin = _single(Mlp(D))
+    tokens = torch.nested.nested_tensor([X[0], X[1, :3]])  # of strided layout
+    for ours, theirs in zip(module(tokens).unbind(), twin(tokens).unbind(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_torch_jit_traces_the_classs_own_forward():
+    x, t, y = inputs()
+    model = Transformer("sit").eval()
+    twin = copy.deepcopy(model)
+    patch.apply(model)
+    _same(torch.jit.trace(model, (x, t, y))(x, t, y), twin(x, t, y))
+
+
 def _prune(model):
     prune.l1_unstructured(model.blocks[0].mlp.fc1, "weight", 0.5)
     return "fc1 has hooks"

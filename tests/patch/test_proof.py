@@ -1,5 +1,6 @@
 """What the proof of patch.apply must see: modules that look like the published ones and do something else."""
 
+import pickle
 import re
 
 import torch
@@ -164,6 +165,17 @@ def test_modules_share_a_proof_only_if_all_but_their_parameters_is_equal(monkeyp
     report = patch.apply(model, ops={"gelu_mlp"}).report
     assert ran == [f"blocks.{block}.mlp" for block in (0, 1, 2, 3)]
     assert list(report.refused) == ["blocks.1.mlp"]
+
+
+def test_a_forward_of_ours_or_out_of_a_pickle_needs_no_proof_of_its_own(monkeypatch):
+    ran = []
+    disagreement = proof.disagreement
+    monkeypatch.setattr(proof, "disagreement", lambda entry: ran.append(entry.path) or disagreement(entry))
+    model = Transformer("sit", depth=3)
+    patch.apply(model, ops={"gelu_mlp"})
+    patch.apply(pickle.loads(pickle.dumps(model)), ops={"gelu_mlp"})
+    patch.apply(model, ops={"adaln"})
+    assert ran == ["blocks.0.mlp", "blocks.0.mlp", "blocks.0", "final_layer"]
 
 
 @loop_over("later", [False, True])
