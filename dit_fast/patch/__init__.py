@@ -98,8 +98,12 @@ def apply(
     ops: names out of OPS; None for all, of which those that plain torch runs on a CPU leave calls with CPU tensors to
     the model's own forward, wherever the model was at `apply` (`handle.report.not_on_cpu`). backend: that of every op.
     skip_wiring: of a DiverseDiT ("input", "output"); None finds it out by running the model on a small input.
-    Raises ConfigError for an unknown op, backend or wiring, UserError where nothing can be replaced.
+    Raises ConfigError for an unknown op, backend or wiring, and for a wiring that says nothing of this model; UserError
+    for what is no module, and where nothing can be replaced.
     """
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise UserError(f"patch.apply: model must be a torch.nn.Module, not {given}")
     chosen = _check_ops(ops)
     diversedit.check_wiring(skip_wiring)
     if any(isinstance(module, SiT) for module in model.modules()):
@@ -107,6 +111,7 @@ def apply(
     _check_backend(model, chosen, backend)
     left = _plain_on_cpu() if ops is None and backend == "auto" else frozenset()
     report, done, accepted, proofs, rotations = Report(), [], [], Proofs(), Rotations(model)
+    found: set[str] = set()  # the ops that something here could be run by, chosen or not
     for path, module in model.named_modules():
         mark = installed(module)
         if mark is not None:
@@ -114,6 +119,7 @@ def apply(
                 raise UserError(
                     f"patch.apply: '{path}' is patched with backend '{mark.backend}'; undo that before '{backend}'"
                 )
+            found.add(mark.op)
             report.replaced[path] = mark.op
             report.not_on_cpu |= {mark.op} if mark.not_on_cpu else set()
             done.append((path, module, vars(module)["forward"].__func__))
@@ -125,6 +131,7 @@ def apply(
             *hunyuan.find(path, module, backend),
         )
         for candidate in candidates:
+            found.add(candidate.op)
             if candidate.op not in chosen:
                 continue
             reason = proofs.refusal(candidate)
@@ -132,8 +139,11 @@ def apply(
                 accepted.append(candidate)
             else:
                 report.refused[path] = f"{candidate.op}: {reason}"
+    if skip_wiring is not None and "long_skip" not in found & {*chosen}:
+        why = "ops leaves long_skip out" if "long_skip" in found else f"{type(model).__name__} has none"
+        raise ConfigError(f"patch.apply: skip_wiring='{skip_wiring}' is for long skips, and {why}; drop it")
     if not accepted and not done:
-        raise UserError(f"patch.apply: nothing to replace in {type(model).__name__}; {_why_nothing(report)}")
+        raise UserError(f"patch.apply: nothing to replace in {type(model).__name__}; {_why_nothing(report, found)}")
     said: set[str] = set()
     for candidate in accepted:
         forward = install(candidate, backend, said, candidate.op in left)
@@ -148,14 +158,18 @@ def apply(
 def _check_ops(ops: Collection[str] | None) -> tuple[str, ...]:
     if ops is None:
         return tuple(OPS)
-    names = (ops,) if isinstance(ops, str) else tuple(ops)
+    names = (ops,) if isinstance(ops, str) else tuple(ops) if isinstance(ops, Collection) else (ops,)
     for name in names:
         if name not in OPS:
-            raise ConfigError(f"patch.apply: unknown op '{name}'{nearest(name, OPS)}")
+            raise ConfigError(f"patch.apply: unknown op '{name}'{nearest(str(name), OPS)}")
+    if not names:
+        raise ConfigError(f"patch.apply: ops is empty; give some of {', '.join(OPS)}, or None for all")
     return names
 
 
 def _check_backend(model: nn.Module, ops: tuple[str, ...], backend: str) -> None:
+    if not isinstance(backend, str):
+        raise ConfigError(f'patch.apply: backend must be a name such as "auto", not {type(backend).__name__}')
     parameter = next(model.parameters(), None)
     if parameter is not None and parameter.device.type != "meta":
         for name in (function for op in ops for function in OPS[op]):
@@ -170,10 +184,13 @@ def _plain_on_cpu() -> frozenset[str]:
     )
 
 
-def _why_nothing(report: Report) -> str:
+def _why_nothing(report: Report, found: set[str]) -> str:
     if report.refused:
         path, reason = next(iter(report.refused.items()))
+        path = f"'{path}'" if path else "the model"
         more = f" (and {len(report.refused) - 1} more)" if len(report.refused) > 1 else ""
-        return f"'{path}' cannot be taken: {reason}{more}"
+        return f"{path} cannot be taken: {reason}{more}"
+    if found:
+        return f"what it has is for {', '.join(sorted(found))}, which ops leaves out"
     looked_for = (published.LOOKED_FOR, diversedit.LOOKED_FOR, diffusers_dit.LOOKED_FOR, hunyuan.LOOKED_FOR)
     return "looked for " + "; ".join(looked_for)

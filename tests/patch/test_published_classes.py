@@ -203,8 +203,22 @@ def test_errors_name_the_culprit():
         patch.apply(model, backend="fast")
     with pytest.raises(ConfigError, match="skip_wiring must be"):
         patch.apply(model, skip_wiring="both")
+    for ops, message in (([], "ops is empty; give some"), (5, "unknown op '5'"), ([None], "unknown op 'None'")):
+        with pytest.raises(ConfigError, match=message):
+            patch.apply(model, ops=ops)
+    with pytest.raises(ConfigError, match='backend must be a name such as "auto", not NoneType'):
+        patch.apply(model, backend=None)
+    with pytest.raises(ConfigError, match="skip_wiring='input' is for long skips, and Transformer has none"):
+        patch.apply(model, skip_wiring="input")
+    with pytest.raises(ConfigError, match="skip_wiring='input' is for long skips, and ops leaves long_skip out"):
+        patch.apply(_pair("input")[1], ops=["gelu_mlp"], skip_wiring="input")
     with pytest.raises(UserError, match="nothing to replace in Linear; looked for blocks with norm1"):
         patch.apply(nn.Linear(2, 2))
+    with pytest.raises(UserError, match="in Transformer; what it has is for adaln, gelu_mlp, which ops leaves out"):
+        patch.apply(model, ops=["long_skip"])
+    for wrong, given in ((None, "NoneType"), (model.state_dict(), "OrderedDict"), (Transformer, "the class Transf")):
+        with pytest.raises(UserError, match=f"model must be a torch.nn.Module, not {given}"):
+            patch.apply(wrong)
     patch.apply(model)
     with pytest.raises(UserError, match="is patched with backend 'auto'"):
         patch.apply(model, backend="torch")
