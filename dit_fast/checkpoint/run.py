@@ -115,8 +115,8 @@ def find_checkpoint(path: str | Path, kinds: Collection[str]) -> Checkpoint:
     path = Path(path)
     if os.path.isfile(path):  # False for a name that cannot be
         raise CheckpointError(
-            f"{path}: is a file of weights, not the folder of a run; draw from it in Python, by load_official and "
-            "sample (docs/sampling.md, Published checkpoints)"
+            f"{path}: is a file, not the folder of a run; from one of published weights draw in Python, by "
+            "load_official and sample (docs/sampling.md, Published checkpoints)"
         )
     try:
         if (path / MANIFEST).is_file():
@@ -135,7 +135,10 @@ def find_checkpoint(path: str | Path, kinds: Collection[str]) -> Checkpoint:
 
 
 def refuse_runs_inside(path: Path) -> None:
-    """Raises CheckpointError for a folder that is no run itself but holds some, as that of a run in stages."""
+    """Raises CheckpointError for a folder that is no run itself but holds some, as that of a run in stages, or that is
+    inside one and holds its checkpoints."""
+    if next(path.glob(f"*/{MANIFEST}"), None) is not None:
+        raise CheckpointError(f"{path}: holds checkpoints, and is no run itself; give one of them, or the run's folder")
     inside = ", ".join(str(folder.parent) for folder in sorted(path.glob(f"*/{FOLDER}")))
     if inside and not (path / FOLDER).exists():
         raise CheckpointError(f"{path}: is no run itself; name one of those in it: {inside}")

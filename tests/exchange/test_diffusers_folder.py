@@ -126,6 +126,31 @@ def test_a_run_is_exported_by_one_command(place, tmp_path, capsys):
     assert "exists already; name a new folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("run", "out", "named"),
+    [
+        (
+            "diverse",
+            "my-model-v1.0",
+            "my-model-v1.0: a file's name must end in .pt or .safetensors, and a folder's has no",
+        ),
+        (
+            "diverse/checkpoints",
+            "new",
+            "checkpoints: holds checkpoints, and is no run itself; give one of them, or the run",
+        ),
+        (
+            "diverse/config.json",
+            "new",
+            "config.json: is a file, not the folder of a run; from one of published weights",
+        ),
+    ],
+)
+def test_a_slip_in_run_or_out_is_named(place, tmp_path, run, out, named, capsys):
+    assert main(["export", str(place / run), str(tmp_path / out)]) == 2
+    assert named in capsys.readouterr().err
+
+
 def test_a_file_says_what_it_is(place, tmp_path, capsys):
     from safetensors import safe_open
 
@@ -138,7 +163,7 @@ def test_a_file_says_what_it_is(place, tmp_path, capsys):
     assert int(about["dit_fast.step"]) > 0
     assert about["num_classes"] == "3"
     assert main(["sample", str(out)]) == 2
-    assert "is a file of weights, not the folder of a run; draw from it in Python, by load_official" in (
+    assert "is a file, not the folder of a run; from one of published weights draw in Python, by load_official" in (
         capsys.readouterr().err
     )
     # what the message names

@@ -48,3 +48,10 @@ assert not [name for name in sys.modules if name.startswith("dit_fast.")]
 def test_a_folder_with_something_in_it_is_left_alone(folder, capsys):
     assert main(["export", "ops", str(folder)]) == 2
     assert "exists already; name a new folder" in capsys.readouterr().err
+
+
+def test_what_is_for_runs_alone_is_refused(tmp_path, capsys):
+    assert main(["export", "ops", str(tmp_path / "new"), "--weights", "model"]) == 2
+    assert "--family, --data and --weights are for runs" in capsys.readouterr().err
+    assert main(["export", "ops", str(tmp_path / "ops.pt")]) == 2
+    assert "ops.pt: the ops are a folder, not a file of weights; name another OUT" in capsys.readouterr().err
