@@ -69,7 +69,8 @@ def find(path: str, module: Any, backend: str, skip_wiring: SkipWiring | None, p
         yield candidate("input", extra=("both wirings agree with its forward; say skip_wiring='input' or 'output'",))
     else:
         told = f"'{skip_wiring}' is not the wiring" if skip_wiring else "neither wiring is that"
-        yield candidate(wirings[0], extra=(f"{told} of its forward: {found[wirings[0], 'always']}",))
+        why = "; ".join(f"with '{wiring}' {found[wiring, 'always']}" for wiring in wirings)
+        yield candidate(wirings[0], extra=(f"{told} of its forward: {why}",))
 
 
 def check_wiring(skip_wiring: str | None) -> None:

@@ -4,8 +4,9 @@ Both forwards run on copies whose parameters are drawn at random (a freshly made
 in it), from one seed, in eval and in train mode, on the inputs of TRIALS: short and long, one sample and several, rows
 from a thousandth to a thousand, fp32 and half precision. A replacement is refused where a row of a result differs by
 more than the trial allows, where a gradient differs, where one of the two draws random numbers that the other does not
-(stochastic depth, dropout, however small its rate), and where one leaves something on the modules that the other does
-not (a recorded feature, a counter). Modules that differ in nothing but the values of their parameters share one proof.
+(stochastic depth, dropout, however small its rate), where one leaves something on the modules that the other does not
+(a recorded feature, a counter), and where the module's own checkpoints activations. Modules that differ in nothing but
+the values of their parameters share one proof.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import copy
 import sys
 import time
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -181,6 +182,7 @@ def _disagreement_in_mode(
     results, states, changes, gradients = [], [], [], []
     differentiate = trial.gradients and training and setting is candidate.settings[0]
     names: list[str] = []
+    again: list[set[str]] = []
     for replaced in (False, True):
         run = copy.deepcopy(twin, {id(parameter): parameter for parameter in twin.parameters()}).train(training)
         vars(run).update(setting)
@@ -191,6 +193,7 @@ def _disagreement_in_mode(
         inputs = [value for value in given if isinstance(value, Tensor) and value.is_floating_point()]
         if replaced:
             vars(run)["forward"] = types.MethodType(dispatch(candidate, _otherwise), run)
+        called = _calls(run, candidate.bypassed if replaced else ()) if differentiate else set()
         before = _attributes(run)
         torch.manual_seed(0)
         try:
@@ -208,11 +211,16 @@ def _disagreement_in_mode(
         if differentiate:
             leaves = {f"input {place}": value for place, value in enumerate(inputs)}
             leaves |= {name: value for name, value in run.named_parameters() if value.is_floating_point()}
+            called.clear()
             gradients.append(_gradients(result, list(leaves.values())))
+            again.append(called)
             names = list(leaves)
         results.append(result)
     if changes[0] != changes[1]:
         return f"only one of its own forward and the replacement changes {min(changes[0] ^ changes[1])}"
+    if again and not again[0] <= again[1]:
+        ran = min(again[0] - again[1])
+        return f"its own forward checkpoints activations ({ran} runs again in the backward), the replacement does not"
     if not torch.equal(*states):
         return "its own forward and the replacement draw different random numbers"
     reduced = torch.backends.cuda.matmul.allow_tf32 and device.type == "cuda"
@@ -229,6 +237,15 @@ def _disagreement_in_mode(
         if not _same_gradient(theirs, ours, largest):
             return f"{both} give {name} different gradients on a small input ({size})"
     return None
+
+
+def _calls(module: nn.Module, bypassed: Collection[str]) -> set[str]:
+    """Will hold the paths of the submodules that run from now on; not of bypassed ones, which must be without hooks."""
+    called: set[str] = set()
+    for path, inner in module.named_modules():
+        if path and path not in bypassed:
+            inner.register_forward_pre_hook(lambda _, inputs, path=path: called.add(path))
+    return called
 
 
 def _gradients(result: Any, leaves: list[Tensor]) -> list[Tensor | None]:

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Attention(nn.Module):
@@ -134,6 +135,8 @@ class Transformer(nn.Module):
     DiverseDiT's dict has the features of all blocks if block_diversity_loss, in later versions only in train mode.
     """
 
+    checkpoints = False
+
     def __init__(self, kind="sit", width=32, depth=4, heads=4, qk_norm=False, block=Block, later=False):
         super().__init__()
         self.kind, self.encoder_depth = kind, 2
@@ -167,7 +170,7 @@ class Transformer(nn.Module):
                 stack.append(x)
             if self.kind == "input" and b >= half:
                 x = self.fuse(b - half, x, stack.pop())
-            x = block(x, c)
+            x = checkpoint(block, x, c, use_reentrant=False) if self.checkpoints else block(x, c)
             if self.kind == "output" and b >= half:
                 x = self.fuse(b - half, x, stack.pop())
             if self.kind == "output" and b < half:

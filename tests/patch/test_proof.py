@@ -6,6 +6,7 @@ import re
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from dit_fast import patch
 from dit_fast.patch import proof
@@ -106,6 +107,11 @@ class WideningBlock(Block):
         return super().forward(x, c).float()
 
 
+class CheckpointedBlock(Block):
+    def forward(self, x, c):
+        return checkpoint(super().forward, x, c, use_reentrant=False) if self.training else super().forward(x, c)
+
+
 @loop_over(
     ("block", "reason"),
     [
@@ -123,6 +129,7 @@ class WideningBlock(Block):
         (StochasticDepthBlock, "draw different random numbers, in train mode"),
         (RecordingBlock, "only one of .* changes feature"),
         (CountingBlock, "only one of .* changes calls"),
+        (CheckpointedBlock, "checkpoints activations .* runs again in the backward., .* in train mode"),
     ],
 )
 def test_a_block_that_does_something_else_is_left_alone(block, reason):
@@ -132,6 +139,15 @@ def test_a_block_that_does_something_else_is_left_alone(block, reason):
     assert set(report.refused) == {"blocks.0", "blocks.1"}
     assert all(re.search(reason, why) for why in report.refused.values())
     assert "forward" not in vars(model.blocks[0])
+
+
+def test_a_model_that_checkpoints_its_blocks_goes_on_doing_so():
+    model = Transformer("output")
+    model.checkpoints = True
+    report = patch.apply(model).report
+    assert list(report.refused) == [""]
+    assert "with 'output' its own forward checkpoints activations (blocks.0 runs again" in report.refused[""]
+    assert report.replaced["blocks.0"] == "adaln"
 
 
 def test_dropout_that_is_no_module_is_seen():
