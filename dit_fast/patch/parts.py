@@ -124,7 +124,7 @@ def plain_norm_reasons(**norms: nn.Module) -> list[str]:
         return reasons
     for name, norm in norms.items():
         if type(norm) is not nn.LayerNorm:
-            reasons.append(f"{name} is {type(norm).__name__}, not nn.LayerNorm")
+            reasons.append(f"{name} is {other_norm(norm)}")
         elif norm.weight is not None or norm.bias is not None:
             reasons.append(f"{name} has affine parameters")
     return reasons
@@ -137,6 +137,11 @@ def norm_kind(norm: Any) -> str:
     lone = [name for name, value in norm._parameters.items() if value is not None] == ["weight"]
     simple = lone and norm.weight.dim() == 1 and not norm._modules and isinstance(getattr(norm, "eps", None), float)
     return "rms" if simple and not isinstance(norm, nn.LayerNorm) else ""
+
+
+def other_norm(norm: nn.Module) -> str:
+    """What is said of a norm that is of neither kind."""
+    return f"{type(norm).__name__}, neither nn.LayerNorm nor an RMSNorm of one weight and a number for eps"
 
 
 def is_dense(x: Any) -> bool:

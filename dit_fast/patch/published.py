@@ -17,6 +17,7 @@ from dit_fast.patch.parts import (
     modulated_dtype,
     norm_kind,
     one_dtype,
+    other_norm,
     plain_norm_reasons,
     widened,
 )
@@ -221,7 +222,7 @@ def _attention(path: str, module: Any, backend: str, rotations: Rotations | None
     reasons = []
     for name, norm in {"q_norm": module.q_norm, "k_norm": module.k_norm}.items():
         if not isinstance(norm, nn.Identity) and not norm_kind(norm):
-            reasons.append(f"{name} is {type(norm).__name__}, not nn.LayerNorm")
+            reasons.append(f"{name} is {other_norm(norm)}")
         elif type(norm) is nn.LayerNorm and norm.weight is None:
             reasons.append(f"{name} lacks a weight or a bias")
     if not reasons and (len(kinds) > 1 or getattr(module.q_norm, "eps", 0) != getattr(module.k_norm, "eps", 0)):
