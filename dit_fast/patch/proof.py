@@ -5,7 +5,8 @@ in it), from one seed, in eval and in train mode, on the inputs of TRIALS: short
 from a thousandth to a thousand, fp32 and half precision. A replacement is refused where a row of a result differs by
 more than the trial allows, where a gradient differs, where one of the two draws random numbers that the other does not
 (stochastic depth, dropout, however small its rate), where one leaves something on the modules that the other does not
-(a recorded feature, a counter), and where the module's own checkpoints activations. Modules that differ in nothing but
+(a recorded feature, a counter), where the module's own checkpoints activations, and where it turns autocast off for a
+map. Modules that differ in nothing but
 the values of their parameters share one proof.
 """
 
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dit_fast.ops.autocast import autocast_dtype_of
 from dit_fast.patch.parts import HOOKS, odd_parameter, plain_attributes
 from dit_fast.patch.replacement import Candidate, dispatch, foreign_forward, uninstall
 
@@ -41,6 +43,7 @@ class Trial(NamedTuple):
     tolerance: float = TOLERANCE
     modes: tuple[bool, ...] = (False, True)
     gradients: bool = False
+    autocast: bool = False
 
 
 TRIALS = (
@@ -49,6 +52,7 @@ TRIALS = (
     Trial(3, 1, 0, 0, modes=(False,)),
     Trial(2, 4, 0, 0, torch.bfloat16, 5e-2, modes=(False,)),
     Trial(2, 4, 0, 0, torch.float16, 1e-2, modes=(False,)),
+    Trial(2, 4, 0, 0, tolerance=5e-2, modes=(False,), autocast=True),
 )
 
 
@@ -182,7 +186,7 @@ def _disagreement_in_mode(
     results, states, changes, gradients = [], [], [], []
     differentiate = trial.gradients and training and setting is candidate.settings[0]
     names: list[str] = []
-    again: list[set[str]] = []
+    calls: list[dict[str, bool]] = []
     for replaced in (False, True):
         run = copy.deepcopy(twin, {id(parameter): parameter for parameter in twin.parameters()}).train(training)
         vars(run).update(setting)
@@ -193,16 +197,21 @@ def _disagreement_in_mode(
         inputs = [value for value in given if isinstance(value, Tensor) and value.is_floating_point()]
         if replaced:
             vars(run)["forward"] = types.MethodType(dispatch(candidate, _otherwise), run)
-        called = _calls(run, candidate.bypassed if replaced else ()) if differentiate else set()
+        watched = differentiate or trial.autocast
+        called = _calls(run, candidate.bypassed if replaced else (), device.type) if watched else {}
+        calls.append(called)
         before = _attributes(run)
         torch.manual_seed(0)
         try:
-            with torch.set_grad_enabled(differentiate):
+            with (
+                torch.set_grad_enabled(differentiate),
+                torch.autocast(device.type, torch.bfloat16, enabled=trial.autocast),
+            ):
                 for value in inputs:
                     value.requires_grad_(differentiate)
                 result = run(*positional, **named)
         except Exception:
-            if trial.dtype == torch.float32 or replaced:
+            if (trial.dtype == torch.float32 and not trial.autocast) or replaced:
                 raise
             return None  # it does not run in half precision at all
         states.append(torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state())
@@ -213,22 +222,26 @@ def _disagreement_in_mode(
             leaves |= {name: value for name, value in run.named_parameters() if value.is_floating_point()}
             called.clear()
             gradients.append(_gradients(result, list(leaves.values())))
-            again.append(called)
             names = list(leaves)
         results.append(result)
     if changes[0] != changes[1]:
         return f"only one of its own forward and the replacement changes {min(changes[0] ^ changes[1])}"
-    if again and not again[0] <= again[1]:
-        ran = min(again[0] - again[1])
+    more = calls[0].keys() - calls[1].keys()
+    if differentiate and more:
+        ran = min(more)
         return f"its own forward checkpoints activations ({ran} runs again in the backward), the replacement does not"
+    for path, casts in calls[0].items() if trial.autocast else ():
+        if not casts and calls[1].get(path, type(candidate.module.get_submodule(path)) is nn.Linear):
+            return f"its own forward turns autocast off for {path}, the replacement does not"
     if not torch.equal(*states):
         return "its own forward and the replacement draw different random numbers"
     reduced = torch.backends.cuda.matmul.allow_tf32 and device.type == "cuda"
     tolerance = max(trial.tolerance, TF32_TOLERANCE if reduced else 0)
-    if candidate.stand_ins and trial.dtype != torch.float32:
+    if candidate.stand_ins and (trial.dtype != torch.float32 or trial.autocast):
         tolerance = 1e9  # stand-ins multiply rounding; structure and dtypes are compared all the same
     difference = _difference(*results)
     size = f"{trial.samples} x {trial.tokens} tokens in {str(trial.dtype).removeprefix('torch.')}"
+    size += " under autocast" if trial.autocast else ""
     both = "its own forward and the replacement"
     if difference > tolerance:
         return f"{both} differ on a small input ({size}: {difference:.1e}, allowed {tolerance:.0e})"
@@ -239,12 +252,17 @@ def _disagreement_in_mode(
     return None
 
 
-def _calls(module: nn.Module, bypassed: Collection[str]) -> set[str]:
-    """Will hold the paths of the submodules that run from now on; not of bypassed ones, which must be without hooks."""
-    called: set[str] = set()
+def _calls(module: nn.Module, bypassed: Collection[str], kind: str) -> dict[str, bool]:
+    """Will hold the paths of the submodules that run from now on, and whether autocast is on for them on this kind of
+    device; not of bypassed ones, which must be without hooks."""
+    called: dict[str, bool] = {}
     for path, inner in module.named_modules():
         if path and path not in bypassed:
-            inner.register_forward_pre_hook(lambda _, inputs, path=path: called.add(path))
+
+            def note(_: nn.Module, inputs: Any, path: str = path) -> None:
+                called[path] = autocast_dtype_of(kind) is not None
+
+            inner.register_forward_pre_hook(note)
     return called
 
 

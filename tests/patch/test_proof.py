@@ -107,6 +107,12 @@ class WideningBlock(Block):
         return super().forward(x, c).float()
 
 
+class WideBlock(Block):
+    def forward(self, x, c):
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x, c)
+
+
 class CheckpointedBlock(Block):
     def forward(self, x, c):
         return checkpoint(super().forward, x, c, use_reentrant=False) if self.training else super().forward(x, c)
@@ -129,6 +135,7 @@ class CheckpointedBlock(Block):
         (StochasticDepthBlock, "draw different random numbers, in train mode"),
         (RecordingBlock, "only one of .* changes feature"),
         (CountingBlock, "only one of .* changes calls"),
+        (WideBlock, "turns autocast off for adaLN_modulation, the replacement does not"),
         (CheckpointedBlock, "checkpoints activations .* runs again in the backward., .* in train mode"),
     ],
 )
