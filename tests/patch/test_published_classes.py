@@ -181,12 +181,17 @@ def _skip_hook(model):
     return "", "skip_linears.0.linear has hooks"
 
 
+def _rms_without_eps(model):
+    model.final_layer.norm_final = nn.RMSNorm(32)
+    return "final_layer", "RMSNorm, neither nn.LayerNorm nor an RMSNorm of one weight and a number for eps"
+
+
 def _odd(model):
     del model.skip_linears[1]
     return "", "4 blocks do not go with 2 skip_norms and 1 skip_linears"
 
 
-@loop_over("spoil", [_hook, _dropout, _adapter, _other_gelu, _affine, _own_forward, _skip_hook, _odd])
+@loop_over("spoil", [_hook, _dropout, _adapter, _other_gelu, _affine, _rms_without_eps, _own_forward, _skip_hook, _odd])
 def test_refuses_with_the_reason(spoil):
     _, model = _pair("input")
     path, reason = spoil(model)
