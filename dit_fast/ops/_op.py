@@ -70,6 +70,9 @@ class Op:
         those that are known beforehand. Returns what `choose` takes as `given`, so that it need not look again.
         """
         remembers = type(asked) is str and type(eps) is float and not torch.compiler.is_compiling()
+        for name, x in tensors.items():  # of a nested one, the look below would end the process
+            if getattr(x, "is_nested", False):
+                require_tensor(self.name, name, x)
         key = (asked, eps, *tensors, *(sizes.values() if sizes else ()))
         if remembers and (found := self._checked.find(key, (*tensors.values(),))) is not None:
             return found
@@ -104,6 +107,12 @@ class Op:
             raise UserError(f"{self.name}: eps must be a finite number >= 0, not {given!r}")
         remembers = remembers and all(type(each) in PLAIN for each in tensors.values())
         return self._checked.keep(key, (*tensors.values(),), object()) if remembers else None
+
+    def check_dtype(self, out_dtype: torch.dtype | None) -> torch.dtype | None:
+        """The dtype that was asked for. Raises UserError where it is none of a result's."""
+        if out_dtype is not None and out_dtype not in FLOATS:
+            raise UserError(f"{self.name}: out_dtype must be fp32, bf16, fp16 or fp64, not {out_dtype}")
+        return out_dtype
 
     def choose(self, asked: str, device: torch.device, *arguments: Any, given: Any = None) -> str:
         """The implementation of this call; `arguments` are what the implementations' `refuses` look at.
@@ -190,6 +199,8 @@ def require_tensor(op: str, name: str, value: Any) -> None:
         elif value is None and name.endswith(("norm_weight", "q_weight", "k_weight")):
             instead = "; for a norm without one give ones"
         raise UserError(f"{op}: {name} must be a tensor, not {given}{instead}")
+    if value.is_nested:
+        raise UserError(f"{op}: {name} must be a dense tensor, not a nested one; pad it")
     if value.layout != torch.strided:
         raise UserError(f"{op}: {name} must be a dense tensor, not {value.layout}; give {name}.to_dense()")
     if value.dtype.itemsize == 1 and value.is_floating_point():

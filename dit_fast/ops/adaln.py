@@ -31,9 +31,8 @@ from torch import Tensor
 
 from dit_fast import _C
 from dit_fast.backend import Implementation
-from dit_fast.errors import UserError
 from dit_fast.ops import adaln_cpp
-from dit_fast.ops._op import FLOATS, FUSED, Op, check_norm, differentiable, odd_dtypes, triton, wide
+from dit_fast.ops._op import FUSED, Op, check_norm, differentiable, odd_dtypes, triton, wide
 from dit_fast.ops._register import define
 from dit_fast.ops.diversity_descent import tap_backward_op
 from dit_fast.ops.layer_norm import layer_norm, rms_norm
@@ -95,7 +94,7 @@ def layer_norm_modulate(
     given = MODULATE.check(backend, eps, x=x, **({} if shift is None else {"shift": shift}), scale=scale)
     check_norm(MODULATE.name, norm, "layer", "rms")
     mean, variance = known(MODULATE.name, "stats", stats, x) or (None, None)
-    out_dtype = _checked(MODULATE, out_dtype, x)
+    out_dtype = MODULATE.check_dtype(out_dtype) or x.dtype
     chosen = MODULATE.choose(backend, x.device, x, None, None, shift, scale, out_dtype, given=given)
     if chosen == "torch":
         out = _modulate(x, shift, scale, eps, out_dtype, norm)
@@ -132,7 +131,7 @@ def gate_residual_modulate(
     moved = {} if shift is None else {"shift": shift}
     given = BOTH.check(backend, eps, x=x, y=y, gate=gate, **moved, scale=scale)
     check_norm(BOTH.name, norm, "layer", "rms")
-    out_dtype = _checked(BOTH, out_dtype, x)
+    out_dtype = BOTH.check_dtype(out_dtype) or x.dtype
     chosen = BOTH.choose(backend, x.device, x, y, gate, shift, scale, out_dtype, given=given)
     if chosen == "torch":
         x_new = _residual(x, y, gate)
@@ -147,12 +146,6 @@ def returns_statistics(x: Tensor) -> bool:
     """Whether the ops that write the stream x return its row statistics for free; the reference takes another pass."""
     given = RESIDUAL.check("auto", x=x)
     return RESIDUAL.choose("auto", x.device, x, None, None, None, None, x.dtype, given=given) != "torch"
-
-
-def _checked(op: Op, out_dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
-    if out_dtype is not None and out_dtype not in FLOATS:
-        raise UserError(f"{op.name}: out_dtype must be fp32, bf16, fp16 or fp64, not {out_dtype}")
-    return out_dtype or x.dtype
 
 
 def _over_tokens(vector: Tensor, dtype: torch.dtype) -> Tensor:

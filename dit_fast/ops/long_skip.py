@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from dit_fast.backend import Implementation
-from dit_fast.errors import UserError
 from dit_fast.ops import long_skip_rows
 from dit_fast.ops._op import Op, differentiable, spread, triton, wide
 from dit_fast.ops._register import define
@@ -88,8 +87,7 @@ def long_skip(
     given = OP.check(
         backend, eps, x=x, skip=skip, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias
     )
-    if out_dtype is not None and not out_dtype.is_floating_point:
-        raise UserError(f"{OP.name}: out_dtype must be a floating-point type, not {out_dtype}")
+    OP.check_dtype(out_dtype)
     stats = (known(OP.name, "x_stats", x_stats, x), known(OP.name, "skip_stats", skip_stats, skip))
     parameters = (norm_weight, norm_bias, weight, bias)
     chosen = OP.choose(backend, x.device, x, skip, *parameters, given=given)

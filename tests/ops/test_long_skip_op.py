@@ -125,8 +125,9 @@ def test_a_result_in_another_dtype_is_the_maps_converted(backend):
     upstream = torch.randn(y.shape).bfloat16()
     grads = [torch.autograd.grad(*pair) for pair in ((y, tensors, upstream), (wide, tensors, upstream.float()))]
     assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
-    with pytest.raises(UserError, match="out_dtype"):
-        long_skip(*tensors, out_dtype=torch.int32)
+    for odd in (torch.int32, torch.float8_e4m3fn, "bf16"):
+        with pytest.raises(UserError, match="out_dtype must be"):
+            long_skip(*tensors, out_dtype=odd)
 
 
 def test_unneeded_gradients_are_not_computed():
