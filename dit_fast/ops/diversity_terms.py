@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from dit_fast.errors import UserError
 from dit_fast.ops._op import differentiable
 from dit_fast.ops._register import define
+from dit_fast.ops.autocast import without_autocast
 from dit_fast.ops.diversity_op import EPS
 
 PAPER_COEFFICIENT = 0.33
@@ -31,8 +32,8 @@ def formula(
     sums, abs_sums, square_sums = statistics.unbind(0)
     means = sums / count
     directions = means / torch.linalg.vector_norm(means, dim=-1, keepdim=True).clamp_min(EPS)
-    # No product of matrices: in a backward inside of autocast its gradients would be those of 16 bits.
-    orthogonality = (weights * (directions[:, None] * directions).sum(-1)).sum()
+    with without_autocast(means):
+        orthogonality = (weights * (directions @ directions.T)).sum()
     cosines = pair_sums / count
     # sqrt(max(x, eps^2)) is max(sqrt(x), eps) with a finite gradient at a channel that is zero everywhere.
     usage = abs_sums / count / square_sums.clamp_min(EPS**2).sqrt()

@@ -1,5 +1,6 @@
 """`stop_step` of any method: from that optimizer step on nothing of it is computed."""
 
+from dataclasses import make_dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -81,10 +82,10 @@ def test_a_method_whose_state_the_model_denoises_is_refused_a_stop(monkeypatch):
             return -x
 
     monkeypatch.setitem(METHODS, "inverted", Inverted)
-    config = SimpleNamespace(**vars(Inverted.Config()), name="inverted")
-    config.stop_step = 5
+    named = {"name": "inverted"}
+    config = make_dataclass("Config", [("stop_step", int, 5)], bases=(Inverted.Config,), namespace=named, frozen=True)
     with pytest.raises(ConfigError, match=r"methods\.inverted\.stop_step=5: the model denoises what this method makes"):
-        build_methods([config], tiny_sit(in_channels=2), INFO)
+        build_methods([config()], tiny_sit(in_channels=2), INFO)
 
 
 def test_a_run_killed_on_either_side_of_the_stop_resumes_with_equal_bits(token_shards, tmp_path, monkeypatch):

@@ -324,8 +324,10 @@ def test_load_run_gives_model_configuration_and_state(finished):
 
 
 def test_load_run_says_what_is_wrong(tmp_path, copied):
-    with pytest.raises(CheckpointError, match="holds no checkpoint; give the folder of a run"):
+    with pytest.raises(CheckpointError, match="holds checkpoints, and is no run itself; give one of them, or the run"):
         load_run(copied / "checkpoints")
+    with pytest.raises(CheckpointError, match="holds no checkpoint; give the folder of a run"):
+        load_run(copied / "previews")
     with pytest.raises(CheckpointError, match=f"is no run itself; name one of those in it: {copied}$"):
         load_run(tmp_path)
     with pytest.raises(CheckpointError, match=r"MANIFEST\.json: cannot be read \(File name too long\)"):
