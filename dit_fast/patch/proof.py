@@ -6,8 +6,7 @@ from a thousandth to a thousand, fp32 and half precision. A replacement is refus
 more than the trial allows, where a gradient differs, where one of the two draws random numbers that the other does not
 (stochastic depth, dropout, however small its rate), where one leaves something on the modules that the other does not
 (a recorded feature, a counter), where the module's own checkpoints activations, and where it turns autocast off for a
-map. Modules that differ in nothing but
-the values of their parameters share one proof.
+map. Modules that differ in nothing but the values of their parameters share one proof.
 """
 
 import contextlib
